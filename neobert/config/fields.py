@@ -1,0 +1,102 @@
+"""The schema seen as a flat table: dotted key -> type, default and documentation.
+
+The documentation of a field is the string literal under it, read from the source of `neobert.config.schema` with
+`ast`, so that the schema stays plain dataclasses.
+"""
+
+import ast
+import dataclasses
+import inspect
+from dataclasses import dataclass
+from operator import attrgetter
+from types import NoneType, UnionType
+from typing import Any, Literal, get_args, get_origin, get_type_hints
+
+from neobert.config import schema
+from neobert.config.schema import Config
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Field:
+    """One key of a config file."""
+
+    key: str
+    """Dotted key, for example `trainer.max_steps`."""
+
+    kind: Any
+    """The annotation without `None`: bool, int, float, str, a Literal or a tuple type."""
+
+    nullable: bool
+    default: Any
+    doc: str
+    """The text under the field, on one line."""
+
+    @property
+    def choices(self) -> tuple[str, ...]:
+        """The words of a Literal, else nothing."""
+        return get_args(self.kind) if get_origin(self.kind) is Literal else ()
+
+    @property
+    def type_name(self) -> str:
+        """The type in words, for error messages and documentation."""
+        return describe_type(self.kind) + (" or null" if self.nullable else "")
+
+    def value_in(self, config: Config) -> Any:
+        """This field's value in `config`."""
+        return attrgetter(self.key)(config)
+
+
+def describe_type(kind: Any) -> str:
+    """A type in words, without articles: `integer`, `number`, `true or false`, `text`, `a | b`, `list of 2 numbers`."""
+    if get_origin(kind) is Literal:
+        return " | ".join(get_args(kind))
+    if get_origin(kind) is tuple:
+        item, *rest = get_args(kind)
+        return f"list of {'' if rest == [...] else f'{1 + len(rest)} '}{describe_type(item)}s"
+    return {bool: "true or false", int: "integer", float: "number", str: "text"}[kind]
+
+
+def _split_optional(annotation: Any) -> tuple[Any, bool]:
+    if get_origin(annotation) is UnionType:
+        (kind,) = [a for a in get_args(annotation) if a is not NoneType]
+        return kind, True
+    return annotation, False
+
+
+def _read_docs() -> dict[str, dict[str, str]]:
+    """Class name -> field name -> the string literal that follows the field."""
+    docs: dict[str, dict[str, str]] = {}
+    for node in ast.parse(inspect.getsource(schema)).body:
+        if isinstance(node, ast.ClassDef):
+            texts = docs[node.name] = {}
+            for statement, follower in zip(node.body, node.body[1:]):
+                if not isinstance(statement, ast.AnnAssign) or not isinstance(statement.target, ast.Name):
+                    continue
+                if isinstance(follower, ast.Expr) and isinstance(follower.value, ast.Constant):
+                    texts[statement.target.id] = " ".join(str(follower.value.value).split())
+    return docs
+
+
+def _build_tables() -> tuple[dict[str, Field], dict[str, str]]:
+    docs = _read_docs()
+    table: dict[str, Field] = {}
+    sections: dict[str, str] = {}
+
+    def add(owner: type, prefix: str) -> None:
+        hints = get_type_hints(owner)
+        for f in dataclasses.fields(owner):
+            if dataclasses.is_dataclass(hints[f.name]):
+                section = hints[f.name]
+                sections[f.name] = (inspect.getdoc(section) or "").strip()
+                add(section, f"{f.name}.")
+            else:
+                kind, nullable = _split_optional(hints[f.name])
+                key, doc = prefix + f.name, docs[owner.__name__][f.name]
+                table[key] = Field(key=key, kind=kind, nullable=nullable, default=f.default, doc=doc)
+
+    add(Config, "")
+    return table, sections
+
+
+FIELDS, SECTIONS = _build_tables()
+"""Every key of the schema in file order, and every section with its one-line description."""

@@ -1,0 +1,295 @@
+"""A config file and dotted overrides -> a frozen `Config`.
+
+    load_config("run.yaml", ["--trainer.max_steps", "100", "optimizer.lr=1e-4"])
+
+1. read the YAML, 2. replace references to `variables:`, 3. flatten to dotted keys, 4. lay the overrides over them,
+5. parse each value by the type of its field, 6. check the rules between fields. Errors of all stages are collected and
+raised together, so that one attempt shows everything that is wrong.
+
+Overrides are written `--a.b value`, `--a.b=value` or `a.b=value`; a bare `--a.b` sets a true-or-false key to true.
+"""
+
+import dataclasses
+import difflib
+import re
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from neobert.config.fields import FIELDS, SECTIONS
+from neobert.config.leaves import LeafError, parse_value
+from neobert.config.refused import RENAMED, find_refusal, is_below_known_name
+from neobert.config.schema import Config
+from neobert.config.source import Leaf, Tree, YamlError, parse_yaml
+from neobert.config.validate import BUDGETS, validate
+from neobert.config.variables import VariableError, escape_variables, substitute
+
+
+class ConfigError(Exception):
+    """Everything that is wrong with a config. `str` is a list for people, `errors` its sentences."""
+
+    def __init__(self, errors: Sequence[str], source: str) -> None:
+        self.errors = list(errors)
+        count = f"{len(errors)} error{'s' if len(errors) > 1 else ''}"
+        super().__init__("\n".join([f"{count} in {source}:", *(f"  - {error}" for error in errors)]))
+
+
+def load_config(path: str | Path | None, overrides: Sequence[str] = ()) -> Config:
+    """The config of a YAML file with overrides laid over it.
+
+    Args:
+        path: The file; None starts from the defaults.
+        overrides: In any of the three spellings. A budget among them replaces the file's budget of any kind.
+
+    Raises:
+        ConfigError: the file is missing or not YAML, or anything in it or in the overrides is wrong.
+    """
+    text = "" if path is None else _read(Path(path))
+    source = "the overrides" if path is None else f"{path}"
+    return parse_config(text, overrides, source=source)
+
+
+def parse_config(text: str, overrides: Sequence[str] = (), *, source: str = "the config") -> Config:
+    """As `load_config`, from the YAML text itself; `source` names it in errors."""
+    try:
+        tree = parse_yaml(text)
+    except YamlError as error:
+        raise ConfigError([f"not valid YAML: {error}"], source) from error
+    draft = _Draft()
+    _add_file(draft, tree)
+    _add_overrides(draft, overrides)
+    config = build_config(_parse_leaves(draft))
+    draft.errors += [error for error in validate(config) if not draft.follows(error)]
+    if draft.errors:
+        raise ConfigError(draft.errors, source)
+    return config
+
+
+def build_config(values: dict[str, Any]) -> Config:
+    """A `Config` from values by dotted key; keys that are not given take their defaults. Nothing is checked."""
+    sections = {f.name: f.default_factory for f in dataclasses.fields(Config) if f.name in SECTIONS}
+    arguments: dict[str, dict[str, Any]] = {name: {} for name in sections}
+    top: dict[str, Any] = {}
+    for key, value in values.items():
+        section, _, name = key.rpartition(".")
+        (arguments[section] if section else top)[name] = value
+    built: dict[str, Any] = {name: make(**arguments[name]) for name, make in sections.items()}  # type: ignore[misc,operator]
+    return Config(**top, **built)
+
+
+def config_to_yaml(config: Config) -> str:
+    """All keys of `config` as YAML, which `load_config` reads back to an equal `Config`."""
+    tree: dict[str, Any] = {}
+    for key, entry in FIELDS.items():
+        section, _, name = key.rpartition(".")
+        place = tree.setdefault(section, {}) if section else tree
+        place[name] = _to_plain(entry.value_in(config))
+    return yaml.dump(tree, Dumper=_Dumper, sort_keys=False, allow_unicode=True, width=120)
+
+
+def save_config(config: Config, path: str | Path) -> None:
+    """Write `config_to_yaml(config)` to `path`."""
+    Path(path).write_text(config_to_yaml(config), encoding="utf-8")
+
+
+def split_arguments(arguments: Sequence[str]) -> tuple[list[tuple[str, str | None]], list[str]]:
+    """Command-line words -> (overrides as (dotted key, text), other words). The text is None for a bare `--a.b`."""
+    overrides: list[tuple[str, str | None]] = []
+    others = []
+    words = list(arguments)
+    while words:
+        word = words.pop(0)
+        key, equals, text = word.removeprefix("--").partition("=")
+        if equals and (word.startswith("--") or re.fullmatch(r"[A-Za-z_][\w.]*", key)):
+            overrides.append((key, text))
+        elif word.startswith("--") and key:
+            follows = bool(words) and not words[0].startswith("--") and not _is_assignment(words[0])
+            overrides.append((key, words.pop(0) if follows else None))
+        else:
+            others.append(word)
+    return overrides, others
+
+
+@dataclass(slots=True)
+class _Draft:
+    """What is known of a config while it is put together."""
+
+    written: dict[str, Tree] = field(default_factory=dict)
+    variables: dict[str, Tree] = field(default_factory=dict)
+    errors: list[str] = field(default_factory=list)
+    doubtful: set[str] = field(default_factory=set)
+    """Keys (or sections) whose value is not known because of an error."""
+
+    def refuse(self, key: str, error: str, meant: str | None = None) -> None:
+        """Note an error at `key`, which the user meant for the key or section `meant`."""
+        self.errors.append(error)
+        self.doubtful.add(meant or key)
+
+    def follows(self, error: str) -> bool:
+        """Whether a broken rule names a key whose value is not known, so that it only repeats an error."""
+        sections = {key.partition(".")[0] for key in self.written}
+        names = "|".join(re.escape(key) for key in self.doubtful - (sections & set(SECTIONS)))
+        return bool(names) and re.search(rf"(?<![\w.])({names})(?!\w)", error) is not None
+
+
+def _is_assignment(word: str) -> bool:
+    key, equals, _ = word.partition("=")
+    return bool(equals) and (key in FIELDS or key.partition(".")[0] in SECTIONS)
+
+
+def _add_file(draft: _Draft, tree: dict[str, Tree]) -> None:
+    variables = tree.pop("variables", {})
+    if isinstance(variables, dict):
+        draft.variables = variables
+    elif not (isinstance(variables, Leaf) and variables.is_null):
+        draft.errors.append("variables: expected names with values below it")
+    for key, value in _flatten(draft, tree, ""):
+        draft.written[key] = value
+
+
+def _add_overrides(draft: _Draft, overrides: Sequence[str]) -> None:
+    pairs, others = split_arguments(overrides)
+    draft.errors += [f"{word!r}: not an override; write --section.key value or section.key=value" for word in others]
+    given: dict[str, Tree] = {}
+    for key, text in pairs:
+        if not _is_known(draft, key):
+            continue
+        if text is None and FIELDS[key].kind is not bool:
+            draft.refuse(key, f"{key}: --{key} needs a value, {FIELDS[key].type_name}")
+            continue
+        leaf = Leaf("true" if text is None else text)
+        value = _substitute(draft, key, leaf)
+        if value is not None:
+            given[key] = value
+    if any(key in given and not (isinstance(given[key], Leaf) and given[key].is_null) for key in BUDGETS):  # type: ignore[union-attr]
+        for key in BUDGETS:
+            draft.written.pop(key, None)
+    draft.written |= given
+
+
+def _flatten(draft: _Draft, tree: dict[str, Tree], prefix: str) -> Iterator[tuple[str, Tree]]:
+    for name, raw in tree.items():
+        key = prefix + name
+        value = _substitute(draft, key, raw)
+        if value is None:
+            continue
+        if key in SECTIONS:
+            if isinstance(value, dict):
+                yield from _flatten(draft, value, f"{key}.")
+            elif not (isinstance(value, Leaf) and value.is_null):
+                draft.refuse(key, f"{key}: is a section; expected keys with values below it, got {_show(value)}")
+        elif key not in FIELDS and isinstance(value, dict) and find_refusal(key) is None and is_below_known_name(key):
+            yield from _flatten(draft, value, f"{key}.")
+        elif _is_known(draft, key):
+            yield key, value
+
+
+def _substitute(draft: _Draft, key: str, tree: Tree) -> Tree | None:
+    """`tree` with its references replaced; None after an error. Sections are left to their keys."""
+    if key in SECTIONS and isinstance(tree, dict):
+        return tree
+    try:
+        return substitute(tree, draft.variables)
+    except VariableError as error:
+        draft.refuse(key, f"{key}: {error}")
+        return None
+
+
+def _is_known(draft: _Draft, key: str) -> bool:
+    """Whether `key` is in the schema; if not, the draft gets the error that explains it."""
+    if key in FIELDS:
+        return True
+    refusal = find_refusal(key)
+    if refusal is not None:
+        draft.refuse(key, refusal, RENAMED.get(key))
+        return False
+    head = key.rpartition(".")[0]
+    if key in SECTIONS:
+        draft.errors.append(f"{key}: is a section; set its keys one by one, for example --{_first_key(key)}")
+    elif head in FIELDS:
+        draft.refuse(key, f"{key}: {head} is a value ({FIELDS[head].type_name}), nothing is below it", head)
+    else:
+        close = suggest_key(key)
+        hint = f". Did you mean {close}?" if close else "; --help lists all keys"
+        draft.refuse(key, f"{key}: unknown key{hint}", close)
+    return False
+
+
+def suggest_key(key: str) -> str | None:
+    """The key of the schema that was probably meant, or the section for an unknown section."""
+    section, _, name = key.rpartition(".")
+    here = [known for known in FIELDS if known.rpartition(".")[0] == section]
+    elsewhere = [known for known in FIELDS if known.rpartition(".")[2] == name]
+    if section not in SECTIONS and not elsewhere and not section:
+        close = difflib.get_close_matches(key, [*SECTIONS, *here], 1)
+        return close[0] if close else None
+    close = (
+        elsewhere or difflib.get_close_matches(key, here, 1, 0.75) or difflib.get_close_matches(key, FIELDS, 1, 0.75)
+    )
+    return close[0] if close else None
+
+
+def _first_key(section: str) -> str:
+    return next(key for key in FIELDS if key.startswith(f"{section}."))
+
+
+def _parse_leaves(draft: _Draft) -> dict[str, Any]:
+    values = {}
+    for key, value in draft.written.items():
+        try:
+            values[key] = parse_value(FIELDS[key], value)
+        except LeafError as error:
+            draft.refuse(key, f"{key}: {error}")
+    return values
+
+
+def _show(value: Tree) -> str:
+    return repr(value.text) if isinstance(value, Leaf) else "a list"
+
+
+def _read(path: Path) -> str:
+    try:
+        return path.read_text(encoding="utf-8")
+    except UnicodeDecodeError as error:
+        raise ConfigError([f"not a UTF-8 text file: {error}"], str(path)) from error
+    except OSError as error:
+        reason = "is a folder" if path.is_dir() else "does not exist" if not path.exists() else str(error.strerror)
+        raise ConfigError([f"the config file {reason}{_list_nearby(path)}"], str(path)) from error
+
+
+def _list_nearby(path: Path) -> str:
+    """The YAML files closest by name in the nearest folder above `path` that has any."""
+    for folder in (path, *path.parents):
+        if folder.is_dir():
+            found = sorted(str(p) for pattern in ("*.yaml", "*.yml") for p in _walk(folder, pattern))
+            if found:
+                close = difflib.get_close_matches(str(path), found, 8, 0.0)
+                return "; YAML files nearby: " + ", ".join(close)
+    return "; there are no YAML files nearby"
+
+
+def _walk(folder: Path, pattern: str) -> list[Path]:
+    """Files two folders deep at most, so that a mistyped path does not search a whole disk."""
+    return [*folder.glob(pattern), *folder.glob(f"*/{pattern}"), *folder.glob(f"*/*/{pattern}")]
+
+
+def _to_plain(value: Any) -> Any:
+    if isinstance(value, tuple):
+        return [_to_plain(item) for item in value]
+    return escape_variables(value) if isinstance(value, str) else value
+
+
+class _Dumper(yaml.SafeDumper):
+    """Writes lists on one line, and quotes texts that would be read as null or hold control characters."""
+
+
+def _represent_text(dumper: yaml.SafeDumper, text: str) -> yaml.Node:
+    style = '"' if Leaf(text).is_null or not text.isprintable() else None
+    return dumper.represent_scalar("tag:yaml.org,2002:str", text, style=style)
+
+
+_Dumper.add_representer(str, _represent_text)
+_Dumper.add_representer(list, lambda dumper, items: dumper.represent_sequence("tag:yaml.org,2002:seq", items, True))

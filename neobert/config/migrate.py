@@ -1,0 +1,229 @@
+"""A config file written for other NeoBERT code -> one for this code, with the list of edits.
+
+The names are those of the fork whose training guide this project follows. Keys are renamed or removed as
+`neobert.config.refused` says, and where that code had another default than this one, its default is written out, so
+that the file trains the same thing. Values stay as they were typed, `variables:` and references too; comments are lost.
+"""
+
+from dataclasses import dataclass, field
+from typing import Any
+
+import yaml
+
+from neobert.config.fields import FIELDS, SECTIONS
+from neobert.config.leaves import LeafError, parse_value
+from neobert.config.load import ConfigError, parse_config
+from neobert.config.reference import show_value
+from neobert.config.refused import RENAMED, find_refusal
+from neobert.config.source import Leaf, Tree, YamlError, parse_yaml
+from neobert.config.validate import BUDGETS
+from neobert.config.variables import VariableError, substitute
+
+_DEFAULTS: dict[str, Any] = {
+    "tokenizer.name": "bert-base-uncased",
+    "tokenizer.truncation": True,
+    "datacollator.mlm_probability": 0.15,
+    "datacollator.pack_sequences": False,
+    "optimizer.lr": 1e-4,
+    "optimizer.weight_decay": 0.01,
+    "optimizer.betas": (0.9, 0.999),
+    "scheduler.warmup_steps": 10000,
+    "trainer.gradient_clipping": None,
+}
+"""Defaults of that code which differ from ours and change what is trained."""
+
+_WITHOUT_EFFECT: dict[str, str] = {
+    "model.vocab_size": "it was overwritten by the tokenizer's size; null follows the tokenizer",
+    "tokenizer.vocab_size": "it is only the size of a tokenizer to train",
+    "trainer.overwrite_output_dir": "it was never read; here true replaces an earlier run",
+}
+"""Keys of the schema that meant nothing there and would mean something here."""
+
+_ATTENTION_FLAGS = ("model.flash_attention", "model.use_flash_attention", "model.xformers_attention")
+
+_OTHER_WORDS: dict[str, dict[str, str]] = {
+    "model.attn_backend": {"flash": "flash_attn_varlen", "flash_attn": "flash_attn_varlen"},
+    "optimizer.name": {"muon": "adamw", "muonclip": "adamw"},
+    "trainer.eval_strategy": {"epoch": "steps"},
+    "trainer.save_strategy": {"epoch": "steps", "best": "steps"},
+}
+"""Values that are written differently here, or replaced by the nearest there is."""
+
+
+class MigrationError(Exception):
+    """A file that cannot be migrated; the message says why."""
+
+
+def migrate(text: str) -> tuple[str, list[str]]:
+    """The YAML `text` in this code's keys, and one sentence for each edit.
+
+    Raises:
+        MigrationError: not YAML, another task than pretraining, or values that no edit can mend.
+    """
+    try:
+        tree = parse_yaml(text)
+    except YamlError as error:
+        raise MigrationError(f"not valid YAML: {error}") from error
+    variables = tree.pop("variables", {})
+    task = tree.get("task", Leaf("pretraining"))
+    if isinstance(task, Leaf) and task.text.lower() != "pretraining":
+        raise MigrationError(f"task: {task.text} is not part of this version: only pretraining files are migrated")
+    draft = _Draft(variables=variables if isinstance(variables, dict) else {})
+    _rename(draft, _flatten(tree, ""))
+    for edit in (_edit_words, _edit_source, _edit_lengths, _choose_budget, _write_defaults):
+        edit(draft)
+    result = _to_yaml(draft)
+    try:
+        parse_config(result, source="the migrated file")
+    except ConfigError as error:
+        raise MigrationError(f"{error}\nMend these keys in the old file and migrate it again.") from error
+    return result, draft.edits
+
+
+@dataclass(slots=True)
+class _Draft:
+    """The file while it is edited: dotted key -> value as typed."""
+
+    variables: dict[str, Tree]
+    values: dict[str, Tree] = field(default_factory=dict)
+    edits: list[str] = field(default_factory=list)
+
+    def read(self, key: str) -> Any:
+        """The value as the type of its field; the default for a key that is missing or cannot be read."""
+        try:
+            return parse_value(FIELDS[key], substitute(self.values[key], self.variables))
+        except (KeyError, LeafError, VariableError):
+            return FIELDS[key].default
+
+    def word(self, key: str) -> str:
+        """The value as a word in small letters, empty for a missing key, a list or a mapping."""
+        value = self.values.get(key)
+        return value.text.lower() if isinstance(value, Leaf) else ""
+
+    def write(self, key: str, value: Any, edit: str) -> None:
+        self.values[key] = [Leaf(show_value(v)) for v in value] if isinstance(value, tuple) else Leaf(show_value(value))
+        self.edits.append(edit)
+
+    def remove(self, key: str, reason: str) -> None:
+        self.edits.append(f"removed {key}: {reason}")
+        self.values.pop(key, None)
+
+
+def _flatten(tree: dict[str, Tree], prefix: str) -> dict[str, Tree]:
+    flat: dict[str, Tree] = {}
+    for name, value in tree.items():
+        key = prefix + name
+        if isinstance(value, dict) and key not in FIELDS:
+            flat |= _flatten(value, f"{key}.")
+        elif key not in SECTIONS or not (isinstance(value, Leaf) and value.is_null):
+            flat[key] = value
+    return flat
+
+
+def _rename(draft: _Draft, old: dict[str, Tree]) -> None:
+    """Fill the draft. A key that is unknown to everything stays, so that loading reports it."""
+    for key, value in old.items():
+        text = value.text.lower() if isinstance(value, Leaf) else ""
+        empty = isinstance(value, Leaf) and (value.is_null or not value.text)
+        new, refusal = RENAMED.get(key), find_refusal(key)
+        if new is not None and (new in old or empty):
+            draft.remove(key, f"{new} is in the file" if new in old else "it was null")
+        elif new is not None:
+            draft.edits.append(f"renamed {key} to {new}")
+            draft.values[new] = value
+        elif key in _WITHOUT_EFFECT:
+            draft.remove(key, _WITHOUT_EFFECT[key])
+        elif key in _ATTENTION_FLAGS and "model.attn_backend" not in old:
+            backend = "flash_attn_varlen" if text in ("true", "yes", "on") else "sdpa"
+            draft.write("model.attn_backend", backend, f"replaced {key} by model.attn_backend: {backend}")
+        elif key == "trainer.report_to" and "wandb" in str(value) and "wandb.enabled" not in old:
+            draft.write("wandb.enabled", True, "replaced trainer.report_to by wandb.enabled: true")
+        elif refusal is not None:
+            draft.remove(key, refusal.partition(": ")[2])
+        elif empty and key in FIELDS and not FIELDS[key].nullable:
+            draft.remove(key, f"it was null; the default is {show_value(FIELDS[key].default)}")
+        else:
+            draft.values[key] = value
+
+
+def _edit_words(draft: _Draft) -> None:
+    for key, words in _OTHER_WORDS.items():
+        old = draft.word(key)
+        if old in words:
+            hint = "; choose optimizer.lr for it" if key == "optimizer.name" else ""
+            draft.write(key, words[old], f"changed {key} from {old} to {words[old]}{hint}")
+    for key in ("dataset.train_split", "dataset.eval_split"):
+        split = draft.read(key)
+        if split is not None and "[" in split:
+            name = split.partition("[")[0]
+            draft.write(key, name, f"changed {key} from {split} to {name}: slices are not part of this version")
+
+
+def _edit_source(draft: _Draft) -> None:
+    name, path = draft.read("dataset.name"), draft.read("dataset.path")
+    full = "tiiuae/falcon-refinedweb"
+    if name == "refinedweb" or (name is None and path is None):
+        draft.write("dataset.name", full, f"wrote dataset.name: {full}, the full name of refinedweb, the default there")
+
+
+def _edit_lengths(draft: _Draft) -> None:
+    length, longest = draft.read("dataset.max_seq_length"), draft.read("model.max_position_embeddings")
+    for key in ("tokenizer.max_length", "datacollator.max_length"):
+        if draft.read(key) not in (None, length):
+            draft.remove(key, f"{draft.read(key)} has no effect, dataset.max_seq_length = {length} decides")
+    if longest < length:
+        key = "model.max_position_embeddings"
+        draft.write(key, length, f"changed {key} from {longest} to dataset.max_seq_length = {length}")
+    key = "datacollator.pad_to_multiple_of"
+    multiple = draft.read(key)
+    if multiple is not None and draft.word("datacollator.pack_sequences") in ("true", "yes", "on"):
+        draft.remove(key, f"{multiple} has no effect, packed rows have a fixed length")
+    elif multiple is not None and length % multiple:
+        draft.remove(key, f"{multiple} does not divide dataset.max_seq_length = {length}")
+
+
+def _choose_budget(draft: _Draft) -> None:
+    """Steps won over epochs there, and without either there were a million steps."""
+    given = [key for key in BUDGETS if draft.read(key) is not None]
+    for key in given[1:]:
+        draft.remove(key, f"{given[0]} is the budget")
+    if not given:
+        draft.write(BUDGETS[0], 1_000_000, f"wrote {BUDGETS[0]}: 1000000, the default there")
+
+
+def _write_defaults(draft: _Draft) -> None:
+    for key, default in _DEFAULTS.items():
+        replacement = {"tokenizer.name": "tokenizer.path", "scheduler.warmup_steps": "scheduler.warmup_percent"}.get(
+            key
+        )
+        if key in draft.values or (replacement is not None and draft.read(replacement) is not None):
+            continue
+        here = show_value(FIELDS[key].default)
+        draft.write(key, default, f"wrote {key}: {show_value(default)}, the default there (here {here})")
+
+
+class _Dumper(yaml.SafeDumper):
+    """Writes leaves as they were typed and lists on one line."""
+
+
+def _represent_leaf(dumper: yaml.SafeDumper, leaf: Leaf) -> yaml.Node:
+    if leaf.quoted:
+        return dumper.represent_scalar("tag:yaml.org,2002:str", leaf.text, style='"')
+    return yaml.ScalarNode(dumper.resolve(yaml.ScalarNode, leaf.text, (True, False)), leaf.text)
+
+
+_Dumper.add_representer(Leaf, _represent_leaf)
+_Dumper.add_representer(list, lambda dumper, items: dumper.represent_sequence("tag:yaml.org,2002:seq", items, True))
+
+
+def _to_yaml(draft: _Draft) -> str:
+    """Sections in the order of the schema; keys that are not in it come last, where loading reports them."""
+    values = draft.values
+    tree: dict[str, Any] = {"variables": draft.variables} if draft.variables else {}
+    for key in [*(key for key in FIELDS if key in values), *(key for key in values if key not in FIELDS)]:
+        *path, name = key.split(".")
+        place = tree
+        for part in path:
+            place = place.setdefault(part, {})
+        place[name] = values[key]
+    return yaml.dump(tree, Dumper=_Dumper, sort_keys=False, allow_unicode=True, width=120)

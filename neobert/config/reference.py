@@ -1,0 +1,151 @@
+"""The schema as documentation: docs/configuration.md and the text of `--help`.
+
+python -m neobert.config.reference        # writes docs/configuration.md
+"""
+
+import sys
+import textwrap
+from pathlib import Path
+from typing import Any
+
+from neobert.config.fields import FIELDS, SECTIONS, Field
+from neobert.config.refused import LATER, REFUSED, RENAMED
+
+_INTRODUCTION = """\
+# Configuration
+
+This page is made from `neobert/config/schema.py` by `python -m neobert.config.reference`. Edit the schema, not this
+page.
+
+A config file is YAML with one mapping per section. Every key has a default, but a run needs a source
+(`dataset.name` or `dataset.path`), a tokenizer (`tokenizer.name`, `tokenizer.path` or `tokenizer.train: true`) and
+exactly one budget (`trainer.max_steps`, `trainer.max_tokens` or `trainer.num_train_epochs`).
+
+```yaml
+dataset:
+  name: python_stdlib
+tokenizer:
+  train: true
+trainer:
+  max_steps: 1000
+```
+
+## Overrides
+
+Every script that takes a config file takes any key after it, in three spellings:
+
+```bash
+python scripts/pretraining/pretrain.py run.yaml --trainer.max_steps 100 --optimizer.lr=1e-4 seed=1
+```
+
+- A budget on the command line replaces the file's budget of any kind.
+- `--trainer.use_cpu` alone means true. Lists are written `--optimizer.betas "[0.9, 0.95]"`.
+- `--print-config` checks everything, prints the whole config and exits; `--help` lists the keys.
+
+## How values are read
+
+- Each value is read by the type of its key: a text is taken as typed (`no`, `012` and `1e5` stay texts), `1e-4` is a
+  number, and an integer may be written `1e5`.
+- `null`, `none` and an empty value mean none where the table says "or null"; quotes make a text of them: `"none"`.
+- Unknown keys, wrong types and values that contradict each other are errors, all reported together.
+
+## Variables
+
+Values under `variables:` can be used anywhere. Alone, a reference keeps the type of its value, also for lists and
+mappings; inside a text it stands in braces.
+
+```yaml
+variables:
+  root: /data
+  length: 1024
+dataset:
+  path: "{$variables.root}/books"    # or "${variables.root}/books"
+  max_seq_length: $variables.length
+model:
+  max_position_embeddings: $variables.length
+```
+
+`$$variables` and `$${variables` stand for the text with one dollar.
+"""
+
+_RENAMED = """
+## Keys of other NeoBERT code
+
+Files written for other NeoBERT code bring keys that are refused with a sentence that says what to write. The edits are
+made by `python scripts/migrate_config.py OLD.yaml > new.yaml`, which lists them on stderr.
+
+| written there | written here |
+|---|---|
+"""
+
+_REFUSED = """
+| refused | because |
+|---|---|
+"""
+
+_LATER = """
+## Not part of this version
+
+| key | without it |
+|---|---|
+"""
+
+
+def build_markdown() -> str:
+    """The text of docs/configuration.md."""
+    parts = [_INTRODUCTION]
+    for section, about in [("", "Keys outside of sections."), *SECTIONS.items()]:
+        rows = [_markdown_row(f) for f in FIELDS.values() if f.key.rpartition(".")[0] == section]
+        title = f"`{section}`" if section else "Top level"
+        parts.append(f"\n## {title}\n\n{about}\n\n| key | type | default | meaning |\n|---|---|---|---|\n")
+        parts += rows
+    parts += [_RENAMED, *(f"| `{old}` | `{new}` |\n" for old, new in sorted(RENAMED.items()))]
+    parts += [_REFUSED, *(f"| `{key}` | {_escape(text)} |\n" for key, text in sorted(REFUSED.items()))]
+    parts += [_LATER, *(f"| `{key}` | {_escape(text)} |\n" for key, text in sorted(LATER.items()))]
+    return "".join(parts)
+
+
+def build_help(usage: str, description: str) -> str:
+    """The text of `--help`: how to call the script, and every key with its type, default and meaning."""
+    lines = [usage, "", *textwrap.wrap(description, 100), "", "options:"]
+    lines += [
+        "  --help               show this and exit",
+        "  --print-config       check everything, print the whole config and exit",
+        "  --section.key VALUE  override a key of the file; also --section.key=VALUE and section.key=VALUE",
+        "",
+        "keys:",
+    ]
+    for field in FIELDS.values():
+        lines.append(f"  --{field.key}  ({field.type_name}; default {show_value(field.default)})")
+        lines += textwrap.wrap(field.doc, 100, initial_indent="      ", subsequent_indent="      ")
+    return "\n".join(lines)
+
+
+def show_value(value: Any) -> str:
+    """A value as it would be written in YAML."""
+    if value is None or isinstance(value, bool):
+        return {None: "null", True: "true", False: "false"}[value]
+    if isinstance(value, tuple):
+        return "[" + ", ".join(show_value(item) for item in value) + "]"
+    return str(value)
+
+
+def _markdown_row(field: Field) -> str:
+    name = field.key.rpartition(".")[2]
+    return f"| `{name}` | {_escape(field.type_name)} | `{show_value(field.default)}` | {_escape(field.doc)} |\n"
+
+
+def _escape(text: str) -> str:
+    return text.replace("|", "\\|").replace("<", "&lt;")
+
+
+def main() -> None:
+    """Write docs/configuration.md in the current folder's `docs`."""
+    target = Path("docs/configuration.md")
+    if not target.parent.is_dir():
+        sys.exit(f"{target.parent}/ is not here: run this in the root of the repository")
+    target.write_text(build_markdown(), encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,150 @@
+"""Keys and values that are known but not taken: each with one sentence that says what to write instead.
+
+Nothing here parses to nothing: an old name, a key without effect and a feature that is not there yet are all errors.
+`RENAMED` and `REFUSED` also drive `neobert.config.migrate`, which edits a file accordingly.
+"""
+
+RENAMED: dict[str, str] = {
+    "dataset.column": "dataset.text_column",
+    "dataset.path_to_disk": "dataset.path",
+    "dataset.tokenizer_name": "tokenizer.name",
+    "mixed_precision": "trainer.mixed_precision",
+    "model.name_or_path": "model.name",
+    "optimizer.hparams.betas": "optimizer.betas",
+    "optimizer.hparams.eps": "optimizer.eps",
+    "optimizer.hparams.lr": "optimizer.lr",
+    "optimizer.hparams.weight_decay": "optimizer.weight_decay",
+    "tokenizer.tokenizer_name_or_path": "tokenizer.name",
+    "trainer.bf16": "trainer.mixed_precision",
+    "trainer.dir": "trainer.output_dir",
+    "trainer.eval_batch_size": "trainer.per_device_eval_batch_size",
+    "trainer.learning_rate": "optimizer.lr",
+    "trainer.max_ckpt": "trainer.save_total_limit",
+    "trainer.max_grad_norm": "trainer.gradient_clipping",
+    "trainer.run_name": "wandb.name",
+    "trainer.seed": "seed",
+    "trainer.train_batch_size": "trainer.per_device_train_batch_size",
+    "trainer.warmup_steps": "scheduler.warmup_steps",
+    "wandb.log_interval": "trainer.logging_steps",
+}
+"""Old key -> new key; the value keeps its meaning."""
+
+REFUSED: dict[str, str] = {
+    "accelerate_config_file": "is not read: start the script with torchrun, or with `accelerate launch`",
+    "config_path": "is not a key: give the file as the first argument of the script",
+    "dataset.trust_remote_code": "is not supported: datasets no longer run code from the hub; use a dataset of files",
+    "debug": "is not a key: lower trainer.max_steps and trainer.logging_steps for a trial run",
+    "mteb_overwrite_results": "is not a key: delete the results that are to be made again",
+    "model.flash_attention": "is written model.attn_backend: flash_attn_varlen (or sdpa)",
+    "model.from_hub": "is not a key: the path given to a script says where weights come from",
+    "model.pad_token_id": "comes from the tokenizer: remove it",
+    "model.use_flash_attention": "is written model.attn_backend: flash_attn_varlen (or sdpa)",
+    "model.xformers_attention": "is written model.attn_backend: flash_attn_varlen (or sdpa)",
+    "optimizer.muon_config.algorithm": "is an old name, and Muon is not part of this version: write adamw",
+    "optimizer.muon_config.polar_express": "is an old name, and Muon is not part of this version: write adamw",
+    "pretraining_metadata": "is not a key: a run reads what it needs from the checkpoint it starts from",
+    "scheduler.num_cycles": "has no effect: the cosine has one half period; remove it",
+    "tokenizer.padding": "has no effect: rows are packed, or padded as datacollator.pad_to_multiple_of says; remove it",
+    "trainer.dataloader_num_workers": "is written dataset.num_workers (threads that read ahead)",
+    "trainer.early_stopping": "has no meaning in pretraining: remove it",
+    "trainer.greater_is_better": "has no effect: evaluation loss is always better when smaller; remove it",
+    "trainer.load_best_model_at_end": "has no effect: every checkpoint of the run is kept apart; remove it",
+    "trainer.metric_for_best_model": "has no effect: pretraining is judged by its evaluation loss; remove it",
+    "trainer.remove_unused_columns": "has no effect: only the text column is read; remove it",
+    "trainer.report_to": "is not a key: trackers have their own sections; write wandb.enabled: true",
+    "use_deepspeed": "is not supported: start with torchrun for several processes; remove it",
+    "variables": "are set in the config file only, under `variables:`",
+}
+"""Key -> the rest of a sentence that begins with it. A key covers everything below it."""
+
+LATER: dict[str, str] = {
+    "contrastive": "contrastive fine-tuning is not available yet",
+    "dataset.alpha": "contrastive fine-tuning is not available yet",
+    "dataset.force_redownload": "delete the data in dataset.cache_dir to fetch it again",
+    "dataset.load_all_from_disk": "contrastive fine-tuning is not available yet",
+    "dataset.mixture": "name one source with dataset.name or dataset.path",
+    "dataset.num_proc": "preparing data offline is not available yet",
+    "dataset.persistent_workers": "reader threads (dataset.num_workers) live as long as the run",
+    "dataset.pre_tokenize": "write dataset.streaming: false, which tokenises text once to disk",
+    "dataset.pre_tokenize_output": "write dataset.cache_dir for where tokenised data is kept",
+    "dataset.pretraining_prob": "contrastive fine-tuning is not available yet",
+    "dataset.shuffle_buffer_size": "write dataset.num_lanes and dataset.window_documents: documents are shuffled among"
+    " lanes x window",
+    "dataset.validation_split": "write dataset.eval_samples to hold documents out",
+    "glue": "GLUE is not available yet",
+    "model.base_scale": "the normalised model (nGPT) is not available yet",
+    "model.classifier_init_range": "classification is not available yet",
+    "model.init_from": "starting from other weights is not available yet",
+    "model.kernel_backend": "kernels are chosen by what is installed, and the log names them",
+    "model.ngpt": "the normalised model (nGPT) is not available yet",
+    "model.pretrained_checkpoint": "starting from other weights is not available yet",
+    "model.pretrained_checkpoint_dir": "starting from other weights is not available yet",
+    "model.pretrained_config_path": "starting from other weights is not available yet",
+    "model.pretrained_model_path": "starting from other weights is not available yet",
+    "model.qk_norm": "normalised queries and keys are not available yet",
+    "mteb_batch_size": "MTEB is not available yet",
+    "mteb_pooling": "MTEB is not available yet",
+    "mteb_task_type": "MTEB is not available yet",
+    "optimizer.muon_config": "Muon is not available yet: write optimizer.name: adamw",
+    "pretrained_checkpoint": "evaluation of a checkpoint on benchmarks is not available yet",
+    "scheduler.cooldown_percent": "write scheduler.decay_percent, the end of a cosine or linear decay",
+    "scheduler.cooldown_steps": "write scheduler.decay_steps, the end of a cosine or linear decay",
+    "trainer.async_save": "checkpoints are written before training goes on",
+    "trainer.deterministic": "runs on a CPU are deterministic; on a GPU the last bits may differ",
+    "trainer.detect_anomaly": "not available yet",
+    "trainer.max_hours": "write trainer.max_steps or trainer.max_tokens",
+    "trainer.profiler_steps": "profiling is not available yet",
+    "trainer.profiler_steps_start": "profiling is not available yet",
+    "trainer.replay_audit": "not available yet",
+    "trainer.resume_allow": "settings that change the data or the model must stay the same on resume",
+    "trainer.save_best": "the newest trainer.save_total_limit checkpoints are kept",
+    "trainer.save_milestone_steps": "the newest trainer.save_total_limit checkpoints are kept",
+}
+"""Key of a feature that is not there -> what to do without it. A key covers everything below it."""
+
+_MUON = "Muon is not part of this version: write adamw"
+
+REFUSED_VALUES: dict[str, dict[str, str]] = {
+    "model.attn_backend": {
+        "flash": "'flash' is written flash_attn_varlen",
+        "flash_attn": "'flash_attn' is written flash_attn_varlen",
+    },
+    "optimizer.name": {
+        "adam": "'adam' is not part of this version: write adamw",
+        "muon": _MUON,
+        "muonclip": _MUON,
+    },
+    "scheduler.name": {
+        "constant": "'constant' is not part of this version: write linear with scheduler.final_lr_ratio: 1",
+        "wsd": "'wsd' is not part of this version: write cosine or linear",
+    },
+    "task": {
+        "contrastive": "contrastive fine-tuning is not part of this version: only pretraining is",
+        "glue": "GLUE is not part of this version: only pretraining is",
+        "mteb": "MTEB is not part of this version: only pretraining is",
+    },
+    "trainer.mixed_precision": {
+        "fp16": "fp16 is refused: its small range overflows without loss scaling, which is not done here; write bf16"
+        " (same speed and memory, the range of float32) or no",
+    },
+}
+"""Key -> refused word -> sentence."""
+
+
+def find_refusal(key: str) -> str | None:
+    """The sentence that refuses `key`, naming it, or None for a key that is not in a table."""
+    parts = key.split(".")
+    for end in range(len(parts), 0, -1):
+        name = ".".join(parts[:end])
+        if name in RENAMED:
+            return f"{name}: is written {RENAMED[name]} here"
+        if name in REFUSED:
+            return f"{name}: {REFUSED[name]}"
+        if name in LATER:
+            return f"{name}: is not part of this version; {LATER[name]}"
+    return None
+
+
+def is_below_known_name(key: str) -> bool:
+    """Whether a table holds a key below `key`, so that a mapping under `key` must be looked into."""
+    return any(name.startswith(f"{key}.") for table in (RENAMED, REFUSED, LATER) for name in table)

@@ -1,0 +1,96 @@
+"""YAML text -> a tree of leaves that remember how they were written.
+
+omegaconf parses the file: it gives the structure, resolves anchors and merge keys, and refuses a key that is written
+twice. A second, plain parse gives each scalar as it was typed, because YAML reads `no` as false, `012` as ten and
+`1234e5` as a number, and only the field's own type can say what was meant.
+"""
+
+from dataclasses import dataclass
+from typing import Any
+
+import yaml
+from omegaconf import OmegaConf
+
+_DOLLAR = "\ue000"
+"""Stands in for the dollar of `${` while omegaconf reads, so that it parses no interpolations of its own."""
+
+
+@dataclass(frozen=True, slots=True)
+class Leaf:
+    """One scalar of a config file or one value of the command line."""
+
+    text: str
+    """As typed, without YAML's quotes."""
+
+    quoted: bool = False
+    """Whether it was quoted, so that `"none"` is a text and `none` is null."""
+
+    @property
+    def is_null(self) -> bool:
+        return not self.quoted and self.text.lower() in ("", "null", "none", "~")
+
+
+Tree = Leaf | list[Any] | dict[str, Any]
+"""A leaf, a list of trees, or a mapping of names to trees."""
+
+
+class YamlError(Exception):
+    """Text that is not YAML, or not a mapping; the message says where."""
+
+
+def parse_yaml(text: str) -> dict[str, Tree]:
+    """The mapping in `text`; an empty text is an empty mapping.
+
+    Raises:
+        YamlError: `text` is not valid YAML, writes a key twice, or holds something else than a mapping.
+    """
+    tree = _parse(text)
+    if isinstance(tree, Leaf) and tree.is_null:
+        return {}
+    if not isinstance(tree, dict):
+        raise YamlError("the file must hold `key: value` lines")
+    return tree
+
+
+def parse_yaml_list(text: str) -> list[Tree] | None:
+    """The items of a list written as in YAML (`[a, b]`), or None when `text` is not one."""
+    try:
+        tree = _parse(text)
+    except YamlError:
+        return None
+    return tree if isinstance(tree, list) else None
+
+
+def _parse(text: str) -> Tree:
+    try:
+        node = yaml.compose(text, Loader=yaml.SafeLoader)
+        if not isinstance(node, yaml.CollectionNode):
+            return Leaf("" if node is None else str(node.value))
+        value = OmegaConf.to_container(OmegaConf.create(text.replace("${", _DOLLAR + "{")), resolve=False)
+    except yaml.YAMLError as error:
+        raise YamlError(_describe(error)) from error
+    return _with_source(value, node)
+
+
+def _describe(error: yaml.YAMLError) -> str:
+    if isinstance(error, yaml.MarkedYAMLError) and error.problem_mark is not None:
+        return f"line {error.problem_mark.line + 1}, column {error.problem_mark.column + 1}: {error.problem}"
+    return str(error)
+
+
+def _with_source(value: Any, node: yaml.Node | None) -> Tree:
+    """`value` as omegaconf read it, each scalar replaced by its source text. `node` is None below a merge key."""
+    if isinstance(value, dict):
+        pairs = [(k.value, v) for k, v in node.value] if isinstance(node, yaml.MappingNode) else []
+        if len(pairs) == len(value) and not any(k == "<<" for k, _ in pairs):
+            return {name: _with_source(v, child) for v, (name, child) in zip(value.values(), pairs)}
+        nodes = dict(pairs)
+        return {str(k): _with_source(v, nodes.get(str(k))) for k, v in value.items()}
+    if isinstance(value, list):
+        items = node.value if isinstance(node, yaml.SequenceNode) else [None] * len(value)
+        return [_with_source(v, item) for v, item in zip(value, items)]
+    if isinstance(node, yaml.ScalarNode):
+        return Leaf(node.value, quoted=node.style is not None)
+    if value is None:
+        return Leaf("null")
+    return Leaf(str(value).replace(_DOLLAR, "$"), quoted=isinstance(value, str))

@@ -1,0 +1,312 @@
+"""Every rule about values and about pairs of values. Pure: nothing is read, nothing is changed.
+
+`validate` gives errors, `warnings` what is allowed but probably not meant. Each sentence begins with a dotted key and
+names the value and the remedy.
+"""
+
+import math
+from collections.abc import Callable, Iterator
+from typing import Any
+
+from neobert.config.fields import FIELDS
+from neobert.config.schema import Config
+
+BUDGETS = ("trainer.max_steps", "trainer.max_tokens", "trainer.num_train_epochs")
+"""Exactly one of these is set."""
+
+_Test = Callable[[Any], bool]
+
+_RANGES: tuple[tuple[str, _Test, tuple[str, ...]], ...] = (
+    (
+        "must be at least 1",
+        lambda x: x >= 1,
+        (
+            "model.hidden_size",
+            "model.num_hidden_layers",
+            "model.num_attention_heads",
+            "model.intermediate_size",
+            "model.max_position_embeddings",
+            "model.vocab_size",
+            "dataset.eval_samples",
+            "dataset.num_lanes",
+            "dataset.window_documents",
+            "dataset.max_document_chars",
+            "dataset.prefetch_factor",
+            "tokenizer.train_documents",
+            "datacollator.pad_to_multiple_of",
+            "scheduler.decay_steps",
+            "scheduler.total_steps",
+            "trainer.max_steps",
+            "trainer.max_tokens",
+            "trainer.per_device_train_batch_size",
+            "trainer.per_device_eval_batch_size",
+            "trainer.gradient_accumulation_steps",
+            "trainer.global_batch_size",
+            "trainer.eval_max_batches",
+        ),
+    ),
+    (
+        "must not be negative",
+        lambda x: x >= 0,
+        (
+            "seed",
+            "dataset.min_length",
+            "dataset.max_bad_records",
+            "dataset.num_workers",
+            "optimizer.weight_decay",
+            "scheduler.warmup_steps",
+            "trainer.save_steps",
+            "trainer.save_total_limit",
+            "trainer.eval_steps",
+            "trainer.eval_seed",
+            "trainer.logging_steps",
+        ),
+    ),
+    (
+        "must be greater than 0",
+        lambda x: x > 0,
+        (
+            "model.rope_theta",
+            "model.norm_eps",
+            "model.embedding_init_range",
+            "model.decoder_init_range",
+            "optimizer.lr",
+            "optimizer.eps",
+            "trainer.num_train_epochs",
+        ),
+    ),
+    ("must be greater than 0 (null never clips)", lambda x: x > 0, ("trainer.gradient_clipping",)),
+    ("must be at least 0 and less than 1", lambda x: 0 <= x < 1, ("model.dropout_prob",)),
+    (
+        "must be greater than 0 and at most 1",
+        lambda x: 0 < x <= 1,
+        ("datacollator.mlm_probability", "datacollator.eval_mlm_probability"),
+    ),
+    ("must be from 0 to 1", lambda x: 0 <= x <= 1, ("scheduler.final_lr_ratio",)),
+    (
+        "must be a percentage from 0 to 100",
+        lambda x: 0 <= x <= 100,
+        ("scheduler.warmup_percent", "scheduler.decay_percent"),
+    ),
+    ("must both be at least 0 and less than 1", lambda x: all(0 <= b < 1 for b in x), ("optimizer.betas",)),
+    ("must be less than 2**63", lambda x: x < 2**63, ("seed", "trainer.eval_seed")),
+    (
+        "must be at least 3, for [CLS], one token and [SEP]",
+        lambda x: x >= 3,
+        ("dataset.max_seq_length",),
+    ),
+    ("must be at least 16", lambda x: x >= 16, ("tokenizer.vocab_size",)),
+)
+
+
+def validate(config: Config) -> list[str]:
+    """Everything that makes `config` unusable, one sentence each; an empty list when there is nothing."""
+    return [error for rule in _RULES for error in rule(config)]
+
+
+def warnings(config: Config, *, total_steps: int | None = None) -> list[str]:
+    """What is allowed but probably not meant.
+
+    Args:
+        config: A config without errors.
+        total_steps: Optimizer steps of the run, when they are known better than from `trainer.max_steps`.
+    """
+    found = []
+    length = config.dataset.max_seq_length
+    for key in ("tokenizer.max_length", "datacollator.max_length"):
+        value = FIELDS[key].value_in(config)
+        if value is not None and value != length:
+            found.append(f"{key}: {value} has no effect, rows have dataset.max_seq_length = {length} slots; remove it")
+    if config.tokenizer.path is not None and config.tokenizer.name is not None:
+        used, unused = config.tokenizer.path, config.tokenizer.name
+        found.append(f"tokenizer.name: {unused!r} is not used, the tokenizer is tokenizer.path = {used!r}")
+    if config.datacollator.pad_to_multiple_of is not None and config.datacollator.pack_sequences:
+        value = config.datacollator.pad_to_multiple_of
+        found.append(
+            f"datacollator.pad_to_multiple_of: {value} has no effect with datacollator.pack_sequences: true;"
+            " packed rows always have dataset.max_seq_length slots"
+        )
+    return found + list(_schedule_warnings(config, total_steps or config.trainer.max_steps))
+
+
+def _schedule_warnings(config: Config, steps: int | None) -> Iterator[str]:
+    schedule = config.scheduler
+    if steps is None:
+        return
+    reference = schedule.total_steps or steps
+    key, warmup = "scheduler.warmup_steps", schedule.warmup_steps
+    if schedule.warmup_percent is not None:
+        key, warmup = "scheduler.warmup_percent", int(reference * schedule.warmup_percent / 100)
+    if warmup > steps:
+        yield (
+            f"{key}: the warm-up takes {warmup} steps but the run has {steps}: the learning rate never reaches"
+            " optimizer.lr; lower it, or write scheduler.warmup_percent"
+        )
+    end = int(reference * schedule.decay_percent / 100) if schedule.decay_percent is not None else schedule.decay_steps
+    end = end if end is not None else reference
+    if end > steps and warmup <= steps:
+        yield (
+            f"scheduler: the decay ends at step {end} but the run has {steps} steps: the learning rate will not reach"
+            " optimizer.lr * scheduler.final_lr_ratio"
+        )
+
+
+def _check_ranges(config: Config) -> Iterator[str]:
+    for rule, test, keys in _RANGES:
+        for key in keys:
+            value = FIELDS[key].value_in(config)
+            if value is not None and not test(value):
+                yield f"{key}: {list(value) if isinstance(value, tuple) else value} {rule}"
+
+
+def _check_texts(config: Config) -> Iterator[str]:
+    for field in FIELDS.values():
+        if field.kind is str and field.value_in(config) == "":
+            yield f"{field.key}: may not be empty" + ("; write null" if field.nullable else "")
+    for key in ("dataset.path", "tokenizer.path", "trainer.output_dir", "dataset.cache_dir", "wandb.dir"):
+        value = FIELDS[key].value_in(config)
+        if value is not None and "${" in value:
+            yield f"{key}: {value!r} holds a reference that is not replaced; only ${{variables.x}} is"
+    for text in config.trainer.fill_mask_texts:
+        if "[MASK]" not in text:
+            yield f"trainer.fill_mask_texts: {text!r} has no [MASK] to fill in"
+
+
+def _check_model(config: Config) -> Iterator[str]:
+    model = config.model
+    size, heads = model.hidden_size, model.num_attention_heads
+    if size >= 1 and heads >= 1:
+        if size % heads:
+            yield f"model.hidden_size: {size} is not a multiple of model.num_attention_heads = {heads}"
+        elif model.rope and (size // heads) % 2:
+            yield (
+                f"model.hidden_size: {size} / model.num_attention_heads = {heads} gives heads of width {size // heads};"
+                " model.rope needs an even width"
+            )
+    if model.max_position_embeddings < config.dataset.max_seq_length:
+        yield (
+            f"model.max_position_embeddings: {model.max_position_embeddings} is less than dataset.max_seq_length ="
+            f" {config.dataset.max_seq_length}; raise it, or lower the length"
+        )
+
+
+def _check_dataset(config: Config) -> Iterator[str]:
+    data = config.dataset
+    if data.name is None and data.path is None:
+        yield (
+            "dataset.name: nothing to train on; name a dataset of the hub, python_stdlib, or a local file or folder"
+            " with dataset.path"
+        )
+    if data.name == "python_stdlib" and data.path is None:
+        for key in ("dataset.config", "dataset.revision"):
+            if FIELDS[key].value_in(config) is not None:
+                yield f"{key}: {FIELDS[key].value_in(config)!r} has no meaning for python_stdlib; remove it"
+    for key in ("dataset.train_split", "dataset.eval_split"):
+        value = FIELDS[key].value_in(config)
+        if value is not None and any(mark in value for mark in "[]+"):
+            yield (
+                f"{key}: {value!r} is a slice or a sum of splits, which is not part of this version; name one whole"
+                " split, and hold documents out with dataset.eval_samples"
+            )
+    if data.min_length >= data.max_seq_length >= 1:
+        yield (
+            f"dataset.min_length: {data.min_length} would drop every document; it must be less than"
+            f" dataset.max_seq_length = {data.max_seq_length}"
+        )
+
+
+def _check_tokenizer(config: Config) -> Iterator[str]:
+    tokenizer = config.tokenizer
+    named = [(k, FIELDS[k].value_in(config)) for k in ("tokenizer.name", "tokenizer.path")]
+    if tokenizer.train:
+        for key, value in named:
+            if value is not None:
+                yield f"{key}: {value!r} names a tokenizer, but tokenizer.train is true; write null for one of the two"
+    else:
+        if all(value is None for _, value in named):
+            yield (
+                "tokenizer.name: no tokenizer; name one of the hub, a folder with tokenizer.path, or write"
+                " tokenizer.train: true"
+            )
+        for key in ("tokenizer.vocab_size", "tokenizer.train_documents"):
+            value = FIELDS[key].value_in(config)
+            if value is not None:
+                yield f"{key}: {value} is only for tokenizer.train: true; remove it" + (
+                    " (model.vocab_size is the size of the embedding)" if key == "tokenizer.vocab_size" else ""
+                )
+    if tokenizer.revision is not None and tokenizer.name is None:
+        yield f"tokenizer.revision: {tokenizer.revision!r} belongs to tokenizer.name, which is null; remove it"
+    size, rows = tokenizer.vocab_size, config.model.vocab_size
+    if size is not None and tokenizer.algorithm == "byte_bpe" and 16 <= size < 261:
+        yield f"tokenizer.vocab_size: {size} is less than the 256 bytes and 5 special tokens that byte_bpe starts with"
+    if size is not None and rows is not None and rows < size:
+        yield f"model.vocab_size: {rows} is less than tokenizer.vocab_size = {size}; write null to follow the tokenizer"
+
+
+def _check_rows(config: Config) -> Iterator[str]:
+    multiple, length = config.datacollator.pad_to_multiple_of, config.dataset.max_seq_length
+    if multiple is not None and multiple >= 1 and length % multiple:
+        yield f"datacollator.pad_to_multiple_of: {multiple} does not divide dataset.max_seq_length = {length}"
+
+
+def _check_budget(config: Config) -> Iterator[str]:
+    given = [f"{key} = {FIELDS[key].value_in(config)}" for key in BUDGETS if FIELDS[key].value_in(config) is not None]
+    if len(given) != 1:
+        named = " and ".join(given) if given else "none"
+        yield f"trainer.max_steps: set exactly one of {', '.join(BUDGETS)}; this config sets {named}"
+
+
+def _check_batch(config: Config) -> Iterator[str]:
+    trainer = config.trainer
+    total, rows = trainer.global_batch_size, trainer.per_device_train_batch_size
+    if total is None or total < 1 or rows < 1:
+        return
+    if trainer.gradient_accumulation_steps is not None:
+        yield (
+            f"trainer.gradient_accumulation_steps: {trainer.gradient_accumulation_steps} is set beside"
+            f" trainer.global_batch_size = {total}, which derives it; write null for one of the two"
+        )
+    if total % rows:
+        below, above = total // rows * rows, math.ceil(total / rows) * rows
+        yield (
+            f"trainer.global_batch_size: {total} is not a multiple of trainer.per_device_train_batch_size = {rows};"
+            f" write {f'{below} or ' if below else ''}{above}"
+        )
+
+
+def _check_schedule(config: Config) -> Iterator[str]:
+    schedule = config.scheduler
+    for unit in ("steps", "percent"):
+        warmup_key, decay_key = f"scheduler.warmup_{unit}", f"scheduler.decay_{unit}"
+        warmup, decay = FIELDS[warmup_key].value_in(config), FIELDS[decay_key].value_in(config)
+        wins = unit == "percent" or (schedule.warmup_percent is None and schedule.decay_percent is None)
+        if wins and warmup is not None and decay is not None and decay <= warmup:
+            yield (
+                f"{decay_key}: {decay} is where the decay ends, counted from the start of the run, so it must be"
+                f" greater than {warmup_key} = {warmup}"
+            )
+
+
+def _check_device(config: Config) -> Iterator[str]:
+    if config.model.attn_backend == "flash_attn_varlen":
+        remedy = "write model.attn_backend: auto"
+        if config.trainer.use_cpu:
+            yield f"model.attn_backend: flash_attn_varlen needs a GPU, but trainer.use_cpu is true; {remedy}"
+        elif config.trainer.mixed_precision == "no":
+            yield f"model.attn_backend: flash_attn_varlen needs trainer.mixed_precision: bf16, it is no; {remedy}"
+    if config.dataset.pin_memory and config.trainer.use_cpu:
+        yield "dataset.pin_memory: true needs a GPU, but trainer.use_cpu is true; write null"
+
+
+_RULES = (
+    _check_ranges,
+    _check_texts,
+    _check_model,
+    _check_dataset,
+    _check_tokenizer,
+    _check_rows,
+    _check_budget,
+    _check_batch,
+    _check_schedule,
+    _check_device,
+)

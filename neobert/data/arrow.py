@@ -1,0 +1,292 @@
+"""Folders in the layout of `datasets.save_to_disk`: read by memory map with random access, and written.
+
+The Arrow files are mapped, not loaded: a document is a view between two of Arrow's own offsets, so opening a corpus
+of any size takes the same memory, and reading a document costs about a microsecond.
+"""
+
+import hashlib
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+from numpy.typing import NDArray
+
+from neobert.data.columns import choose_text_column
+from neobert.data.errors import DataError
+from neobert.data.lanes import IntArray, State
+from neobert.data.order import Permutation, key
+from neobert.data.text import Reader, Record, Records
+from neobert.data.tokenizer import Tokenizer
+
+INDEXED_LANES = 64
+"""Lanes of indexed data when `dataset.num_lanes` is null and there are enough documents."""
+
+MANIFEST = "manifest.json"
+"""Beside the data of a folder that this package tokenised: with what it was made."""
+
+_SAMPLE = 4096
+
+
+def load_table(folder: Path) -> pa.Table:
+    """The memory-mapped table of a folder written by `save_to_disk`.
+
+    Raises:
+        DataError: the folder is not one, is damaged, or holds a selection that was not written out.
+    """
+    try:
+        state = json.loads((folder / "state.json").read_text())
+        if state.get("_indices_files"):
+            raise DataError(
+                f"dataset.path: {folder} refers to its rows by an index; write it anew with "
+                "`dataset.flatten_indices().save_to_disk(...)`"
+            )
+        tables = [
+            pa.ipc.open_stream(pa.memory_map(str(folder / file["filename"]))).read_all()
+            for file in state["_data_files"]
+        ]
+        return pa.concat_tables(tables)
+    except (OSError, pa.ArrowException, KeyError, json.JSONDecodeError) as error:
+        raise DataError(
+            f"dataset.path: {folder} cannot be read as a folder of save_to_disk ({type(error).__name__}: {error}); "
+            "write it again"
+        ) from error
+
+
+class TokenStore:
+    """Tokenised documents on disk. [CLS] and [SEP] around a document on disk are not part of its content."""
+
+    def __init__(self, folder: Path, tokenizer: Tokenizer) -> None:
+        self._folder = folder
+        column = load_table(folder).column("input_ids")
+        self._starts = np.cumsum([0, *(len(chunk) for chunk in column.chunks)])
+        self._offsets, self._values = [], []
+        for chunk in column.chunks:
+            offsets, values = _list_arrays(chunk, folder)
+            self._offsets.append(offsets)
+            self._values.append(values)
+        self._cls_id, self._sep_id = tokenizer.cls_id, tokenizer.sep_id
+        self._stripped = False
+        self._stripped = self._check_sample(tokenizer)
+        self.fingerprint = self._make_fingerprint()
+        self.notes = ["special tokens on disk are passed over"] if self._stripped else []
+
+    def __len__(self) -> int:
+        return int(self._starts[-1])
+
+    def lengths(self, documents: NDArray[np.int64]) -> NDArray[np.int64]:
+        """Tokens of these documents without special tokens."""
+        bounds = [self._bounds(document) for document in documents.tolist()]
+        return np.array([end - start for _, start, end in bounds], dtype=np.int64)
+
+    def content(self, document: int) -> NDArray[Any]:
+        """Tokens of a document without special tokens: a view of the file, in the file's integer type."""
+        values, start, end = self._bounds(int(document))
+        return values[start:end]
+
+    def all_lengths(self) -> NDArray[np.int64]:
+        """`lengths` of every document, from the offsets alone: where special tokens were found on disk, each document
+        is taken to have two of them."""
+        raw = np.concatenate([np.diff(offsets) for offsets in self._offsets]) if self._offsets else np.empty(0, int)
+        return np.maximum(0, raw.astype(np.int64) - (2 if self._stripped else 0))
+
+    def token_blocks(self, max_tokens: int) -> list[NDArray[Any]]:
+        """Runs of raw tokens, spread evenly over the store, together at most about `max_tokens`."""
+        total = int(sum(int(offsets[-1]) - int(offsets[0]) for offsets in self._offsets))
+        share = min(1.0, max_tokens / max(1, total))
+        return [
+            values[int(offsets[0]) : int(offsets[0]) + max(1, int((int(offsets[-1]) - int(offsets[0])) * share))]
+            for offsets, values in zip(self._offsets, self._values)
+        ]
+
+    def _bounds(self, document: int) -> tuple[NDArray[Any], int, int]:
+        chunk = int(np.searchsorted(self._starts, document, side="right")) - 1
+        offsets, values = self._offsets[chunk], self._values[chunk]
+        place = document - int(self._starts[chunk])
+        start, end = int(offsets[place]), int(offsets[place + 1])
+        if self._stripped and start < end:
+            start += int(values[start] == self._cls_id)
+            end -= int(start < end and values[end - 1] == self._sep_id)
+        return values, start, end
+
+    def _check_sample(self, tokenizer: Tokenizer) -> bool:
+        """Looks at documents spread over the store; whether special tokens stand around them."""
+        documents = np.unique(np.linspace(0, max(0, len(self) - 1), _SAMPLE).astype(np.int64))[: len(self)]
+        sample = [content for d in documents.tolist() if len(content := self.content(d))]
+        largest = max((int(tokens.max()) for tokens in sample), default=0)
+        if largest >= tokenizer.size:
+            raise DataError(
+                f"dataset.path: {self._folder} holds token {largest}, but the tokenizer has only {tokenizer.size}: "
+                "another one made it; name that one with tokenizer.name or tokenizer.path, or tokenise again"
+            )
+        padding = {tokenizer.pad_id} - {tokenizer.cls_id, tokenizer.sep_id}
+        if any(int(tokens[-1]) in padding for tokens in sample):
+            raise DataError(
+                f"dataset.path: {self._folder} holds padded documents; tokenise again without padding, "
+                "which is added here where it is needed"
+            )
+        return any(tokens[0] == self._cls_id or tokens[-1] == self._sep_id for tokens in sample)
+
+    def _make_fingerprint(self) -> str:
+        digest = hashlib.sha256(f"{len(self)}\0".encode())
+        digest.update(np.array([len(values) for values in self._values], dtype=np.int64).tobytes())
+        for document in np.unique(np.linspace(0, max(0, len(self) - 1), 64).astype(np.int64))[: len(self)].tolist():
+            digest.update(self.content(document)[:4096].astype(np.int32).tobytes())
+        return f"sha256:{digest.hexdigest()}"
+
+
+def _list_arrays(chunk: pa.Array, folder: Path) -> tuple[NDArray[Any], NDArray[Any]]:
+    """Offsets and flat values of a chunk of lists, without a copy."""
+    if pa.types.is_fixed_size_list(chunk.type):
+        width = chunk.type.list_size
+        offsets = (np.arange(len(chunk) + 1) + chunk.offset) * width
+    elif pa.types.is_list(chunk.type) or pa.types.is_large_list(chunk.type):
+        offsets = chunk.offsets.to_numpy(zero_copy_only=True)
+    else:
+        raise DataError(f"dataset.path: column input_ids of {folder} is {chunk.type}; lists of integers are needed")
+    if chunk.null_count or chunk.values.null_count or not pa.types.is_integer(chunk.values.type):
+        raise DataError(f"dataset.path: column input_ids of {folder} must hold lists of integers without nulls")
+    return offsets, chunk.values.to_numpy(zero_copy_only=True)
+
+
+class ArrowTexts:
+    """A folder of `save_to_disk` with a text column: random access to texts, tokenised when a window opens."""
+
+    def __init__(self, folder: Path, column: str | None) -> None:
+        table = load_table(folder)
+        texts = [f.name for f in table.schema if pa.types.is_string(f.type) or pa.types.is_large_string(f.type)]
+        others = [f.name for f in table.schema if f.name not in texts]
+        name, note = choose_text_column(texts, others, column, str(folder))
+        self._texts = table.column(name)
+        self.notes = [note]
+        digest = hashlib.sha256(f"{len(self._texts)}\0".encode())
+        for document in np.unique(np.linspace(0, max(0, len(self._texts) - 1), 64).astype(int))[: len(self._texts)]:
+            digest.update(str(self._texts[int(document)].as_py())[:65536].encode("utf-8", "surrogatepass"))
+        self.fingerprint = f"sha256:{digest.hexdigest()}"
+
+    def __len__(self) -> int:
+        return len(self._texts)
+
+    def record(self, document: int, cursor: State) -> Record:
+        """The record of one document."""
+        text = self._texts[document].as_py()
+        return Record(document, text if text is not None and text.strip() else None, None, cursor)
+
+    def records(self) -> Records:
+        for document in range(len(self)):
+            yield self.record(document, {"position": document + 1})
+
+    def readers(self, *, seed: int, num_lanes: int | None, after: State | None) -> list[Reader]:
+        first = 0 if after is None else after["position"]
+        count = num_lanes or choose_indexed_lanes(len(self) - first, 256)
+        return [PermutedReader(self, seed, lane, count, first) for lane in range(count)]
+
+
+class PermutedReader:
+    """Texts in one permutation of the whole source per epoch; lane v of V owns places v, v + V, ..."""
+
+    def __init__(self, texts: ArrowTexts, seed: int, lane: int, num_lanes: int, first: int) -> None:
+        self._texts, self._seed, self._lane, self._num_lanes, self._first = texts, seed, lane, num_lanes, first
+        self.size = (len(texts) - first - lane + num_lanes - 1) // num_lanes
+
+    def start(self) -> State:
+        return {"position": 0}
+
+    def read(self, epoch: int, cursor: State) -> Records:
+        order = Permutation(len(self._texts) - self._first, key(self._seed, "documents", epoch))
+        for begin in range(cursor["position"], self.size, 256):
+            positions = np.arange(begin, min(self.size, begin + 256))
+            documents = order(positions * self._num_lanes + self._lane) + self._first
+            for position, document in zip(positions.tolist(), documents.tolist()):
+                yield self._texts.record(document, {"position": position + 1})
+
+
+def choose_indexed_lanes(num_documents: int, window_documents: int) -> int:
+    """Lanes of data with random access: every lane should fill at least one window."""
+    return max(1, min(INDEXED_LANES, num_documents // window_documents))
+
+
+class TokenWriter:
+    """Writes tokenised documents as a folder that `datasets.load_from_disk` and `TokenStore` read.
+
+    Memory is bounded by `_BATCH_TOKENS`; a file is closed after `_FILE_TOKENS`. Equal documents give equal bytes.
+    """
+
+    _BATCH_TOKENS = 1 << 20
+    _FILE_TOKENS = 1 << 27
+
+    def __init__(self, folder: Path) -> None:
+        self._folder = folder
+        folder.mkdir(parents=True)
+        features = {"input_ids": {"feature": {"dtype": "int32", "_type": "Value"}, "_type": "List"}}
+        self._features = features
+        self._schema = pa.schema(
+            [pa.field("input_ids", pa.list_(pa.int32()))],
+            metadata={"huggingface": json.dumps({"info": {"features": features}})},
+        )
+        self._names: list[str] = []
+        self._writer: pa.RecordBatchStreamWriter | None = None
+        self._waiting: list[IntArray] = []
+        self._waiting_tokens = self._file_tokens = 0
+        self.num_documents = self.num_tokens = 0
+
+    def add(self, tokens: IntArray) -> None:
+        """Appends one document."""
+        self._waiting.append(tokens)
+        self._waiting_tokens += len(tokens)
+        self.num_documents += 1
+        self.num_tokens += len(tokens)
+        if self._waiting_tokens >= self._BATCH_TOKENS:
+            self._flush()
+
+    def close(self, manifest: dict[str, Any]) -> None:
+        """Writes what is left, and the files that describe the folder."""
+        self._flush()
+        self._close_file()
+        state: dict[str, Any] = {
+            "_data_files": [{"filename": name} for name in self._names],
+            "_fingerprint": hashlib.sha256(json.dumps(manifest, sort_keys=True).encode()).hexdigest()[:16],
+            "_format_columns": None,
+            "_format_kwargs": {},
+            "_format_type": None,
+            "_output_all_columns": False,
+            "_split": None,
+        }
+        info = {"features": self._features}
+        for name, value in (("dataset_info.json", info), (MANIFEST, manifest), ("state.json", state)):
+            (self._folder / name).write_text(json.dumps(value, indent=2, sort_keys=True) + "\n")
+
+    def _flush(self) -> None:
+        if self._writer is None:
+            self._names.append(f"data-{len(self._names):05d}.arrow")
+            self._writer = pa.ipc.new_stream(str(self._folder / self._names[-1]), self._schema)
+        if self._waiting:
+            offsets = np.cumsum([0, *map(len, self._waiting)], dtype=np.int32)
+            lists = pa.ListArray.from_arrays(pa.array(offsets), pa.array(np.concatenate(self._waiting)))
+            self._writer.write_batch(pa.record_batch([lists], schema=self._schema))
+        self._file_tokens += self._waiting_tokens
+        self._waiting, self._waiting_tokens = [], 0
+        if self._file_tokens >= self._FILE_TOKENS:
+            self._close_file()
+
+    def _close_file(self) -> None:
+        if self._writer is not None:
+            self._writer.close()
+        self._writer, self._file_tokens = None, 0
+
+
+def read_manifest(folder: Path) -> dict[str, Any] | None:
+    """The manifest of a folder that this package wrote, or None."""
+    path = folder / MANIFEST
+    if not path.is_file():
+        return None
+    manifest: dict[str, Any] = json.loads(path.read_text())
+    return manifest
+
+
+def column_names(folder: Path) -> Sequence[str]:
+    """Columns of a folder of `save_to_disk`."""
+    names: Sequence[str] = load_table(folder).column_names
+    return names

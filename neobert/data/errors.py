@@ -1,0 +1,5 @@
+"""The one error of this package that a user can mend."""
+
+
+class DataError(ValueError):
+    """Data or tokenizer cannot be used as configured; the message names the key, the value and the remedy."""

@@ -1,0 +1,234 @@
+"""The data of a run: which source, which documents train and which evaluate, and the loader over them."""
+
+import hashlib
+import json
+import shutil
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+
+from neobert.config.schema import Config
+from neobert.data.collate import Collator, MaskPolicy
+from neobert.data.evaluation import EvalSet, choose_evaluation
+from neobert.data.lanes import State
+from neobert.data.loader import Loader, LoaderSettings, OrderIdentity, sum_counters
+from neobert.data.opening import Opener, open_training_texts
+from neobert.data.packing import max_segments_per_row
+from neobert.data.sources import list_splits
+from neobert.data.splits import choose_train_split
+from neobert.data.tokenizer import Tokenizer, load_tokenizer, train_tokenizer
+from neobert.data.training import TrainData, build_lane_settings, build_train
+from neobert.types import PackedBatch
+
+_ENTROPY_TOKENS = 50_000_000
+_ENTROPY_WINDOWS = 4
+
+
+@dataclass(frozen=True, kw_only=True, slots=True, eq=False)
+class DataPipeline:
+    """Everything a run reads."""
+
+    tokenizer: Tokenizer
+    train: TrainData
+    identity: OrderIdentity
+    loader_settings: LoaderSettings
+    collate: Collator
+    eval_set: EvalSet | None
+    eval_collate: Collator
+    fingerprint: str
+    """Changes when the training documents change."""
+
+    notes: tuple[str, ...]
+    """What was found and chosen, for the console."""
+
+    @property
+    def has_eval(self) -> bool:
+        return self.eval_set is not None
+
+    @property
+    def num_documents(self) -> int | None:
+        """Training documents; None when unknown."""
+        return self.train.num_documents
+
+    @property
+    def num_tokens(self) -> int | None:
+        """Tokens of one pass over the training data, [CLS] and [SEP] included; None when unknown."""
+        return self.train.num_tokens
+
+    @property
+    def num_rows(self) -> int | None:
+        """What the loader counts as rows in one pass, where a row is one piece of a document: without packing, and with
+        `trainer.enforce_full_packed_batches: false`. None when rows are packed, or when unknown."""
+        return None if self.identity.packing == "best_fit" else self.train.num_pieces
+
+    def loader(self, state: State | None = None) -> Loader:
+        """The training batches of this rank, from `state` (of a `StepBatch`, merged over ranks) or from the start."""
+        return Loader(
+            self.train.lane_opener(),
+            identity=self.identity,
+            settings=self.loader_settings,
+            collate=self.collate,
+            cls_id=self.tokenizer.cls_id,
+            sep_id=self.tokenizer.sep_id,
+            state=state,
+        )
+
+    def eval_batches(self) -> Iterator[PackedBatch]:
+        """This rank's share of the evaluation; as many batches on every rank, none without evaluation data."""
+        if self.eval_set is None:
+            return iter(())
+        settings = self.loader_settings
+        return self.eval_set.batches(
+            self.eval_collate,
+            cls_id=self.tokenizer.cls_id,
+            sep_id=self.tokenizer.sep_id,
+            rank=settings.rank,
+            world=settings.world,
+        )
+
+    def counters(self, state: State) -> dict[str, int]:
+        """Records passed over up to `state`: `bad`, `skipped`, `dropped`."""
+        return sum_counters(state)
+
+    def unigram_entropy(self) -> float:
+        """Entropy in nats of the token frequencies: the loss of a model that knows nothing but them.
+
+        Over the tokens of the training data without special tokens: all of an indexed source (an even sample of 50
+        million where it is larger), the first window of up to 4 lanes of a stream.
+        """
+        counts = np.zeros(self.tokenizer.size, dtype=np.int64)
+        if self.train.store is not None:
+            for block in self.train.store.token_blocks(_ENTROPY_TOKENS):
+                counts += np.bincount(block, minlength=len(counts))
+        else:
+            open_lane = self.train.lane_opener()
+            for number in range(min(_ENTROPY_WINDOWS, self.train.num_lanes)):
+                lane = open_lane(number)
+                window = lane.open(lane.start())
+                for piece in (piece for row in window.rows for piece in row):
+                    counts += np.bincount(window.get(piece), minlength=len(counts))
+        counts[list(self.tokenizer.special_ids)] = 0
+        shares = counts[counts > 0] / max(1, counts.sum())
+        return float(-(shares * np.log(shares)).sum())
+
+
+def build_data(
+    config: Config,
+    tokenizer: Tokenizer,
+    *,
+    train_masks: MaskPolicy,
+    eval_masks: MaskPolicy,
+    rank: int,
+    world: int,
+    prepared_dir: Path,
+    rows_per_step: int,
+    main_first: Callable[[], AbstractContextManager[Any]] = nullcontext,
+    pin_memory: bool = False,
+) -> DataPipeline:
+    """Finds source and splits, tokenises what is to be tokenised once, and sets evaluation documents apart.
+
+    Args:
+        prepared_dir: where text that is not streamed is tokenised to; used again when it fits.
+        rows_per_step: global batch in rows.
+        main_first: a context in which rank 0 runs before the others, put around the tokenising.
+        pin_memory: batches go to page-locked memory as they are made.
+
+    Raises:
+        DataError: the data cannot be used as configured.
+    """
+    section = config.dataset
+    splits = dict(list_splits(section))
+    train_split = choose_train_split(list(splits), section.train_split)
+    opener = Opener(
+        section=section, tokenizer=tokenizer, splits=splits, prepared_dir=prepared_dir, main_first=main_first
+    )
+    opened = opener.open(train_split)
+    settings = build_lane_settings(config, opened.documents)
+    evaluation = choose_evaluation(config, opener, train_split, opened, settings)
+    train = build_train(opened, tokenizer, settings, section.num_lanes, evaluation.held_out)
+    found = f"training on split {train_split!r} of {section.path or section.name}; splits found: {', '.join(splits)}"
+    packing = _choose_packing(config)
+    collate = Collator(
+        policy=train_masks,
+        seed=config.seed,
+        draw="row",
+        max_seq_length=settings.max_seq_length,
+        max_segments=max_segments_per_row(settings.max_seq_length, packed=packing != "none"),
+        pad_id=tokenizer.pad_id,
+        pad_to_multiple_of=config.datacollator.pad_to_multiple_of if packing == "none" else None,
+    )
+    return DataPipeline(
+        tokenizer=tokenizer,
+        train=train,
+        identity=OrderIdentity(
+            seed=config.seed,
+            num_lanes=train.num_lanes,
+            window_documents=settings.window_documents,
+            max_seq_length=settings.max_seq_length,
+            min_length=settings.min_length,
+            truncate=settings.truncate,
+            max_document_chars=settings.max_document_chars,
+            packing=packing,
+        ),
+        loader_settings=LoaderSettings(
+            rows_per_step=rows_per_step,
+            micro_batch_rows=config.trainer.per_device_train_batch_size,
+            rank=rank,
+            world=world,
+            num_workers=section.num_workers,
+            prefetch_steps=section.prefetch_factor,
+            pin_memory=pin_memory,
+        ),
+        collate=collate,
+        eval_set=evaluation.eval_set,
+        eval_collate=replace(collate, policy=eval_masks, seed=config.trainer.eval_seed, draw="document"),
+        fingerprint=_hash(opened.fingerprint, evaluation.held_out),
+        notes=(found, *opened.notes, *train.notes, *evaluation.notes),
+    )
+
+
+def _choose_packing(config: Config) -> Literal["best_fit", "next_fit", "none"]:
+    if not config.datacollator.pack_sequences:
+        return "none"
+    return "best_fit" if config.trainer.enforce_full_packed_batches else "next_fit"
+
+
+def build_tokenizer(config: Config, checkpoint: Path | None, output_dir: Path) -> Tokenizer:
+    """The checkpoint's tokenizer where a run continues; else the one to train, or the one that is named.
+
+    A trained tokenizer is kept in `output_dir/tokenizer` and read from there: every rank, and every start before the
+    first checkpoint, has the same one. It is trained anew when its settings or the documents have changed.
+
+    Raises:
+        DataError: it cannot be loaded or trained.
+    """
+    section = config.tokenizer
+    if checkpoint is not None:
+        return _load_folder(config, checkpoint / "tokenizer")
+    if not section.train:
+        return load_tokenizer(section)
+    training = open_training_texts(config.dataset, section.train_documents)
+    settings = [section.algorithm, section.vocab_size, section.train_documents, config.dataset.eval_samples]
+    made_from = _hash(training.fingerprint, settings)
+    folder, stamp = output_dir / "tokenizer", output_dir / "tokenizer" / "trained_from.txt"
+    if not stamp.is_file() or stamp.read_text() != made_from:
+        tokenizer = train_tokenizer(training.texts, section.algorithm, section.vocab_size)
+        temporary = output_dir / ".tmp-tokenizer"
+        shutil.rmtree(temporary, ignore_errors=True)
+        tokenizer.save(temporary)
+        (temporary / stamp.name).write_text(made_from)
+        shutil.rmtree(folder, ignore_errors=True)
+        temporary.rename(folder)
+    return _load_folder(config, folder)
+
+
+def _load_folder(config: Config, folder: Path) -> Tokenizer:
+    return load_tokenizer(replace(config.tokenizer, path=str(folder), name=None, revision=None))
+
+
+def _hash(*parts: Any) -> str:
+    return "sha256:" + hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()

@@ -1,0 +1,141 @@
+"""ModelConfig: the architecture of an encoder, and nothing about a run.
+
+It is built once from the user's `model` section, with the bound vocabulary size and padding id, and saved beside the
+weights as `model_config.json`: whoever holds that file and the weights can rebuild the model.
+"""
+
+from dataclasses import asdict, dataclass, fields
+from typing import Any, Self
+
+HIDDEN_ACTS = ("swiglu", "gelu")
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class ModelConfig:
+    """The architecture of an encoder. Raises ValueError, naming the key, for values that make no model."""
+
+    hidden_size: int
+    """Width of the residual stream."""
+
+    num_hidden_layers: int
+    """Number of encoder blocks."""
+
+    num_attention_heads: int
+    """Number of attention heads; divides `hidden_size`."""
+
+    intermediate_size: int
+    """Width of the feed-forward layer before the 2/3 rule of SwiGLU (see `ffn_size`)."""
+
+    max_position_embeddings: int
+    """Longest document, in tokens."""
+
+    vocab_size: int
+    """Rows of the embedding; at least the tokenizer's size."""
+
+    pad_token_id: int
+    """Token id of padding. No computation reads it: padding is a segment of its own."""
+
+    rope: bool = True
+    """True: rotary positions. False: learned position embeddings, counted per document."""
+
+    rope_theta: float = 10000.0
+    """Base of the rotary frequencies."""
+
+    rms_norm: bool = True
+    """True: RMSNorm. False: LayerNorm without bias."""
+
+    hidden_act: str = "swiglu"
+    """Feed-forward layer: `swiglu` or `gelu` (exact)."""
+
+    dropout_prob: float = 0.0
+    """Dropout on the outputs of attention and feed-forward layer; never on attention probabilities."""
+
+    norm_eps: float = 1e-5
+    """Added to the mean square (or variance) inside the norms."""
+
+    embedding_init_range: float = 0.02
+    """Embeddings start uniform in (-range, +range)."""
+
+    decoder_init_range: float = 0.02
+    """Linear layers start uniform in (-range, +range)."""
+
+    tie_word_embeddings: bool = True
+    """Whether the vocabulary projection is the embedding matrix itself."""
+
+    def __post_init__(self) -> None:
+        problems = [
+            f"model.{name}: {getattr(self, name)} is not positive; write a positive number"
+            for name in _POSITIVE
+            if not getattr(self, name) > 0
+        ]
+        if not problems and self.hidden_size % self.num_attention_heads:
+            problems.append(
+                f"model.num_attention_heads: {self.num_attention_heads} does not divide model.hidden_size "
+                f"{self.hidden_size}; choose a divisor"
+            )
+        elif not problems and self.rope and self.head_dim % 2:
+            problems.append(
+                f"model.rope: rotary positions need an even head size, and model.hidden_size {self.hidden_size} / "
+                f"model.num_attention_heads {self.num_attention_heads} is {self.head_dim}; choose another number of "
+                "heads or model.rope: false"
+            )
+        if self.hidden_act not in HIDDEN_ACTS:
+            problems.append(f"model.hidden_act: {self.hidden_act!r} is unknown; write one of {', '.join(HIDDEN_ACTS)}")
+        if not 0 <= self.dropout_prob < 1:
+            problems.append(f"model.dropout_prob: {self.dropout_prob} is outside [0, 1); write 0 for no dropout")
+        if not 0 <= self.pad_token_id < max(self.vocab_size, 1):
+            problems.append(
+                f"model.pad_token_id: {self.pad_token_id} is not a row of a vocabulary of {self.vocab_size}; take "
+                "both from the same tokenizer"
+            )
+        if problems:
+            raise ValueError("\n".join(problems))
+
+    @property
+    def head_dim(self) -> int:
+        """Width of one attention head."""
+        return self.hidden_size // self.num_attention_heads
+
+    @property
+    def ffn_size(self) -> int:
+        """Width inside the feed-forward layer.
+
+        SwiGLU has three matrices where GELU has two; 2/3 of `intermediate_size`, rounded up to a multiple of 8, keeps
+        the number of parameters (Shazeer, arXiv 2002.05202, section 3).
+        """
+        if self.hidden_act == "gelu":
+            return self.intermediate_size
+        return -(-int(2 * self.intermediate_size / 3) // 8) * 8
+
+    def to_dict(self) -> dict[str, Any]:
+        """All fields, JSON-ready."""
+        return asdict(self)
+
+    @classmethod
+    def from_dict(cls, values: dict[str, Any]) -> Self:
+        """The inverse of `to_dict`. Raises ValueError naming every unknown and every missing key."""
+        names = [f.name for f in fields(cls)]
+        unknown = [k for k in values if k not in names]
+        missing = [k for k in names if k not in values]
+        problems = []
+        if unknown:
+            problems.append(f"unknown keys {', '.join(unknown)}: remove them, or use the version that wrote them")
+        if missing:
+            problems.append(f"missing keys {', '.join(missing)}: add them")
+        if problems:
+            raise ValueError("model config: " + "; ".join(problems))
+        return cls(**values)
+
+
+_POSITIVE = (
+    "hidden_size",
+    "num_hidden_layers",
+    "num_attention_heads",
+    "intermediate_size",
+    "max_position_embeddings",
+    "vocab_size",
+    "rope_theta",
+    "norm_eps",
+    "embedding_init_range",
+    "decoder_init_range",
+)

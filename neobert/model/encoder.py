@@ -1,0 +1,94 @@
+"""Encoder: embedding -> blocks -> final norm, on one flat stream of tokens.
+
+A batch `[B, S]` is read as T = B * S tokens in a row. Documents are separated by the attention alone, so packed and
+padded batches take the same path, and no row of the attention is ever empty.
+
+Initialisation: embeddings uniform in (-embedding_init_range, +embedding_init_range), linear layers uniform in
+(-decoder_init_range, +decoder_init_range), norm weights 1. This is the initialisation that NeoBERT was trained with
+(arXiv 2502.19587 and its code); the standard deviation is range / sqrt(3).
+
+Legend: T tokens of the flat stream, H hidden size.
+"""
+
+from typing import Any
+
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from neobert.model.attention import AttentionBackend
+from neobert.model.config import ModelConfig
+from neobert.model.layers import EncoderBlock, build_norm
+from neobert.model.rotary import rotary_table
+from neobert.model.segments import Segments
+
+
+class Encoder(nn.Module):
+    """The encoder of a ModelConfig.
+
+    State-dict names: `embedding.weight`, `position_embedding.weight` (only when `rope` is false),
+    `layers.N.{attention_norm,qkv,out,ffn_norm,gate_up,down}.weight` (`up` instead of `gate_up` with GELU),
+    `norm.weight`.
+    """
+
+    def __init__(
+        self, config: ModelConfig, attention: AttentionBackend, *, gradient_checkpointing: bool = False
+    ) -> None:
+        """`gradient_checkpointing` keeps only the inputs of each block and computes the rest again in the backward."""
+        super().__init__()
+        self.config = config
+        self.attention = attention
+        self.gradient_checkpointing = gradient_checkpointing
+        self.embedding = nn.Embedding(config.vocab_size, config.hidden_size)
+        if not config.rope:
+            self.position_embedding = nn.Embedding(config.max_position_embeddings, config.hidden_size)
+        self.layers = nn.ModuleList(EncoderBlock(config, attention) for _ in range(config.num_hidden_layers))
+        self.norm = build_norm(config)
+        self.apply(self._initialise)
+
+    def _initialise(self, module: nn.Module) -> None:
+        if isinstance(module, nn.Linear):
+            nn.init.uniform_(module.weight, -self.config.decoder_init_range, self.config.decoder_init_range)
+        elif isinstance(module, nn.Embedding):
+            nn.init.uniform_(module.weight, -self.config.embedding_init_range, self.config.embedding_init_range)
+
+    def forward(self, input_ids: Tensor, positions: Tensor, segments: Segments) -> Tensor:
+        """Hidden states `[B * S, H]` of tokens `[B, S]` at `positions` `[B, S]` of their documents.
+
+        The dtype is the embedding's (fp32 under autocast). Hidden states of padding mean nothing.
+        """
+        prepared = self.attention.prepare(segments)
+        positions_T = positions.flatten()
+        x_TH = F.embedding(input_ids.flatten(), self.embedding.weight)
+        rotation = None
+        if self.config.rope:
+            rotation = rotary_table(positions_T, self.config.head_dim, self.config.rope_theta)
+        else:
+            x_TH = x_TH + F.embedding(positions_T, self.position_embedding.weight)
+        for block in self.layers:
+            x_TH = self._run(block, x_TH, rotation, prepared)
+        return self.norm(x_TH)
+
+    def _run(self, block: nn.Module, x_TH: Tensor, rotation: tuple[Tensor, Tensor] | None, prepared: Any) -> Tensor:
+        if self.gradient_checkpointing and self.training:
+            return checkpoint(block, x_TH, rotation, prepared, use_reentrant=False)
+        return block(x_TH, rotation, prepared)
+
+    def num_parameters(self) -> int:
+        """Number of weights, embeddings included."""
+        return sum(p.numel() for p in self.parameters())
+
+    def flops_per_token(self, *, attended_length: float, predicted_fraction: float) -> float:
+        """Floating-point operations of forward and backward per token, without recomputation.
+
+        6 W + 12 L H s + 6 p H V, where W is the number of weights in the L blocks' matrices, L (4 H^2 + 3 H F) with
+        SwiGLU and L (4 H^2 + 2 H F) with GELU; s = `attended_length` is the mean over tokens of the length of their
+        own document, sum(length^2) / sum(length); p = `predicted_fraction` is the share of tokens that go through the
+        vocabulary projection of V rows. A multiply-add counts 2, the backward twice the forward; lookups, norms and
+        activations count nothing.
+        """
+        c = self.config
+        matrices = 3 if c.hidden_act == "swiglu" else 2
+        weights = c.num_hidden_layers * (4 * c.hidden_size**2 + matrices * c.hidden_size * c.ffn_size)
+        attention = 12 * c.num_hidden_layers * c.hidden_size * attended_length
+        return 6 * weights + attention + 6 * predicted_fraction * c.hidden_size * c.vocab_size

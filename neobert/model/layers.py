@@ -1,0 +1,125 @@
+"""Norms, feed-forward layers and the pre-norm encoder block.
+
+    x = x + dropout(out(attention(rotate(qkv(attention_norm(x))))))
+    x = x + dropout(down(act(gate_up(ffn_norm(x)))))
+
+No layer has a bias. The fused `qkv` weight is `[3H, H]`: rows of the queries, then of the keys, then of the values,
+each head by head. The fused `gate_up` weight of SwiGLU is `[2F, H]`: rows of the gate, then of what it multiplies. GELU
+has `up` and `down`. The residual stream keeps the dtype it comes in: fp32 under autocast.
+
+Blocks read no integer that differs between layers, so `torch.compile` compiles one block for all of them.
+
+Legend: T tokens of the flat stream, H hidden size, F feed-forward size, N heads, D head size.
+"""
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.autograd.function import FunctionCtx, once_differentiable
+
+from neobert.model.attention import AttentionBackend
+from neobert.model.config import ModelConfig
+from neobert.model.rotary import apply_rotary
+
+
+class RMSNorm(nn.Module):
+    """x / sqrt(mean(x^2) + eps) * weight (Zhang & Sennrich, arXiv 1910.07467), in fp32, returned in the dtype of x."""
+
+    def __init__(self, size: int, eps: float) -> None:
+        super().__init__()
+        self.eps = eps
+        self.weight = nn.Parameter(torch.ones(size))
+
+    def forward(self, x_TH: Tensor) -> Tensor:
+        # Both operands in one dtype: torch's norm warns about a mixture and leaves its fused path.
+        wide = torch.promote_types(x_TH.dtype, torch.float32)
+        x, weight = x_TH.to(wide), self.weight.to(wide)
+        if x.is_cuda:
+            return F.rms_norm(x, weight.shape, weight, self.eps).to(x_TH.dtype)
+        return _RMSNormCPU.apply(x, weight, self.eps).to(x_TH.dtype)
+
+
+class _RMSNormCPU(torch.autograd.Function):
+    """On a CPU torch composes the norm from simple operators; this backward written out takes a third of the time."""
+
+    @staticmethod
+    def forward(ctx: FunctionCtx, x_TH: Tensor, weight_H: Tensor, eps: float) -> Tensor:
+        norm = torch.linalg.vector_norm(x_TH, dim=-1, keepdim=True)
+        inverse_T1 = torch.rsqrt(norm * norm / x_TH.shape[-1] + eps)
+        ctx.save_for_backward(x_TH, weight_H, inverse_T1)
+        return (x_TH * inverse_T1).mul_(weight_H)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: FunctionCtx, grad_TH: Tensor) -> tuple[Tensor, Tensor, None]:
+        x_TH, weight_H, inverse_T1 = ctx.saved_tensors  # type: ignore[attr-defined]
+        unit_TH = x_TH * inverse_T1
+        grad_weight_H = (grad_TH * unit_TH).sum(0)
+        grad_TH = grad_TH * weight_H
+        along_T1 = (grad_TH * unit_TH).mean(-1, keepdim=True)
+        return grad_TH.addcmul_(unit_TH, along_T1, value=-1).mul_(inverse_T1), grad_weight_H, None
+
+
+class LayerNorm(nn.Module):
+    """(x - mean) / sqrt(variance + eps) * weight, in fp32, returned in the dtype of x; no bias."""
+
+    def __init__(self, size: int, eps: float) -> None:
+        super().__init__()
+        self.eps = eps
+        self.weight = nn.Parameter(torch.ones(size))
+
+    def forward(self, x_TH: Tensor) -> Tensor:
+        wide = torch.promote_types(x_TH.dtype, torch.float32)
+        weight = self.weight.to(wide)
+        return F.layer_norm(x_TH.to(wide), weight.shape, weight, None, self.eps).to(x_TH.dtype)
+
+
+def build_norm(config: ModelConfig) -> nn.Module:
+    """The norm that the config names, over the residual stream."""
+    return (RMSNorm if config.rms_norm else LayerNorm)(config.hidden_size, config.norm_eps)
+
+
+class EncoderBlock(nn.Module):
+    """One pre-norm block; see the head of this module for the formula and the layout of the weights."""
+
+    def __init__(self, config: ModelConfig, attention: AttentionBackend) -> None:
+        super().__init__()
+        hidden, ffn = config.hidden_size, config.ffn_size
+        self.num_heads, self.head_dim = config.num_attention_heads, config.head_dim
+        self.scale = config.head_dim**-0.5
+        self.dropout_prob = config.dropout_prob
+        self.swiglu = config.hidden_act == "swiglu"
+        self.attend = attention.attend
+        self.attention_norm = build_norm(config)
+        self.qkv = nn.Linear(hidden, 3 * hidden, bias=False)
+        self.out = nn.Linear(hidden, hidden, bias=False)
+        self.ffn_norm = build_norm(config)
+        if self.swiglu:
+            self.gate_up = nn.Linear(hidden, 2 * ffn, bias=False)
+        else:
+            self.up = nn.Linear(hidden, ffn, bias=False)
+        self.down = nn.Linear(ffn, hidden, bias=False)
+
+    def forward(self, x_TH: Tensor, rotation: tuple[Tensor, Tensor] | None, prepared: Any) -> Tensor:
+        """`rotation` is the table of `rotary_table`, None without rotary positions; `prepared` is the backend's."""
+        x_TH = x_TH + self._drop(self._attention(self.attention_norm(x_TH), rotation, prepared))
+        return x_TH + self._drop(self._feed_forward(self.ffn_norm(x_TH)))
+
+    def _attention(self, x_TH: Tensor, rotation: tuple[Tensor, Tensor] | None, prepared: Any) -> Tensor:
+        qkv = self.qkv(x_TH).view(-1, 3 * self.num_heads, self.head_dim)
+        qk, v_TND = qkv.split((2 * self.num_heads, self.num_heads), dim=1)
+        if rotation is not None:
+            qk = apply_rotary(qk, *rotation)
+        q_TND, k_TND = qk.chunk(2, dim=1)
+        return self.out(self.attend(q_TND, k_TND, v_TND, prepared, scale=self.scale).flatten(1))
+
+    def _feed_forward(self, x_TH: Tensor) -> Tensor:
+        if self.swiglu:
+            gate_TF, up_TF = self.gate_up(x_TH).chunk(2, dim=-1)
+            return self.down(F.silu(gate_TF) * up_TF)
+        return self.down(F.gelu(self.up(x_TH)))
+
+    def _drop(self, x_TH: Tensor) -> Tensor:
+        return F.dropout(x_TH, self.dropout_prob, self.training) if self.dropout_prob else x_TH

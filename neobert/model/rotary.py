@@ -1,0 +1,53 @@
+"""Rotary positions (RoPE, Su et al., arXiv 2104.09864), half-split layout.
+
+Coordinate i of a head's first half and coordinate i of its second half form one plane, which is rotated by
+position * theta^(-2i / head_dim). A rotation by one angle of a query and by another of a key leaves their product a
+function of the difference, so positions may be counted within each document or along the row: the result is the same.
+
+The table is computed from the positions of each batch instead of being kept as a buffer. A buffer would be cast with
+the module, and one that is not saved is left uninitialised by loaders that build modules without memory; a function
+of the config cannot go wrong, and costs one cosine per token and plane and forward pass, whatever the number of layers.
+
+Legend: T tokens of the flat stream, N heads, D head size.
+"""
+
+import torch
+from torch import Tensor
+from torch.autograd.function import FunctionCtx, once_differentiable
+
+
+def rotary_table(positions_T: Tensor, head_dim: int, theta: float) -> tuple[Tensor, Tensor]:
+    """Cosines and sines of every token's angles, fp32 `[T, 1, D / 2]`."""
+    planes = torch.arange(0, head_dim, 2, dtype=torch.float32, device=positions_T.device)
+    angles = positions_T[:, None, None].float() * theta ** (-planes / head_dim)
+    return angles.cos(), angles.sin()
+
+
+def apply_rotary(x_TND: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """Rotate heads `[T, N, D]` by a table of `rotary_table`; computed in fp32, returned in the dtype of `x_TND`."""
+    return _Rotate.apply(x_TND, cos, sin)
+
+
+class _Rotate(torch.autograd.Function):
+    """The backward of a rotation is the rotation by the opposite angle: nothing but the table is kept."""
+
+    @staticmethod
+    def forward(ctx: FunctionCtx, x_TND: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+        ctx.save_for_backward(cos, sin)
+        return _rotate(x_TND, cos, sin)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: FunctionCtx, grad_TND: Tensor) -> tuple[Tensor, None, None]:
+        cos, sin = ctx.saved_tensors  # type: ignore[attr-defined]
+        return _rotate(grad_TND, cos, -sin), None, None
+
+
+def _rotate(x_TND: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    wide = torch.promote_types(x_TND.dtype, cos.dtype)
+    first, second = x_TND.to(wide).chunk(2, dim=-1)
+    out = torch.empty(x_TND.shape, dtype=x_TND.dtype, device=x_TND.device)
+    out_first, out_second = out.chunk(2, dim=-1)
+    out_first.copy_((first * cos).sub_(second * sin))
+    out_second.copy_((second * cos).add_(first * sin))
+    return out

@@ -1,0 +1,45 @@
+"""Segments: where each document of a packed batch begins and ends."""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True, kw_only=True, slots=True, eq=False)
+class Segments:
+    """The documents of a `[B, S]` batch, seen as one stream of `T = B * S` tokens.
+
+    A padded batch is a packed batch: the padding at the end of a row is a segment of its own, so every token belongs
+    to exactly one segment and no attention row is ever empty.
+    """
+
+    ids: Tensor
+    """int32 `[B, S]`: 0 for padding, else the number of the document within its row, from 1."""
+
+    cu_seqlens: Tensor
+    """int32 `[N]`: borders of the segments in the token stream, from 0 to T; filled up with T to a constant length."""
+
+    cu_seqlens_cpu: Tensor
+    """The same borders, always on the host: code that must loop over segments reads these without a device sync."""
+
+    max_seqlen: int
+    """Upper bound of a segment's length, constant over a run (the row length), so that kernels never re-specialise."""
+
+    def to(self, device: torch.device, *, non_blocking: bool = False) -> "Segments":
+        """A copy on `device`; the host borders stay on the host."""
+        return Segments(
+            ids=self.ids.to(device, non_blocking=non_blocking),
+            cu_seqlens=self.cu_seqlens.to(device, non_blocking=non_blocking),
+            cu_seqlens_cpu=self.cu_seqlens_cpu,
+            max_seqlen=self.max_seqlen,
+        )
+
+    def pin_memory(self) -> "Segments":
+        """A copy in page-locked host memory."""
+        return Segments(
+            ids=self.ids.pin_memory(),
+            cu_seqlens=self.cu_seqlens.pin_memory(),
+            cu_seqlens_cpu=self.cu_seqlens_cpu,
+            max_seqlen=self.max_seqlen,
+        )

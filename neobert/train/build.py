@@ -1,0 +1,139 @@
+"""The parts of a run that are derived from the config and from each other; `run.build_run` puts them together."""
+
+import math
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from neobert.config.load import config_to_yaml
+from neobert.config.schema import Config
+from neobert.data.order import key
+from neobert.data.pipeline import DataPipeline
+from neobert.data.tokenizer import Tokenizer, padded_vocab_size
+from neobert.kernels.linear_cross_entropy import KERNELS
+from neobert.model.attention import AttentionBackend, choose_attention
+from neobert.model.config import ModelConfig
+from neobert.model.encoder import Encoder
+from neobert.objectives.mlm import MaskedLM, MaskPolicy
+from neobert.train.runtime import Runtime, StartupError, choose_device_type, compute_dtype
+from neobert.train.tracking import Sink, WandbSink
+
+
+def choose_rows_per_step(config: Config, world: int) -> int:
+    """Global batch in rows: micro-batch x accumulation x processes.
+
+    Raises:
+        StartupError: `trainer.global_batch_size` is no multiple of micro-batch x processes.
+    """
+    trainer = config.trainer
+    per_micro_step = trainer.per_device_train_batch_size * world
+    if trainer.global_batch_size is None:
+        return per_micro_step * (trainer.gradient_accumulation_steps or 1)
+    if trainer.global_batch_size % per_micro_step:
+        raise StartupError(
+            f"trainer.global_batch_size: {trainer.global_batch_size} is no multiple of "
+            f"trainer.per_device_train_batch_size x processes = {trainer.per_device_train_batch_size} x {world}; "
+            f"the next one that is: {math.ceil(trainer.global_batch_size / per_micro_step) * per_micro_step}"
+        )
+    return trainer.global_batch_size
+
+
+def build_attention(config: Config) -> AttentionBackend:
+    """The attention backend of this machine.
+
+    Raises:
+        StartupError: `model.attn_backend` names one that cannot run here.
+    """
+    device, dtype = torch.device(choose_device_type(config)), compute_dtype(config)
+    try:
+        return choose_attention(config.model.attn_backend, device=device, dtype=dtype)
+    except ValueError as error:
+        raise StartupError(str(error)) from error
+
+
+def build_model_config(config: Config, tokenizer: Tokenizer) -> ModelConfig:
+    """The architecture, with the vocabulary and the padding id of the tokenizer.
+
+    Raises:
+        DataError: `model.vocab_size` is smaller than the tokenizer.
+    """
+    section = config.model
+    return ModelConfig(
+        hidden_size=section.hidden_size,
+        num_hidden_layers=section.num_hidden_layers,
+        num_attention_heads=section.num_attention_heads,
+        intermediate_size=section.intermediate_size,
+        max_position_embeddings=section.max_position_embeddings,
+        vocab_size=padded_vocab_size(section.vocab_size, tokenizer.size),
+        pad_token_id=tokenizer.pad_id,
+        rope=section.rope,
+        rope_theta=section.rope_theta,
+        rms_norm=section.rms_norm,
+        hidden_act=section.hidden_act,
+        dropout_prob=section.dropout_prob,
+        norm_eps=section.norm_eps,
+        embedding_init_range=section.embedding_init_range,
+        decoder_init_range=section.decoder_init_range,
+        tie_word_embeddings=section.tie_word_embeddings,
+    )
+
+
+def build_mask_policy(tokenizer: Tokenizer, probability: float, *, mask_all: bool) -> MaskPolicy:
+    """Which tokens are predicted and what stands in their place."""
+    return MaskPolicy(
+        probability=probability,
+        mask_all=mask_all,
+        mask_token_id=tokenizer.mask_id,
+        special_ids=tokenizer.special_ids,
+        random_ids=tokenizer.random_ids,
+    )
+
+
+def build_module(config: Config, model_config: ModelConfig, attention: AttentionBackend, runtime: Runtime) -> MaskedLM:
+    """The model with its initial weights, which depend on `seed` alone, on the device, compiled if asked for."""
+    torch.manual_seed(key(config.seed, "init") % 2**63)
+    encoder = Encoder(model_config, attention, gradient_checkpointing=config.trainer.gradient_checkpointing)
+    module = MaskedLM(
+        encoder,
+        kernel=KERNELS["torch"],
+        all_positions=not config.trainer.masked_logits_only_loss,
+        count_correct=config.trainer.log_train_accuracy,
+    ).to(runtime.device)
+    if config.trainer.torch_compile:
+        # One block at a time: all blocks share one compiled graph, so the start is fast; in place, so that names stay.
+        for block in encoder.layers:
+            block.compile(
+                backend=config.trainer.torch_compile_backend, dynamic=bool(config.trainer.torch_compile_dynamic)
+            )
+    return module
+
+
+def choose_num_steps(config: Config, data: DataPipeline, rows_per_step: int) -> int:
+    """The budget in optimizer steps; `max_tokens` and epochs count row slots.
+
+    Raises:
+        StartupError: epochs of a source whose size is not known.
+    """
+    trainer, slots = config.trainer, rows_per_step * config.dataset.max_seq_length
+    if trainer.max_steps is not None:
+        return trainer.max_steps
+    if trainer.max_tokens is not None:
+        return math.ceil(trainer.max_tokens / slots)
+    assert trainer.num_train_epochs is not None, "the config names exactly one budget"
+    if not config.datacollator.pack_sequences and data.num_rows is not None:
+        return math.ceil(trainer.num_train_epochs * data.num_rows / rows_per_step)
+    if data.num_tokens is None:
+        raise StartupError(
+            f"trainer.num_train_epochs: {trainer.num_train_epochs} needs a source of known size, and this one is a "
+            "stream; set dataset.streaming: false to tokenise it once, or use trainer.max_steps or trainer.max_tokens"
+        )
+    return math.ceil(trainer.num_train_epochs * data.num_tokens / slots)
+
+
+def build_sinks(config: Config, runtime: Runtime, output_dir: Path, module: torch.nn.Module) -> list[Sink]:
+    """The optional trackers of rank 0."""
+    if not (config.wandb.enabled and runtime.is_main):
+        return []
+    values: dict[str, Any] = {"config": config_to_yaml(config)}
+    return [WandbSink(config, output_dir, values, module)]

@@ -1,0 +1,70 @@
+"""What a run says: the console, and the same lines as plain text in `training.log`. Only rank 0 speaks."""
+
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+
+
+class Reporter:
+    """Prints to the console and to a plain-text file; keeps the progress bar below the printed lines."""
+
+    def __init__(self, *, active: bool, show_progress: bool) -> None:
+        self._active = active
+        self._console = Console(quiet=not active, highlight=False)
+        self._file_console: Console | None = None
+        self._early: list[tuple[Any, ...]] = []
+        # Without a terminal the bar would only add control characters to somebody's log.
+        self._progress = Progress(
+            TextColumn("training"),
+            BarColumn(),
+            MofNCompleteColumn(),
+            TimeElapsedColumn(),
+            TimeRemainingColumn(),
+            console=self._console,
+            disable=not (active and show_progress and self._console.is_terminal),
+        )
+        self._task: Any = None
+
+    def open_file(self, path: Path) -> None:
+        """From here on, and with everything said so far, the lines also go to `path`."""
+        if not self._active:
+            return
+        # The handle lives as long as the run; line buffering keeps the file current when the run is killed.
+        handle = path.open("a", buffering=1)
+        self._file_console = Console(file=handle, width=160, no_color=True, highlight=False)
+        for items in self._early:
+            self._file_console.print(*items, markup=False, soft_wrap=True)
+        self._early.clear()
+
+    def say(self, *items: Any, style: str | None = None) -> None:
+        """Prints text or a rich renderable. Text is never wrapped, so that a path stays on one line."""
+        if not self._active:
+            return
+        self._console.print(*items, markup=False, soft_wrap=all(isinstance(x, str) for x in items), style=style)
+        if self._file_console is None:
+            self._early.append(items)
+        else:
+            self._file_console.print(*items, markup=False, soft_wrap=True)
+
+    def warn(self, text: str) -> None:
+        self.say(f"warning: {text}", style="yellow")
+
+    def start_progress(self, *, done: int, total: int) -> None:
+        """Shows the bar from step `done` on."""
+        self._task = self._progress.add_task("steps", total=total, completed=done)
+        self._progress.start()
+
+    def advance(self, step: int) -> None:
+        if self._task is not None:
+            self._progress.update(self._task, completed=step)
+
+    def stop_progress(self) -> None:
+        self._progress.stop()
+
+    def close(self) -> None:
+        self.stop_progress()
+        if self._file_console is not None:
+            self._file_console.file.close()
+            self._file_console = None

@@ -1,0 +1,35 @@
+"""Evaluation: the same documents and masks every time, whatever the training did and however many ranks help."""
+
+import torch
+
+from neobert.train.metrics import EvalMetrics
+from neobert.train.run import Run
+
+
+@torch.no_grad()
+def evaluate(run: Run) -> EvalMetrics | None:
+    """Masked-token loss and accuracy on the held-out documents; None when the run has none.
+
+    Masks are a function of (trainer.eval_seed, document, position), so two evaluations of the same weights agree, and
+    packing, batch size and the number of processes do not matter beyond rounding.
+    """
+    if not run.data.has_eval:
+        return None
+    sums = torch.zeros(2, dtype=torch.float64, device=run.runtime.device)
+    counts = [0, 0, 0]
+    with run.tracker.paused():
+        run.model.eval()
+        for batch in run.data.eval_batches():
+            loss = run.model(batch.to(run.runtime.device, non_blocking=True))
+            sums += torch.stack([loss.loss_sum, loss.num_correct])
+            counts = [a + b for a, b in zip(counts, (batch.num_targets, batch.num_tokens, batch.num_documents))]
+        run.model.train()
+        loss_sum, num_correct = run.runtime.sum_on_device(sums).tolist()
+        num_targets, num_tokens, num_documents = run.runtime.sum_on_host(counts)
+    return EvalMetrics(
+        loss=loss_sum / max(num_targets, 1),
+        accuracy=num_correct / max(num_targets, 1),
+        num_targets=num_targets,
+        num_tokens=num_tokens,
+        num_documents=num_documents,
+    )

@@ -1,0 +1,34 @@
+"""The end of a run: the last evaluation and checkpoint, a few completed texts, and what to type next."""
+
+from neobert.inference.fill_mask import fill_mask
+from neobert.train.checkpoint import save_checkpoint
+from neobert.train.evaluate import evaluate
+from neobert.train.run import Run
+from neobert.types import TrainState
+
+SHOWN = 3
+"""Guesses shown for each mask."""
+
+
+def finish(run: Run, state: TrainState) -> None:
+    """Brings the record up to `state`, unless this step was evaluated and saved already, and closes the run."""
+    run.tracker.log(state)
+    if run.checkpoint is not None and not run.tracker.trained:
+        run.tracker.say(f"nothing left to do: step {state.step:,} of {run.num_steps:,}")
+    elif not run.tracker.evaluated(state.step):
+        run.tracker.log_eval(state, evaluate(run))
+    saved = save_checkpoint(run, state)
+    texts = run.config.trainer.fill_mask_texts
+    if run.runtime.is_main and texts:
+        filled = fill_mask(run.module, run.tokenizer, texts, top_k=SHOWN)
+        run.tracker.say("\n".join(["predictions:", *(text.describe() for text in filled)]))
+    if saved is not None:
+        run.tracker.say(
+            "next:\n"
+            f'  python scripts/predict.py {run.output_dir} "The capital of France is [MASK]."\n'
+            f"  python scripts/pretraining/pretrain.py {run.output_dir}/config.yaml "
+            f"--trainer.resume_from_checkpoint latest --trainer.max_steps {2 * run.num_steps}"
+        )
+    run.tracker.close()
+    run.reporter.close()
+    run.runtime.close()

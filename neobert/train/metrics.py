@@ -1,0 +1,122 @@
+"""Figures of the steps since the last log: kept on the device, read back in one transfer.
+
+Per-step losses and norms stay device tensors until a logging point; then one stacked tensor crosses to the host and one
+all-reduce sums it over ranks, so that training never waits for a scalar.
+"""
+
+import math
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import torch
+
+from neobert.train.runtime import Runtime
+from neobert.types import StepMetrics
+
+
+def perplexity(loss: float) -> float:
+    """`exp(loss)`, infinity where it would overflow."""
+    return math.exp(loss) if loss < 700 else math.inf
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class EvalMetrics:
+    """Figures over every masked token of the evaluation documents."""
+
+    loss: float
+    """Mean cross entropy in nats per masked token."""
+
+    accuracy: float
+    num_targets: int
+    num_tokens: int
+    num_documents: int
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class StepRecord:
+    """One step as numbers, summed over ranks."""
+
+    step: int
+    loss_sum: float
+    num_correct: int | None
+    grad_norm: float | None
+    digest: int
+    metrics: StepMetrics
+
+    def as_line(self) -> dict[str, Any]:
+        """The step's line of `log.jsonl`; `*_hex` are exact, for comparing runs bit for bit."""
+        loss = float(np.float32(self.loss_sum) / np.float32(max(self.metrics.num_targets, 1)))
+        return {
+            "kind": "step",
+            "step": self.step,
+            "loss": loss,
+            "loss_hex": loss.hex(),
+            "grad_norm": self.grad_norm,
+            "grad_norm_hex": None if self.grad_norm is None else self.grad_norm.hex(),
+            "lr": self.metrics.lr,
+            "num_tokens": self.metrics.num_tokens,
+            "num_targets": self.metrics.num_targets,
+            "batch_digest": f"{self.digest:016x}",
+        }
+
+
+@dataclass(kw_only=True, slots=True)
+class MetricWindow:
+    """Collects steps; `read` turns those not yet read into records, `restart` begins the next logging interval."""
+
+    runtime: Runtime
+    pending: list[tuple[int, StepMetrics]] = field(default_factory=list)
+    records: list[StepRecord] = field(default_factory=list)
+    """Steps of the interval that were read already."""
+
+    _started: float = field(default_factory=time.perf_counter)
+    _paused_seconds: float = 0.0
+
+    def add(self, step: int, metrics: StepMetrics) -> None:
+        self.pending.append((step, metrics))
+
+    @contextmanager
+    def paused(self) -> Iterator[None]:
+        """Keeps evaluation and saving out of tokens per second."""
+        start = time.perf_counter()
+        try:
+            yield
+        finally:
+            self._paused_seconds += time.perf_counter() - start
+
+    def read(self) -> list[StepRecord]:
+        """Records of the steps added since the last read. Collective: every rank calls it at the same step."""
+        if not self.pending:
+            return []
+        steps, metrics = zip(*self.pending)
+        self.pending.clear()
+        device = self.runtime.device
+        losses = self.runtime.sum_on_device(torch.stack([m.loss_sum for m in metrics])).tolist()
+        has_norms = metrics[0].grad_norm is not None
+        norms = torch.stack([m.grad_norm for m in metrics]).tolist() if has_norms else [None] * len(metrics)
+        has_counts = metrics[0].num_correct is not None
+        correct: list[Any] = [None] * len(metrics)
+        if has_counts:
+            correct = self.runtime.sum_on_device(torch.stack([m.num_correct for m in metrics]).to(device)).tolist()
+        # int64 sums wrap around like the digest itself does, so the signed view loses nothing.
+        digests = self.runtime.sum_on_host([m.digest - 2**64 if m.digest >= 2**63 else m.digest for m in metrics])
+        new = [
+            StepRecord(
+                step=step, loss_sum=loss, num_correct=count, grad_norm=norm, digest=digest % 2**64, metrics=metric
+            )
+            for step, metric, loss, norm, count, digest in zip(steps, metrics, losses, norms, correct, digests)
+        ]
+        self.records.extend(new)
+        return new
+
+    def restart(self) -> tuple[list[StepRecord], float]:
+        """The interval's records and its seconds of training, then a new interval. Call after `read`."""
+        now = time.perf_counter()
+        seconds = now - self._started - self._paused_seconds
+        records, self.records = self.records, []
+        self._started, self._paused_seconds = now, 0.0
+        return records, seconds

@@ -1,0 +1,55 @@
+"""What a run says about itself before the first step."""
+
+import dataclasses
+from typing import TYPE_CHECKING, Any
+
+from neobert.config.schema import Config
+from neobert.config.validate import warnings
+from neobert.train.console import Reporter
+
+if TYPE_CHECKING:
+    from neobert.train.run import Run
+
+
+def describe_config(reporter: Reporter, config: Config) -> None:
+    """Prints every setting that is not null, one line a section."""
+    lines = [f"[run] task={config.task} seed={config.seed}"]
+    for section in dataclasses.fields(config):
+        value: Any = getattr(config, section.name)
+        if dataclasses.is_dataclass(value):
+            pairs = ((f.name, getattr(value, f.name)) for f in dataclasses.fields(value))
+            lines.append(f"[{section.name}] " + " ".join(f"{k}={v}" for k, v in pairs if v not in (None, ())))
+    reporter.say("\n".join(lines), style="dim")
+
+
+def describe_run(run: "Run") -> None:
+    """Prints the model, the batch, the budget, what was found in the data, and what is odd about the settings."""
+    config, model, module = run.config, run.model_config, run.module
+    length, rate = config.dataset.max_seq_length, config.datacollator.mlm_probability
+    total = sum(p.numel() for p in module.parameters())
+    embeddings = sum(p.numel() for name, p in module.named_parameters() if name in VOCABULARY_WEIGHTS)
+    flops = module.encoder.flops_per_token(attended_length=length, predicted_fraction=rate)
+    slots = run.rows_per_step * length
+    accumulation = run.rows_per_step // (config.trainer.per_device_train_batch_size * run.runtime.world)
+    budget = f"{run.num_steps:,} steps, {run.num_steps * slots:,} row slots"
+    if run.data.num_tokens:
+        budget += f", {run.num_steps * slots / run.data.num_tokens:.2f} epochs of {run.data.num_tokens:,} tokens"
+    lines = [
+        f"model     {config.model.name or 'NeoBERT'}: {model.num_hidden_layers} layers x {model.hidden_size}, "
+        f"{model.num_attention_heads} heads, {total:,} parameters ({total - embeddings:,} without the vocabulary)",
+        f"          at most {flops / 1e6:,.1f} MFLOP a token forward and backward (documents of {length} tokens)",
+        f"compute   {run.runtime.device}, {config.trainer.mixed_precision.replace('no', 'fp32')}, "
+        f"attention {run.attention.name} ({run.attention.kernel}), {run.runtime.world} process(es)",
+        f"tokens    vocabulary {run.tokenizer.size:,}, embedding rows {model.vocab_size:,}",
+        f"batch     {config.trainer.per_device_train_batch_size} rows x {accumulation} micro-batches x "
+        f"{run.runtime.world} process(es) = {run.rows_per_step} rows of {length} = {slots:,} slots a step",
+        f"budget    {budget}",
+    ]
+    lines += [f"data      {note}" for note in run.data.notes]
+    lines.append(f"entropy   {run.data.unigram_entropy():.4f} nats: loss of a model that knows only token frequencies")
+    run.reporter.say("\n".join(lines))
+    for text in warnings(config, total_steps=run.num_steps):
+        run.reporter.warn(text)
+
+
+VOCABULARY_WEIGHTS = ("encoder.embedding.weight", "decoder.weight")

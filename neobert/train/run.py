@@ -1,0 +1,154 @@
+"""A run: every object that training needs, wired once from a frozen config."""
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from torch import nn
+from torch.optim import Optimizer
+
+from neobert.config.load import load_config
+from neobert.config.schema import Config
+from neobert.data.pipeline import DataPipeline, build_data, build_tokenizer
+from neobert.data.tokenizer import Tokenizer
+from neobert.model.attention import AttentionBackend
+from neobert.model.config import ModelConfig
+from neobert.objectives.mlm import MaskedLM
+from neobert.optim.optimizers import build_optimizer
+from neobert.optim.schedule import Schedule, build_schedule
+from neobert.train.build import (
+    build_attention,
+    build_mask_policy,
+    build_model_config,
+    build_module,
+    build_sinks,
+    choose_num_steps,
+    choose_rows_per_step,
+)
+from neobert.train.console import Reporter
+from neobert.train.report import describe_config, describe_run
+from neobert.train.runtime import Runtime, build_runtime, check_runtime
+from neobert.train.start import agree_on_start, open_output_dir
+from neobert.train.tracking import Tracker
+
+
+@dataclass(frozen=True, kw_only=True, slots=True, eq=False)
+class Run:
+    """What `build_run` wired. Nothing here changes during training but the weights, the optimizer and the record."""
+
+    config: Config
+    runtime: Runtime
+    output_dir: Path
+    checkpoint: Path | None
+    """Where this start continues from; None for a fresh start."""
+
+    checkpoint_config: Config | None
+    tokenizer: Tokenizer
+    data: DataPipeline
+    model_config: ModelConfig
+    attention: AttentionBackend
+    module: MaskedLM
+    """The plain module: its names are the checkpoint's."""
+
+    model: nn.Module
+    """`module` as it is called: under autocast, and wrapped when there are several processes."""
+
+    optimizer: Optimizer
+    schedule: Schedule
+    tracker: Tracker
+    reporter: Reporter
+    rows_per_step: int
+    """Global batch: rows over micro-batches and ranks."""
+
+    num_steps: int
+
+    @property
+    def logging_steps(self) -> int:
+        return self.config.trainer.logging_steps
+
+    @property
+    def eval_steps(self) -> int:
+        return 0 if self.config.trainer.eval_strategy == "no" else self.config.trainer.eval_steps
+
+    @property
+    def save_steps(self) -> int:
+        return 0 if self.config.trainer.save_strategy == "no" else self.config.trainer.save_steps
+
+
+def build_run(config: Config) -> Run:
+    """Checks the machine, opens the output folder, builds tokenizer, data, model and record, and says what it built.
+
+    Raises:
+        StartupError: the run cannot start as configured; the message names the key and the remedy.
+    """
+    check_runtime(config)
+    attention = build_attention(config)
+    runtime = build_runtime(config)
+    rows_per_step = choose_rows_per_step(config, runtime.world)
+    checkpoint = agree_on_start(config, runtime)
+    reporter = Reporter(active=runtime.is_main, show_progress=not config.trainer.disable_tqdm)
+    output_dir = open_output_dir(config, runtime, reporter, checkpoint)
+    describe_config(reporter, config)
+    with runtime.main_first():
+        tokenizer = build_tokenizer(config, checkpoint, output_dir)
+    model_config = build_model_config(config, tokenizer)
+    collator = config.datacollator
+    data = build_data(
+        config,
+        tokenizer,
+        train_masks=build_mask_policy(tokenizer, collator.mlm_probability, mask_all=collator.mask_all),
+        eval_masks=build_mask_policy(tokenizer, collator.eval_mlm_probability, mask_all=False),
+        rank=runtime.rank,
+        world=runtime.world,
+        rows_per_step=rows_per_step,
+        prepared_dir=output_dir / "tokenized",
+        main_first=runtime.main_first,
+        pin_memory=runtime.device.type == "cuda" and config.dataset.pin_memory is not False,
+    )
+    num_steps = choose_num_steps(config, data, rows_per_step)
+    module = build_module(config, model_config, attention, runtime)
+    run = Run(
+        config=config,
+        runtime=runtime,
+        output_dir=output_dir,
+        checkpoint=checkpoint,
+        checkpoint_config=None if checkpoint is None else load_config(checkpoint / "config.yaml"),
+        tokenizer=tokenizer,
+        data=data,
+        model_config=model_config,
+        attention=attention,
+        module=module,
+        model=runtime.prepare_model(module),
+        optimizer=build_optimizer(
+            module,
+            name=config.optimizer.name,
+            lr=config.optimizer.lr,
+            weight_decay=config.optimizer.weight_decay,
+            betas=config.optimizer.betas,
+            eps=config.optimizer.eps,
+        ),
+        schedule=build_schedule(
+            name=config.scheduler.name,
+            base_lr=config.optimizer.lr,
+            warmup_steps=config.scheduler.warmup_steps,
+            warmup_percent=config.scheduler.warmup_percent,
+            decay_steps=config.scheduler.decay_steps,
+            decay_percent=config.scheduler.decay_percent,
+            final_lr_ratio=config.scheduler.final_lr_ratio,
+            total_steps=config.scheduler.total_steps,
+            num_steps=num_steps,
+        ),
+        tracker=Tracker(
+            runtime=runtime,
+            config=config,
+            output_dir=output_dir,
+            reporter=reporter,
+            module=module,
+            num_steps=num_steps,
+            sinks=build_sinks(config, runtime, output_dir, module),
+        ),
+        reporter=reporter,
+        rows_per_step=rows_per_step,
+        num_steps=num_steps,
+    )
+    describe_run(run)
+    return run

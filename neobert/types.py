@@ -1,0 +1,167 @@
+"""The types that cross the borders between packages. Frozen; they hold data and no behaviour beyond moving it."""
+
+from dataclasses import dataclass, field, fields
+from typing import Any, Self
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from neobert.model.segments import Segments
+
+IGNORE_INDEX = -100
+"""Target of a slot that carries no loss."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True, eq=False)
+class PackedRow:
+    """One row of at most S tokens: documents side by side, each already wrapped as `[CLS] ... [SEP]`."""
+
+    tokens: NDArray[np.int32]
+    """The row's tokens, `sum(lengths)` of them; padding is added when rows become a batch."""
+
+    lengths: tuple[int, ...]
+    """Tokens of each segment, [CLS] and [SEP] included."""
+
+    documents: tuple[int, ...]
+    """Number of each segment's document in its source."""
+
+    offsets: tuple[int, ...]
+    """Where each segment begins in its document, in tokens (0 unless the document was split)."""
+
+    sources: tuple[int, ...]
+    """Number of each segment's source (0 without a mixture)."""
+
+    key: int
+    """Global row number, counted from the start of the run: it seeds the row's mask."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True, eq=False)
+class PackedBatch:
+    """One micro-batch of B rows of S slots, made on the host; shapes depend on the settings, never on the content."""
+
+    input_ids: Tensor
+    """int32 `[B, S]`: corrupted tokens, then padding."""
+
+    positions: Tensor
+    """int32 `[B, S]`: position of each token in its own segment."""
+
+    segments: Segments
+
+    masked_index: Tensor
+    """int64 `[M]`: slots of the flat `[B * S]` stream that are predicted; unused places point at slot 0."""
+
+    targets: Tensor
+    """int64 `[M]`: original token of each predicted slot, `IGNORE_INDEX` in unused places."""
+
+    row_keys: Tensor
+    """int64 `[B]`: global row numbers, on the host."""
+
+    source_tokens: tuple[int, ...]
+    """Real tokens of each source."""
+
+    num_tokens: int
+    """Real tokens: slots that are not padding."""
+
+    num_targets: int
+    num_documents: int
+    attended_tokens: int
+    """Sum over real segments of length squared: the attention's share of the work, for FLOP counts."""
+
+    digest: int
+    """Sum modulo 2**64 of one 64-bit hash a row (tokens, borders, mask): equal batches have equal digests."""
+
+    def to(self, device: torch.device, *, non_blocking: bool = False) -> Self:
+        """A copy with its tensors on `device`; `row_keys` stays on the host."""
+        return self._with_tensors(lambda x: x.to(device, non_blocking=non_blocking))
+
+    def pin_memory(self) -> Self:
+        """A copy in page-locked host memory, so that `to(..., non_blocking=True)` overlaps with compute."""
+        return self._with_tensors(lambda x: x.pin_memory())
+
+    def _with_tensors(self, move: Any) -> Self:
+        values = {f.name: getattr(self, f.name) for f in fields(self)}
+        for name in ("input_ids", "positions", "segments", "masked_index", "targets"):
+            values[name] = move(values[name])
+        return type(self)(**values)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True, eq=False)
+class StepBatch:
+    """What one rank consumes in one optimizer step, and the loader's state after it: state travels with the data."""
+
+    micro_batches: tuple[PackedBatch, ...]
+    state: dict[str, Any]
+    """JSON-ready positions of the data order after these rows; save this, never the loader's live state."""
+
+    @property
+    def num_tokens(self) -> int:
+        return sum(b.num_tokens for b in self.micro_batches)
+
+    @property
+    def num_targets(self) -> int:
+        return sum(b.num_targets for b in self.micro_batches)
+
+    @property
+    def num_documents(self) -> int:
+        return sum(b.num_documents for b in self.micro_batches)
+
+    @property
+    def num_slots(self) -> int:
+        return sum(b.input_ids.numel() for b in self.micro_batches)
+
+    @property
+    def attended_tokens(self) -> int:
+        return sum(b.attended_tokens for b in self.micro_batches)
+
+    @property
+    def digest(self) -> int:
+        return sum(b.digest for b in self.micro_batches) % 2**64
+
+
+@dataclass(frozen=True, kw_only=True, slots=True, eq=False)
+class LossSum:
+    """What an objective's `forward` returns: sums, because means of means are wrong under uneven masks."""
+
+    loss_sum: Tensor
+    """fp32 scalar: sum of the loss over this micro-batch's targets, in nats."""
+
+    num_correct: Tensor | None = None
+    """Number of targets predicted exactly, int64 scalar; None when not asked for."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True, eq=False)
+class StepMetrics:
+    """One optimizer step. Tensors stay on the device; numbers are the host's; sums are over all ranks."""
+
+    loss_sum: Tensor
+    """fp32 scalar of THIS rank: reduced over ranks when the step's line is written."""
+
+    num_correct: Tensor | None
+    grad_norm: Tensor | None
+    """Global L2 norm before clipping; None when it is neither logged nor needed for clipping."""
+
+    num_targets: int
+    num_tokens: int
+    num_documents: int
+    num_slots: int
+    attended_tokens: int
+    digest: int
+    """This rank's digest; summed over ranks when the step's line is written."""
+
+    lr: float
+    data_wait: float
+    """Seconds this rank waited for its batch."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class TrainState:
+    """Where a run stands after `step` optimizer steps. Counts are over all ranks since step 0."""
+
+    step: int = 0
+    tokens: int = 0
+    targets: int = 0
+    documents: int = 0
+    data: dict[str, Any] = field(default_factory=dict)
+    """Loader state of the batch consumed last; empty before the first step."""

@@ -1,0 +1,24 @@
+"""Rewrite a config of other NeoBERT code for this one: python scripts/migrate_config.py OLD.yaml > new.yaml"""
+
+import sys
+from pathlib import Path
+
+from neobert.config.migrate import MigrationError, migrate
+
+
+def main() -> int:
+    if len(sys.argv) != 2 or sys.argv[1].startswith("-"):
+        print(f"{__doc__}\nThe new file goes to stdout, the list of edits to stderr.", file=sys.stderr)
+        return 0 if sys.argv[1:] in (["--help"], ["-h"]) else 2
+    try:
+        text, edits = migrate(Path(sys.argv[1]).read_text(encoding="utf-8"))
+    except (MigrationError, OSError, UnicodeDecodeError) as error:
+        print(f"{sys.argv[1]}: {error}", file=sys.stderr)
+        return 2
+    print(text, end="")
+    print(f"{len(edits)} edits:", *(f"  - {edit}" for edit in edits), sep="\n", file=sys.stderr)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

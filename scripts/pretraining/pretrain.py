@@ -1,0 +1,22 @@
+"""Pretrain an encoder: `python scripts/pretraining/pretrain.py CONFIG [--section.key value ...]`."""
+
+import sys
+
+from neobert.config.command_line import parse_command_line
+from neobert.data.errors import DataError
+from neobert.train.loop import pretrain
+from neobert.train.runtime import StartupError
+
+
+def main() -> int:
+    config = parse_command_line(sys.argv[1:], description=__doc__)
+    try:
+        pretrain(config)
+    except (StartupError, DataError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,206 @@
+"""Files of other NeoBERT code: every edit is listed, and the result loads."""
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from neobert.config.load import ConfigError, parse_config
+from neobert.config.migrate import MigrationError, migrate
+
+ROOT = Path(__file__).parents[2]
+
+OLD = """
+variables: {length: 1024, run: "x"}
+model:
+  hidden_size: 768
+  max_position_embeddings: 512
+  vocab_size: 30522
+  flash_attention: true
+  ngpt: false
+  pad_token_id: 0
+dataset:
+  name: refinedweb
+  path: ""
+  streaming: true
+  max_seq_length: $variables.length
+  prefetch_factor: null
+  persistent_workers: true
+  revision: 012e4
+  train_split: train[:90%]
+tokenizer: {name: bert-base-uncased, max_length: 512, padding: max_length, truncation: true}
+optimizer:
+  name: muonclip
+  lr: 1e-4
+  muon_config: {muon_beta: 0.95}
+scheduler: {name: cosine, warmup_percent: 2, decay_percent: 90}
+trainer:
+  max_steps: 100000
+  num_train_epochs: 3
+  train_batch_size: 32
+  report_to: [wandb]
+  max_grad_norm: 1.0
+  bf16: true
+  output_dir: "output/{$variables.run}"
+  overwrite_output_dir: true
+datacollator: {mlm_probability: 0.2, pack_sequences: true, pad_to_multiple_of: 8}
+wandb: {project: p, log_interval: 50}
+debug: false
+"""
+
+
+def test_a_file_with_many_old_keys():
+    text, edits = migrate(OLD)
+    config = parse_config(text)
+    assert config.model.max_position_embeddings == config.dataset.max_seq_length == 1024
+    assert config.model.attn_backend == "flash_attn_varlen"
+    assert config.model.vocab_size is None
+    assert (config.dataset.name, config.dataset.path) == ("tiiuae/falcon-refinedweb", None)
+    assert (config.dataset.revision, config.dataset.train_split) == ("012e4", "train")
+    assert config.tokenizer.max_length is None
+    assert (config.optimizer.name, config.optimizer.lr, config.optimizer.weight_decay) == ("adamw", 1e-4, 0.01)
+    trainer = config.trainer
+    assert (trainer.max_steps, trainer.num_train_epochs) == (100_000, None)
+    assert (trainer.per_device_train_batch_size, trainer.gradient_clipping, trainer.logging_steps) == (32, 1.0, 50)
+    assert (trainer.mixed_precision, trainer.output_dir, trainer.overwrite_output_dir) == ("bf16", "output/x", False)
+    assert config.wandb.enabled is True
+    assert "max_seq_length: $variables.length" in text
+    listed = "\n".join(edits)
+    for sentence in [
+        "renamed trainer.train_batch_size to trainer.per_device_train_batch_size",
+        "renamed trainer.bf16 to trainer.mixed_precision",
+        "replaced model.flash_attention by model.attn_backend: flash_attn_varlen",
+        "removed model.vocab_size: it was overwritten by the tokenizer's size",
+        "removed model.ngpt: is not part of this version",
+        "removed tokenizer.padding: has no effect",
+        "removed trainer.num_train_epochs: trainer.max_steps is the budget",
+        "changed optimizer.name from muonclip to adamw",
+        "changed dataset.train_split from train[:90%] to train",
+        "wrote optimizer.weight_decay: 0.01, the default there (here 0.1)",
+    ]:
+        assert sentence in listed
+
+
+def test_an_empty_file_gets_what_it_meant():
+    text, _ = migrate("{}")
+    config = parse_config(text)
+    assert config.trainer.max_steps == 1_000_000
+    assert config.tokenizer.name == "bert-base-uncased"
+    assert (config.datacollator.mlm_probability, config.datacollator.pack_sequences) == (0.15, False)
+    assert config.optimizer.betas == (0.9, 0.999)
+    assert config.trainer.gradient_clipping is None
+
+
+def test_a_file_of_this_code_changes_only_where_defaults_differ():
+    once, _ = migrate(OLD)
+    twice, edits = migrate(once)
+    assert (twice, edits) == (once, [])
+
+
+def test_epochs_alone_stay_the_budget():
+    text, _ = migrate("trainer: {num_train_epochs: 3}\ndataset: {path: data}\n")
+    assert parse_config(text).trainer.num_train_epochs == 3.0
+
+
+def test_null_and_double_names():
+    text, edits = migrate("trainer: {max_ckpt: null, dir: a, output_dir: b, save_total_limit: 4, max_steps: 5}")
+    assert parse_config(text).trainer.output_dir == "b"
+    assert "removed trainer.max_ckpt: save_total_limit" not in edits
+    assert "removed trainer.dir: trainer.output_dir is in the file" in edits
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("task: glue\n", "task: glue is not part of this version"),
+        ("a: [", "not valid YAML"),
+        ("trainer: {max_stepz: 5}\n", "trainer.max_stepz: unknown key. Did you mean trainer.max_steps?"),
+        ("trainer: {mixed_precision: fp16}\n", "fp16 is refused"),
+    ],
+)
+def test_what_cannot_be_migrated(text, message):
+    with pytest.raises(MigrationError) as caught:
+        migrate(text)
+    assert message in str(caught.value)
+
+
+OTHER_KEYS = [
+    "model.classifier_init_range",
+    "model.kernel_backend",
+    "model.ngpt",
+    "model.base_scale",
+    "model.pad_token_id",
+    "model.from_hub",
+    "dataset.persistent_workers",
+    "dataset.trust_remote_code",
+    "dataset.validation_split",
+    "dataset.num_proc",
+    "dataset.shuffle_buffer_size",
+    "dataset.pre_tokenize",
+    "dataset.pre_tokenize_output",
+    "dataset.load_all_from_disk",
+    "dataset.force_redownload",
+    "dataset.alpha",
+    "tokenizer.padding",
+    "optimizer.muon_config",
+    "trainer.early_stopping",
+    "trainer.metric_for_best_model",
+    "trainer.greater_is_better",
+    "trainer.load_best_model_at_end",
+    "trainer.dataloader_num_workers",
+    "trainer.report_to",
+    "trainer.max_ckpt",
+    "trainer.train_batch_size",
+    "trainer.eval_batch_size",
+    "wandb.log_interval",
+    "glue.task_name",
+    "glue.num_labels",
+    "contrastive.temperature",
+    "contrastive.pooling",
+    "accelerate_config_file",
+    "mteb_task_type",
+    "mteb_batch_size",
+    "mteb_pooling",
+    "mteb_overwrite_results",
+    "pretrained_checkpoint",
+    "use_deepspeed",
+    "pretraining_metadata",
+    "debug",
+    "config_path",
+    "optimizer.muon_config.muon_beta",
+    "optimizer.muon_config.algorithm",
+]
+"""Keys that files of other NeoBERT code hold and that are no keys here."""
+
+
+def nest(key: str) -> str:
+    *sections, name = key.split(".")
+    return "{" + "".join(f"{section}: {{" for section in sections) + f"{name}: 1" + "}" * len(sections) + "}"
+
+
+@pytest.mark.parametrize("key", OTHER_KEYS)
+def test_every_other_key_is_refused_with_a_sentence_and_migrated(key):
+    with pytest.raises(ConfigError) as caught:
+        parse_config(nest(key))
+    known = [error for error in caught.value.errors if key.startswith(error.partition(":")[0])]
+    assert len(known) == 1
+    assert "unknown key" not in known[0]
+    text, edits = migrate(nest(key))
+    assert parse_config(text)
+    assert any(key in edit for edit in edits)
+
+
+def test_the_script(tmp_path):
+    old = tmp_path / "old.yaml"
+    old.write_text(OLD)
+    command = [sys.executable, "scripts/migrate_config.py"]
+    done = subprocess.run([*command, str(old)], cwd=ROOT, capture_output=True, text=True, env={"PYTHONPATH": str(ROOT)})
+    assert done.returncode == 0, done.stderr
+    assert parse_config(done.stdout).trainer.max_steps == 100_000
+    assert " edits:\n  - " in done.stderr
+    assert "renamed trainer.bf16 to trainer.mixed_precision" in done.stderr
+    old.write_text("task: glue\n")
+    done = subprocess.run([*command, str(old)], cwd=ROOT, capture_output=True, text=True, env={"PYTHONPATH": str(ROOT)})
+    assert (done.returncode, done.stdout) == (2, "")
+    assert "task: glue is not part of this version" in done.stderr

@@ -1,0 +1,74 @@
+"""Documentation made from the schema."""
+
+import dataclasses
+from pathlib import Path
+
+import yaml
+
+from neobert.config.fields import FIELDS, SECTIONS, Field
+from neobert.config.load import parse_config
+from neobert.config.reference import build_markdown, show_value
+from neobert.config.refused import LATER, REFUSED, REFUSED_VALUES, RENAMED, find_refusal
+from neobert.config.schema import Config
+
+ROOT = Path(__file__).parents[2]
+
+
+def test_the_page_is_up_to_date():
+    page = (ROOT / "docs" / "configuration.md").read_text(encoding="utf-8")
+    assert page == build_markdown(), "run `python -m neobert.config.reference` and commit docs/configuration.md"
+
+
+def test_every_field_and_section_has_a_text():
+    assert all(len(field.doc) > 10 for field in FIELDS.values())
+    assert all(len(text) > 10 for text in SECTIONS.values())
+    leaves = sum(
+        len(dataclasses.fields(f.default_factory())) - 1 for f in dataclasses.fields(Config) if f.name in SECTIONS
+    )
+    assert len(FIELDS) == leaves + len(dataclasses.fields(Config))
+
+
+def test_types_in_words():
+    def words(key: str) -> str:
+        return FIELDS[key].type_name
+
+    assert words("trainer.max_steps") == "integer or null"
+    assert words("optimizer.betas") == "list of 2 numbers"
+    assert words("wandb.tags") == "list of texts"
+    assert words("trainer.use_cpu") == "true or false"
+    assert words("model.hidden_act") == "swiglu | gelu"
+
+
+def test_the_table_shows_defaults_and_escapes_bars():
+    page = build_markdown()
+    assert "| `max_steps` | integer or null | `null` | Budget in optimizer steps. |" in page
+    assert "| `hidden_act` | swiglu \\| gelu | `swiglu` |" in page
+    assert "| `betas` | list of 2 numbers | `[0.9, 0.95]` |" in page
+
+
+def test_the_examples_of_the_page_load():
+    blocks = [block.partition("```")[0] for block in build_markdown().split("```yaml\n")[1:]]
+    assert parse_config(blocks[0]).trainer.max_steps == 1000
+    config = parse_config(blocks[1], ["tokenizer.train=true", "trainer.max_steps=1"])
+    assert (config.dataset.path, config.dataset.max_seq_length) == ("/data/books", 1024)
+
+
+def test_shown_defaults_are_yaml():
+    for field in FIELDS.values():
+        shown = yaml.safe_load(show_value(field.default))
+        # plain YAML reads `off` as false and `1e-05` as a text; the loader goes by the field's type
+        if not isinstance(field.default, str | float):
+            assert shown == (list(field.default) if isinstance(field.default, tuple) else field.default)
+
+
+def test_the_tables_of_refused_keys_are_consistent():
+    assert set(RENAMED.values()) <= set(FIELDS)
+    tables = [RENAMED, REFUSED, LATER]
+    assert sum(map(len, tables)) == len({key for table in tables for key in table})
+    for table in tables:
+        assert not set(table) & set(FIELDS)
+        for key in table:
+            assert (find_refusal(key) or "").startswith(f"{key}: ")
+    for key, words in REFUSED_VALUES.items():
+        field: Field = FIELDS[key]
+        assert not set(words) & set(field.choices)

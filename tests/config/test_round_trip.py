@@ -1,0 +1,128 @@
+"""Saving a config and loading it again gives an equal config."""
+
+import random
+from typing import Any, get_args, get_origin
+
+import pytest
+
+from neobert.config.fields import FIELDS, Field
+from neobert.config.load import build_config, config_to_yaml, load_config, parse_config, save_config
+from neobert.config.schema import Config
+from neobert.config.validate import BUDGETS, validate
+
+NASTY = [
+    "none",
+    "null",
+    "~",
+    "no",
+    "True",
+    "012",
+    "1e5",
+    "1e-4",
+    " a ",
+    "a: b",
+    "- a",
+    "# a",
+    "'",
+    '"',
+    "a\nb\n",
+    "é漢😀",
+]
+NASTY += [
+    "???",
+    "${x",
+    "${oc.env:HOME}",
+    "$variables.x",
+    "${variables.x}",
+    "{$variables.x}",
+    "$$variables.x",
+    "a$${variables.b}",
+]
+NASTY += [
+    "x" * 300,
+    "word " * 60,
+    "@a",
+    "%a",
+    "*a",
+    "&a",
+    "!a",
+    "=",
+    "<<",
+    "2023-11-01",
+    "1:30",
+    ".inf",
+    "\t",
+    "a\\nb",
+    "\x85",
+    "{a}",
+]
+
+VALID = {"dataset.name": "python_stdlib", "tokenizer.train": True, "trainer.max_steps": 1000}
+
+
+def random_value(field: Field, rng: random.Random) -> Any:
+    if field.nullable and rng.random() < 0.2:
+        return None
+    if field.choices:
+        return rng.choice(field.choices)
+    if get_origin(field.kind) is tuple:
+        _, *rest = get_args(field.kind)
+        if rest == [...]:
+            return tuple(f"{rng.choice(NASTY)}[MASK]" for _ in range(rng.randint(0, 3)))
+        return tuple(rng.random() for _ in range(1 + len(rest)))
+    if field.kind is bool:
+        return rng.random() < 0.5
+    if field.kind is int:
+        return rng.choice([0, 1, 2, 8, 64, 768, 1024, rng.randrange(10**12)])
+    if field.kind is float:
+        return rng.choice([0.0, 1.0, 1e-8, 1e5, 1e22, rng.random(), rng.random() * 1e-9, rng.random() * 100])
+    return rng.choice(NASTY)
+
+
+def assert_round_trip(config: Config) -> None:
+    text = config_to_yaml(config)
+    assert parse_config(text) == config, text
+
+
+def test_random_valid_configs_round_trip():
+    rng = random.Random(0)
+    accepted = set()
+    for _ in range(40):
+        values = dict(VALID)
+        for key in rng.sample(sorted(FIELDS), 40):
+            value = random_value(FIELDS[key], rng)
+            if key not in BUDGETS and not validate(build_config({**values, key: value})):
+                values[key] = value
+                accepted.add(key)
+        assert_round_trip(build_config(values))
+    # almost every field was given a value that is not its default
+    assert len(accepted) >= len(FIELDS) - 8, sorted(set(FIELDS) - accepted)
+
+
+@pytest.mark.parametrize("text", NASTY)
+def test_any_text_round_trips(text):
+    config = build_config({**VALID, "wandb.name": text, "wandb.project": text, "wandb.tags": (text, text)})
+    assert_round_trip(config)
+
+
+@pytest.mark.parametrize("step", ["latest", "1000", "a/b/checkpoints/7"])
+def test_resume_round_trips(step):
+    assert_round_trip(build_config({**VALID, "trainer.resume_from_checkpoint": step}))
+
+
+@pytest.mark.parametrize("budget", [{"trainer.max_tokens": 10**15}, {"trainer.num_train_epochs": 0.1}])
+def test_budgets_round_trip(budget):
+    assert_round_trip(build_config({**VALID, "trainer.max_steps": None, **budget}))
+
+
+def test_a_saved_file_loads_and_takes_overrides(tmp_path):
+    config = build_config(VALID)
+    save_config(config, tmp_path / "config.yaml")
+    assert load_config(tmp_path / "config.yaml") == config
+    changed = load_config(tmp_path / "config.yaml", ["--trainer.max_tokens", "5000", "seed=3"])
+    assert (changed.trainer.max_steps, changed.trainer.max_tokens, changed.seed) == (None, 5000, 3)
+
+
+def test_configs_are_frozen():
+    with pytest.raises(AttributeError):
+        build_config(VALID).seed = 3  # type: ignore[misc]

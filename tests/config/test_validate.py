@@ -1,0 +1,185 @@
+"""Rules between fields: each breaks in one place and its sentence names the key, the value and the remedy."""
+
+import pytest
+
+from neobert.config.fields import FIELDS
+from neobert.config.load import build_config
+from neobert.config.schema import Config
+from neobert.config.validate import validate, warnings
+
+VALID = {"dataset.name": "python_stdlib", "tokenizer.train": True, "trainer.max_steps": 10_000}
+
+
+def config_with(**changes: object) -> Config:
+    return build_config({**VALID, **{key.replace("__", "."): value for key, value in changes.items()}})
+
+
+def only(found: list[str]) -> str:
+    assert len(found) == 1, found
+    return found[0]
+
+
+def test_the_base_has_no_errors_and_no_warnings():
+    assert validate(config_with()) == []
+    assert warnings(config_with()) == []
+
+
+def test_the_defaults_lack_a_source_a_tokenizer_and_a_budget():
+    errors = validate(Config())
+    assert [e.partition(":")[0] for e in errors] == ["dataset.name", "tokenizer.name", "trainer.max_steps"]
+
+
+ERRORS = [
+    ({"model__hidden_size": 770}, "model.hidden_size: 770 is not a multiple of model.num_attention_heads = 12"),
+    ({"model__hidden_size": 60}, "gives heads of width 5; model.rope needs an even width"),
+    ({"model__hidden_size": 0}, "model.hidden_size: 0 must be at least 1"),
+    ({"model__max_position_embeddings": 256}, "256 is less than dataset.max_seq_length = 512; raise it, or lower"),
+    ({"model__dropout_prob": 1.0}, "model.dropout_prob: 1.0 must be at least 0 and less than 1"),
+    ({"model__norm_eps": 0.0}, "model.norm_eps: 0.0 must be greater than 0"),
+    ({"dataset__name": None}, "dataset.name: nothing to train on; name a dataset of the hub, python_stdlib, or"),
+    ({"dataset__config": "en"}, "dataset.config: 'en' has no meaning for python_stdlib; remove it"),
+    ({"dataset__train_split": "train[:1%]"}, "dataset.train_split: 'train[:1%]' is a slice or a sum of splits"),
+    ({"dataset__eval_split": "a+b"}, "hold documents out with dataset.eval_samples"),
+    ({"dataset__min_length": 512}, "dataset.min_length: 512 would drop every document"),
+    ({"dataset__max_seq_length": 2, "dataset__min_length": 1}, "dataset.max_seq_length: 2 must be at least 3"),
+    ({"dataset__eval_samples": 0}, "dataset.eval_samples: 0 must be at least 1"),
+    ({"dataset__num_workers": -1}, "dataset.num_workers: -1 must not be negative"),
+    ({"dataset__prefetch_factor": 0}, "dataset.prefetch_factor: 0 must be at least 1"),
+    (
+        {"tokenizer__name": "a"},
+        "tokenizer.name: 'a' names a tokenizer, but tokenizer.train is true; write null for one",
+    ),
+    ({"tokenizer__path": "a"}, "tokenizer.path: 'a' names a tokenizer, but tokenizer.train is true"),
+    (
+        {"tokenizer__train": False},
+        "tokenizer.name: no tokenizer; name one of the hub, a folder with tokenizer.path, or",
+    ),
+    (
+        {"tokenizer__train": False, "tokenizer__name": "a", "tokenizer__vocab_size": 1000},
+        "tokenizer.vocab_size: 1000 is only for tokenizer.train: true; remove it (model.vocab_size is the size",
+    ),
+    (
+        {"tokenizer__train": False, "tokenizer__path": "a", "tokenizer__train_documents": 5},
+        "tokenizer.train_documents: 5 is only for tokenizer.train: true; remove it",
+    ),
+    ({"tokenizer__revision": "main"}, "tokenizer.revision: 'main' belongs to tokenizer.name, which is null"),
+    ({"tokenizer__vocab_size": 200}, "tokenizer.vocab_size: 200 is less than the 256 bytes and 5 special tokens"),
+    ({"tokenizer__vocab_size": 2}, "tokenizer.vocab_size: 2 must be at least 16"),
+    (
+        {"tokenizer__vocab_size": 8192, "model__vocab_size": 4096},
+        "model.vocab_size: 4096 is less than tokenizer.vocab_size = 8192; write null to follow the tokenizer",
+    ),
+    ({"datacollator__mlm_probability": 0.0}, "mlm_probability: 0.0 must be greater than 0 and at most 1"),
+    ({"datacollator__eval_mlm_probability": 1.5}, "eval_mlm_probability: 1.5 must be greater than 0 and at most 1"),
+    (
+        {"datacollator__pad_to_multiple_of": 100, "datacollator__pack_sequences": False},
+        "datacollator.pad_to_multiple_of: 100 does not divide dataset.max_seq_length = 512",
+    ),
+    ({"optimizer__lr": 0.0}, "optimizer.lr: 0.0 must be greater than 0"),
+    ({"optimizer__betas": (0.9, 1.0)}, "optimizer.betas: [0.9, 1.0] must both be at least 0 and less than 1"),
+    ({"optimizer__weight_decay": -0.1}, "optimizer.weight_decay: -0.1 must not be negative"),
+    ({"scheduler__warmup_percent": 101.0}, "scheduler.warmup_percent: 101.0 must be a percentage from 0 to 100"),
+    ({"scheduler__decay_percent": -1.0}, "scheduler.decay_percent: -1.0 must be a percentage from 0 to 100"),
+    ({"scheduler__final_lr_ratio": 2.0}, "scheduler.final_lr_ratio: 2.0 must be from 0 to 1"),
+    (
+        {"scheduler__decay_steps": 500},
+        "scheduler.decay_steps: 500 is where the decay ends, counted from the start of the run, so it must be greater"
+        " than scheduler.warmup_steps = 2000",
+    ),
+    ({"scheduler__warmup_percent": 20.0, "scheduler__decay_percent": 10.0}, "scheduler.decay_percent: 10.0 is where"),
+    ({"trainer__max_steps": None}, "this config sets none"),
+    ({"trainer__max_tokens": 5}, "this config sets trainer.max_steps = 10000 and trainer.max_tokens = 5"),
+    ({"trainer__max_steps": 0}, "trainer.max_steps: 0 must be at least 1"),
+    ({"trainer__per_device_train_batch_size": 0}, "trainer.per_device_train_batch_size: 0 must be at least 1"),
+    ({"trainer__gradient_accumulation_steps": 0}, "trainer.gradient_accumulation_steps: 0 must be at least 1"),
+    (
+        {"trainer__global_batch_size": 100},
+        "100 is not a multiple of trainer.per_device_train_batch_size = 16; write 96 or",
+    ),
+    ({"trainer__global_batch_size": 8}, "write 16"),
+    (
+        {"trainer__global_batch_size": 64, "trainer__gradient_accumulation_steps": 4},
+        "trainer.gradient_accumulation_steps: 4 is set beside trainer.global_batch_size = 64, which derives it",
+    ),
+    ({"trainer__save_steps": -1}, "trainer.save_steps: -1 must not be negative"),
+    ({"trainer__eval_steps": -1}, "trainer.eval_steps: -1 must not be negative"),
+    ({"trainer__logging_steps": -1}, "trainer.logging_steps: -1 must not be negative"),
+    ({"trainer__gradient_clipping": 0.0}, "trainer.gradient_clipping: 0.0 must be greater than 0 (null never clips)"),
+    ({"trainer__output_dir": ""}, "trainer.output_dir: may not be empty"),
+    ({"wandb__name": ""}, "wandb.name: may not be empty; write null"),
+    ({"trainer__fill_mask_texts": ("a",)}, "trainer.fill_mask_texts: 'a' has no [MASK] to fill in"),
+    ({"seed": -1}, "seed: -1 must not be negative"),
+    ({"seed": 2**63}, "must be less than 2**63"),
+    (
+        {"model__attn_backend": "flash_attn_varlen", "trainer__use_cpu": True},
+        "model.attn_backend: flash_attn_varlen needs a GPU, but trainer.use_cpu is true; write model.attn_backend",
+    ),
+    (
+        {"model__attn_backend": "flash_attn_varlen", "trainer__mixed_precision": "no"},
+        "model.attn_backend: flash_attn_varlen needs trainer.mixed_precision: bf16, it is no; write model.attn_backend",
+    ),
+    (
+        {"dataset__pin_memory": True, "trainer__use_cpu": True},
+        "dataset.pin_memory: true needs a GPU, but trainer.use_cpu",
+    ),
+]
+
+
+@pytest.mark.parametrize(("changes", "message"), ERRORS, ids=[message[:40] for _, message in ERRORS])
+def test_errors(changes, message):
+    error = only(validate(config_with(**changes)))
+    assert message in error
+    assert error.partition(":")[0] in FIELDS
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"model__hidden_size": 60, "model__rope": False},
+        {"dataset__name": None, "dataset__path": "folder"},
+        {"dataset__path": "folder", "dataset__config": "en"},
+        {"tokenizer__train": False, "tokenizer__name": "a", "tokenizer__revision": "main"},
+        {"scheduler__decay_steps": 500, "scheduler__warmup_percent": 1.0},
+        {"trainer__global_batch_size": 64},
+        {"trainer__save_total_limit": 0},
+        {"trainer__save_steps": 0, "trainer__eval_steps": 0, "trainer__logging_steps": 0},
+        {"tokenizer__vocab_size": 100, "tokenizer__algorithm": "wordpiece"},
+        {"datacollator__mlm_probability": 1.0},
+    ],
+)
+def test_what_is_allowed(changes):
+    assert validate(config_with(**changes)) == []
+
+
+def test_warm_up_longer_than_the_run_is_a_warning_with_both_numbers():
+    config = config_with(trainer__max_steps=100)
+    assert validate(config) == []
+    assert "scheduler.warmup_steps: the warm-up takes 2000 steps but the run has 100" in only(warnings(config))
+    assert warnings(config, total_steps=5000) == []
+    config = config_with(trainer__max_steps=100, scheduler__total_steps=1000, scheduler__warmup_percent=50.0)
+    assert "scheduler.warmup_percent: the warm-up takes 500 steps but the run has 100" in only(warnings(config))
+
+
+def test_a_run_of_unknown_length_has_no_schedule_warnings():
+    config = config_with(trainer__max_steps=None, trainer__max_tokens=1000)
+    assert warnings(config) == []
+    assert "the run has 30" in only(warnings(config, total_steps=30))
+
+
+def test_a_decay_beyond_the_run_is_a_warning():
+    config = config_with(scheduler__decay_steps=20_000)
+    assert "the decay ends at step 20000 but the run has 10000 steps" in only(warnings(config))
+
+
+@pytest.mark.parametrize("key", ["tokenizer.max_length", "datacollator.max_length"])
+def test_other_lengths_are_warnings(key):
+    warning = only(warnings(config_with(**{key: 256})))
+    assert warning == f"{key}: 256 has no effect, rows have dataset.max_seq_length = 512 slots; remove it"
+    assert warnings(config_with(**{key: 512})) == []
+
+
+def test_settings_without_effect_are_warnings():
+    config = config_with(tokenizer__train=False, tokenizer__name="a", tokenizer__path="b")
+    assert only(warnings(config)) == "tokenizer.name: 'a' is not used, the tokenizer is tokenizer.path = 'b'"
+    config = config_with(datacollator__pad_to_multiple_of=8)
+    assert "pad_to_multiple_of: 8 has no effect with datacollator.pack_sequences: true" in only(warnings(config))

@@ -1,0 +1,90 @@
+"""A small corpus, a small tokenizer and a small config, made on the spot: no test needs a network or a data folder."""
+
+import gzip
+import json
+import os
+import random
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from neobert.config.load import config_to_yaml, load_config, parse_config
+from neobert.config.schema import Config
+from neobert.data.tokenizer import train_tokenizer
+
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+
+SUBJECTS = ["the cat", "a dog", "the old house", "every river", "my sister", "the machine", "a small bird", "the king"]
+VERBS = ["sees", "likes", "follows", "builds", "forgets", "carries", "paints", "remembers"]
+OBJECTS = ["the mountain", "a red door", "the second letter", "seven stones", "the open sea", "a broken clock"]
+
+
+def make_texts(count: int, seed: int = 0) -> list[str]:
+    """Documents of 1 to about 40 sentences over a small vocabulary, a few of them long."""
+    rng = random.Random(seed)
+    texts = []
+    for number in range(count):
+        sentences = rng.randint(1, 6) if number % 10 else rng.randint(20, 40)
+        words = [f"{rng.choice(SUBJECTS)} {rng.choice(VERBS)} {rng.choice(OBJECTS)}." for _ in range(sentences)]
+        texts.append(" ".join(words))
+    return texts
+
+
+@pytest.fixture(scope="session")
+def texts() -> list[str]:
+    return make_texts(240)
+
+
+@pytest.fixture(scope="session")
+def corpus(tmp_path_factory: pytest.TempPathFactory, texts: list[str]) -> Path:
+    """A folder with two training files (one of them .gz)."""
+    folder = tmp_path_factory.mktemp("corpus")
+    lines = [json.dumps({"text": text}) + "\n" for text in texts]
+    (folder / "part-0.jsonl").write_text("".join(lines[:150]))
+    with gzip.open(folder / "part-1.jsonl.gz", "wt") as handle:
+        handle.writelines(lines[150:])
+    return folder
+
+
+@pytest.fixture(scope="session")
+def tokenizer_folder(tmp_path_factory: pytest.TempPathFactory, texts: list[str]) -> Path:
+    folder = tmp_path_factory.mktemp("tokenizer")
+    train_tokenizer(iter(texts), algorithm="byte_bpe", vocab_size=360).save(folder)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def tiny(corpus: Path, tokenizer_folder: Path) -> Callable[..., Config]:
+    """Builds the config of a run that takes a second: `tiny(output_dir, "trainer.max_steps=3", ...)`."""
+
+    def build(output_dir: Path, *overrides: str) -> Config:
+        base = [
+            "seed=3",
+            "model.hidden_size=32",
+            "model.num_hidden_layers=2",
+            "model.num_attention_heads=2",
+            "model.intermediate_size=48",
+            "model.max_position_embeddings=64",
+            f"dataset.path={corpus}",
+            "dataset.max_seq_length=64",
+            "dataset.eval_samples=12",
+            "dataset.num_lanes=2",
+            "dataset.window_documents=32",
+            f"tokenizer.path={tokenizer_folder}",
+            "optimizer.lr=1e-2",
+            "scheduler.warmup_steps=2",
+            "trainer.max_steps=12",
+            "trainer.per_device_train_batch_size=4",
+            "trainer.per_device_eval_batch_size=4",
+            "trainer.mixed_precision=no",
+            "trainer.logging_steps=3",
+            "trainer.eval_steps=4",
+            "trainer.save_steps=4",
+            "trainer.save_total_limit=null",
+            "trainer.use_cpu=true",
+            f"trainer.output_dir={output_dir}",
+        ]
+        return parse_config(config_to_yaml(load_config(None, base)), overrides)
+
+    return build

@@ -1,0 +1,131 @@
+import numpy as np
+import pyarrow as pa
+import pytest
+from datasets import Dataset, Features, LargeList, List, Value, concatenate_datasets, load_from_disk
+
+from neobert.data import arrow
+from neobert.data.arrow import ArrowTexts, TokenStore, TokenWriter, choose_indexed_lanes, load_table, read_manifest
+from neobert.data.errors import DataError
+
+DOCUMENTS = [[7, 8, 9], [], [10], list(range(20, 60)), [5, 6]]
+
+
+def save(folder, documents, feature=None, **columns):
+    features = Features({"input_ids": feature or List(Value("int32"))})
+    dataset = Dataset.from_dict({"input_ids": documents}, features=features)
+    for name, values in columns.items():
+        dataset = dataset.add_column(name, values)
+    dataset.save_to_disk(folder)
+    return folder
+
+
+def contents(store):
+    return [store.content(d).tolist() for d in range(len(store))]
+
+
+@pytest.mark.parametrize(
+    "feature", [List(Value("int32")), List(Value("int64")), List(Value("uint16")), LargeList(Value("int32"))]
+)
+def test_documents_of_save_to_disk(tmp_path, tokenizer, feature):
+    store = TokenStore(save(tmp_path / "d", DOCUMENTS, feature, label=[1] * 5), tokenizer)
+    assert contents(store) == DOCUMENTS
+    assert store.lengths(np.array([3, 1, 0])).tolist() == [40, 0, 3]
+    assert store.all_lengths().tolist() == [3, 0, 1, 40, 2]
+    assert store.notes == []
+
+
+def test_lists_of_fixed_size(tmp_path, tokenizer):
+    documents = [[5, 6, 7], [8, 9, 10]]
+    assert contents(TokenStore(save(tmp_path / "d", documents, List(Value("int32"), length=3)), tokenizer)) == documents
+
+
+def test_many_files_and_batches(tmp_path, tokenizer):
+    documents = [[5 + n % 300] * (n % 4) for n in range(2500)]
+    part = Dataset.from_dict({"input_ids": documents})
+    concatenate_datasets([part, part]).save_to_disk(tmp_path / "d", num_shards=3)
+    store = TokenStore(tmp_path / "d", tokenizer)
+    assert contents(store) == documents + documents
+    assert store.all_lengths().sum() == 2 * sum(map(len, documents))
+
+
+def test_documents_are_views_of_the_file(tmp_path, tokenizer):
+    store = TokenStore(save(tmp_path / "d", DOCUMENTS), tokenizer)
+    assert not store.content(3).flags.owndata
+    assert not store.content(3).flags.writeable
+
+
+def test_special_tokens_on_disk_are_passed_over(tmp_path, tokenizer):
+    wrapped = [[tokenizer.cls_id, *tokens, tokenizer.sep_id] for tokens in DOCUMENTS]
+    store = TokenStore(save(tmp_path / "d", wrapped), tokenizer)
+    assert contents(store) == DOCUMENTS
+    assert store.lengths(np.arange(5)).tolist() == store.all_lengths().tolist() == [3, 0, 1, 40, 2]
+    assert store.notes == ["special tokens on disk are passed over"]
+
+
+def test_data_of_another_tokenizer_is_refused(tmp_path, tokenizer):
+    with pytest.raises(DataError, match=r"holds token 9999, but the tokenizer has only 405"):
+        TokenStore(save(tmp_path / "d", [[5], [9999]]), tokenizer)
+
+
+def test_padded_data_is_refused(tmp_path, tokenizer):
+    with pytest.raises(DataError, match="padded documents; tokenise again without padding"):
+        TokenStore(save(tmp_path / "d", [[5, 6], [7, tokenizer.pad_id]]), tokenizer)
+
+
+def test_damaged_folders_are_named(tmp_path, tokenizer):
+    folder = save(tmp_path / "d", DOCUMENTS)
+    file = next(folder.glob("*.arrow"))
+    file.write_bytes(file.read_bytes()[:100])
+    with pytest.raises(DataError, match=r"d cannot be read as a folder of save_to_disk"):
+        TokenStore(folder, tokenizer)
+    file.unlink()
+    with pytest.raises(DataError, match=r"d cannot be read as a folder of save_to_disk"):
+        load_table(folder)
+
+
+def test_input_ids_must_be_lists_of_integers(tmp_path, tokenizer):
+    with pytest.raises(DataError, match="lists of integers are needed"):
+        TokenStore(save(tmp_path / "d", [1, 2], Value("int32")), tokenizer)
+    with pytest.raises(DataError, match="must hold lists of integers"):
+        TokenStore(save(tmp_path / "e", [[1.5], [2.0]], List(Value("float32"))), tokenizer)
+
+
+def test_fingerprint_sees_one_changed_token(tmp_path, tokenizer):
+    one = TokenStore(save(tmp_path / "a", DOCUMENTS), tokenizer).fingerprint
+    assert TokenStore(save(tmp_path / "b", DOCUMENTS), tokenizer).fingerprint == one
+    changed = [*DOCUMENTS[:-1], [5, 7]]
+    assert TokenStore(save(tmp_path / "c", changed), tokenizer).fingerprint != one
+
+
+def test_written_folders_are_read_by_us_and_by_datasets(tmp_path, tokenizer, monkeypatch):
+    monkeypatch.setattr(TokenWriter, "_BATCH_TOKENS", 10)
+    monkeypatch.setattr(TokenWriter, "_FILE_TOKENS", 30)
+    for name in ("one", "two"):
+        writer = TokenWriter(tmp_path / name)
+        for tokens in DOCUMENTS:
+            writer.add(np.array(tokens, dtype=np.int32))
+        writer.close({"num_documents": writer.num_documents})
+    assert contents(TokenStore(tmp_path / "one", tokenizer)) == DOCUMENTS
+    assert load_from_disk(tmp_path / "one")["input_ids"][:] == DOCUMENTS
+    assert read_manifest(tmp_path / "one") == {"num_documents": 5}
+    assert read_manifest(tmp_path) is None
+    files = sorted(path.name for path in (tmp_path / "one").iterdir())
+    assert "data-00001.arrow" in files
+    assert all((tmp_path / "one" / f).read_bytes() == (tmp_path / "two" / f).read_bytes() for f in files)
+
+
+def test_texts_by_number(tmp_path):
+    Dataset.from_dict({"id": [1, 2, 3], "text": ["a b", None, " "]}).save_to_disk(tmp_path / "d")
+    source = ArrowTexts(tmp_path / "d", None)
+    assert [record.text for record in source.records()] == ["a b", None, None]
+    with pytest.raises(DataError, match=r"dataset.text_column: 'id' holds no text"):
+        ArrowTexts(tmp_path / "d", "id")
+
+
+def test_large_strings(tmp_path):
+    Dataset(pa.table({"text": pa.array(["x", "y"], type=pa.large_string())})).save_to_disk(tmp_path / "d")
+    assert [record.text for record in ArrowTexts(tmp_path / "d", None).records()] == ["x", "y"]
+
+
+def test_lanes_are_at_least_a_window(tmp_path):
+    assert [choose_indexed_lanes(n, 1024) for n in (0, 1000, 2048, 10**9)] == [1, 1, 2, arrow.INDEXED_LANES]

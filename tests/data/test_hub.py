@@ -1,0 +1,93 @@
+import pytest
+
+from neobert.config.schema import DatasetSection
+from neobert.data import hub
+from neobert.data.errors import DataError
+from neobert.data.hub import HubShard, open_hub, open_parquet
+from neobert.data.sources import list_splits
+
+
+@pytest.fixture
+def section(corpora, tmp_path):
+    return DatasetSection(name=str(corpora["jsonl.gz"]), cache_dir=str(tmp_path / "cache"))
+
+
+def test_a_named_data_set_is_read_in_the_order_of_its_files(section, texts):
+    assert list(list_splits(section)) == ["train"]
+    source = open_hub(section, "train")
+    assert [record.text for record in source.records()] == texts
+    assert source.notes == ["text from column 'text'"]
+
+
+def test_parquet_is_cut_into_row_groups_for_the_lanes(corpora, texts):
+    folder = corpora["parquet"]
+    source = open_parquet(list(folder.iterdir()), DatasetSection(path=str(folder)))
+    assert len(source.readers(seed=0, num_lanes=None, after=None)) == 15
+    assert [record.text for record in source.records()] == texts
+
+
+@pytest.mark.parametrize("every", [1, 4, 64])
+def test_a_shard_goes_on_from_every_position(every, section, texts, monkeypatch):
+    monkeypatch.setattr(hub, "_STATE_EVERY", every)
+    dataset = open_hub(section, "train")._dataset
+    shard = HubShard(dataset, dataset.num_shards, 1, "text")
+    records = list(shard.read(None))
+    assert 15 < len(records) < 30
+    for n, record in enumerate(records):
+        assert list(shard.read(record.cursor)) == records[n + 1 :]
+    assert list(shard.read(None)) == records
+
+
+def test_held_out_documents_are_passed_over_by_every_lane(section, texts):
+    source = open_hub(section, "train")
+    cursor = [record.cursor for record in source.records()][29]
+    for num_lanes in (1, 2, 5):
+        found = []
+        for reader in source.readers(seed=0, num_lanes=num_lanes, after=cursor):
+            found += [record.text for record in reader.read(0, reader.start())]
+        assert sorted(found) == sorted(texts[30:])
+
+
+def test_more_lanes_than_shards_is_an_error(section):
+    with pytest.raises(DataError, match=r"dataset.num_lanes: 20, but .* has 7 shards"):
+        open_hub(section, "train").readers(seed=0, num_lanes=20, after=None)
+
+
+def test_a_missing_column_is_named(section):
+    with pytest.raises(DataError, match=r"dataset.text_column: 'body' is not in .*: text"):
+        open_hub(DatasetSection(name=section.name, text_column="body"), "train")
+
+
+def test_a_data_set_that_cannot_be_reached(monkeypatch):
+    def unreachable(*args, **kwargs):
+        raise ConnectionError("Couldn't reach 'nobody/nothing' on the Hub")
+
+    monkeypatch.setattr(hub, "get_dataset_split_names", unreachable)
+    monkeypatch.setattr(hub.HfApi, "dataset_info", unreachable)
+    section = DatasetSection(name="nobody/nothing")
+    for failing in (lambda: list_splits(section), lambda: open_hub(section, "train")):
+        with pytest.raises(
+            DataError, match=r"dataset.name: nobody/nothing cannot be loaded: Couldn't reach.*dataset.path"
+        ):
+            failing()
+
+
+def test_a_hub_data_set_is_pinned_to_its_commit(section, monkeypatch, tmp_path):
+    """The commit that the revision names at the start is the one that is read, and part of the fingerprint."""
+    asked = {}
+
+    class Api:
+        def dataset_info(self, name, revision):
+            asked["revision"] = revision
+            return type("Info", (), {"sha": "c0ffee"})
+
+    def load(name, config, **kwargs):
+        asked.update(kwargs, name=name)
+        return real(section.name, split="train", streaming=True)
+
+    real = hub.load_dataset
+    monkeypatch.setattr(hub, "HfApi", Api)
+    monkeypatch.setattr(hub, "load_dataset", load)
+    source = open_hub(DatasetSection(name="some/data", revision="main"), "train")
+    assert (asked["name"], asked["revision"], asked["split"]) == ("some/data", "c0ffee", "train")
+    assert "dataset.revision: c0ffee stays on it" in source.notes[-1]

@@ -1,0 +1,159 @@
+"""Every lane gives each document of its share once an epoch, whole, and goes on where a state says."""
+
+from collections import Counter
+from dataclasses import replace
+
+import numpy as np
+import pytest
+
+from neobert.data import lanes as lanes_module
+from neobert.data import text as text_module
+from neobert.data.errors import DataError
+from neobert.data.lanes import IndexedLane, LaneSettings
+from neobert.data.text import Record, TextLane, cut_end, cut_text
+
+SETTINGS = LaneSettings(seed=3, max_seq_length=12, window_documents=8, min_length=1, truncate=False, packing="best_fit")
+KINDS = ("indexed", "text_indexed", "jsonl", "jsonl.gz", "parquet")
+
+
+class ListStore:
+    """Documents in memory; token t of document d is 1000 * d + t."""
+
+    def __init__(self, lengths):
+        self._lengths = np.array(lengths)
+
+    def __len__(self):
+        return len(self._lengths)
+
+    def lengths(self, documents):
+        return self._lengths[documents]
+
+    def content(self, document):
+        return 1000 * int(document) + np.arange(self._lengths[document])
+
+
+class ListReader:
+    """Texts in memory as a reader."""
+
+    size = 0
+
+    def __init__(self, texts):
+        self._texts = texts
+
+    def start(self):
+        return {"next": 0}
+
+    def read(self, epoch, cursor):
+        for number in range(cursor["next"], len(self._texts)):
+            text = self._texts[number]
+            problem = f"list:{number}: broken" if text == "BAD" else None
+            yield Record(number, None if problem or not text else text, problem, {"next": number + 1})
+
+
+def count_chars(texts):
+    return [np.frombuffer(text.encode(), dtype=np.uint8).astype(np.int32) for text in texts]
+
+
+def read_epoch(lane, epoch=0):
+    """Tokens of one epoch, and the state after it."""
+    state, tokens = lane.start(), Counter()
+    while state["epoch"] <= epoch:
+        window = lane.open(state)
+        if state["epoch"] == epoch:
+            for piece in (piece for row in window.rows for piece in row):
+                tokens.update(np.asarray(window.get(piece)).tolist())
+        state = window.next_state
+    return tokens, state
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_an_epoch_has_every_token_once(kind, corpora, texts, tokenizer, make_config, make_data):
+    data = make_data(make_config(path=str(corpora[kind])))
+    wanted = Counter(t for tokens in tokenizer.encode_batch(texts) for t in tokens.tolist())
+    for epoch in (0, 1):
+        found = Counter()
+        for lane in range(data.train.num_lanes):
+            found += read_epoch(data.train.lane_opener()(lane), epoch)[0]
+        assert found == wanted
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_epochs_and_lanes_differ_in_order(kind, corpora, make_config, make_data):
+    open_lane = make_data(make_config(path=str(corpora[kind]), window_documents=64)).train.lane_opener()
+    lane = open_lane(0)
+    first = lane.open(lane.start())
+    state = first.next_state
+    while state["epoch"] == 0:
+        state = lane.open(state).next_state
+    again = lane.open(state)
+    assert first.rows != again.rows
+    assert first.rows == open_lane(0).open(lane.start()).rows
+
+
+@pytest.mark.parametrize("window_tokens", [1, 35, 100, 10**6])
+def test_a_document_larger_than_a_window_goes_on_in_the_next(window_tokens, monkeypatch):
+    monkeypatch.setattr(lanes_module, "WINDOW_TOKENS", window_tokens)
+    lengths = [7, 900, 0, 13, 205, 1, 10, 20]
+    store = ListStore(lengths)
+    found = Counter()
+    for number in range(2):
+        tokens, state = read_epoch(IndexedLane(store, SETTINGS, number, 2))
+        found += tokens
+        assert state["offset"] == state["dropped"] == 0
+    assert found == Counter(t for d in range(len(lengths)) for t in store.content(d).tolist())
+
+
+def test_truncation_takes_the_first_piece_even_of_a_huge_document(monkeypatch):
+    monkeypatch.setattr(lanes_module, "WINDOW_TOKENS", 15)
+    store = ListStore([7, 900, 13])
+    tokens, _ = read_epoch(IndexedLane(store, replace(SETTINGS, truncate=True), 0, 1))
+    assert sorted(tokens) == [*range(7), *range(1000, 1010), *range(2000, 2010)]
+
+
+def test_dropped_tails_are_counted_once(monkeypatch):
+    monkeypatch.setattr(lanes_module, "WINDOW_TOKENS", 25)
+    _, state = read_epoch(IndexedLane(ListStore([52, 2, 10, 33]), replace(SETTINGS, min_length=4), 0, 1))
+    assert state["dropped"] == 3
+
+
+def test_lanes_without_documents_are_an_error():
+    for lane in (IndexedLane(ListStore([0, 0]), SETTINGS, 0, 1), IndexedLane(ListStore([5]), SETTINGS, 1, 2)):
+        with pytest.raises(DataError, match=r"lane \d has no usable documents.*dataset.num_lanes"):
+            lane.open(lane.start())
+    lane = TextLane(ListReader(["", ""]), count_chars, SETTINGS, 4)
+    with pytest.raises(DataError, match="lane 4 has no usable documents"):
+        lane.open(lane.start())
+
+
+def test_a_huge_text_is_cut_and_nothing_is_lost(monkeypatch):
+    monkeypatch.setattr(text_module, "WINDOW_CHARS", 50)
+    texts = ["short", "many words " * 40, "x" * 300, "end"]
+    settings = replace(SETTINGS, max_document_chars=25)
+    lane = TextLane(ListReader(texts), count_chars, settings, 0)
+    state, text, windows = lane.start(), "", 0
+    while state["epoch"] == 0:
+        window = lane.open(state)
+        assert TextLane(ListReader(texts), count_chars, settings, 0).open(state).rows == window.rows
+        pieces = sorted(piece for row in window.rows for piece in row)
+        text += "".join(bytes(window.get(piece).astype(np.uint8)).decode() for piece in pieces)
+        assert sum(piece.length for piece in pieces) <= 50 + 25
+        state, windows = window.next_state, windows + 1
+    assert text == "".join(texts)
+    assert windows > 10
+
+
+def test_cuts_are_at_white_space_where_there_is_some():
+    assert list(cut_text("aa bbb cccc ddddddddd", 6)) == ["aa ", "bbb ", "cccc ", "dddddd", "ddd"]
+    assert cut_end("one\ntwo", 0, 5) == 4
+    assert list(cut_text("abc", 3)) == ["abc"]
+
+
+def test_bad_and_empty_records_are_counted_and_bounded():
+    texts = ["one", "BAD", "", "two", "BAD", "three"]
+    settings = replace(SETTINGS, window_documents=2, max_bad_records=2)
+    lane = TextLane(ListReader(texts), count_chars, settings, 0)
+    _, state = read_epoch(lane, epoch=2)
+    assert (state["bad"], state["skipped"], state["bad_in_epoch"]) == (6, 3, 0)
+    strict = TextLane(ListReader(texts), count_chars, replace(settings, max_bad_records=1), 0)
+    with pytest.raises(DataError, match=r"dataset.max_bad_records: 1, but 2 records.*list:4: broken"):
+        read_epoch(strict)

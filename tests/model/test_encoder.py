@@ -1,0 +1,202 @@
+"""The encoder: packed equals unpacked, whatever the architecture; checkpointing; compilation; size and cost."""
+
+import dataclasses
+
+import pytest
+import torch
+from packed import ROWS, pack, random_ids, real_slots, tiny_config
+from torch import Tensor
+
+from neobert.model.attention import ATTENTION
+from neobert.model.config import ModelConfig
+from neobert.model.encoder import Encoder
+from neobert.model.segments import Segments
+
+VARIANTS = {
+    "neobert": {},
+    "learned positions": {"rope": False},
+    "gelu and layer norm": {"hidden_act": "gelu", "rms_norm": False},
+}
+
+
+def build(config: ModelConfig, **options: bool) -> Encoder:
+    torch.manual_seed(0)
+    encoder = Encoder(config, ATTENTION["sdpa"], **options)
+    for name, weight in encoder.named_parameters():
+        if "norm" in name:  # all ones would hide a norm weight that is not used
+            torch.nn.init.uniform_(weight, 0.5, 1.5)
+    return encoder
+
+
+def hidden_and_gradients(
+    encoder: Encoder, ids: Tensor, positions: Tensor, segments: Segments, target: Tensor, *, bf16: bool = False
+) -> tuple[Tensor, dict[str, Tensor]]:
+    """Hidden states of the real slots, and gradients of their product with `target`."""
+    encoder.zero_grad()
+    with torch.autocast("cpu", torch.bfloat16, enabled=bf16):
+        hidden = encoder(ids, positions, segments)[real_slots(segments)]
+    (hidden * target).sum().backward()
+    return hidden.detach(), {name: p.grad.clone() for name, p in encoder.named_parameters() if p.grad is not None}
+
+
+def alone(
+    encoder: Encoder, ids: Tensor, segments: Segments, target: Tensor, row_length: int | None, *, bf16: bool
+) -> tuple[Tensor, dict[str, Tensor]]:
+    """The same for documents that never meet: a forward pass each, in a row of `row_length` or of their own length."""
+    documents = [
+        row[number == row_ids] for row, row_ids in zip(ids, segments.ids) for number in row_ids.unique() if number
+    ]
+    parts, gradients = [], {name: torch.zeros_like(p) for name, p in encoder.named_parameters()}
+    start = 0
+    for tokens in documents:
+        positions, own = pack([(len(tokens),)], row_length or len(tokens))
+        padded = torch.zeros(own.ids.shape, dtype=torch.int32)
+        padded[0, : len(tokens)] = tokens
+        part, grads = hidden_and_gradients(
+            encoder, padded, positions, own, target[start : start + len(tokens)], bf16=bf16
+        )
+        parts.append(part)
+        for name, grad in grads.items():
+            gradients[name] += grad
+        start += len(tokens)
+    return torch.cat(parts), gradients
+
+
+@pytest.mark.parametrize("row_length", [None, 16], ids=["own length", "padded"])
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_packed_equals_unpacked(variant: str, row_length: int | None) -> None:
+    encoder = build(tiny_config(**VARIANTS[variant]))
+    positions, segments = pack(ROWS, 16)
+    ids = random_ids(segments, 50)
+    target = torch.randn(int(real_slots(segments).sum()), 32, generator=torch.Generator().manual_seed(2))
+    hidden, gradients = hidden_and_gradients(encoder, ids, positions, segments, target)
+    hidden_alone, gradients_alone = alone(encoder, ids, segments, target, row_length, bf16=False)
+    torch.testing.assert_close(hidden, hidden_alone, atol=1e-5, rtol=1e-5)
+    assert gradients.keys() == gradients_alone.keys()
+    for name in gradients:
+        # Sums over documents of numbers of size one: the tolerance is relative to the largest of each gradient.
+        scale = max(1.0, gradients_alone[name].abs().max().item())
+        torch.testing.assert_close(gradients[name] / scale, gradients_alone[name] / scale, atol=1e-5, rtol=0)
+
+
+def test_packed_equals_unpacked_in_bf16() -> None:
+    encoder = build(tiny_config())
+    positions, segments = pack(ROWS, 16)
+    ids = random_ids(segments, 50)
+    target = torch.randn(int(real_slots(segments).sum()), 32, generator=torch.Generator().manual_seed(2))
+    hidden, gradients = hidden_and_gradients(encoder, ids, positions, segments, target, bf16=True)
+    hidden_alone, gradients_alone = alone(encoder, ids, segments, target, None, bf16=True)
+    assert hidden.dtype == torch.float32, "the residual stream stays in fp32"
+    torch.testing.assert_close(hidden, hidden_alone, atol=2e-2, rtol=2e-2)
+    for name in gradients:
+        error = (gradients[name] - gradients_alone[name]).norm() / gradients_alone[name].norm()
+        assert error < 2e-2, name
+
+
+def test_a_document_does_not_depend_on_its_neighbours() -> None:
+    encoder = build(tiny_config())
+    positions, segments = pack(ROWS, 16)
+    ids = random_ids(segments, 50)
+    others = torch.where(segments.ids == 2, ids, random_ids(segments, 50, seed=9))
+    second = (segments.ids == 2).flatten()
+    before, after = (encoder(x, positions, segments).detach() for x in (ids, others))
+    assert torch.equal(before[second], after[second])
+    assert not torch.equal(before[~second], after[~second])
+
+
+def test_learned_positions_begin_anew_in_every_document() -> None:
+    encoder = build(tiny_config(rope=False))
+    positions, segments = pack([(4, 4)], 8)
+    tokens = torch.tensor([[5, 6, 7, 8, 5, 6, 7, 8]], dtype=torch.int32)
+    first, second = encoder(tokens, positions, segments).chunk(2)
+    torch.testing.assert_close(first, second)
+    assert not torch.allclose(first, encoder(tokens, positions.flip(1), segments)[:4])
+
+
+def test_gradient_checkpointing_changes_nothing() -> None:
+    config = tiny_config(dropout_prob=0.2)
+    positions, segments = pack(ROWS, 16)
+    ids = random_ids(segments, 50)
+    runs = []
+    for checkpointing in (False, True):
+        encoder = build(config, gradient_checkpointing=checkpointing)
+        torch.manual_seed(4)
+        runs.append(hidden_and_gradients(encoder, ids, positions, segments, torch.ones(1)))
+    assert torch.equal(runs[0][0], runs[1][0])
+    for name, gradient in runs[0][1].items():
+        assert torch.equal(gradient, runs[1][1][name]), name
+
+
+def test_dropout_acts_in_training_only() -> None:
+    encoder = build(tiny_config(dropout_prob=0.5))
+    positions, segments = pack(ROWS, 16)
+    ids = random_ids(segments, 50)
+    assert not torch.equal(encoder(ids, positions, segments), encoder(ids, positions, segments))
+    encoder.eval()
+    assert torch.equal(encoder(ids, positions, segments), encoder(ids, positions, segments))
+
+
+def test_blocks_compile_to_one_graph_that_content_does_not_change() -> None:
+    torch._dynamo.reset()
+    encoder = build(tiny_config())
+    positions, segments = pack(ROWS, 16)
+    ids = random_ids(segments, 50)
+    target = torch.ones(1)
+    eager = hidden_and_gradients(encoder, ids, positions, segments, target)
+    other = pack([(2, 2, 2), (5, 11), (16,)], 16)
+    eager_other = hidden_and_gradients(encoder, random_ids(other[1], 50), *other, target)
+    for block in encoder.layers:
+        block.compile(backend="aot_eager", fullgraph=True)
+    compiled = hidden_and_gradients(encoder, ids, positions, segments, target)
+    with torch.compiler.set_stance("fail_on_recompile"):
+        compiled_other = hidden_and_gradients(encoder, random_ids(other[1], 50), *other, target)
+    for a, b in ((eager, compiled), (eager_other, compiled_other)):
+        torch.testing.assert_close(a[0], b[0], atol=1e-5, rtol=1e-5)
+        torch.testing.assert_close(a[1], b[1], atol=1e-4, rtol=1e-4)
+
+
+def test_names_of_the_weights() -> None:
+    encoder = build(tiny_config(num_hidden_layers=1))
+    shapes = {name: tuple(p.shape) for name, p in encoder.state_dict().items()}
+    assert shapes == {
+        "embedding.weight": (50, 32),
+        "layers.0.attention_norm.weight": (32,),
+        "layers.0.qkv.weight": (96, 32),
+        "layers.0.out.weight": (32, 32),
+        "layers.0.ffn_norm.weight": (32,),
+        "layers.0.gate_up.weight": (64, 32),
+        "layers.0.down.weight": (32, 32),
+        "norm.weight": (32,),
+    }
+    gelu = build(tiny_config(num_hidden_layers=1, hidden_act="gelu", rope=False)).state_dict()
+    assert gelu["layers.0.up.weight"].shape == (48, 32)
+    assert gelu["position_embedding.weight"].shape == (16, 32)
+    assert encoder.num_parameters() == sum(p.numel() for p in encoder.state_dict().values())
+
+
+def test_initialisation() -> None:
+    encoder = Encoder(tiny_config(embedding_init_range=0.5, decoder_init_range=0.1), ATTENTION["sdpa"])
+    for name, weight in encoder.named_parameters():
+        if "norm" in name:
+            assert weight.eq(1).all()
+        else:
+            limit = 0.5 if "embedding" in name else 0.1
+            assert weight.abs().max() <= limit
+            assert weight.std().item() == pytest.approx(limit / 3**0.5, rel=0.1)
+
+
+def test_flops_per_token() -> None:
+    """NeoBERT-250M, 28 x 768: blocks 1.189 GF, attention at 512 tokens 0.132 GF, a fifth of the head 0.028 GF."""
+    config = tiny_config(
+        hidden_size=768, num_attention_heads=12, intermediate_size=3072, num_hidden_layers=28, vocab_size=30522
+    )
+    with torch.device("meta"):
+        encoder = Encoder(config, ATTENTION["sdpa"])
+    flops = encoder.flops_per_token(attended_length=512, predicted_fraction=0.2)
+    assert flops == pytest.approx(1.35e9, rel=0.005)
+    blocks = 28 * (4 * 768**2 + 3 * 768 * 2048)
+    assert encoder.flops_per_token(attended_length=0, predicted_fraction=0) == 6 * blocks
+    assert encoder.num_parameters() == blocks + 30522 * 768 + 57 * 768
+    with torch.device("meta"):
+        gelu = Encoder(dataclasses.replace(config, hidden_act="gelu"), ATTENTION["sdpa"])
+    assert gelu.flops_per_token(attended_length=0, predicted_fraction=0) == 6 * 28 * (4 * 768**2 + 2 * 768 * 3072)

@@ -1,0 +1,175 @@
+"""MaskedLM: the loss of a batch, its ablation, weight tying, and training that learns."""
+
+import math
+from itertools import pairwise
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor
+
+from neobert.kernels.linear_cross_entropy import KERNELS
+from neobert.model.attention import ATTENTION
+from neobert.model.config import ModelConfig
+from neobert.model.encoder import Encoder
+from neobert.model.segments import Segments
+from neobert.objectives.mlm import MaskedLM
+from neobert.types import IGNORE_INDEX, PackedBatch
+
+VOCAB = 40
+
+
+def build(*, tied: bool = True, **options: bool) -> MaskedLM:
+    torch.manual_seed(0)
+    config = ModelConfig(
+        hidden_size=32,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        intermediate_size=48,
+        max_position_embeddings=16,
+        vocab_size=VOCAB,
+        pad_token_id=0,
+        embedding_init_range=0.5,
+        decoder_init_range=0.2,
+        tie_word_embeddings=tied,
+    )
+    return MaskedLM(Encoder(config, ATTENTION["sdpa"]), kernel=KERNELS["torch"], **options)
+
+
+def batch_of(rows: tuple[tuple[int, ...], ...], tokens: Tensor, masked: list[int], num_places: int = 8) -> PackedBatch:
+    """Rows of 12 slots with documents of these lengths; slots `masked` of the stream are hidden behind token 3."""
+    slots = tokens.numel()
+    ids = torch.zeros(len(rows), 12, dtype=torch.int32)
+    positions = torch.zeros(len(rows), 12, dtype=torch.int32)
+    borders = {0, slots}
+    for number, lengths in enumerate(rows):
+        ends = np.cumsum((0, *lengths)).tolist()
+        for document, (start, end) in enumerate(pairwise(ends), start=1):
+            ids[number, start:end] = document
+            positions[number, start:end] = torch.arange(end - start)
+        borders |= {number * 12 + end for end in ends}
+    cu_seqlens = torch.tensor(sorted(borders) + [slots] * (20 - len(borders)), dtype=torch.int32)
+    unused = num_places - len(masked)
+    corrupted = tokens.clone().flatten()
+    corrupted[masked] = 3
+    return PackedBatch(
+        input_ids=corrupted.view_as(tokens),
+        positions=positions,
+        segments=Segments(ids=ids, cu_seqlens=cu_seqlens, cu_seqlens_cpu=cu_seqlens, max_seqlen=12),
+        masked_index=torch.tensor(masked + [0] * unused),
+        targets=torch.tensor(tokens.flatten()[masked].tolist() + [IGNORE_INDEX] * unused),
+        row_keys=torch.arange(len(rows)),
+        source_tokens=(sum(map(sum, rows)),),
+        num_tokens=sum(map(sum, rows)),
+        num_targets=len(masked),
+        num_documents=sum(map(len, rows)),
+        attended_tokens=sum(n * n for row in rows for n in row),
+        digest=0,
+    )
+
+
+@pytest.fixture
+def batch() -> PackedBatch:
+    tokens = torch.randint(4, VOCAB, (2, 12), generator=torch.Generator().manual_seed(3), dtype=torch.int32)
+    return batch_of(((5, 4), (12,)), tokens, [0, 2, 6, 13, 20])
+
+
+def test_loss_is_the_cross_entropy_of_the_targets(batch: PackedBatch) -> None:
+    model = build()
+    hidden = model.encoder(batch.input_ids, batch.positions, batch.segments)
+    log_probs = model.logits(hidden).log_softmax(-1)
+    used = batch.targets != IGNORE_INDEX
+    expected = -log_probs[batch.masked_index[used], batch.targets[used]].sum()
+    result = model(batch)
+    torch.testing.assert_close(result.loss_sum, expected)
+    assert result.num_correct is None
+
+
+@pytest.mark.parametrize("tied", [True, False])
+def test_all_positions_is_the_same_loss(batch: PackedBatch, tied: bool) -> None:
+    """Slot 0 is predicted and also where unused places point: its target must survive."""
+    losses, gradients = [], []
+    for all_positions in (False, True):
+        model = build(tied=tied, all_positions=all_positions)
+        result = model(batch)
+        losses.append(result.loss_sum)
+        gradients.append(torch.autograd.grad(result.loss_sum, list(model.parameters())))
+    torch.testing.assert_close(losses[0], losses[1])
+    torch.testing.assert_close(gradients[0], gradients[1])
+
+
+def test_correct_predictions_are_counted_when_asked_for_and_in_evaluation(batch: PackedBatch) -> None:
+    model = build(count_correct=True)
+    counted = model(batch).num_correct
+    assert counted is not None
+    hidden = model.encoder(batch.input_ids, batch.positions, batch.segments)[batch.masked_index]
+    assert counted == (model.logits(hidden).argmax(-1) == batch.targets).sum()
+    quiet = build().eval()
+    assert quiet(batch).num_correct == counted
+
+
+def test_tied_weights_are_one_tensor(batch: PackedBatch) -> None:
+    model = build()
+    assert model.head_weight is model.encoder.embedding.weight
+    assert model.decoder is None
+    assert not any(name.startswith("decoder") for name in model.state_dict())
+    model.check_tied()
+    untied = build(tied=False)
+    assert untied.head_weight is untied.decoder.weight
+    assert untied.state_dict()["decoder.weight"].shape == (VOCAB, 32)
+    assert untied.head_weight.abs().max() <= 0.2
+    untied(batch).loss_sum.backward()
+    assert untied.decoder.weight.grad.abs().sum() > 0
+
+
+def test_weights_that_were_untied_behind_our_back_are_an_error() -> None:
+    model = build()
+    model.decoder = torch.nn.Linear(32, VOCAB, bias=False)
+    with pytest.raises(RuntimeError, match=r"model\.tie_word_embeddings: True, but .* is not the embedding matrix"):
+        model.check_tied()
+    untied = build(tied=False)
+    untied.decoder.weight = untied.encoder.embedding.weight
+    with pytest.raises(RuntimeError, match=r"model\.tie_word_embeddings: False, but .* is the embedding matrix"):
+        untied.check_tied()
+
+
+@pytest.mark.parametrize(("bf16", "tolerance"), [(False, 1e-5), (True, 2e-2)])
+def test_packed_equals_unpacked(bf16: bool, tolerance: float) -> None:
+    """Loss and gradients of two documents in one row are those of the two alone."""
+    tokens = torch.randint(4, VOCAB, (1, 12), generator=torch.Generator().manual_seed(5), dtype=torch.int32)
+    apart = torch.zeros(2, 12, dtype=torch.int32)
+    apart[0, :5], apart[1, :7] = tokens[0, :5], tokens[0, 5:]
+    losses, gradients = [], []
+    for batch in (batch_of(((5, 7),), tokens, [1, 3, 8, 10]), batch_of(((5,), (7,)), apart, [1, 3, 15, 17])):
+        model = build()
+        with torch.autocast("cpu", torch.bfloat16, enabled=bf16):
+            loss = model(batch).loss_sum
+        losses.append(loss.item())
+        gradients.append(torch.autograd.grad(loss, list(model.parameters())))
+    assert losses[0] > 0
+    assert losses[0] == pytest.approx(losses[1], rel=tolerance)
+    for a, b in zip(*gradients):
+        assert (a - b).norm() <= tolerance * b.norm()
+
+
+def test_a_batch_without_targets_gives_zero(batch: PackedBatch) -> None:
+    model = build()
+    empty = batch_of(((5, 4), (12,)), batch.input_ids, [])
+    loss = model(empty).loss_sum
+    loss.backward()
+    assert loss.item() == 0
+    assert all(p.grad is None or p.grad.eq(0).all() for p in model.parameters())
+
+
+def test_it_learns(batch: PackedBatch) -> None:
+    model = build()
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2, fused=True)
+    losses = []
+    for _ in range(15):
+        loss = model(batch).loss_sum / batch.num_targets
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        losses.append(loss.item())
+    assert losses[0] > math.log(VOCAB), "worse than guessing at the start"
+    assert losses[-1] < 0.1

@@ -1,0 +1,143 @@
+"""Every command and every Python block of README.md and docs/ runs, in order, with a small model and a small corpus."""
+
+import json
+import re
+import runpy
+import shlex
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from conftest import make_texts
+
+import neobert.config.load as config_load
+
+ROOT = Path(__file__).parents[1]
+PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+# Run by the gate itself and by every newcomer: they make an environment and call this suite.
+ENVIRONMENT = ("[ -n ", "pip install", "pytest")
+TINY = [
+    "--dataset.path",
+    "my_text.jsonl",
+    "--dataset.eval_samples",
+    "8",
+    "--dataset.max_seq_length",
+    "32",
+    "--dataset.config",
+    "null",
+    "--tokenizer.name",
+    "null",
+    "--tokenizer.path",
+    "null",
+    "--tokenizer.train",
+    "true",
+    "--tokenizer.vocab_size",
+    "300",
+    "--tokenizer.train_documents",
+    "40",
+    "--model.hidden_size",
+    "16",
+    "--model.num_hidden_layers",
+    "1",
+    "--model.num_attention_heads",
+    "2",
+    "--model.intermediate_size",
+    "24",
+    "--trainer.max_steps",
+    "2",
+    "--trainer.use_cpu",
+    "true",
+    "--trainer.torch_compile",
+    "false",
+]
+
+
+def commands_of(page: Path) -> list[str]:
+    blocks = re.findall(r"^```bash\n(.*?)^```", page.read_text(), re.S | re.M)
+    return [line for block in blocks for line in block.replace("\\\n", " ").splitlines() if line.strip()]
+
+
+def own_commands() -> list[tuple[str, str]]:
+    found = [(page.name, line) for page in PAGES for line in commands_of(page)]
+    return [(page, line) for page, line in found if not line.startswith(ENVIRONMENT)]
+
+
+@pytest.fixture(scope="module")
+def workplace(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder that looks like a clone, with a text of the user's own."""
+    folder = tmp_path_factory.mktemp("clone")
+    for name in ("scripts", "configs"):
+        (folder / name).symlink_to(ROOT / name)
+    lines = [json.dumps({"text": text}) + "\n" for text in make_texts(120)]
+    (folder / "my_text.jsonl").write_text("".join(lines))
+    (folder / "OLD.yaml").write_text(
+        "dataset: {name: x}\ntokenizer: {name: y}\ntrainer: {max_steps: 5, report_to: []}\n"
+    )
+    return folder
+
+
+def run(line: str, workplace: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    words = shlex.split(line)
+    target = None
+    if ">" in words:
+        words, target = words[: words.index(">")], words[-1]
+    if "pretrain.py" in line:
+        words += TINY
+    monkeypatch.chdir(workplace)
+    if words[0] == "torchrun":
+        launch = [sys.executable, "-m", "torch.distributed.run", "--master_port", "29533", *words[1:]]
+        done = subprocess.run(launch, capture_output=True, text=True, timeout=120)
+        assert done.returncode == 0, done.stdout + done.stderr
+        return
+    assert words[0] == "python", f"do not know how to run: {line}"
+    monkeypatch.setattr(sys, "argv", words[1:])
+    if target is not None:
+        done = subprocess.run([sys.executable, *words[1:]], capture_output=True, text=True)
+        assert done.returncode == 0, done.stderr
+        Path(target).write_text(done.stdout)
+        assert "trainer.report_to" in done.stderr, "the edits are listed"
+        return
+    with pytest.raises(SystemExit) as exit_info:
+        runpy.run_path(words[1], run_name="__main__")
+    assert not exit_info.value.code, line
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_the_commands_of_a_page_run_in_order(page: Path, workplace: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for line in commands_of(page):
+        if not line.startswith(ENVIRONMENT):
+            run(line, workplace, monkeypatch)
+
+
+def test_the_pages_have_commands() -> None:
+    assert len(own_commands()) > 10
+    assert {page for page, _ in own_commands()} >= {"README.md", "training.md", "evaluation.md"}
+
+
+def test_the_python_blocks_of_the_readme_run(
+    workplace: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(workplace)
+    real = config_load.load_config
+    monkeypatch.setattr(config_load, "load_config", lambda path, more=(): real(path, [*more, *TINY]))
+    if not (workplace / "outputs" / "quickstart").exists():
+        run("python scripts/pretraining/pretrain.py configs/pretraining/quickstart.yaml", workplace, monkeypatch)
+    blocks = re.findall(r"^```python\n(.*?)^```", (ROOT / "README.md").read_text(), re.S | re.M)
+    assert len(blocks) == 2
+    for block in blocks:
+        exec(compile(block, "README.md", "exec"), {})
+    assert "finished" in capsys.readouterr().out
+
+
+def test_links_between_the_pages_lead_somewhere() -> None:
+    for page in PAGES:
+        for target in re.findall(r"\]\((?!http)([^)#]+)(?:#[^)]*)?\)", page.read_text()):
+            assert (page.parent / target).exists(), f"{page.name} links to {target}"
+
+
+def test_the_first_two_blocks_of_the_readme_are_the_two_commands() -> None:
+    first, second = re.findall(r"^```bash\n(.*?)^```", (ROOT / "README.md").read_text(), re.S | re.M)[:2]
+    assert "configs/pretraining/quickstart.yaml" in first
+    assert second.rstrip().endswith("pytest")
+    assert all("venv" in block and "pip install" in block for block in (first, second))

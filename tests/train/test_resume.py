@@ -1,0 +1,206 @@
+"""A continued run equals the uninterrupted one, to the last bit."""
+
+import json
+import os
+import random
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+from records import exact_steps, log_lines
+from safetensors.torch import load_file
+
+from neobert.config.load import config_to_yaml, load_config
+from neobert.config.schema import Config
+from neobert.train.loop import pretrain
+from neobert.train.runtime import StartupError
+
+ROOT = Path(__file__).parents[2]
+Tiny = Callable[..., Config]
+
+VARIANTS = {
+    "streamed, packed, dropout, accumulation": ["model.dropout_prob=0.1", "trainer.gradient_accumulation_steps=2"],
+    "bf16, no threads": ["trainer.mixed_precision=bf16", "model.dropout_prob=0.1", "dataset.num_workers=0"],
+    "indexed": ["dataset.streaming=false", "dataset.num_workers=3"],
+    "one document a row": ["datacollator.pack_sequences=false", "model.dropout_prob=0.1"],
+    "batches that are not full": ["trainer.enforce_full_packed_batches=false"],
+}
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_a_resumed_run_equals_the_uninterrupted_one(tiny: Tiny, tmp_path: Path, variant: str) -> None:
+    whole = tmp_path / "whole"
+    pretrain(tiny(whole, *VARIANTS[variant]))
+    assert [x["step"] for x in log_lines(whole, "step")] == list(range(1, 13))
+    for step in (4, 8):
+        resumed = tmp_path / f"resumed-{step}"
+        resume = f"trainer.resume_from_checkpoint={whole / 'checkpoints' / str(step)}"
+        result = pretrain(tiny(resumed, *VARIANTS[variant], resume))
+        assert result.state.step == 12
+        assert exact_steps(resumed) == exact_steps(whole, after=step)
+    last = [load_file(folder / "checkpoints/12/model.safetensors") for folder in (whole, resumed)]
+    assert all(bool((last[0][name] == last[1][name]).all()) for name in last[0])
+
+
+def start(config_file: Path, *overrides: str) -> subprocess.Popen[str]:
+    command = [sys.executable, "scripts/pretraining/pretrain.py", str(config_file), *overrides]
+    return subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+
+
+def test_kill_9_at_a_random_step_and_resume_with_latest(tiny: Tiny, tmp_path: Path) -> None:
+    overrides = ["trainer.max_steps=60", "trainer.logging_steps=1", "trainer.save_steps=5", "model.dropout_prob=0.1"]
+    whole, killed = tmp_path / "whole", tmp_path / "killed"
+    config_file = tmp_path / "run.yaml"
+    config_file.write_text(config_to_yaml(tiny(killed, *overrides)))
+    pretrain(tiny(whole, *overrides))
+    victim = start(config_file)
+    kill_after = random.Random(7).randint(12, 40)
+    deadline = time.monotonic() + 60
+    while not (killed / "log.jsonl").exists() or len(log_lines_so_far(killed)) < kill_after:
+        assert victim.poll() is None, victim.communicate()[0]
+        assert time.monotonic() < deadline, "the run did not get far enough"
+        time.sleep(0.01)
+    os.kill(victim.pid, signal.SIGKILL)
+    victim.wait()
+    saved = max(int(p.name) for p in (killed / "checkpoints").iterdir() if p.name.isdecimal())
+    assert saved < 60, "the run was over before it was killed"
+    again = start(config_file, "--trainer.resume_from_checkpoint", "latest")
+    output = again.communicate(timeout=120)[0]
+    assert again.returncode == 0, output
+    assert f"resuming from {killed}/checkpoints/{saved}/" in output.splitlines()
+    assert exact_steps(killed) == exact_steps(whole)
+
+
+def log_lines_so_far(output_dir: Path) -> list[str]:
+    return [x for x in (output_dir / "log.jsonl").read_text().splitlines() if '"step"' in x and '"loss_hex"' in x]
+
+
+def test_latest_without_a_checkpoint_starts_fresh_and_says_so(
+    tiny: Tiny, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out = tmp_path / "run"
+    result = pretrain(tiny(out, "trainer.resume_from_checkpoint=latest", "trainer.max_steps=2"))
+    assert result.state.step == 2
+    assert f"no checkpoint in {out}/checkpoints/ yet: starting fresh" in capsys.readouterr().out
+
+
+def test_a_finished_run_has_nothing_left_to_do_and_can_be_extended(
+    tiny: Tiny, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out = tmp_path / "run"
+    pretrain(tiny(out, "trainer.max_steps=3"))
+    before = (out / "log.jsonl").read_text()
+    result = pretrain(tiny(out, "trainer.max_steps=3", "trainer.resume_from_checkpoint=true"))
+    assert result.reason == "complete"
+    assert "nothing left to do: step 3 of 3" in capsys.readouterr().out
+    assert (out / "log.jsonl").read_text() == before
+    longer = pretrain(tiny(out, "trainer.max_steps=5", "trainer.resume_from_checkpoint=latest"))
+    assert longer.state.step == 5
+    assert [x["step"] for x in log_lines(out, "step")] == [1, 2, 3, 4, 5]
+
+
+def test_a_used_folder_is_an_error_that_names_both_ways_out(tiny: Tiny, tmp_path: Path) -> None:
+    out = tmp_path / "run"
+    pretrain(tiny(out, "trainer.max_steps=2"))
+    with pytest.raises(StartupError, match=r"resume_from_checkpoint: latest.*overwrite_output_dir: true"):
+        pretrain(tiny(out, "trainer.max_steps=2"))
+    pretrain(tiny(out, "trainer.max_steps=1", "trainer.overwrite_output_dir=true"))
+    assert [x["step"] for x in log_lines(out, "step")] == [1]
+    assert [x["step"] for x in log_lines(tmp_path / "run.old-1", "step")] == [1, 2], "the old run is kept"
+
+
+def test_messages_of_a_resume_that_cannot_be(tiny: Tiny, tmp_path: Path) -> None:
+    out = tmp_path / "run"
+    pretrain(tiny(out, "trainer.max_steps=4"))
+    with pytest.raises(StartupError, match=r"resume_from_checkpoint: 3, but .*steps there: 4"):
+        pretrain(tiny(out, "trainer.resume_from_checkpoint=3"))
+    with pytest.raises(StartupError, match="neither a checkpoint folder nor a run folder"):
+        pretrain(tiny(out, f"trainer.resume_from_checkpoint={tmp_path / 'nowhere'}"))
+    with pytest.raises(StartupError, match=r"model.num_hidden_layers: the checkpoint has 2, the config 3"):
+        pretrain(tiny(out, "trainer.resume_from_checkpoint=latest", "model.num_hidden_layers=3"))
+    with pytest.raises(StartupError, match=r"4 rows a step.*would use 8.*gradient_accumulation_steps: 2"):
+        pretrain(
+            tiny(
+                out,
+                "trainer.resume_from_checkpoint=latest",
+                "trainer.per_device_train_batch_size=2",
+                "trainer.gradient_accumulation_steps=4",
+            )
+        )
+    torn = out / "checkpoints" / "4" / "train_state.json"
+    torn.write_text(torn.read_text()[:20])
+    with pytest.raises(StartupError, match="cannot be read"):
+        pretrain(tiny(out, "trainer.resume_from_checkpoint=latest"))
+
+
+def test_an_older_step_becomes_the_new_branch(tiny: Tiny, tmp_path: Path) -> None:
+    out = tmp_path / "run"
+    pretrain(tiny(out))
+    steps = exact_steps(out)
+    pretrain(tiny(out, "trainer.resume_from_checkpoint=4", "trainer.max_steps=6", "scheduler.total_steps=12"))
+    names = {p.name for p in (out / "checkpoints").iterdir()}
+    assert names == {"4", "6", ".superseded-8", ".superseded-12"}
+    assert exact_steps(out) == steps[:6]
+
+
+def test_a_switched_source_starts_at_its_first_row_and_a_changed_one_stops(
+    tiny: Tiny, tmp_path: Path, corpus: Path
+) -> None:
+    out, copy = tmp_path / "run", tmp_path / "copy"
+    shutil.copytree(corpus, copy)
+    path = f"dataset.path={copy}"
+    pretrain(tiny(out, path, "trainer.max_steps=4"))
+    other = tmp_path / "other.jsonl"
+    other.write_text(
+        "".join(json.dumps({"text": f"another text, number {i}, about nothing"}) + "\n" for i in range(200))
+    )
+    pretrain(tiny(out, f"dataset.path={other}", "trainer.max_steps=6", "trainer.resume_from_checkpoint=latest"))
+    events = [json.loads(x) for x in (out / "events.jsonl").read_text().splitlines()]
+    assert [e["event"] for e in events if e["step"] == 4][-2:] == ["source_switched", "resumed"]
+    with other.open("a") as handle:
+        handle.write(json.dumps({"text": "one more line was added to this file"}) + "\n")
+    with pytest.raises(StartupError, match="the data under this run changed"):
+        pretrain(tiny(out, f"dataset.path={other}", "trainer.max_steps=8", "trainer.resume_from_checkpoint=latest"))
+
+
+def test_a_checkpoint_has_the_documented_files_and_its_config_loads_back_equal(tiny: Tiny, tmp_path: Path) -> None:
+    out = tmp_path / "run"
+    config = tiny(out, "trainer.max_steps=2", 'trainer.fill_mask_texts=["the [MASK] sees"]')
+    pretrain(config)
+    checkpoint = out / "checkpoints" / "2"
+    names = {str(p.relative_to(checkpoint)) for p in checkpoint.rglob("*") if p.is_file()}
+    documented = {
+        "model.safetensors",
+        "model_config.json",
+        "optimizer.bin",
+        "scheduler.bin",
+        "random_states_0.pkl",
+        "custom_checkpoint_0.pkl",
+        "train_state.json",
+        "config.yaml",
+        "tokenizer_info.json",
+        "tokenizer/tokenizer.json",
+        "tokenizer/tokenizer_config.json",
+    }
+    assert documented <= names
+    assert load_config(checkpoint / "config.yaml") == config
+    assert load_config(out / "config.yaml") == config
+
+
+def test_old_checkpoints_are_deleted_and_other_names_left_alone(tiny: Tiny, tmp_path: Path) -> None:
+    out = tmp_path / "run"
+    (out / "checkpoints" / "best").mkdir(parents=True)
+    config = tiny(
+        out,
+        "trainer.save_steps=1",
+        "trainer.save_total_limit=2",
+        "trainer.max_steps=5",
+        "trainer.resume_from_checkpoint=latest",
+    )
+    pretrain(config)
+    assert {p.name for p in (out / "checkpoints").iterdir()} == {"4", "5", "best"}
