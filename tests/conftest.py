@@ -3,32 +3,22 @@
 import gzip
 import json
 import os
-import random
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+import torch
+from small_corpus import make_texts
 
 from neobert.config.load import config_to_yaml, load_config, parse_config
 from neobert.config.schema import Config
 from neobert.data.tokenizer import train_tokenizer
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
-
-SUBJECTS = ["the cat", "a dog", "the old house", "every river", "my sister", "the machine", "a small bird", "the king"]
-VERBS = ["sees", "likes", "follows", "builds", "forgets", "carries", "paints", "remembers"]
-OBJECTS = ["the mountain", "a red door", "the second letter", "seven stones", "the open sea", "a broken clock"]
-
-
-def make_texts(count: int, seed: int = 0) -> list[str]:
-    """Documents of 1 to about 40 sentences over a small vocabulary, a few of them long."""
-    rng = random.Random(seed)
-    texts = []
-    for number in range(count):
-        sentences = rng.randint(1, 6) if number % 10 else rng.randint(20, 40)
-        words = [f"{rng.choice(SUBJECTS)} {rng.choice(VERBS)} {rng.choice(OBJECTS)}." for _ in range(sentences)]
-        texts.append(" ".join(words))
-    return texts
+# Models of a few thousand weights are faster on one core, and other work on the machine does not stall them. Child
+# processes inherit it: a resumed run is compared with one of this process bit for bit.
+os.environ["OMP_NUM_THREADS"] = "1"
+torch.set_num_threads(1)
 
 
 @pytest.fixture(scope="session")

@@ -91,7 +91,7 @@ class DatasetSection:
     false: text is tokenised once to disk, then indexed."""
 
     cache_dir: str | None = None
-    """Where downloaded and tokenised data is kept; null is the Hugging Face cache."""
+    """Where data downloaded from the hub is kept; null is the Hugging Face cache."""
 
     max_seq_length: int = 512
     """Slots of a row, [CLS] and [SEP] included: the one length that decides."""
@@ -123,7 +123,7 @@ class DatasetSection:
     """Longer texts are cut into pieces of this size, at white space, before they are tokenised."""
 
     max_bad_records: int = 100
-    """Records that cannot be read are counted and skipped; more of them than this stops the run."""
+    """Records that cannot be read are counted and skipped; more of them than this in one lane's epoch stop the run."""
 
     num_workers: int = 1
     """Threads that open windows ahead of the training loop; 0 reads in the main thread. Order does not depend on it."""

@@ -60,6 +60,12 @@ class TokenStore:
 
     def __init__(self, folder: Path, tokenizer: Tokenizer) -> None:
         self._folder = folder
+        made_with = (read_manifest(folder) or {}).get("tokenizer_digest", tokenizer.digest)
+        if made_with != tokenizer.digest:
+            raise DataError(
+                f"dataset.path: {folder} was made with a tokenizer of digest {made_with}, this one has "
+                f"{tokenizer.digest}; name that one with tokenizer.name or tokenizer.path, or tokenise again"
+            )
         column = load_table(folder).column("input_ids")
         self._starts = np.cumsum([0, *(len(chunk) for chunk in column.chunks)])
         self._offsets, self._values = [], []

@@ -24,6 +24,9 @@ STREAM_LANES = 16
 MIN_LANE_BYTES = 256 * 1024
 """A smaller stretch of text is not worth a lane of its own: its windows would pack badly."""
 
+_GZIP_RATIO = 3
+"""Bytes of text in a byte of a gzipped file, about."""
+
 _COLUMN_SAMPLE = 100
 _FINGERPRINT_BLOCK = 4096
 
@@ -34,7 +37,8 @@ class JsonlShard:
     def __init__(self, path: Path, number: int, column: str, begin: int = 0, end: int | None = None) -> None:
         self._parked: tuple[int, BinaryIO] | None = None
         self._path, self._number, self._column, self._begin, self._end = path, number, column, begin, end
-        self.size = (path.stat().st_size if end is None else end) - (0 if is_gzipped(path) else begin)
+        size = path.stat().st_size
+        self.size = size * _GZIP_RATIO if is_gzipped(path) else (size if end is None else end) - begin
 
     def read(self, position: State | None) -> Records:
         """Records after `position`, `{"offset": byte in the uncompressed file, "line": lines since begin}`."""

@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import math
 import shutil
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, nullcontext
@@ -151,16 +152,7 @@ def build_data(
     evaluation = choose_evaluation(config, opener, train_split, opened, settings)
     train = build_train(opened, tokenizer, settings, section.num_lanes, evaluation.held_out)
     found = f"training on split {train_split!r} of {section.path or section.name}; splits found: {', '.join(splits)}"
-    packing = _choose_packing(config)
-    collate = Collator(
-        policy=train_masks,
-        seed=config.seed,
-        draw="row",
-        max_seq_length=settings.max_seq_length,
-        max_segments=max_segments_per_row(settings.max_seq_length, packed=packing != "none"),
-        pad_id=tokenizer.pad_id,
-        pad_to_multiple_of=config.datacollator.pad_to_multiple_of if packing == "none" else None,
-    )
+    collate = _build_collate(config, tokenizer, train_masks)
     return DataPipeline(
         tokenizer=tokenizer,
         train=train,
@@ -172,7 +164,7 @@ def build_data(
             min_length=settings.min_length,
             truncate=settings.truncate,
             max_document_chars=settings.max_document_chars,
-            packing=packing,
+            packing=_choose_packing(config),
         ),
         loader_settings=LoaderSettings(
             rows_per_step=rows_per_step,
@@ -187,7 +179,20 @@ def build_data(
         eval_set=evaluation.eval_set,
         eval_collate=replace(collate, policy=eval_masks, seed=config.trainer.eval_seed, draw="document"),
         fingerprint=_hash(opened.fingerprint, evaluation.held_out),
-        notes=(found, *opened.notes, *train.notes, *evaluation.notes),
+        notes=(found, *opened.notes, *train.notes, *_note_shared_lanes(train, world), *evaluation.notes),
+    )
+
+
+def _build_collate(config: Config, tokenizer: Tokenizer, masks: MaskPolicy) -> Collator:
+    packed, length = config.datacollator.pack_sequences, config.dataset.max_seq_length
+    return Collator(
+        policy=masks,
+        seed=config.seed,
+        draw="row",
+        max_seq_length=length,
+        max_segments=max_segments_per_row(length, packed=packed),
+        pad_id=tokenizer.pad_id,
+        pad_to_multiple_of=None if packed else config.datacollator.pad_to_multiple_of,
     )
 
 
@@ -228,6 +233,16 @@ def build_tokenizer(config: Config, checkpoint: Path | None, output_dir: Path) -
 
 def _load_folder(config: Config, folder: Path) -> Tokenizer:
     return load_tokenizer(replace(config.tokenizer, path=str(folder), name=None, revision=None))
+
+
+def _note_shared_lanes(train: TrainData, world: int) -> list[str]:
+    readers = world // math.gcd(world, train.num_lanes)
+    if readers == 1 or train.store is not None:
+        return []
+    return [
+        f"each of the {train.num_lanes} lanes is read and tokenised by {readers} processes; with a dataset.num_lanes "
+        f"that is a multiple of {world}, everything is read once"
+    ]
 
 
 def _hash(*parts: Any) -> str:

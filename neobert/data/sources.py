@@ -36,6 +36,14 @@ OpenSplit = Callable[[Tokenizer | None], Documents]
 """Opens one split; only data that is tokenised already needs the tokenizer."""
 
 
+def describe_source(source: str, text_column: str | None = None) -> DatasetSection:
+    """`dataset.path` for what exists or looks like local files, else `dataset.name`."""
+    is_local = Path(source).expanduser().exists() or source.endswith(JSON_SUFFIXES + PARQUET_SUFFIXES) or "*" in source
+    if is_local and source != PYTHON_STDLIB:
+        return DatasetSection(path=source, text_column=text_column)
+    return DatasetSection(name=source, text_column=text_column)
+
+
 def list_splits(section: DatasetSection) -> Mapping[str, OpenSplit]:
     """The splits of the source that `dataset.path`, else `dataset.name`, describes.
 

@@ -2,11 +2,9 @@
 
 import math
 from pathlib import Path
-from typing import Any
 
 import torch
 
-from neobert.config.load import config_to_yaml
 from neobert.config.schema import Config
 from neobert.data.order import key
 from neobert.data.pipeline import DataPipeline
@@ -121,7 +119,7 @@ def choose_num_steps(config: Config, data: DataPipeline, rows_per_step: int) -> 
     if trainer.max_tokens is not None:
         return math.ceil(trainer.max_tokens / slots)
     assert trainer.num_train_epochs is not None, "the config names exactly one budget"
-    if not config.datacollator.pack_sequences and data.num_rows is not None:
+    if data.num_rows is not None:  # One piece of a document is one row of the batch: no slots to count.
         return math.ceil(trainer.num_train_epochs * data.num_rows / rows_per_step)
     if data.num_tokens is None:
         raise StartupError(
@@ -135,5 +133,4 @@ def build_sinks(config: Config, runtime: Runtime, output_dir: Path, module: torc
     """The optional trackers of rank 0."""
     if not (config.wandb.enabled and runtime.is_main):
         return []
-    values: dict[str, Any] = {"config": config_to_yaml(config)}
-    return [WandbSink(config, output_dir, values, module)]
+    return [WandbSink(config, output_dir, module)]

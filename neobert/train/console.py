@@ -1,5 +1,6 @@
 """What a run says: the console, and the same lines as plain text in `training.log`. Only rank 0 speaks."""
 
+import atexit
 from pathlib import Path
 from typing import Any
 
@@ -54,6 +55,8 @@ class Reporter:
     def start_progress(self, *, done: int, total: int) -> None:
         """Shows the bar from step `done` on."""
         self._task = self._progress.add_task("steps", total=total, completed=done)
+        # Whatever ends the process, the terminal gets its cursor back.
+        atexit.register(self._progress.stop)
         self._progress.start()
 
     def advance(self, step: int) -> None:

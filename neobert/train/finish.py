@@ -1,10 +1,13 @@
 """The end of a run: the last evaluation and checkpoint, a few completed texts, and what to type next."""
 
+from neobert.data.loader import merge_states
 from neobert.inference.fill_mask import fill_mask
 from neobert.train.checkpoint import save_checkpoint
 from neobert.train.evaluate import evaluate
 from neobert.train.run import Run
 from neobert.types import TrainState
+
+DESCRIPTION = "{bad} bad records, {skipped} without text, {dropped} pieces shorter than dataset.min_length"
 
 SHOWN = 3
 """Guesses shown for each mask."""
@@ -12,11 +15,15 @@ SHOWN = 3
 
 def finish(run: Run, state: TrainState) -> None:
     """Brings the record up to `state`, unless this step was evaluated and saved already, and closes the run."""
-    run.tracker.log(state)
+    if run.logging_steps:
+        run.tracker.log(state)
     if run.checkpoint is not None and not run.tracker.trained:
         run.tracker.say(f"nothing left to do: step {state.step:,} of {run.num_steps:,}")
     elif not run.tracker.evaluated(state.step):
         run.tracker.log_eval(state, evaluate(run))
+    passed_over = run.data.counters(merge_states(run.runtime.gather_objects(state.data)))
+    if any(passed_over.values()):
+        run.tracker.say(f"passed over: {DESCRIPTION.format(**passed_over)}")
     saved = save_checkpoint(run, state)
     texts = run.config.trainer.fill_mask_texts
     if run.runtime.is_main and texts:

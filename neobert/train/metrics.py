@@ -76,6 +76,11 @@ class MetricWindow:
     _started: float = field(default_factory=time.perf_counter)
     _paused_seconds: float = 0.0
 
+    @property
+    def num_pending(self) -> int:
+        """Steps whose figures were not read yet."""
+        return len(self.pending)
+
     def add(self, step: int, metrics: StepMetrics) -> None:
         self.pending.append((step, metrics))
 

@@ -156,7 +156,8 @@ def build_runtime(config: Config) -> Runtime:
     several = accelerator.num_processes > 1
     return Runtime(
         accelerator=accelerator,
-        device=accelerator.device,
+        # Accelerate numbers the CPU of each process ("cpu:0"), a device that torch.load does not know.
+        device=accelerator.device if accelerator.device.type != "cpu" else torch.device("cpu"),
         rank=accelerator.process_index,
         world=accelerator.num_processes,
         host_group=dist.new_group(backend="gloo") if several else None,

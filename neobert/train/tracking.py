@@ -24,6 +24,9 @@ from neobert.train.metrics import EvalMetrics, MetricWindow, perplexity
 from neobert.train.runtime import Runtime
 from neobert.types import StepMetrics, TrainState
 
+MOST_PENDING = 1000
+"""Steps whose figures may wait on the device; more are written between two logging points."""
+
 
 class Sink(Protocol):
     """An optional tracker."""
@@ -111,6 +114,8 @@ class Tracker:
         """Takes one step's figures without waiting for the device."""
         self.trained = True
         self._window.add(state.step, metrics)
+        if self._window.num_pending == MOST_PENDING:
+            self._write_steps()
         self._reporter.advance(state.step)
 
     def log(self, state: TrainState) -> None:
@@ -197,6 +202,8 @@ class Tracker:
 
     def _write_steps(self) -> None:
         self._append(self._log, [record.as_line() for record in self._window.read()])
+        if not self._config.trainer.logging_steps:
+            self._window.restart()  # No log line will ask for these records.
 
     def _append(self, target: JsonLines, lines: list[dict[str, Any]]) -> None:
         if self._runtime.is_main and lines:
@@ -262,7 +269,7 @@ class WandbSink:
 
     name = "wandb"
 
-    def __init__(self, config: Config, output_dir: Path, values: dict[str, Any], module: nn.Module) -> None:
+    def __init__(self, config: Config, output_dir: Path, module: nn.Module) -> None:
         import wandb
 
         section = config.wandb
@@ -279,7 +286,7 @@ class WandbSink:
             dir=section.dir,
             id=run_id,
             resume=section.resume,
-            config=values,
+            config=asdict(config),
         )
         id_file.write_text(self._run.id + "\n")
         if section.watch != "off":

@@ -117,7 +117,14 @@ def make_config(tmp_path: Path) -> Callable[..., Config]:
         }
         chosen = {s: {n: values.pop(n) for n in names if n in values} for s, names in sections.items()}
         chosen["trainer"] |= {n: values.pop(n) for n in ("eval_max_batches", "eval_seed") if n in values}
-        small = {"max_seq_length": 32, "min_length": 1, "num_lanes": 3, "window_documents": 16, "num_workers": 0}
+        small = {
+            "max_seq_length": 32,
+            "min_length": 1,
+            "num_lanes": 3,
+            "window_documents": 16,
+            "max_document_chars": 150,
+            "num_workers": 0,
+        }
         dataset = replace(DatasetSection(), **(small | values))
         return Config(
             seed=5,

@@ -67,6 +67,16 @@ def test_data_of_another_tokenizer_is_refused(tmp_path, tokenizer):
         TokenStore(save(tmp_path / "d", [[5], [9999]]), tokenizer)
 
 
+def test_a_manifest_names_the_tokenizer(tmp_path, tokenizer):
+    for name, digest in (("same", tokenizer.digest), ("other", "sha256:0")):
+        writer = TokenWriter(tmp_path / name)
+        writer.add(np.array([5, 6], dtype=np.int32))
+        writer.close({"tokenizer_digest": digest})
+    assert contents(TokenStore(tmp_path / "same", tokenizer)) == [[5, 6]]
+    with pytest.raises(DataError, match=r"other was made with a tokenizer of digest sha256:0"):
+        TokenStore(tmp_path / "other", tokenizer)
+
+
 def test_padded_data_is_refused(tmp_path, tokenizer):
     with pytest.raises(DataError, match="padded documents; tokenise again without padding"):
         TokenStore(save(tmp_path / "d", [[5, 6], [7, tokenizer.pad_id]]), tokenizer)

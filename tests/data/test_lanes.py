@@ -90,6 +90,17 @@ def test_epochs_and_lanes_differ_in_order(kind, corpora, make_config, make_data)
     assert first.rows == open_lane(0).open(lane.start()).rows
 
 
+def test_every_epoch_permutes_all_documents_anew():
+    """A window of another epoch, and of another lane, holds other documents."""
+    store = ListStore([5] * 400)
+    lane = IndexedLane(store, SETTINGS, 0, 2)
+    first, second = (set(lane.open({**lane.start(), "epoch": epoch}).documents.tolist()) for epoch in (0, 1))
+    assert len(first) == len(second) == SETTINGS.window_documents
+    assert len(first & second) < 4
+    other = IndexedLane(store, SETTINGS, 1, 2)
+    assert not first & set(other.open(other.start()).documents.tolist())
+
+
 @pytest.mark.parametrize("window_tokens", [1, 35, 100, 10**6])
 def test_a_document_larger_than_a_window_goes_on_in_the_next(window_tokens, monkeypatch):
     monkeypatch.setattr(lanes_module, "WINDOW_TOKENS", window_tokens)

@@ -15,7 +15,7 @@ from neobert.config.schema import Config, DatasetSection, TokenizerSection
 from neobert.data import prepare
 from neobert.data.errors import DataError
 from neobert.data.pipeline import build_data, build_tokenizer
-from neobert.data.sources import list_splits
+from neobert.data.sources import describe_source, list_splits
 from neobert.data.stdlib import StdlibSource
 from neobert.types import IGNORE_INDEX
 
@@ -134,6 +134,13 @@ def test_one_file_and_a_glob_are_train(corpora):
     folder = corpora["jsonl"]
     for path in (folder / "part-1.jsonl", folder / "part-*.jsonl", folder):
         assert list(list_splits(DatasetSection(path=str(path)))) == ["train"]
+
+
+def test_describe_source(corpora):
+    assert describe_source(str(corpora["jsonl"])).path == str(corpora["jsonl"])
+    assert describe_source("nowhere.jsonl.gz", "body") == DatasetSection(path="nowhere.jsonl.gz", text_column="body")
+    assert describe_source("python_stdlib").name == "python_stdlib"
+    assert describe_source("allenai/c4.en").name == "allenai/c4.en"
 
 
 def test_a_dataset_dict_has_its_splits(tmp_path, texts, make_config, make_data):
@@ -336,6 +343,14 @@ def test_the_largest_lane_is_told(tmp_path, make_config, make_data):
             file.writelines(json.dumps({"text": f"w{n * 7 % 390} w{n}"}) + "\n" for n in range(count))
     data = make_data(make_config(path=str(tmp_path), num_lanes=2))
     assert any("times the data of the smallest" in note for note in data.notes)
+
+
+def test_lanes_that_several_processes_read_are_told(corpora, make_config, make_data):
+    for world, readers in ((1, 0), (2, 2), (3, 0)):
+        notes = make_data(make_config(path=str(corpora["jsonl"])), world=world).notes
+        assert [f"by {readers} processes" in n for n in notes if "processes" in n] == ([True] if readers else [])
+    indexed = make_data(make_config(path=str(corpora["indexed"])), world=2)
+    assert not any("processes" in note for note in indexed.notes)
 
 
 def test_python_stdlib_is_there(tmp_path):

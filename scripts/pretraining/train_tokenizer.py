@@ -1,0 +1,38 @@
+"""Train a tokenizer on any text source and save it to a folder.
+
+python scripts/pretraining/train_tokenizer.py --input my_text/ --output my_tokenizer --vocab-size 32768
+python scripts/pretraining/train_tokenizer.py --input python_stdlib --output my_tokenizer --algorithm wordpiece
+"""
+
+import argparse
+import sys
+from pathlib import Path
+
+from neobert.data.errors import DataError
+from neobert.data.opening import open_training_texts
+from neobert.data.sources import describe_source
+from neobert.data.tokenizer import DEFAULT_VOCAB_SIZE, train_tokenizer
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--input", required=True, help="file, folder, glob, hub data set, or python_stdlib")
+    parser.add_argument("--output", required=True, type=Path, help="folder to save to")
+    parser.add_argument("--algorithm", choices=["byte_bpe", "wordpiece"], default="byte_bpe")
+    parser.add_argument("--vocab-size", type=int, default=DEFAULT_VOCAB_SIZE, help="default: %(default)s")
+    parser.add_argument("--text-column", help="default: text, content, sentence, or the only one with text")
+    parser.add_argument("--documents", type=int, help="read only the first documents, this many")
+    args = parser.parse_args()
+    try:
+        training = open_training_texts(describe_source(args.input, args.text_column), args.documents)
+        tokenizer = train_tokenizer(training.texts, args.algorithm, args.vocab_size)
+    except DataError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 1
+    tokenizer.save(args.output)
+    print(f"{tokenizer.size:,} tokens ({tokenizer.model_name}) saved to {args.output}/; use it as tokenizer.path")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
