@@ -35,7 +35,8 @@ trainer:
 Every script that takes a config file takes any key after it, in three spellings:
 
 ```bash
-python scripts/pretraining/pretrain.py configs/pretraining/quickstart.yaml --trainer.max_steps 100 --optimizer.lr=1e-4 seed=0
+python scripts/pretraining/pretrain.py configs/pretraining/quickstart.yaml \\
+  --trainer.max_steps 100 --optimizer.lr=1e-4 seed=0
 ```
 
 - A budget on the command line replaces the file's budget of any kind.

@@ -66,7 +66,7 @@ LATER: dict[str, str] = {
     "dataset.num_proc": "preparing data offline is not available yet",
     "dataset.persistent_workers": "reader threads (dataset.num_workers) live as long as the run",
     "dataset.pre_tokenize": "write dataset.streaming: false, which tokenises text once to disk",
-    "dataset.pre_tokenize_output": "write dataset.cache_dir for where tokenised data is kept",
+    "dataset.pre_tokenize_output": "text is tokenised into the folder `tokenized` of trainer.output_dir",
     "dataset.pretraining_prob": "contrastive fine-tuning is not available yet",
     "dataset.shuffle_buffer_size": "write dataset.num_lanes and dataset.window_documents: documents are shuffled among"
     " lanes x window",

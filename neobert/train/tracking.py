@@ -99,7 +99,7 @@ class Tracker:
     def begin(self, state: TrainState) -> None:
         """Opens the record at `state`: lines of steps after it belong to a run that was killed and are dropped."""
         if self._runtime.is_main:
-            self._log.keep_until(state.step)
+            self._log.keep_until(state.step if state.step else -1)  # The evaluation of step 0 is made anew too.
         self._reporter.start_progress(done=state.step, total=self._num_steps)
         self._window.restart()
 

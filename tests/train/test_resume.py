@@ -84,8 +84,17 @@ def test_latest_without_a_checkpoint_starts_fresh_and_says_so(
     tiny: Tiny, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     out = tmp_path / "run"
+    out.mkdir()
+    (out / "log.jsonl").write_text('{"kind": "eval", "step": 0}\n{"kind": "step", "step": 1, "lo')  # killed before a save
     result = pretrain(tiny(out, "trainer.resume_from_checkpoint=latest", "trainer.max_steps=2"))
     assert result.state.step == 2
+    assert [(x["kind"], x["step"]) for x in map(json.loads, (out / "log.jsonl").read_text().splitlines())] == [
+        ("eval", 0),
+        ("step", 1),
+        ("step", 2),
+        ("log", 2),
+        ("eval", 2),
+    ]
     assert f"no checkpoint in {out}/checkpoints/ yet: starting fresh" in capsys.readouterr().out
 
 
