@@ -11,6 +11,7 @@ from neobert.data.order import step_seed
 from neobert.train.checkpoint import resume_or_start, save_checkpoint
 from neobert.train.evaluate import evaluate
 from neobert.train.finish import finish
+from neobert.train.report import announce
 from neobert.train.run import Run, build_run
 from neobert.train.step import train_step
 from neobert.types import StepMetrics, TrainState
@@ -31,8 +32,9 @@ def due(step: int, every: int) -> bool:
 
 
 def pretrain(config: Config) -> RunResult:
-    """Trains until the budget is spent: build, resume, then step, log, evaluate and save at their intervals."""
+    """Trains until the budget is spent: build, announce, resume, then step, log, evaluate and save at their intervals."""
     run = build_run(config)
+    announce(run)
     state = resume_or_start(run)
     reason = "finished" if state.step < run.num_steps else "complete"
     if state.step == 0 and run.eval_steps:

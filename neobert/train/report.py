@@ -1,29 +1,12 @@
 """What a run says about itself before the first step."""
 
-import dataclasses
-from typing import TYPE_CHECKING, Any
-
-from neobert.config.schema import Config
 from neobert.config.validate import warnings
-from neobert.train.console import Reporter
-
-if TYPE_CHECKING:
-    from neobert.train.run import Run
+from neobert.train.run import Run
+from neobert.train.start import write_config
 
 
-def describe_config(reporter: Reporter, config: Config) -> None:
-    """Prints every setting that is not null, one line a section."""
-    lines = [f"[run] task={config.task} seed={config.seed}"]
-    for section in dataclasses.fields(config):
-        value: Any = getattr(config, section.name)
-        if dataclasses.is_dataclass(value):
-            pairs = ((f.name, getattr(value, f.name)) for f in dataclasses.fields(value))
-            lines.append(f"[{section.name}] " + " ".join(f"{k}={v}" for k, v in pairs if v not in (None, ())))
-    reporter.say("\n".join(lines), style="dim")
-
-
-def describe_run(run: "Run") -> None:
-    """Prints the model, the batch, the budget, what was found in the data, and what is odd about the settings."""
+def announce(run: Run) -> None:
+    """Prints the model, the batch, the budget, what was found in the data and what is odd; saves the bound config."""
     config, model, module = run.config, run.model_config, run.module
     length, rate = config.dataset.max_seq_length, config.datacollator.mlm_probability
     total = sum(p.numel() for p in module.parameters())
@@ -50,6 +33,7 @@ def describe_run(run: "Run") -> None:
     run.reporter.say("\n".join(lines))
     for text in warnings(config, total_steps=run.num_steps):
         run.reporter.warn(text)
+    write_config(config, run.runtime, run.output_dir)
 
 
 VOCABULARY_WEIGHTS = ("encoder.embedding.weight", "decoder.weight")

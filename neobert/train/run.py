@@ -25,7 +25,6 @@ from neobert.train.build import (
     choose_rows_per_step,
 )
 from neobert.train.console import Reporter
-from neobert.train.report import describe_config, describe_run
 from neobert.train.runtime import Runtime, build_runtime, check_runtime
 from neobert.train.start import agree_on_start, open_output_dir
 from neobert.train.tracking import Tracker
@@ -75,7 +74,7 @@ class Run:
 
 
 def build_run(config: Config) -> Run:
-    """Checks the machine, opens the output folder, builds tokenizer, data, model and record, and says what it built.
+    """Checks the machine, opens the output folder, and builds tokenizer, data, model, optimizer and record.
 
     Raises:
         StartupError: the run cannot start as configured; the message names the key and the remedy.
@@ -87,7 +86,6 @@ def build_run(config: Config) -> Run:
     checkpoint = agree_on_start(config, runtime)
     reporter = Reporter(active=runtime.is_main, show_progress=not config.trainer.disable_tqdm)
     output_dir = open_output_dir(config, runtime, reporter, checkpoint)
-    describe_config(reporter, config)
     with runtime.main_first():
         tokenizer = build_tokenizer(config, checkpoint, output_dir)
     model_config = build_model_config(config, tokenizer)
@@ -106,7 +104,7 @@ def build_run(config: Config) -> Run:
     )
     num_steps = choose_num_steps(config, data, rows_per_step)
     module = build_module(config, model_config, attention, runtime)
-    run = Run(
+    return Run(
         config=config,
         runtime=runtime,
         output_dir=output_dir,
@@ -150,5 +148,3 @@ def build_run(config: Config) -> Run:
         rows_per_step=rows_per_step,
         num_steps=num_steps,
     )
-    describe_run(run)
-    return run

@@ -1,5 +1,6 @@
 """Before a run touches anything: what its output folder holds, and which checkpoint it continues from."""
 
+import dataclasses
 import json
 from pathlib import Path
 from typing import Any
@@ -51,7 +52,7 @@ def choose_start(config: Config) -> Path | None:
 
 def holds_run(output_dir: Path) -> bool:
     """Whether a run has written into this folder."""
-    return any((output_dir / name).exists() for name in ("log.jsonl", "config.yaml", "checkpoints"))
+    return any((output_dir / name).exists() for name in ("log.jsonl", "checkpoints"))
 
 
 def set_aside(output_dir: Path) -> Path:
@@ -115,8 +116,25 @@ def open_output_dir(config: Config, runtime: Runtime, reporter: Reporter, checkp
             reporter.say(f"resuming from {checkpoint}/")
         elif trainer.resume_from_checkpoint is not None:
             reporter.say(f"no checkpoint in {output_dir}/checkpoints/ yet: starting fresh")
+        describe_config(reporter, config)
+    runtime.barrier()
+    return output_dir
+
+
+def describe_config(reporter: Reporter, config: Config) -> None:
+    """Prints every setting that is not null, one line a section."""
+    lines = [f"[run] task={config.task} seed={config.seed}"]
+    for section in dataclasses.fields(config):
+        value: Any = getattr(config, section.name)
+        if dataclasses.is_dataclass(value):
+            pairs = ((f.name, getattr(value, f.name)) for f in dataclasses.fields(value))
+            lines.append(f"[{section.name}] " + " ".join(f"{k}={v}" for k, v in pairs if v not in (None, ())))
+    reporter.say("\n".join(lines), style="dim")
+
+
+def write_config(config: Config, runtime: Runtime, output_dir: Path) -> None:
+    """Writes `config.yaml`, when everything was built: a start that failed leaves no trace of a run."""
+    if runtime.is_main:
         temporary = output_dir / ".config.yaml.tmp"
         temporary.write_text(config_to_yaml(config))
         temporary.replace(output_dir / "config.yaml")
-    runtime.barrier()
-    return output_dir

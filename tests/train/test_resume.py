@@ -17,6 +17,7 @@ from safetensors.torch import load_file
 
 from neobert.config.load import config_to_yaml, load_config
 from neobert.config.schema import Config
+from neobert.data.errors import DataError
 from neobert.train.loop import pretrain
 from neobert.train.runtime import StartupError
 
@@ -85,7 +86,7 @@ def test_latest_without_a_checkpoint_starts_fresh_and_says_so(
 ) -> None:
     out = tmp_path / "run"
     out.mkdir()
-    (out / "log.jsonl").write_text('{"kind": "eval", "step": 0}\n{"kind": "step", "step": 1, "lo')  # killed before a save
+    (out / "log.jsonl").write_text('{"kind": "eval", "step": 0}\n{"kind": "step", "step": 1, "lo')  # torn by a kill
     result = pretrain(tiny(out, "trainer.resume_from_checkpoint=latest", "trainer.max_steps=2"))
     assert result.state.step == 2
     assert [(x["kind"], x["step"]) for x in map(json.loads, (out / "log.jsonl").read_text().splitlines())] == [
@@ -121,6 +122,13 @@ def test_a_used_folder_is_an_error_that_names_both_ways_out(tiny: Tiny, tmp_path
     pretrain(tiny(out, "trainer.max_steps=1", "trainer.overwrite_output_dir=true"))
     assert [x["step"] for x in log_lines(out, "step")] == [1]
     assert [x["step"] for x in log_lines(tmp_path / "run.old-1", "step")] == [1, 2], "the old run is kept"
+
+
+def test_a_start_that_failed_is_no_run(tiny: Tiny, tmp_path: Path) -> None:
+    out = tmp_path / "run"
+    with pytest.raises(DataError, match=r"dataset.path: .*nowhere.* does not exist"):
+        pretrain(tiny(out, f"dataset.path={tmp_path / 'nowhere'}"))
+    assert pretrain(tiny(out, "trainer.max_steps=1")).state.step == 1
 
 
 def test_messages_of_a_resume_that_cannot_be(tiny: Tiny, tmp_path: Path) -> None:
