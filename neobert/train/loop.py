@@ -32,7 +32,7 @@ def due(step: int, every: int) -> bool:
 
 
 def pretrain(config: Config) -> RunResult:
-    """Trains until the budget is spent: build, announce, resume, then step, log, evaluate and save at their intervals."""
+    """Trains until the budget is spent: build, announce, resume, then step, log, evaluate and save when due."""
     run = build_run(config)
     announce(run)
     state = resume_or_start(run)
