@@ -196,7 +196,7 @@ class Tracker:
     def close(self) -> None:
         """Writes what is pending and closes the trackers."""
         self._write_steps()
-        for sink in self._sinks:
+        for sink in list(self._sinks):
             self._guard(sink, sink.close)
         self._reporter.stop_progress()
 
