@@ -8,7 +8,8 @@ probabilities.
 this beats one masked product over the whole stream several times over, and in bf16 it also beats torch's fused CPU
 kernel called per document (forward + backward over 4,096 tokens, 17 documents, 4 heads of 64, 2 cores: 18 ms against
 37; in fp32 the fused kernel is 10 to 20% faster). Queries go in tiles of bounded size, and the backward computes the
-probabilities of a tile again, so that nothing quadratic in a document's length is ever kept. Forward and backward are
+probabilities of a tile again, so that nothing quadratic in a document's length is ever kept. In bf16 on a CPU a document is computed up to the next whole block
+of slots, with what lies beyond masked away: torch's library keeps code and memory for every shape it has multiplied. Forward and backward are
 opaque operators to `torch.compile`: the loop over documents is data-dependent, yet a compiled block stays one graph.
 
 `flash_attn_varlen` is for CUDA devices in bf16 or fp16: the flash-attn package when it is installed, else the kernel
@@ -19,7 +20,7 @@ Legend: T tokens of the flat stream, N heads, D head size.
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import torch
 from torch import Tensor
@@ -89,6 +90,9 @@ _TILE = {"cpu": 2**20}
 _TILE_ELSEWHERE = 2**26
 """Scores (heads x queries x keys) of one tile: 2 MB of bf16 stay in a CPU's cache, other devices want more at once."""
 
+_BLOCK = 32
+"""In bf16 a CPU multiplies by code made for each shape, which is kept: lengths in whole blocks need little of it."""
+
 _LEAST_QUERIES = 128
 """Queries of a tile of a very long document: fewer would make the products too thin."""
 
@@ -107,13 +111,28 @@ def attend_sdpa(q_TND: Tensor, k_TND: Tensor, v_TND: Tensor, prepared: Any, *, s
     return segmented_attention(q_TND, k_TND, v_TND, prepared, scale)
 
 
-def _documents(borders: Tensor, num_heads: int, device: torch.device) -> Iterator[tuple[slice, list[slice]]]:
-    """Slice of every segment that is not empty, and the slices of its queries that go together."""
-    tile = _TILE.get(device.type, _TILE_ELSEWHERE)
+class _Document(NamedTuple):
+    """A segment, its end rounded up to a whole block: what lies beyond is a neighbour's and counts for nothing."""
+
+    slots: slice
+    length: int
+    tiles: list[tuple[slice, int]]
+    """Queries that go together, and how many of them are the document's own."""
+
+
+def _documents(borders: Tensor, q_NTD: Tensor) -> Iterator[_Document]:
+    """Every segment that is not empty."""
+    num_heads, num_tokens = q_NTD.shape[:2]
+    tile = _TILE.get(q_NTD.device.type, _TILE_ELSEWHERE)
+    block = _BLOCK if q_NTD.device.type == "cpu" and q_NTD.dtype == torch.bfloat16 else 1
     for start, end in borders.T.tolist():
-        if start < end:
-            step = max(_LEAST_QUERIES, tile // (num_heads * (end - start)))
-            yield slice(start, end), [slice(i, min(i + step, end)) for i in range(start, end, step)]
+        if start >= end:
+            continue
+        stop = min(start + -(-(end - start) // block) * block, num_tokens)
+        step = max(_LEAST_QUERIES, tile // (num_heads * (stop - start)) // block * block)
+        firsts = range(start, end, step)
+        tiles = [(slice(i, min(i + step, stop)), min(i + step, end) - i) for i in firsts]
+        yield _Document(slice(start, stop), end - start, tiles)
 
 
 @torch.library.custom_op("neobert::segmented_attention", mutates_args=())
@@ -123,9 +142,10 @@ def segmented_attention(q_TND: Tensor, k_TND: Tensor, v_TND: Tensor, borders: Te
     # An operator's body runs with the caller's autocast state: the dtypes are settled here, so it is switched off.
     with torch.autocast(q_TND.device.type, enabled=False):
         q, k, v, out = (x.transpose(0, 1) for x in (q_TND * scale, k_TND, v_TND, out_TND))
-        for document, tiles in _documents(borders, q.shape[0], q.device):
-            for rows in tiles:
-                out[:, rows] = torch.bmm(_probabilities(q[:, rows], k[:, document]), v[:, document])
+        for slots, length, tiles in _documents(borders, q):
+            for rows, own in tiles:
+                attended = torch.bmm(_probabilities(q[:, rows], k[:, slots], length), v[:, slots])
+                out[:, rows][:, :own] = attended[:, :own]
     return out_TND
 
 
@@ -138,18 +158,19 @@ def segmented_attention_backward(
     with torch.autocast(q_TND.device.type, enabled=False):
         q, k, v, grad = (x.transpose(0, 1) for x in (q_TND * scale, k_TND, v_TND, grad_TND))
         grad_q, grad_k, grad_v = (x.transpose(0, 1) for x in grads_TND)
-        for document, tiles in _documents(borders, q.shape[0], q.device):
+        for slots, length, tiles in _documents(borders, q):
             sums: tuple[Tensor, Tensor] | None = None
-            for rows in tiles:
-                probs = _probabilities(q[:, rows], k[:, document])
-                grad_probs = torch.bmm(grad[:, rows], v[:, document].transpose(1, 2))
+            for rows, own in tiles:
+                probs = _probabilities(q[:, rows], k[:, slots], length)
+                probs[:, own:] = 0
+                grad_probs = torch.bmm(grad[:, rows], v[:, slots].transpose(1, 2))
                 grad_scores = torch.ops.aten._softmax_backward_data(grad_probs, probs, -1, probs.dtype)
-                grad_q[:, rows] = torch.bmm(grad_scores, k[:, document])
+                grad_q[:, rows][:, :own] = torch.bmm(grad_scores, k[:, slots])[:, :own]
                 part_k = torch.bmm(grad_scores.transpose(1, 2), q[:, rows])
                 part_v = torch.bmm(probs.transpose(1, 2), grad[:, rows])
                 sums = (part_k, part_v) if sums is None else (_added(sums[0], part_k), _added(sums[1], part_v))
             assert sums is not None, "a document has a tile"
-            grad_k[:, document], grad_v[:, document] = sums
+            grad_k[:, slots][:, :length], grad_v[:, slots][:, :length] = (x[:, :length] for x in sums)
         grads_TND[0].mul_(scale)
     return grads_TND[0], grads_TND[1], grads_TND[2]
 
@@ -159,9 +180,11 @@ def _added(total: Tensor, part: Tensor) -> Tensor:
     return total.to(torch.promote_types(part.dtype, torch.float32)) + part
 
 
-def _probabilities(q_NQD: Tensor, k_NKD: Tensor) -> Tensor:
-    """Softmax of the scores of scaled queries, `[N, Q, K]`; sums and maxima are fp32 inside, whatever the dtype."""
-    return torch.softmax(torch.bmm(q_NQD, k_NKD.transpose(1, 2)), dim=-1)
+def _probabilities(q_NQD: Tensor, k_NKD: Tensor, num_keys: int) -> Tensor:
+    """Softmax over the first `num_keys` scores of scaled queries, `[N, Q, K]`; sums and maxima are fp32 inside."""
+    scores_NQK = torch.bmm(q_NQD, k_NKD.transpose(1, 2))
+    scores_NQK[:, :, num_keys:] = float("-inf")
+    return torch.softmax(scores_NQK, dim=-1)
 
 
 @segmented_attention.register_fake
