@@ -8,10 +8,10 @@ probabilities.
 this beats one masked product over the whole stream several times over, and in bf16 it also beats torch's fused CPU
 kernel called per document (forward + backward over 4,096 tokens, 17 documents, 4 heads of 64, 2 cores: 18 ms against
 37; in fp32 the fused kernel is 10 to 20% faster). Queries go in tiles of bounded size, and the backward computes the
-probabilities of a tile again, so that nothing quadratic in a document's length is ever kept. In bf16 on a CPU a document
-is computed up to the next whole block of slots, and what lies beyond it is masked away: torch's library keeps code and
-memory for every shape it has multiplied. Forward and backward are opaque operators to `torch.compile`: the loop over
-documents is data-dependent, yet a compiled block stays one graph.
+probabilities of a tile again, so that nothing quadratic in a document's length is ever kept. In bf16 on a CPU a
+document is computed up to the next whole block of slots, and what lies beyond it is masked away: torch's library keeps
+code and memory for every shape it has multiplied. Forward and backward are opaque operators to `torch.compile`: the
+loop over documents is data-dependent, yet a compiled block stays one graph.
 
 `flash_attn_varlen` is for CUDA devices in bf16 or fp16: the flash-attn package when it is installed, else the kernel
 that torch brings.

@@ -63,6 +63,18 @@ def test_sdpa_in_tiles(monkeypatch: pytest.MonkeyPatch) -> None:
         torch.testing.assert_close(got, want, atol=1e-5, rtol=1e-5)
 
 
+def test_sdpa_in_whole_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Rounding a document up to a block, in one tile or in several, takes nothing from its neighbours."""
+    _, segments = pack(ROWS, 16)
+    want = expected(segments, torch.bfloat16)
+    for block, least in ((1, 128), (4, 128), (4, 4), (32, 2)):
+        monkeypatch.setattr(attention, "_BLOCK", block)
+        monkeypatch.setattr(attention, "_TILE", {"cpu": 1 if least < 128 else 2**20})
+        monkeypatch.setattr(attention, "_LEAST_QUERIES", least)
+        for got, exact in zip(results(ATTENTION["sdpa"], segments, torch.bfloat16, "cpu"), want):
+            torch.testing.assert_close(got, exact, atol=4e-2, rtol=4e-2)
+
+
 def test_sdpa_gradients_are_the_derivatives() -> None:
     _, segments = pack([(2, 1)], 4)
     qkv = torch.randn(3, 4, 1, 2, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
