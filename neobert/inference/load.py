@@ -31,4 +31,5 @@ def load_masked_lm(path: str | Path, *, device: str | torch.device = "cpu") -> t
     attention = choose_attention("auto", device=torch.device(device), dtype=torch.float32)
     model = MaskedLM(Encoder(config, attention), kernel=KERNELS["torch"])
     model.load_state_dict(load_file(checkpoint / "model.safetensors"), strict=True)
+    model.check_tied()
     return model.to(device).eval(), load_tokenizer(TokenizerSection(path=str(checkpoint / "tokenizer")))

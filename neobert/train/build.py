@@ -14,6 +14,7 @@ from neobert.model.attention import AttentionBackend, choose_attention
 from neobert.model.config import ModelConfig
 from neobert.model.encoder import Encoder
 from neobert.objectives.mlm import MaskedLM, MaskPolicy
+from neobert.train.console import Reporter
 from neobert.train.runtime import Runtime, StartupError, choose_device_type, compute_dtype
 from neobert.train.tracking import Sink, WandbSink
 
@@ -129,8 +130,14 @@ def choose_num_steps(config: Config, data: DataPipeline, rows_per_step: int) -> 
     return math.ceil(trainer.num_train_epochs * data.num_tokens / slots)
 
 
-def build_sinks(config: Config, runtime: Runtime, output_dir: Path, module: torch.nn.Module) -> list[Sink]:
-    """The optional trackers of rank 0."""
+def build_sinks(
+    config: Config, runtime: Runtime, output_dir: Path, module: torch.nn.Module, reporter: Reporter
+) -> list[Sink]:
+    """The optional trackers of rank 0; one that does not start is left out with a warning."""
     if not (config.wandb.enabled and runtime.is_main):
         return []
-    return [WandbSink(config, output_dir, module)]
+    try:
+        return [WandbSink(config, output_dir, module)]
+    except Exception as error:  # No account, no network, a full disk: the run and log.jsonl do not need it.
+        reporter.warn(f"wandb did not start ({error}) and is left out; wandb.mode: offline needs no account")
+        return []

@@ -134,6 +134,7 @@ def resume_or_start(run: Run) -> TrainState:
     saved = read_train_state(run.checkpoint)
     _check_fits(run, saved)
     run.module.load_state_dict(load_file(run.checkpoint / "model.safetensors"), strict=True)
+    run.module.check_tied()
     optimizer_state = torch.load(run.checkpoint / "optimizer.bin", map_location=run.runtime.device, weights_only=True)
     run.optimizer.load_state_dict(optimizer_state)
     _load_rng_state(run, saved)

@@ -142,7 +142,7 @@ def build_run(config: Config) -> Run:
             reporter=reporter,
             module=module,
             num_steps=num_steps,
-            sinks=build_sinks(config, runtime, output_dir, module),
+            sinks=build_sinks(config, runtime, output_dir, module, reporter),
         ),
         reporter=reporter,
         rows_per_step=rows_per_step,

@@ -260,6 +260,17 @@ def test_a_tracker_that_fails_never_stops_the_run(
     assert len(log_lines(out, "step")) == 6
 
 
+def test_a_tracker_that_does_not_start_is_left_out(
+    tiny: Tiny, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    fake = FakeWandb()
+    install(monkeypatch, fake)
+    monkeypatch.setattr(fake, "init", lambda **settings: (_ for _ in ()).throw(ConnectionError("no account")))
+    wandb = ["wandb.enabled=true", f"wandb.dir={tmp_path / 'wandb'}"]
+    assert pretrain(tiny(tmp_path / "run", "trainer.max_steps=1", *wandb)).state.step == 1
+    assert "wandb did not start (no account) and is left out" in capsys.readouterr().out
+
+
 def test_wandb_enabled_but_not_installed_stops_before_any_work(
     tiny: Tiny, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
