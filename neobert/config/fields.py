@@ -1,18 +1,18 @@
 """The schema seen as a flat table: dotted key -> type, default and documentation.
 
-The documentation of a field is the string literal under it, read from the source of `neobert.config.schema` with
-`ast`, so that the schema stays plain dataclasses.
+The documentation of a field is the string literal under it, read from the source with `ast`, so that the
+schema stays plain dataclasses.
 """
 
 import ast
 import dataclasses
 import inspect
 from dataclasses import dataclass
+from itertools import pairwise
 from operator import attrgetter
 from types import NoneType, UnionType
 from typing import Any, Literal, get_args, get_origin, get_type_hints
 
-from neobert.config import schema
 from neobert.config.schema import Config
 
 
@@ -63,27 +63,24 @@ def _split_optional(annotation: Any) -> tuple[Any, bool]:
     return annotation, False
 
 
-def _read_docs() -> dict[str, dict[str, str]]:
-    """Class name -> field name -> the string literal that follows the field."""
-    docs: dict[str, dict[str, str]] = {}
-    for node in ast.parse(inspect.getsource(schema)).body:
-        if isinstance(node, ast.ClassDef):
-            texts = docs[node.name] = {}
-            for statement, follower in zip(node.body, node.body[1:]):
-                if not isinstance(statement, ast.AnnAssign) or not isinstance(statement.target, ast.Name):
-                    continue
-                if isinstance(follower, ast.Expr) and isinstance(follower.value, ast.Constant):
-                    texts[statement.target.id] = " ".join(str(follower.value.value).split())
-    return docs
+def read_docs(owner: type) -> dict[str, str]:
+    """Field name -> the string literal that follows the field."""
+    (body,) = (node.body for node in ast.parse(inspect.getsource(owner)).body if isinstance(node, ast.ClassDef))
+    texts = {}
+    for statement, follower in pairwise(body):
+        if not isinstance(statement, ast.AnnAssign) or not isinstance(statement.target, ast.Name):
+            continue
+        if isinstance(follower, ast.Expr) and isinstance(follower.value, ast.Constant):
+            texts[statement.target.id] = " ".join(str(follower.value.value).split())
+    return texts
 
 
 def _build_tables() -> tuple[dict[str, Field], dict[str, str]]:
-    docs = _read_docs()
     table: dict[str, Field] = {}
     sections: dict[str, str] = {}
 
     def add(owner: type, prefix: str) -> None:
-        hints = get_type_hints(owner)
+        hints, docs = get_type_hints(owner), read_docs(owner)
         for f in dataclasses.fields(owner):
             if dataclasses.is_dataclass(hints[f.name]):
                 section = hints[f.name]
@@ -91,7 +88,7 @@ def _build_tables() -> tuple[dict[str, Field], dict[str, str]]:
                 add(section, f"{f.name}.")
             else:
                 kind, nullable = _split_optional(hints[f.name])
-                key, doc = prefix + f.name, docs[owner.__name__][f.name]
+                key, doc = prefix + f.name, docs[f.name]
                 table[key] = Field(key=key, kind=kind, nullable=nullable, default=f.default, doc=doc)
 
     add(Config, "")

@@ -15,6 +15,7 @@ from numpy.typing import NDArray
 from neobert.config.schema import Config
 from neobert.data.arrow import ArrowTexts, TokenStore
 from neobert.data.collate import Collator, build_row
+from neobert.data.encode import encode_documents
 from neobert.data.errors import DataError
 from neobert.data.lanes import LaneSettings, State, Window
 from neobert.data.opening import Opened, Opener
@@ -25,7 +26,7 @@ from neobert.data.packing import (
     split_documents,
 )
 from neobert.data.splits import check_split, choose_eval_split
-from neobert.data.text import Encode, RecordCounts, TextSource, encode_documents
+from neobert.data.text import Encode, RecordCounts, TextSource
 from neobert.types import PackedBatch
 
 _SCAN = 65536

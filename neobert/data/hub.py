@@ -19,7 +19,7 @@ from neobert.data.columns import choose_text_column
 from neobert.data.errors import DataError
 from neobert.data.jsonl import STREAM_LANES, choose_num_lanes, fingerprint_files
 from neobert.data.lanes import State
-from neobert.data.text import Reader, Record, Records, ShardReader, read_shards
+from neobert.data.text import WHOLE, Reader, Record, Records, ShardReader, Span, read_shards
 
 _STATE_EVERY = 64
 """Records between two saved states of the library; the ones in between are read again and passed over."""
@@ -66,8 +66,8 @@ class HubSource:
         self.notes = [note]
         self.fingerprint = fingerprint
 
-    def records(self) -> Records:
-        return read_shards(self._shards(None), {"shard": 0, "position": None})
+    def records(self, span: Span = WHOLE) -> Records:
+        return read_shards(self._shards(None), span.after or {"shard": 0, "position": None})
 
     def readers(self, *, seed: int, num_lanes: int | None, after: State | None) -> list[Reader]:
         shards = self._shards(after)

@@ -16,7 +16,7 @@ from typing import Any, BinaryIO, cast
 from neobert.data.columns import choose_text_column
 from neobert.data.errors import DataError
 from neobert.data.lanes import State
-from neobert.data.text import Reader, Record, Records, ShardReader, read_shards
+from neobert.data.text import WHOLE, Reader, Record, Records, ShardReader, Span, read_shards
 
 STREAM_LANES = 16
 """Lanes of a stream when `dataset.num_lanes` is null and the data is large enough."""
@@ -134,9 +134,9 @@ class JsonlSource:
         self.notes = [note]
         self.fingerprint = fingerprint_files(self._paths)
 
-    def records(self) -> Records:
+    def records(self, span: Span = WHOLE) -> Records:
         shards = [JsonlShard(path, number, self._column) for number, path in enumerate(self._paths)]
-        return read_shards(shards, {"shard": 0, "position": None})
+        return read_shards(shards, span.after or {"shard": 0, "position": None})
 
     def readers(self, *, seed: int, num_lanes: int | None, after: State | None) -> list[Reader]:
         first, begin = (0, 0) if after is None else (after["shard"], after["position"]["offset"])

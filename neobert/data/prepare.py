@@ -11,9 +11,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from neobert.data.arrow import TokenWriter, read_manifest
+from neobert.data.arrow import read_manifest
+from neobert.data.encode import encode_documents
 from neobert.data.errors import DataError
-from neobert.data.text import RecordCounts, TextSource, encode_documents
+from neobert.data.text import RecordCounts, TextSource
+from neobert.data.token_writer import TokenWriter
 from neobert.data.tokenizer import Tokenizer
 
 _FORMAT = 1

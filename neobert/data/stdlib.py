@@ -10,7 +10,7 @@ from pathlib import Path
 
 from neobert.data.errors import DataError
 from neobert.data.jsonl import fingerprint_files
-from neobert.data.text import Record, Records
+from neobert.data.text import WHOLE, Record, Records, Span
 
 PYTHON_STDLIB = "python_stdlib"
 
@@ -34,8 +34,8 @@ class StdlibSource:
         self.notes = [f"{len(self._paths)} source files of {self._root}"]
         self.fingerprint = fingerprint_files(self._paths)
 
-    def records(self) -> Records:
-        for number, path in enumerate(self._paths):
+    def records(self, span: Span = WHOLE) -> Records:
+        for number, path in list(enumerate(self._paths))[span.after["file"] if span.after else 0 :]:
             try:
                 text = path.read_text(encoding="utf-8")
             except UnicodeDecodeError:

@@ -8,7 +8,7 @@ from neobert.data.arrow import ArrowTexts, TokenStore, choose_indexed_lanes
 from neobert.data.lanes import IndexedLane, Lane, LaneSettings, State
 from neobert.data.opening import Opened
 from neobert.data.packing import SPECIALS_PER_SEGMENT, piece_lengths
-from neobert.data.text import TextLane
+from neobert.data.text_lane import TextLane
 from neobert.data.tokenizer import Tokenizer
 
 INDEXED_WINDOW = 1024

@@ -4,8 +4,9 @@ import pytest
 from datasets import Dataset, Features, LargeList, List, Value, concatenate_datasets, load_from_disk
 
 from neobert.data import arrow
-from neobert.data.arrow import ArrowTexts, TokenStore, TokenWriter, choose_indexed_lanes, load_table, read_manifest
+from neobert.data.arrow import ArrowTexts, TokenStore, choose_indexed_lanes, load_table, read_manifest
 from neobert.data.errors import DataError
+from neobert.data.token_writer import TokenWriter
 
 DOCUMENTS = [[7, 8, 9], [], [10], list(range(20, 60)), [5, 6]]
 

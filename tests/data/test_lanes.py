@@ -7,10 +7,11 @@ import numpy as np
 import pytest
 
 from neobert.data import lanes as lanes_module
-from neobert.data import text as text_module
+from neobert.data import text_lane as text_lane_module
 from neobert.data.errors import DataError
 from neobert.data.lanes import IndexedLane, LaneSettings
-from neobert.data.text import Record, TextLane, cut_end, cut_text
+from neobert.data.text import Record, cut_end, cut_text
+from neobert.data.text_lane import TextLane
 
 SETTINGS = LaneSettings(seed=3, max_seq_length=12, window_documents=8, min_length=1, truncate=False, packing="best_fit")
 KINDS = ("indexed", "text_indexed", "jsonl", "jsonl.gz", "parquet")
@@ -137,7 +138,7 @@ def test_lanes_without_documents_are_an_error():
 
 
 def test_a_huge_text_is_cut_and_nothing_is_lost(monkeypatch):
-    monkeypatch.setattr(text_module, "WINDOW_CHARS", 50)
+    monkeypatch.setattr(text_lane_module, "WINDOW_CHARS", 50)
     texts = ["short", "many words " * 40, "x" * 300, "end"]
     settings = replace(SETTINGS, max_document_chars=25)
     lane = TextLane(ListReader(texts), count_chars, settings, 0)

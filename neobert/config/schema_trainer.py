@@ -1,0 +1,115 @@
+"""Keys of `trainer`: the run itself."""
+
+from dataclasses import dataclass
+from typing import Literal
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class TrainerSection:
+    """The run. Exactly one of `max_steps`, `max_tokens` and `num_train_epochs` is its budget."""
+
+    max_steps: int | None = None
+    """Budget in optimizer steps."""
+
+    max_tokens: int | None = None
+    """Budget in row slots (padding included): steps = ceil(max_tokens / (global batch in rows * max_seq_length))."""
+
+    num_train_epochs: float | None = None
+    """Budget in passes over the data; the source's number of tokens must be known."""
+
+    per_device_train_batch_size: int = 16
+    """Rows of one micro-batch on one device."""
+
+    per_device_eval_batch_size: int = 32
+    """Rows of one evaluation batch on one device."""
+
+    gradient_accumulation_steps: int | None = None
+    """Micro-batches per optimizer step; null is 1, or what `global_batch_size` asks for. Rows per step =
+    `per_device_train_batch_size` x this x processes."""
+
+    global_batch_size: int | None = None
+    """Rows per optimizer step over all processes; derives the accumulation, which must then be null."""
+
+    enforce_full_packed_batches: bool = True
+    """With packing. true: every micro-batch is `per_device_train_batch_size` full rows. false: each micro-batch packs
+    that many documents, without looking ahead, into as many rows as they need."""
+
+    output_dir: str = "outputs/neobert"
+    """The run's folder: config, logs and checkpoints."""
+
+    overwrite_output_dir: bool = False
+    """Start anew in a folder that holds a run; the old run is renamed aside. Without it that is an error."""
+
+    resume_from_checkpoint: str | None = None
+    """`latest` (or true, auto), a step, or the path of a checkpoint; null (or false) starts fresh. `latest` with no
+    checkpoint there starts fresh and says so."""
+
+    save_model: bool = True
+    """false: write no checkpoint at all, not even at the end."""
+
+    save_strategy: Literal["steps", "no"] = "steps"
+    """no: only the checkpoint at the end, as `save_steps: 0`."""
+
+    save_steps: int = 1000
+    """Steps between checkpoints; 0 saves only at the end."""
+
+    save_total_limit: int | None = 3
+    """Newest checkpoints to keep; null or 0 keeps all."""
+
+    eval_strategy: Literal["steps", "no"] = "steps"
+    """no: evaluate only at the end, as `eval_steps: 0`."""
+
+    eval_steps: int = 1000
+    """Steps between evaluations; 0 evaluates only at the end."""
+
+    eval_max_batches: int | None = None
+    """Upper bound of evaluation batches, counted over all devices; null has none."""
+
+    eval_seed: int = 0
+    """Seed of the evaluation masks; they depend on nothing else of the run."""
+
+    logging_steps: int = 50
+    """Steps between log lines; 0 never logs training."""
+
+    log_train_accuracy: bool = False
+    """Log the share of masked tokens predicted exactly; costs an arg-max over the vocabulary."""
+
+    log_grad_norm: bool = True
+    """Log the gradient's L2 norm before clipping."""
+
+    log_weight_norms: bool = True
+    """Log the L2 norm of all weights with every log line."""
+
+    gradient_checkpointing: bool = False
+    """Recompute each block's activations in the backward pass: less memory, about a third more time."""
+
+    gradient_clipping: float | None = 1.0
+    """Clip the gradient's L2 norm to this; null never clips."""
+
+    mixed_precision: Literal["no", "bf16"] = "bf16"
+    """bf16 computes in bfloat16 and keeps weights in float32; no computes in float32. fp32 and false are read as no,
+    true as bf16."""
+
+    tf32: bool = True
+    """Allow TF32 in float32 matrix products on CUDA."""
+
+    masked_logits_only_loss: bool = True
+    """true: vocabulary logits are computed for masked tokens only. false: for all tokens, slower, for comparison."""
+
+    torch_compile: bool = False
+    """Compile the model with torch.compile."""
+
+    torch_compile_backend: Literal["inductor", "aot_eager", "eager"] = "inductor"
+    """Backend of torch.compile."""
+
+    torch_compile_dynamic: bool | None = None
+    """Compile for changing shapes; null is false, because shapes are constant here."""
+
+    use_cpu: bool = False
+    """Train on the CPU even when there is a GPU."""
+
+    disable_tqdm: bool = False
+    """Show no progress bar."""
+
+    fill_mask_texts: tuple[str, ...] = ()
+    """Texts with [MASK] that the model completes at the end of the run."""
