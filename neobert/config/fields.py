@@ -8,8 +8,9 @@ import ast
 import dataclasses
 import inspect
 from dataclasses import dataclass
+from functools import reduce
 from itertools import pairwise
-from operator import attrgetter
+from operator import attrgetter, or_
 from types import NoneType, UnionType
 from typing import Any, Literal, get_args, get_origin, get_type_hints
 
@@ -24,7 +25,7 @@ class Field:
     """Dotted key, for example `trainer.max_steps`."""
 
     kind: Any
-    """The annotation without `None`: bool, int, float, str, a Literal or a tuple type."""
+    """The annotation without `None`: bool, int, float, str, a Literal, a tuple type, or `str | tuple[str, ...]`."""
 
     nullable: bool
     default: Any
@@ -46,20 +47,28 @@ class Field:
         return attrgetter(self.key)(config)
 
 
+TEXTS = str | tuple[str, ...]
+"""A text or a list of texts."""
+
+
 def describe_type(kind: Any) -> str:
     """A type in words, without articles: `integer`, `number`, `true or false`, `text`, `a | b`, `list of 2 numbers`."""
+    if kind == TEXTS:
+        return "text or list of texts"
     if get_origin(kind) is Literal:
         return " | ".join(get_args(kind))
     if get_origin(kind) is tuple:
         item, *rest = get_args(kind)
+        if dataclasses.is_dataclass(item):
+            return "list of mappings"
         return f"list of {'' if rest == [...] else f'{1 + len(rest)} '}{describe_type(item)}s"
     return {bool: "true or false", int: "integer", float: "number", str: "text"}[kind]
 
 
 def _split_optional(annotation: Any) -> tuple[Any, bool]:
-    if get_origin(annotation) is UnionType:
-        (kind,) = [a for a in get_args(annotation) if a is not NoneType]
-        return kind, True
+    if get_origin(annotation) is UnionType and NoneType in get_args(annotation):
+        kinds = [a for a in get_args(annotation) if a is not NoneType]
+        return reduce(or_, kinds), True
     return annotation, False
 
 
@@ -75,24 +84,23 @@ def read_docs(owner: type) -> dict[str, str]:
     return texts
 
 
+def list_fields(owner: type, prefix: str = "") -> list[Field]:
+    """The fields of a dataclass that holds no section."""
+    hints, docs = get_type_hints(owner), read_docs(owner)
+    found = []
+    for f in dataclasses.fields(owner):
+        kind, nullable = _split_optional(hints[f.name])
+        doc = docs.get(f.name, "")  # A field that is a section has its text in the section's class.
+        found.append(Field(key=prefix + f.name, kind=kind, nullable=nullable, default=f.default, doc=doc))
+    return found
+
+
 def _build_tables() -> tuple[dict[str, Field], dict[str, str]]:
-    table: dict[str, Field] = {}
-    sections: dict[str, str] = {}
-
-    def add(owner: type, prefix: str) -> None:
-        hints, docs = get_type_hints(owner), read_docs(owner)
-        for f in dataclasses.fields(owner):
-            if dataclasses.is_dataclass(hints[f.name]):
-                section = hints[f.name]
-                sections[f.name] = (inspect.getdoc(section) or "").strip()
-                add(section, f"{f.name}.")
-            else:
-                kind, nullable = _split_optional(hints[f.name])
-                key, doc = prefix + f.name, docs[f.name]
-                table[key] = Field(key=key, kind=kind, nullable=nullable, default=f.default, doc=doc)
-
-    add(Config, "")
-    return table, sections
+    sections: dict[str, Any] = {n: t for n, t in get_type_hints(Config).items() if dataclasses.is_dataclass(t)}
+    top = [f for f in list_fields(Config) if f.key not in sections]
+    below = [f for name, section in sections.items() for f in list_fields(section, f"{name}.")]
+    about = {name: (inspect.getdoc(section) or "").strip() for name, section in sections.items()}
+    return {f.key: f for f in [*top, *below]}, about
 
 
 FIELDS, SECTIONS = _build_tables()

@@ -8,9 +8,10 @@ value are null where the field allows it.
 import difflib
 import math
 import re
+from dataclasses import is_dataclass
 from typing import Any, get_args, get_origin
 
-from neobert.config.fields import Field, describe_type
+from neobert.config.fields import TEXTS, Field, describe_type, list_fields
 from neobert.config.refused import REFUSED_VALUES
 from neobert.config.source import Leaf, Tree, parse_yaml_list
 
@@ -47,14 +48,16 @@ def parse_value(field: Field, value: Tree) -> Any:
             if field.nullable:
                 return None
             raise LeafError(f"may not be null, expected {field.type_name}; remove it for the default {field.default!r}")
+    if field.kind in (str, TEXTS) and field.nullable and isinstance(value, Leaf) and not value.text:
+        return None
+    if field.kind == TEXTS:
+        return _parse_texts(field, value)
     if get_origin(field.kind) is tuple:
-        return _parse_tuple(field, value)
+        return _parse_mappings(field, value) if is_dataclass(get_args(field.kind)[0]) else _parse_tuple(field, value)
     if not isinstance(value, Leaf):
         raise LeafError(f"expected {field.type_name}, got a {'list' if isinstance(value, list) else 'mapping'}")
     if field.choices:
         return _parse_choice(field, value.text)
-    if field.kind is str and field.nullable and not value.text:
-        return None
     return _parse_scalar(field.kind, value.text)
 
 
@@ -116,6 +119,46 @@ def _parse_tuple(field: Field, value: Tree) -> tuple[Any, ...]:
         if not isinstance(item, Leaf):
             raise LeafError(f"expected a {field.type_name}, but an item is itself a list or a mapping")
     return tuple(_parse_scalar(item_kind, item.text) for item in items)
+
+
+def _parse_texts(field: Field, value: Tree) -> str | tuple[str, ...]:
+    """A text as it stands, unless it is written as a list."""
+    items: Any = value
+    if isinstance(value, Leaf):
+        items = parse_yaml_list(value.text) if value.text.startswith("[") and not value.quoted else None
+        if items is None:
+            return value.text
+    if not isinstance(items, list) or not items or not all(isinstance(item, Leaf) for item in items):
+        found = "an empty list" if items == [] else "a mapping"
+        raise LeafError(f"expected a {describe_type(field.kind)}, got {found}")
+    return tuple(item.text for item in items)
+
+
+def _parse_mappings(field: Field, value: Tree) -> tuple[Any, ...]:
+    """A list of mappings as a tuple of the dataclass that the field holds; errors of all items together."""
+    item_type = get_args(field.kind)[0]
+    items: Any = value
+    if isinstance(value, Leaf):
+        items = [] if value.is_null else parse_yaml_list(value.text)
+    names = {f.key: f for f in list_fields(item_type)}
+    if not isinstance(items, list) or not all(isinstance(item, dict) for item in items):
+        raise LeafError(f"expected a list of mappings with keys of {', '.join(names)}")
+    parsed, problems = [], []
+    for number, item in enumerate(items):
+        values = {}
+        for name, tree in item.items():
+            if name not in names:
+                close = difflib.get_close_matches(name, names, 1)
+                problems.append(f"[{number}].{name}: unknown key; one of {', '.join(close or names)}")
+                continue
+            try:
+                values[name] = parse_value(names[name], tree)
+            except LeafError as error:
+                problems.append(f"[{number}].{name}: {error}")
+        parsed.append(item_type(**values))
+    if problems:
+        raise LeafError("; ".join(problems))
+    return tuple(parsed)
 
 
 def _with_article(name: str) -> str:

@@ -279,6 +279,9 @@ def _walk(folder: Path, pattern: str) -> list[Path]:
 def _to_plain(value: Any) -> Any:
     if isinstance(value, tuple):
         return [_to_plain(item) for item in value]
+    if dataclasses.is_dataclass(value):
+        given = {f.name: getattr(value, f.name) for f in dataclasses.fields(value)}
+        return {name: _to_plain(item) for name, item in given.items() if item is not None}
     return escape_variables(value) if isinstance(value, str) else value
 
 

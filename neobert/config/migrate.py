@@ -152,11 +152,6 @@ def _edit_words(draft: _Draft) -> None:
         if old in words:
             hint = "; choose optimizer.lr for it" if key == "optimizer.name" else ""
             draft.write(key, words[old], f"changed {key} from {old} to {words[old]}{hint}")
-    for key in ("dataset.train_split", "dataset.eval_split"):
-        split = draft.read(key)
-        if split is not None and "[" in split:
-            name = split.partition("[")[0]
-            draft.write(key, name, f"changed {key} from {split} to {name}: slices are not part of this version")
 
 
 def _edit_source(draft: _Draft) -> None:

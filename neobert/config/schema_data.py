@@ -5,12 +5,43 @@ from typing import Literal
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
+class MixtureSource:
+    """One source of `dataset.mixture`."""
+
+    name: str | None = None
+    """Hub dataset or `python_stdlib`. Not used when `path` is given."""
+
+    config: str | None = None
+    """Configuration of the hub dataset."""
+
+    revision: str | None = None
+    """Branch, tag or commit of the hub dataset."""
+
+    path: str | tuple[str, ...] | None = None
+    """Files or folder, as `dataset.path`."""
+
+    split: str | None = None
+    """Split or slice to train on; null is `dataset.train_split`."""
+
+    text_column: str | None = None
+    """Column with the text; null is `dataset.text_column`."""
+
+    weight: float | None = None
+    """Share of the documents, relative to the other weights; the source is read again when it ends. null for every
+    source: each document once per epoch."""
+
+    max_documents: int | None = None
+    """Use only the first documents of the source, this many."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
 class DatasetSection:
     """Where the documents come from and how they are read."""
 
-    name: str | None = None
+    name: str | tuple[str, ...] | None = None
     """Name of a dataset on the Hugging Face hub, or `python_stdlib`: the source code of the running Python's standard
-    library, which needs no download. Not used when `path` is given."""
+    library, which needs no download. Several names (a list, or `a,b:5000`) are read as one corpus, each document once
+    per epoch; `:5000` takes the first 5000 documents of a source. Not used when `path` or `mixture` is given."""
 
     config: str | None = None
     """Configuration of the hub dataset, for example `20231101.en`."""
@@ -18,13 +49,30 @@ class DatasetSection:
     revision: str | None = None
     """Branch, tag or commit of the hub dataset; null is its main branch."""
 
-    path: str | None = None
-    """A local file or folder: a folder written by `save_to_disk`, or JSONL files (plain or .gz). Replaces `name`. In a
-    folder of files, names that start with train, validation, eval, test or dev are splits; otherwise all is train."""
+    path: str | tuple[str, ...] | None = None
+    """Files or folders, local or `s3://`, `gs://`, `hf://`; one, a list, or a pattern with `*`. JSONL, text and CSV
+    (plain, .gz, .zst), Parquet, or a folder written by `save_to_disk`. Replaces `name` and `mixture`. In a folder of
+    files, names that start with train, validation, eval, test or dev are splits; otherwise all is train."""
+
+    mixture: tuple[MixtureSource, ...] = ()
+    """Several sources: a list of mappings with `name` or `path`, and optionally `weight`, `max_documents`, `config`,
+    `revision`, `split`, `text_column`. Replaces `name`. With weights, documents are drawn in these shares and a source
+    that ends begins again; without, each document comes once per epoch."""
 
     streaming: bool | None = None
     """null: text files are streamed, `save_to_disk` folders are indexed. true: never build an index.
     false: text is tokenised once to disk, then indexed."""
+
+    pre_tokenize: bool = False
+    """Tokenise text once to `pre_tokenize_output` before training, as `streaming: false` does: rank 0 works, others
+    wait."""
+
+    pre_tokenize_output: str | None = None
+    """Folder for tokenised text; null is the folder `tokenized` of `trainer.output_dir` in a run, and `path` or
+    `tokenized_data/` for `preprocess.py`."""
+
+    num_proc: int | None = None
+    """Threads that tokenise when text is prepared on disk; null takes all cores."""
 
     cache_dir: str | None = None
     """Where data downloaded from the hub is kept; null is the Hugging Face cache."""
@@ -36,15 +84,24 @@ class DatasetSection:
     """Column with the text. null takes `text`, `content` or `sentence`, or the only text column there is. Not needed
     for data that has `input_ids`."""
 
+    sample_by: Literal["line", "paragraph", "document"] = "line"
+    """What one document of a plain text file is: a line, the lines between blank lines, or the whole file."""
+
     train_split: str | None = None
-    """Split to train on; null is `train`, or everything where there are no splits."""
+    """Split to train on, or a slice of one: `train[:1%]`, `train[1000:]`. null is `train`, or everything where there
+    are no splits."""
 
     eval_split: str | None = None
-    """Split to evaluate on. null looks for validation, eval, test or dev, and then for `eval_samples`."""
+    """Split (or slice) to evaluate on. null looks for validation, eval, test or dev, and then for `eval_samples` and
+    `validation_split`."""
 
     eval_samples: int | None = None
     """Evaluate on this many documents. Without an evaluation split they are the first ones of the training data and
     are never trained on. null: all documents of the evaluation split."""
+
+    validation_split: float | None = None
+    """Without an evaluation split: hold out this share (0 to 1) of the training documents, the first ones. The source's
+    size must be known."""
 
     min_length: int = 5
     """Documents, and the tails of split documents, with fewer tokens than this are dropped and counted."""
@@ -55,17 +112,33 @@ class DatasetSection:
     window_documents: int | None = None
     """Documents a lane shuffles and packs together; null is 1024 for indexed data and 256 for streams."""
 
+    shuffle_buffer_size: int | None = None
+    """Documents among which order is random, about: lanes x window. 0 keeps the order of the source. null leaves the
+    choice to `num_lanes` and `window_documents`, beside which it may not be set."""
+
     max_document_chars: int = 1_000_000
     """Longer texts are cut into pieces of this size, at white space, before they are tokenised."""
 
     max_bad_records: int = 100
     """Records that cannot be read are counted and skipped; more of them than this in one lane's epoch stop the run."""
 
-    num_workers: int = 1
-    """Threads that open windows ahead of the training loop; 0 reads in the main thread. Order does not depend on it."""
+    on_bad_shard: Literal["error", "skip"] = "error"
+    """A file that cannot be opened or decompressed. error: stop. skip: go on with the next one, now and whenever this
+    stretch is read again; the data state keeps the list."""
 
-    prefetch_factor: int = 4
-    """Optimizer steps whose batches are kept ready ahead."""
+    network_retries: int = 5
+    """Times that a window is read again after a network error, with growing pauses, before the run stops."""
+
+    num_workers: int | None = None
+    """Threads that open windows ahead of the training loop; 0 reads in the main thread. null chooses by the number of
+    cores. Order does not depend on it."""
+
+    prefetch_factor: int | None = None
+    """Optimizer steps whose batches are kept ready ahead; null is 4."""
+
+    persistent_workers: bool = True
+    """true: reader threads and their open windows stay during evaluations. false: they are closed before an evaluation
+    and opened again behind it, which frees their memory and costs the time to open a window of each lane."""
 
     pin_memory: bool | None = None
     """Put batches into page-locked memory, so that copies to the GPU overlap with work; null: yes on CUDA."""

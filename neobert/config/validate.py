@@ -29,6 +29,7 @@ _RANGES: tuple[tuple[str, _Test, tuple[str, ...]], ...] = (
             "model.vocab_size",
             "dataset.eval_samples",
             "dataset.num_lanes",
+            "dataset.num_proc",
             "dataset.window_documents",
             "dataset.max_document_chars",
             "dataset.prefetch_factor",
@@ -52,7 +53,9 @@ _RANGES: tuple[tuple[str, _Test, tuple[str, ...]], ...] = (
             "seed",
             "dataset.min_length",
             "dataset.max_bad_records",
+            "dataset.network_retries",
             "dataset.num_workers",
+            "dataset.shuffle_buffer_size",
             "optimizer.weight_decay",
             "scheduler.warmup_steps",
             "trainer.save_steps",
@@ -77,6 +80,7 @@ _RANGES: tuple[tuple[str, _Test, tuple[str, ...]], ...] = (
     ),
     ("must be greater than 0 (null never clips)", lambda x: x > 0, ("trainer.gradient_clipping",)),
     ("must be at least 0 and less than 1", lambda x: 0 <= x < 1, ("model.dropout_prob",)),
+    ("must be greater than 0 and less than 1", lambda x: 0 < x < 1, ("dataset.validation_split",)),
     (
         "must be greater than 0 and at most 1",
         lambda x: 0 < x <= 1,
@@ -165,7 +169,7 @@ def _check_texts(config: Config) -> Iterator[str]:
             yield f"{field.key}: may not be empty" + ("; write null" if field.nullable else "")
     for key in ("dataset.path", "tokenizer.path", "trainer.output_dir", "dataset.cache_dir", "wandb.dir"):
         value = FIELDS[key].value_in(config)
-        if value is not None and "${" in value:
+        if any("${" in text for text in ([value] if isinstance(value, str) else value or ())):
             yield f"{key}: {value!r} holds a reference that is not replaced; only ${{variables.x}} is"
     for text in config.trainer.fill_mask_texts:
         if "[MASK]" not in text:
@@ -192,26 +196,67 @@ def _check_model(config: Config) -> Iterator[str]:
 
 def _check_dataset(config: Config) -> Iterator[str]:
     data = config.dataset
-    if data.name is None and data.path is None:
+    if data.name is None and data.path is None and not data.mixture:
         yield (
             "dataset.name: nothing to train on; name a dataset of the hub, python_stdlib, or a local file or folder"
             " with dataset.path"
         )
-    if data.name == "python_stdlib" and data.path is None:
+    yield from _check_mixture(config)
+    yield from _check_reading(config)
+    if data.name == "python_stdlib" and data.path is None and not data.mixture:
         for key in ("dataset.config", "dataset.revision"):
             if FIELDS[key].value_in(config) is not None:
                 yield f"{key}: {FIELDS[key].value_in(config)!r} has no meaning for python_stdlib; remove it"
     for key in ("dataset.train_split", "dataset.eval_split"):
         value = FIELDS[key].value_in(config)
-        if value is not None and any(mark in value for mark in "[]+"):
+        if value is not None and "+" in value:
             yield (
-                f"{key}: {value!r} is a slice or a sum of splits, which is not part of this version; name one whole"
-                " split, and hold documents out with dataset.eval_samples"
+                f"{key}: {value!r} is a sum of splits, which is not read; name one split or slice, or list the sources"
+                " in dataset.mixture"
             )
     if data.min_length >= data.max_seq_length >= 1:
         yield (
             f"dataset.min_length: {data.min_length} would drop every document; it must be less than"
             f" dataset.max_seq_length = {data.max_seq_length}"
+        )
+
+
+def _check_mixture(config: Config) -> Iterator[str]:
+    mixture = config.dataset.mixture
+    for number, source in enumerate(mixture):
+        key = f"dataset.mixture: [{number}]"
+        if source.name is None and source.path is None:
+            yield f"{key} names no source; give it a name (hub) or a path"
+        elif source.name is not None and source.path is not None:
+            yield f"{key}.name: {source.name!r} is set beside path: {source.path!r}; keep one of them"
+        if source.weight is not None and source.weight <= 0:
+            yield f"{key}.weight: {source.weight} must be greater than 0; leave a source out by removing it"
+        if source.max_documents is not None and source.max_documents < 1:
+            yield f"{key}.max_documents: {source.max_documents} must be at least 1"
+    without = [number for number, source in enumerate(mixture) if source.weight is None]
+    if without and len(without) < len(mixture):
+        yield (
+            f"dataset.mixture: [{without[0]}].weight: is not set, but another source has a weight; give every one a"
+            " weight, or none, which reads each document once per epoch"
+        )
+
+
+def _check_reading(config: Config) -> Iterator[str]:
+    data = config.dataset
+    if data.shuffle_buffer_size is not None:
+        for key in ("dataset.num_lanes", "dataset.window_documents"):
+            value = FIELDS[key].value_in(config)
+            if value is not None:
+                yield (
+                    f"dataset.shuffle_buffer_size: {data.shuffle_buffer_size} is set beside {key} = {value}, which it"
+                    " derives; write null for one of the two"
+                )
+    if data.pre_tokenize and data.streaming:
+        yield "dataset.pre_tokenize: true tokenises to disk, but dataset.streaming is true; write null for one of them"
+    if data.validation_split is not None and data.eval_samples is not None:
+        yield (
+            f"dataset.validation_split: {data.validation_split} is set beside dataset.eval_samples ="
+            f" {data.eval_samples}; both hold documents out, write null for one of the two"
         )
 
 

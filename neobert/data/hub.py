@@ -14,11 +14,11 @@ from typing import Any
 from datasets import IterableDataset, get_dataset_split_names, load_dataset
 from huggingface_hub import HfApi
 
-from neobert.config.schema import DatasetSection
 from neobert.data.columns import choose_text_column
 from neobert.data.errors import DataError
 from neobert.data.jsonl import STREAM_LANES, choose_num_lanes, fingerprint_files
 from neobert.data.lanes import State
+from neobert.data.spec import SourceSpec
 from neobert.data.text import WHOLE, Reader, Record, Records, ShardReader, Span, read_shards
 
 _STATE_EVERY = 64
@@ -88,58 +88,54 @@ class HubSource:
         ]
 
 
-def open_hub(section: DatasetSection, split: str) -> HubSource:
+def open_hub(spec: SourceSpec, split: str) -> HubSource:
     """A split of `dataset.name`, pinned to the commit that its revision names now.
 
     Raises:
         DataError: the data set cannot be reached or has no text column.
     """
-    name = str(section.name)
+    name = str(spec.name)
     try:
         if Path(name).exists():
             commit, fingerprint = None, fingerprint_files(sorted(p for p in Path(name).rglob("*") if p.is_file()))
         else:
-            commit = HfApi().dataset_info(name, revision=section.revision).sha
-            fingerprint = (
-                "sha256:" + hashlib.sha256(f"{name}\0{section.config}\0{split}\0{commit}".encode()).hexdigest()
-            )
+            commit = HfApi().dataset_info(name, revision=spec.revision).sha
+            fingerprint = "sha256:" + hashlib.sha256(f"{name}\0{spec.config}\0{split}\0{commit}".encode()).hexdigest()
         dataset = load_dataset(
-            name, section.config, split=split, revision=commit, streaming=True, cache_dir=section.cache_dir
+            name, spec.config, split=split, revision=commit, streaming=True, cache_dir=spec.cache_dir
         )
     except (OSError, ValueError, RuntimeError, StopIteration) as error:
         raise _cannot_load(name, error) from error
-    source = HubSource(
-        _spread(dataset, section.num_lanes), column=section.text_column, place=name, fingerprint=fingerprint
-    )
+    source = HubSource(_spread(dataset, spec.num_lanes), column=spec.text_column, place=name, fingerprint=fingerprint)
     if commit is not None:
         source.notes.append(f"{name} at commit {commit}; dataset.revision: {commit} stays on it")
     return source
 
 
-def open_parquet(paths: Sequence[Path], section: DatasetSection) -> HubSource:
+def open_parquet(paths: Sequence[Path], spec: SourceSpec) -> HubSource:
     """Local Parquet files, in the order of their names."""
     files = sorted(paths)
     try:
         dataset = load_dataset("parquet", data_files=[str(p) for p in files], split="train", streaming=True)
     except (OSError, ValueError, RuntimeError, StopIteration) as error:
-        raise _cannot_load(str(section.path), error) from error
+        raise _cannot_load(spec.label, error) from error
     return HubSource(
-        _spread(dataset, section.num_lanes),
-        column=section.text_column,
-        place=str(section.path),
+        _spread(dataset, spec.num_lanes),
+        column=spec.text_column,
+        place=spec.label,
         fingerprint=fingerprint_files(files),
     )
 
 
-def list_hub_splits(section: DatasetSection) -> list[str]:
+def list_hub_splits(spec: SourceSpec) -> list[str]:
     """Names of the splits of `dataset.name`.
 
     Raises:
         DataError: the data set cannot be reached.
     """
-    name = str(section.name)
+    name = str(spec.name)
     try:
-        return list(get_dataset_split_names(name, section.config, revision=section.revision))
+        return list(get_dataset_split_names(name, spec.config, revision=spec.revision))
     except (OSError, ValueError, RuntimeError, StopIteration) as error:
         raise _cannot_load(name, error) from error
 

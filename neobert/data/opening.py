@@ -8,7 +8,7 @@
 | `python_stdlib` | tokenised once, then indexed | the same | the same |
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,6 +19,7 @@ from neobert.data.arrow import TokenStore
 from neobert.data.errors import DataError
 from neobert.data.prepare import PrepareSettings, prepare_tokens
 from neobert.data.sources import OpenSplit, StreamedText, list_splits
+from neobert.data.spec import SourceSpec
 from neobert.data.splits import choose_eval_split, choose_train_split
 from neobert.data.stdlib import StdlibSource
 from neobert.data.text import RecordCounts, cut_text
@@ -74,13 +75,16 @@ class TrainingTexts:
     fingerprint: str
 
 
-def open_training_texts(section: DatasetSection, max_documents: int | None) -> TrainingTexts:
+def open_training_texts(
+    specs: Sequence[SourceSpec], section: DatasetSection, max_documents: int | None
+) -> TrainingTexts:
     """Texts of the training split in source order, long ones in parts.
 
     Raises:
         DataError: the source is not there, or is tokenised already.
     """
-    splits = list_splits(section)
+    (spec,) = specs
+    splits = list_splits(spec)
     train = choose_train_split(list(splits), section.train_split)
     source = splits[train](None)
     if isinstance(source, TokenStore):

@@ -20,6 +20,7 @@ from neobert.data.loader import Loader, LoaderSettings, OrderIdentity, sum_count
 from neobert.data.opening import Opener, open_training_texts
 from neobert.data.packing import max_segments_per_row
 from neobert.data.sources import list_splits
+from neobert.data.spec import describe_sources
 from neobert.data.splits import choose_train_split
 from neobert.data.tokenizer import Tokenizer, load_tokenizer, train_tokenizer
 from neobert.data.training import TrainData, build_lane_settings, build_train
@@ -142,7 +143,8 @@ def build_data(
         DataError: the data cannot be used as configured.
     """
     section = config.dataset
-    splits = dict(list_splits(section))
+    (spec,) = describe_sources(section)
+    splits = dict(list_splits(spec))
     train_split = choose_train_split(list(splits), section.train_split)
     opener = Opener(
         section=section, tokenizer=tokenizer, splits=splits, prepared_dir=prepared_dir, main_first=main_first
@@ -151,7 +153,7 @@ def build_data(
     settings = build_lane_settings(config, opened.documents)
     evaluation = choose_evaluation(config, opener, train_split, opened, settings)
     train = build_train(opened, tokenizer, settings, section.num_lanes, evaluation.held_out)
-    found = f"training on split {train_split!r} of {section.path or section.name}; splits found: {', '.join(splits)}"
+    found = f"training on split {train_split!r} of {spec.label}; splits found: {', '.join(splits)}"
     collate = _build_collate(config, tokenizer, train_masks)
     return DataPipeline(
         tokenizer=tokenizer,
@@ -171,8 +173,8 @@ def build_data(
             micro_batch_rows=config.trainer.per_device_train_batch_size,
             rank=rank,
             world=world,
-            num_workers=section.num_workers,
-            prefetch_steps=section.prefetch_factor,
+            num_workers=1 if section.num_workers is None else section.num_workers,
+            prefetch_steps=section.prefetch_factor or 4,
             pin_memory=pin_memory,
         ),
         collate=collate,
@@ -216,7 +218,7 @@ def build_tokenizer(config: Config, checkpoint: Path | None, output_dir: Path) -
         return _load_folder(config, checkpoint / "tokenizer")
     if not section.train:
         return load_tokenizer(section)
-    training = open_training_texts(config.dataset, section.train_documents)
+    training = open_training_texts(describe_sources(config.dataset), config.dataset, section.train_documents)
     settings = [section.algorithm, section.vocab_size, section.train_documents, config.dataset.eval_samples]
     made_from = _hash(training.fingerprint, settings)
     folder, stamp = output_dir / "tokenizer", output_dir / "tokenizer" / "trained_from.txt"

@@ -14,13 +14,13 @@ from collections.abc import Callable, Mapping
 from functools import partial
 from pathlib import Path
 
-from neobert.config.schema import DatasetSection
 from neobert.data.arrow import ArrowTexts, TokenStore, column_names
 from neobert.data.errors import DataError
 from neobert.data.hub import HubSource, list_hub_splits, open_hub, open_parquet
 from neobert.data.jsonl import JsonlSource
+from neobert.data.spec import PYTHON_STDLIB, SourceSpec
 from neobert.data.splits import split_of_name
-from neobert.data.stdlib import PYTHON_STDLIB, StdlibSource
+from neobert.data.stdlib import StdlibSource
 from neobert.data.tokenizer import Tokenizer
 
 StreamedText = JsonlSource | HubSource | ArrowTexts
@@ -36,39 +36,29 @@ OpenSplit = Callable[[Tokenizer | None], Documents]
 """Opens one split; only data that is tokenised already needs the tokenizer."""
 
 
-def describe_source(source: str, text_column: str | None = None) -> DatasetSection:
-    """`dataset.path` for what exists or looks like local files, else `dataset.name`."""
-    is_local = Path(source).expanduser().exists() or source.endswith(JSON_SUFFIXES + PARQUET_SUFFIXES) or "*" in source
-    if is_local and source != PYTHON_STDLIB:
-        return DatasetSection(path=source, text_column=text_column)
-    return DatasetSection(name=source, text_column=text_column)
-
-
-def list_splits(section: DatasetSection) -> Mapping[str, OpenSplit]:
-    """The splits of the source that `dataset.path`, else `dataset.name`, describes.
+def list_splits(spec: SourceSpec) -> Mapping[str, OpenSplit]:
+    """The splits of a source.
 
     Raises:
         DataError: there is no such source, or it is of a kind that is not read.
     """
-    if section.path is not None:
-        return _local_splits(section, Path(section.path).expanduser())
-    if section.name is None:
-        raise DataError("no data is named: set dataset.path (files, folder) or dataset.name (hub, or python_stdlib)")
-    if section.name == PYTHON_STDLIB:
+    if spec.path:
+        return _local_splits(spec, Path(spec.path[0]).expanduser())
+    if spec.name == PYTHON_STDLIB:
         return {"train": lambda _: StdlibSource()}
-    return {split: partial(_open_hub, section, split) for split in list_hub_splits(section)}
+    return {split: partial(_open_hub, spec, split) for split in list_hub_splits(spec)}
 
 
-def _open_hub(section: DatasetSection, split: str, _: Tokenizer | None) -> Documents:
-    return open_hub(section, split)
+def _open_hub(spec: SourceSpec, split: str, _: Tokenizer | None) -> Documents:
+    return open_hub(spec, split)
 
 
-def _local_splits(section: DatasetSection, path: Path) -> Mapping[str, OpenSplit]:
+def _local_splits(spec: SourceSpec, path: Path) -> Mapping[str, OpenSplit]:
     if (path / "dataset_dict.json").is_file():
         names: list[str] = json.loads((path / "dataset_dict.json").read_text())["splits"]
-        return {name: partial(_open_saved, section, path / name) for name in names}
+        return {name: partial(_open_saved, spec, path / name) for name in names}
     if (path / "state.json").is_file():
-        return {"train": partial(_open_saved, section, path)}
+        return {"train": partial(_open_saved, spec, path)}
     if path.is_file():
         root, found = path.parent, [path]
     elif path.is_dir():
@@ -79,11 +69,11 @@ def _local_splits(section: DatasetSection, path: Path) -> Mapping[str, OpenSplit
     files = [p for p in found if p.name.endswith(JSON_SUFFIXES + PARQUET_SUFFIXES)]
     if not files:
         raise DataError(
-            f"dataset.path: {section.path} "
+            f"dataset.path: {spec.label} "
             + ("does not exist" if not found and not path.exists() else "has no file that can be read")
             + f"; give a folder of save_to_disk, or files ending in {', '.join(JSON_SUFFIXES + PARQUET_SUFFIXES)}"
         )
-    return {name: partial(_open_files, section, paths) for name, paths in _group_files(files, root).items()}
+    return {name: partial(_open_files, spec, paths) for name, paths in _group_files(files, root).items()}
 
 
 def _group_files(files: list[Path], root: Path) -> dict[str, list[Path]]:
@@ -98,19 +88,19 @@ def _group_files(files: list[Path], root: Path) -> dict[str, list[Path]]:
     return groups
 
 
-def _open_saved(section: DatasetSection, folder: Path, tokenizer: Tokenizer | None) -> Documents:
+def _open_saved(spec: SourceSpec, folder: Path, tokenizer: Tokenizer | None) -> Documents:
     if "input_ids" not in column_names(folder):
-        return ArrowTexts(folder, section.text_column)
+        return ArrowTexts(folder, spec.text_column)
     if tokenizer is None:
         raise DataError(f"{folder} is tokenised already; a tokenizer is trained on text")
     return TokenStore(folder, tokenizer)
 
 
-def _open_files(section: DatasetSection, paths: list[Path], _: Tokenizer | None) -> Documents:
+def _open_files(spec: SourceSpec, paths: list[Path], _: Tokenizer | None) -> Documents:
     parquet = [path for path in paths if path.name.endswith(PARQUET_SUFFIXES)]
     if parquet and len(parquet) < len(paths):
         raise DataError(
-            f"dataset.path: {section.path} mixes Parquet and JSON files in one split; keep one kind, for example with "
+            f"dataset.path: {spec.label} mixes Parquet and JSON files in one split; keep one kind, for example with "
             "dataset.path: folder/*.parquet"
         )
-    return open_parquet(paths, section) if parquet else JsonlSource(paths, section.text_column)
+    return open_parquet(paths, spec) if parquet else JsonlSource(paths, spec.text_column)

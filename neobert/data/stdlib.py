@@ -10,9 +10,8 @@ from pathlib import Path
 
 from neobert.data.errors import DataError
 from neobert.data.jsonl import fingerprint_files
+from neobert.data.spec import PYTHON_STDLIB
 from neobert.data.text import WHOLE, Record, Records, Span
-
-PYTHON_STDLIB = "python_stdlib"
 
 _LEFT_OUT = {"test", "tests", "idle_test", "site-packages", "dist-packages", "__pycache__"}
 

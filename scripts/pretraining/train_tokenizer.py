@@ -8,9 +8,10 @@ import argparse
 import sys
 from pathlib import Path
 
+from neobert.config.schema_data import DatasetSection
 from neobert.data.errors import DataError
 from neobert.data.opening import open_training_texts
-from neobert.data.sources import describe_source
+from neobert.data.spec import describe_source
 from neobert.data.tokenizer import DEFAULT_VOCAB_SIZE, train_tokenizer
 
 
@@ -24,7 +25,9 @@ def main() -> int:
     parser.add_argument("--documents", type=int, help="read only the first documents, this many")
     args = parser.parse_args()
     try:
-        training = open_training_texts(describe_source(args.input, args.text_column), args.documents)
+        training = open_training_texts(
+            [describe_source(args.input, text_column=args.text_column)], DatasetSection(), args.documents
+        )
         tokenizer = train_tokenizer(training.texts, args.algorithm, args.vocab_size)
     except DataError as error:
         print(f"error: {error}", file=sys.stderr)

@@ -5,9 +5,10 @@ from typing import Any, get_args, get_origin
 
 import pytest
 
-from neobert.config.fields import FIELDS, Field
+from neobert.config.fields import FIELDS, TEXTS, Field
 from neobert.config.load import build_config, config_to_yaml, load_config, parse_config, save_config
 from neobert.config.schema import Config
+from neobert.config.schema_data import MixtureSource
 from neobert.config.validate import BUDGETS, validate
 
 NASTY = [
@@ -65,6 +66,13 @@ def random_value(field: Field, rng: random.Random) -> Any:
         return None
     if field.choices:
         return rng.choice(field.choices)
+    if field.kind == TEXTS:
+        return rng.choice([rng.choice(NASTY), tuple(rng.choices(NASTY, k=rng.randint(1, 3)))])
+    if field.key == "dataset.mixture":
+        return tuple(
+            MixtureSource(path=rng.choice(NASTY) or "a", weight=0.5 + rng.random(), max_documents=rng.choice([None, 7]))
+            for _ in range(rng.randint(0, 3))
+        )
     if get_origin(field.kind) is tuple:
         _, *rest = get_args(field.kind)
         if rest == [...]:

@@ -5,6 +5,7 @@ import pytest
 from neobert.config.fields import FIELDS
 from neobert.config.load import build_config
 from neobert.config.schema import Config
+from neobert.config.schema_data import MixtureSource
 from neobert.config.validate import validate, warnings
 
 VALID = {"dataset.name": "python_stdlib", "tokenizer.train": True, "trainer.max_steps": 10_000}
@@ -38,8 +39,29 @@ ERRORS = [
     ({"model__norm_eps": 0.0}, "model.norm_eps: 0.0 must be greater than 0"),
     ({"dataset__name": None}, "dataset.name: nothing to train on; name a dataset of the hub, python_stdlib, or"),
     ({"dataset__config": "en"}, "dataset.config: 'en' has no meaning for python_stdlib; remove it"),
-    ({"dataset__train_split": "train[:1%]"}, "dataset.train_split: 'train[:1%]' is a slice or a sum of splits"),
-    ({"dataset__eval_split": "a+b"}, "hold documents out with dataset.eval_samples"),
+    ({"dataset__train_split": "a+b"}, "dataset.train_split: 'a+b' is a sum of splits, which is not read"),
+    ({"dataset__eval_split": "a+b"}, "list the sources in dataset.mixture"),
+    ({"dataset__mixture": (MixtureSource(weight=1.0),)}, "dataset.mixture: [0] names no source; give it a name (hub)"),
+    ({"dataset__mixture": (MixtureSource(path="a", name="b"),)}, "[0].name: 'b' is set beside path: 'a'; keep one"),
+    ({"dataset__mixture": (MixtureSource(path="a", weight=0.0),)}, "[0].weight: 0.0 must be greater than 0"),
+    ({"dataset__mixture": (MixtureSource(path="a", max_documents=0),)}, "[0].max_documents: 0 must be at least 1"),
+    (
+        {"dataset__mixture": (MixtureSource(path="a", weight=1.0), MixtureSource(path="b"))},
+        "dataset.mixture: [1].weight: is not set, but another source has a weight; give every one a weight, or none",
+    ),
+    (
+        {"dataset__shuffle_buffer_size": 100, "dataset__num_lanes": 4},
+        "dataset.shuffle_buffer_size: 100 is set beside dataset.num_lanes = 4, which it derives; write null for one",
+    ),
+    (
+        {"dataset__pre_tokenize": True, "dataset__streaming": True},
+        "dataset.pre_tokenize: true tokenises to disk, but dataset.streaming is true; write null for one of them",
+    ),
+    (
+        {"dataset__validation_split": 0.1, "dataset__eval_samples": 10},
+        "dataset.validation_split: 0.1 is set beside dataset.eval_samples = 10; both hold documents out",
+    ),
+    ({"dataset__validation_split": 1.0}, "dataset.validation_split: 1.0 must be greater than 0 and less than 1"),
     ({"dataset__min_length": 512}, "dataset.min_length: 512 would drop every document"),
     ({"dataset__max_seq_length": 2, "dataset__min_length": 1}, "dataset.max_seq_length: 2 must be at least 3"),
     ({"dataset__eval_samples": 0}, "dataset.eval_samples: 0 must be at least 1"),

@@ -1,15 +1,15 @@
 import pytest
 
-from neobert.config.schema import DatasetSection
 from neobert.data import hub
 from neobert.data.errors import DataError
 from neobert.data.hub import HubShard, open_hub, open_parquet
 from neobert.data.sources import list_splits
+from neobert.data.spec import SourceSpec
 
 
 @pytest.fixture
 def section(corpora, tmp_path):
-    return DatasetSection(name=str(corpora["jsonl.gz"]), cache_dir=str(tmp_path / "cache"))
+    return SourceSpec(name=str(corpora["jsonl.gz"]), cache_dir=str(tmp_path / "cache"))
 
 
 def test_a_named_data_set_is_read_in_the_order_of_its_files(section, texts):
@@ -21,7 +21,7 @@ def test_a_named_data_set_is_read_in_the_order_of_its_files(section, texts):
 
 def test_parquet_is_cut_into_row_groups_for_the_lanes(corpora, texts):
     folder = corpora["parquet"]
-    source = open_parquet(list(folder.iterdir()), DatasetSection(path=str(folder)))
+    source = open_parquet(list(folder.iterdir()), SourceSpec(path=(str(folder),)))
     assert len(source.readers(seed=0, num_lanes=None, after=None)) == 15
     assert [record.text for record in source.records()] == texts
 
@@ -55,7 +55,7 @@ def test_more_lanes_than_shards_is_an_error(section):
 
 def test_a_missing_column_is_named(section):
     with pytest.raises(DataError, match=r"dataset.text_column: 'body' is not in .*: text"):
-        open_hub(DatasetSection(name=section.name, text_column="body"), "train")
+        open_hub(SourceSpec(name=section.name, text_column="body"), "train")
 
 
 def test_a_data_set_that_cannot_be_reached(monkeypatch):
@@ -64,7 +64,7 @@ def test_a_data_set_that_cannot_be_reached(monkeypatch):
 
     monkeypatch.setattr(hub, "get_dataset_split_names", unreachable)
     monkeypatch.setattr(hub.HfApi, "dataset_info", unreachable)
-    section = DatasetSection(name="nobody/nothing")
+    section = SourceSpec(name="nobody/nothing")
     for failing in (lambda: list_splits(section), lambda: open_hub(section, "train")):
         with pytest.raises(
             DataError, match=r"dataset.name: nobody/nothing cannot be loaded: Couldn't reach.*dataset.path"
@@ -88,6 +88,6 @@ def test_a_hub_data_set_is_pinned_to_its_commit(section, monkeypatch, tmp_path):
     real = hub.load_dataset
     monkeypatch.setattr(hub, "HfApi", Api)
     monkeypatch.setattr(hub, "load_dataset", load)
-    source = open_hub(DatasetSection(name="some/data", revision="main"), "train")
+    source = open_hub(SourceSpec(name="some/data", revision="main"), "train")
     assert (asked["name"], asked["revision"], asked["split"]) == ("some/data", "c0ffee", "train")
     assert "dataset.revision: c0ffee stays on it" in source.notes[-1]

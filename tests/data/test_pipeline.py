@@ -15,7 +15,8 @@ from neobert.config.schema import Config, DatasetSection, TokenizerSection
 from neobert.data import prepare
 from neobert.data.errors import DataError
 from neobert.data.pipeline import build_data, build_tokenizer
-from neobert.data.sources import describe_source, list_splits
+from neobert.data.sources import list_splits
+from neobert.data.spec import SourceSpec, describe_source
 from neobert.data.stdlib import StdlibSource
 from neobert.types import IGNORE_INDEX
 
@@ -127,18 +128,20 @@ def test_a_folder_above_files_names_their_split(tmp_path, corpora):
     for name, part in (("data/train", "part-0.jsonl"), ("data/test", "part-1.jsonl"), (".cache/train", "part-0.jsonl")):
         (tmp_path / name).mkdir(parents=True)
         (tmp_path / name / "x.jsonl").write_bytes((corpora["jsonl"] / part).read_bytes())
-    assert sorted(list_splits(DatasetSection(path=str(tmp_path)))) == ["test", "train"]
+    assert sorted(list_splits(SourceSpec(path=(str(tmp_path),)))) == ["test", "train"]
 
 
 def test_one_file_and_a_glob_are_train(corpora):
     folder = corpora["jsonl"]
     for path in (folder / "part-1.jsonl", folder / "part-*.jsonl", folder):
-        assert list(list_splits(DatasetSection(path=str(path)))) == ["train"]
+        assert list(list_splits(SourceSpec(path=(str(path),)))) == ["train"]
 
 
 def test_describe_source(corpora):
-    assert describe_source(str(corpora["jsonl"])).path == str(corpora["jsonl"])
-    assert describe_source("nowhere.jsonl.gz", "body") == DatasetSection(path="nowhere.jsonl.gz", text_column="body")
+    assert describe_source(str(corpora["jsonl"])).path == (str(corpora["jsonl"]),)
+    assert describe_source("nowhere.jsonl.gz", text_column="body") == SourceSpec(
+        path=("nowhere.jsonl.gz",), text_column="body"
+    )
     assert describe_source("python_stdlib").name == "python_stdlib"
     assert describe_source("allenai/c4.en").name == "allenai/c4.en"
 

@@ -1,0 +1,109 @@
+"""`dataset.*` -> the list of sources it names, one `SourceSpec` each."""
+
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Literal
+
+from neobert.config.schema_data import DatasetSection
+from neobert.data.errors import DataError
+
+PYTHON_STDLIB = "python_stdlib"
+"""The name of the corpus that is always there."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class SourceSpec:
+    """One source of documents, before anything of it was looked at."""
+
+    name: str | None = None
+    """Hub dataset, or `python_stdlib`."""
+
+    config: str | None = None
+    revision: str | None = None
+    path: tuple[str, ...] = ()
+    """Files, folders and patterns, local or remote; empty for a source with a name."""
+
+    split: str | None = None
+    """Training split or slice; None for the usual one."""
+
+    text_column: str | None = None
+    weight: float | None = None
+    """Share of the documents relative to the other sources; None reads each document once per epoch."""
+
+    max_documents: int | None = None
+    cache_dir: str | None = None
+    sample_by: Literal["line", "paragraph", "document"] = "line"
+    num_lanes: int | None = None
+
+    @property
+    def label(self) -> str:
+        """The source in a word or two, for messages and the log."""
+        if not self.path:
+            return str(self.name)
+        return self.path[0] if len(self.path) == 1 else f"{self.path[0]} (and {len(self.path) - 1} more)"
+
+
+def describe_sources(section: DatasetSection) -> tuple[SourceSpec, ...]:
+    """The sources that `dataset.path`, else `dataset.mixture`, else `dataset.name` describes.
+
+    Raises:
+        DataError: none is named, or a name is written wrongly.
+    """
+    base = SourceSpec(
+        config=section.config,
+        revision=section.revision,
+        split=section.train_split,
+        text_column=section.text_column,
+        cache_dir=section.cache_dir,
+        sample_by=section.sample_by,
+        num_lanes=section.num_lanes,
+    )
+    if section.path is not None:
+        return (replace(base, path=_as_tuple(section.path)),)
+    if section.mixture:
+        return tuple(
+            replace(
+                base,
+                name=source.name,
+                config=source.config,
+                revision=source.revision,
+                path=() if source.path is None else _as_tuple(source.path),
+                split=source.split or section.train_split,
+                text_column=source.text_column or section.text_column,
+                weight=source.weight,
+                max_documents=source.max_documents,
+            )
+            for source in section.mixture
+        )
+    if section.name is None:
+        raise DataError("no data is named: set dataset.path (files, folder) or dataset.name (hub, or python_stdlib)")
+    words = [word.strip() for name in _as_tuple(section.name) for word in name.split(",")]
+    return tuple(_parse_name(word, base) for word in words)
+
+
+def describe_source(source: str, *, text_column: str | None = None, config: str | None = None) -> SourceSpec:
+    """A source given as one word on a command line: what exists or looks like files is a path, all else a name."""
+    looks_local = Path(source).expanduser().exists() or "*" in source or "://" in source
+    if source != PYTHON_STDLIB and (looks_local or source.startswith((".", "/", "~")) or _has_suffix(source)):
+        return SourceSpec(path=(source,), text_column=text_column)
+    return replace(_parse_name(source, SourceSpec()), text_column=text_column, config=config)
+
+
+def _parse_name(word: str, base: SourceSpec) -> SourceSpec:
+    name, colon, count = word.rpartition(":")
+    if not colon:
+        name, count = word, ""
+    if not name or (colon and not (count.isdecimal() and int(count) > 0)):
+        raise DataError(
+            f"dataset.name: {word!r} is not a name; write a hub dataset, or name:5000 for its first 5000 documents"
+        )
+    return replace(base, name=name, max_documents=int(count) if count else None)
+
+
+def _has_suffix(source: str) -> bool:
+    endings = (".jsonl", ".ndjson", ".json", ".txt", ".csv", ".tsv", ".parquet", ".gz", ".zst", ".arrow")
+    return source.lower().endswith(endings)
+
+
+def _as_tuple(value: str | tuple[str, ...]) -> tuple[str, ...]:
+    return (value,) if isinstance(value, str) else value
