@@ -55,7 +55,7 @@ def build_row(pieces: Sequence[Piece], window: Window, row_key: int, *, cls_id: 
         lengths=lengths,
         documents=tuple(int(window.documents[piece.document]) for piece in pieces),
         offsets=tuple(piece.start for piece in pieces),
-        sources=(0,) * len(lengths),
+        sources=tuple(int(window.sources[piece.document]) for piece in pieces),
         key=row_key,
     )
 

@@ -1,11 +1,11 @@
-"""Evaluation documents: chosen once in source order, packed once, masked by (seed, document, token).
+"""Evaluation documents: chosen once in source order, packed once, masked by (seed, source, document, token).
 
 Nothing of it depends on the number of ranks, lanes or threads: rank r of R takes rows r, r + R, ... of one plan, and
 every rank makes the same number of batches, the last ones padded with empty rows.
 """
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
@@ -17,16 +17,16 @@ from neobert.data.arrow import ArrowTexts, TokenStore
 from neobert.data.collate import Collator, build_row
 from neobert.data.encode import encode_documents
 from neobert.data.errors import DataError
-from neobert.data.lanes import LaneSettings, State, Window
-from neobert.data.opening import Opened, Opener
+from neobert.data.lanes import LaneSettings, Window
+from neobert.data.opening import Place, Source, View
 from neobert.data.order import key
 from neobert.data.packing import (
     SPECIALS_PER_SEGMENT,
     piece_lengths,
     split_documents,
 )
-from neobert.data.splits import check_split, choose_eval_split
-from neobert.data.text import Encode, RecordCounts, TextSource
+from neobert.data.splits import SplitSlice, check_split, choose_eval_split, parse_split
+from neobert.data.text import Encode, RecordCounts
 from neobert.types import PackedBatch
 
 _SCAN = 65536
@@ -39,8 +39,11 @@ class EvalDocuments(NamedTuple):
     get: Callable[[int], NDArray[Any]]
     """Tokens of the document with this number, without special tokens."""
 
-    rest: State | int | None
-    """Where the source goes on after them: a cursor of text, or the number of the next indexed document."""
+    num_documents: int
+    """Fewer than lengths where documents were stored in pieces."""
+
+    rest: Place | None
+    """Where the source goes on after them."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -52,12 +55,14 @@ class Limit:
     """Stop when the documents fill this many slots of rows."""
 
 
-def collect_texts(source: TextSource, encode: Encode, settings: LaneSettings, limit: Limit) -> EvalDocuments:
+def collect_texts(view: View, encode: Encode, settings: LaneSettings, limit: Limit) -> EvalDocuments:
     """The first usable documents of a text source, tokenised and kept in memory."""
+    assert not isinstance(view.documents, TokenStore)
     counts = RecordCounts(max_bad=settings.max_bad_records, where="the evaluation documents")
     tokens: list[NDArray[Any]] = []
     num_slots, rest = 0, None
-    for document in encode_documents(source.records(), encode, counts, settings.max_document_chars):
+    records = view.documents.records(view.span)
+    for document in encode_documents(records, encode, counts, settings.max_document_chars):
         slots = int(_slots(np.array([len(document.tokens)]), settings)[0])
         if not slots:
             continue
@@ -65,28 +70,39 @@ def collect_texts(source: TextSource, encode: Encode, settings: LaneSettings, li
         num_slots, rest = num_slots + slots, document.cursor
         if len(tokens) == limit.documents or (limit.slots is not None and num_slots >= limit.slots):
             break
-    return EvalDocuments(np.array([len(t) for t in tokens], dtype=np.int64), tokens.__getitem__, rest)
+    lengths = np.array([len(t) for t in tokens], dtype=np.int64)
+    return EvalDocuments(lengths, tokens.__getitem__, len(tokens), rest)
 
 
-def collect_indexed(store: TokenStore, settings: LaneSettings, limit: Limit) -> EvalDocuments:
+def collect_indexed(view: View, settings: LaneSettings, limit: Limit) -> EvalDocuments:
     """The first usable documents of an indexed store; their tokens stay on disk."""
-    numbers, lengths = np.empty(0, dtype=np.int64), np.empty(0, dtype=np.int64)
-    num_slots = 0
-    for begin in range(0, len(store), _SCAN):
-        documents = np.arange(begin, min(len(store), begin + _SCAN))
-        sizes = store.lengths(documents)
+    store = view.documents
+    assert isinstance(store, TokenStore)
+    first, last = view.rows
+    rows, lengths = np.empty(0, dtype=np.int64), np.empty(0, dtype=np.int64)
+    num_slots = num_documents = 0
+    for begin in range(first, last, _SCAN):
+        found = np.arange(begin, min(last, begin + _SCAN))
+        sizes = store.lengths(found)
         slots = _slots(sizes, settings)
         usable = np.flatnonzero(slots)
         if limit.slots is not None:
             usable = usable[num_slots + np.cumsum(slots[usable]) - slots[usable] < limit.slots]
+        # Where long documents are stored in pieces, all pieces of a document count as one.
+        rows, lengths = np.append(rows, found[usable]), np.append(lengths, sizes[usable])
+        ranks = np.unique(store.documents_of(rows), return_inverse=True)[1]
         if limit.documents is not None:
-            usable = usable[: limit.documents - len(numbers)]
-        numbers, lengths = np.append(numbers, documents[usable]), np.append(lengths, sizes[usable])
-        num_slots += int(slots[usable].sum())
-        if len(numbers) == limit.documents or (limit.slots is not None and num_slots >= limit.slots):
+            kept = ranks < limit.documents
+            rows, lengths, is_full = rows[kept], lengths[kept], bool(len(ranks) and ranks[-1] >= limit.documents)
+            ranks = ranks[kept]
+        else:
+            is_full = False
+        num_documents = int(ranks.max(initial=-1)) + 1
+        num_slots = int(_slots(lengths, settings).sum())
+        if is_full or (limit.slots is not None and num_slots >= limit.slots):
             break
-    rest = int(numbers[-1]) + 1 if len(numbers) else 0
-    return EvalDocuments(lengths, lambda number: store.content(int(numbers[number])), rest)
+    rest = store.row_of(int(store.documents_of(rows[-1:])[0]) + 1) if len(rows) else first
+    return EvalDocuments(lengths, lambda number: store.content(int(rows[number])), num_documents, rest)
 
 
 def _slots(lengths: NDArray[np.int64], settings: LaneSettings) -> NDArray[np.int64]:
@@ -106,21 +122,31 @@ class EvalSet:
     """The rows that every evaluation runs over."""
 
     def __init__(
-        self, documents: EvalDocuments, settings: LaneSettings, *, seed: int, batch_rows: int, max_batches: int | None
+        self,
+        sources: Sequence[EvalDocuments],
+        settings: LaneSettings,
+        *,
+        seed: int,
+        batch_rows: int,
+        max_batches: int | None,
     ) -> None:
         self._batch_rows = batch_rows
-        self.num_documents = len(documents.lengths)
-        pieces, _ = split_documents(
-            documents.lengths, settings.max_seq_length, settings.min_length, truncate=settings.truncate
-        )
+        self.num_documents = sum(source.num_documents for source in sources)
+        lengths = np.concatenate([source.lengths for source in sources])
+        numbers = np.concatenate([np.arange(len(source.lengths)) for source in sources])
+        source_of = np.repeat(np.arange(len(sources)), [len(source.lengths) for source in sources])
+        pieces, _ = split_documents(lengths, settings.max_seq_length, settings.min_length, truncate=settings.truncate)
         self.num_tokens = sum(piece.length + SPECIALS_PER_SEGMENT for piece in pieces)
         # Shuffled rows, so that a cap on the batches cuts long and short documents alike.
         rows = settings.plan(pieces, key(seed, "eval_rows"))
         self._rows = rows if max_batches is None else rows[: max_batches * batch_rows]
         self._window = Window(
             rows=self._rows,
-            get=lambda piece: documents.get(piece.document)[piece.start : piece.start + piece.length],
-            documents=np.arange(self.num_documents),
+            get=lambda piece: sources[source_of[piece.document]].get(int(numbers[piece.document]))[
+                piece.start : piece.start + piece.length
+            ],
+            documents=numbers,
+            sources=source_of,
             next_state={},
         )
 
@@ -138,71 +164,137 @@ class EvalSet:
 
 
 class Evaluation(NamedTuple):
-    """What is evaluated, and what of the training split is set apart for it."""
+    """What is evaluated, and what of the training documents is set apart for it."""
 
     eval_set: EvalSet | None
-    held_out: State | int | None
-    """Where the held-out documents end in the training split; None when none are held out."""
+    held_out: list[Place | None]
+    """For each source, where its held-out documents end in the training split; None when none are held out."""
 
     notes: list[str]
 
 
 def choose_evaluation(
-    config: Config, opener: Opener, train_split: str, train: Opened, settings: LaneSettings
+    config: Config, sources: Sequence[Source], train: Sequence[View], settings: LaneSettings
 ) -> Evaluation:
-    """The named split, else a split that is called like one, else the first `dataset.eval_samples` training documents.
+    """The named split, else a split that is called like one, else the first documents of the training split.
 
     Raises:
         DataError: the split is not there, a streamed one has no budget, or all documents would be held out.
     """
-    section, max_batches = config.dataset, config.trainer.eval_max_batches
-    names = list(opener.splits)
-    if section.eval_split is not None:
-        check_split(names, section.eval_split, "dataset.eval_split")
-        if section.eval_split == train_split:
-            raise DataError(
-                f"dataset.eval_split: {section.eval_split!r} is the training split; set dataset.eval_split: null and "
-                "dataset.eval_samples to hold out its first documents"
-            )
-    name = section.eval_split or choose_eval_split(names, train_split)
-    if name is None and not section.eval_samples:
-        return Evaluation(None, None, ["no evaluation: no validation split, and dataset.eval_samples is not set"])
-    opened = train if name is None else opener.open(name)
     settings = replace(settings, packing="best_fit" if config.datacollator.pack_sequences else "one_per_row")
-    limit = _choose_limit(config, opened)
-    documents = _collect(opened, opener.tokenizer.encode_batch, settings, limit)
-    found = len(documents.lengths)
-    if name is None:
-        store_size = len(opened.documents) if isinstance(opened.documents, TokenStore) else None
-        if found < (section.eval_samples or 0) or documents.rest == store_size:
-            raise DataError(
-                f"dataset.eval_samples: {section.eval_samples} holds out every usable document of {train_split!r} "
-                f"({found}); lower it"
-            )
-    if not found:
-        return Evaluation(None, None, [f"no evaluation: split {name!r} has no usable documents"])
+    chosen = _choose_splits(config, sources)
+    nothing: list[Place | None] = [None] * len(sources)
+    if any(split is not None for split in chosen):
+        found, notes = _collect_splits(config, sources, chosen, settings)
+        held_out = nothing
+    elif config.dataset.eval_samples or config.dataset.validation_split:
+        found = _collect_held_out(config, sources, train, settings)
+        held_out = [documents.rest if documents.num_documents else None for documents in found]
+        number = sum(documents.num_documents for documents in found)
+        notes = [f"evaluating on the first {number} documents, held out of training"]
+    else:
+        note = "no evaluation: no validation split, and neither dataset.eval_samples nor validation_split is set"
+        return Evaluation(None, nothing, [note])
+    if not any(documents.num_documents for documents in found):
+        return Evaluation(None, nothing, ["no evaluation: the evaluation split has no usable documents"])
     eval_set = EvalSet(
-        documents,
+        found,
         settings,
         seed=config.trainer.eval_seed,
         batch_rows=config.trainer.per_device_eval_batch_size,
-        max_batches=max_batches,
+        max_batches=config.trainer.eval_max_batches,
     )
-    if name is None:
-        return Evaluation(
-            eval_set, documents.rest, [f"evaluating on the first {found} documents, held out of training"]
+    return Evaluation(eval_set, held_out, notes)
+
+
+def _choose_splits(config: Config, sources: Sequence[Source]) -> list[SplitSlice | None]:
+    """The evaluation split of each source; None for a source that has none."""
+    text = config.dataset.eval_split
+    if text is None:
+        names = [choose_eval_split(list(source.splits), source.train_split.name) for source in sources]
+        return [None if name is None else parse_split(name) for name in names]
+    wanted = parse_split(text)
+    if not any(wanted.name in source.splits for source in sources):
+        check_split([name for source in sources for name in source.splits], wanted.name, "dataset.eval_split")
+    for source in sources:
+        if wanted.name == source.train_split.name and not (wanted.is_slice and source.train_split.is_slice):
+            raise DataError(
+                f"dataset.eval_split: {text!r} is the training split; set dataset.eval_split: null and "
+                "dataset.eval_samples to hold out its first documents"
+            )
+    return [wanted if wanted.name in source.splits else None for source in sources]
+
+
+def _collect_splits(
+    config: Config, sources: Sequence[Source], chosen: Sequence[SplitSlice | None], settings: LaneSettings
+) -> tuple[list[EvalDocuments], list[str]]:
+    pairs = [(source, split) for source, split in zip(sources, chosen) if split is not None]
+    shares = _share(config.dataset.eval_samples, [source.spec.weight for source, _ in pairs])
+    found, notes = [], []
+    for (source, split), share in zip(pairs, shares):
+        view = source.open(split)
+        documents = _collect(view, source, settings, _choose_limit(config, view, share, len(pairs)))
+        found.append(documents)
+        of = f" of {source.spec.label}" if len(sources) > 1 else ""
+        notes += [f"evaluating on {documents.num_documents} documents of split {split.text!r}{of}", *view.notes]
+    return found, notes
+
+
+def _collect_held_out(
+    config: Config, sources: Sequence[Source], train: Sequence[View], settings: LaneSettings
+) -> list[EvalDocuments]:
+    section, found = config.dataset, []
+    shares = _share(section.eval_samples, [source.spec.weight for source in sources])
+    for source, view, share in zip(sources, train, shares):
+        field, value = "dataset.eval_samples", share
+        if section.validation_split is not None:
+            field, value = "dataset.validation_split", _part_of(view, source, section.validation_split)
+        documents = _collect(view, source, settings, Limit(documents=value))
+        is_indexed = isinstance(view.documents, TokenStore)
+        if documents.num_documents < (value or 0) or (is_indexed and documents.rest == view.rows[1]):
+            raise DataError(
+                f"{field}: {section.eval_samples or section.validation_split} holds out every usable document of "
+                f"{source.train_split.text!r} ({documents.num_documents}); lower it"
+            )
+        found.append(documents)
+    return found
+
+
+def _part_of(view: View, source: Source, fraction: float) -> int:
+    count = view.count()
+    if count is None:
+        raise DataError(
+            f"dataset.validation_split: {fraction} needs the number of documents, and "
+            f"{source.spec.label} is a stream that does not tell it; write dataset.eval_samples, or dataset.streaming: false to tokenise it once"
         )
-    return Evaluation(eval_set, None, [f"evaluating on {found} documents of split {name!r}", *opened.notes])
+    return max(1, round(count * fraction))
 
 
-def _choose_limit(config: Config, opened: Opened) -> Limit:
-    samples, max_batches = config.dataset.eval_samples, config.trainer.eval_max_batches
-    if samples:
-        return Limit(documents=samples)
+def _share(total: int | None, weights: Sequence[float | None]) -> list[int | None]:
+    """`total` cut by weights (None: equally), the largest remainders rounded up.
+
+    >>> _share(10, [2.0, 1.0])
+    [7, 3]
+    """
+    if total is None:
+        return [None] * len(weights)
+    known = [1.0 if weight is None else weight for weight in weights]
+    exact = [total * weight / sum(known) for weight in known]
+    shares = [math.floor(share) for share in exact]
+    by_remainder = sorted(range(len(exact)), key=lambda n: shares[n] - exact[n])
+    for number in by_remainder[: total - sum(shares)]:
+        shares[number] += 1
+    return list(shares)
+
+
+def _choose_limit(config: Config, view: View, share: int | None, num_views: int) -> Limit:
+    max_batches = config.trainer.eval_max_batches
+    if share is not None:
+        return Limit(documents=share)
     if max_batches:
         rows = max_batches * config.trainer.per_device_eval_batch_size
-        return Limit(slots=rows * config.dataset.max_seq_length)
-    if isinstance(opened.documents, TokenStore | ArrowTexts):
+        return Limit(slots=-(-rows * config.dataset.max_seq_length // num_views))
+    if isinstance(view.documents, TokenStore | ArrowTexts):
         return Limit()
     raise DataError(
         "a streamed evaluation split needs a budget: set dataset.eval_samples (documents) or trainer.eval_max_batches, "
@@ -210,7 +302,13 @@ def _choose_limit(config: Config, opened: Opened) -> Limit:
     )
 
 
-def _collect(opened: Opened, encode: Encode, settings: LaneSettings, limit: Limit) -> EvalDocuments:
-    if isinstance(opened.documents, TokenStore):
-        return collect_indexed(opened.documents, settings, limit)
-    return collect_texts(opened.documents, encode, settings, limit)
+def _collect(view: View, source: Source, settings: LaneSettings, limit: Limit) -> EvalDocuments:
+    if limit.documents == 0:
+        return EvalDocuments(np.empty(0, dtype=np.int64), _no_document, 0, None)
+    if isinstance(view.documents, TokenStore):
+        return collect_indexed(view, settings, limit)
+    return collect_texts(view, source.tokenizer.encode_batch, settings, limit)
+
+
+def _no_document(number: int) -> NDArray[Any]:
+    raise IndexError(number)

@@ -1,8 +1,14 @@
 """Lanes: the independent, endless row sources that rows are drawn from in turn.
 
-Row g of a run comes from lane g modulo the number of lanes. A lane reads its share of the documents window by window:
-a window is shuffled and packed by itself, and `open` is pure, so the state that opens a window is all that must be
-stored to have it again. A state is a small JSON object; `row` counts the rows of its window already used.
+Row g of a run comes from lane g modulo the number of lanes. A lane reads its share of the documents window by window;
+packing and shuffling happen inside a window only, and `open` is pure, so the state that opens a window is all that must
+be stored to have it again. A state is a small JSON object; `row` counts the rows of its window already used.
+
+A window is planned in three steps, for L slots in a row:
+
+    stream    the next documents of the lane, in tokens
+    split     pieces of at most L - 2 tokens
+    plan      pieces packed into rows; the rows in an order keyed by (seed, lane, epoch, window)
 """
 
 from collections.abc import Callable
@@ -26,8 +32,46 @@ from neobert.data.packing import (
 IntArray = NDArray[np.int32]
 State = dict[str, Any]
 
-WINDOW_TOKENS = 1 << 20
-"""A window of indexed documents ends after this many tokens even when it has few documents."""
+MAX_EMPTY_WINDOWS = 1000
+"""Windows in a row without a single row: then nothing will come."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True, eq=False)
+class Taken:
+    """The next documents of a stream."""
+
+    lengths: NDArray[np.int64]
+    """Tokens of each, special tokens not counted."""
+
+    get: Callable[[int, int, int], NDArray[Any]]
+    """`get(item, start, length)`: that stretch of a document."""
+
+    documents: NDArray[np.int64]
+    """Number of each document in its source."""
+
+    sources: NDArray[np.int64]
+    """Number of each document's source."""
+
+    starts: NDArray[np.int64]
+    """Token at which each begins here: above 0 where a large document goes on that an earlier take began."""
+
+    next_state: State
+    ended: bool
+    """Whether the epoch is over; `next_state` then begins the next one."""
+
+
+class DocumentStream(Protocol):
+    """The documents of one lane, epoch after epoch."""
+
+    @property
+    def size(self) -> int:
+        """Amount of text, about, in bytes; 0 when unknown."""
+
+    def start(self) -> State:
+        """The state before the first document."""
+
+    def take(self, state: State, max_documents: int) -> Taken:
+        """At most so many documents after `state`, none of the next epoch. Pure. Fewer when they are large."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True, eq=False)
@@ -39,7 +83,10 @@ class Window:
     """The tokens of a piece, integers without special tokens."""
 
     documents: NDArray[np.int64]
-    """Number in the source of each document of the window."""
+    """Number in its source of each document of the window."""
+
+    sources: NDArray[np.int64]
+    """Number of each document's source."""
 
     next_state: State
 
@@ -64,6 +111,9 @@ class LaneSettings:
     min_length: int
     truncate: bool
     packing: Literal["best_fit", "one_per_row"]
+    shuffle: bool = True
+    """False keeps the order of the source: rows are ordered by their first document."""
+
     max_document_chars: int = 1_000_000
     max_bad_records: int = 100
 
@@ -75,98 +125,54 @@ class LaneSettings:
             rows = best_fit(lengths, self.max_seq_length, limit)
         else:
             rows = one_per_row(lengths)
+        if not self.shuffle:
+            return [[pieces[item] for item in items] for items in sorted(sorted(row) for row in rows)]
         order = Permutation(len(rows), order_key)(np.arange(len(rows)))
         return [[pieces[item] for item in rows[number]] for number in order.tolist()]
 
 
-class IndexedTokens(Protocol):
-    """Tokenised documents with random access."""
+class PackingLane:
+    """Rows from the documents of a stream."""
 
-    def __len__(self) -> int: ...
-
-    def lengths(self, documents: NDArray[np.int64]) -> NDArray[np.int64]:
-        """Tokens of these documents, special tokens not counted."""
-
-    def content(self, document: int) -> NDArray[Any]:
-        """Tokens of a document without special tokens."""
-
-
-class IndexedLane:
-    """Documents `first` to the end of an indexed store, in one permutation of the whole store per epoch.
-
-    Lane v of V owns the permuted places v, v + V, v + 2V, ... The state's `position` counts these places, and `offset`
-    is the token at which the document there goes on: a document that would make a window too large is continued in
-    the next one, so nothing is lost.
-    """
-
-    def __init__(self, store: IndexedTokens, settings: LaneSettings, lane: int, num_lanes: int, first: int = 0) -> None:
-        self._store, self._settings, self._lane, self._num_lanes, self._first = store, settings, lane, num_lanes, first
-        self._size = len(store) - first
-        self._num_places = (self._size - lane + num_lanes - 1) // num_lanes
+    def __init__(self, stream: DocumentStream, settings: LaneSettings, lane: int) -> None:
+        self._stream, self._settings, self._lane = stream, settings, lane
 
     def start(self) -> State:
-        return {"epoch": 0, "window": 0, "row": 0, "position": 0, "offset": 0, "used": 0, "dropped": 0}
+        counters = {"used": 0, "empty": 0, "dropped": 0}
+        return {"epoch": 0, "window": 0, "row": 0, **counters, "stream": self._stream.start()}
 
     def open(self, state: State) -> Window:
-        settings, epoch, position, done = self._settings, state["epoch"], state["position"], state["offset"]
-        end = min(self._num_places, position + settings.window_documents)
-        places = np.arange(position, end) * self._num_lanes + self._lane
-        documents = Permutation(self._size, key(settings.seed, "documents", epoch))(places) + self._first
-        lengths = self._store.lengths(documents)
-        lengths[:1] -= done
-        lengths, rest = _limit_tokens(lengths, settings.max_seq_length - SPECIALS_PER_SEGMENT, settings.truncate)
+        settings, epoch = self._settings, state["epoch"]
+        taken = self._stream.take(state["stream"], settings.window_documents)
         pieces, num_dropped = split_documents(
-            lengths, settings.max_seq_length, settings.min_length, truncate=settings.truncate
+            taken.lengths, settings.max_seq_length, settings.min_length, truncate=settings.truncate
         )
-        if done:
-            pieces = [p._replace(start=p.start + done) if p.document == 0 else p for p in pieces]
+        starts = taken.starts.tolist()
+        pieces = [piece._replace(start=piece.start + starts[piece.document]) for piece in pieces]
         next_state = {
             "epoch": epoch,
             "window": state["window"] + 1,
             "row": 0,
-            "position": position + len(lengths) - (rest > 0),
-            "offset": rest + (done if len(lengths) == 1 else 0) if rest else 0,
             "used": state["used"] + len(pieces),
+            "empty": 0 if pieces else state["empty"] + 1,
             "dropped": state["dropped"] + num_dropped,
+            "stream": taken.next_state,
         }
-        if next_state["position"] == self._num_places:
-            check_lane_gave_rows(self._lane, next_state["used"])
-            next_state |= {"epoch": epoch + 1, "window": 0, "position": 0, "used": 0}
+        if taken.ended or next_state["empty"] > MAX_EMPTY_WINDOWS:
+            self._check_rows(next_state["used"] if taken.ended else 0)
+            next_state |= {"epoch": epoch + 1, "window": 0, "used": 0}
         return Window(
             rows=settings.plan(pieces, key(settings.seed, "rows", self._lane, epoch, state["window"])),
-            get=lambda piece: self._store.content(documents[piece.document])[piece.start : piece.start + piece.length],
-            documents=documents,
+            get=lambda piece: taken.get(piece.document, piece.start, piece.length),
+            documents=taken.documents,
+            sources=taken.sources,
             next_state=next_state,
         )
 
-
-def _limit_tokens(lengths: NDArray[np.int64], content: int, truncate: bool) -> tuple[NDArray[np.int64], int]:
-    """The first documents that together have `WINDOW_TOKENS` tokens.
-
-    The last of them is cut after a whole number of pieces; the second value is how many of its tokens were taken, or
-    0 when it was not cut.
-    """
-    ends = np.cumsum(np.minimum(lengths, content) if truncate else lengths)
-    if not len(ends) or ends[-1] <= WINDOW_TOKENS:
-        return lengths, 0
-    last = int(np.searchsorted(ends, WINDOW_TOKENS))
-    before = int(ends[last - 1]) if last else 0
-    taken = -(-(WINDOW_TOKENS - before) // content) * content
-    kept = lengths[: last + 1].copy()
-    if truncate or taken >= kept[last]:
-        return kept, 0
-    kept[last] = taken
-    return kept, taken
-
-
-def check_lane_gave_rows(lane: int, num_used: int) -> None:
-    """Raises when a whole epoch of a lane holds nothing to train on: without this it would be read for ever.
-
-    Raises:
-        DataError: the lane has no usable documents.
-    """
-    if not num_used:
-        raise DataError(
-            f"lane {lane} has no usable documents: all of them are empty, unreadable or shorter than "
-            "dataset.min_length; lower dataset.num_lanes or dataset.min_length, or check dataset.text_column"
-        )
+    def _check_rows(self, num_used: int) -> None:
+        # A lane whose whole epoch holds nothing to train on would be read for ever.
+        if not num_used:
+            raise DataError(
+                f"lane {self._lane} has no usable documents: all of them are empty, unreadable or shorter than "
+                "dataset.min_length; lower dataset.num_lanes or dataset.min_length, or check dataset.text_column"
+            )

@@ -15,7 +15,7 @@ import threading
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import suppress
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Literal
 
 from neobert.data.collate import Collator, build_row, join_rows
@@ -24,7 +24,7 @@ from neobert.data.lanes import Lane, State, Window
 from neobert.data.packing import Piece, max_segments_per_row, next_fit
 from neobert.types import PackedBatch, PackedRow, StepBatch
 
-VERSION = 1
+VERSION = 2
 """Of the state; raised when the order of rows or masks changes."""
 
 
@@ -38,6 +38,7 @@ class OrderIdentity:
     max_seq_length: int
     min_length: int
     truncate: bool
+    shuffle: bool
     max_document_chars: int
     packing: Literal["best_fit", "next_fit", "none"]
     """best_fit: full rows planned over a window. next_fit: each micro-batch packs its documents without looking ahead.
@@ -51,6 +52,7 @@ _KEYS = {
     "max_seq_length": "dataset.max_seq_length",
     "min_length": "dataset.min_length",
     "truncate": "tokenizer.truncation",
+    "shuffle": "dataset.shuffle_buffer_size",
     "max_document_chars": "dataset.max_document_chars",
     "packing": "datacollator.pack_sequences, trainer.enforce_full_packed_batches",
 }
@@ -82,7 +84,10 @@ def merge_states(states: Sequence[State]) -> State:
     Raises:
         DataError: ranks disagree about the next row or about a lane that they share.
     """
+    digests = [state["next_batch_digest"] for state in states]
     merged: State = {**states[0], "lanes": {}}
+    total = None if None in digests else sum(int(digest, 16) for digest in digests) % 2**64
+    merged["next_batch_digest"] = None if total is None else f"{total:016x}"
     for rank, state in enumerate(states):
         if state["next_row"] != merged["next_row"]:
             raise DataError(f"rank {rank} stands at row {state['next_row']}, rank 0 at row {merged['next_row']}")
@@ -98,8 +103,17 @@ def merge_states(states: Sequence[State]) -> State:
 def sum_counters(state: State) -> dict[str, int]:
     """Records passed over so far, summed over the lanes: `bad`, `skipped` (no text), `dropped` (shorter than
     `dataset.min_length`). A lane counts a window when it goes on to the next one."""
-    names = ("bad", "skipped", "dropped")
-    return {name: sum(lane.get(name, 0) for lane in state.get("lanes", {}).values()) for name in names}
+    totals = dict.fromkeys(("bad", "skipped", "dropped"), 0)
+
+    def add(part: State) -> None:
+        for name in totals:
+            totals[name] += part.get(name, 0)
+        for below in [part["stream"]] if "stream" in part else part.get("sources", []):
+            add(below)
+
+    for lane in state.get("lanes", {}).values():
+        add(lane)
+    return totals
 
 
 class _LaneRows:
@@ -281,6 +295,7 @@ class Loader:
         self._assembler = _Assembler(open_lane, identity, settings, collate, cls_id, sep_id, state)
         self._stop = threading.Event()
         self._ready: queue.Queue[StepBatch | BaseException] = queue.Queue(maxsize=max(1, settings.prefetch_steps))
+        self._ahead: StepBatch | BaseException | None = None
         self._failure: BaseException | None = None
         self._thread: threading.Thread | None = None
         if settings.num_workers:
@@ -293,7 +308,7 @@ class Loader:
     def __next__(self) -> StepBatch:
         if self._failure is not None:
             raise self._failure
-        item = self._assembler.step() if self._thread is None else self._ready.get()
+        item = self._produce() if self._thread is None else self._ready.get()
         if isinstance(item, BaseException):
             self._failure = item
             raise item
@@ -310,13 +325,25 @@ class Loader:
             self._thread.join()
         self._assembler.close()
 
+    def _produce(self) -> StepBatch | BaseException:
+        """The next step, whose state tells the digest of the one behind it: a resumed run compares its first batch."""
+        item = self._assemble() if self._ahead is None else self._ahead
+        if isinstance(item, BaseException):
+            return item
+        self._ahead = self._assemble()
+        digest = None if isinstance(self._ahead, BaseException) else f"{self._ahead.digest:016x}"
+        return replace(item, state={**item.state, "next_batch_digest": digest})
+
+    def _assemble(self) -> StepBatch | BaseException:
+        try:
+            return self._assembler.step()
+        except Exception as error:
+            return error
+
     def _run(self) -> None:
-        item: StepBatch | BaseException
+
         while not self._stop.is_set():
-            try:
-                item = self._assembler.step()
-            except BaseException as error:
-                item = error
+            item = self._produce()
             while not self._stop.is_set():
                 try:
                     self._ready.put(item, timeout=0.1)

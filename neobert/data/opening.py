@@ -1,75 +1,174 @@
 """Opening a split the way `dataset.streaming` asks: in place, or tokenised once to disk and then indexed.
 
-| the source is | `streaming: null` | `true` | `false` |
+| the source is | `streaming: null` | `true` | `false`, or `pre_tokenize: true` |
 |---|---|---|---|
 | tokenised folder of `save_to_disk` | indexed | indexed | indexed |
 | text folder of `save_to_disk` | indexed, tokenised window by window | the same | tokenised once, then indexed |
-| JSONL, Parquet, hub | streamed | streamed | tokenised once, then indexed |
+| JSONL, text, CSV, Parquet, hub | streamed | streamed | tokenised once, then indexed |
 | `python_stdlib` | tokenised once, then indexed | the same | the same |
 """
 
-from collections.abc import Callable, Iterator, Sequence
+import hashlib
+import re
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from neobert.config.schema import DatasetSection
 from neobert.data.arrow import TokenStore
 from neobert.data.errors import DataError
+from neobert.data.lanes import State
 from neobert.data.prepare import PrepareSettings, prepare_tokens
 from neobert.data.sources import OpenSplit, StreamedText, list_splits
-from neobert.data.spec import SourceSpec
-from neobert.data.splits import choose_eval_split, choose_train_split
+from neobert.data.spec import SourceSpec, describe_sources
+from neobert.data.splits import SplitSlice, choose_eval_split, choose_train_split, parse_split, slice_bounds
 from neobert.data.stdlib import StdlibSource
-from neobert.data.text import RecordCounts, cut_text
+from neobert.data.text import RecordCounts, Span, TextSource, cut_text
 from neobert.data.tokenizer import Tokenizer
+
+Place = State | int
+"""A place between two documents: a cursor of text, or the number of the next row of an indexed store."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True, eq=False)
-class Opened:
-    """The documents of a split, ready to read."""
+class View:
+    """The documents of a split, or of a stretch of it."""
 
     documents: TokenStore | StreamedText
     fingerprint: str
-    notes: list[str]
+    notes: tuple[str, ...]
+    begin: Place | None = None
+    """None: at the first document."""
+
+    end: Place | None = None
+    """None: behind the last one."""
+
+    @property
+    def span(self) -> Span:
+        """The stretch of a source of text."""
+        assert not isinstance(self.begin, int)
+        assert not isinstance(self.end, int)
+        return Span(self.begin, self.end)
+
+    @property
+    def rows(self) -> tuple[int, int]:
+        """The stretch of an indexed store: first row, and the one behind the last."""
+        assert isinstance(self.documents, TokenStore)
+        assert not isinstance(self.begin, dict)
+        assert not isinstance(self.end, dict)
+        return self.begin or 0, len(self.documents) if self.end is None else self.end
+
+    def count(self) -> int | None:
+        """Documents, where their number is known without reading them."""
+        if isinstance(self.documents, TokenStore):
+            first, last = self.rows
+            return self.documents.document_at(last) - self.documents.document_at(first)
+        return self.documents.count() if self.span == Span() else None
 
 
 @dataclass(frozen=True, kw_only=True, slots=True, eq=False)
-class Opener:
-    """Opens the splits of one source."""
+class Source:
+    """One source of a run: its splits, and the split that is trained on."""
 
+    spec: SourceSpec
     section: DatasetSection
     tokenizer: Tokenizer
-    splits: dict[str, OpenSplit]
+    splits: Mapping[str, OpenSplit]
+    train_split: SplitSlice
     prepared_dir: Path
     main_first: Callable[[], AbstractContextManager[Any]]
 
-    def open(self, split: str) -> Opened:
-        """A split; tokenises it first where `dataset.streaming` or the source wants that."""
-        found = self.splits[split](self.tokenizer)
+    def open(self, split: SplitSlice, max_documents: int | None = None) -> View:
+        """A split or a slice of it, at most its first `max_documents`; tokenises it first where that is wanted."""
+        found = self.splits[split.name](self.tokenizer)
+        to_disk = self.section.streaming is False or self.section.pre_tokenize
         if isinstance(found, TokenStore):
-            return Opened(documents=found, fingerprint=found.fingerprint, notes=found.notes)
-        if not isinstance(found, StdlibSource) and self.section.streaming is not False:
-            return Opened(documents=found, fingerprint=found.fingerprint, notes=found.notes)
-        folder = self.prepared_dir / split
+            view = View(documents=found, fingerprint=found.fingerprint, notes=tuple(found.notes))
+        elif to_disk or isinstance(found, StdlibSource):
+            if found.count() is None and split.needs_size:
+                # The size is known when the whole split is on disk; only then can it be sliced.
+                view = self._prepare(found, Span(), split.name)
+            else:
+                begin, end = _cut(found, split, max_documents)
+                return self._prepare(found, Span(begin, end), split.name)
+        else:
+            view = View(documents=found, fingerprint=found.fingerprint, notes=tuple(found.notes))
+        begin, end = _cut(view.documents, split, max_documents)
+        return replace(view, begin=begin, end=end)
+
+    def _prepare(self, source: TextSource, span: Span, name: str) -> View:
+        folder = self.prepared_dir / name
         settings = PrepareSettings(
             max_document_chars=self.section.max_document_chars, max_bad_records=self.section.max_bad_records
         )
         with self.main_first():
-            manifest = prepare_tokens(found, self.tokenizer, folder, settings)
-        numbers = {name: manifest[name] for name in ("num_documents", "num_tokens", "bad", "skipped")}
+            manifest = prepare_tokens(source, self.tokenizer, folder, settings, span=span)
+        numbers = {key: manifest[key] for key in ("num_documents", "num_tokens", "bad", "skipped")}
         note = "tokenised to {}: {num_documents:,} documents, {num_tokens:,} tokens; {bad} bad, {skipped} without text"
-        return Opened(
-            documents=TokenStore(folder, self.tokenizer),
-            fingerprint=found.fingerprint,
-            notes=[*found.notes, note.format(folder, **numbers)],
+        store = TokenStore(folder, self.tokenizer)
+        notes = (*source.notes, note.format(folder, **numbers))
+        fingerprint = hashlib.sha256(f"{source.fingerprint}\0{span}".encode()).hexdigest()
+        return View(documents=store, fingerprint=f"sha256:{fingerprint}", notes=notes)
+
+
+def list_sources(
+    section: DatasetSection,
+    tokenizer: Tokenizer,
+    prepared_dir: Path,
+    main_first: Callable[[], AbstractContextManager[Any]],
+) -> list[Source]:
+    """The sources that the config names, their splits found and the training split chosen; nothing is read yet.
+
+    Raises:
+        DataError: a source or its training split is not there.
+    """
+    specs = describe_sources(section)
+    found = []
+    for number, spec in enumerate(specs):
+        splits = list_splits(spec)
+        name = f"{number}-{re.sub(r'[^A-Za-z0-9]+', '-', spec.label).strip('-')[-40:]}" if len(specs) > 1 else ""
+        found.append(
+            Source(
+                spec=spec,
+                section=section,
+                tokenizer=tokenizer,
+                splits=splits,
+                train_split=choose_train_split(list(splits), spec.split),
+                prepared_dir=prepared_dir / name,
+                main_first=main_first,
+            )
         )
+    return found
+
+
+def _cut(
+    documents: TokenStore | TextSource, split: SplitSlice, max_documents: int | None
+) -> tuple[Any | None, Any | None]:
+    """Where a slice begins and ends."""
+    size = documents.num_documents if isinstance(documents, TokenStore) else documents.count()
+    first, last = slice_bounds(split, size)
+    if max_documents is not None and (last is None or last > first + max_documents):
+        last = first + max_documents
+        if size is not None:
+            last = min(last, size)
+    if isinstance(documents, TokenStore):
+        return documents.row_of(first) if first else None, None if last is None else documents.row_of(last)
+    begin = documents.cursor_after(first) if first else None
+    if last is None or last == size:
+        return begin, None
+    try:
+        return begin, documents.cursor_after(last)
+    except DataError:
+        if max_documents is None:
+            raise
+        return begin, None  # Fewer documents than the cap: all of them.
 
 
 @dataclass(frozen=True, kw_only=True, slots=True, eq=False)
 class TrainingTexts:
-    """The texts a tokenizer may learn from: the training split without the documents held out for evaluation."""
+    """The texts a tokenizer may learn from: the training splits without the documents held out for evaluation."""
 
     texts: Iterator[str]
     fingerprint: str
@@ -78,24 +177,40 @@ class TrainingTexts:
 def open_training_texts(
     specs: Sequence[SourceSpec], section: DatasetSection, max_documents: int | None
 ) -> TrainingTexts:
-    """Texts of the training split in source order, long ones in parts.
+    """Texts of the training splits in source order, source after source, long ones in parts.
+
+    Args:
+        max_documents: so many in all, shared equally by the sources.
 
     Raises:
-        DataError: the source is not there, or is tokenised already.
+        DataError: a source is not there, or is tokenised already.
     """
-    (spec,) = specs
+    limit = None if max_documents is None else -(-max_documents // len(specs))
+    opened = [_open_texts(spec, section, limit) for spec in specs]
+    fingerprint = hashlib.sha256("\0".join(item.fingerprint for item in opened).encode()).hexdigest()
+    return TrainingTexts(
+        texts=(text for item in opened for text in item.texts),
+        fingerprint=opened[0].fingerprint if len(opened) == 1 else f"sha256:{fingerprint}",
+    )
+
+
+def _open_texts(spec: SourceSpec, section: DatasetSection, max_documents: int | None) -> TrainingTexts:
     splits = list_splits(spec)
-    train = choose_train_split(list(splits), section.train_split)
-    source = splits[train](None)
+    train = choose_train_split(list(splits), spec.split)
+    source = splits[train.name](None)
     if isinstance(source, TokenStore):
         raise DataError("a tokenizer is trained on text, and this source is tokenised already")
-    has_split = section.eval_split is not None or choose_eval_split(list(splits), train) is not None
+    wanted = None if section.eval_split is None else parse_split(section.eval_split).name
+    has_split = wanted is not None or choose_eval_split(list(splits), train.name) is not None
     num_held_out = 0 if has_split else section.eval_samples or 0
+    if not has_split and section.validation_split is not None:
+        num_held_out = int((source.count() or 0) * section.validation_split) + 1
     counts = RecordCounts(max_bad=section.max_bad_records, where="the training split")
+    span = Span(*_cut(source, train, spec.max_documents))
 
     def texts() -> Iterator[str]:
         number = 0
-        for record in source.records():
+        for record in source.records(span):
             if record.text is None:
                 counts.add(record)
                 continue

@@ -17,6 +17,7 @@ TAGS = {
     "rows": 2,
     "shards": 3,
     "window": 4,
+    "mixture": 5,
     "masks": 9,
     "mask_count": 10,
     "eval_rows": 11,

@@ -3,6 +3,7 @@
 import hashlib
 import json
 import math
+import os
 import shutil
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, nullcontext
@@ -12,22 +13,23 @@ from typing import Any, Literal
 
 import numpy as np
 
-from neobert.config.schema import Config
+from neobert.config.schema import Config, DatasetSection
 from neobert.data.collate import Collator, MaskPolicy
 from neobert.data.evaluation import EvalSet, choose_evaluation
 from neobert.data.lanes import State
 from neobert.data.loader import Loader, LoaderSettings, OrderIdentity, sum_counters
-from neobert.data.opening import Opener, open_training_texts
+from neobert.data.opening import Source, View, list_sources, open_training_texts
 from neobert.data.packing import max_segments_per_row
-from neobert.data.sources import list_splits
 from neobert.data.spec import describe_sources
-from neobert.data.splits import choose_train_split
 from neobert.data.tokenizer import Tokenizer, load_tokenizer, train_tokenizer
-from neobert.data.training import TrainData, build_lane_settings, build_train
+from neobert.data.training import TrainData, TrainPart, build_lane_settings, build_train
 from neobert.types import PackedBatch
 
 _ENTROPY_TOKENS = 50_000_000
 _ENTROPY_WINDOWS = 4
+
+PREFETCH_STEPS = 4
+"""Steps kept ready when `dataset.prefetch_factor` is null."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True, eq=False)
@@ -143,18 +145,29 @@ def build_data(
         DataError: the data cannot be used as configured.
     """
     section = config.dataset
-    (spec,) = describe_sources(section)
-    splits = dict(list_splits(spec))
-    train_split = choose_train_split(list(splits), section.train_split)
-    opener = Opener(
-        section=section, tokenizer=tokenizer, splits=splits, prepared_dir=prepared_dir, main_first=main_first
+    sources = list_sources(section, tokenizer, prepared_dir, main_first)
+    views = [source.open(source.train_split, source.spec.max_documents) for source in sources]
+    evaluation = choose_evaluation(config, sources, views, build_lane_settings(config, views))
+    parts = [
+        TrainPart(
+            view=view if held_out is None else replace(view, begin=held_out),
+            label=source.spec.label,
+            weight=source.spec.weight,
+        )
+        for source, view, held_out in zip(sources, views, evaluation.held_out)
+    ]
+    train = build_train(parts, tokenizer, build_lane_settings(config, views), section)
+    settings = train.settings
+    collate = replace(_build_collate(config, tokenizer, train_masks), num_sources=len(sources))
+    loader_settings = LoaderSettings(
+        rows_per_step=rows_per_step,
+        micro_batch_rows=config.trainer.per_device_train_batch_size,
+        rank=rank,
+        world=world,
+        num_workers=choose_num_workers(world) if section.num_workers is None else section.num_workers,
+        prefetch_steps=section.prefetch_factor or PREFETCH_STEPS,
+        pin_memory=pin_memory,
     )
-    opened = opener.open(train_split)
-    settings = build_lane_settings(config, opened.documents)
-    evaluation = choose_evaluation(config, opener, train_split, opened, settings)
-    train = build_train(opened, tokenizer, settings, section.num_lanes, evaluation.held_out)
-    found = f"training on split {train_split!r} of {spec.label}; splits found: {', '.join(splits)}"
-    collate = _build_collate(config, tokenizer, train_masks)
     return DataPipeline(
         tokenizer=tokenizer,
         train=train,
@@ -165,24 +178,42 @@ def build_data(
             max_seq_length=settings.max_seq_length,
             min_length=settings.min_length,
             truncate=settings.truncate,
+            shuffle=settings.shuffle,
             max_document_chars=settings.max_document_chars,
             packing=_choose_packing(config),
         ),
-        loader_settings=LoaderSettings(
-            rows_per_step=rows_per_step,
-            micro_batch_rows=config.trainer.per_device_train_batch_size,
-            rank=rank,
-            world=world,
-            num_workers=1 if section.num_workers is None else section.num_workers,
-            prefetch_steps=section.prefetch_factor or 4,
-            pin_memory=pin_memory,
-        ),
+        loader_settings=loader_settings,
         collate=collate,
         eval_set=evaluation.eval_set,
         eval_collate=replace(collate, policy=eval_masks, seed=config.trainer.eval_seed, draw="document"),
-        fingerprint=_hash(opened.fingerprint, evaluation.held_out),
-        notes=(found, *opened.notes, *train.notes, *_note_shared_lanes(train, world), *evaluation.notes),
+        fingerprint=_hash([(part.view.fingerprint, part.view.begin, part.view.end, part.weight) for part in parts]),
+        notes=(
+            *(note for source, view in zip(sources, views) for note in _note_source(source, view)),
+            *train.notes,
+            *_note_shared_lanes(train, world),
+            *evaluation.notes,
+            _note_threads(section, loader_settings, pin_memory),
+        ),
     )
+
+
+def choose_num_workers(world: int) -> int:
+    """Threads that open windows when `dataset.num_workers` is null: a quarter of this process's share of the cores,
+    from 1 to 4. The tokenizer uses the other cores by itself."""
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    local = min(world, int(os.environ.get("LOCAL_WORLD_SIZE", "1")))
+    return max(1, min(4, cores // local // 4))
+
+
+def _note_source(source: Source, view: View) -> list[str]:
+    found = f"training on split {source.train_split.text!r} of {source.spec.label}"
+    return [f"{found}; splits found: {', '.join(source.splits)}", *view.notes]
+
+
+def _note_threads(section: DatasetSection, settings: LoaderSettings, pin_memory: bool) -> str:
+    workers = f"{settings.num_workers} thread(s) open windows" + (" (chosen)" if section.num_workers is None else "")
+    ahead = f"{settings.prefetch_steps} steps ahead" + (" (chosen)" if section.prefetch_factor is None else "")
+    return f"{workers}, {ahead}, {'pinned' if pin_memory else 'pageable'} memory"
 
 
 def _build_collate(config: Config, tokenizer: Tokenizer, masks: MaskPolicy) -> Collator:

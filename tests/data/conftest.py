@@ -10,6 +10,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+import zstandard
 from datasets import Dataset, disable_progress_bars
 from tokenizers import Tokenizer as Backend
 from tokenizers import models, pre_tokenizers
@@ -71,10 +72,9 @@ def texts() -> list[str]:
 
 
 def write_jsonl(path: Path, texts: list[str]) -> Path:
-    lines = "".join(json.dumps({"id": n, "text": text}) + "\n" for n, text in enumerate(texts))
-    opener = gzip.open if path.suffix == ".gz" else open
-    with opener(path, "wt", encoding="utf-8") as file:
-        file.write(lines)
+    lines = "".join(json.dumps({"id": n, "text": text}) + "\n" for n, text in enumerate(texts)).encode()
+    compress = {".gz": gzip.compress, ".zst": zstandard.compress}.get(path.suffix, bytes)
+    path.write_bytes(compress(lines))
     return path
 
 
@@ -85,6 +85,10 @@ def write_shards(folder: Path, texts: list[str], pattern: str, count: int) -> Pa
         path = folder / pattern.format(number)
         if path.suffix == ".parquet":
             pq.write_table(pa.table({"text": part}), path, row_group_size=10)
+        elif path.suffix == ".txt":
+            path.write_text("".join(f"{text}\n" for text in part))
+        elif path.suffix == ".csv":
+            path.write_text("id,text\n" + "".join(f"{n},{text}\n" for n, text in enumerate(part)))
         else:
             write_jsonl(path, part)
     return folder
@@ -102,6 +106,10 @@ def corpora(tmp_path_factory: pytest.TempPathFactory, texts: list[str], tokenize
         "jsonl": write_shards(root / "jsonl", texts, "part-{}.jsonl", 2),
         "jsonl.gz": write_shards(root / "gz", texts, "part-{}.jsonl.gz", 7),
         "parquet": write_shards(root / "parquet", texts, "part-{}.parquet", 3),
+        "jsonl.zst": write_shards(root / "zst", texts, "part-{}.jsonl.zst", 4),
+        "text": write_shards(root / "plain", texts, "part-{}.txt", 2),
+        "csv": write_shards(root / "csv", texts, "part-{}.csv", 3),
+        "half": write_shards(root / "half", texts[75:], "part-{}.jsonl.gz", 1),
     }
 
 

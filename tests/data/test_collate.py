@@ -46,11 +46,13 @@ def test_build_row_wraps_every_piece():
         rows=[],
         get=lambda piece: np.arange(100)[piece.start : piece.start + piece.length],
         documents=np.array([40, 50]),
+        sources=np.array([0, 1]),
         next_state={},
     )
     row = build_row([Piece(1, 10, 2), Piece(0, 0, 1)], window, 77, cls_id=CLS, sep_id=SEP)
     assert row.tokens.tolist() == [2, 10, 11, 3, 2, 0, 3]
     assert (row.lengths, row.documents, row.offsets, row.key) == ((4, 3), (50, 40), (10, 0), 77)
+    assert row.sources == (1, 0)
 
 
 def test_layout_literally(collate):
