@@ -8,6 +8,7 @@ from neobert.data.arrow import ArrowTexts, TokenStore, choose_indexed_lanes
 from neobert.data.lanes import IndexedLane, Lane, LaneSettings, State
 from neobert.data.opening import Opened
 from neobert.data.packing import SPECIALS_PER_SEGMENT, piece_lengths
+from neobert.data.text import Share, Span
 from neobert.data.text_lane import TextLane
 from neobert.data.tokenizer import Tokenizer
 
@@ -67,11 +68,13 @@ def build_train(
         return _indexed(documents, settings, num_lanes, held_out or 0)
     assert not isinstance(held_out, int)
 
+    share = Share(seed=settings.seed, num_lanes=num_lanes, span=Span(after=held_out))
+
     def lane_opener() -> Callable[[int], Lane]:
-        readers = documents.readers(seed=settings.seed, num_lanes=num_lanes, after=held_out)
+        readers = documents.readers(share)
         return lambda lane: TextLane(readers[lane], tokenizer.encode_batch, settings, lane)
 
-    sizes = [r.size for r in documents.readers(seed=settings.seed, num_lanes=num_lanes, after=held_out)]
+    sizes = [r.size for r in documents.readers(share)]
     notes = [f"{len(sizes)} lanes, windows of {settings.window_documents} documents"]
     if min(sizes) and max(sizes) > 1.1 * min(sizes):
         notes.append(
