@@ -3,7 +3,8 @@
 The plain one is what a training script without a data room does: `datasets` tokenises with `map`, documents come in
 file order, and a collator packs those of one batch greedily and masks them with torch. Both make batches of the same
 shape from the same files with the same tokenizer, in turn within one process, and only real tokens count. A measurement
-must be long against the 1,000 documents that `map` tokenises at once and the batches kept ready here: millions of tokens.
+must be long against the 1,000 documents that `map` tokenises at once and the batches kept ready here: some million
+tokens.
 
 | mode | here | plain |
 |---|---|---|

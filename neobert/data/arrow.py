@@ -7,6 +7,7 @@ of any size takes the same memory, and reading a document costs about a microsec
 import hashlib
 import json
 from collections.abc import Sequence
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +19,8 @@ from neobert.data.columns import choose_text_column
 from neobert.data.errors import DataError
 from neobert.data.lanes import State
 from neobert.data.order import Permutation, key
-from neobert.data.text import WHOLE, Reader, Record, Records, Span
+from neobert.data.sharing import check_part, too_few
+from neobert.data.text import WHOLE, Reader, Record, Records, Share, Span
 from neobert.data.tokenizer import Tokenizer
 
 INDEXED_LANES = 64
@@ -28,6 +30,7 @@ MANIFEST = "manifest.json"
 """Beside the data of a folder that this package tokenised: with what it was made."""
 
 _SAMPLE = 4096
+_LANE_DOCUMENTS = 256
 
 
 def load_table(folder: Path) -> pa.Table:
@@ -60,13 +63,15 @@ class TokenStore:
 
     def __init__(self, folder: Path, tokenizer: Tokenizer) -> None:
         self._folder = folder
-        made_with = (read_manifest(folder) or {}).get("tokenizer_digest", tokenizer.digest)
+        manifest = read_manifest(folder) or {}
+        made_with = manifest.get("tokenizer_digest", tokenizer.digest)
         if made_with != tokenizer.digest:
             raise DataError(
                 f"dataset.path: {folder} was made with a tokenizer of digest {made_with}, this one has "
                 f"{tokenizer.digest}; name that one with tokenizer.name or tokenizer.path, or tokenise again"
             )
-        column = load_table(folder).column("input_ids")
+        table = load_table(folder)
+        column = table.column("input_ids")
         self._starts = np.cumsum([0, *(len(chunk) for chunk in column.chunks)])
         self._offsets, self._values = [], []
         for chunk in column.chunks:
@@ -75,12 +80,44 @@ class TokenStore:
             self._values.append(values)
         self._cls_id, self._sep_id = tokenizer.cls_id, tokenizer.sep_id
         self._stripped = False
-        self._stripped = self._check_sample(tokenizer)
+        found = self._check_sample(tokenizer)
+        self._stripped = bool(manifest.get("special_tokens", found))
+        self._documents = table.column("document") if "document" in table.column_names else None
         self.fingerprint = self._make_fingerprint()
         self.notes = ["special tokens on disk are passed over"] if self._stripped else []
 
     def __len__(self) -> int:
         return int(self._starts[-1])
+
+    def count(self) -> int:
+        """Number of source documents: fewer than rows where long ones were cut before they were stored."""
+        if self.document_numbers is None or not len(self):
+            return len(self)
+        return int(self.document_numbers[-1]) + 1
+
+    def documents_of(self, rows: NDArray[np.int64]) -> NDArray[np.int64]:
+        """Number of the source document of each row; the rows themselves unless documents were cut."""
+        return rows if self.document_numbers is None else self.document_numbers[rows]
+
+    def row_of(self, document: int) -> int:
+        """First row of a source document."""
+        return document if self.document_numbers is None else int(np.searchsorted(self.document_numbers, document))
+
+    def document_at(self, row: int) -> int:
+        """Number of the source document of a row; behind the last row, the number of documents."""
+        if self.document_numbers is None:
+            return row
+        return int(self.document_numbers[row]) if row < len(self) else self.count()
+
+    @cached_property
+    def document_numbers(self) -> NDArray[np.int64] | None:
+        """Number of the source document that each row is a piece of, 0 and up without gaps; None where documents are
+        whole."""
+        if self._documents is None:
+            return None
+        stored = np.concatenate([chunk.to_numpy(zero_copy_only=True) for chunk in self._documents.chunks])
+        # Machines that share the work number their documents without knowing of each other: only changes count.
+        return np.cumsum(np.diff(stored, prepend=stored[:1]) != 0)
 
     def lengths(self, documents: NDArray[np.int64]) -> NDArray[np.int64]:
         """Tokens of these documents without special tokens."""
@@ -157,7 +194,61 @@ def _list_arrays(chunk: pa.Array, folder: Path) -> tuple[NDArray[Any], NDArray[A
     return offsets, chunk.values.to_numpy(zero_copy_only=True)
 
 
-class ArrowTexts:
+class IndexedTexts:
+    """Texts with random access; a cursor is `{"position": number of texts before}`. Subclasses give size and texts."""
+
+    fingerprint: str
+    notes: list[str]
+    num_bytes: int
+
+    def __len__(self) -> int:
+        raise NotImplementedError
+
+    def text(self, document: int) -> str | None:
+        """The text of a document, None when it has none."""
+        raise NotImplementedError
+
+    def record(self, document: int, cursor: State) -> Record:
+        """The record of one document."""
+        try:
+            text = self.text(document)
+        except UnicodeDecodeError as error:
+            return Record(document, None, f"{self._label()}, number {document + 1}: {error}", cursor)
+        return Record(document, text if text is not None and text.strip() else None, None, cursor)
+
+    def records(self, span: Span = WHOLE) -> Records:
+        first, last = self._bounds(span)
+        for document in range(first, last):
+            yield self.record(document, {"position": document + 1})
+
+    def readers(self, share: Share) -> list[Reader]:
+        first, last = self._bounds(share.span)
+        count = share.num_lanes or choose_indexed_lanes(last - first, _LANE_DOCUMENTS)
+        return [PermutedReader(self, share, lane, count, first, last) for lane in range(count)]
+
+    def count(self) -> int:
+        return len(self)
+
+    def cursor_after(self, number: int) -> State:
+        if number > len(self):
+            raise too_few(self._label(), number, len(self))
+        return {"position": number}
+
+    def part(self, number: int, count: int) -> Span:
+        check_part(number, count, len(self), self._label())
+        first, last = len(self) * number // count, len(self) * (number + 1) // count
+        return Span(
+            after={"position": first} if number else None, until={"position": last} if number + 1 < count else None
+        )
+
+    def _label(self) -> str:
+        return f"the source of {len(self)} documents"
+
+    def _bounds(self, span: Span) -> tuple[int, int]:
+        return span.after["position"] if span.after else 0, span.until["position"] if span.until else len(self)
+
+
+class ArrowTexts(IndexedTexts):
     """A folder of `save_to_disk` with a text column: random access to texts, tokenised when a window opens."""
 
     def __init__(self, folder: Path, column: str | None) -> None:
@@ -166,7 +257,10 @@ class ArrowTexts:
         others = [f.name for f in table.schema if f.name not in texts]
         name, note = choose_text_column(texts, others, column, str(folder))
         self._texts = table.column(name)
+        if not len(self._texts):
+            raise DataError(f"dataset.path: {folder} has no documents; write it again, or name another folder")
         self.notes = [note]
+        self.num_bytes = self._texts.nbytes
         digest = hashlib.sha256(f"{len(self._texts)}\0".encode())
         for document in np.unique(np.linspace(0, max(0, len(self._texts) - 1), 64).astype(int))[: len(self._texts)]:
             digest.update(str(self._texts[int(document)].as_py())[:65536].encode("utf-8", "surrogatepass"))
@@ -175,36 +269,29 @@ class ArrowTexts:
     def __len__(self) -> int:
         return len(self._texts)
 
-    def record(self, document: int, cursor: State) -> Record:
-        """The record of one document."""
-        text = self._texts[document].as_py()
-        return Record(document, text if text is not None and text.strip() else None, None, cursor)
-
-    def records(self, span: Span = WHOLE) -> Records:
-        for document in range(span.after["position"] if span.after else 0, len(self)):
-            yield self.record(document, {"position": document + 1})
-
-    def readers(self, *, seed: int, num_lanes: int | None, after: State | None) -> list[Reader]:
-        first = 0 if after is None else after["position"]
-        count = num_lanes or choose_indexed_lanes(len(self) - first, 256)
-        return [PermutedReader(self, seed, lane, count, first) for lane in range(count)]
+    def text(self, document: int) -> str | None:
+        text: str | None = self._texts[document].as_py()
+        return text
 
 
 class PermutedReader:
-    """Texts in one permutation of the whole source per epoch; lane v of V owns places v, v + V, ..."""
+    """Documents [first, last) in one permutation per epoch; lane v of V owns places v, v + V, ..."""
 
-    def __init__(self, texts: ArrowTexts, seed: int, lane: int, num_lanes: int, first: int) -> None:
-        self._texts, self._seed, self._lane, self._num_lanes, self._first = texts, seed, lane, num_lanes, first
-        self.size = (len(texts) - first - lane + num_lanes - 1) // num_lanes
+    def __init__(self, texts: IndexedTexts, share: Share, lane: int, num_lanes: int, first: int, last: int) -> None:
+        self._texts, self._share, self._lane, self._num_lanes = texts, share, lane, num_lanes
+        self._first, self._size = first, max(0, last - first)
+        self._num_places = (self._size - lane + num_lanes - 1) // num_lanes
+        self.size = texts.num_bytes * self._num_places // max(1, len(texts))
 
     def start(self) -> State:
         return {"position": 0}
 
-    def read(self, epoch: int, cursor: State) -> Records:
-        order = Permutation(len(self._texts) - self._first, key(self._seed, "documents", epoch))
-        for begin in range(cursor["position"], self.size, 256):
-            positions = np.arange(begin, min(self.size, begin + 256))
-            documents = order(positions * self._num_lanes + self._lane) + self._first
+    def read(self, epoch: int, cursor: State, skip: frozenset[int] = frozenset()) -> Records:
+        permute = Permutation(self._size, key(self._share.seed, "documents", epoch))
+        for begin in range(cursor["position"], self._num_places, _LANE_DOCUMENTS):
+            positions = np.arange(begin, min(self._num_places, begin + _LANE_DOCUMENTS))
+            places = positions * self._num_lanes + self._lane
+            documents = (permute(places) if self._share.shuffle else places) + self._first
             for position, document in zip(positions.tolist(), documents.tolist()):
                 yield self._texts.record(document, {"position": position + 1})
 

@@ -217,7 +217,7 @@ def _choose_splits(config: Config, sources: Sequence[Source]) -> list[SplitSlice
     if not any(wanted.name in source.splits for source in sources):
         check_split([name for source in sources for name in source.splits], wanted.name, "dataset.eval_split")
     for source in sources:
-        if wanted.name == source.train_split.name and not (wanted.is_slice and source.train_split.is_slice):
+        if wanted.name == source.train_split.name and (wanted.is_whole or source.train_split.is_whole):
             raise DataError(
                 f"dataset.eval_split: {text!r} is the training split; set dataset.eval_split: null and "
                 "dataset.eval_samples to hold out its first documents"
@@ -236,7 +236,7 @@ def _collect_splits(
         documents = _collect(view, source, settings, _choose_limit(config, view, share, len(pairs)))
         found.append(documents)
         of = f" of {source.spec.label}" if len(sources) > 1 else ""
-        notes += [f"evaluating on {documents.num_documents} documents of split {split.text!r}{of}", *view.notes]
+        notes += [f"evaluating on {documents.num_documents} documents of split {str(split)!r}{of}", *view.notes]
     return found, notes
 
 
@@ -254,7 +254,7 @@ def _collect_held_out(
         if documents.num_documents < (value or 0) or (is_indexed and documents.rest == view.rows[1]):
             raise DataError(
                 f"{field}: {section.eval_samples or section.validation_split} holds out every usable document of "
-                f"{source.train_split.text!r} ({documents.num_documents}); lower it"
+                f"{str(source.train_split)!r} ({documents.num_documents}); lower it"
             )
         found.append(documents)
     return found
@@ -264,8 +264,8 @@ def _part_of(view: View, source: Source, fraction: float) -> int:
     count = view.count()
     if count is None:
         raise DataError(
-            f"dataset.validation_split: {fraction} needs the number of documents, and "
-            f"{source.spec.label} is a stream that does not tell it; write dataset.eval_samples, or dataset.streaming: false to tokenise it once"
+            f"dataset.validation_split: {fraction} needs the number of documents, and {source.spec.label} is a stream "
+            "that does not tell it; write dataset.eval_samples, or dataset.streaming: false to tokenise it once"
         )
     return max(1, round(count * fraction))
 

@@ -1,4 +1,4 @@
-"""Text through `datasets`: data sets of the hub, and Parquet files.
+"""Data sets of the hub, and everything else that only `datasets` can read.
 
 Reading is always streamed, shard by shard, with the library's own `state_dict` as cursor. Its `shuffle` is never used
 (the state leaves out the buffer, so a resumed stream loses documents), and every reading begins with a fresh shard
@@ -7,137 +7,198 @@ object: a loaded state would otherwise be applied again in each later epoch.
 
 import copy
 import hashlib
-from collections.abc import Sequence
+import logging
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
+import pyarrow as pa
 from datasets import IterableDataset, get_dataset_split_names, load_dataset
+from datasets.exceptions import DatasetsError
 from huggingface_hub import HfApi
 
 from neobert.data.columns import choose_text_column
 from neobert.data.errors import DataError
-from neobert.data.jsonl import STREAM_LANES, choose_num_lanes, fingerprint_files
+from neobert.data.files import fingerprint_files, local_file
 from neobert.data.lanes import State
+from neobert.data.network import is_transient, with_retries
+from neobert.data.sharing import STREAM_LANES, ShardedSource, Stretch
 from neobert.data.spec import SourceSpec
-from neobert.data.text import WHOLE, Reader, Record, Records, ShardReader, Span, read_shards
+from neobert.data.text import Record, Records, ShardFault
 
+logger = logging.getLogger(__name__)
+
+Result = TypeVar("Result")
+
+_TELL_SECONDS = 10
+_FAULTS = (OSError, EOFError, ValueError, DatasetsError, pa.ArrowException)
 _STATE_EVERY = 64
 """Records between two saved states of the library; the ones in between are read again and passed over."""
 
 
 class HubShard:
-    """One shard of a streamed data set. Its position is `{"state": the library's, "skip": records after it}`."""
+    """One shard of a streamed data set.
+
+    Its position is `{"state": the library's, "skip": records after it, "done": records of the shard}`. Where the
+    library keeps no state, `state` stays null and `skip` counts from the beginning: going on reads everything before
+    again.
+    """
 
     size = 0
 
-    def __init__(
-        self, dataset: IterableDataset, num_shards: int, number: int, column: str, begin: State | None = None
-    ) -> None:
-        self._dataset, self._num_shards, self._number = dataset, num_shards, number
-        self._column, self._begin = column, begin
+    def __init__(self, dataset: IterableDataset, column: str, num_shards: int, stretch: Stretch) -> None:
+        self._dataset, self._column, self._num_shards = dataset, column, num_shards
+        self.number, self._begin = stretch.number, stretch.after
+        self._end: int | None = None if stretch.until is None else stretch.until["done"]
 
     def read(self, position: State | None) -> Records:
-        shard = self._dataset.shard(num_shards=self._num_shards, index=self._number)
+        shard = self._dataset.shard(num_shards=self._num_shards, index=self.number)
         start = position or self._begin or {"state": None, "skip": 0, "done": 0}
         state, skip, done = start["state"], start["skip"], start["done"]
+        if self._end is not None and done >= self._end:
+            return
         if state is not None:
             shard.load_state_dict(copy.deepcopy(state))
-        since = 0
-        for example in shard:
-            since += 1
-            if since <= skip:
-                continue
-            done += 1
-            if since == _STATE_EVERY:
-                state, since, skip = shard.state_dict(), 0, 0
-            text = example[self._column]
-            usable = isinstance(text, str) and bool(text.strip())
-            cursor = {"state": state, "skip": since, "done": done}
-            yield Record((self._number << 40) | (done - 1), text if usable else None, None, cursor)
+        try:
+            for example in _pass_over(iter(shard), skip, f"shard {self.number}"):
+                done, skip = done + 1, skip + 1
+                if skip % _STATE_EVERY == 0 and (found := _find_state(shard)) is not None:
+                    state, skip = found, 0
+                text = example[self._column]
+                usable = isinstance(text, str) and bool(text.strip())
+                cursor = {"state": state, "skip": skip, "done": done}
+                yield Record((self.number << 40) | (done - 1), text if usable else None, None, cursor)
+                if done == self._end:
+                    return
+        except _FAULTS as error:
+            if is_transient(error):
+                raise
+            raise ShardFault(
+                f"shard {self.number} of the data set cannot be read ({type(error).__name__}: {error}); check the data "
+                "set, or pass over it with dataset.on_bad_shard: skip"
+            ) from error
 
 
-class HubSource:
+def _find_state(shard: IterableDataset) -> State | None:
+    try:
+        state: State | None = shard.state_dict()
+    except NotImplementedError:
+        return None
+    return state
+
+
+def _pass_over(examples: Iterator[Any], count: int, where: str) -> Iterator[Any]:
+    """What comes after the first `count` examples; says how it goes when that takes long."""
+    began = told = time.monotonic()
+    for number in range(1, count + 1):
+        if next(examples, None) is None:
+            return
+        if (now := time.monotonic()) - told > _TELL_SECONDS:
+            told = now
+            logger.info("%s: passed over %d of %d records in %.0f s", where, number, count, now - began)
+    if (seconds := time.monotonic() - began) > 1:
+        logger.info("%s: passed over %d records in %.1f s; this data set keeps no state", where, count, seconds)
+    yield from examples
+
+
+class HubSource(ShardedSource):
     """A streamed split; its shards are read whole, in their order, or shared out to lanes."""
 
-    def __init__(self, dataset: IterableDataset, *, column: str | None, place: str, fingerprint: str) -> None:
+    def __init__(
+        self, dataset: IterableDataset, *, column: str | None, place: str, fingerprint: str, count: int | None = None
+    ) -> None:
         self._column, note = _choose_column(dataset, column, place)
         self._dataset = dataset.select_columns([self._column])
-        self._place = place
+        super().__init__(place, [0] * self._dataset.num_shards)
+        self._count = count
         self.notes = [note]
         self.fingerprint = fingerprint
 
-    def records(self, span: Span = WHOLE) -> Records:
-        return read_shards(self._shards(None), span.after or {"shard": 0, "position": None})
+    def build_shard(self, stretch: Stretch) -> HubShard:
+        return HubShard(self._dataset, self._column, len(self._sizes), stretch)
 
-    def readers(self, *, seed: int, num_lanes: int | None, after: State | None) -> list[Reader]:
-        shards = self._shards(after)
-        if num_lanes is not None and num_lanes > len(shards):
-            raise DataError(
-                f"dataset.num_lanes: {num_lanes}, but {self._place} has {len(shards)} shards to share out; "
-                "give at most that, or leave it null"
-            )
-        count = num_lanes or choose_num_lanes(len(shards))
-        return [ShardReader(shards[lane::count], seed, lane) for lane in range(count)]
-
-    def _shards(self, after: State | None) -> list[HubShard]:
-        first, begin = (0, None) if after is None else (after["shard"], after["position"])
-        count = self._dataset.num_shards
-        return [
-            HubShard(self._dataset, count, number, self._column, begin if number == first else None)
-            for number in range(first, count)
-        ]
+    def count(self) -> int | None:
+        return self._count
 
 
-def open_hub(spec: SourceSpec, split: str) -> HubSource:
-    """A split of `dataset.name`, pinned to the commit that its revision names now.
+@dataclass(frozen=True, kw_only=True, slots=True)
+class HubPin:
+    """A data set at the commit that its revision named when the run started."""
 
-    Raises:
-        DataError: the data set cannot be reached or has no text column.
-    """
-    name = str(spec.name)
-    try:
-        if Path(name).exists():
-            commit, fingerprint = None, fingerprint_files(sorted(p for p in Path(name).rglob("*") if p.is_file()))
-        else:
-            commit = HfApi().dataset_info(name, revision=spec.revision).sha
-            fingerprint = "sha256:" + hashlib.sha256(f"{name}\0{spec.config}\0{split}\0{commit}".encode()).hexdigest()
-        dataset = load_dataset(
-            name, spec.config, split=split, revision=commit, streaming=True, cache_dir=spec.cache_dir
-        )
-    except (OSError, ValueError, RuntimeError, StopIteration) as error:
-        raise _cannot_load(name, error) from error
-    source = HubSource(_spread(dataset, spec.num_lanes), column=spec.text_column, place=name, fingerprint=fingerprint)
-    if commit is not None:
-        source.notes.append(f"{name} at commit {commit}; dataset.revision: {commit} stays on it")
-    return source
+    spec: SourceSpec
+    commit: str | None
+    """None for a local folder."""
 
 
-def open_parquet(paths: Sequence[Path], spec: SourceSpec) -> HubSource:
-    """Local Parquet files, in the order of their names."""
-    files = sorted(paths)
-    try:
-        dataset = load_dataset("parquet", data_files=[str(p) for p in files], split="train", streaming=True)
-    except (OSError, ValueError, RuntimeError, StopIteration) as error:
-        raise _cannot_load(spec.label, error) from error
-    return HubSource(
-        _spread(dataset, spec.num_lanes),
-        column=spec.text_column,
-        place=spec.label,
-        fingerprint=fingerprint_files(files),
-    )
-
-
-def list_hub_splits(spec: SourceSpec) -> list[str]:
-    """Names of the splits of `dataset.name`.
+def pin_hub(spec: SourceSpec) -> HubPin:
+    """Finds the commit of `dataset.name`; everything is read at this one, whatever becomes of the revision.
 
     Raises:
         DataError: the data set cannot be reached.
     """
     name = str(spec.name)
+    if Path(name).exists():
+        return HubPin(spec=spec, commit=None)
+    info = _ask_hub(spec, lambda: HfApi().dataset_info(name, revision=spec.revision))
+    return HubPin(spec=spec, commit=info.sha)
+
+
+def list_hub_splits(pin: HubPin) -> list[str]:
+    """Names of the splits.
+
+    Raises:
+        DataError: the data set cannot be reached.
+    """
+    spec = pin.spec
+    return list(_ask_hub(spec, lambda: get_dataset_split_names(str(spec.name), spec.config, revision=pin.commit)))
+
+
+def open_hub(pin: HubPin, split: str) -> HubSource:
+    """A split of `dataset.name`.
+
+    Raises:
+        DataError: the data set cannot be reached or has no text column.
+    """
+    spec, name, commit = pin.spec, str(pin.spec.name), pin.commit
+    if commit is None:
+        files = [local_file(path) for path in sorted(Path(name).rglob("*")) if path.is_file()]
+        fingerprint = fingerprint_files(files)
+    else:
+        fingerprint = "sha256:" + hashlib.sha256(f"{name}\0{spec.config}\0{split}\0{commit}".encode()).hexdigest()
+
+    def load() -> HubSource:
+        dataset = load_dataset(
+            name, spec.config, split=split, revision=commit, streaming=True, cache_dir=spec.cache_dir
+        )
+        described = (dataset.info.splits or {}).get(split)
+        return HubSource(
+            _spread(dataset, spec.num_lanes),
+            column=spec.text_column,
+            place=name,
+            fingerprint=fingerprint,
+            count=(described.num_examples or None) if described is not None else None,
+        )
+
+    source = _ask_hub(spec, load)
+    if commit is not None:
+        source.notes.append(f"{name} at commit {commit}; dataset.revision: {commit} stays on it")
+    return source
+
+
+def _ask_hub(spec: SourceSpec, ask: Callable[[], Result]) -> Result:
+    """What the hub answers.
+
+    Raises:
+        DataError: it does not, or refuses.
+    """
     try:
-        return list(get_dataset_split_names(name, spec.config, revision=spec.revision))
-    except (OSError, ValueError, RuntimeError, StopIteration) as error:
-        raise _cannot_load(name, error) from error
+        return with_retries(ask, retries=spec.network_retries, where=f"dataset.name: {spec.name}")
+    except DataError:
+        raise
+    except Exception as error:
+        raise _cannot_load(str(spec.name), error) from error
 
 
 def _spread(dataset: IterableDataset, num_lanes: int | None) -> IterableDataset:
@@ -161,7 +222,16 @@ def _choose_column(dataset: IterableDataset, wanted: str | None, place: str) -> 
 
 def _cannot_load(name: str, error: BaseException) -> DataError:
     reason = (str(error).strip() or type(error).__name__).splitlines()[0].rstrip(".")
-    return DataError(
-        f"dataset.name: {name} cannot be loaded: {reason}. Check the spelling, dataset.config, dataset.revision and "
-        "the connection, or name local files with dataset.path"
-    )
+    kinds = {base.__name__ for base in type(error).__mro__}
+    if "GatedRepoError" in kinds or "gated dataset" in reason:
+        remedy = "Accept its terms on the hub, then log in with `hf auth login` or set HF_TOKEN"
+    elif kinds & {"RepositoryNotFoundError", "DatasetNotFoundError"}:
+        remedy = "Check the spelling; for a private one log in with `hf auth login` or set HF_TOKEN"
+    elif "RevisionNotFoundError" in kinds:
+        remedy = "dataset.revision must be a branch, tag or commit that it has"
+    else:
+        remedy = (
+            "Check the spelling, dataset.config, dataset.revision and the connection, or name local files with "
+            "dataset.path"
+        )
+    return DataError(f"dataset.name: {name} cannot be loaded: {reason}. {remedy}")

@@ -135,7 +135,7 @@ def list_sources(
                 section=section,
                 tokenizer=tokenizer,
                 splits=splits,
-                train_split=choose_train_split(list(splits), spec.split),
+                train_split=parse_split(choose_train_split(list(splits), spec.split)),
                 prepared_dir=prepared_dir / name,
                 main_first=main_first,
             )
@@ -147,7 +147,7 @@ def _cut(
     documents: TokenStore | TextSource, split: SplitSlice, max_documents: int | None
 ) -> tuple[Any | None, Any | None]:
     """Where a slice begins and ends."""
-    size = documents.num_documents if isinstance(documents, TokenStore) else documents.count()
+    size = documents.count()
     first, last = slice_bounds(split, size)
     if max_documents is not None and (last is None or last > first + max_documents):
         last = first + max_documents
@@ -196,7 +196,7 @@ def open_training_texts(
 
 def _open_texts(spec: SourceSpec, section: DatasetSection, max_documents: int | None) -> TrainingTexts:
     splits = list_splits(spec)
-    train = choose_train_split(list(splits), spec.split)
+    train = parse_split(choose_train_split(list(splits), spec.split))
     source = splits[train.name](None)
     if isinstance(source, TokenStore):
         raise DataError("a tokenizer is trained on text, and this source is tokenised already")

@@ -206,7 +206,7 @@ def choose_num_workers(world: int) -> int:
 
 
 def _note_source(source: Source, view: View) -> list[str]:
-    found = f"training on split {source.train_split.text!r} of {source.spec.label}"
+    found = f"training on split {str(source.train_split)!r} of {source.spec.label}"
     return [f"{found}; splits found: {', '.join(source.splits)}", *view.notes]
 
 

@@ -14,7 +14,7 @@ from typing import Any
 from neobert.data.arrow import read_manifest
 from neobert.data.encode import encode_documents
 from neobert.data.errors import DataError
-from neobert.data.text import RecordCounts, TextSource
+from neobert.data.text import WHOLE, RecordCounts, Span, TextSource
 from neobert.data.token_writer import TokenWriter
 from neobert.data.tokenizer import Tokenizer
 
@@ -29,7 +29,9 @@ class PrepareSettings:
     max_bad_records: int
 
 
-def prepare_tokens(source: TextSource, tokenizer: Tokenizer, folder: Path, settings: PrepareSettings) -> dict[str, Any]:
+def prepare_tokens(
+    source: TextSource, tokenizer: Tokenizer, folder: Path, settings: PrepareSettings, span: Span = WHOLE
+) -> dict[str, Any]:
     """Makes `folder` hold the source's documents as tokens, or finds that it does; returns its manifest.
 
     Raises:
@@ -38,6 +40,7 @@ def prepare_tokens(source: TextSource, tokenizer: Tokenizer, folder: Path, setti
     wanted = {
         "format": _FORMAT,
         "source": source.fingerprint,
+        "span": list(span),
         "tokenizer_digest": tokenizer.digest,
         "max_document_chars": settings.max_document_chars,
         "special_tokens": False,
@@ -50,7 +53,7 @@ def prepare_tokens(source: TextSource, tokenizer: Tokenizer, folder: Path, setti
     temporary = folder.with_name(f".tmp-{folder.name}-{os.getpid()}")
     shutil.rmtree(temporary, ignore_errors=True)
     try:
-        manifest = _write(source, tokenizer, temporary, settings, wanted)
+        manifest = _write(source, tokenizer, temporary, settings, wanted, span)
         shutil.rmtree(folder, ignore_errors=True)
         temporary.rename(folder)
     finally:
@@ -59,11 +62,16 @@ def prepare_tokens(source: TextSource, tokenizer: Tokenizer, folder: Path, setti
 
 
 def _write(
-    source: TextSource, tokenizer: Tokenizer, folder: Path, settings: PrepareSettings, wanted: dict[str, Any]
+    source: TextSource,
+    tokenizer: Tokenizer,
+    folder: Path,
+    settings: PrepareSettings,
+    wanted: dict[str, Any],
+    span: Span,
 ) -> dict[str, Any]:
     counts = RecordCounts(max_bad=settings.max_bad_records, where="the source")
     writer = TokenWriter(folder)
-    for document in encode_documents(source.records(), tokenizer.encode_batch, counts, settings.max_document_chars):
+    for document in encode_documents(source.records(span), tokenizer.encode_batch, counts, settings.max_document_chars):
         if len(document.tokens):
             writer.add(document.tokens)
         else:

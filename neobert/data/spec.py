@@ -34,6 +34,8 @@ class SourceSpec:
     cache_dir: str | None = None
     sample_by: Literal["line", "paragraph", "document"] = "line"
     num_lanes: int | None = None
+    on_bad_shard: Literal["error", "skip"] = "error"
+    network_retries: int = 5
 
     @property
     def label(self) -> str:
@@ -57,6 +59,8 @@ def describe_sources(section: DatasetSection) -> tuple[SourceSpec, ...]:
         cache_dir=section.cache_dir,
         sample_by=section.sample_by,
         num_lanes=section.num_lanes,
+        on_bad_shard=section.on_bad_shard,
+        network_retries=section.network_retries,
     )
     if section.path is not None:
         return (replace(base, path=_as_tuple(section.path)),)
@@ -101,7 +105,7 @@ def _parse_name(word: str, base: SourceSpec) -> SourceSpec:
 
 
 def _has_suffix(source: str) -> bool:
-    endings = (".jsonl", ".ndjson", ".json", ".txt", ".csv", ".tsv", ".parquet", ".gz", ".zst", ".arrow")
+    endings = (".jsonl", ".ndjson", ".json", ".txt", ".text", ".csv", ".tsv", ".parquet", ".gz", ".zst", ".arrow")
     return source.lower().endswith(endings)
 
 

@@ -1,6 +1,12 @@
-"""Which split is trained on and which one evaluates. Slices (`train[:1%]`) are refused here until they are built."""
+"""Which split is trained on and which one evaluates, and slices of them: `train[:10%]`, `train[1000:]`.
 
+The syntax of slices is that of `datasets`: bounds are numbers of documents or whole percents, negative ones count from
+the end, and an open end is left out.
+"""
+
+import re
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 from neobert.data.errors import DataError
 
@@ -10,6 +16,89 @@ EVAL_SPLITS = ("validation", "eval", "test", "dev")
 SPLIT_PREFIXES = ("train", *EVAL_SPLITS)
 """A file or folder whose name begins with one of these belongs to that split."""
 
+_BOUND = r"-?\d[\d_]*%?"
+_SPLIT = re.compile(rf"(?P<name>[^\[\]]+)(?:\[(?P<begin>{_BOUND})?:(?P<end>{_BOUND})?\])?")
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Bound:
+    """One end of a slice; negative values count from the end of the split."""
+
+    value: int
+    percent: bool = False
+
+    def __str__(self) -> str:
+        return f"{self.value}%" if self.percent else str(self.value)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class SplitSlice:
+    """A split, or a stretch of one."""
+
+    name: str
+    begin: Bound | None = None
+    end: Bound | None = None
+
+    @property
+    def is_whole(self) -> bool:
+        return self.begin is None and self.end is None
+
+    @property
+    def needs_size(self) -> bool:
+        """Whether it cannot be told without the number of documents of the split."""
+        return any(bound is not None and (bound.percent or bound.value < 0) for bound in (self.begin, self.end))
+
+    def __str__(self) -> str:
+        if self.is_whole:
+            return self.name
+        return f"{self.name}[{'' if self.begin is None else self.begin}:{'' if self.end is None else self.end}]"
+
+
+def parse_split(words: str) -> SplitSlice:
+    """A split as it is written in `dataset.train_split`.
+
+    >>> str(parse_split("train[10%:-500]"))
+    'train[10%:-500]'
+
+    Raises:
+        DataError: it is not written like a split.
+    """
+    found = _SPLIT.fullmatch(words.strip())
+    if found is None:
+        raise DataError(
+            f"{words!r} is not a split or a slice; write for example train, train[:10%], train[1000:] or train[-500:]"
+        )
+    return SplitSlice(
+        name=found["name"].strip(), begin=_parse_bound(found["begin"], words), end=_parse_bound(found["end"], words)
+    )
+
+
+def slice_bounds(split: SplitSlice, num_documents: int | None) -> tuple[int, int | None]:
+    """First document of a slice, and the one behind its last; None for an open end.
+
+    Percents are rounded to the nearest document, as `datasets` does.
+
+    >>> slice_bounds(parse_split("train[10%:-5]"), 200)
+    (20, 195)
+
+    Args:
+        num_documents: documents of the split; None when unknown, and then percents and negative numbers cannot be told.
+
+    Raises:
+        DataError: the size is needed and unknown, or the slice is empty or reaches beyond the split.
+    """
+    if num_documents is None and split.needs_size:
+        raise DataError(
+            f"{split}: the number of documents of split {split.name!r} is not known while it is streamed, and percents "
+            "and negative numbers count from it; give absolute numbers (train[:1000]), or set dataset.streaming: false"
+        )
+    begin = 0 if split.begin is None else _place(split.begin, split, num_documents)
+    end = None if split.end is None else _place(split.end, split, num_documents)
+    if begin == (num_documents if end is None else end) or (end is not None and begin > end):
+        size = "" if num_documents is None else f" of its {num_documents} documents"
+        raise DataError(f"{split} holds none{size or ' of the documents'}; widen it")
+    return begin, end
+
 
 def choose_eval_split(names: Sequence[str], train_split: str) -> str | None:
     """The split to evaluate on when none is named; never the training split.
@@ -17,14 +106,15 @@ def choose_eval_split(names: Sequence[str], train_split: str) -> str | None:
     >>> choose_eval_split(["train", "test", "validation"], "train")
     'validation'
     """
+    train_name = parse_split(train_split).name
     for name in EVAL_SPLITS:
-        if name in names and name != train_split:
+        if name in names and name != train_name:
             return name
     return None
 
 
 def choose_train_split(names: Sequence[str], wanted: str | None) -> str:
-    """The split to train on: the wanted one, else `train`, else the only one there is.
+    """The split to train on, slice and all: the wanted one, else `train`, else the only one there is.
 
     Raises:
         DataError: it is not there.
@@ -40,14 +130,12 @@ def choose_train_split(names: Sequence[str], wanted: str | None) -> str:
 
 
 def check_split(names: Sequence[str], wanted: str, field: str) -> None:
-    """Raises when `wanted` is not among the splits.
+    """Raises when the split that `wanted` is, or is a slice of, is not there.
 
     Raises:
         DataError: with the names there are.
     """
-    if "[" in wanted:
-        raise DataError(f"{field}: {wanted!r}: slices of splits are not supported yet; name a whole split")
-    if wanted not in names:
+    if parse_split(wanted).name not in names:
         raise DataError(f"{field}: {wanted!r} is not there; splits found: {', '.join(names)}")
 
 
@@ -58,3 +146,25 @@ def split_of_name(name: str) -> str | None:
     'validation'
     """
     return next((prefix for prefix in SPLIT_PREFIXES if name.lower().startswith(prefix)), None)
+
+
+def _parse_bound(words: str | None, split: str) -> Bound | None:
+    if words is None:
+        return None
+    bound = Bound(value=int(words.rstrip("%")), percent=words.endswith("%"))
+    if bound.percent and abs(bound.value) > 100:
+        raise DataError(f"{split!r}: {bound} is more than everything; percents go from -100% to 100%")
+    return bound
+
+
+def _place(bound: Bound, split: SplitSlice, num_documents: int | None) -> int:
+    place = bound.value
+    if num_documents is None:
+        return place
+    if bound.percent:
+        place = round(bound.value * num_documents / 100)
+    if bound.value < 0:
+        place += num_documents
+    if not 0 <= place <= num_documents:
+        raise DataError(f"{split}: {bound} is outside of split {split.name!r}, which has {num_documents} documents")
+    return place

@@ -8,15 +8,15 @@ import hashlib
 import sysconfig
 from pathlib import Path
 
+from neobert.data.arrow import IndexedTexts
 from neobert.data.errors import DataError
-from neobert.data.jsonl import fingerprint_files
+from neobert.data.files import fingerprint_files, local_file
 from neobert.data.spec import PYTHON_STDLIB
-from neobert.data.text import WHOLE, Record, Records, Span
 
 _LEFT_OUT = {"test", "tests", "idle_test", "site-packages", "dist-packages", "__pycache__"}
 
 
-class StdlibSource:
+class StdlibSource(IndexedTexts):
     """Every .py file of the standard library, in an order keyed by a hash of its path."""
 
     def __init__(self) -> None:
@@ -31,15 +31,18 @@ class StdlibSource:
                 "use another interpreter, or name text with dataset.path"
             )
         self.notes = [f"{len(self._paths)} source files of {self._root}"]
-        self.fingerprint = fingerprint_files(self._paths)
+        files = [local_file(path) for path in self._paths]
+        self.num_bytes = sum(file.size for file in files)
+        self.fingerprint = fingerprint_files(files)
 
-    def records(self, span: Span = WHOLE) -> Records:
-        for number, path in list(enumerate(self._paths))[span.after["file"] if span.after else 0 :]:
-            try:
-                text = path.read_text(encoding="utf-8")
-            except UnicodeDecodeError:
-                text = ""
-            yield Record(number, text if text.strip() else None, None, {"file": number + 1})
+    def __len__(self) -> int:
+        return len(self._paths)
+
+    def text(self, document: int) -> str | None:
+        try:
+            return self._paths[document].read_text(encoding="utf-8")
+        except UnicodeDecodeError:  # A few files show other encodings; they are no prose and no bad data.
+            return None
 
 
 def _hash_path(path: Path) -> bytes:

@@ -12,8 +12,8 @@ from typing import Any, Protocol
 import numpy as np
 from numpy.typing import NDArray
 
-from neobert.data.files import with_retries
 from neobert.data.lanes import LaneSettings, State, Taken
+from neobert.data.network import with_retries
 from neobert.data.order import Permutation, key
 from neobert.data.packing import SPECIALS_PER_SEGMENT
 from neobert.data.text import WINDOW_CHARS, BadShard, Encode, Reader, Record, RecordCounts, cut_end

@@ -42,34 +42,58 @@ class Record(NamedTuple):
 Records = Generator[Record, None, None]
 
 
-class Reader(Protocol):
-    """One lane's share of a text source, in an order of its own for every epoch."""
-
-    size: int
-    """Amount of data in a unit that compares between lanes; 0 when unknown."""
-
-    def start(self) -> State:
-        """The cursor at the beginning of an epoch."""
-
-    def read(self, epoch: int, cursor: State) -> Records:
-        """The records of an epoch from `cursor` on."""
-
-
 class Span(NamedTuple):
     """A stretch of a source in its own order, between two cursors of its records."""
 
     after: State | None = None
-    """Begins behind this record; None: at the first."""
+    """Begins behind the record with this cursor; None: at the first."""
 
     until: State | None = None
-    """Ends with this record; None: with the last."""
+    """Ends with the record that has this cursor; None: with the last."""
 
 
 WHOLE = Span()
 
 
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Share:
+    """How a source is shared out to lanes."""
+
+    seed: int
+    num_lanes: int | None
+    """None: the source chooses."""
+
+    span: Span = WHOLE
+    shuffle: bool = True
+    """False: shards and documents keep the order of the source."""
+
+    exact: bool = False
+    """True: exactly `num_lanes` readers even where the source has fewer stretches to share out. Lanes that share a
+    stretch then take every n-th record of it."""
+
+
+class Reader(Protocol):
+    """One lane's share of a text source, in an order of its own for every epoch."""
+
+    size: int
+    """About how many bytes of text it has, comparable between kinds of sources; 0 when unknown."""
+
+    def start(self) -> State:
+        """The cursor at the beginning of an epoch."""
+
+    def read(self, epoch: int, cursor: State, skip: frozenset[int] = frozenset()) -> Records:
+        """The records of an epoch from `cursor` on.
+
+        Args:
+            skip: numbers of shards to pass over.
+
+        Raises:
+            BadShard: a shard cannot be opened, decompressed or decoded.
+        """
+
+
 class TextSource(Protocol):
-    """The documents of one split as text."""
+    """The documents of one split as text. A cursor of its records holds for `Span` and for no reader."""
 
     fingerprint: str
     """Changes when the documents change."""
@@ -80,38 +104,113 @@ class TextSource(Protocol):
     def records(self, span: Span = WHOLE) -> Records:
         """Records in source order."""
 
+    def readers(self, share: Share) -> list[Reader]:
+        """One reader for each lane. Together they read every record of the span once in an epoch."""
+
+    def count(self) -> int | None:
+        """Number of records where it is known without reading everything."""
+
+    def cursor_after(self, number: int) -> State:
+        """Cursor of the record with this number in source order, counted from 1.
+
+        Raises:
+            DataError: there are fewer records.
+        """
+
+    def part(self, number: int, count: int) -> Span:
+        """Stretch `number`, from 0, of `count` stretches of about equal size that follow one another.
+
+        Raises:
+            DataError: the source cannot be cut into so many.
+        """
+
+
+class ShardFault(DataError):
+    """What a shard raises when it cannot be opened, decompressed or decoded."""
+
+
+class BadShard(DataError):
+    """A shard that cannot be read, and where reading goes on without the rest of it."""
+
+    def __init__(self, message: str, *, shard: int, next_cursor: State) -> None:
+        super().__init__(message)
+        self.shard, self.next_cursor = shard, next_cursor
+
 
 class Shard(Protocol):
     """A stretch of a source that is read from its beginning to its end, usually a file."""
 
+    number: int
+    """Its number in the source; ranges of one file share it."""
+
     size: int
 
     def read(self, position: State | None) -> Records:
-        """Its records after `position` (None: all); a record's cursor is the position after it."""
+        """Its records after `position` (None: all); a record's cursor is the position after it.
+
+        Raises:
+            ShardFault: it cannot be read.
+        """
 
 
 class ShardReader:
-    """Reads shards one after the other, in an order keyed by (seed, lane, epoch)."""
+    """Reads shards one after the other, in an order keyed by (seed, lane, epoch), or in the order given."""
 
-    def __init__(self, shards: Sequence[Shard], seed: int, lane: int) -> None:
-        self._shards, self._seed, self._lane = shards, seed, lane
+    def __init__(self, shards: Sequence[Shard], share: Share, lane: int) -> None:
+        self._shards, self._share, self._lane = shards, share, lane
         self.size = sum(shard.size for shard in shards)
 
     def start(self) -> State:
         return {"shard": 0, "position": None}
 
-    def read(self, epoch: int, cursor: State) -> Records:
-        count = len(self._shards)
-        order = Permutation(count, key(self._seed, "shards", self._lane, epoch))(np.arange(count)).tolist()
-        yield from read_shards([self._shards[number] for number in order], cursor)
+    def read(self, epoch: int, cursor: State, skip: frozenset[int] = frozenset()) -> Records:
+        shards, share = self._shards, self._share
+        if share.shuffle:
+            permute = Permutation(len(shards), key(share.seed, "shards", self._lane, epoch))
+            shards = [shards[number] for number in permute(np.arange(len(shards))).tolist()]
+        yield from read_shards(shards, cursor, skip)
 
 
-def read_shards(shards: Sequence[Shard], cursor: State) -> Records:
-    """Records of shards in the order given, from the cursor `{"shard": place, "position": position in it}` on."""
+class EveryNth:
+    """One of `count` lanes that share a reader: of every `count` records it takes the one at place `turn`.
+
+    The cursor is `{"cursor": of the reader, "seen": records since the beginning of the epoch, modulo count}`.
+    """
+
+    def __init__(self, reader: Reader, turn: int, count: int) -> None:
+        self._reader, self._turn, self._count = reader, turn, count
+        self.size = reader.size // count
+
+    def start(self) -> State:
+        return {"cursor": self._reader.start(), "seen": 0}
+
+    def read(self, epoch: int, cursor: State, skip: frozenset[int] = frozenset()) -> Records:
+        seen = cursor["seen"]
+        try:
+            for record in self._reader.read(epoch, cursor["cursor"], skip):
+                mine, seen = seen == self._turn, (seen + 1) % self._count
+                if mine:
+                    yield record._replace(cursor={"cursor": record.cursor, "seen": seen})
+        except BadShard as bad:
+            after = {"cursor": bad.next_cursor, "seen": seen}
+            raise BadShard(str(bad), shard=bad.shard, next_cursor=after) from bad
+
+
+def read_shards(shards: Sequence[Shard], cursor: State, skip: frozenset[int] = frozenset()) -> Records:
+    """Records of shards in the order given, from the cursor `{"shard": place, "position": position in it}` on.
+
+    Raises:
+        BadShard: one of them cannot be read.
+    """
     position = cursor["position"]
     for place in range(cursor["shard"], len(shards)):
-        for record in shards[place].read(position):
-            yield record._replace(cursor={"shard": place, "position": record.cursor})
+        if shards[place].number not in skip:
+            try:
+                for record in shards[place].read(position):
+                    yield record._replace(cursor={"shard": place, "position": record.cursor})
+            except ShardFault as fault:
+                after = {"shard": place + 1, "position": None}
+                raise BadShard(str(fault), shard=shards[place].number, next_cursor=after) from fault
         position = None
 
 

@@ -5,12 +5,25 @@ import logging
 import pytest
 
 from neobert.data.errors import DataError
-from neobert.data.jsonl import JsonlShard, JsonlSource, choose_num_lanes, cut_spans
+from neobert.data.files import DataFile, local_file
+from neobert.data.jsonl import JsonLines, open_jsonl
+from neobert.data.lines import FileShard
+from neobert.data.sharing import choose_num_lanes, cut_spans
+from neobert.data.spec import SourceSpec
+from neobert.data.text import BadShard, Share
+
+
+def open_files(paths, column):
+    return open_jsonl([local_file(p) for p in sorted(paths)], SourceSpec(path=("here",), text_column=column))
+
+
+def open_shard(path, number, column, begin=0, end=None):
+    return FileShard(local_file(path), number, JsonLines(column), begin, end, None if begin else 0)
 
 
 def read_all(source, num_lanes):
     records = []
-    for reader in source.readers(seed=0, num_lanes=num_lanes, after=None):
+    for reader in source.readers(Share(seed=0, num_lanes=num_lanes)):
         records += reader.read(0, reader.start())
     return records
 
@@ -21,7 +34,7 @@ def test_byte_ranges_share_every_line_out_once(tmp_path, num_lanes):
     for name, part in (("a.jsonl", texts[:25]), ("b.jsonl", texts[25:])):
         lines = [json.dumps({"text": text}, ensure_ascii=False) for text in part]
         (tmp_path / name).write_text("\n".join(lines), encoding="utf-8")
-    source = JsonlSource([tmp_path / "b.jsonl", tmp_path / "a.jsonl"], None)
+    source = open_files([tmp_path / "b.jsonl", tmp_path / "a.jsonl"], None)
     records = read_all(source, num_lanes)
     assert sorted(r.text for r in records) == sorted(texts)
     assert len({r.document for r in records}) == 60
@@ -31,10 +44,10 @@ def test_byte_ranges_share_every_line_out_once(tmp_path, num_lanes):
 def test_a_range_may_begin_exactly_at_a_line(tmp_path):
     path = tmp_path / "a.jsonl"
     path.write_text('{"text": "one"}\n{"text": "two"}\n')
-    assert [r.text for r in JsonlShard(path, 0, "text", 0, 16).read(None)] == ["one"]
-    assert [r.text for r in JsonlShard(path, 0, "text", 16, 32).read(None)] == ["two"]
-    assert [r.text for r in JsonlShard(path, 0, "text", 15, 32).read(None)] == ["two"]
-    assert [r.text for r in JsonlShard(path, 0, "text", 17, 32).read(None)] == []
+    assert [r.text for r in open_shard(path, 0, "text", 0, 16).read(None)] == ["one"]
+    assert [r.text for r in open_shard(path, 0, "text", 16, 32).read(None)] == ["two"]
+    assert [r.text for r in open_shard(path, 0, "text", 15, 32).read(None)] == ["two"]
+    assert [r.text for r in open_shard(path, 0, "text", 17, 32).read(None)] == []
 
 
 def test_cut_spans_literally():
@@ -69,12 +82,12 @@ def test_bad_lines_are_named_with_file_and_line(tmp_path, suffix):
     path = tmp_path / f"a{suffix}"
     with gzip.open(path, "wb") if suffix.endswith("gz") else path.open("wb") as file:
         file.write(b"\n".join(lines))
-    records = list(JsonlSource([path], "text").records())
+    records = list(open_files([path], "text").records())
     assert [r.text for r in records if r.text] == ["good", "nul \0 stays"]
     problems = [r.problem for r in records if r.problem]
     assert [problem.split(": ")[0] for problem in problems] == [f"{path}:{n}" for n in (2, 3, 4, 5, 12)]
     assert sum(r.text is None and r.problem is None for r in records) == 5
-    later = list(JsonlShard(path, 0, "text", begin=20, end=None if suffix.endswith("gz") else 400).read(None))
+    later = list(open_shard(path, 0, "text", begin=34 if suffix.endswith("gz") else 20, end=400).read(None))
     assert [r.problem.split(": ")[0] for r in later if r.problem] == [f"{path}:{n}" for n in (3, 4, 5, 12)]
 
 
@@ -96,9 +109,9 @@ def test_gz_windows_keep_the_file_open(tmp_path, monkeypatch):
     with gzip.open(path, "wt") as file:
         file.writelines(json.dumps({"text": f"t{n}"}) + "\n" for n in range(50))
     opened = []
-    real = gzip.open
-    monkeypatch.setattr(gzip, "open", lambda *a: opened.append(a) or real(*a))
-    shard = JsonlShard(path, 0, "text")
+    real = DataFile.open
+    monkeypatch.setattr(DataFile, "open", lambda self: opened.append(self) or real(self))
+    shard = open_shard(path, 0, "text")
     position, texts = None, []
     for _ in range(5):
         records = shard.read(position)
@@ -118,15 +131,15 @@ def test_damaged_gz_names_the_file(tmp_path):
     with gzip.open(path, "wt") as file:
         file.writelines(json.dumps({"text": f"text {n * 7919 % 1000}"}) + "\n" for n in range(5000))
     path.write_bytes(path.read_bytes()[:-2000])
-    with pytest.raises(DataError, match=r"a.jsonl.gz cannot be decompressed"):
-        list(JsonlSource([path], None).records())
+    with pytest.raises(BadShard, match=r"a.jsonl.gz cannot be decompressed"):
+        list(open_files([path], None).records())
 
 
 def test_columns_are_chosen_or_named_in_the_error(tmp_path):
     def source(column, **record):
         path = tmp_path / "a.jsonl"
         path.write_text(json.dumps(record) + "\n")
-        return JsonlSource([path], column)
+        return open_files([path], column)
 
     assert source(None, content="x", text="y").notes == ["text from column 'text'"]
     assert source(None, sentence="x", title="y", n=1).notes == ["text from column 'sentence'"]
@@ -146,13 +159,13 @@ def test_a_json_array_is_refused_with_the_remedy(tmp_path):
     path = tmp_path / "a.json"
     path.write_text('[{"text": "x"}]')
     with pytest.raises(DataError, match=r"one JSON array.*jq -c"):
-        JsonlSource([path], None)
+        open_files([path], None)
 
 
 def test_fingerprint_sees_an_edit_of_equal_size(tmp_path):
     path = tmp_path / "a.jsonl"
     path.write_text('{"text": "one"}\n')
-    before = JsonlSource([path], None).fingerprint
-    assert JsonlSource([path], None).fingerprint == before
+    before = open_files([path], None).fingerprint
+    assert open_files([path], None).fingerprint == before
     path.write_text('{"text": "two"}\n')
-    assert JsonlSource([path], None).fingerprint != before
+    assert open_files([path], None).fingerprint != before

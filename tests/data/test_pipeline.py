@@ -326,12 +326,12 @@ def test_errors_name_key_value_and_remedy(values, message, corpora, make_config,
 
 
 def test_folders_without_data_or_with_two_kinds(tmp_path, make_config, make_data):
-    (tmp_path / "notes.txt").write_text("text")
+    (tmp_path / "notes.md").write_text("text")
     with pytest.raises(DataError, match=r"has no file that can be read; give .* files ending in .jsonl"):
         make_data(make_config(path=str(tmp_path)))
     (tmp_path / "a.jsonl").write_text('{"text": "w1"}\n')
     (tmp_path / "b.parquet").write_bytes(b"")
-    with pytest.raises(DataError, match="mixes Parquet and JSON files"):
+    with pytest.raises(DataError, match=r"mixes JSON and Parquet files in one split.*dataset.mixture"):
         make_data(make_config(path=str(tmp_path)))
 
 

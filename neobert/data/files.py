@@ -1,0 +1,209 @@
+"""Data files, local and remote, and what keeps a run from reading a file that was replaced.
+
+Local files are opened directly. A path with a protocol (`s3://`, `gs://`, `hf://` ...) goes through fsspec.
+A file's stamp, its size with the time of change or the ETag, is taken when it is listed and compared whenever it is
+opened: a cursor means nothing in another file of the same name.
+"""
+
+import glob
+import hashlib
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, BinaryIO, NamedTuple, cast
+
+import fsspec
+
+from neobert.data.decompress import DAMAGED, TEXT_RATIO, is_compressed, open_decompressed
+from neobert.data.errors import DataError
+
+_PACKAGES = {
+    "s3": "s3fs",
+    "s3a": "s3fs",
+    "gs": "gcsfs",
+    "gcs": "gcsfs",
+    "az": "adlfs",
+    "abfs": "adlfs",
+    "http": "aiohttp",
+    "https": "aiohttp",
+}
+_STAMPS = ("ETag", "etag", "blob_id", "md5Hash", "LastModified", "last_modified", "updated", "mtime", "created")
+_FINGERPRINT_BLOCK = 4096
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class DataFile:
+    """A file as it was when it was listed."""
+
+    url: str
+    """A local path, or an address with a protocol."""
+
+    size: int
+    stamp: str
+
+    @property
+    def name(self) -> str:
+        return self.url.rsplit("/", 1)[-1]
+
+    @property
+    def is_remote(self) -> bool:
+        return is_remote(self.url)
+
+    @property
+    def is_compressed(self) -> bool:
+        return is_compressed(self.url)
+
+    @property
+    def text_bytes(self) -> int:
+        """About how many bytes of text it holds."""
+        return self.size * TEXT_RATIO if self.is_compressed else self.size
+
+    def open_raw(self) -> BinaryIO:
+        """The bytes of the file.
+
+        Raises:
+            OSError: it is gone, or cannot be opened.
+            DataError: it is another file now.
+        """
+        if self.is_remote:
+            fs, path = open_filesystem(self.url)
+            fs.invalidate_cache(fs._parent(path))
+            now = _remote_file(self.url, fs.info(path))
+        else:
+            now = local_file(Path(self.url))
+        if now.stamp != self.stamp:
+            raise DataError(
+                f"{self.url} was replaced while it was being read ({self.size} bytes before, {now.size} now); put the "
+                "file of before back and resume, or begin a new run with the new data"
+            )
+        return cast(BinaryIO, fs.open(path, "rb")) if self.is_remote else open(self.url, "rb")
+
+    def open(self) -> BinaryIO:
+        """The bytes in the file, decompressed by its name."""
+        return open_decompressed(self.open_raw(), self.url)
+
+
+class FoundFile(NamedTuple):
+    """A file of a listing."""
+
+    file: DataFile
+    below: tuple[str, ...]
+    """Names of the folders and of the file below the place that was listed."""
+
+
+def is_remote(url: str) -> bool:
+    """Whether a path has a protocol."""
+    return "://" in url
+
+
+def local_file(path: Path) -> DataFile:
+    """A local file as it is now."""
+    stat = path.stat()
+    return DataFile(url=str(path), size=stat.st_size, stamp=f"{stat.st_size}:{stat.st_mtime_ns}")
+
+
+def open_filesystem(url: str) -> tuple[Any, str]:
+    """The fsspec file system of a remote path, and the path in it.
+
+    Raises:
+        DataError: the protocol is unknown, or its package is not installed.
+    """
+    protocol = url.split("://", 1)[0]
+    try:
+        return cast(tuple[Any, str], fsspec.core.url_to_fs(url))
+    except ImportError as error:
+        remedy = f"pip install {_PACKAGES[protocol]}" if protocol in _PACKAGES else str(error)
+        raise DataError(f"dataset.path: {url}: the package that reads {protocol}:// is missing; {remedy}") from error
+    except ValueError as error:
+        raise DataError(f"dataset.path: {url}: {error}; use s3://, gs://, hf:// or a local path") from error
+
+
+def list_files(url: str) -> list[FoundFile]:
+    """The files that a path names: one file, a folder with all below it, or a pattern; in the order of their names.
+
+    Files and folders whose name begins with a dot or an underscore are left out, unless the path names them.
+    """
+    if is_remote(url):
+        return _list_remote(url)
+    path = Path(url).expanduser()
+    if path.is_file():
+        return [FoundFile(local_file(path), (path.name,))]
+    if path.is_dir():
+        return _list_local(path, [path])
+    if not glob.has_magic(str(path)):
+        return []
+    root = Path(*_parts_before_pattern(path.parts))
+    return _list_local(root, [Path(p) for p in glob.glob(str(path), recursive=True)])
+
+
+def fingerprint_files(files: Sequence[DataFile], *, skip_unreadable: bool = False) -> str:
+    """sha256 of the names and sizes of files and of 16 blocks of each, spread evenly; of remote files of the stamps.
+
+    Raises:
+        DataError: a file cannot be read, unless those are skipped.
+    """
+    digest = hashlib.sha256()
+    for data_file in files:
+        size = data_file.size
+        digest.update(f"{data_file.name}\0{size}\0".encode())
+        if data_file.is_remote:
+            digest.update(data_file.stamp.encode())
+            continue
+        try:
+            with data_file.open_raw() as file:
+                for block in range(16):
+                    file.seek(max(0, size - _FINGERPRINT_BLOCK) * block // 15)
+                    digest.update(file.read(_FINGERPRINT_BLOCK))
+        except OSError as error:
+            if not skip_unreadable:
+                raise DataError(cannot_read(data_file, error)) from error
+    return f"sha256:{digest.hexdigest()}"
+
+
+def cannot_read(file: DataFile, error: BaseException) -> str:
+    """The sentence about a file that cannot be read."""
+    verb = "decompressed" if isinstance(error, DAMAGED) else "read"
+    reason = str(error).strip() or type(error).__name__
+    return (
+        f"{file.url} cannot be {verb} ({reason}); restore the file, take it out of dataset.path, or pass over it with "
+        "dataset.on_bad_shard: skip"
+    )
+
+
+def _list_local(root: Path, found: list[Path]) -> list[FoundFile]:
+    paths = {file for path in found for file in (path.rglob("*") if path.is_dir() else [path]) if file.is_file()}
+    below = {path: path.relative_to(root).parts for path in paths}
+    return [FoundFile(local_file(path), below[path]) for path in sorted(paths) if not _is_hidden(below[path])]
+
+
+def _list_remote(url: str) -> list[FoundFile]:
+    fs, path = open_filesystem(url)
+    path = path.rstrip("/")
+    if glob.has_magic(path):
+        found, root = fs.glob(path, detail=True), "/".join(_parts_before_pattern(tuple(path.split("/"))))
+    elif not fs.exists(path):
+        return []
+    elif fs.isfile(path):
+        return [FoundFile(_remote_file(fs.unstrip_protocol(path), fs.info(path)), (path.rsplit("/", 1)[-1],))]
+    else:
+        found, root = fs.find(path, detail=True), path
+    files = []
+    for name, info in found.items():
+        below = tuple(part for part in name[len(root) :].split("/") if part)
+        if info["type"] == "file" and not _is_hidden(below):
+            files.append(FoundFile(_remote_file(fs.unstrip_protocol(name), info), below))
+    return sorted(files, key=lambda item: item.below)
+
+
+def _remote_file(url: str, info: dict[str, Any]) -> DataFile:
+    stamp = next((str(info[key]) for key in _STAMPS if info.get(key)), "")
+    return DataFile(url=url, size=int(info["size"] or 0), stamp=f"{info['size']}:{stamp}")
+
+
+def _parts_before_pattern(parts: tuple[str, ...]) -> tuple[str, ...]:
+    first = next(place for place, part in enumerate(parts) if glob.has_magic(part))
+    return parts[:first]
+
+
+def _is_hidden(below: tuple[str, ...]) -> bool:
+    return any(part.startswith((".", "_")) for part in below)

@@ -1,0 +1,270 @@
+"""Files of lines read with byte cursors: JSON lines, plain text, CSV; plain, .gz or .zst, local or remote.
+
+A plain file is cut into byte ranges, one for each lane, where its format allows that: a record belongs to the range
+that holds its first byte, so none is lost or read twice. A compressed file cannot be cut and goes whole to one lane; to
+go on in its middle everything before must be decompressed, therefore consecutive windows keep the file open.
+"""
+
+from collections.abc import Callable, Sequence
+from typing import BinaryIO, NamedTuple, Protocol
+
+from neobert.data.decompress import DAMAGED, skip_bytes
+from neobert.data.errors import DataError
+from neobert.data.files import DataFile, cannot_read, fingerprint_files
+from neobert.data.lanes import State
+from neobert.data.network import is_transient
+from neobert.data.sharing import (
+    MIN_LANE_BYTES,
+    STREAM_LANES,
+    ShardedSource,
+    Stretch,
+    check_part,
+    cut_spans,
+    find_bounds,
+    share_out,
+)
+from neobert.data.text import Reader, Record, Records, ShardFault, ShardReader, Share, Span
+
+BOM = b"\xef\xbb\xbf"
+"""Some programs write this mark at the beginning of a file; it is not part of the text."""
+
+FAULTS = (OSError, *DAMAGED)
+"""What reading a file that is gone, damaged or not allowed raises; errors of the network are among them."""
+
+
+class Entry(NamedTuple):
+    """A record as a format reads it."""
+
+    size: int
+    """Bytes."""
+
+    num_lines: int
+    text: str | None = None
+    problem: str | None = None
+    line: int = 1
+    """The line of the record, from 1, that the problem is in."""
+
+
+_SMALL_COMPRESSED = 128
+
+ReadEntry = Callable[[BinaryIO, DataFile, int], Entry | None]
+
+
+class LineFormat(Protocol):
+    """How records stand in a file."""
+
+    cuttable: bool
+    """Whether byte ranges of a plain file can be read apart."""
+
+    def align(self, file: BinaryIO, begin: int) -> int:
+        """Moves a seekable file to the first border between records at or after `begin`; returns where that is."""
+
+    def read(self, file: BinaryIO, data_file: DataFile, start: int) -> Entry | None:
+        """The record at byte `start`, where the file stands; None at the end of the file."""
+
+    def skip(self, file: BinaryIO, data_file: DataFile, start: int) -> Entry | None:
+        """The same without looking into it more than needed."""
+
+
+class FileShard:
+    """A file, or the byte range [begin, end) of one. In a plain file the two need not be borders between records."""
+
+    def __init__(
+        self,
+        file: DataFile,
+        number: int,
+        form: LineFormat,
+        begin: int = 0,
+        end: int | None = None,
+        line: int | None = 0,
+    ) -> None:
+        """
+        Args:
+            line: lines before `begin`; None: they are counted when a bad record is to be named.
+        """
+        self._parked: tuple[int, BinaryIO] | None = None
+        self._file, self.number, self._format, self._begin, self._end = file, number, form, begin, end
+        self._lines_before = line
+        self.size = max(0, (file.text_bytes if end is None else end) - begin)
+
+    def read(self, position: State | None) -> Records:
+        """Records after `position`, `{"offset": byte in the uncompressed file, "line": lines since begin}`.
+
+        `line` is None in a position that was found without reading what is before it.
+        """
+        offset, line = (None, 0) if position is None else (position["offset"], position["line"])
+        file, offset = self._open(offset)
+        try:
+            while self._end is None or offset < self._end:
+                entry = self._read_entry(self._format.read, file, offset)
+                if entry is None:
+                    break
+                start, offset, problem = offset, offset + entry.size, entry.problem
+                if problem is not None:
+                    place = self._count_lines(start) if line is None else self._lines_to_begin() + line
+                    problem = f"{self._file.url}:{place + entry.line}: {problem}"
+                line = None if line is None else line + entry.num_lines
+                yield Record((self.number << 40) | start, entry.text, problem, {"offset": offset, "line": line})
+        except GeneratorExit:
+            self._parked = (offset, file)
+            raise
+        except BaseException:
+            file.close()
+            raise
+        file.close()
+
+    def position_after(self, count: int) -> tuple[State | None, int]:
+        """Position behind the record with this number, or behind the last one, and how many that were."""
+        line = passed = 0
+        file, offset = self._open(0)
+        with file:
+            while passed < count:
+                entry = self._read_entry(self._format.skip, file, offset)
+                if entry is None:
+                    break
+                offset, line, passed = offset + entry.size, line + entry.num_lines, passed + 1
+        return {"offset": offset, "line": line}, passed
+
+    def __del__(self) -> None:
+        if self._parked is not None:
+            self._parked[1].close()
+
+    def _open(self, offset: int | None) -> tuple[BinaryIO, int]:
+        parked, self._parked = self._parked, None
+        if parked is not None:
+            if parked[0] == offset:
+                return parked[1], parked[0]
+            parked[1].close()
+        file, start = None, self._begin if offset is None else offset
+        try:
+            file = self._file.open()
+            if self._file.is_compressed:
+                skip_bytes(file, start)
+            elif offset is None and start:
+                start = self._format.align(file, start)
+            else:
+                file.seek(start)
+        except BaseException as error:
+            if file is not None:
+                file.close()
+            self._check_fault(error)
+            raise
+        return file, start
+
+    def _read_entry(self, read: ReadEntry, file: BinaryIO, offset: int) -> Entry | None:
+        try:
+            return read(file, self._file, offset)
+        except FAULTS as error:
+            self._check_fault(error)
+            raise
+
+    def _check_fault(self, error: BaseException) -> None:
+        """Raises when an error means that the file is no good, not that the network is."""
+        if isinstance(error, FAULTS) and not is_transient(error):
+            raise ShardFault(cannot_read(self._file, error)) from error
+
+    def _lines_to_begin(self) -> int:
+        if self._lines_before is None:
+            self._lines_before = self._count_lines(self._begin)
+        return self._lines_before
+
+    def _count_lines(self, end: int) -> int:
+        """Lines that begin before byte `end`: counted only to tell the place of a bad record."""
+        left, count, last = end, 0, b"\n"
+        with self._file.open() as file:
+            while left > 0 and (block := file.read(min(left, 1 << 20))):
+                left, count, last = left - len(block), count + block.count(b"\n"), block[-1:]
+        return count + (last != b"\n")
+
+
+class FileSource(ShardedSource):
+    """Files of one format, one after the other."""
+
+    def __init__(
+        self, files: Sequence[DataFile], form: LineFormat, *, place: str, notes: list[str], fingerprint: str
+    ) -> None:
+        super().__init__(place, [file.text_bytes for file in files])
+        self._files, self._format, self.notes, self.fingerprint = list(files), form, notes, fingerprint
+        self._cuttable = form.cuttable and not any(file.is_compressed for file in files)
+
+    def build_shard(self, stretch: Stretch) -> FileShard:
+        begin, end = stretch.after or {"offset": 0}, stretch.until or {"offset": None}
+        line = None if stretch.after else 0
+        return FileShard(
+            self._files[stretch.number], stretch.number, self._format, begin["offset"], end["offset"], line
+        )
+
+    def readers(self, share: Share) -> list[Reader]:
+        if not self._cuttable:
+            return super().readers(share)
+        spans = [
+            (s.number, s.after["offset"] if s.after else 0, s.until["offset"] if s.until else self._sizes[s.number])
+            for s in find_bounds(share.span, len(self._files)).stretches()
+        ]
+        most = max(1, sum(end - begin for _, begin, end in spans) // MIN_LANE_BYTES)
+
+        def build(count: int) -> list[Reader]:
+            return [
+                ShardReader([self._range(*span) for span in spans_of_lane], share, lane)
+                for lane, spans_of_lane in enumerate(cut_spans(spans, count))
+            ]
+
+        # Any number of byte ranges can be read; `most` only tells which of them are too small.
+        if share.num_lanes is not None and not share.exact:
+            return build(share.num_lanes)
+        return share_out(build, share, most=most, chosen=min(STREAM_LANES, most), place=self._place)
+
+    def position_after(self, place: int, number: int) -> tuple[State | None, int]:
+        return self.build_shard(Stretch(place, None, None)).position_after(number)
+
+    def part(self, number: int, count: int) -> Span:
+        if not self._cuttable:
+            return super().part(number, count)
+        check_part(number, count, max(1, sum(self._sizes)), self._place)
+        return Span(
+            after=self._border(number, count) if number else None,
+            until=self._border(number + 1, count) if number + 1 < count else None,
+        )
+
+    def _range(self, number: int, begin: int, end: int) -> FileShard:
+        return FileShard(self._files[number], number, self._format, begin, end, None if begin else 0)
+
+    def _border(self, number: int, count: int) -> State:
+        """The border between records behind `number` of `count` equal runs of bytes."""
+        left = sum(self._sizes) * number // count
+        place = 0
+        while left >= self._sizes[place]:
+            left, place = left - self._sizes[place], place + 1
+        if not left:
+            return {"shard": place, "position": None}
+        with self._files[place].open() as file:
+            return {"shard": place, "position": {"offset": self._format.align(file, left), "line": None}}
+
+
+def open_file_source(
+    files: Sequence[DataFile], form: LineFormat, notes: Sequence[str], *, place: str, skip_unreadable: bool
+) -> FileSource:
+    """A source over the files that are not empty.
+
+    Raises:
+        DataError: all files are empty, or one cannot be read.
+    """
+    kept = [file for file in files if not _is_empty(file)]
+    if not kept:
+        raise DataError(f"dataset.path: {place} has no text: all of its {len(files)} files are empty")
+    left_out = [] if len(kept) == len(files) else [f"{len(files) - len(kept)} empty files are passed over"]
+    fingerprint = fingerprint_files(kept, skip_unreadable=skip_unreadable)
+    return FileSource(kept, form, place=place, notes=[*notes, *left_out], fingerprint=fingerprint)
+
+
+def _is_empty(file: DataFile) -> bool:
+    """Whether there is nothing in a file; compressed ones are opened when they are small enough for that."""
+    if not file.is_compressed or not 0 < file.size < _SMALL_COMPRESSED:
+        return file.size == 0
+    try:
+        with file.open() as opened:
+            return not opened.read(1)
+    except FAULTS as error:
+        if is_transient(error):
+            raise
+        return False

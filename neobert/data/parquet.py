@@ -1,0 +1,251 @@
+"""Text from Parquet files, local or remote: only the text column is read, and the shards are row groups.
+
+A position is `{"row": rows of the group already read}`. To go on in the middle of a group, its rows before are read
+again and passed over, so the cost is bounded by one group. The footers are read once, when the source is opened; with
+`dataset.on_bad_shard: skip`, a file whose footer cannot be read becomes one shard that fails when its turn comes.
+"""
+
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from itertools import pairwise
+from typing import BinaryIO
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from neobert.data.columns import choose_text_column
+from neobert.data.errors import DataError
+from neobert.data.files import DataFile, cannot_read, fingerprint_files
+from neobert.data.lanes import State
+from neobert.data.network import is_transient
+from neobert.data.sharing import (
+    MIN_LANE_BYTES,
+    STREAM_LANES,
+    ShardedSource,
+    Stretch,
+    choose_borders,
+    find_bounds,
+    share_out,
+    too_few,
+)
+from neobert.data.spec import SourceSpec
+from neobert.data.text import Reader, Record, Records, ShardFault, ShardReader, Share
+
+_BATCH_ROWS = 256
+_BUFFER_BYTES = 1 << 20
+_FOOTER_THREADS = 8
+_FAULTS = (OSError, pa.ArrowException, UnicodeDecodeError)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class RowGroup:
+    """One row group, as the footer describes it. Without a footer: the whole file, and no rows."""
+
+    file: DataFile
+    group: int
+    first_row: int
+    """Rows of the source before it."""
+
+    num_rows: int
+    text_bytes: int
+    """Of the text column, uncompressed."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True, eq=False)
+class _Footer:
+    file: DataFile
+    schema: pa.Schema
+    metadata: pq.FileMetaData
+
+
+Value = tuple[str | None, str | None]
+"""(text, problem) of a row."""
+
+
+class RowGroupShard:
+    """Rows [begin, end) of a row group. Consecutive readings go on in the file that the one before left open."""
+
+    def __init__(self, row_group: RowGroup, number: int, column: str, begin: int, end: int | None) -> None:
+        self._parked: tuple[int, BinaryIO, Iterator[Value]] | None = None
+        self._row_group, self.number, self._column, self._begin = row_group, number, column, begin
+        self._end = row_group.num_rows if end is None else end
+        self.size = row_group.text_bytes * max(0, self._end - begin) // max(1, row_group.num_rows)
+
+    def read(self, position: State | None) -> Records:
+        """Records after `position`, `{"row": rows of the group read}`."""
+        row_group, row = self._row_group, self._begin if position is None else position["row"]
+        if row_group.num_rows and row >= self._end:
+            return
+        file: BinaryIO | None = None
+        try:
+            file, values = self._open(row)
+            for text, problem in values:
+                row += 1
+                if problem is not None:
+                    problem = f"{row_group.file.url}: row group {row_group.group}, row {row}: {problem}"
+                usable = text if text is not None and text.strip() else None
+                yield Record(row_group.first_row + row - 1, usable, problem, {"row": row})
+                if row == self._end:
+                    break
+        except GeneratorExit:
+            assert file is not None
+            self._parked = (row, file, values)
+            raise
+        except BaseException as error:
+            if file is not None:
+                file.close()
+            if isinstance(error, _FAULTS) and not is_transient(error):
+                reason = cannot_read(row_group.file, error)
+                raise ShardFault(f"row group {row_group.group} of {reason}") from error
+            raise
+        file.close()
+
+    def __del__(self) -> None:
+        if self._parked is not None:
+            self._parked[1].close()
+
+    def _open(self, row: int) -> tuple[BinaryIO, Iterator[Value]]:
+        parked, self._parked = self._parked, None
+        if parked is not None:
+            if parked[0] == row:
+                return parked[1], parked[2]
+            parked[1].close()
+        file = self._row_group.file.open_raw()
+        return file, self._values(file, row)
+
+    def _values(self, file: BinaryIO, first: int) -> Iterator[Value]:
+        opened = pq.ParquetFile(file, buffer_size=_BUFFER_BYTES, pre_buffer=False, page_checksum_verification=True)
+        row = 0
+        for batch in opened.iter_batches(_BATCH_ROWS, row_groups=[self._row_group.group], columns=[self._column]):
+            if row + len(batch) > first:
+                yield from _texts(batch.column(0).slice(max(0, first - row)))
+            row += len(batch)
+
+
+class ParquetSource(ShardedSource):
+    """Parquet files, one after the other."""
+
+    def __init__(
+        self, row_groups: Sequence[RowGroup], column: str, *, place: str, notes: list[str], fingerprint: str
+    ) -> None:
+        super().__init__(place, [row_group.text_bytes for row_group in row_groups])
+        self._row_groups, self._column = row_groups, column
+        self.notes, self.fingerprint = notes, fingerprint
+
+    def build_shard(self, stretch: Stretch) -> RowGroupShard:
+        begin, end = stretch.after or {"row": 0}, stretch.until or {"row": None}
+        row_group = self._row_groups[stretch.number]
+        return RowGroupShard(row_group, stretch.number, self._column, begin["row"], end["row"])
+
+    def readers(self, share: Share) -> list[Reader]:
+        stretches = find_bounds(share.span, len(self._sizes)).stretches()
+        shards = [self.build_shard(stretch) for stretch in stretches]
+
+        def build(count: int) -> list[Reader]:
+            borders = choose_borders([shard.size for shard in shards], count)
+            return [
+                ShardReader([self.build_shard(stretch) for stretch in stretches[begin:end]], share, lane)
+                for lane, (begin, end) in enumerate(pairwise(borders))
+            ]
+
+        large_enough = sum(shard.size for shard in shards) // MIN_LANE_BYTES
+        chosen = max(1, min(STREAM_LANES, len(shards), large_enough))
+        return share_out(build, share, most=len(shards), chosen=chosen, place=self._place)
+
+    def count(self) -> int:
+        return self._row_groups[-1].first_row + self._row_groups[-1].num_rows
+
+    def cursor_after(self, number: int) -> State:
+        for place, row_group in enumerate(self._row_groups):
+            if row_group.first_row < number <= row_group.first_row + row_group.num_rows:
+                return {"shard": place, "position": {"row": number - row_group.first_row}}
+        raise too_few(self._place, number, self.count())
+
+
+def open_parquet(files: Sequence[DataFile], spec: SourceSpec) -> ParquetSource:
+    """Parquet files, in the order given.
+
+    Raises:
+        DataError: a file has no footer or not the text column, or all are empty.
+    """
+    skip = spec.on_bad_shard == "skip"
+    with ThreadPoolExecutor(_FOOTER_THREADS) as threads:
+        footers = list(threads.map(lambda file: _read_footer(file, skip), files))
+    read = [footer for footer in footers if footer is not None]
+    if not read:
+        raise DataError(f"dataset.path: no footer of {spec.label} can be read; restore the files")
+    column, note = _choose_column(read[0], spec)
+    row_groups: list[RowGroup] = []
+    first_row = 0
+    for file, footer in zip(files, footers):
+        if footer is None:
+            row_groups.append(RowGroup(file=file, group=0, first_row=first_row, num_rows=0, text_bytes=file.size))
+            continue
+        found = _row_groups(footer, column, first_row)
+        row_groups += found
+        first_row += sum(row_group.num_rows for row_group in found)
+    if not first_row:
+        raise DataError(f"dataset.path: {spec.label} has no text: all of its {len(files)} files are empty")
+    fingerprint = fingerprint_files(files, skip_unreadable=skip)
+    return ParquetSource(row_groups, column, place=spec.label, notes=[note], fingerprint=fingerprint)
+
+
+def _read_footer(file: DataFile, skip: bool) -> _Footer | None:
+    try:
+        with file.open_raw() as raw:
+            opened = pq.ParquetFile(raw)
+            return _Footer(file=file, schema=opened.schema_arrow, metadata=opened.metadata)
+    except _FAULTS as error:
+        if is_transient(error):
+            raise
+        if skip:
+            return None
+        raise DataError(cannot_read(file, error)) from error
+
+
+def _choose_column(footer: _Footer, spec: SourceSpec) -> tuple[str, str]:
+    texts = [field.name for field in footer.schema if _is_text(field.type)]
+    others = [field.name for field in footer.schema if not _is_text(field.type)]
+    if spec.text_column is None and not texts and "input_ids" in others:
+        raise DataError(
+            f"dataset.path: {footer.file.url} holds input_ids and no text; tokenised documents are read from folders "
+            'of save_to_disk: `datasets.load_dataset("parquet", data_files=...)["train"].save_to_disk(...)` makes one, '
+            "or tokenise the text again"
+        )
+    return choose_text_column(texts, others, spec.text_column, spec.label)
+
+
+def _row_groups(footer: _Footer, column: str, first_row: int) -> list[RowGroup]:
+    metadata, names = footer.metadata, footer.schema.names
+    if column not in names or not _is_text(footer.schema.field(column).type):
+        raise DataError(
+            f"dataset.text_column: {column!r} is not a text column of {footer.file.url} (columns: {', '.join(names)}); "
+            "every file needs it"
+        )
+    leaf = next(n for n in range(metadata.num_columns) if metadata.schema.column(n).path == column)
+    found = []
+    for group in range(metadata.num_row_groups):
+        described = metadata.row_group(group)
+        if described.num_rows:
+            size = described.column(leaf).total_uncompressed_size
+            rows = described.num_rows
+            found.append(RowGroup(file=footer.file, group=group, first_row=first_row, num_rows=rows, text_bytes=size))
+            first_row += rows
+    return found
+
+
+def _is_text(kind: pa.DataType) -> bool:
+    kind = kind.value_type if pa.types.is_dictionary(kind) else kind
+    return bool(pa.types.is_string(kind) or pa.types.is_large_string(kind) or pa.types.is_string_view(kind))
+
+
+def _texts(values: pa.Array) -> Iterator[Value]:
+    try:
+        yield from [(text, None) for text in values.to_pylist()]
+    except UnicodeDecodeError:
+        for value in values:
+            try:
+                yield value.as_py(), None
+            except UnicodeDecodeError as error:
+                yield None, str(error)
