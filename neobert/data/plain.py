@@ -11,6 +11,7 @@ from neobert.data.spec import SourceSpec
 
 _LOOK_BACK = 1 << 16
 _BORDER = re.compile(rb"\S[^\S\n]*\n[^\S\n]*\n\Z")
+_BLANK_LINES = re.compile(r"\A(?:[^\S\n]*\n)+")
 _LINE_WITH_TEXT = re.compile(rb"\S[^\S\n]*\n\Z")
 
 
@@ -100,5 +101,5 @@ def _entry(raw: bytes, num_lines: int, start: int) -> Entry:
         text = content.decode("utf-8")
     except UnicodeDecodeError as error:
         return Entry(len(raw), num_lines, None, str(error), content.count(b"\n", 0, error.start) + 1)
-    text = text.replace("\r\n", "\n").strip("\r\n")
-    return Entry(len(raw), num_lines, text if text.strip() else None)
+    text = _BLANK_LINES.sub("", text.replace("\r\n", "\n"), count=1).rstrip()
+    return Entry(len(raw), num_lines, text or None)
