@@ -1,4 +1,7 @@
-"""Plain text files: a document is a line, the lines between blank lines, or the whole file (`dataset.sample_by`)."""
+"""Plain text files: a document is a line, the lines between blank lines, or the whole file (`dataset.sample_by`).
+
+Blank lines before a document and white space after it are left out, and Windows line ends become plain ones.
+"""
 
 import re
 from collections.abc import Sequence
