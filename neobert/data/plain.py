@@ -9,7 +9,7 @@ from typing import BinaryIO
 
 from neobert.data.files import DataFile
 from neobert.data.jsonl import Lines
-from neobert.data.lines import BOM, Entry, FileSource, LineFormat, open_file_source
+from neobert.data.lines import BOM, Entry, FileSource, LineFormat, build_file_source, drop_empty_files
 from neobert.data.spec import SourceSpec
 
 _LOOK_BACK = 1 << 16
@@ -91,11 +91,11 @@ SAMPLE_BY: dict[str, LineFormat] = {"line": TextLines(), "paragraph": Paragraphs
 
 def open_text(files: Sequence[DataFile], spec: SourceSpec) -> FileSource:
     """Plain text files, in the order given."""
+    kept, notes = drop_empty_files(files, spec)
     others = ", ".join(word for word in SAMPLE_BY if word != spec.sample_by)
     unit = "file" if spec.sample_by == "document" else spec.sample_by
-    notes = [f"one document a {unit} of plain text (dataset.sample_by: {spec.sample_by}; or {others})"]
-    skip = spec.on_bad_shard == "skip"
-    return open_file_source(files, SAMPLE_BY[spec.sample_by], notes, place=spec.label, skip_unreadable=skip)
+    notes = [f"one document a {unit} of plain text (dataset.sample_by: {spec.sample_by}; or {others})", *notes]
+    return build_file_source(kept, SAMPLE_BY[spec.sample_by], notes, spec)
 
 
 def _entry(raw: bytes, num_lines: int, start: int) -> Entry:
