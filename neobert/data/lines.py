@@ -126,6 +126,15 @@ class FileShard:
                 offset, line, passed = offset + entry.size, line + entry.num_lines, passed + 1
         return {"offset": offset, "line": line}, passed
 
+    def align(self, begin: int) -> State:
+        """The position of the first border between records at or after byte `begin` of a plain file."""
+        try:
+            with self._file.open() as file:
+                return {"offset": self._format.align(file, begin), "line": None}
+        except FAULTS as error:
+            self._check_fault(error)
+            raise
+
     def __del__(self) -> None:
         if self._parked is not None:
             self._parked[1].close()
@@ -242,8 +251,7 @@ class FileSource(ShardedSource):
             left, place = left - self._sizes[place], place + 1
         if not left:
             return {"shard": place, "position": None}
-        with self._files[place].open() as file:
-            return {"shard": place, "position": {"offset": self._format.align(file, left), "line": None}}
+        return {"shard": place, "position": self.build_shard(Stretch(place, None, None)).align(left)}
 
 
 def drop_empty_files(files: Sequence[DataFile], spec: SourceSpec) -> tuple[list[DataFile], list[str]]:

@@ -124,6 +124,13 @@ def test_columns_of_csv(tmp_path):
     assert texts_of(open_source(tmp_path, text_column="body")) == ["some words", "other order"]
 
 
+def test_a_mark_before_the_header(tmp_path):
+    (tmp_path / "a.csv").write_bytes(b"\xef\xbb\xbftext,n\r\none,1\r\n")
+    source = open_source(tmp_path)
+    assert source.notes == ["text from column 'text'"]
+    assert texts_of(source) == ["one"]
+
+
 def test_jsonl_with_a_mark_and_windows_line_ends(tmp_path):
     path = tmp_path / "a.jsonl"
     path.write_bytes(b'\xef\xbb\xbf{"text": "one"}\r\n{"text": "two"}\r\n')
