@@ -46,6 +46,8 @@ def load_table(folder: Path) -> pa.Table:
                 f"dataset.path: {folder} refers to its rows by an index; write it anew with "
                 "`dataset.flatten_indices().save_to_disk(...)`"
             )
+        if not state["_data_files"]:
+            raise DataError(f"dataset.path: {folder} has no documents; write it again, or name another folder")
         tables = [
             pa.ipc.open_stream(pa.memory_map(str(folder / file["filename"]))).read_all()
             for file in state["_data_files"]

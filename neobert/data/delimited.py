@@ -11,7 +11,7 @@ from typing import BinaryIO
 from neobert.data.columns import choose_text_column
 from neobert.data.errors import DataError
 from neobert.data.files import DataFile, cannot_read
-from neobert.data.lines import BOM, FAULTS, Entry, FileSource, open_file_source
+from neobert.data.lines import BOM, FAULTS, Entry, FileSource, build_file_source, drop_empty_files
 from neobert.data.network import is_transient
 from neobert.data.spec import SourceSpec
 from neobert.data.text import ShardFault
@@ -107,8 +107,9 @@ def open_delimited(files: Sequence[DataFile], spec: SourceSpec) -> FileSource:
     Raises:
         DataError: there is no text column.
     """
+    kept, notes = drop_empty_files(files, spec)
     headers: dict[str, list[str]] = {}
-    for file in files:
+    for file in kept:
         try:
             headers[file.url] = read_header(file)
         except FAULTS as error:
@@ -116,25 +117,20 @@ def open_delimited(files: Sequence[DataFile], spec: SourceSpec) -> FileSource:
                 raise
             if spec.on_bad_shard == "error":
                 raise DataError(cannot_read(file, error)) from error
-    columns: list[str] = next((header for header in headers.values() if header), [])
-    notes: list[str] = []
-    column = ""
-    if columns:
-        column, note = choose_text_column(*_kinds(files, headers, columns), spec.text_column, spec.label)
-        notes.append(note)
-        for url, header in headers.items():
-            if header and (column not in header or len(set(header)) < len(header)):
-                raise DataError(
-                    f"dataset.path: the header of {url} is {', '.join(header)}; every file needs column {column!r}, "
-                    "and no name twice"
-                )
-    skip = spec.on_bad_shard == "skip"
-    return open_file_source(files, Delimited(headers, column), notes, place=spec.label, skip_unreadable=skip)
+    first = next((file for file in kept if file.url in headers), None)
+    if first is None:
+        raise DataError(f"dataset.path: no file of {spec.label} can be read; restore the files")
+    column, note = choose_text_column(*_columns(first, headers[first.url]), spec.text_column, spec.label)
+    for url, header in headers.items():
+        if header.count(column) != 1:
+            raise DataError(
+                f"dataset.path: the header of {url} is {', '.join(header)}; every file needs column {column!r}, once"
+            )
+    return build_file_source(kept, Delimited(headers, column), [note, *notes], spec)
 
 
-def _kinds(files: Sequence[DataFile], headers: dict[str, list[str]], columns: list[str]) -> tuple[list[str], list[str]]:
+def _columns(file: DataFile, columns: list[str]) -> tuple[list[str], list[str]]:
     """Columns with text, and the others: the ones whose first records are all numbers or empty."""
-    file = next(file for file in files if headers.get(file.url))
     texts: dict[str, None] = {}
     with file.open() as opened:
         offset = 0

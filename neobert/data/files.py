@@ -7,6 +7,7 @@ opened: a cursor means nothing in another file of the same name.
 
 import glob
 import hashlib
+import io
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -29,6 +30,7 @@ _PACKAGES = {
 }
 _STAMPS = ("ETag", "etag", "blob_id", "md5Hash", "LastModified", "last_modified", "updated", "mtime", "created")
 _FINGERPRINT_BLOCK = 4096
+_REMOTE_BUFFER_BYTES = 1 << 20
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -58,12 +60,12 @@ class DataFile:
         """About how many bytes of text it holds."""
         return self.size * TEXT_RATIO if self.is_compressed else self.size
 
-    def open_raw(self) -> BinaryIO:
-        """The bytes of the file.
+    def check_unchanged(self) -> None:
+        """Raises when there is another file now.
 
         Raises:
-            OSError: it is gone, or cannot be opened.
-            DataError: it is another file now.
+            OSError: it is gone.
+            DataError: it was replaced.
         """
         if self.is_remote:
             fs, path = open_filesystem(self.url)
@@ -76,7 +78,20 @@ class DataFile:
                 f"{self.url} was replaced while it was being read ({self.size} bytes before, {now.size} now); put the "
                 "file of before back and resume, or begin a new run with the new data"
             )
-        return cast(BinaryIO, fs.open(path, "rb")) if self.is_remote else open(self.url, "rb")
+
+    def open_raw(self) -> BinaryIO:
+        """The bytes of the file.
+
+        Raises:
+            OSError: it is gone, or cannot be opened.
+            DataError: it was replaced.
+        """
+        self.check_unchanged()
+        if not self.is_remote:
+            return open(self.url, "rb")
+        fs, path = open_filesystem(self.url)
+        # Files of fsspec look for line ends in Python, which is slow.
+        return io.BufferedReader(fs.open(path, "rb"), _REMOTE_BUFFER_BYTES)
 
     def open(self) -> BinaryIO:
         """The bytes in the file, decompressed by its name."""

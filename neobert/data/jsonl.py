@@ -7,7 +7,7 @@ from typing import Any, BinaryIO
 from neobert.data.columns import choose_text_column
 from neobert.data.errors import DataError
 from neobert.data.files import DataFile, cannot_read
-from neobert.data.lines import BOM, FAULTS, Entry, FileSource, open_file_source
+from neobert.data.lines import BOM, FAULTS, Entry, FileSource, build_file_source, drop_empty_files
 from neobert.data.network import is_transient
 from neobert.data.spec import SourceSpec
 
@@ -69,18 +69,14 @@ def open_jsonl(files: Sequence[DataFile], spec: SourceSpec) -> FileSource:
     Raises:
         DataError: there is no text column, or a file holds an array.
     """
+    kept, notes = drop_empty_files(files, spec)
     text_columns: dict[str, None] = {}
     others: dict[str, None] = {}
-    for record in _sample(files, spec):
+    for record in _sample(kept, spec):
         for name, value in record.items():
             (text_columns if isinstance(value, str) else others)[name] = None
-    if not text_columns and not others and all(file.size == 0 for file in files):
-        column, notes = "", []
-    else:
-        column, note = choose_text_column(list(text_columns), list(others), spec.text_column, spec.label)
-        notes = [note]
-    skip = spec.on_bad_shard == "skip"
-    return open_file_source(files, JsonLines(column), notes, place=spec.label, skip_unreadable=skip)
+    column, note = choose_text_column(list(text_columns), list(others), spec.text_column, spec.label)
+    return build_file_source(kept, JsonLines(column), [note, *notes], spec)
 
 
 def _sample(files: Sequence[DataFile], spec: SourceSpec) -> list[dict[str, Any]]:

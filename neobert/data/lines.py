@@ -23,6 +23,7 @@ from neobert.data.sharing import (
     find_bounds,
     share_out,
 )
+from neobert.data.spec import SourceSpec
 from neobert.data.text import Reader, Record, Records, ShardFault, ShardReader, Share, Span
 
 BOM = b"\xef\xbb\xbf"
@@ -125,18 +126,31 @@ class FileShard:
                 offset, line, passed = offset + entry.size, line + entry.num_lines, passed + 1
         return {"offset": offset, "line": line}, passed
 
+    def align(self, begin: int) -> State:
+        """The position of the first border between records at or after byte `begin` of a plain file."""
+        try:
+            with self._file.open() as file:
+                return {"offset": self._format.align(file, begin), "line": None}
+        except FAULTS as error:
+            self._check_fault(error)
+            raise
+
     def __del__(self) -> None:
         if self._parked is not None:
             self._parked[1].close()
 
     def _open(self, offset: int | None) -> tuple[BinaryIO, int]:
         parked, self._parked = self._parked, None
-        if parked is not None:
-            if parked[0] == offset:
-                return parked[1], parked[0]
-            parked[1].close()
-        file, start = None, self._begin if offset is None else offset
+        start = self._begin if offset is None else offset
+        file: BinaryIO | None = None
         try:
+            if parked is not None:
+                file = parked[1]
+                if parked[0] == offset:
+                    if not self._file.is_remote:
+                        self._file.check_unchanged()
+                    return file, start
+                file.close()
             file = self._file.open()
             if self._file.is_compressed:
                 skip_bytes(file, start)
@@ -237,24 +251,32 @@ class FileSource(ShardedSource):
             left, place = left - self._sizes[place], place + 1
         if not left:
             return {"shard": place, "position": None}
-        with self._files[place].open() as file:
-            return {"shard": place, "position": {"offset": self._format.align(file, left), "line": None}}
+        return {"shard": place, "position": self.build_shard(Stretch(place, None, None)).align(left)}
 
 
-def open_file_source(
-    files: Sequence[DataFile], form: LineFormat, notes: Sequence[str], *, place: str, skip_unreadable: bool
-) -> FileSource:
-    """A source over the files that are not empty.
+def drop_empty_files(files: Sequence[DataFile], spec: SourceSpec) -> tuple[list[DataFile], list[str]]:
+    """The files with something in them, and a note about the others.
 
     Raises:
-        DataError: all files are empty, or one cannot be read.
+        DataError: all of them are empty.
     """
     kept = [file for file in files if not _is_empty(file)]
     if not kept:
-        raise DataError(f"dataset.path: {place} has no text: all of its {len(files)} files are empty")
-    left_out = [] if len(kept) == len(files) else [f"{len(files) - len(kept)} empty files are passed over"]
-    fingerprint = fingerprint_files(kept, skip_unreadable=skip_unreadable)
-    return FileSource(kept, form, place=place, notes=[*notes, *left_out], fingerprint=fingerprint)
+        raise DataError(f"dataset.path: {spec.label} has no text: all of its {len(files)} files are empty")
+    num_empty = len(files) - len(kept)
+    return kept, [f"{num_empty} empty files are passed over"] if num_empty else []
+
+
+def build_file_source(
+    files: Sequence[DataFile], form: LineFormat, notes: Sequence[str], spec: SourceSpec
+) -> FileSource:
+    """A source over files of one format.
+
+    Raises:
+        DataError: one cannot be read, and `spec.on_bad_shard` is error.
+    """
+    fingerprint = fingerprint_files(files, skip_unreadable=spec.on_bad_shard == "skip")
+    return FileSource(files, form, place=spec.label, notes=list(notes), fingerprint=fingerprint)
 
 
 def _is_empty(file: DataFile) -> bool:

@@ -109,6 +109,8 @@ class RowGroupShard:
         parked, self._parked = self._parked, None
         if parked is not None:
             if parked[0] == row:
+                if not self._row_group.file.is_remote:
+                    self._row_group.file.check_unchanged()
                 return parked[1], parked[2]
             parked[1].close()
         file = self._row_group.file.open_raw()

@@ -1,4 +1,7 @@
-"""Plain text files: a document is a line, the lines between blank lines, or the whole file (`dataset.sample_by`)."""
+"""Plain text files: a document is a line, the lines between blank lines, or the whole file (`dataset.sample_by`).
+
+Blank lines before a document and white space after it are left out, and Windows line ends become plain ones.
+"""
 
 import re
 from collections.abc import Sequence
@@ -6,11 +9,12 @@ from typing import BinaryIO
 
 from neobert.data.files import DataFile
 from neobert.data.jsonl import Lines
-from neobert.data.lines import BOM, Entry, FileSource, LineFormat, open_file_source
+from neobert.data.lines import BOM, Entry, FileSource, LineFormat, build_file_source, drop_empty_files
 from neobert.data.spec import SourceSpec
 
 _LOOK_BACK = 1 << 16
 _BORDER = re.compile(rb"\S[^\S\n]*\n[^\S\n]*\n\Z")
+_BLANK_LINES = re.compile(r"\A(?:[^\S\n]*\n)+")
 _LINE_WITH_TEXT = re.compile(rb"\S[^\S\n]*\n\Z")
 
 
@@ -87,11 +91,11 @@ SAMPLE_BY: dict[str, LineFormat] = {"line": TextLines(), "paragraph": Paragraphs
 
 def open_text(files: Sequence[DataFile], spec: SourceSpec) -> FileSource:
     """Plain text files, in the order given."""
+    kept, notes = drop_empty_files(files, spec)
     others = ", ".join(word for word in SAMPLE_BY if word != spec.sample_by)
     unit = "file" if spec.sample_by == "document" else spec.sample_by
-    notes = [f"one document a {unit} of plain text (dataset.sample_by: {spec.sample_by}; or {others})"]
-    skip = spec.on_bad_shard == "skip"
-    return open_file_source(files, SAMPLE_BY[spec.sample_by], notes, place=spec.label, skip_unreadable=skip)
+    notes = [f"one document a {unit} of plain text (dataset.sample_by: {spec.sample_by}; or {others})", *notes]
+    return build_file_source(kept, SAMPLE_BY[spec.sample_by], notes, spec)
 
 
 def _entry(raw: bytes, num_lines: int, start: int) -> Entry:
@@ -100,5 +104,5 @@ def _entry(raw: bytes, num_lines: int, start: int) -> Entry:
         text = content.decode("utf-8")
     except UnicodeDecodeError as error:
         return Entry(len(raw), num_lines, None, str(error), content.count(b"\n", 0, error.start) + 1)
-    text = text.replace("\r\n", "\n").strip("\r\n")
-    return Entry(len(raw), num_lines, text if text.strip() else None)
+    text = _BLANK_LINES.sub("", text.replace("\r\n", "\n"), count=1).rstrip()
+    return Entry(len(raw), num_lines, text or None)

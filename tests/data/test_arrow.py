@@ -140,3 +140,32 @@ def test_large_strings(tmp_path):
 
 def test_lanes_are_at_least_a_window(tmp_path):
     assert [choose_indexed_lanes(n, 1024) for n in (0, 1000, 2048, 10**9)] == [1, 1, 2, arrow.INDEXED_LANES]
+
+
+@pytest.mark.parametrize("num_files", [1, 3])
+def test_pieces_know_their_document(tmp_path, tokenizer, num_files):
+    assert TokenStore(save(tmp_path / "whole", DOCUMENTS), tokenizer).document_numbers is None
+    documents = Dataset.from_dict({"input_ids": DOCUMENTS, "document": [0, 0, 1, 2, 2]})
+    documents.save_to_disk(tmp_path / "pieces", num_shards=num_files)
+    store = TokenStore(tmp_path / "pieces", tokenizer)
+    assert store.count() == 5
+    assert store.document_numbers.tolist() == [0, 0, 1, 2, 2]
+    assert store.document_numbers.dtype == np.int64
+    assert store.document_numbers.flags.owndata == (num_files > 1)
+
+
+@pytest.mark.parametrize("special_tokens", [True, False])
+def test_the_manifest_says_whether_special_tokens_are_on_disk(tmp_path, tokenizer, special_tokens):
+    """Bare documents that begin like wrapped ones: only the manifest can tell."""
+    writer = TokenWriter(tmp_path / "d")
+    writer.add(np.array([tokenizer.cls_id, 7, tokenizer.sep_id], dtype=np.int32))
+    writer.close({"special_tokens": special_tokens})
+    store = TokenStore(tmp_path / "d", tokenizer)
+    assert contents(store) == ([[7]] if special_tokens else [[tokenizer.cls_id, 7, tokenizer.sep_id]])
+    assert store.all_lengths().tolist() == ([1] if special_tokens else [3])
+
+
+def test_a_folder_without_documents(tmp_path):
+    Dataset.from_dict({"text": []}, features=Features({"text": Value("string")})).save_to_disk(tmp_path / "d")
+    with pytest.raises(DataError, match=r"d has no documents"):
+        ArrowTexts(tmp_path / "d", None)

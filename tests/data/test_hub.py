@@ -1,12 +1,13 @@
 import pytest
+from huggingface_hub import errors as hf_errors
 
 from neobert.data import hub
 from neobert.data.errors import DataError
-from neobert.data.hub import HubShard, open_hub, pin_hub
+from neobert.data.hub import HubShard, HubSource, open_hub, pin_hub
 from neobert.data.sharing import Stretch
 from neobert.data.sources import list_splits
 from neobert.data.spec import SourceSpec
-from neobert.data.text import Share, Span
+from neobert.data.text import BadShard, Share, Span
 
 
 @pytest.fixture
@@ -86,3 +87,104 @@ def test_a_hub_data_set_is_pinned_to_its_commit(section, monkeypatch, tmp_path):
     source = open_hub(pin_hub(SourceSpec(name="some/data", revision="main")), "train")
     assert (asked["name"], asked["revision"], asked["split"]) == ("some/data", "c0ffee", "train")
     assert "dataset.revision: c0ffee stays on it" in source.notes[-1]
+
+
+class FakeShard:
+    """A data set of the library that cannot tell its state."""
+
+    num_shards, features = 2, None
+
+    def __init__(self, index=None):
+        self._index = index
+
+    def select_columns(self, names):
+        return self
+
+    def shard(self, num_shards, index):
+        return FakeShard(index)
+
+    def state_dict(self):
+        raise NotImplementedError("no state here")
+
+    def load_state_dict(self, state):
+        raise AssertionError("there is no state to load")
+
+    def __iter__(self):
+        yield from ({"text": f"shard {self._index} text {n}"} for n in range(200))
+
+
+def test_without_a_state_records_are_passed_over_by_counting(monkeypatch, caplog):
+    source = HubSource(FakeShard(), column=None, place="some/data", fingerprint="sha256:0")
+    records = list(source.records())
+    assert len(records) == 400
+    assert records[150].cursor == {"shard": 0, "position": {"state": None, "skip": 151, "done": 151}}
+    for place in (0, 63, 64, 150, 199, 200, 398):
+        assert list(source.records(Span(after=records[place].cursor))) == records[place + 1 :]
+    ticks = iter(range(0, 10**6, 7))
+    monkeypatch.setattr(hub.time, "monotonic", lambda: next(ticks))
+    with caplog.at_level("INFO"):
+        next(source.records(Span(after=records[99].cursor)))
+    assert "shard 0: passed over 2 of 100 records in 14 s" in caplog.messages[0]
+    assert "passed over 100 records in" in caplog.messages[-1]
+    assert "keeps no state" in caplog.messages[-1]
+
+
+def test_a_shard_that_the_library_cannot_read(section):
+    class Damaged(FakeShard):
+        def shard(self, num_shards, index):
+            return Damaged(index)
+
+        def __iter__(self):
+            yield {"text": "one"}
+            if self._index == 0:
+                raise ValueError("the file is damaged")
+
+    source = HubSource(Damaged(0), column="text", place="some/data", fingerprint="sha256:0")
+    (reader,) = source.readers(Share(seed=0, num_lanes=1, shuffle=False))
+    with pytest.raises(BadShard, match=r"shard 0 of the data set .*ValueError: the file is damaged") as failure:
+        list(reader.read(0, reader.start()))
+    assert failure.value.shard == 0
+    assert [record.text for record in reader.read(0, failure.value.next_cursor)] == ["one"]
+
+
+@pytest.mark.parametrize(
+    ("error", "words"),
+    [
+        (hf_errors.GatedRepoError, r"Accept its terms on the hub, then log in with `hf auth login` or set HF_TOKEN"),
+        (hf_errors.RepositoryNotFoundError, r"Check the spelling; for a private one log in"),
+        (hf_errors.RevisionNotFoundError, r"dataset.revision must be a branch, tag or commit"),
+    ],
+)
+def test_what_the_hub_refuses_is_explained(error, words, monkeypatch):
+    def refuse(*args, **kwargs):
+        raise error("it said no", response=type("Response", (), {"headers": {}, "request": None, "status_code": 403})())
+
+    monkeypatch.setattr(hub.HfApi, "dataset_info", refuse)
+    with pytest.raises(DataError, match=rf"dataset.name: nobody/nothing cannot be loaded: .*{words}"):
+        list_splits(SourceSpec(name="nobody/nothing"))
+
+
+def test_a_revision_that_moves_during_the_start(section, monkeypatch):
+    """The commit is asked for once; splits and documents are read at that one."""
+    commits, asked = iter(["sha-one", "sha-two", "sha-three"]), []
+
+    class Api:
+        def dataset_info(self, name, revision):
+            return type("Info", (), {"sha": next(commits)})
+
+    real = hub.load_dataset
+    monkeypatch.setattr(hub, "HfApi", Api)
+    monkeypatch.setattr(
+        hub, "get_dataset_split_names", lambda *a, **kw: asked.append(kw["revision"]) or ["train", "test"]
+    )
+    monkeypatch.setattr(
+        hub,
+        "load_dataset",
+        lambda *a, **kw: asked.append(kw["revision"]) or real(section.name, split="train", streaming=True),
+    )
+    found = list_splits(SourceSpec(name="some/data"))
+    prints = {found[name](None).fingerprint for name in ("train", "test")}
+    assert asked == ["sha-one"] * 3
+    assert len(prints) == 2
+    other = list_splits(SourceSpec(name="some/data"))["train"](None).fingerprint
+    assert other not in prints
