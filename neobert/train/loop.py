@@ -8,6 +8,7 @@ import torch
 
 from neobert.config.schema import Config
 from neobert.data.order import step_seed
+from neobert.testing.faults import fault_point
 from neobert.train.checkpoint import complete_save, save_checkpoint, save_is_due
 from neobert.train.evaluate import evaluate
 from neobert.train.finish import finish
@@ -51,6 +52,7 @@ def pretrain(config: Config) -> RunResult:
         if save_is_due(run, state.step):
             save_checkpoint(run, state)
         complete_save(run)  # Of a save in the background that is written by now.
+        fault_point("step.done", state.step)
         if run.committer.gave_up:
             reason = "disk"
             break
