@@ -12,8 +12,7 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from neobert.config.load import config_to_yaml
-from neobert.config.secrets import scrub
+from neobert.config.load import config_to_yaml, without_secrets
 from neobert.data.loader import merge_states
 from neobert.data.tokenizer import tokenizer_info
 from neobert.train.commit import Outcome, Write
@@ -116,8 +115,9 @@ def _build_files(run: Run, state: TrainState, data_state: dict[str, Any], backgr
         return files
     weights = {name: copy(tensor).cpu().contiguous() for name, tensor in run.module.state_dict().items()}
     schedule = {"name": run.config.scheduler.name, "step": state.step, "lr": run.schedule(state.step)}
+    config_text = config_to_yaml(without_secrets(run.config))
     texts = {
-        "config.yaml": scrub(config_to_yaml(run.config)),
+        "config.yaml": config_text,
         "model_config.json": json.dumps(run.model_config.to_dict(), indent=2) + "\n",
         "tokenizer_info.json": json.dumps(tokenizer_info(run.tokenizer), indent=2) + "\n",
         "train_state.json": json.dumps(_describe_state(run, state, data_state)) + "\n",
@@ -199,7 +199,7 @@ def _describe_state(run: Run, state: TrainState, data_state: dict[str, Any]) -> 
         "tokenizer_digest": run.tokenizer.digest,
         "special_ids": list(run.tokenizer.special_ids),
         "optimizer_groups": describe_groups(run.optimizer.param_groups),
-        "config_digest": "sha256:" + sha256(scrub(config_to_yaml(run.config)).encode()).hexdigest(),
+        "config_digest": "sha256:" + sha256(config_to_yaml(without_secrets(run.config)).encode()).hexdigest(),
         "world_size": run.runtime.world,
         "torch_version": torch.__version__,
         "versions": {name: version(name) for name in PACKAGES},

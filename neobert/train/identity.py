@@ -19,9 +19,9 @@ from dataclasses import asdict, dataclass
 from typing import Any, Literal
 
 from neobert.config.fields import FIELDS
+from neobert.config.load import without_secrets
 from neobert.config.resume_rules import DECLARED, FIXED, HELD_OUT, ORDER, SOURCE
 from neobert.config.schema import Config
-from neobert.config.secrets import scrub
 from neobert.data.loader import OrderIdentity
 from neobert.model.config import ModelConfig
 from neobert.train.runtime import StartupError
@@ -117,8 +117,8 @@ def build_facts(
     Args:
         order: fields of `OrderIdentity`, as it is now or as the checkpoint's data state holds them.
     """
-    values = {key: field.value_in(config) for key, field in FIELDS.items()}
-    facts = {key: scrub(value) if isinstance(value, str) else value for key, value in values.items()}
+    public = without_secrets(config)
+    facts = {key: field.value_in(public) for key, field in FIELDS.items()}
     facts |= {f"model.{name}": value for name, value in asdict(model).items()}
     facts |= {key: order[name] for name, key in _ORDER_FACTS.items() if name in order}
     if not config.datacollator.pack_sequences:

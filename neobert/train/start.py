@@ -7,9 +7,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any, TypeVar
 
-from neobert.config.load import ConfigError, config_to_yaml, load_config
+from neobert.config.load import ConfigError, config_to_yaml, load_config, without_secrets
 from neobert.config.schema import Config
-from neobert.config.secrets import scrub
 from neobert.train.console import Reporter
 from neobert.train.lock import acquire_lock, check_shared, release_lock
 from neobert.train.runtime import Runtime, StartupError
@@ -227,5 +226,5 @@ def write_config(config: Config, runtime: Runtime, output_dir: Path) -> None:
     """Writes `config.yaml`, when everything was built: a start that failed leaves no trace of a run."""
     if runtime.is_main:
         temporary = output_dir / ".config.yaml.tmp"
-        temporary.write_text(scrub(config_to_yaml(config)))
+        temporary.write_text(config_to_yaml(without_secrets(config)))
         temporary.replace(output_dir / "config.yaml")
