@@ -47,6 +47,7 @@ _ORDER_FACTS = {
 }
 """Field of `OrderIdentity` -> the key that makes it; `packing` comes from two keys, which are facts themselves."""
 
+_FULL_ROWS = "trainer.enforce_full_packed_batches"
 _OF_THE_START = ("trainer.resume_from_checkpoint", "trainer.resume_allow", "trainer.overwrite_output_dir")
 _FOLLOW_THE_SOURCE = ("dataset.num_lanes", "dataset.window_documents")
 _MASKING = ("datacollator.mlm_probability", "datacollator.mask_all")
@@ -122,7 +123,7 @@ def build_facts(
     facts |= {f"model.{name}": value for name, value in asdict(model).items()}
     facts |= {key: order[name] for name, key in _ORDER_FACTS.items() if name in order}
     if not config.datacollator.pack_sequences:
-        facts["trainer.enforce_full_packed_batches"] = None  # It decides about packed rows only.
+        facts[_FULL_ROWS] = None  # It decides about packed rows only.
     facts[BATCH] = rows_per_step
     facts[FINGERPRINT], facts[TOKENIZER] = fingerprint, tokenizer_digest
     facts[SPECIAL_IDS] = None if special_ids is None else list(special_ids)
@@ -144,7 +145,7 @@ def compare(saved: Facts, now: Facts, allow: Sequence[str], *, same_ranks: bool)
         if key in changed and key not in _OF_THE_START
     )
     used = {d.key for d in differences if d.kind == "declared"}
-    next_fit = now["datacollator.pack_sequences"] and not now["trainer.enforce_full_packed_batches"]
+    next_fit = now["datacollator.pack_sequences"] and not now[_FULL_ROWS]
     moved = changed & {*ORDER, *_MASKING, BATCH, FINGERPRINT}
     return Comparison(
         differences=differences,
@@ -156,6 +157,8 @@ def compare(saved: Facts, now: Facts, allow: Sequence[str], *, same_ranks: bool)
 def _differs(key: str, saved: Any, now: Any) -> bool:
     if saved is None and key in (SPECIAL_IDS, GROUPS):
         return False  # Not recorded by an earlier version.
+    if key == _FULL_ROWS and None in (saved, now):
+        return False  # One of the two does not pack; that difference is told already.
     return (list(saved) if isinstance(saved, tuple) else saved) != (list(now) if isinstance(now, tuple) else now)
 
 

@@ -52,8 +52,8 @@ def resume_or_start(run: Run) -> TrainState:
         return TrainState()
     comparison = compare_with_checkpoint(run)
     check_comparison(comparison, str(run.checkpoint), advice_on_batch=_advise_on_batch(run, run.saved))
-    _load_weights(run, run.checkpoint)
-    _load_optimizer(run, run.checkpoint)
+    load_weights(run, run.checkpoint)
+    load_optimizer(run, run.checkpoint)
     _check_counters(run.checkpoint, run.saved)
     _load_rng_state(run, run.checkpoint, run.saved)
     known = {f.name for f in fields(TrainState)}
@@ -130,7 +130,12 @@ def _advise_on_batch(run: Run, saved: Mapping[str, Any]) -> str:
     return f"the checkpoint was trained with {rows} rows a step; this start would use {run.rows_per_step}; {advice}"
 
 
-def _load_weights(run: Run, checkpoint: Path) -> None:
+def load_weights(run: Run, checkpoint: Path) -> None:
+    """The checkpoint's weights into the module.
+
+    Raises:
+        StartupError: the file cannot be read.
+    """
     path = checkpoint / "model.safetensors"
     try:
         weights = load_file(path)
@@ -140,7 +145,12 @@ def _load_weights(run: Run, checkpoint: Path) -> None:
     run.module.check_tied()
 
 
-def _load_optimizer(run: Run, checkpoint: Path) -> None:
+def load_optimizer(run: Run, checkpoint: Path) -> None:
+    """The checkpoint's moments and counts into the optimizer.
+
+    Raises:
+        StartupError: the file is damaged.
+    """
     # The checkpoint's groups bring their weight decay, betas and eps along; those of the config hold.
     wanted = [{k: v for k, v in group.items() if k != "params"} for group in run.optimizer.param_groups]
     run.optimizer.load_state_dict(load_pickle(checkpoint / "optimizer.bin", run.runtime.device))
