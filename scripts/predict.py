@@ -7,6 +7,7 @@ import sys
 
 from neobert.inference.fill_mask import fill_mask
 from neobert.inference.load import load_masked_lm
+from neobert.weights.manifest import CheckpointError
 
 
 def main() -> int:
@@ -20,7 +21,7 @@ def main() -> int:
     try:
         model, tokenizer = load_masked_lm(arguments.model, device=arguments.device)
         results = fill_mask(model, tokenizer, arguments.text, top_k=arguments.top_k)
-    except (FileNotFoundError, ValueError) as error:
+    except (FileNotFoundError, ValueError, CheckpointError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
     for result in results:

@@ -84,6 +84,8 @@ def run(line: str, workplace: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         words, target = words[: words.index(">")], words[-1]
     if "pretrain.py" in line:
         words += TINY
+    if "save_cost.py" in line:
+        words += ["--hidden-size", "64", "--num-layers", "1", "--vocab-size", "512", "--repeats", "1"]
     monkeypatch.chdir(workplace)
     if words[0] == "torchrun":
         launch = [sys.executable, "-m", "torch.distributed.run", "--master_port", "29533", *words[1:]]
@@ -142,3 +144,12 @@ def test_the_first_two_blocks_of_the_readme_are_the_two_commands() -> None:
     assert "configs/pretraining/quickstart.yaml" in first
     assert second.rstrip().endswith("pytest")
     assert all("venv" in block and "pip install" in block for block in (first, second))
+
+
+def test_the_tests_that_the_fault_matrix_names_exist() -> None:
+    named = set(re.findall(r"\btest_\w+(?=\.py::|`|\[)", (ROOT / "docs" / "data-and-resume.md").read_text()))
+    named |= set(re.findall(r"::(test_\w+)", (ROOT / "docs" / "data-and-resume.md").read_text()))
+    assert len(named) > 30
+    sources = [path.read_text() for path in (ROOT / "tests").rglob("test_*.py")]
+    files = {path.stem for path in (ROOT / "tests").rglob("test_*.py")}
+    assert {n for n in named if n not in files and not any(f"def {n}(" in s for s in sources)} == set()

@@ -23,6 +23,7 @@ from neobert.config.fields import FIELDS, SECTIONS
 from neobert.config.leaves import LeafError, parse_value
 from neobert.config.refused import RENAMED, find_refusal, is_below_known_name
 from neobert.config.schema import Config
+from neobert.config.secrets import scrub
 from neobert.config.source import Leaf, Tree, YamlError, parse_yaml
 from neobert.config.validate import BUDGETS, validate
 from neobert.config.variables import VariableError, escape_variables, substitute
@@ -88,6 +89,18 @@ def config_to_yaml(config: Config) -> str:
         place = tree.setdefault(section, {}) if section else tree
         place[name] = _to_plain(entry.value_in(config))
     return yaml.dump(tree, Dumper=_Dumper, sort_keys=False, allow_unicode=True, width=120)
+
+
+def without_secrets(config: Config) -> Config:
+    """The config as it is written to disk: texts scrubbed, all but the sentences that the model is to complete."""
+    values = {key: entry.value_in(config) for key, entry in FIELDS.items()}
+    return build_config({k: v if k == "trainer.fill_mask_texts" else _scrub(v) for k, v in values.items()})
+
+
+def _scrub(value: Any) -> Any:
+    if isinstance(value, tuple):
+        return tuple(_scrub(item) for item in value)
+    return scrub(value) if isinstance(value, str) else value
 
 
 def save_config(config: Config, path: str | Path) -> None:

@@ -81,16 +81,12 @@ LATER: dict[str, str] = {
     "pretrained_checkpoint": "evaluation of a checkpoint on benchmarks is not available yet",
     "scheduler.cooldown_percent": "write scheduler.decay_percent, the end of a cosine or linear decay",
     "scheduler.cooldown_steps": "write scheduler.decay_steps, the end of a cosine or linear decay",
-    "trainer.async_save": "checkpoints are written before training goes on",
     "trainer.deterministic": "runs on a CPU are deterministic; on a GPU the last bits may differ",
     "trainer.detect_anomaly": "not available yet",
     "trainer.max_hours": "write trainer.max_steps or trainer.max_tokens",
     "trainer.profiler_steps": "profiling is not available yet",
     "trainer.profiler_steps_start": "profiling is not available yet",
     "trainer.replay_audit": "not available yet",
-    "trainer.resume_allow": "settings that change the data or the model must stay the same on resume",
-    "trainer.save_best": "the newest trainer.save_total_limit checkpoints are kept",
-    "trainer.save_milestone_steps": "the newest trainer.save_total_limit checkpoints are kept",
 }
 """Key of a feature that is not there -> what to do without it. A key covers everything below it."""
 

@@ -42,7 +42,11 @@ class TrainerSection:
 
     resume_from_checkpoint: str | None = None
     """`latest` (or true, auto), a step, or the path of a checkpoint; null (or false) starts fresh. `latest` with no
-    checkpoint there starts fresh and says so."""
+    checkpoint there starts fresh and says so; with damaged ones it takes the newest that is whole."""
+
+    resume_allow: tuple[str, ...] = ()
+    """Keys that may differ from the checkpoint's on resume although they change what is learned, for example
+    `[dataset.max_seq_length, optimizer.weight_decay]`. The error of a resume names those it needs."""
 
     save_model: bool = True
     """false: write no checkpoint at all, not even at the end."""
@@ -54,7 +58,21 @@ class TrainerSection:
     """Steps between checkpoints; 0 saves only at the end."""
 
     save_total_limit: int | None = 3
-    """Newest checkpoints to keep; null or 0 keeps all."""
+    """Newest checkpoints to keep; null or 0 keeps all. Damaged ones do not count."""
+
+    save_milestone_steps: tuple[int, ...] = ()
+    """Steps that are saved and kept for ever, whatever `save_steps` and `save_total_limit` say."""
+
+    save_milestone_every: int | None = None
+    """Every multiple of this is saved and kept for ever; null: none."""
+
+    save_best: bool = False
+    """Also keep the checkpoint with the lowest evaluation loss. Saves must be evaluated: `save_steps` is a multiple of
+    `eval_steps`."""
+
+    async_save: bool = False
+    """Copy the state, then write the checkpoint while training goes on. Needs memory for one more copy of weights and
+    optimizer."""
 
     eval_strategy: Literal["steps", "no"] = "steps"
     """no: evaluate only at the end, as `eval_steps: 0`."""

@@ -9,6 +9,7 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 from neobert.config.fields import FIELDS
+from neobert.config.resume_rules import ALLOWED, FIXED
 from neobert.config.schema import Config
 
 BUDGETS = ("trainer.max_steps", "trainer.max_tokens", "trainer.num_train_epochs")
@@ -44,6 +45,7 @@ _RANGES: tuple[tuple[str, _Test, tuple[str, ...]], ...] = (
             "trainer.gradient_accumulation_steps",
             "trainer.global_batch_size",
             "trainer.eval_max_batches",
+            "trainer.save_milestone_every",
         ),
     ),
     (
@@ -93,6 +95,7 @@ _RANGES: tuple[tuple[str, _Test, tuple[str, ...]], ...] = (
         ("scheduler.warmup_percent", "scheduler.decay_percent"),
     ),
     ("must both be at least 0 and less than 1", lambda x: all(0 <= b < 1 for b in x), ("optimizer.betas",)),
+    ("must be steps of at least 1", lambda x: all(step >= 1 for step in x), ("trainer.save_milestone_steps",)),
     ("must be less than 2**63", lambda x: x < 2**63, ("seed", "trainer.eval_seed")),
     (
         "must be at least 3, for [CLS], one token and [SEP]",
@@ -319,6 +322,37 @@ def _check_batch(config: Config) -> Iterator[str]:
         )
 
 
+def _check_saving(config: Config) -> Iterator[str]:
+    trainer = config.trainer
+    writes_steps = trainer.save_model and trainer.save_strategy == "steps"
+    for key, given in (
+        ("trainer.save_milestone_steps", bool(trainer.save_milestone_steps)),
+        ("trainer.save_milestone_every", trainer.save_milestone_every is not None),
+        ("trainer.save_best", trainer.save_best),
+        ("trainer.async_save", trainer.async_save),
+    ):
+        if given and not writes_steps:
+            reason = "trainer.save_model is false" if not trainer.save_model else "trainer.save_strategy is no"
+            yield f"{key}: {FIELDS[key].value_in(config)} has no effect, {reason}; remove one of the two"
+    evaluates = trainer.eval_strategy == "steps" and trainer.eval_steps >= 1
+    saves = trainer.save_best and writes_steps and trainer.save_steps >= 1
+    if saves and not (evaluates and trainer.save_steps % trainer.eval_steps == 0):
+        yield (
+            f"trainer.save_best: true needs an evaluation at every save, but trainer.save_steps = {trainer.save_steps}"
+            f" is not a multiple of trainer.eval_steps = {trainer.eval_steps if evaluates else 0}; make it one"
+        )
+
+
+def _check_resume_allow(config: Config) -> Iterator[str]:
+    for key in config.trainer.resume_allow:
+        if key in FIXED:
+            yield f"trainer.resume_allow: {key} can never change on resume: start a new run with it"
+        elif key in FIELDS and key not in ALLOWED:
+            yield f"trainer.resume_allow: {key} may change without being declared; remove it"
+        elif key not in FIELDS:
+            yield f"trainer.resume_allow: {key} is no key; the keys that can be declared are {', '.join(ALLOWED)}"
+
+
 def _check_schedule(config: Config) -> Iterator[str]:
     schedule = config.scheduler
     for unit in ("steps", "percent"):
@@ -352,6 +386,8 @@ _RULES = (
     _check_rows,
     _check_budget,
     _check_batch,
+    _check_saving,
+    _check_resume_allow,
     _check_schedule,
     _check_device,
 )

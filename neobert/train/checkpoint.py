@@ -1,220 +1,219 @@
-"""Checkpoints: one folder a step that is either complete or not there.
-
-A save writes every file into `checkpoints/.tmp-<step>`, flushes files and folders to disk, and renames the folder to
-`checkpoints/<step>`; a kill at any instant leaves the old checkpoints and perhaps a temporary folder that the next save
-sweeps away. Only rank 0 creates, renames or deletes folders. Pickles are read as plain tensors and numbers only.
-"""
+"""What a checkpoint holds and when it is saved; `commit` has the write protocol, `retention` what is kept."""
 
 import json
-import os
-import shutil
+from collections.abc import Callable
 from dataclasses import asdict
+from hashlib import sha256
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
+from torch import Tensor, nn
 
-from neobert.config.load import config_to_yaml
+from neobert.config.load import config_to_yaml, without_secrets
 from neobert.data.loader import merge_states
 from neobert.data.tokenizer import tokenizer_info
-from neobert.model.config import ModelConfig
+from neobert.train.commit import Outcome, Write
+from neobert.train.identity import describe_groups
+from neobert.train.retention import build_retention, prune
 from neobert.train.run import Run
-from neobert.train.runtime import StartupError
-from neobert.train.start import FORMAT_VERSION, read_train_state
+from neobert.train.start import FORMAT_VERSION, agree
 from neobert.types import TrainState
-from neobert.weights.folder import checkpoint_steps
+from neobert.weights.folder import is_valid
 
-SOURCE_KEYS = ("path", "name", "config", "revision", "streaming", "train_split")
-"""Keys of `dataset` that choose the source: changing one of them on resume starts the data order anew."""
+PACKAGES = ("torch", "transformers", "accelerate", "safetensors", "tokenizers", "numpy")
+"""Whose versions a checkpoint records."""
+
+Copy = Callable[[Tensor], Tensor]
 
 
-def save_checkpoint(run: Run, state: TrainState) -> Path | None:
-    """Writes `checkpoints/<step>` and deletes the oldest ones beyond `trainer.save_total_limit`.
+def save_is_due(run: Run, step: int) -> bool:
+    """Whether a checkpoint is written after this step: every `trainer.save_steps`, and at milestones."""
+    return (run.save_steps > 0 and step % run.save_steps == 0) or build_retention(run.config).is_milestone(step)
 
-    Returns the folder, or None when `trainer.save_model` is false. A step that has a checkpoint is left as it is.
+
+def save_checkpoint(run: Run, state: TrainState, *, wait: bool = False) -> Path | None:
+    """Writes `checkpoints/<step>`; a step that has a valid checkpoint is left as it is. Collective.
+
+    With `trainer.async_save` the state is copied and written while training goes on, and `complete_save` says when it
+    is there; `wait` writes it before returning. A save that fails is reported and leaves everything as it was.
+
+    Returns:
+        The folder when it is there at once, else None.
     """
     if not run.config.trainer.save_model:
         return None
-    folder = run.output_dir / "checkpoints"
-    final, temporary = folder / str(state.step), folder / f".tmp-{state.step}"
-    if final.is_dir():
+    complete_save(run, wait=True)
+    final = run.output_dir / "checkpoints" / str(state.step)
+    if agree(run.runtime, lambda: is_valid(final)):
         return final
+    background = run.config.trainer.async_save and not wait
     with run.tracker.paused():
         data_states = run.runtime.gather_objects(state.data)
-        if run.runtime.is_main:
-            for leftover in folder.glob(".tmp-*"):
-                shutil.rmtree(leftover)
-            temporary.mkdir(parents=True)
-        run.runtime.barrier()
-        _write_rng_state(run, temporary)
-        run.runtime.barrier()
-        if run.runtime.is_main:
-            _write_files(run, state, merge_states(data_states) if state.data else {}, temporary)
-            _flush_tree(temporary)
-            temporary.rename(final)
-            _flush(folder)
-            _prune(run)
-        run.runtime.barrier()
-    run.tracker.event("saved", state.step, path=str(final))
-    run.tracker.say(f"saved {final}/")
-    return final
+        data_state = merge_states(data_states) if state.data else {}
+        run.committer.begin(state.step, _build_files(run, state, data_state, background), background=background)
+    return None if background else complete_save(run, wait=True)
 
 
-def _write_rng_state(run: Run, folder: Path) -> None:
+def complete_save(run: Run, *, wait: bool = False) -> Path | None:
+    """Reports a save that has ended and deletes what it makes superfluous; called after every step. Collective.
+
+    Returns:
+        The new checkpoint; None while a save is being written, when it failed, and when there is none.
+    """
+    outcome = run.committer.poll(wait=wait)
+    if outcome is None:
+        return None
+    if outcome.path is None:
+        _report_failure(run, outcome)
+        return None
+    rate = outcome.num_bytes / 1e9 / max(outcome.seconds, 1e-9)
+    run.tracker.event(
+        "saved", outcome.step, path=str(outcome.path), bytes=outcome.num_bytes, seconds=round(outcome.seconds, 3)
+    )
+    run.tracker.say(f"saved {outcome.path}/ ({outcome.num_bytes / 1e6:,.1f} MB, {rate:.2f} GB/s)")
+    if run.runtime.is_main:
+        try:
+            _, problems = prune(run.output_dir, build_retention(run.config))
+        except OSError as error:
+            problems = [f"old checkpoints could not be looked through: {error}"]
+        for problem in problems:
+            run.tracker.event("prune_failed", outcome.step, problem=problem)
+            run.tracker.warn(f"{problem}; the next save tries again")
+    return outcome.path
+
+
+def _report_failure(run: Run, outcome: Outcome) -> None:
+    assert outcome.problem is not None
+    run.tracker.event("save_failed", outcome.step, problem=outcome.problem)
+    if run.committer.gave_up:
+        after = "this cannot be tried again" if outcome.fatal else "that was the third failure in a row"
+        after += ": the run stops, since it would go on without checkpoints"
+    else:
+        after = "older checkpoints are untouched, training goes on and the next save tries again"
+    run.tracker.warn(f"the checkpoint of step {outcome.step} was not saved: {outcome.problem}; {after}")
+
+
+def estimate_bytes(module: nn.Module) -> int:
+    """Size of a checkpoint before there is one: the weights, and two more of each for the optimizer."""
+    weights = sum(tensor.numel() * tensor.element_size() for tensor in module.state_dict().values())
+    trained = sum(p.numel() * p.element_size() for p in module.parameters() if p.requires_grad)
+    return weights + 2 * trained
+
+
+# ---- what is written ----
+
+
+def _build_files(run: Run, state: TrainState, data_state: dict[str, Any], background: bool) -> dict[str, Write]:
+    """This rank's files as functions that write them; in the background they own everything they write."""
+    copy: Copy = _copy_to_host if background else torch.Tensor.detach
+    random_states = _read_rng_state(run)
+    files: dict[str, Write] = {f"random_states_{run.runtime.rank}.pkl": _saver(random_states)}
+    if not run.runtime.is_main:
+        return files
+    weights = {name: copy(tensor).cpu().contiguous() for name, tensor in run.module.state_dict().items()}
+    schedule = {"name": run.config.scheduler.name, "step": state.step, "lr": run.schedule(state.step)}
+    config_text = config_to_yaml(without_secrets(run.config))
+    texts = {
+        "config.yaml": config_text,
+        "model_config.json": json.dumps(run.model_config.to_dict(), indent=2) + "\n",
+        "tokenizer_info.json": json.dumps(tokenizer_info(run.tokenizer), indent=2) + "\n",
+        "train_state.json": json.dumps(_describe_state(run, state, data_state)) + "\n",
+    }
+    files["model.safetensors"] = lambda path: save_file(weights, path, metadata={"format": "pt"})
+    files["optimizer.bin"] = _saver(map_tensors(run.optimizer.state_dict(), copy))
+    files["scheduler.bin"] = _saver(schedule)
+    files["custom_checkpoint_0.pkl"] = _saver(_count(run, state, data_state))
+    files["tokenizer"] = run.tokenizer.save
+    return files | {name: _text_writer(text) for name, text in texts.items()}
+
+
+def _saver(value: Any) -> Write:
+    return lambda path: torch.save(value, path)
+
+
+def _text_writer(text: str) -> Write:
+    def write(path: Path) -> None:
+        path.write_text(text)
+
+    return write
+
+
+def _copy_to_host(tensor: Tensor) -> Tensor:
+    # `.cpu()` of a CPU tensor is the tensor itself, which the next step overwrites.
+    return tensor.detach().to("cpu", copy=True)
+
+
+def map_tensors(tree: Any, function: Copy) -> Any:
+    """A nest of dicts, lists and tuples with `function` applied to its tensors; containers are made anew."""
+    if isinstance(tree, Tensor):
+        return function(tree)
+    if isinstance(tree, dict):
+        return {key: map_tensors(value, function) for key, value in tree.items()}
+    if isinstance(tree, list | tuple):
+        return type(tree)(map_tensors(value, function) for value in tree)
+    return tree
+
+
+def _read_rng_state(run: Run) -> dict[str, Tensor]:
     # Every step seeds torch from its number, so these states are not needed to continue; they keep the usual layout.
     states = {"torch": torch.get_rng_state()}
     if run.runtime.device.type == "cuda":
         states["cuda"] = torch.cuda.get_rng_state(run.runtime.device)
-    torch.save(states, folder / f"random_states_{run.runtime.rank}.pkl")
+    return states
 
 
-def _write_files(run: Run, state: TrainState, data_state: dict[str, Any], folder: Path) -> None:
-    weights = {name: tensor.detach().cpu().contiguous() for name, tensor in run.module.state_dict().items()}
-    save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
-    torch.save(run.optimizer.state_dict(), folder / "optimizer.bin")
-    schedule = {"name": run.config.scheduler.name, "step": state.step, "lr": run.schedule(state.step)}
-    torch.save(schedule, folder / "scheduler.bin")
-    counters = {"step": state.step, "tokens": state.tokens, "targets": state.targets, "documents": state.documents}
-    torch.save(counters, folder / "custom_checkpoint_0.pkl")
-    (folder / "config.yaml").write_text(config_to_yaml(run.config))
-    (folder / "model_config.json").write_text(json.dumps(run.model_config.to_dict(), indent=2) + "\n")
-    run.tokenizer.save(folder / "tokenizer")
-    (folder / "tokenizer_info.json").write_text(json.dumps(tokenizer_info(run.tokenizer), indent=2) + "\n")
-    saved = {
+def _count(run: Run, state: TrainState, data_state: dict[str, Any]) -> dict[str, int]:
+    """Counters under the names that other trainers use; a batch is one micro-batch of one process."""
+    lanes = data_state.get("lanes", {})
+    all_opened = len(lanes) == data_state.get("num_lanes", 0)
+    epochs = min((lane.get("epoch", 0) for lane in lanes.values()), default=0) if all_opened else 0
+    per_batch = run.config.trainer.per_device_train_batch_size * run.runtime.world
+    batches = data_state.get("next_row", 0) // per_batch
+    in_epoch = batches
+    if epochs and (run.data.num_rows or run.data.num_tokens):
+        slots = run.config.dataset.max_seq_length
+        rows = run.data.num_rows or (run.data.num_tokens or 0) / slots
+        in_epoch = max(0, batches - round(epochs * rows / per_batch))
+    return {
+        "step": state.step,
+        "tokens": state.tokens,
+        "targets": state.targets,
+        "documents": state.documents,
+        "epochs": epochs,
+        "batches": batches,
+        "batches_in_epoch": in_epoch,
+    }
+
+
+def _describe_state(run: Run, state: TrainState, data_state: dict[str, Any]) -> dict[str, Any]:
+    return {
         "version": FORMAT_VERSION,
         **asdict(state),
         "data": data_state,
+        "eval_loss": run.tracker.eval_loss(state.step),
         "rows_per_step": run.rows_per_step,
         "data_fingerprint": run.data.fingerprint,
         "tokenizer_digest": run.tokenizer.digest,
+        "special_ids": list(run.tokenizer.special_ids),
+        "optimizer_groups": describe_groups(run.optimizer.param_groups),
+        "config_digest": "sha256:" + sha256(config_to_yaml(without_secrets(run.config)).encode()).hexdigest(),
         "world_size": run.runtime.world,
         "torch_version": torch.__version__,
+        "versions": {name: version(name) for name in PACKAGES},
+        "lineage": describe_lineage(run),
     }
-    (folder / "train_state.json").write_text(json.dumps(saved) + "\n")
 
 
-def _flush(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
-
-
-def _flush_tree(folder: Path) -> None:
-    # A rename can reach the disk before the data it names: without this a power loss leaves empty files.
-    for parent, _, names in os.walk(folder):
-        for name in names:
-            _flush(Path(parent, name))
-        _flush(Path(parent))
-
-
-def _prune(run: Run) -> None:
-    keep = run.config.trainer.save_total_limit
-    if not keep:
-        return
-    folder = run.output_dir / "checkpoints"
-    for step in checkpoint_steps(run.output_dir)[:-keep]:
-        # Renamed first: a kill in the middle of the deletion must not leave half a checkpoint under a valid name.
-        trash = folder / f".tmp-trash-{step}"
-        (folder / str(step)).rename(trash)
-        shutil.rmtree(trash, ignore_errors=True)
-
-
-def resume_or_start(run: Run) -> TrainState:
-    """The state to go on from: step 0, or the checkpoint chosen at start-up, loaded into model and optimizer.
-
-    Raises:
-        StartupError: the checkpoint does not fit this run; the message names what differs and what to write.
-    """
-    if run.checkpoint is None:
-        run.tracker.begin(TrainState())
-        return TrainState()
-    saved = read_train_state(run.checkpoint)
-    _check_fits(run, saved)
-    run.module.load_state_dict(load_file(run.checkpoint / "model.safetensors"), strict=True)
-    run.module.check_tied()
-    optimizer_state = torch.load(run.checkpoint / "optimizer.bin", map_location=run.runtime.device, weights_only=True)
-    run.optimizer.load_state_dict(optimizer_state)
-    _load_rng_state(run, saved)
-    state = TrainState(**{name: saved[name] for name in ("step", "tokens", "targets", "documents", "data")})
-    if _source_was_switched(run, saved):
-        run.tracker.event("source_switched", state.step, old=saved["data_fingerprint"], new=run.data.fingerprint)
-        run.tracker.warn(
-            "the dataset settings differ from the checkpoint's: model, optimizer, schedule and step continue, "
-            "the data order starts at the first row of the new source"
-        )
-        state = TrainState(step=state.step, tokens=state.tokens, targets=state.targets, documents=state.documents)
-    if run.runtime.is_main and run.checkpoint.parent == run.output_dir / "checkpoints":
-        _supersede_later_steps(run, state.step)
-    run.tracker.begin(state)
-    run.tracker.event("resumed", state.step, path=str(run.checkpoint))
-    return state
-
-
-def _check_fits(run: Run, saved: dict[str, Any]) -> None:
-    assert run.checkpoint is not None
-    theirs = ModelConfig.from_dict(json.loads((run.checkpoint / "model_config.json").read_text())).to_dict()
-    ours = run.model_config.to_dict()
-    differences = [
-        f"model.{k}: the checkpoint has {theirs[k]!r}, the config {ours[k]!r}" for k in ours if ours[k] != theirs[k]
-    ]
-    if differences:
-        raise StartupError(
-            f"{run.checkpoint} holds another architecture:\n  "
-            + "\n  ".join(differences)
-            + "\nwrite the checkpoint's values into the config, or start a new trainer.output_dir"
-        )
-    if saved["rows_per_step"] != run.rows_per_step:
-        per_micro_step = run.config.trainer.per_device_train_batch_size * run.runtime.world
-        accumulation, rest = divmod(saved["rows_per_step"], per_micro_step)
-        advice = (
-            f"write trainer.gradient_accumulation_steps: {accumulation}"
-            if not rest
-            else f"write trainer.global_batch_size: {saved['rows_per_step']} and a trainer.per_device_train_batch_size "
-            f"that divides {saved['rows_per_step']} / {run.runtime.world} processes"
-        )
-        raise StartupError(
-            f"{run.checkpoint} was trained with {saved['rows_per_step']} rows a step; "
-            f"this start would use {run.rows_per_step}; {advice}"
-        )
-
-
-def _source_was_switched(run: Run, saved: dict[str, Any]) -> bool:
-    assert run.checkpoint is not None
-    if saved["data_fingerprint"] == run.data.fingerprint or not saved["data"]:
-        return False
-    from_checkpoint = run.checkpoint_config.dataset if run.checkpoint_config is not None else run.config.dataset
-    if any(getattr(from_checkpoint, key) != getattr(run.config.dataset, key) for key in SOURCE_KEYS):
-        return True
-    raise StartupError(
-        f"the data under this run changed: {run.checkpoint} was trained on a source with fingerprint "
-        f"{saved['data_fingerprint']}, the same settings now find {run.data.fingerprint}; restore the files, or name "
-        "the new source with dataset.path or dataset.name to go on with it from its first row"
-    )
-
-
-def _load_rng_state(run: Run, saved: dict[str, Any]) -> None:
-    assert run.checkpoint is not None
-    path = run.checkpoint / f"random_states_{run.runtime.rank}.pkl"
-    if not path.is_file():
-        if run.runtime.rank < saved["world_size"]:
-            raise StartupError(f"{path} is missing: the checkpoint is damaged, choose another step")
-        return  # More processes than before: every step seeds torch from its number, nothing is lost.
-    states = torch.load(path, map_location="cpu", weights_only=True)
-    torch.set_rng_state(states["torch"])
-    if "cuda" in states and run.runtime.device.type == "cuda":
-        torch.cuda.set_rng_state(states["cuda"], run.runtime.device)
-
-
-def _supersede_later_steps(run: Run, step: int) -> None:
-    """Renames checkpoints of later steps, so that `latest` means the branch that is trained now."""
-    folder = run.output_dir / "checkpoints"
-    for later in checkpoint_steps(run.output_dir):
-        if later > step:
-            target = folder / f".superseded-{later}"
-            if target.exists():
-                shutil.rmtree(target)
-            (folder / str(later)).rename(target)
-            run.tracker.say(f"checkpoint {later} belongs to the old branch: renamed to {target.name}")
+def describe_lineage(run: Run) -> list[dict[str, Any]]:
+    """The resumes that led here, oldest first: the checkpoint, its step, and what was declared."""
+    if run.checkpoint is None or run.saved is None:
+        return []
+    entry = {
+        "checkpoint": str(run.checkpoint),
+        "step": run.saved["step"],
+        "resume_allow": list(run.config.trainer.resume_allow),
+    }
+    return [*run.saved.get("lineage", []), entry]

@@ -1,6 +1,7 @@
 """What a run says: the console, and the same lines as plain text in `training.log`. Only rank 0 speaks."""
 
 import atexit
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -47,7 +48,8 @@ class Reporter:
         if self._file_console is None:
             self._early.append(items)
         else:
-            self._file_console.print(*items, markup=False, soft_wrap=True)
+            with suppress(OSError):  # A full disk costs lines of training.log, not the run.
+                self._file_console.print(*items, markup=False, soft_wrap=True)
 
     def warn(self, text: str) -> None:
         self.say(f"warning: {text}", style="yellow")
@@ -69,5 +71,6 @@ class Reporter:
     def close(self) -> None:
         self.stop_progress()
         if self._file_console is not None:
-            self._file_console.file.close()
+            with suppress(OSError):
+                self._file_console.file.close()
             self._file_console = None

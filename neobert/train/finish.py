@@ -4,6 +4,7 @@ from neobert.data.loader import merge_states
 from neobert.inference.fill_mask import fill_mask
 from neobert.train.checkpoint import save_checkpoint
 from neobert.train.evaluate import evaluate
+from neobert.train.lock import release_lock
 from neobert.train.run import Run
 from neobert.types import TrainState
 
@@ -24,7 +25,7 @@ def finish(run: Run, state: TrainState) -> None:
     passed_over = run.data.counters(merge_states(run.runtime.gather_objects(state.data)))
     if any(passed_over.values()):
         run.tracker.say(f"passed over: {DESCRIPTION.format(**passed_over)}")
-    saved = save_checkpoint(run, state)
+    saved = save_checkpoint(run, state, wait=True)
     texts = run.config.trainer.fill_mask_texts
     if run.runtime.is_main and texts:
         filled = fill_mask(run.module, run.tokenizer, texts, top_k=SHOWN)
@@ -38,4 +39,6 @@ def finish(run: Run, state: TrainState) -> None:
         )
     run.tracker.close()
     run.reporter.close()
+    if run.runtime.is_main:
+        release_lock(run.output_dir)
     run.runtime.close()

@@ -8,10 +8,13 @@ import torch
 
 from neobert.config.schema import Config
 from neobert.data.order import step_seed
-from neobert.train.checkpoint import resume_or_start, save_checkpoint
+from neobert.testing.faults import fault_point
+from neobert.train.checkpoint import complete_save, save_checkpoint, save_is_due
 from neobert.train.evaluate import evaluate
 from neobert.train.finish import finish
+from neobert.train.identity import as_int64, check_next_batch
 from neobert.train.report import announce
+from neobert.train.resume import resume_or_start
 from neobert.train.run import Run, build_run
 from neobert.train.step import train_step
 from neobert.types import StepMetrics, TrainState
@@ -23,7 +26,8 @@ class RunResult:
 
     state: TrainState
     reason: str
-    """`finished`: the budget is spent; `complete`: it was spent before this start."""
+    """`finished`: the budget is spent; `complete`: it was spent before this start; `disk`: checkpoints cannot be
+    written."""
 
 
 def due(step: int, every: int) -> bool:
@@ -45,10 +49,15 @@ def pretrain(config: Config) -> RunResult:
             run.tracker.log(state)
         if due(state.step, run.eval_steps):
             run.tracker.log_eval(state, evaluate(run))
-        if due(state.step, run.save_steps):
+        if save_is_due(run, state.step):
             save_checkpoint(run, state)
+        complete_save(run)  # Of a save in the background that is written by now.
+        fault_point("step.done", state.step)
+        if run.committer.gave_up:
+            reason = "disk"
+            break
     finish(run, state)
-    return RunResult(state=state, reason=reason)
+    return RunResult(state=state, reason="disk" if run.committer.failed else reason)
 
 
 def training_steps(run: Run, state: TrainState) -> Iterator[tuple[TrainState, StepMetrics]]:
@@ -61,11 +70,15 @@ def training_steps(run: Run, state: TrainState) -> Iterator[tuple[TrainState, St
         return
     runtime, trainer = run.runtime, run.config.trainer
     loader = run.data.loader(state.data or None)
+    expected: str | None = state.data.get("next_batch_digest")
     try:
         while state.step < run.num_steps:
             start = time.perf_counter()
             batch = next(loader)
             data_wait = time.perf_counter() - start
+            if expected is not None:
+                check_next_batch(expected, runtime.sum_on_host([as_int64(batch.digest)])[0])
+                expected = None
             num_targets, num_tokens, num_documents, num_slots, attended = runtime.sum_on_host(
                 [batch.num_targets, batch.num_tokens, batch.num_documents, batch.num_slots, batch.attended_tokens]
             )

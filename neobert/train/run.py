@@ -2,11 +2,11 @@
 
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from torch import nn
 from torch.optim import Optimizer
 
-from neobert.config.load import load_config
 from neobert.config.schema import Config
 from neobert.data.pipeline import DataPipeline, build_data, build_tokenizer
 from neobert.data.tokenizer import Tokenizer
@@ -24,9 +24,10 @@ from neobert.train.build import (
     choose_num_steps,
     choose_rows_per_step,
 )
+from neobert.train.commit import Committer
 from neobert.train.console import Reporter
 from neobert.train.runtime import Runtime, build_runtime, check_runtime
-from neobert.train.start import agree_on_start, open_output_dir
+from neobert.train.start import agree_on_start, open_output_dir, read_checkpoint_config, read_train_state
 from neobert.train.tracking import Tracker
 
 
@@ -41,6 +42,9 @@ class Run:
     """Where this start continues from; None for a fresh start."""
 
     checkpoint_config: Config | None
+    saved: dict[str, Any] | None
+    """The checkpoint's `train_state.json`."""
+
     tokenizer: Tokenizer
     data: DataPipeline
     model_config: ModelConfig
@@ -55,6 +59,7 @@ class Run:
     schedule: Schedule
     tracker: Tracker
     reporter: Reporter
+    committer: Committer
     rows_per_step: int
     """Global batch: rows over micro-batches and ranks."""
 
@@ -83,9 +88,11 @@ def build_run(config: Config) -> Run:
     attention = build_attention(config)
     runtime = build_runtime(config)
     rows_per_step = choose_rows_per_step(config, runtime.world)
-    checkpoint = agree_on_start(config, runtime)
+    start = agree_on_start(config, runtime)
+    checkpoint = start.path
     reporter = Reporter(active=runtime.is_main, show_progress=not config.trainer.disable_tqdm)
-    output_dir = open_output_dir(config, runtime, reporter, checkpoint)
+    output_dir = open_output_dir(config, runtime, reporter, start)
+    saved = None if checkpoint is None else read_train_state(checkpoint)
     with runtime.main_first():
         tokenizer = build_tokenizer(config, checkpoint, output_dir)
     model_config = build_model_config(config, tokenizer)
@@ -109,7 +116,8 @@ def build_run(config: Config) -> Run:
         runtime=runtime,
         output_dir=output_dir,
         checkpoint=checkpoint,
-        checkpoint_config=None if checkpoint is None else load_config(checkpoint / "config.yaml"),
+        checkpoint_config=None if checkpoint is None else read_checkpoint_config(checkpoint),
+        saved=saved,
         tokenizer=tokenizer,
         data=data,
         model_config=model_config,
@@ -145,6 +153,7 @@ def build_run(config: Config) -> Run:
             sinks=build_sinks(config, runtime, output_dir, module, reporter),
         ),
         reporter=reporter,
+        committer=Committer(runtime, output_dir),
         rows_per_step=rows_per_step,
         num_steps=num_steps,
     )

@@ -2,52 +2,74 @@
 
 import dataclasses
 import json
+import shutil
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
-from neobert.config.load import config_to_yaml
+from neobert.config.load import ConfigError, config_to_yaml, load_config, without_secrets
 from neobert.config.schema import Config
 from neobert.train.console import Reporter
+from neobert.train.lock import acquire_lock, check_shared, release_lock
 from neobert.train.runtime import Runtime, StartupError
-from neobert.weights.folder import checkpoint_steps, find_checkpoint
+from neobert.weights.folder import Choice, checkpoint_steps, choose_checkpoint, choose_newest
+from neobert.weights.manifest import CheckpointError
 
 FORMAT_VERSION = 1
 """Of `train_state.json`; a change that old checkpoints cannot follow raises it."""
 
+SPACE_FACTOR = 2
+"""Checkpoints that must fit on the disk at the start: the old one goes only when the new one is there."""
 
-def choose_start(config: Config) -> Path | None:
-    """The checkpoint to continue from, or None for a fresh start.
+T = TypeVar("T")
+
+
+def choose_start(config: Config) -> Choice:
+    """The checkpoint to continue from; its path is None for a fresh start.
 
     Raises:
-        StartupError: the folder holds a run and the config neither resumes nor overwrites it, or the named checkpoint
-            is not there.
+        StartupError: the folder holds a run that the config neither resumes nor overwrites, or the named checkpoint
+            is not there or damaged.
     """
     output_dir, resume = Path(config.trainer.output_dir), config.trainer.resume_from_checkpoint
     if resume is None:
-        if holds_run(output_dir) and not config.trainer.overwrite_output_dir:
-            raise StartupError(
-                f"trainer.output_dir: {output_dir} already holds a run; continue it with "
-                "trainer.resume_from_checkpoint: latest, or set trainer.overwrite_output_dir: true to start anew "
-                "(the old run is kept beside it under another name), or choose another trainer.output_dir"
-            )
-        return None
-    if resume == "latest":
-        return find_checkpoint(output_dir)
-    if resume.isdecimal():
-        path = output_dir / "checkpoints" / resume
-        if not (path / "train_state.json").is_file():
+        _check_unused(config, "continue it with trainer.resume_from_checkpoint: latest")
+        return Choice(path=None)
+    try:
+        if resume == "latest":
+            return choose_newest(output_dir)
+        path = output_dir / "checkpoints" / resume if resume.isdecimal() else Path(resume)
+        if resume.isdecimal() and not path.is_dir():
             there = ", ".join(map(str, checkpoint_steps(output_dir))) or "none"
             raise StartupError(
                 f"trainer.resume_from_checkpoint: {resume}, but {path} is not a checkpoint; steps there: {there}"
             )
-        return path
-    found = find_checkpoint(Path(resume))
-    if found is None:
+        choice = choose_checkpoint(path)
+    except CheckpointError as error:
+        raise StartupError(f"trainer.resume_from_checkpoint: {resume}: {error}") from error
+    if choice.path is None:
         raise StartupError(
             f"trainer.resume_from_checkpoint: {resume} is neither a checkpoint folder nor a run folder that has one; "
             "give a step number, a folder, or latest"
         )
-    return found
+    if not is_own(choice.path, output_dir):
+        _check_unused(config, "continue that run with trainer.resume_from_checkpoint: latest")
+    return choice
+
+
+def _check_unused(config: Config, continuing: str) -> None:
+    output_dir = Path(config.trainer.output_dir)
+    if holds_run(output_dir) and not config.trainer.overwrite_output_dir:
+        raise StartupError(
+            f"trainer.output_dir: {output_dir} already holds a run; {continuing}, or set trainer.overwrite_output_dir: "
+            "true to start anew (the old run is kept beside it under another name), or choose another "
+            "trainer.output_dir"
+        )
+
+
+def is_own(checkpoint: Path, output_dir: Path) -> bool:
+    """Whether a checkpoint is one of this output folder's."""
+    return checkpoint.resolve().parent == (output_dir / "checkpoints").resolve()
 
 
 def holds_run(output_dir: Path) -> bool:
@@ -85,40 +107,108 @@ def read_train_state(checkpoint: Path) -> dict[str, Any]:
     return saved
 
 
-def agree_on_start(config: Config, runtime: Runtime) -> Path | None:
-    """`choose_start` decided by rank 0 for all ranks, before any of them writes.
+def read_checkpoint_config(checkpoint: Path) -> Config:
+    """The config that the checkpoint's run was started with, for comparison; nothing of it takes effect.
+
+    Raises:
+        StartupError: it is missing or has keys that this version does not know.
+    """
+    try:
+        return load_config(checkpoint / "config.yaml")
+    except ConfigError as error:
+        raise StartupError(f"the config of {checkpoint} cannot be read: {error}") from error
+
+
+def agree(runtime: Runtime, decide: Callable[[], T]) -> T:
+    """What rank 0 decides, on every rank.
+
+    Raises:
+        StartupError: on every rank, when rank 0 raises it.
+    """
+    answer: tuple[T | None, str | None] = (None, None)
+    if runtime.is_main:
+        try:
+            answer = (decide(), None)
+        except StartupError as error:
+            answer = (None, str(error))
+    decision, problem = runtime.gather_objects(answer)[0]
+    if problem is not None:
+        raise StartupError(problem)
+    return decision
+
+
+def agree_on_start(config: Config, runtime: Runtime) -> Choice:
+    """`choose_start` decided by rank 0 for all ranks, under the lock of the folder and before any of them writes.
 
     Raises:
         StartupError: on every rank, when rank 0 cannot start.
     """
-    answer: tuple[Path | None, str | None] = (None, None)
-    if runtime.is_main:
-        try:
-            answer = (choose_start(config), None)
-        except StartupError as error:
-            answer = (None, str(error))
-    checkpoint, problem = runtime.gather_objects(answer)[0]
-    if problem is not None:
-        raise StartupError(problem)
-    return checkpoint
+
+    def decide() -> Choice:
+        output_dir = Path(config.trainer.output_dir)
+        if output_dir.is_dir():
+            _lock(output_dir)
+        return choose_start(config)
+
+    return agree(runtime, decide)
 
 
-def open_output_dir(config: Config, runtime: Runtime, reporter: Reporter, checkpoint: Path | None) -> Path:
-    """Makes the output folder ready for this start and says what was found there."""
+def _lock(output_dir: Path) -> None:
+    try:
+        acquire_lock(output_dir)
+    except OSError as error:
+        raise StartupError(
+            f"trainer.output_dir: {output_dir} cannot be written ({error}); correct its permissions or choose another"
+        ) from error
+
+
+def open_output_dir(config: Config, runtime: Runtime, reporter: Reporter, start: Choice) -> Path:
+    """Makes the output folder ready for this start and says what was found there.
+
+    Raises:
+        StartupError: on every rank: it cannot be written, another run is there, or it is not one folder for all ranks.
+    """
     output_dir, trainer = Path(config.trainer.output_dir), config.trainer
-    if runtime.is_main:
-        if trainer.resume_from_checkpoint is None and holds_run(output_dir):
+
+    def prepare() -> None:
+        elsewhere = start.path is not None and not is_own(start.path, output_dir)
+        if (trainer.resume_from_checkpoint is None or elsewhere) and holds_run(output_dir):
             aside = set_aside(output_dir)
+            release_lock(output_dir)
             reporter.say(f"trainer.overwrite_output_dir: the old run is now {aside}/")
-        output_dir.mkdir(parents=True, exist_ok=True)
+        try:
+            output_dir.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise StartupError(f"trainer.output_dir: {output_dir} cannot be made ({error})") from error
+        _lock(output_dir)
         reporter.open_file(output_dir / "training.log")
-        if checkpoint is not None:
-            reporter.say(f"resuming from {checkpoint}/")
+        for note in start.notes:
+            reporter.warn(note)
+        if start.path is not None:
+            reporter.say(f"resuming from {start.path}/")
         elif trainer.resume_from_checkpoint is not None:
             reporter.say(f"no checkpoint in {output_dir}/checkpoints/ yet: starting fresh")
         describe_config(reporter, config)
-    runtime.barrier()
+
+    agree(runtime, prepare)
+    check_shared(output_dir, runtime)
     return output_dir
+
+
+def check_free_space(output_dir: Path, checkpoint_bytes: int) -> None:
+    """Raises when the disk has no room for two checkpoints.
+
+    Raises:
+        StartupError: with the path, the need and what is free.
+    """
+    free = shutil.disk_usage(output_dir).free
+    need = SPACE_FACTOR * checkpoint_bytes
+    if free < need:
+        raise StartupError(
+            f"trainer.output_dir: the disk of {output_dir} has {free:,} bytes free, and checkpoints of about "
+            f"{checkpoint_bytes:,} bytes need {need:,} (the old one is deleted when the new one is complete); free "
+            "some space, choose another trainer.output_dir, or set trainer.save_model: false"
+        )
 
 
 def describe_config(reporter: Reporter, config: Config) -> None:
@@ -136,5 +226,5 @@ def write_config(config: Config, runtime: Runtime, output_dir: Path) -> None:
     """Writes `config.yaml`, when everything was built: a start that failed leaves no trace of a run."""
     if runtime.is_main:
         temporary = output_dir / ".config.yaml.tmp"
-        temporary.write_text(config_to_yaml(config))
+        temporary.write_text(config_to_yaml(without_secrets(config)))
         temporary.replace(output_dir / "config.yaml")

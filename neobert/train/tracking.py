@@ -43,6 +43,7 @@ class JsonLines:
 
     def __init__(self, path: Path) -> None:
         self._path = path
+        self._unwritten: list[str] = []
 
     def keep_until(self, step: int) -> None:
         """Drops the lines of later steps, and a line torn by a kill, by writing the file anew and renaming it."""
@@ -60,11 +61,23 @@ class JsonLines:
         temporary.replace(self._path)
 
     def append(self, lines: list[dict[str, Any]]) -> None:
-        """Adds lines and hands them to the operating system; a reader never sees half of one after a clean exit."""
-        with self._path.open("a") as handle:
-            handle.writelines(json.dumps(line) + "\n" for line in lines)
-            handle.flush()
-            os.fsync(handle.fileno())
+        """Adds lines and flushes them to the disk; a reader never sees half of one after a clean exit.
+
+        Raises:
+            OSError: they could not be written; the next call writes them too.
+        """
+        self._unwritten += [json.dumps(line) + "\n" for line in lines]
+        size = self._path.stat().st_size if self._path.exists() else 0
+        try:
+            with self._path.open("a") as handle:
+                handle.writelines(self._unwritten)
+                handle.flush()
+                os.fsync(handle.fileno())
+        except OSError:
+            if self._path.exists():
+                os.truncate(self._path, size)  # Half a line would spoil the line after it.
+            raise
+        self._unwritten.clear()
 
 
 class Tracker:
@@ -87,6 +100,7 @@ class Tracker:
         self._log, self._events = JsonLines(output_dir / "log.jsonl"), JsonLines(output_dir / "events.jsonl")
         self._window = MetricWindow(runtime=runtime)
         self._evaluated_step: int | None = None
+        self._eval_loss: float | None = None
         self.trained = False
         """Whether this start made any step."""
 
@@ -170,6 +184,7 @@ class Tracker:
     def log_eval(self, state: TrainState, metrics: EvalMetrics | None) -> None:
         """Records an evaluation; None (no evaluation data) records nothing."""
         self._evaluated_step = state.step
+        self._eval_loss = None if metrics is None else metrics.loss
         if metrics is None:
             return
         self._append(self._log, [{"kind": "eval", "step": state.step, **asdict(metrics)}])
@@ -189,6 +204,10 @@ class Tracker:
         """Whether this process evaluated at `step`."""
         return self._evaluated_step == step
 
+    def eval_loss(self, step: int) -> float | None:
+        """Evaluation loss at `step`; None when this process did not evaluate there."""
+        return self._eval_loss if self.evaluated(step) else None
+
     def event(self, kind: str, step: int, **details: Any) -> None:
         """Notes an incident in `events.jsonl`."""
         self._append(self._events, [{"event": kind, "step": step, "time": time.time(), **details}])
@@ -206,8 +225,12 @@ class Tracker:
             self._window.restart()  # No log line will ask for these records.
 
     def _append(self, target: JsonLines, lines: list[dict[str, Any]]) -> None:
-        if self._runtime.is_main and lines:
+        if not (self._runtime.is_main and lines):
+            return
+        try:
             target.append(lines)
+        except OSError as error:  # Full for a while: checkpoints decide whether the run can go on, not its record.
+            self.warn(f"a record could not be written ({error}); it is kept and written with the next one")
 
     def _send(self, values: dict[str, float], step: int) -> None:
         for sink in list(self._sinks):

@@ -1,22 +1,92 @@
-"""The folder of a run: every `checkpoints/<step>/` is a complete checkpoint, and nothing else has a decimal name."""
+"""The folder of a run: every `checkpoints/<step>/` is a complete checkpoint, and nothing else has a decimal name.
 
+Which checkpoint is taken: an explicit one is taken or refused. `latest`, or the folder of a run, means the newest step
+that passes the full check of its manifest; steps are compared, not times, since copies change times.
+"""
+
+from dataclasses import dataclass
 from pathlib import Path
+
+from neobert.weights.manifest import CheckpointError, ManifestMissing, check_contents, check_sizes, is_step_name
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Choice:
+    """A checkpoint that was chosen."""
+
+    path: Path | None
+    """None: the folder has no checkpoint at all."""
+
+    notes: tuple[str, ...] = ()
+    """What was passed over and why, one sentence each."""
 
 
 def checkpoint_steps(output_dir: Path) -> list[int]:
-    """Steps that have a checkpoint, ascending. Only folders with plain decimal names count."""
+    """Steps that have a folder, ascending. Only folders with plain decimal names count."""
     folder = output_dir / "checkpoints"
     if not folder.is_dir():
         return []
-    return sorted(
-        int(p.name) for p in folder.iterdir() if p.is_dir() and p.name.isdecimal() and str(int(p.name)) == p.name
-    )
+    return sorted(int(p.name) for p in folder.iterdir() if is_step_name(p.name) and p.is_dir())
 
 
-def find_checkpoint(path: Path) -> Path | None:
-    """The checkpoint that `path` means: itself, or the newest one of a run folder or a `checkpoints` folder."""
-    if (path / "train_state.json").is_file():
-        return path
-    run_folder = path.parent if path.name == "checkpoints" else path
-    steps = checkpoint_steps(run_folder)
-    return run_folder / "checkpoints" / str(steps[-1]) if steps else None
+def valid_steps(output_dir: Path) -> list[int]:
+    """Steps whose manifest and file lengths hold, ascending."""
+    return [step for step in checkpoint_steps(output_dir) if is_valid(output_dir / "checkpoints" / str(step))]
+
+
+def is_valid(folder: Path) -> bool:
+    """Whether a checkpoint's manifest and file lengths hold."""
+    try:
+        check_sizes(folder)
+    except CheckpointError:
+        return False
+    return True
+
+
+def choose_newest(output_dir: Path) -> Choice:
+    """The newest valid checkpoint of a run.
+
+    Raises:
+        CheckpointError: there are checkpoints and none of them is valid; the message lists the reasons.
+    """
+    notes: list[str] = []
+    steps = checkpoint_steps(output_dir)
+    for step in reversed(steps):
+        folder = output_dir / "checkpoints" / str(step)
+        try:
+            check_contents(folder)
+        except CheckpointError as error:
+            notes.append(f"checkpoint {folder} skipped: {error}")
+        else:
+            return Choice(path=folder, notes=tuple(notes))
+    if steps:
+        raise CheckpointError(
+            f"{output_dir} has {len(steps)} checkpoint(s) and none is valid:\n  "
+            + "\n  ".join(notes)
+            + "\nname a step or a path to load one without manifest.json, or start a new trainer.output_dir"
+        )
+    return Choice(path=None)
+
+
+def choose_checkpoint(path: Path) -> Choice:
+    """The checkpoint that `path` means: itself, or the newest valid one of a run folder or a `checkpoints` folder.
+
+    A checkpoint without a manifest is taken when it is named itself, with a note.
+
+    Raises:
+        CheckpointError: the named checkpoint is damaged, or a run has none that is valid.
+    """
+    if not (path / "train_state.json").is_file() and not (path / "manifest.json").is_file():
+        if is_step_name(path.name) and path.parent.name == "checkpoints" and path.is_dir():
+            raise CheckpointError(f"{path} is damaged: it has neither manifest.json nor train_state.json")
+        return choose_newest(path.parent if path.name == "checkpoints" else path)
+    try:
+        check_contents(path)
+    except ManifestMissing:
+        note = f"{path} has no manifest.json, so nothing shows whether its files are whole; it is loaded as it is"
+        return Choice(path=path, notes=(note,))
+    except CheckpointError as error:
+        raise CheckpointError(
+            f"{path} is damaged: {error}; choose another step, or latest for the newest one that is whole"
+        ) from error
+    return Choice(path=path)

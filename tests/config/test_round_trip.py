@@ -7,6 +7,7 @@ import pytest
 
 from neobert.config.fields import FIELDS, TEXTS, Field
 from neobert.config.load import build_config, config_to_yaml, load_config, parse_config, save_config
+from neobert.config.resume_rules import ALLOWED
 from neobert.config.schema import Config
 from neobert.config.schema_data import MixtureSource
 from neobert.config.validate import BUDGETS, validate
@@ -74,7 +75,11 @@ def random_value(field: Field, rng: random.Random) -> Any:
             for _ in range(rng.randint(0, 3))
         )
     if get_origin(field.kind) is tuple:
-        _, *rest = get_args(field.kind)
+        item, *rest = get_args(field.kind)
+        if field.key == "trainer.resume_allow":
+            return tuple(rng.sample(ALLOWED, 2))
+        if rest == [...] and item is int:
+            return tuple(rng.randint(1, 10**6) for _ in range(rng.randint(0, 3)))
         if rest == [...]:
             return tuple(f"{rng.choice(NASTY)}[MASK]" for _ in range(rng.randint(0, 3)))
         return tuple(rng.random() for _ in range(1 + len(rest)))

@@ -1,0 +1,180 @@
+"""Kill a run again and again at random instants, and compare what comes out with the run that was left alone.
+
+A run of 300 steps with dropout, packing, streaming and evaluation is trained once in peace. Then it is started, killed
+with SIGKILL after a random time, and resumed with `latest`, until it is finished; this is repeated in fresh folders
+until the number of kills is reached. Every step line of every storm must equal the peaceful one's, bit for bit, and so
+must the final weights.
+"""
+
+import argparse
+import json
+import os
+import random
+import shutil
+import signal
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from hashlib import sha256
+from pathlib import Path
+from typing import Any
+
+from neobert.benchmark.lives import Lives
+
+SETTINGS = """
+seed: 11
+model: {hidden_size: 32, num_hidden_layers: 2, num_attention_heads: 2, intermediate_size: 48, dropout_prob: 0.1,
+        max_position_embeddings: 64}
+dataset: {name: null, max_seq_length: 64, eval_samples: 12, num_lanes: 3, window_documents: 32}
+tokenizer: {train: true, vocab_size: 320}
+datacollator: {pack_sequences: true}
+optimizer: {lr: 1e-2}
+scheduler: {warmup_steps: 20}
+trainer: {max_steps: 300, per_device_train_batch_size: 2, gradient_accumulation_steps: 2, per_device_eval_batch_size: 4,
+          mixed_precision: "no", logging_steps: 5, eval_steps: 50, save_steps: 10, save_total_limit: 3, use_cpu: true}
+"""
+
+EXACT = ("step", "loss_hex", "grad_norm_hex", "lr", "num_tokens", "num_targets", "batch_digest")
+
+
+@dataclass(kw_only=True, slots=True)
+class Storm:
+    """One run that was killed until it was finished."""
+
+    kills: int = 0
+    killed_while: dict[str, int] = field(default_factory=dict)
+    different_steps: int = 0
+    same_weights: bool = False
+    seconds: float = 0.0
+
+    @property
+    def survived(self) -> bool:
+        return self.same_weights and self.different_steps == 0
+
+
+def write_corpus(folder: Path, seed: int) -> None:
+    """Three files of made-up sentences."""
+    rng = random.Random(seed)
+    words = [f"{a}{b}" for a in ["ka", "lo", "mi", "re", "su", "ta", "vo"] for b in ["da", "fen", "gol", "hir", "jun"]]
+    folder.mkdir(parents=True)
+    for number in range(3):
+        texts = (" ".join(rng.choices(words, k=rng.randint(3, 120))) for _ in range(200))
+        (folder / f"part-{number}.jsonl").write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
+
+
+def read_steps(run: Path) -> list[tuple[Any, ...]]:
+    """What must repeat, of every step line."""
+    lines = (json.loads(line) for line in (run / "log.jsonl").read_text().splitlines())
+    return [tuple(line[name] for name in EXACT) for line in lines if line["kind"] == "step"]
+
+
+def digest_of_weights(run: Path) -> str:
+    """SHA-256 of the newest checkpoint's weights."""
+    newest = max(int(p.name) for p in (run / "checkpoints").iterdir() if p.name.isdecimal())
+    return sha256((run / "checkpoints" / str(newest) / "model.safetensors").read_bytes()).hexdigest()
+
+
+def what_was_going_on(run: Path) -> str:
+    """A guess at what a kill interrupted, from what it left behind."""
+    checkpoints = run / "checkpoints"
+    if any(checkpoints.glob(".tmp-*")):
+        return "saving"
+    if any(checkpoints.glob(".trash-*")):
+        return "deleting"
+    return "training" if (run / "log.jsonl").exists() else "starting"
+
+
+def run_storm(
+    lives: Lives, config_file: Path, out: Path, overrides: Sequence[str], *, max_kills: int, life: float, seed: int
+) -> Storm:
+    """Starts, kills and resumes a run until it is finished.
+
+    Args:
+        max_kills: after this many the run is left alone.
+        life: longest life in seconds; each one's is drawn evenly from 0 to this.
+    """
+    rng, storm, started = random.Random(seed), Storm(), time.perf_counter()
+    words = [*overrides, f"trainer.output_dir={out}", "trainer.resume_from_checkpoint=latest"]
+    output = out.with_suffix(".log")
+    while True:
+        (pid,) = lives.start(config_file, words, output)
+        if storm.kills < max_kills:
+            time.sleep(rng.uniform(0, life))
+            os.kill(pid, signal.SIGKILL)  # Not yet waited for, so the number still means this process.
+        (code,) = lives.wait()
+        if code == -signal.SIGKILL:
+            storm.kills += 1
+            doing = what_was_going_on(out)
+            storm.killed_while[doing] = storm.killed_while.get(doing, 0) + 1
+        elif code == 0:
+            storm.seconds = time.perf_counter() - started
+            return storm
+        else:
+            raise RuntimeError(f"a start ended with code {code}; see {output}")
+
+
+def main(argv: Sequence[str]) -> int:
+    """The command line of `scripts/kill_storm.py`; 1 when a storm differs from the peaceful run."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("folder", type=Path, help="an empty or new folder to work in")
+    parser.add_argument("--kills", type=int, default=200)
+    parser.add_argument("--life", type=float, help="longest life in seconds (default: half of the peaceful run)")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("overrides", nargs="*", help="further settings, for example trainer.async_save=true")
+    arguments = parser.parse_args(argv)
+    folder: Path = arguments.folder.absolute()
+    folder.mkdir(parents=True, exist_ok=True)
+    if any(folder.iterdir()):
+        parser.error(f"{folder} is not empty")
+    write_corpus(folder / "corpus", seed=arguments.seed)
+    config_file = folder / "storm.yaml"
+    config_file.write_text(SETTINGS)
+    overrides = [f"dataset.path={folder / 'corpus'}", *arguments.overrides]
+    lives = Lives()
+    try:
+        return _compare(lives, config_file, overrides, folder, arguments)
+    finally:
+        lives.close()
+
+
+def _compare(lives: Lives, config_file: Path, overrides: list[str], folder: Path, arguments: argparse.Namespace) -> int:
+    peace = folder / "peace"
+    lives.start(config_file, [*overrides, f"trainer.output_dir={peace}"], folder / "peace.log")
+    started = time.perf_counter()  # The first answer comes when everything is imported.
+    if lives.wait() != [0]:
+        raise RuntimeError(f"the run that was left alone failed; see {folder / 'peace.log'}")
+    seconds = time.perf_counter() - started
+    expected, weights = read_steps(peace), digest_of_weights(peace)
+    life = arguments.life or seconds / 2
+    print(f"left alone: {len(expected)} steps, {seconds:.1f} s, weights sha256 {weights}", flush=True)
+    print("storm  kills  steps that differ   weights  seconds  killed while", flush=True)
+    storms: list[Storm] = []
+    total = 0
+    while total < arguments.kills:
+        out = folder / f"storm-{len(storms)}"
+        storm = run_storm(
+            lives,
+            config_file,
+            out,
+            overrides,
+            max_kills=arguments.kills - total,
+            life=life,
+            seed=arguments.seed * 1000 + len(storms),
+        )
+        found = read_steps(out)
+        storm.different_steps = sum(a != b for a, b in zip(expected, found)) + abs(len(expected) - len(found))
+        storm.same_weights = digest_of_weights(out) == weights
+        total += storm.kills
+        storms.append(storm)
+        doing = ", ".join(f"{name} {count}" for name, count in sorted(storm.killed_while.items()))
+        same = "equal" if storm.same_weights else "DIFFERENT"
+        print(
+            f"{len(storms) - 1:>5} {storm.kills:>6} {storm.different_steps:>18} {same:>9} {storm.seconds:>8.1f}  "
+            f"{doing}",
+            flush=True,
+        )
+        if storm.survived:
+            shutil.rmtree(out)
+    good = sum(storm.survived for storm in storms)
+    print(f"{total} kills in {len(storms)} storms: {good} equal to the one left alone, bit for bit", flush=True)
+    return 0 if good == len(storms) else 1

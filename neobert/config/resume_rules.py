@@ -1,0 +1,65 @@
+"""What a resumed run may change: every key is fixed, declared, or free.
+
+Fixed keys decide what the weights mean and must be those of the checkpoint. Declared ones change what is learned from
+here on, and are taken when `trainer.resume_allow` names them. All others are free: speed, logging, paths, the schedule
+(the learning rate is a function of the step) and the budget.
+"""
+
+FIXED = (
+    "model.hidden_size",
+    "model.num_hidden_layers",
+    "model.num_attention_heads",
+    "model.intermediate_size",
+    "model.vocab_size",
+    "model.rope",
+    "model.rms_norm",
+    "model.hidden_act",
+    "model.norm_eps",
+    "model.tie_word_embeddings",
+    "optimizer.name",
+)
+"""Never change on resume."""
+
+ORDER = (
+    "seed",
+    "dataset.max_seq_length",
+    "dataset.num_lanes",
+    "dataset.window_documents",
+    "dataset.min_length",
+    "dataset.max_document_chars",
+    "tokenizer.truncation",
+    "datacollator.pack_sequences",
+    "trainer.enforce_full_packed_batches",
+)
+"""Change when declared; another order of rows begins at its first row."""
+
+DECLARED = (
+    *ORDER,
+    "trainer.global_batch_size",
+    "datacollator.mlm_probability",
+    "datacollator.mask_all",
+    "model.dropout_prob",
+    "model.max_position_embeddings",
+    "model.rope_theta",
+    "optimizer.weight_decay",
+    "optimizer.betas",
+    "optimizer.eps",
+)
+"""Change when declared in `trainer.resume_allow`. `trainer.global_batch_size` stands for the rows of a step, however
+they are written."""
+
+SOURCE = (
+    "dataset.path",
+    "dataset.name",
+    "dataset.config",
+    "dataset.revision",
+    "dataset.streaming",
+    "dataset.train_split",
+)
+"""Choose the data: naming another one starts the order of rows at the first row of the new source."""
+
+HELD_OUT = ("dataset.eval_samples", "dataset.eval_split", "dataset.text_column")
+"""Change which documents train, and nothing else about the data: taken when declared, if they do."""
+
+ALLOWED = (*DECLARED, *HELD_OUT)
+"""What `trainer.resume_allow` may list."""

@@ -1,0 +1,231 @@
+"""How a run continues from a checkpoint: compare, load, and say what differs.
+
+`identity` decides what may differ. Every pickle is read as plain tensors and numbers (`weights_only`): a file that
+would run code is refused.
+"""
+
+import json
+import pickle
+from collections.abc import Mapping
+from dataclasses import fields, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file
+
+from neobert.config.schema import Config
+from neobert.data.tokenizer import load_tokenizer
+from neobert.model.config import ModelConfig
+from neobert.train.checkpoint import estimate_bytes
+from neobert.train.identity import (
+    Comparison,
+    Facts,
+    build_facts,
+    check_comparison,
+    compare,
+    describe_groups,
+    describe_order,
+)
+from neobert.train.run import Run
+from neobert.train.runtime import StartupError
+from neobert.train.start import agree, check_free_space, is_own
+from neobert.types import TrainState
+from neobert.weights.folder import checkpoint_steps
+
+
+def resume_or_start(run: Run) -> TrainState:
+    """The state to go on from: step 0, or the checkpoint chosen at start-up, loaded into model and optimizer.
+
+    The order is identity, weights, optimizer, schedule and counters, random states: nothing is loaded from a checkpoint
+    that does not fit.
+
+    Raises:
+        StartupError: the checkpoint does not fit this run, or the disk has no room for new ones; the message names
+            what differs and what to write.
+    """
+    if run.config.trainer.save_model:
+        agree(run.runtime, lambda: check_free_space(run.output_dir, estimate_bytes(run.module)))
+    if run.checkpoint is None or run.saved is None:
+        run.tracker.begin(TrainState())
+        return TrainState()
+    comparison = compare_with_checkpoint(run)
+    check_comparison(comparison, str(run.checkpoint), advice_on_batch=_advise_on_batch(run, run.saved))
+    load_weights(run, run.checkpoint)
+    load_optimizer(run, run.checkpoint)
+    _check_counters(run.checkpoint, run.saved)
+    _load_rng_state(run, run.checkpoint, run.saved)
+    known = {f.name for f in fields(TrainState)}
+    state = TrainState(**{name: value for name, value in run.saved.items() if name in known})
+    if state.data and not comparison.same_next_batch:
+        state = replace(state, data={**state.data, "next_batch_digest": None})
+    if comparison.restarts_order:
+        state = replace(state, data={})
+    if run.runtime.is_main and is_own(run.checkpoint, run.output_dir):
+        _supersede_later_steps(run, state.step)
+    run.tracker.begin(state)
+    _report_resume(run, state, comparison)
+    return state
+
+
+def compare_with_checkpoint(run: Run) -> Comparison:
+    """What differs between the checkpoint and this start."""
+    saved, config = run.saved, run.checkpoint_config
+    assert saved is not None
+    assert config is not None
+    assert run.checkpoint is not None
+    model = ModelConfig.from_dict(json.loads((run.checkpoint / "model_config.json").read_text()))
+    theirs = build_facts(
+        config,
+        model,
+        saved["data"],
+        rows_per_step=saved["rows_per_step"],
+        fingerprint=saved["data_fingerprint"],
+        tokenizer_digest=saved["tokenizer_digest"],
+        special_ids=saved.get("special_ids"),
+        groups=saved.get("optimizer_groups"),
+    )
+    trainer, before = run.config.trainer, config.trainer
+    same_micro_batch = trainer.per_device_train_batch_size == before.per_device_train_batch_size
+    return compare(
+        theirs,
+        describe_run(run),
+        trainer.resume_allow,
+        same_ranks=same_micro_batch and saved["world_size"] == run.runtime.world,
+    )
+
+
+def describe_run(run: Run) -> Facts:
+    """The facts of this start."""
+    return build_facts(
+        run.config,
+        run.model_config,
+        describe_order(run.data.identity),
+        rows_per_step=run.rows_per_step,
+        fingerprint=run.data.fingerprint,
+        tokenizer_digest=_digest_of_named_tokenizer(run.config) or run.tokenizer.digest,
+        special_ids=run.tokenizer.special_ids,
+        groups=describe_groups(run.optimizer.param_groups),
+    )
+
+
+def _digest_of_named_tokenizer(config: Config) -> str | None:
+    """Of the tokenizer that this start's config names, where it is at hand: the run itself uses the checkpoint's."""
+    folder = config.tokenizer.path
+    if folder is None or not (Path(folder) / "tokenizer.json").is_file():
+        return None
+    return load_tokenizer(config.tokenizer).digest
+
+
+def _advise_on_batch(run: Run, saved: Mapping[str, Any]) -> str:
+    rows, per_micro_step = saved["rows_per_step"], run.config.trainer.per_device_train_batch_size * run.runtime.world
+    accumulation, rest = divmod(rows, per_micro_step)
+    advice = (
+        f"write trainer.gradient_accumulation_steps: {accumulation}"
+        if not rest
+        else f"write trainer.global_batch_size: {rows} and a trainer.per_device_train_batch_size that divides "
+        f"{rows} / {run.runtime.world} processes"
+    )
+    return f"the checkpoint was trained with {rows} rows a step; this start would use {run.rows_per_step}; {advice}"
+
+
+def load_weights(run: Run, checkpoint: Path) -> None:
+    """The checkpoint's weights into the module.
+
+    Raises:
+        StartupError: the file cannot be read.
+    """
+    path = checkpoint / "model.safetensors"
+    try:
+        weights = load_file(path)
+    except (OSError, SafetensorError) as error:
+        raise StartupError(f"{path} cannot be read ({error}); choose another step") from error
+    run.module.load_state_dict(weights, strict=True)
+    run.module.check_tied()
+
+
+def load_optimizer(run: Run, checkpoint: Path) -> None:
+    """The checkpoint's moments and counts into the optimizer.
+
+    Raises:
+        StartupError: the file is damaged.
+    """
+    # The checkpoint's groups bring their weight decay, betas and eps along; those of the config hold.
+    wanted = [{k: v for k, v in group.items() if k != "params"} for group in run.optimizer.param_groups]
+    run.optimizer.load_state_dict(load_pickle(checkpoint / "optimizer.bin", run.runtime.device))
+    for group, values in zip(run.optimizer.param_groups, wanted, strict=True):
+        group.update(values)
+
+
+def load_pickle(path: Path, device: torch.device | str = "cpu") -> Any:
+    """Tensors and plain values of a pickle; code in it is never run.
+
+    Raises:
+        StartupError: the file is missing or damaged, or wants to run code.
+    """
+    try:
+        return torch.load(path, map_location=device, weights_only=True)
+    except FileNotFoundError as error:
+        raise StartupError(f"{path} is missing: the checkpoint is damaged, choose another step") from error
+    except (OSError, RuntimeError, EOFError, ValueError, KeyError, pickle.UnpicklingError) as error:
+        first_line = (str(error).strip() or type(error).__name__).splitlines()[0]
+        raise StartupError(
+            f"{path} is damaged, or holds code that is never run ({first_line}); choose another step"
+        ) from error
+
+
+def _check_counters(checkpoint: Path, saved: Mapping[str, Any]) -> None:
+    for name, key in (("scheduler.bin", "step"), ("custom_checkpoint_0.pkl", "step")):
+        found = load_pickle(checkpoint / name)[key]
+        if found != saved["step"]:
+            raise StartupError(
+                f"{checkpoint / name} is of step {found}, train_state.json of step {saved['step']}: files of two "
+                "checkpoints are mixed; choose another step"
+            )
+
+
+def _load_rng_state(run: Run, checkpoint: Path, saved: Mapping[str, Any]) -> None:
+    if run.runtime.rank >= saved["world_size"]:
+        return  # More processes than before: every step seeds torch from its number, nothing is lost.
+    states = load_pickle(checkpoint / f"random_states_{run.runtime.rank}.pkl")
+    torch.set_rng_state(states["torch"])
+    if "cuda" in states and run.runtime.device.type == "cuda":
+        torch.cuda.set_rng_state(states["cuda"], run.runtime.device)
+
+
+def _report_resume(run: Run, state: TrainState, comparison: Comparison) -> None:
+    if comparison.differences:
+        run.tracker.say(f"differs from {run.checkpoint} (checkpoint -> now):\n{comparison.table()}")
+    for key in comparison.unneeded:
+        run.tracker.say(f"trainer.resume_allow: {key} is what it was; it need not be declared")
+    if comparison.source_switched:
+        fingerprints = {"old": (run.saved or {})["data_fingerprint"], "new": run.data.fingerprint}
+        run.tracker.event("source_switched", state.step, **fingerprints)
+        run.tracker.warn(
+            "the dataset settings differ from the checkpoint's: model, optimizer, schedule and step continue, "
+            "the data order starts at the first row of the new source"
+        )
+    elif comparison.restarts_order:
+        keys = [d.key for d in comparison.differences if d.kind == "declared"]
+        run.tracker.event("order_restarted", state.step, keys=keys)
+        run.tracker.warn(
+            f"{', '.join(keys)} changed: model, optimizer, schedule and step continue, the data order starts at the "
+            "first row of the new order, so documents of the old one may be read again"
+        )
+    declared = [d.key for d in comparison.differences if d.kind == "declared"]
+    run.tracker.event("resumed", state.step, path=str(run.checkpoint), declared=declared)
+
+
+def _supersede_later_steps(run: Run, step: int) -> None:
+    """Renames checkpoints of later steps, so that `latest` means the branch that is trained now."""
+    folder = run.output_dir / "checkpoints"
+    for later in checkpoint_steps(run.output_dir):
+        if later > step:
+            target = folder / f".superseded-{later}"
+            number = 1
+            while target.exists():
+                number += 1
+                target = folder / f".superseded-{later}-{number}"
+            (folder / str(later)).rename(target)
+            run.tracker.say(f"checkpoint {later} is not of the branch that is trained now: renamed to {target.name}")

@@ -1,0 +1,41 @@
+"""Several ranks in one process: a thread each, with collectives made of a barrier."""
+
+import threading
+from collections.abc import Callable
+from typing import Any
+
+
+class ThreadRuntime:
+    """What `Committer` and `check_shared` need of a `Runtime`."""
+
+    def __init__(self, rank: int, world: int, table: list[Any], barrier: threading.Barrier) -> None:
+        self.rank, self.world, self._table, self._barrier = rank, world, table, barrier
+
+    @property
+    def is_main(self) -> bool:
+        return self.rank == 0
+
+    def gather_objects(self, value: Any) -> list[Any]:
+        self._table[self.rank] = value
+        self._barrier.wait(timeout=20)
+        gathered = list(self._table)
+        self._barrier.wait(timeout=20)
+        return gathered
+
+    def sum_on_host(self, values: list[int]) -> list[int]:
+        return [sum(column) for column in zip(*self.gather_objects(values))]
+
+
+def run_ranks(world: int, work: Callable[[Any], Any]) -> list[Any]:
+    """`work(runtime)` on every rank; the results in rank order."""
+    table, barrier, results = [None] * world, threading.Barrier(world), [None] * world
+
+    def body(rank: int) -> None:
+        results[rank] = work(ThreadRuntime(rank, world, table, barrier))
+
+    threads = [threading.Thread(target=body, args=(rank,)) for rank in range(world)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    return results

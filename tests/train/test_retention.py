@@ -1,0 +1,152 @@
+"""What is kept and what is deleted."""
+
+import json
+import os
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from neobert.config.load import ConfigError
+from neobert.config.schema import Config
+from neobert.train import commit
+from neobert.train.loop import pretrain
+from neobert.train.retention import Retention, choose_best, prune, read_eval_loss
+from neobert.weights.folder import checkpoint_steps, valid_steps
+
+Tiny = Callable[..., Config]
+
+
+def retention(newest: int = 2, milestones: tuple[int, ...] = (), every: int = 0, best: bool = False) -> Retention:
+    return Retention(newest=newest, milestones=milestones, every=every, best=best)
+
+
+@pytest.mark.parametrize(
+    ("kept", "best", "removed"),
+    [
+        (retention(2), None, [10, 20, 25]),
+        (retention(0), None, []),
+        (retention(9), None, []),
+        (retention(1, milestones=(10, 11)), None, [20, 25, 30]),
+        (retention(2, every=20), None, [10, 25]),
+        (retention(2, best=True), 25, [10, 20]),
+        (retention(2, best=False), 25, [10, 20, 25]),
+        (retention(1, milestones=(10,), every=15, best=True), 20, [25]),
+    ],
+)
+def test_what_goes(kept: Retention, best: int | None, removed: list[int]) -> None:
+    assert kept.choose_removed([10, 20, 25, 30, 40], best) == removed
+
+
+def test_the_best_is_the_lowest_loss_and_the_earlier_of_two() -> None:
+    assert choose_best({4: 3.0, 8: 2.5, 12: 2.5, 16: None, 20: float("nan")}) == 8
+    assert choose_best({4: None}) is None
+
+
+def test_damaged_newer_folders_do_not_count(tiny: Tiny, tmp_path: Path) -> None:
+    out = tmp_path / "run"
+    pretrain(tiny(out, "trainer.save_steps=2"))
+    for step in (8, 10):
+        shutil.rmtree(out / "checkpoints" / str(step))
+    for torn in (40, 50):
+        shutil.copytree(out / "checkpoints" / "12", out / "checkpoints" / str(torn))
+        os.truncate(out / "checkpoints" / str(torn) / "optimizer.bin", 10)
+    removed, problems = prune(out, retention(2))
+    assert (removed, problems) == ([2, 4], [])
+    assert checkpoint_steps(out) == [6, 12, 40, 50]
+    assert valid_steps(out) == [6, 12]
+
+
+def test_milestones_are_saved_and_stay(tiny: Tiny, tmp_path: Path) -> None:
+    out = tmp_path / "run"
+    keep = ["trainer.save_total_limit=1", "trainer.save_milestone_steps=[3,7]", "trainer.save_milestone_every=5"]
+    pretrain(tiny(out, "trainer.save_steps=4", *keep))
+    assert checkpoint_steps(out) == [3, 5, 7, 10, 12]
+
+
+def test_the_best_checkpoint_stays_and_is_known_again_after_a_resume(
+    tiny: Tiny, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Losses by canned evaluation: the best is step 4, then nothing better until step 20."""
+    from neobert.train import finish, loop
+    from neobert.train.metrics import EvalMetrics
+
+    losses = {4: 2.0, 8: 3.0, 12: 2.5, 16: 2.2, 20: 1.0, 24: 1.5}
+    steps = iter(losses)
+
+    def evaluate(run: object) -> EvalMetrics:
+        loss = losses[next(steps)]
+        return EvalMetrics(loss=loss, accuracy=0.0, num_targets=1, num_tokens=1, num_documents=1)
+
+    for module in (loop, finish):
+        monkeypatch.setattr(module, "evaluate", evaluate)
+    out = tmp_path / "run"
+    keep = ["trainer.save_best=true", "trainer.save_total_limit=1", "trainer.resume_from_checkpoint=latest"]
+    monkeypatch.setattr(loop.Run, "eval_steps", property(lambda run: 0 if not (out / "log.jsonl").exists() else 4))
+    pretrain(tiny(out, *keep, "trainer.max_steps=4", "scheduler.total_steps=24"))
+    pretrain(tiny(out, *keep, "trainer.max_steps=12", "scheduler.total_steps=24"))
+    assert checkpoint_steps(out) == [4, 12]
+    assert json.loads((out / "checkpoints" / "best.json").read_text()) == {"step": 4, "eval_loss": 2.0}
+    assert read_eval_loss(out / "checkpoints" / "12") == 2.5
+    pretrain(tiny(out, *keep, "trainer.max_steps=24", "scheduler.total_steps=24"))
+    assert checkpoint_steps(out) == [20, 24], "4 is no longer the best"
+    assert json.loads((out / "checkpoints" / "best.json").read_text()) == {"step": 20, "eval_loss": 1.0}
+
+
+def test_a_deletion_that_fails_is_logged_and_tried_again(
+    tiny: Tiny, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out, real, failures = tmp_path / "run", shutil.rmtree, []
+
+    def rmtree(path: Path) -> None:
+        if ".trash-4" in str(path) and not failures:
+            failures.append(path)
+            raise PermissionError(13, "Permission denied")
+        real(path)
+
+    monkeypatch.setattr(commit.shutil, "rmtree", rmtree)
+    pretrain(tiny(out, "trainer.save_total_limit=1", "trainer.max_steps=12"))
+    events = [json.loads(line) for line in (out / "events.jsonl").read_text().splitlines()]
+    (failed,) = (e for e in events if e["event"] == "prune_failed")
+    assert failed["step"] == 8
+    assert "could not be deleted: [Errno 13] Permission denied" in failed["problem"]
+    assert "the next save tries again" in capsys.readouterr().out
+    assert {p.name for p in (out / "checkpoints").iterdir()} == {"12"}, "the next prune did"
+
+
+def test_a_new_run_in_a_used_folder_neither_deletes_nor_mixes(tiny: Tiny, tmp_path: Path) -> None:
+    out = tmp_path / "run"
+    pretrain(tiny(out))
+    before = {p: p.read_bytes() for p in out.rglob("*") if p.is_file() and p.name != ".lock"}
+    pretrain(tiny(out, "trainer.max_steps=4", "trainer.save_total_limit=1", "trainer.overwrite_output_dir=true"))
+    assert checkpoint_steps(out) == [4]
+    aside = tmp_path / "run.old-1"
+    assert {aside / p.relative_to(out): text for p, text in before.items()} == {
+        p: p.read_bytes() for p in aside.rglob("*") if p.is_file() and p.name != ".lock"
+    }
+
+
+@pytest.mark.parametrize(
+    ("overrides", "message"),
+    [
+        (
+            ["trainer.save_best=true", "trainer.save_steps=6"],
+            "trainer.save_steps = 6 is not a multiple of",
+        ),
+        (["trainer.save_best=true", "trainer.eval_strategy=no"], "is not a multiple of trainer.eval_steps = 0"),
+        (["trainer.save_best=true", "trainer.save_model=false"], "has no effect, trainer.save_model is false"),
+        (
+            ["trainer.save_milestone_steps=[3]", "trainer.save_strategy=no"],
+            "trainer.save_strategy is no",
+        ),
+        (["trainer.save_milestone_steps=[0]"], "must be steps of at least 1"),
+        (["trainer.save_milestone_every=0"], "must be at least 1"),
+        (["trainer.async_save=true", "trainer.save_strategy=no"], "has no effect"),
+    ],
+)
+def test_settings_that_would_do_nothing_are_errors(
+    tiny: Tiny, tmp_path: Path, overrides: list[str], message: str
+) -> None:
+    with pytest.raises(ConfigError, match=message):
+        tiny(tmp_path, *overrides)
