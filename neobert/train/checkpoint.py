@@ -8,7 +8,7 @@ sweeps away. Only rank 0 creates, renames or deletes folders. Pickles are read a
 import json
 import os
 import shutil
-from dataclasses import asdict
+from dataclasses import asdict, fields
 from pathlib import Path
 from typing import Any
 
@@ -40,7 +40,8 @@ def save_checkpoint(run: Run, state: TrainState) -> Path | None:
     final, temporary = folder / str(state.step), folder / f".tmp-{state.step}"
     if final.is_dir():
         return final
-    with run.tracker.paused():
+    with run.tracker.paused(), run.stop.timing_save():
+        state = run.guard.settled(state)
         data_states = run.runtime.gather_objects(state.data)
         if run.runtime.is_main:
             for leftover in folder.glob(".tmp-*"):
@@ -138,7 +139,7 @@ def resume_or_start(run: Run) -> TrainState:
     optimizer_state = torch.load(run.checkpoint / "optimizer.bin", map_location=run.runtime.device, weights_only=True)
     run.optimizer.load_state_dict(optimizer_state)
     _load_rng_state(run, saved)
-    state = TrainState(**{name: saved[name] for name in ("step", "tokens", "targets", "documents", "data")})
+    state = TrainState(**{f.name: saved[f.name] for f in fields(TrainState) if f.name in saved})
     if _source_was_switched(run, saved):
         run.tracker.event("source_switched", state.step, old=saved["data_fingerprint"], new=run.data.fingerprint)
         run.tracker.warn(

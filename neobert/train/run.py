@@ -25,6 +25,8 @@ from neobert.train.build import (
     choose_rows_per_step,
 )
 from neobert.train.console import Reporter
+from neobert.train.numerics import Guard
+from neobert.train.preempt import StopRequest
 from neobert.train.runtime import Runtime, build_runtime, check_runtime
 from neobert.train.start import agree_on_start, open_output_dir
 from neobert.train.tracking import Tracker
@@ -32,7 +34,7 @@ from neobert.train.tracking import Tracker
 
 @dataclass(frozen=True, kw_only=True, slots=True, eq=False)
 class Run:
-    """What `build_run` wired. Nothing here changes during training but the weights, the optimizer and the record."""
+    """What `build_run` wired. Training changes the weights, the optimizer, the record and the two that watch it."""
 
     config: Config
     runtime: Runtime
@@ -55,10 +57,16 @@ class Run:
     schedule: Schedule
     tracker: Tracker
     reporter: Reporter
+    guard: Guard
+    stop: StopRequest
     rows_per_step: int
     """Global batch: rows over micro-batches and ranks."""
 
     num_steps: int
+
+    def stop_requested(self) -> bool:
+        """Whether all ranks have agreed to stop before the budget is spent."""
+        return self.stop.reason is not None
 
     @property
     def logging_steps(self) -> int:
@@ -82,6 +90,7 @@ def build_run(config: Config) -> Run:
     check_runtime(config)
     attention = build_attention(config)
     runtime = build_runtime(config)
+    stop = StopRequest(max_hours=config.trainer.max_hours, is_main=runtime.is_main)
     rows_per_step = choose_rows_per_step(config, runtime.world)
     checkpoint = agree_on_start(config, runtime)
     reporter = Reporter(active=runtime.is_main, show_progress=not config.trainer.disable_tqdm)
@@ -145,6 +154,8 @@ def build_run(config: Config) -> Run:
             sinks=build_sinks(config, runtime, output_dir, module, reporter),
         ),
         reporter=reporter,
+        guard=Guard(runtime, max_bad_steps=config.trainer.max_bad_steps, skip_spikes=config.trainer.skip_spikes),
+        stop=stop,
         rows_per_step=rows_per_step,
         num_steps=num_steps,
     )
