@@ -33,6 +33,7 @@ def roll_back(run: Run, state: TrainState) -> TrainState | None:
     if target is None:
         run.tracker.warn(f"trainer.rollback_steps: no checkpoint is {distance} steps older than step {state.step}")
         return None
+    run.tracker.flush()  # What was skipped is noted before its steps leave the log.
     checkpoint = run.output_dir / "checkpoints" / str(target)
     saved = resume_or_start(
         replace(run, checkpoint=checkpoint, checkpoint_config=load_config(checkpoint / "config.yaml"))
