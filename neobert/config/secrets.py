@@ -17,9 +17,9 @@ _WORDS = "token|secret|password|passwd|api_?key|access_?key|private_?key|secret_
 _SECRET_NAME = re.compile(rf"(^|.*[_\-.])({_WORDS}|key)$", re.IGNORECASE)
 _URL = re.compile(r"(?<=://)[^\s/@'\"]+@")
 _NAMED = re.compile(
-    rf"(?P<name>\b[\w\-.]*?(?:{_WORDS}))(?P<sign>['\"]?[ \t]*[=:][ \t]*['\"]?|[ \t]+(?=\S))(?P<value>[^\s'\",&}}\]]+)",
-    re.IGNORECASE,
+    rf"\b(?P<name>[\w\-.]*?(?:{_WORDS})['\"]?[ \t]*[=:][ \t]*['\"]?)(?P<value>[^\s'\",&}}\]]+)", re.IGNORECASE
 )
+_OPTION = re.compile(rf"(?P<name>--[\w\-.]*(?:{_WORDS})[ \t]+)(?P<value>\S+)", re.IGNORECASE)
 _SHAPES = re.compile(r"\b(hf_[A-Za-z0-9]{20,}|gh[pousr]_[A-Za-z0-9]{20,}|sk-[A-Za-z0-9_\-]{20,}|AKIA[A-Z0-9]{16})\b")
 
 _LEAST_LENGTH = 8
@@ -39,14 +39,9 @@ def scrub(text: str) -> str:
             text = text.replace(value, HIDDEN)
     text = _URL.sub(f"{HIDDEN}@", text)
     text = _SHAPES.sub(HIDDEN, text)
-    return _NAMED.sub(_hide_value, text)
-
-
-def _hide_value(match: re.Match[str]) -> str:
-    # "the token is" is prose: a blank separates a name from its value on command lines only (`--hub-token abc`).
-    if match["sign"].isspace() and not match["name"].startswith("-"):
-        return match[0]
-    return f"{match['name']}{match['sign']}{HIDDEN}"
+    for named in (_NAMED, _OPTION):
+        text = named.sub(rf"\g<name>{HIDDEN}", text)
+    return text
 
 
 def scrub_config(config: Any) -> dict[str, Any]:

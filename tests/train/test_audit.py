@@ -67,8 +67,8 @@ def test_another_layout_compares_batches_and_reports_rounding() -> None:
     audit = ReplayAudit([make_line(5), make_line(6)], before=HERE, now=now)
     assert audit.compare([make_line(5), make_line(6, loss=2.0 + 3e-7, loss_hex="other")]) is None
     assert audit.verdict() == (
-        "replay audit: 2/2 batches identical; the layout changed from 1 process(es) x 4 rows to 2 process(es) x 2 rows, "
-        "so losses may differ in rounding: by at most 3.0e-07"
+        "replay audit: 2/2 batches identical; the layout changed from 1 process(es) x 4 rows to 2 process(es) x 2 "
+        "rows, so losses may differ in rounding: by at most 3.0e-07"
     )
 
 
