@@ -9,6 +9,7 @@ With another number of processes or another micro-batch, sums are added in anoth
 the largest difference of a loss is reported.
 """
 
+import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -44,11 +45,12 @@ def read_layout(events: Sequence[Line]) -> Layout | None:
 def is_first_attempt(events: Sequence[Line]) -> bool:
     """Whether steps after the last checkpoint will be made again with the same rows.
 
-    Not when the run went back to a checkpoint and was killed before the next save: the rows that it then passed over
-    are known to no checkpoint, so the next start meets the bad rows once more and goes back once more.
+    Not when this start reads another source. Not when the run went back to a checkpoint and was killed before the next
+    save either: the rows that it then passed over are known to no checkpoint, so the next start meets the bad rows once
+    more and goes back once more.
     """
-    turns = [event["event"] for event in events if event["event"] in ("saved", "rolled_back")]
-    return turns[-1:] != ["rolled_back"]
+    turns = [event["event"] for event in events if event["event"] in ("saved", "rolled_back", "source_switched")]
+    return turns[-1:] in ([], ["saved"])
 
 
 class ReplayAudit:
@@ -105,8 +107,8 @@ class ReplayAudit:
 
 
 def _loss_difference(old: Line, new: Line) -> float:
-    both = (old.get("loss"), new["loss"])
-    return 0.0 if None in both else abs(both[0] - both[1])
+    difference = float.fromhex(old.get("loss_hex", "nan")) - float.fromhex(new["loss_hex"])
+    return abs(difference) if math.isfinite(difference) else 0.0
 
 
 _READABLE = {

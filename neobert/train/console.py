@@ -57,6 +57,9 @@ class Reporter:
 
     def start_progress(self, *, done: int, total: int) -> None:
         """Shows the bar from step `done` on."""
+        if self._task is not None:  # The run went back to a checkpoint.
+            self.advance(done)
+            return
         self._task = self._progress.add_task("steps", total=total, completed=done)
         # Whatever ends the process, the terminal gets its cursor back.
         atexit.register(self._progress.stop)

@@ -54,16 +54,13 @@ class StepRecord:
         return float(np.float32(self.loss_sum) / np.float32(max(self.metrics.num_targets, 1)))
 
     def as_line(self) -> dict[str, Any]:
-        """The step's line of `log.jsonl`; `*_hex` are exact, for comparing runs bit for bit.
-
-        A number that is not finite is null, which JSON can say, and still itself in `*_hex`.
-        """
+        """The step's line of `log.jsonl`; `*_hex` are exact, for comparing runs bit for bit."""
         line = {
             "kind": "step",
             "step": self.step,
-            "loss": self.loss if math.isfinite(self.loss) else None,
+            "loss": self.loss,
             "loss_hex": self.loss.hex(),
-            "grad_norm": self.grad_norm if math.isfinite(self.grad_norm) else None,
+            "grad_norm": self.grad_norm,
             "grad_norm_hex": self.grad_norm.hex(),
             "lr": self.metrics.lr,
             "num_tokens": self.metrics.num_tokens,

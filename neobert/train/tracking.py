@@ -70,9 +70,14 @@ class JsonLines:
         temporary._path.replace(self._path)
 
     def append(self, lines: list[dict[str, Any]]) -> None:
-        """Adds lines and hands them to the operating system; a reader never sees half of one after a clean exit."""
+        """Adds lines and hands them to the operating system; a reader never sees half of one after a clean exit.
+
+        A number that is not finite becomes null: JSON has no word for it.
+        """
         with self._path.open("a") as handle:
-            handle.writelines(json.dumps(line) + "\n" for line in lines)
+            for line in lines:
+                numbers = {k: None for k, v in line.items() if isinstance(v, float) and not math.isfinite(v)}
+                handle.write(json.dumps(line | numbers, allow_nan=False) + "\n")
             handle.flush()
             os.fsync(handle.fileno())
 
@@ -97,6 +102,11 @@ class Tracker:
         self._log, self._events = JsonLines(output_dir / "log.jsonl"), JsonLines(output_dir / "events.jsonl")
         self._window = MetricWindow(runtime=runtime)
         self._layout = Layout(processes=runtime.world, micro_batch_rows=config.trainer.per_device_train_batch_size)
+        self._layout_before = self._layout
+        if runtime.is_main:
+            events = self._events.read()
+            self._events.rewrite(events)  # Without a line that a kill has torn, before this start adds one.
+            self._layout_before = read_layout(events) or self._layout
         self._audit: ReplayAudit | None = None
         self._evaluated_step: int | None = None
         self.step = 0
@@ -119,13 +129,12 @@ class Tracker:
         the steps made again are compared with them. Collective."""
         found: tuple[list[dict[str, Any]], Layout, bool] = ([], self._layout, False)
         if self._runtime.is_main:
-            events, lines = self._events.read(), self._log.read()
-            self._events.rewrite(events)  # Without a line that a kill has torn.
+            lines = self._log.read()
             # At step 0 nothing is kept: the first evaluation is made anew too.
             kept = [line for line in lines if 0 < state.step >= line["step"]]
             evaluated = any(line["kind"] == "eval" and line["step"] == state.step for line in kept)
             later = [line for line in lines if line["kind"] == "step" and line["step"] > state.step]
-            found = (later if is_first_attempt(events) else [], read_layout(events) or self._layout, evaluated)
+            found = (later if is_first_attempt(self._events.read()) else [], self._layout_before, evaluated)
             self._log.rewrite(kept)
         old_steps, before, evaluated = self._runtime.gather_objects(found)[0]
         self._audit = ReplayAudit(old_steps, before=before, now=self._layout) if old_steps else None
@@ -197,7 +206,7 @@ class Tracker:
         line = {
             "kind": "log",
             "step": state.step,
-            "loss": loss if counted else None,
+            "loss": loss,
             "skipped": num_skipped,
             "tokens_per_second": tokens_per_second,
             "mfu": mfu,
@@ -265,7 +274,7 @@ class Tracker:
         )
         self.skipped = [*self.skipped, step][-MOST_PENDING:]
         self.warn(step.describe())
-        # Texts, because a line of JSON has no word for a number that is not finite.
+        # As texts, which tell a NaN from an infinity.
         numbers = {"loss": str(step.loss), "grad_norm": str(step.grad_norm)}
         self.event("skipped_step", step.step, **numbers, rows=step.rows, suspects=step.suspects)
 

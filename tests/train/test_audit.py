@@ -65,7 +65,7 @@ def test_the_first_difference_is_named_by_its_cause_and_only_once(changes: dict[
 def test_another_layout_compares_batches_and_reports_rounding() -> None:
     now = Layout(processes=2, micro_batch_rows=2)
     audit = ReplayAudit([make_line(5), make_line(6)], before=HERE, now=now)
-    assert audit.compare([make_line(5), make_line(6, loss=2.0 + 3e-7, loss_hex="other")]) is None
+    assert audit.compare([make_line(5), make_line(6, loss_hex=(2.0 + 3e-7).hex())]) is None
     assert audit.verdict() == (
         "replay audit: 2/2 batches identical; the layout changed from 1 process(es) x 4 rows to 2 process(es) x 2 "
         "rows, so losses may differ in rounding: by at most 3.0e-07"
@@ -77,6 +77,7 @@ def test_what_the_events_tell() -> None:
     assert is_first_attempt([])
     assert is_first_attempt([saved, back, saved])
     assert not is_first_attempt([saved, back, {"event": "skipped_step", "step": 6}])
+    assert not is_first_attempt([saved, {"event": "source_switched", "step": 4}])
     assert read_layout([]) is None
     assert read_layout([{"event": "saved", "step": 4}]) is None, "written by an older version"
     assert read_layout([{"event": "saved", "step": 4, "processes": 1, "micro_batch_rows": 4}]) == HERE
