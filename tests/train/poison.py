@@ -36,8 +36,9 @@ HARM: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {
     "detached loss": lambda loss: loss + torch.full_like(loss, torch.inf),
     "gradient": _BadGradient.apply,
     "spike": lambda loss: loss * 100,
+    "loss spike": lambda loss: loss + 10_000,
 }
-"""What a bad row does to the loss of its micro-batch. `detached loss` leaves the gradient finite by itself."""
+"""What a bad row does to the loss of its micro-batch. `detached loss` and `loss spike` leave the gradient alone."""
 
 
 def poison(patch: pytest.MonkeyPatch, rows: Iterable[int], kind: str = "loss") -> None:

@@ -266,6 +266,16 @@ def test_rollback_passes_over_the_rows_and_every_resume_does(
     assert exact_steps(again) == exact_steps(out)
 
 
+def test_rows_of_the_state_are_passed_over(tiny: Tiny, tmp_path: Path) -> None:
+    run = build_run(tiny(tmp_path / "run", "trainer.max_steps=4"))
+    given = [
+        metrics.row_keys[0].tolist()
+        for _, metrics in loop.training_steps(run, TrainState(skip_rows=[(4, 8), (12, 20)]))
+    ]
+    assert given == [[0, 1, 2, 3], [8, 9, 10, 11], [20, 21, 22, 23], [24, 25, 26, 27]]
+    run.runtime.close()
+
+
 def test_rollbacks_are_bounded_and_need_a_checkpoint(
     tiny: Tiny, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -402,14 +412,14 @@ def test_ranges_of_rows() -> None:
     assert describe_ranges([(3, 6), (9, 10)]) == "3 to 5, 9"
 
 
-@pytest.mark.parametrize("kind", ["gradient", "detached loss", "spike"])
+@pytest.mark.parametrize("kind", ["gradient", "detached loss", "loss spike"])
 def test_a_bad_number_on_one_rank_skips_the_step_on_both(
     tiny: Tiny, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, kind: str
 ) -> None:
     """The loss of rank 1 is bad while its gradient is finite by itself, or the other way round; rank 0 sees nothing."""
     out, port = tmp_path / "run", free_port()
     settings = ["trainer.per_device_train_batch_size=2", "trainer.max_steps=6", "trainer.save_steps=1"]
-    if kind == "spike":
+    if kind == "loss spike":
         settings.append("trainer.skip_spikes=20")
         monkeypatch.setattr(numerics, "SPIKE_WINDOW", 3)
     config = tiny(out, *settings, "trainer.eval_steps=0", "dataset.num_workers=0")
