@@ -138,9 +138,18 @@ class StepMetrics:
     loss_sum: Tensor
     """fp32 scalar of THIS rank: reduced over ranks when the step's line is written."""
 
+    micro_losses: Tensor
+    """fp32 `[n]`: the loss sum of each micro-batch of this rank."""
+
     num_correct: Tensor | None
-    grad_norm: Tensor | None
-    """Global L2 norm before clipping; None when it is neither logged nor needed for clipping."""
+    grad_norm: Tensor
+    """Global L2 norm before clipping."""
+
+    skipped: Tensor
+    """bool scalar, equal on all ranks: the step left parameters and optimizer as they were."""
+
+    row_keys: tuple[Tensor, ...]
+    """Global row numbers of each micro-batch of this rank, on the host."""
 
     num_targets: int
     num_tokens: int
@@ -165,3 +174,13 @@ class TrainState:
     documents: int = 0
     data: dict[str, Any] = field(default_factory=dict)
     """Loader state of the batch consumed last; empty before the first step."""
+
+    skip_rows: list[tuple[int, int]] = field(default_factory=list)
+    """Half-open ranges of row numbers that this run passes over, one for each time it went back to a checkpoint."""
+
+    skipped_steps: list[int] = field(default_factory=list)
+    """Those of the last 1,000 steps that were skipped. Filled in when the state is saved."""
+
+    spike_window: list[list[float]] = field(default_factory=list)
+    """Loss and gradient norm of the last steps that `trainer.skip_spikes` compares with, oldest first. Filled in when
+    the state is saved."""

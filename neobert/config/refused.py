@@ -81,12 +81,8 @@ LATER: dict[str, str] = {
     "pretrained_checkpoint": "evaluation of a checkpoint on benchmarks is not available yet",
     "scheduler.cooldown_percent": "write scheduler.decay_percent, the end of a cosine or linear decay",
     "scheduler.cooldown_steps": "write scheduler.decay_steps, the end of a cosine or linear decay",
-    "trainer.deterministic": "runs on a CPU are deterministic; on a GPU the last bits may differ",
-    "trainer.detect_anomaly": "not available yet",
-    "trainer.max_hours": "write trainer.max_steps or trainer.max_tokens",
     "trainer.profiler_steps": "profiling is not available yet",
     "trainer.profiler_steps_start": "profiling is not available yet",
-    "trainer.replay_audit": "not available yet",
 }
 """Key of a feature that is not there -> what to do without it. A key covers everything below it."""
 

@@ -129,5 +129,30 @@ class TrainerSection:
     disable_tqdm: bool = False
     """Show no progress bar."""
 
+    max_bad_steps: int = 5
+    """Stop with exit code 76 after so many skipped steps in a row, or when more than 1% of the last 1,000 steps were
+    skipped. A step is skipped when the loss or the gradient is not finite, or by `skip_spikes`."""
+
+    skip_spikes: float | None = None
+    """Also skip a step whose loss or gradient norm is more than this many standard deviations above the mean of the
+    last 128 steps that were not skipped (6 is usual); null skips none."""
+
+    rollback_steps: int | None = None
+    """When `max_bad_steps` is reached: go back to the newest checkpoint at least this many steps old and pass over the
+    rows trained on since, at most 3 times in a run; null stops the run instead."""
+
+    detect_anomaly: bool = False
+    """Check the result of every operation of the backward pass and stop at the first that is not a number; slow."""
+
+    max_hours: float | None = None
+    """Save and stop with exit code 75 before this many hours have passed since the start; null has no limit."""
+
+    replay_audit: Literal["warn", "strict"] = "warn"
+    """Steps made again after a crash are compared with `log.jsonl`. warn: a difference is reported. strict: it stops
+    the run."""
+
+    deterministic: bool = False
+    """Use only operations that give the same bits every time; slower on a GPU, already so on a CPU."""
+
     fill_mask_texts: tuple[str, ...] = ()
     """Texts with [MASK] that the model completes at the end of the run."""

@@ -46,6 +46,8 @@ _RANGES: tuple[tuple[str, _Test, tuple[str, ...]], ...] = (
             "trainer.global_batch_size",
             "trainer.eval_max_batches",
             "trainer.save_milestone_every",
+            "trainer.max_bad_steps",
+            "trainer.rollback_steps",
         ),
     ),
     (
@@ -78,6 +80,8 @@ _RANGES: tuple[tuple[str, _Test, tuple[str, ...]], ...] = (
             "optimizer.lr",
             "optimizer.eps",
             "trainer.num_train_epochs",
+            "trainer.skip_spikes",
+            "trainer.max_hours",
         ),
     ),
     ("must be greater than 0 (null never clips)", lambda x: x > 0, ("trainer.gradient_clipping",)),
@@ -132,6 +136,11 @@ def warnings(config: Config, *, total_steps: int | None = None) -> list[str]:
         found.append(
             f"datacollator.pad_to_multiple_of: {value} has no effect with datacollator.pack_sequences: true;"
             " packed rows always have dataset.max_seq_length slots"
+        )
+    if config.trainer.detect_anomaly:
+        found.append(
+            "trainer.detect_anomaly: true checks every operation of the backward pass, which takes several times as"
+            " long; write false when the operation is found"
         )
     return found + list(_schedule_warnings(config, total_steps or config.trainer.max_steps))
 
@@ -366,6 +375,23 @@ def _check_schedule(config: Config) -> Iterator[str]:
             )
 
 
+def _check_rollback(config: Config) -> Iterator[str]:
+    trainer = config.trainer
+    if trainer.rollback_steps is None:
+        return
+    for key, never in (
+        ("trainer.save_model", not trainer.save_model),
+        ("trainer.save_strategy", trainer.save_strategy == "no"),
+        ("trainer.save_steps", trainer.save_steps == 0),
+    ):
+        if never:
+            yield (
+                f"trainer.rollback_steps: {trainer.rollback_steps} goes back to a checkpoint, but"
+                f" {key} = {FIELDS[key].value_in(config)} writes none on the way; write null for it or save more often"
+            )
+            return
+
+
 def _check_device(config: Config) -> Iterator[str]:
     if config.model.attn_backend == "flash_attn_varlen":
         remedy = "write model.attn_backend: auto"
@@ -389,5 +415,6 @@ _RULES = (
     _check_saving,
     _check_resume_allow,
     _check_schedule,
+    _check_rollback,
     _check_device,
 )

@@ -27,6 +27,9 @@ from neobert.types import PackedBatch, PackedRow, StepBatch
 VERSION = 2
 """Of the state; raised when the order of rows or masks changes."""
 
+POLL_SECONDS = 0.1
+"""Between two looks at whether to stop while a batch is waited for."""
+
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class OrderIdentity:
@@ -211,8 +214,10 @@ class _Assembler:
         cls_id: int,
         sep_id: int,
         state: State | None,
+        skip: Sequence[tuple[int, int]],
     ) -> None:
         self._identity, self._settings, self._collate = identity, settings, collate
+        self._skip = tuple(skip)
         self._cls_id, self._sep_id = cls_id, sep_id
         self._next_row: int = 0 if state is None else state["next_row"]
         # Documents that share a row by next_fit must go to one rank: then whole micro-batches take turns, not rows.
@@ -228,14 +233,17 @@ class _Assembler:
     def step(self) -> StepBatch:
         """The micro-batches of this rank's next optimizer step, and the state after them."""
         settings, rows = self._settings, []
-        for row in range(self._next_row, self._next_row + settings.rows_per_step):
+        given = 0
+        while given < settings.rows_per_step:
+            row, self._next_row = self._next_row, self._next_row + 1
+            skipped = any(start <= row < end for start, end in self._skip)
+            given += not skipped
             lane = row % self._identity.num_lanes
             if lane not in self._mine:
                 continue
             pieces, window = self._lane_rows.take(lane)
-            if self._is_mine(row):
+            if self._is_mine(row) and not skipped:
                 rows.append(build_row(pieces, window, row, cls_id=self._cls_id, sep_id=self._sep_id))
-        self._next_row += settings.rows_per_step
         starts = range(0, len(rows), settings.micro_batch_rows)
         batches = [self._micro_batch(rows[start : start + settings.micro_batch_rows]) for start in starts]
         state = {
@@ -282,7 +290,10 @@ class Loader:
         cls_id: int,
         sep_id: int,
         state: State | None = None,
+        skip: Sequence[tuple[int, int]] = (),
     ) -> None:
+        """`skip` holds half-open ranges of row numbers that are planned like all rows, so that the others stay what
+        they are, and never given."""
         per_micro_step = settings.world * settings.micro_batch_rows
         if settings.rows_per_step % per_micro_step:
             raise DataError(
@@ -292,7 +303,14 @@ class Loader:
             )
         if state is not None:
             check_state(state, identity)
-        self._assembler = _Assembler(open_lane, identity, settings, collate, cls_id, sep_id, state)
+        uneven = [(start, end) for start, end in skip if (end - start) % per_micro_step]
+        if uneven:
+            raise DataError(
+                f"the rows {uneven} that this run passes over cannot be left out evenly by {settings.world} processes "
+                f"with trainer.per_device_train_batch_size: {settings.micro_batch_rows}; their number must be a "
+                f"multiple of {per_micro_step}"
+            )
+        self._assembler = _Assembler(open_lane, identity, settings, collate, cls_id, sep_id, state, skip)
         self._stop = threading.Event()
         self._ready: queue.Queue[StepBatch | BaseException] = queue.Queue(maxsize=max(1, settings.prefetch_steps))
         self._ahead: StepBatch | BaseException | None = None
@@ -306,9 +324,20 @@ class Loader:
         return self
 
     def __next__(self) -> StepBatch:
+        step = self.next_unless(lambda: False)
+        assert step is not None, "nothing stops it"
+        return step
+
+    def next_unless(self, stop: Callable[[], bool]) -> StepBatch | None:
+        """The next step, or None when `stop()` is true before a thread has made it."""
         if self._failure is not None:
             raise self._failure
-        item = self._produce() if self._thread is None else self._ready.get()
+        item: StepBatch | BaseException | None = self._produce() if self._thread is None else None
+        while item is None:
+            if stop():
+                return None
+            with suppress(queue.Empty):
+                item = self._ready.get(timeout=POLL_SECONDS)
         if isinstance(item, BaseException):
             self._failure = item
             raise item

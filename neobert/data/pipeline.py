@@ -5,7 +5,7 @@ import json
 import math
 import os
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -69,8 +69,11 @@ class DataPipeline:
         `trainer.enforce_full_packed_batches: false`. None when rows are packed, or when unknown."""
         return None if self.identity.packing == "best_fit" else self.train.num_pieces
 
-    def loader(self, state: State | None = None) -> Loader:
-        """The training batches of this rank, from `state` (of a `StepBatch`, merged over ranks) or from the start."""
+    def loader(self, state: State | None = None, skip: Sequence[tuple[int, int]] = ()) -> Loader:
+        """The training batches of this rank, from `state` (of a `StepBatch`, merged over ranks) or from the start.
+
+        Rows whose numbers are in one of the half-open ranges of `skip` are passed over.
+        """
         return Loader(
             self.train.lane_opener(),
             identity=self.identity,
@@ -79,6 +82,7 @@ class DataPipeline:
             cls_id=self.tokenizer.cls_id,
             sep_id=self.tokenizer.sep_id,
             state=state,
+            skip=skip,
         )
 
     def eval_batches(self) -> Iterator[PackedBatch]:

@@ -228,7 +228,11 @@ def attend_varlen(q_TND: Tensor, k_TND: Tensor, v_TND: Tensor, prepared: Any, *,
         out_TND = varlen_attn(q_TND, k_TND, v_TND, borders, borders, longest, longest, scale=scale)
         assert isinstance(out_TND, Tensor), "a tuple only where auxiliary results are asked for"
         return out_TND
-    return flash_attn_varlen_func(q_TND, k_TND, v_TND, borders, borders, longest, longest, softmax_scale=scale)
+    # torch's own kernel reads this switch by itself.
+    deterministic = torch.are_deterministic_algorithms_enabled()
+    return flash_attn_varlen_func(
+        q_TND, k_TND, v_TND, borders, borders, longest, longest, softmax_scale=scale, deterministic=deterministic
+    )
 
 
 def varlen_obstacle(device: torch.device, dtype: torch.dtype) -> str | None:

@@ -16,7 +16,8 @@ from neobert.model.encoder import Encoder
 from neobert.objectives.mlm import MaskedLM, MaskPolicy
 from neobert.train.console import Reporter
 from neobert.train.runtime import Runtime, StartupError, choose_device_type, compute_dtype
-from neobert.train.tracking import Sink, WandbSink
+from neobert.train.tracking import Sink
+from neobert.train.wandb_sink import WandbSink
 
 
 def choose_rows_per_step(config: Config, world: int) -> int:
@@ -103,9 +104,18 @@ def build_module(config: Config, model_config: ModelConfig, attention: Attention
         # One block at a time: all blocks share one compiled graph, so the start is fast; in place, so that names stay.
         for block in encoder.layers:
             block.compile(
-                backend=config.trainer.torch_compile_backend, dynamic=bool(config.trainer.torch_compile_dynamic)
+                backend=config.trainer.torch_compile_backend,
+                dynamic=bool(config.trainer.torch_compile_dynamic),
+                options=choose_compile_options(config),
             )
     return module
+
+
+def choose_compile_options(config: Config) -> dict[str, str | int | bool] | None:
+    """With `trainer.deterministic`, no kernel of inductor is chosen by how fast it happened to run."""
+    if config.trainer.deterministic and config.trainer.torch_compile_backend == "inductor":
+        return {"max_autotune": False, "deterministic": True}
+    return None
 
 
 def choose_num_steps(config: Config, data: DataPipeline, rows_per_step: int) -> int:

@@ -8,6 +8,8 @@ from typing import Any
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
+from neobert.config.secrets import scrub
+
 
 class Reporter:
     """Prints to the console and to a plain-text file; keeps the progress bar below the printed lines."""
@@ -41,9 +43,10 @@ class Reporter:
         self._early.clear()
 
     def say(self, *items: Any, style: str | None = None) -> None:
-        """Prints text or a rich renderable. Text is never wrapped, so that a path stays on one line."""
+        """Prints text, without secrets, or a rich renderable. Text is never wrapped: a path stays on one line."""
         if not self._active:
             return
+        items = tuple(scrub(x) if isinstance(x, str) else x for x in items)
         self._console.print(*items, markup=False, soft_wrap=all(isinstance(x, str) for x in items), style=style)
         if self._file_console is None:
             self._early.append(items)
@@ -56,6 +59,9 @@ class Reporter:
 
     def start_progress(self, *, done: int, total: int) -> None:
         """Shows the bar from step `done` on."""
+        if self._task is not None:  # The run went back to a checkpoint.
+            self.advance(done)
+            return
         self._task = self._progress.add_task("steps", total=total, completed=done)
         # Whatever ends the process, the terminal gets its cursor back.
         atexit.register(self._progress.stop)

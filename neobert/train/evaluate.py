@@ -2,16 +2,18 @@
 
 import torch
 
+from neobert.train.memory import memory_explained
 from neobert.train.metrics import EvalMetrics
 from neobert.train.run import Run
 
 
 @torch.no_grad()
 def evaluate(run: Run) -> EvalMetrics | None:
-    """Masked-token loss and accuracy on the held-out documents; None when the run has none.
+    """Masked-token loss and accuracy on the held-out documents; None when the run has none, or is asked to stop.
 
     Masks are a function of (trainer.eval_seed, document, position), so two evaluations of the same weights agree, and
-    packing, batch size and the number of processes do not matter beyond rounding.
+    packing, batch size and the number of processes do not matter beyond rounding. All ranks have equally many batches
+    and agree before each of them, so that they leave together.
     """
     if not run.data.has_eval:
         return None
@@ -20,7 +22,11 @@ def evaluate(run: Run) -> EvalMetrics | None:
     with run.tracker.paused():
         run.model.eval()
         for batch in run.data.eval_batches():
-            loss = run.model(batch.to(run.runtime.device, non_blocking=True))
+            if run.stop.agree(*run.runtime.sum_on_host(run.stop.wishes())):
+                run.model.train()
+                return None
+            with memory_explained(run, batch, "eval"):
+                loss = run.model(batch.to(run.runtime.device, non_blocking=True))
             sums += torch.stack([loss.loss_sum, loss.num_correct])
             counts = [a + b for a, b in zip(counts, (batch.num_targets, batch.num_tokens, batch.num_documents))]
         run.model.train()

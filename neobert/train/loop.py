@@ -2,22 +2,29 @@
 
 import time
 from collections.abc import Iterator
+from contextlib import nullcontext
 from dataclasses import dataclass, replace
+from functools import partial
 
 import torch
 
 from neobert.config.schema import Config
+from neobert.data.errors import DataError
+from neobert.data.loader import Loader
 from neobert.data.order import step_seed
 from neobert.testing.faults import fault_point
 from neobert.train.checkpoint import complete_save, save_checkpoint, save_is_due
 from neobert.train.evaluate import evaluate
 from neobert.train.finish import finish
 from neobert.train.identity import as_int64, check_next_batch
+from neobert.train.memory import memory_explained
 from neobert.train.report import announce
 from neobert.train.resume import resume_or_start
+from neobert.train.rollback import roll_back
 from neobert.train.run import Run, build_run
 from neobert.train.step import train_step
-from neobert.types import StepMetrics, TrainState
+from neobert.train.stopping import stop_early
+from neobert.types import StepBatch, StepMetrics, TrainState
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -26,8 +33,8 @@ class RunResult:
 
     state: TrainState
     reason: str
-    """`finished`: the budget is spent; `complete`: it was spent before this start; `disk`: checkpoints cannot be
-    written."""
+    """A key of EXIT_CODES. `finished`: the budget is spent; `complete`: it was spent before this start; `preempted`,
+    `out_of_time`, `numbers`: stopped before; `disk`: the last checkpoint could not be written."""
 
 
 def due(step: int, every: int) -> bool:
@@ -39,82 +46,164 @@ def pretrain(config: Config) -> RunResult:
     """Trains until the budget is spent: build, announce, resume, then step, log, evaluate and save when due."""
     run = build_run(config)
     announce(run)
-    state = resume_or_start(run)
-    reason = "finished" if state.step < run.num_steps else "complete"
-    if state.step == 0 and run.eval_steps:
-        run.tracker.log_eval(state, evaluate(run))
-    for state, metrics in training_steps(run, state):  # noqa: B020 (the generator takes the first state only)
-        run.tracker.add(state, metrics)
-        if due(state.step, run.logging_steps):
-            run.tracker.log(state)
-        if due(state.step, run.eval_steps):
+    with run.stop.listening():  # From here on a signal saves and stops.
+        state = resume_or_start(run)
+        reason = "finished" if state.step < run.num_steps else "complete"
+        if evaluation_missing(run, state):
             run.tracker.log_eval(state, evaluate(run))
-        if save_is_due(run, state.step):
-            save_checkpoint(run, state)
-        complete_save(run)  # Of a save in the background that is written by now.
-        fault_point("step.done", state.step)
-        if run.committer.gave_up:
-            reason = "disk"
-            break
-    finish(run, state)
-    return RunResult(state=state, reason="disk" if run.committer.failed else reason)
+        for state, metrics in training_steps(run, state):  # noqa: B020 (the generator takes the first state only)
+            run.tracker.add(state, metrics)
+            if run.stop_requested():
+                break
+            if due(state.step, run.logging_steps):
+                run.tracker.log(state)
+            if due(state.step, run.eval_steps):
+                run.tracker.log_eval(state, evaluate(run))
+            if save_is_due(run, state.step):
+                save_checkpoint(run, state)
+            complete_save(run)  # Of a save in the background that is written by now.
+            fault_point("step.done", state.step)
+            if run.committer.gave_up:
+                break
+        if run.stop_requested():
+            stop_early(run, state)
+        else:
+            finish(run, state)
+    return RunResult(state=state, reason="disk" if run.committer.failed else run.stop.reason or reason)
+
+
+def evaluation_missing(run: Run, state: TrainState) -> bool:
+    """Whether an evaluation belongs to the first state and is not in the log: at step 0, or where a stop cut it off."""
+    belongs = due(state.step, run.eval_steps) or state.step == run.num_steps
+    return belongs and not run.tracker.evaluated(state.step)
 
 
 def training_steps(run: Run, state: TrainState) -> Iterator[tuple[TrainState, StepMetrics]]:
-    """Yields the state and the figures after every optimizer step, from `state` to the end of the budget.
+    """Yields the state and the figures after every optimizer step, until the budget is spent or the run is to stop.
 
     Everything a step depends on is a function of its number: the rows (loader state), their masks, the learning rate
     and the seed of the dropout masks. Hence a run continued from a checkpoint repeats the uninterrupted one.
     """
-    if state.step >= run.num_steps:
+    run.guard.begin(state)
+    if state.step >= run.num_steps or run.stop_requested():
         return
-    runtime, trainer = run.runtime, run.config.trainer
-    loader = run.data.loader(state.data or None)
+    loader = run.data.loader(state.data or None, skip=state.skip_rows)
     expected: str | None = state.data.get("next_batch_digest")
+    anomalies = torch.autograd.detect_anomaly if run.config.trainer.detect_anomaly else nullcontext
     try:
         while state.step < run.num_steps:
-            start = time.perf_counter()
-            batch = next(loader)
-            data_wait = time.perf_counter() - start
-            if expected is not None:
-                check_next_batch(expected, runtime.sum_on_host([as_int64(batch.digest)])[0])
-                expected = None
-            num_targets, num_tokens, num_documents, num_slots, attended = runtime.sum_on_host(
-                [batch.num_targets, batch.num_tokens, batch.num_documents, batch.num_slots, batch.attended_tokens]
-            )
-            torch.manual_seed(step_seed(run.config.seed, state.step, runtime.rank))
-            lr = run.schedule(state.step)
-            result = train_step(
-                run.model,
-                run.optimizer,
-                [micro.to(runtime.device, non_blocking=True) for micro in batch.micro_batches],
-                lr=lr,
-                scale=runtime.world / max(num_targets, 1),
-                gradient_clipping=trainer.gradient_clipping,
-                measure_grad_norm=trainer.log_grad_norm,
-                no_sync=lambda: runtime.no_sync(run.model),
-            )
-            state = replace(
-                state,
-                step=state.step + 1,
-                tokens=state.tokens + num_tokens,
-                targets=state.targets + num_targets,
-                documents=state.documents + num_documents,
-                data=batch.state,
-            )
-            metrics = StepMetrics(
-                loss_sum=result.loss_sum,
-                num_correct=result.num_correct,
-                grad_norm=result.grad_norm,
-                num_targets=num_targets,
-                num_tokens=num_tokens,
-                num_documents=num_documents,
-                num_slots=num_slots,
-                attended_tokens=attended,
-                digest=batch.digest,
-                lr=lr,
-                data_wait=data_wait,
-            )
+            with run.stop.timing_step(), anomalies():
+                given = next_batch(run, loader)
+                if given is None:
+                    return
+                if expected is not None:
+                    check_next_batch(expected, run.runtime.sum_on_host([as_int64(given.batch.digest)])[0])
+                    expected = None
+                state, metrics = take_step(run, state, given)
+            if state.step == run.num_steps:
+                run.guard.settle()  # No later step will read its flag.
+            if run.guard.verdict is not None:
+                earlier = roll_back(run, state)
+                if earlier is not None:
+                    loader.close()
+                    loader = run.data.loader(earlier.data, skip=earlier.skip_rows)
+                    state = earlier
+                    run.guard.begin(state)
+                    continue
+                run.stop.reason = "numbers"
             yield state, metrics
     finally:
         loader.close()
+
+
+@dataclass(frozen=True, kw_only=True, slots=True, eq=False)
+class GivenBatch:
+    """This rank's batch of a step, and its figures summed over ranks."""
+
+    batch: StepBatch
+    num_targets: int
+    num_tokens: int
+    num_documents: int
+    num_slots: int
+    attended_tokens: int
+    data_wait: float
+
+
+def next_batch(run: Run, loader: Loader) -> GivenBatch | None:
+    """The next batch, or None when the ranks agree to stop before it.
+
+    Here is the one host-side collective of a step. A rank that is asked to stop while it waits for data, or whose data
+    cannot be read, joins it with zeros, so that the others neither wait for ever nor make a step without it.
+    """
+    batch, failure, start = None, None, time.perf_counter()
+    try:
+        batch = loader.next_unless(run.stop.wanted)
+    except Exception as error:  # Raised again below, when the other ranks know.
+        failure = error
+    data_wait = time.perf_counter() - start
+    counts = [0] * 5
+    if batch is not None:
+        counts = [batch.num_targets, batch.num_tokens, batch.num_documents, batch.num_slots, batch.attended_tokens]
+    *sums, failed, signalled, out_of_time = run.runtime.sum_on_host(
+        [*counts, int(failure is not None), *run.stop.wishes()]
+    )
+    if failure is not None:
+        raise failure
+    if failed:
+        raise DataError("another process could not read its data and says why; this one stops with it")
+    if run.stop.agree(signalled, out_of_time):
+        return None
+    assert batch is not None, "a batch is withheld only when a stop is wanted"
+    num_targets, num_tokens, num_documents, num_slots, attended_tokens = sums
+    return GivenBatch(
+        batch=batch,
+        num_targets=num_targets,
+        num_tokens=num_tokens,
+        num_documents=num_documents,
+        num_slots=num_slots,
+        attended_tokens=attended_tokens,
+        data_wait=data_wait,
+    )
+
+
+def take_step(run: Run, state: TrainState, given: GivenBatch) -> tuple[TrainState, StepMetrics]:
+    """One optimizer step: the state after it, and its figures, which stay on the device."""
+    runtime, batch = run.runtime, given.batch
+    torch.manual_seed(step_seed(run.config.seed, state.step, runtime.rank))
+    lr = run.schedule(state.step)
+    with memory_explained(run, batch.micro_batches[0], "train"):
+        result = train_step(
+            run.model,
+            run.optimizer,
+            [micro.to(runtime.device, non_blocking=True) for micro in batch.micro_batches],
+            lr=lr,
+            scale=runtime.world / max(given.num_targets, 1),
+            gradient_clipping=run.config.trainer.gradient_clipping,
+            judge=partial(run.guard.judge, num_targets=given.num_targets),
+            no_sync=lambda: runtime.no_sync(run.model),
+        )
+    state = replace(
+        state,
+        step=state.step + 1,
+        tokens=state.tokens + given.num_tokens,
+        targets=state.targets + given.num_targets,
+        documents=state.documents + given.num_documents,
+        data=batch.state,
+    )
+    run.guard.add(state.step, result.skipped)
+    return state, StepMetrics(
+        loss_sum=result.loss_sum,
+        micro_losses=result.micro_losses,
+        num_correct=result.num_correct,
+        grad_norm=result.grad_norm,
+        skipped=result.skipped,
+        row_keys=tuple(micro.row_keys for micro in batch.micro_batches),
+        num_targets=given.num_targets,
+        num_tokens=given.num_tokens,
+        num_documents=given.num_documents,
+        num_slots=given.num_slots,
+        attended_tokens=given.attended_tokens,
+        digest=batch.digest,
+        lr=lr,
+        data_wait=given.data_wait,
+    )

@@ -43,25 +43,31 @@ class StepRecord:
     step: int
     loss_sum: float
     num_correct: int | None
-    grad_norm: float | None
+    grad_norm: float
+    skipped: bool
     digest: int
     metrics: StepMetrics
 
+    @property
+    def loss(self) -> float:
+        """Mean in nats per masked token; 0 for a step without any."""
+        return float(np.float32(self.loss_sum) / np.float32(max(self.metrics.num_targets, 1)))
+
     def as_line(self) -> dict[str, Any]:
         """The step's line of `log.jsonl`; `*_hex` are exact, for comparing runs bit for bit."""
-        loss = float(np.float32(self.loss_sum) / np.float32(max(self.metrics.num_targets, 1)))
-        return {
+        line = {
             "kind": "step",
             "step": self.step,
-            "loss": loss,
-            "loss_hex": loss.hex(),
+            "loss": self.loss,
+            "loss_hex": self.loss.hex(),
             "grad_norm": self.grad_norm,
-            "grad_norm_hex": None if self.grad_norm is None else self.grad_norm.hex(),
+            "grad_norm_hex": self.grad_norm.hex(),
             "lr": self.metrics.lr,
             "num_tokens": self.metrics.num_tokens,
             "num_targets": self.metrics.num_targets,
             "batch_digest": f"{self.digest:016x}",
         }
+        return {**line, "skipped": True} if self.skipped else line
 
 
 @dataclass(kw_only=True, slots=True)
@@ -101,8 +107,8 @@ class MetricWindow:
         self.pending.clear()
         device = self.runtime.device
         losses = self.runtime.sum_on_device(torch.stack([m.loss_sum for m in metrics])).tolist()
-        has_norms = metrics[0].grad_norm is not None
-        norms = torch.stack([m.grad_norm for m in metrics]).tolist() if has_norms else [None] * len(metrics)
+        norms = torch.stack([m.grad_norm for m in metrics]).tolist()
+        skipped = torch.stack([m.skipped for m in metrics]).tolist()
         has_counts = metrics[0].num_correct is not None
         correct: list[Any] = [None] * len(metrics)
         if has_counts:
@@ -111,9 +117,17 @@ class MetricWindow:
         digests = self.runtime.sum_on_host([m.digest - 2**64 if m.digest >= 2**63 else m.digest for m in metrics])
         new = [
             StepRecord(
-                step=step, loss_sum=loss, num_correct=count, grad_norm=norm, digest=digest % 2**64, metrics=metric
+                step=step,
+                loss_sum=loss,
+                num_correct=count,
+                grad_norm=norm,
+                skipped=skip,
+                digest=digest % 2**64,
+                metrics=metric,
             )
-            for step, metric, loss, norm, count, digest in zip(steps, metrics, losses, norms, correct, digests)
+            for step, metric, loss, norm, skip, count, digest in zip(
+                steps, metrics, losses, norms, skipped, correct, digests
+            )
         ]
         self.records.extend(new)
         return new

@@ -26,6 +26,8 @@ from neobert.train.build import (
 )
 from neobert.train.commit import Committer
 from neobert.train.console import Reporter
+from neobert.train.numerics import Guard
+from neobert.train.preempt import StopRequest
 from neobert.train.runtime import Runtime, build_runtime, check_runtime
 from neobert.train.start import agree_on_start, open_output_dir, read_checkpoint_config, read_train_state
 from neobert.train.tracking import Tracker
@@ -33,7 +35,7 @@ from neobert.train.tracking import Tracker
 
 @dataclass(frozen=True, kw_only=True, slots=True, eq=False)
 class Run:
-    """What `build_run` wired. Nothing here changes during training but the weights, the optimizer and the record."""
+    """What `build_run` wired. Training changes the weights, the optimizer, the record and the two that watch it."""
 
     config: Config
     runtime: Runtime
@@ -60,10 +62,16 @@ class Run:
     tracker: Tracker
     reporter: Reporter
     committer: Committer
+    guard: Guard
+    stop: StopRequest
     rows_per_step: int
     """Global batch: rows over micro-batches and ranks."""
 
     num_steps: int
+
+    def stop_requested(self) -> bool:
+        """Whether all ranks have agreed to stop before the budget is spent."""
+        return self.stop.reason is not None
 
     @property
     def logging_steps(self) -> int:
@@ -87,6 +95,7 @@ def build_run(config: Config) -> Run:
     check_runtime(config)
     attention = build_attention(config)
     runtime = build_runtime(config)
+    stop = StopRequest(max_hours=config.trainer.max_hours, is_main=runtime.is_main)
     rows_per_step = choose_rows_per_step(config, runtime.world)
     start = agree_on_start(config, runtime)
     checkpoint = start.path
@@ -154,6 +163,8 @@ def build_run(config: Config) -> Run:
         ),
         reporter=reporter,
         committer=Committer(runtime, output_dir),
+        guard=Guard(runtime, max_bad_steps=config.trainer.max_bad_steps, skip_spikes=config.trainer.skip_spikes),
+        stop=stop,
         rows_per_step=rows_per_step,
         num_steps=num_steps,
     )

@@ -132,12 +132,27 @@ def check_runtime(config: Config) -> None:
         raise StartupError("\n".join(problems))
 
 
+def settle_determinism(deterministic: bool) -> None:
+    """Has torch use operations that give the same bits every time, and raise where it has none; or allows all again.
+
+    Call it before CUDA starts: cuBLAS reads its workspace setting once. The flash kernels' backward and the compiler
+    follow the same switch. On a CPU every operation used here is deterministic anyway, so nothing becomes slower.
+    """
+    if deterministic:
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+        torch.backends.cudnn.benchmark = False
+        # Filling fresh memory costs time and only hides reads of memory that nobody wrote.
+        torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]
+    torch.use_deterministic_algorithms(deterministic)
+
+
 def build_runtime(config: Config) -> Runtime:
     """Joins the process group that the launcher describes, or runs alone.
 
     Raises:
         StartupError: the launcher asked for several processes and they did not find each other.
     """
+    settle_determinism(config.trainer.deterministic)
     if config.trainer.tf32 and torch.cuda.is_available():
         torch.set_float32_matmul_precision("high")
     accelerator = Accelerator(

@@ -2,6 +2,10 @@
 
 The loss of a step is the sum over all masked tokens of all micro-batches and ranks, divided by their number: a mean of
 means would weigh a token more in a micro-batch that has fewer of them. Nothing here waits for the device.
+
+A step whose loss or gradient is not finite has no effect on any rank, decided on the device without a collective of its
+own: a loss that is not finite makes its whole gradient NaN, the reduction of the gradients over ranks carries that to
+every rank, and the norm of the reduced gradient tells it. The optimizer reads the resulting flag.
 """
 
 from collections.abc import Callable, Iterable
@@ -12,7 +16,11 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
+from neobert.optim.gating import step_unless
 from neobert.types import LossSum, PackedBatch
+
+Judge = Callable[[Tensor, Tensor], Tensor]
+"""`fn(loss_sum of this rank, grad_norm) -> bool scalar on the device`: whether to skip the step, equal on all ranks."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True, eq=False)
@@ -22,9 +30,20 @@ class StepResult:
     loss_sum: Tensor
     """fp32 scalar: this rank's sum over its micro-batches."""
 
+    micro_losses: Tensor
+    """fp32 `[n]`: the loss sum of each micro-batch."""
+
     num_correct: Tensor | None
-    grad_norm: Tensor | None
+    grad_norm: Tensor
     """Global L2 norm of the gradient before clipping."""
+
+    skipped: Tensor
+    """bool scalar: parameters and optimizer state are what they were before the step."""
+
+
+def not_finite(loss_sum: Tensor, grad_norm: Tensor) -> Tensor:
+    """Whether the reduced gradient holds a NaN or an infinity: equal on all ranks, and true where any loss did."""
+    return ~torch.isfinite(grad_norm)
 
 
 def train_step(
@@ -35,18 +54,20 @@ def train_step(
     lr: float,
     scale: float,
     gradient_clipping: float | None = None,
-    measure_grad_norm: bool = True,
+    judge: Judge = not_finite,
     no_sync: Callable[[], AbstractContextManager[object]] = nullcontext,
 ) -> StepResult:
-    """Forward and backward over the micro-batches, clip, update.
+    """Forward and backward over the micro-batches, clip, update unless `judge` says to skip.
 
     Args:
         model: returns `LossSum` for a `PackedBatch`.
+        optimizer: one that can leave out a step on the device, see `neobert.optim.gating`.
         micro_batches: this rank's share of the step, on the model's device.
         lr: learning rate of this step.
         scale: what a loss sum is multiplied with before backward: `world / number of targets over all ranks`, since
             DistributedDataParallel averages gradients over ranks.
         gradient_clipping: largest global L2 norm of the scaled gradient; None leaves it alone.
+        judge: decides about skipping; must not wait for the device.
         no_sync: context for every micro-batch but the last, in which gradients stay on their rank.
     """
     for group in optimizer.param_groups:
@@ -56,19 +77,25 @@ def train_step(
     for number, batch in enumerate(batches, start=1):
         with no_sync() if number < len(batches) else nullcontext():
             loss = model(batch)
-            (loss.loss_sum * scale).backward()
-        losses.append(LossSum(loss_sum=loss.loss_sum.detach(), num_correct=loss.num_correct))
-    grad_norm = None
+            value = loss.loss_sum.detach()
+            # 0 * value is 0, but NaN where the loss is not finite: then every gradient is NaN, on every rank.
+            (loss.loss_sum * (scale + 0 * value)).backward()
+        losses.append(LossSum(loss_sum=value, num_correct=loss.num_correct))
     parameters = [p for p in model.parameters() if p.grad is not None]
     if gradient_clipping is not None:
         grad_norm = nn.utils.clip_grad_norm_(parameters, gradient_clipping)
-    elif measure_grad_norm:
+    else:
         grad_norm = nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None])
-    optimizer.step()
+    micro_losses = torch.stack([x.loss_sum for x in losses])
+    loss_sum = micro_losses.sum()
+    skipped = judge(loss_sum, grad_norm)
+    step_unless(optimizer, skipped)
     optimizer.zero_grad(set_to_none=True)
     counts = [x.num_correct for x in losses if x.num_correct is not None]
     return StepResult(
-        loss_sum=torch.stack([x.loss_sum for x in losses]).sum(),
+        loss_sum=loss_sum,
+        micro_losses=micro_losses,
         num_correct=torch.stack(counts).sum() if counts else None,
         grad_norm=grad_norm,
+        skipped=skipped,
     )

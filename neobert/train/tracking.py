@@ -15,12 +15,14 @@ from pathlib import Path
 from typing import Any, Protocol
 
 import torch
-from torch import nn
 
 from neobert.config.schema import Config
+from neobert.config.secrets import scrub_config
 from neobert.objectives.mlm import MaskedLM
+from neobert.train.audit import Layout, ReplayAudit, ReplayDiverged, is_first_attempt, read_layout
 from neobert.train.console import Reporter
-from neobert.train.metrics import EvalMetrics, MetricWindow, perplexity
+from neobert.train.metrics import EvalMetrics, MetricWindow, StepRecord, perplexity
+from neobert.train.numerics import SkippedStep, build_skipped_step
 from neobert.train.runtime import Runtime
 from neobert.types import StepMetrics, TrainState
 
@@ -45,28 +47,40 @@ class JsonLines:
         self._path = path
         self._unwritten: list[str] = []
 
-    def keep_until(self, step: int) -> None:
-        """Drops the lines of later steps, and a line torn by a kill, by writing the file anew and renaming it."""
+    def read(self) -> list[dict[str, Any]]:
+        """All lines; one torn by a kill is left out."""
+        if not self._path.is_file():
+            return []
+        lines = []
+        for text in self._path.read_text(errors="replace").splitlines():
+            try:
+                line = json.loads(text)
+            except ValueError:
+                continue
+            if isinstance(line, dict) and isinstance(line.get("step"), int):
+                lines.append(line)
+        return lines
+
+    def rewrite(self, lines: list[dict[str, Any]]) -> None:
+        """Replaces the file: after a kill at any instant it holds the old lines or these."""
         if not self._path.is_file():
             return
-        kept = []
-        for line in self._path.read_text().splitlines():
-            try:
-                if json.loads(line)["step"] <= step:
-                    kept.append(line + "\n")
-            except (ValueError, KeyError, TypeError):
-                continue
-        temporary = self._path.with_suffix(".tmp")
-        temporary.write_text("".join(kept))
-        temporary.replace(self._path)
+        temporary = JsonLines(self._path.with_suffix(".tmp"))
+        temporary._path.unlink(missing_ok=True)
+        temporary.append(lines)
+        temporary._path.replace(self._path)
 
     def append(self, lines: list[dict[str, Any]]) -> None:
         """Adds lines and flushes them to the disk; a reader never sees half of one after a clean exit.
 
+        A number that is not finite becomes null: JSON has no word for it.
+
         Raises:
             OSError: they could not be written; the next call writes them too.
         """
-        self._unwritten += [json.dumps(line) + "\n" for line in lines]
+        for line in lines:
+            numbers = {k: None for k, v in line.items() if isinstance(v, float) and not math.isfinite(v)}
+            self._unwritten.append(json.dumps(line | numbers, allow_nan=False) + "\n")
         size = self._path.stat().st_size if self._path.exists() else 0
         try:
             with self._path.open("a") as handle:
@@ -99,8 +113,21 @@ class Tracker:
         self._reporter, self._sinks = reporter, sinks
         self._log, self._events = JsonLines(output_dir / "log.jsonl"), JsonLines(output_dir / "events.jsonl")
         self._window = MetricWindow(runtime=runtime)
+        self._layout = Layout(processes=runtime.world, micro_batch_rows=config.trainer.per_device_train_batch_size)
+        self._layout_before = self._layout
+        if runtime.is_main:
+            events = self._events.read()
+            self._events.rewrite(events)  # Without a line that a kill has torn, before this start adds one.
+            self._layout_before = read_layout(events) or self._layout
+        self._audit: ReplayAudit | None = None
         self._evaluated_step: int | None = None
         self._eval_loss: float | None = None
+        self.step = 0
+        """The last step that was added."""
+
+        self.skipped: list[SkippedStep] = []
+        """The last skipped steps of this start."""
+
         self.trained = False
         """Whether this start made any step."""
 
@@ -111,11 +138,33 @@ class Tracker:
         self._reporter.warn(text)
 
     def begin(self, state: TrainState) -> None:
-        """Opens the record at `state`: lines of steps after it belong to a run that was killed and are dropped."""
+        """Opens the record at `state`: lines of steps after it belong to a run that was killed. They are dropped, and
+        the steps made again are compared with them. Collective."""
+        found: tuple[list[dict[str, Any]], Layout, bool] = ([], self._layout, False)
         if self._runtime.is_main:
-            self._log.keep_until(state.step if state.step else -1)  # The evaluation of step 0 is made anew too.
+            lines = self._log.read()
+            # At step 0 nothing is kept: the first evaluation is made anew too.
+            kept = [line for line in lines if 0 < state.step >= line["step"]]
+            evaluated = any(line["kind"] == "eval" and line["step"] == state.step for line in kept)
+            later = [line for line in lines if line["kind"] == "step" and line["step"] > state.step]
+            found = (later if is_first_attempt(self._events.read()) else [], self._layout_before, evaluated)
+            self._log.rewrite(kept)
+        old_steps, before, evaluated = self._runtime.gather_objects(found)[0]
+        self._audit = ReplayAudit(old_steps, before=before, now=self._layout) if old_steps else None
+        self._evaluated_step = state.step if evaluated else None
+        self.step = state.step
+        if state.step == 0:
+            self.event("started", 0)
         self._reporter.start_progress(done=state.step, total=self._num_steps)
         self._window.restart()
+
+    def forget_replay(self) -> None:
+        """Compares no further steps with those before the last `begin`."""
+        self._audit = None
+
+    def flush(self) -> None:
+        """Writes the lines of all steps so far. Collective, and waits for the device."""
+        self._write_steps()
 
     @contextmanager
     def paused(self) -> Iterator[None]:
@@ -126,7 +175,7 @@ class Tracker:
 
     def add(self, state: TrainState, metrics: StepMetrics) -> None:
         """Takes one step's figures without waiting for the device."""
-        self.trained = True
+        self.trained, self.step = True, state.step
         self._window.add(state.step, metrics)
         if self._window.num_pending == MOST_PENDING:
             self._write_steps()
@@ -140,9 +189,11 @@ class Tracker:
             return
         last = records[-1].metrics
         tokens = sum(r.metrics.num_tokens for r in records)
-        targets = max(sum(r.metrics.num_targets for r in records), 1)
+        counted = [r for r in records if not r.skipped]
+        num_skipped = len(records) - len(counted)
+        targets = max(sum(r.metrics.num_targets for r in counted), 1)
         slots = sum(r.metrics.num_slots for r in records)
-        loss = sum(r.loss_sum for r in records) / targets
+        loss = sum(r.loss_sum for r in counted) / targets if counted else math.nan
         attended = sum(r.metrics.attended_tokens for r in records) / tokens
         tokens_per_second = tokens / max(seconds, 1e-9)
         mfu = self._mfu(tokens_per_second, attended)
@@ -156,17 +207,20 @@ class Tracker:
         }
         if mfu is not None:
             values["train/mfu"] = mfu
-        if records[-1].grad_norm is not None and self._config.trainer.log_grad_norm:
-            values["train/grad_norm"] = records[-1].grad_norm
+        if counted and self._config.trainer.log_grad_norm:
+            values["train/grad_norm"] = counted[-1].grad_norm
+        if num_skipped:
+            values["train/skipped_steps"] = num_skipped
         if self._config.trainer.log_weight_norms:
             values["train/weight_norm"] = self._weight_norm()
         if self._config.trainer.log_train_accuracy:
-            values["train/accuracy"] = sum(r.num_correct or 0 for r in records) / targets
+            values["train/accuracy"] = sum(r.num_correct or 0 for r in counted) / targets
         peak = max(self._runtime.gather_objects(self._runtime.peak_memory_bytes()))
         line = {
             "kind": "log",
             "step": state.step,
             "loss": loss,
+            "skipped": num_skipped,
             "tokens_per_second": tokens_per_second,
             "mfu": mfu,
             "data_wait": values["train/data_wait"],
@@ -209,20 +263,56 @@ class Tracker:
         return self._eval_loss if self.evaluated(step) else None
 
     def event(self, kind: str, step: int, **details: Any) -> None:
-        """Notes an incident in `events.jsonl`."""
-        self._append(self._events, [{"event": kind, "step": step, "time": time.time(), **details}])
+        """Notes an incident in `events.jsonl`, without secrets."""
+        line = {"event": kind, "step": step, "time": time.time(), **asdict(self._layout), **scrub_config(details)}
+        self._append(self._events, [line])
 
     def close(self) -> None:
         """Writes what is pending and closes the trackers."""
         self._write_steps()
+        self._end_audit()
         for sink in list(self._sinks):
             self._guard(sink, sink.close)
         self._reporter.stop_progress()
 
     def _write_steps(self) -> None:
-        self._append(self._log, [record.as_line() for record in self._window.read()])
+        records = self._window.read()
+        lines = [record.as_line() for record in records]
+        self._append(self._log, lines)
+        for record in records:
+            if record.skipped:
+                self._note_skipped(record)
+        self._compare_with_first_attempt(lines)
         if not self._config.trainer.logging_steps:
             self._window.restart()  # No log line will ask for these records.
+
+    def _note_skipped(self, record: StepRecord) -> None:
+        step = build_skipped_step(
+            self._runtime, step=record.step, loss=record.loss, grad_norm=record.grad_norm, metrics=record.metrics
+        )
+        self.skipped = [*self.skipped, step][-MOST_PENDING:]
+        self.warn(step.describe())
+        # As texts, which tell a NaN from an infinity.
+        numbers = {"loss": str(step.loss), "grad_norm": str(step.grad_norm)}
+        self.event("skipped_step", step.step, **numbers, rows=step.rows, suspects=step.suspects)
+
+    def _compare_with_first_attempt(self, lines: list[dict[str, Any]]) -> None:
+        if self._audit is None:
+            return
+        difference = self._audit.compare(lines)
+        if difference is not None:
+            self.warn(difference)
+            self.event("replay_differs", self.step, difference=difference)
+            if self._config.trainer.replay_audit == "strict":
+                raise ReplayDiverged(f"{difference}; trainer.replay_audit: strict stops the run")
+        if self._audit.done:
+            self._end_audit()
+
+    def _end_audit(self) -> None:
+        if self._audit is not None:
+            self.say(self._audit.verdict())
+            self.event("replay_audit", self.step, verdict=self._audit.verdict(), differ=self._audit.num_different)
+            self._audit = None
 
     def _append(self, target: JsonLines, lines: list[dict[str, Any]]) -> None:
         if not (self._runtime.is_main and lines):
@@ -268,6 +358,8 @@ class Tracker:
             parts.append(f"grad {values['train/grad_norm']:.3f}")
         if "train/accuracy" in values:
             parts.append(f"accuracy {values['train/accuracy']:.2%}")
+        if "train/skipped_steps" in values:
+            parts.append(f"skipped {values['train/skipped_steps']}")
         parts.append(f"{values['train/tokens_per_sec']:,.0f} tokens/s")
         if "train/mfu" in values:
             parts.append(f"mfu {values['train/mfu']:.1%}")
@@ -285,38 +377,3 @@ def peak_flops(device: torch.device) -> float | None:
         return None
     name = torch.cuda.get_device_name(device)
     return next((flops for word, flops in PEAK_BF16_FLOPS.items() if word in name), None)
-
-
-class WandbSink:
-    """Weights & Biases; `wandb.mode: offline` needs no account and no network."""
-
-    name = "wandb"
-
-    def __init__(self, config: Config, output_dir: Path, module: nn.Module) -> None:
-        import wandb
-
-        section = config.wandb
-        id_file = output_dir / "wandb_id.txt"
-        # A continued run keeps its id, so that `wandb.resume: allow` draws one curve.
-        run_id = id_file.read_text().strip() if section.resume != "never" and id_file.is_file() else None
-        Path(section.dir).mkdir(parents=True, exist_ok=True)
-        self._run = wandb.init(
-            project=section.project,
-            entity=section.entity,
-            name=section.name or config.model.name or output_dir.name,
-            tags=list(section.tags) or None,
-            mode=section.mode,
-            dir=section.dir,
-            id=run_id,
-            resume=section.resume,
-            config=asdict(config),
-        )
-        id_file.write_text(self._run.id + "\n")
-        if section.watch != "off":
-            self._run.watch(module, log=section.watch, log_freq=config.trainer.logging_steps)
-
-    def log(self, values: dict[str, float], step: int) -> None:
-        self._run.log({k: v for k, v in values.items() if math.isfinite(v)}, step=step)
-
-    def close(self) -> None:
-        self._run.finish()

@@ -126,6 +126,18 @@ ERRORS = [
     ({"trainer__save_steps": -1}, "trainer.save_steps: -1 must not be negative"),
     ({"trainer__eval_steps": -1}, "trainer.eval_steps: -1 must not be negative"),
     ({"trainer__logging_steps": -1}, "trainer.logging_steps: -1 must not be negative"),
+    ({"trainer__max_bad_steps": 0}, "trainer.max_bad_steps: 0 must be at least 1"),
+    ({"trainer__skip_spikes": 0.0}, "trainer.skip_spikes: 0.0 must be greater than 0"),
+    ({"trainer__rollback_steps": 0}, "trainer.rollback_steps: 0 must be at least 1"),
+    ({"trainer__max_hours": 0.0}, "trainer.max_hours: 0.0 must be greater than 0"),
+    (
+        {"trainer__rollback_steps": 100, "trainer__save_steps": 0},
+        "trainer.rollback_steps: 100 goes back to a checkpoint, but trainer.save_steps = 0 writes none on the way",
+    ),
+    (
+        {"trainer__rollback_steps": 100, "trainer__save_model": False, "trainer__save_steps": 0},
+        "trainer.rollback_steps: 100 goes back to a checkpoint, but trainer.save_model = False writes none on the way",
+    ),
     ({"trainer__gradient_clipping": 0.0}, "trainer.gradient_clipping: 0.0 must be greater than 0 (null never clips)"),
     ({"trainer__output_dir": ""}, "trainer.output_dir: may not be empty"),
     ({"wandb__name": ""}, "wandb.name: may not be empty; write null"),
@@ -186,6 +198,11 @@ def test_a_run_of_unknown_length_has_no_schedule_warnings():
     config = config_with(trainer__max_steps=None, trainer__max_tokens=1000)
     assert warnings(config) == []
     assert "the run has 30" in only(warnings(config, total_steps=30))
+
+
+def test_anomaly_detection_is_a_warning():
+    config = config_with(trainer__detect_anomaly=True)
+    assert "trainer.detect_anomaly: true checks every operation of the backward pass" in only(warnings(config))
 
 
 def test_a_decay_beyond_the_run_is_a_warning():

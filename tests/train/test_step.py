@@ -21,7 +21,7 @@ class SumOfSquares(nn.Module):
 
 def step(batches: list[torch.Tensor], clipping: float | None = None) -> tuple[torch.Tensor, torch.Tensor | None]:
     model = SumOfSquares()
-    optimizer = torch.optim.SGD(model.parameters(), lr=123.0)
+    optimizer = torch.optim.SGD(model.parameters(), lr=123.0, fused=True)
     count = sum(b.shape[0] for b in batches)
     result = train_step(model, optimizer, batches, lr=0.1, scale=1 / count, gradient_clipping=clipping)  # type: ignore[arg-type]
     return model.weight.detach(), result.grad_norm
