@@ -32,6 +32,9 @@ BOM = b"\xef\xbb\xbf"
 FAULTS = (OSError, *DAMAGED)
 """What reading a file that is gone, damaged or not allowed raises; errors of the network are among them."""
 
+_SMALL_COMPRESSED = 128
+"""Bytes of a compressed file that may have nothing in it."""
+
 
 class Entry(NamedTuple):
     """A record as a format reads it."""
@@ -45,8 +48,6 @@ class Entry(NamedTuple):
     line: int = 1
     """The line of the record, from 1, that the problem is in."""
 
-
-_SMALL_COMPRESSED = 128
 
 ReadEntry = Callable[[BinaryIO, DataFile, int], Entry | None]
 
