@@ -181,8 +181,17 @@ class ArrowTexts:
         return Record(document, text if text is not None and text.strip() else None, None, cursor)
 
     def records(self, span: Span = WHOLE) -> Records:
-        for document in range(span.after["position"] if span.after else 0, len(self)):
+        end = span.until["position"] if span.until else len(self)
+        for document in range(span.after["position"] if span.after else 0, end):
             yield self.record(document, {"position": document + 1})
+
+    def count(self) -> int | None:
+        return len(self)
+
+    def part(self, number: int, count: int) -> Span:
+        """Stretch `number` (from 0) of `count` of about equal size."""
+        begin, end = (len(self) * place // count for place in (number, number + 1))
+        return Span({"position": begin}, {"position": end})
 
     def readers(self, *, seed: int, num_lanes: int | None, after: State | None) -> list[Reader]:
         first = 0 if after is None else after["position"]

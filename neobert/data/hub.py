@@ -69,6 +69,9 @@ class HubSource:
     def records(self, span: Span = WHOLE) -> Records:
         return read_shards(self._shards(None), span.after or {"shard": 0, "position": None})
 
+    def count(self) -> int | None:
+        return None
+
     def readers(self, *, seed: int, num_lanes: int | None, after: State | None) -> list[Reader]:
         shards = self._shards(after)
         if num_lanes is not None and num_lanes > len(shards):

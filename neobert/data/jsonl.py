@@ -138,6 +138,9 @@ class JsonlSource:
         shards = [JsonlShard(path, number, self._column) for number, path in enumerate(self._paths)]
         return read_shards(shards, span.after or {"shard": 0, "position": None})
 
+    def count(self) -> int | None:
+        return None
+
     def readers(self, *, seed: int, num_lanes: int | None, after: State | None) -> list[Reader]:
         first, begin = (0, 0) if after is None else (after["shard"], after["position"]["offset"])
         if any(map(is_gzipped, self._paths)):

@@ -41,6 +41,9 @@ class StdlibSource:
                 text = ""
             yield Record(number, text if text.strip() else None, None, {"file": number + 1})
 
+    def count(self) -> int | None:
+        return len(self._paths)
+
 
 def _hash_path(path: Path) -> bytes:
     return hashlib.sha256(f"{PYTHON_STDLIB}/{path.as_posix()}".encode()).digest()

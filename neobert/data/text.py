@@ -80,6 +80,9 @@ class TextSource(Protocol):
     def records(self, span: Span = WHOLE) -> Records:
         """Records in source order."""
 
+    def count(self) -> int | None:
+        """Number of records where it is known without reading all of them."""
+
 
 class Shard(Protocol):
     """A stretch of a source that is read from its beginning to its end, usually a file."""
