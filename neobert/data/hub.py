@@ -72,6 +72,9 @@ class HubSource:
     def count(self) -> int | None:
         return None
 
+    def part(self, number: int, count: int) -> Span:
+        raise DataError("this source cannot be cut into parts yet; tokenise it without --shard")
+
     def readers(self, *, seed: int, num_lanes: int | None, after: State | None) -> list[Reader]:
         shards = self._shards(after)
         if num_lanes is not None and num_lanes > len(shards):

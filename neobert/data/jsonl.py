@@ -141,6 +141,9 @@ class JsonlSource:
     def count(self) -> int | None:
         return None
 
+    def part(self, number: int, count: int) -> Span:
+        raise DataError("this source cannot be cut into parts yet; tokenise it without --shard")
+
     def readers(self, *, seed: int, num_lanes: int | None, after: State | None) -> list[Reader]:
         first, begin = (0, 0) if after is None else (after["shard"], after["position"]["offset"])
         if any(map(is_gzipped, self._paths)):

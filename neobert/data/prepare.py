@@ -142,18 +142,29 @@ class _Job:
 
     @property
     def work(self) -> Path:
-        return self.folder.with_name(f".tmp-{self.folder.name}")
+        return work_folder(self.folder)
 
     def identity(self) -> dict[str, Any]:
-        """Equal in folders with equal content."""
-        return {
-            "format": _FORMAT,
-            "source": self.tokens.fingerprint,
-            "tokenizer_digest": self.tokenizer.digest,
-            "special_tokens": self.settings.special_tokens,
-            "settings": self.settings.identity(),
-            "part": None if self.part is None else list(self.part),
-        }
+        return make_identity(self.tokens.fingerprint, self.tokenizer, self.settings, self.part)
+
+
+def work_folder(folder: Path) -> Path:
+    """Where a folder is while it is unfinished."""
+    return folder.with_name(f".tmp-{folder.name}")
+
+
+def make_identity(
+    fingerprint: str, tokenizer: Tokenizer, settings: PrepareSettings, part: tuple[int, int] | None
+) -> dict[str, Any]:
+    """What is equal in folders with equal content; a part of every manifest."""
+    return {
+        "format": _FORMAT,
+        "source": fingerprint,
+        "tokenizer_digest": tokenizer.digest,
+        "special_tokens": settings.special_tokens,
+        "settings": settings.identity(),
+        "part": None if part is None else list(part),
+    }
 
 
 def prepare_tokens(
@@ -209,7 +220,7 @@ def write_tokens(
         try:
             manifest = _write(job, _load_progress(job, replace_other))
         except BaseException:
-            if not _read_progress(job.work).get("files"):
+            if not read_progress(job.work).get("files"):
                 shutil.rmtree(job.work)
             raise
         if folder.exists():
@@ -251,7 +262,7 @@ def _load_progress(job: _Job, replace_other: bool) -> _Progress:
     Raises:
         DataError: it was made with other settings, and may not be replaced.
     """
-    saved = _read_progress(job.work)
+    saved = read_progress(job.work)
     output = job.work / "output"
     if saved:
         differences = describe_differences(saved.pop("identity"), job.identity())
@@ -273,7 +284,8 @@ def _load_progress(job: _Job, replace_other: bool) -> _Progress:
     return progress
 
 
-def _read_progress(work: Path) -> dict[str, Any]:
+def read_progress(work: Path) -> dict[str, Any]:
+    """What a work folder holds of an unfinished writing: its `identity`, and the state behind its last whole file."""
     path = work / "progress.json"
     found: dict[str, Any] = json.loads(path.read_text()) if path.is_file() else {}
     return found

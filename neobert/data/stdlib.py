@@ -44,6 +44,9 @@ class StdlibSource:
     def count(self) -> int | None:
         return len(self._paths)
 
+    def part(self, number: int, count: int) -> Span:
+        raise DataError("this source cannot be cut into parts yet; tokenise it without --shard")
+
 
 def _hash_path(path: Path) -> bytes:
     return hashlib.sha256(f"{PYTHON_STDLIB}/{path.as_posix()}".encode()).digest()

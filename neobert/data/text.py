@@ -83,6 +83,9 @@ class TextSource(Protocol):
     def count(self) -> int | None:
         """Number of records where it is known without reading all of them."""
 
+    def part(self, number: int, count: int) -> Span:
+        """Stretch `number` (from 0) of `count` contiguous ones of about equal size."""
+
 
 class Shard(Protocol):
     """A stretch of a source that is read from its beginning to its end, usually a file."""

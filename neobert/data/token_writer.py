@@ -7,6 +7,7 @@ whole document. So a writer that goes on behind its last finished file writes th
 import hashlib
 import json
 import os
+import secrets
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -151,7 +152,7 @@ def write_description(
 
 def write_json(path: Path, value: Any) -> None:
     """Replaces a file as a whole, on the disk when this returns."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}")
+    temporary = path.with_name(f".{path.name}.{secrets.token_hex(4)}")
     temporary.write_text(json.dumps(value, indent=2, sort_keys=True) + "\n")
     sync(temporary)
     temporary.rename(path)
