@@ -66,7 +66,12 @@ class TokenStore:
                 f"dataset.path: {folder} was made with a tokenizer of digest {made_with}, this one has "
                 f"{tokenizer.digest}; name that one with tokenizer.name or tokenizer.path, or tokenise again"
             )
-        column = load_table(folder).column("input_ids")
+        table = load_table(folder)
+        self.document_numbers: NDArray[np.int64] | None = None
+        """Of each row: the number of the document that it is a piece of; None where a row is a document."""
+        if "document" in table.column_names:
+            self.document_numbers = table.column("document").to_numpy()
+        column = table.column("input_ids")
         self._starts = np.cumsum([0, *(len(chunk) for chunk in column.chunks)])
         self._offsets, self._values = [], []
         for chunk in column.chunks:

@@ -1,16 +1,26 @@
-"""Opening text for work that is done before a run: a split, or a stretch of one, read once in source order."""
+"""What a run would read, prepared before it: every split it needs, as one folder of tokens for each source.
 
-from dataclasses import dataclass
+<folder>/train/ validation/ ...      tokenised splits, each complete or not there
+<folder>/dataset_dict.json           names them; written last, so that the folder is read only when it is whole
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
-from neobert.config.schema_data import TokenizerSection
+import yaml
+
+from neobert.config.schema_data import DatasetSection, TokenizerSection
 from neobert.data.arrow import TokenStore
 from neobert.data.errors import DataError
-from neobert.data.prepare import Origin
+from neobert.data.prepare import Origin, PrepareSettings, TextTokens, TokenSource, write_tokens
 from neobert.data.sources import list_splits
-from neobert.data.spec import SourceSpec
-from neobert.data.splits import choose_train_split
+from neobert.data.spec import SourceSpec, describe_sources
+from neobert.data.splits import check_split, choose_eval_split, choose_train_split
+from neobert.data.stored_tokens import StoredTokens
 from neobert.data.text import WHOLE, Span, TextSource
+from neobert.data.token_writer import write_json
 from neobert.data.tokenizer import Tokenizer
 
 
@@ -23,6 +33,18 @@ class TextSplit:
 
     source: TextSource
     span: Span
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class PreparedSource:
+    """A source that is on disk as tokens."""
+
+    folder: Path
+    spec: SourceSpec
+    train_split: str
+    eval_split: str | None
+    manifests: dict[str, dict[str, Any]]
+    """By split."""
 
 
 def open_text_split(spec: SourceSpec, wanted: str | None, tokenizer: Tokenizer | None) -> TextSplit:
@@ -39,16 +61,68 @@ def open_text_split(spec: SourceSpec, wanted: str | None, tokenizer: Tokenizer |
     return TextSplit(name=name, source=source, span=span)
 
 
-def describe_origin(spec: SourceSpec, tokenizer: TokenizerSection) -> Origin:
-    """Words for the manifest. Of a path only the last part: the folder may be moved, and be given to others."""
-    return Origin(
-        source=", ".join(_last_part(path) for path in spec.path) if spec.path else spec.name,
-        revision=spec.revision,
-        tokenizer=_last_part(tokenizer.path) if tokenizer.path is not None else tokenizer.name,
+def choose_settings(section: DatasetSection, spec: SourceSpec) -> PrepareSettings:
+    """How a run has its text tokenised to disk: bare tokens of whole documents."""
+    return PrepareSettings(
+        max_document_chars=section.max_document_chars,
+        max_bad_records=section.max_bad_records,
+        text_column=spec.text_column,
     )
 
 
-def _last_part(path: str) -> str:
+def prepare_sources(
+    section: DatasetSection,
+    tokenizer: Tokenizer,
+    output: Path,
+    *,
+    tokenizer_name: str | None,
+    min_tokens: int | None = None,
+) -> list[PreparedSource]:
+    """Tokenises every source of `dataset.*`: to `output`, or to one folder in it for each of several.
+
+    Args:
+        min_tokens: keeps only training documents with at least so many tokens; sources may then be tokens already.
+
+    Raises:
+        DataError: a source cannot be used; nothing is tokenised before all of them were looked at.
+    """
+    specs = describe_sources(section)
+    folders = [output]
+    if len(specs) > 1:
+        folders = [output / f"{number}-{_word(spec.label)}" for number, spec in enumerate(specs)]
+    jobs = [_plan(spec, section, tokenizer, folder, min_tokens) for spec, folder in zip(specs, folders)]
+    return [_prepare(job, tokenizer, tokenizer_name) for job in jobs]
+
+
+def data_overrides(prepared: Sequence[PreparedSource], section: DatasetSection) -> list[str]:
+    """The overrides that make a run with this `dataset` section read the prepared folders instead."""
+    overrides = ["dataset.streaming=false"]
+    if section.pre_tokenize:
+        overrides.append("dataset.pre_tokenize=false")
+    if len(prepared) == 1:
+        (source,) = prepared
+        overrides.append(f"dataset.path={source.folder}")
+        if section.train_split is not None:
+            overrides.append(f"dataset.train_split={source.train_split}")
+    else:
+        overrides += [f"dataset.mixture={_write_mixture(prepared)}", "dataset.path=null", "dataset.train_split=null"]
+    if section.eval_split is not None:
+        overrides.append(f"dataset.eval_split={next((p.eval_split for p in prepared if p.eval_split), None)}")
+    return overrides
+
+
+def describe_origin(spec: SourceSpec, tokenizer_name: str | None) -> Origin:
+    """Words for the manifest. Of a path only the last part: the folder may be moved, and be given to others."""
+    source = ", ".join(map(last_part, spec.path)) if spec.path else spec.name
+    return Origin(source=source, revision=spec.revision, tokenizer=tokenizer_name)
+
+
+def name_tokenizer(section: TokenizerSection) -> str | None:
+    """The tokenizer in a word, without the folders above it."""
+    return section.name if section.path is None else last_part(section.path)
+
+
+def last_part(path: str) -> str:
     return Path(path.rstrip("/")).name
 
 
@@ -56,3 +130,80 @@ def describe_tokenizer(word: str) -> TokenizerSection:
     """A tokenizer given as one word on a command line: a folder that exists or looks like one, else a hub name."""
     is_path = Path(word).expanduser().exists() or word.startswith((".", "/", "~"))
     return TokenizerSection(path=str(Path(word).expanduser())) if is_path else TokenizerSection(name=word)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True, eq=False)
+class _Job:
+    """A source that was looked at; nothing of it is written."""
+
+    spec: SourceSpec
+    folder: Path
+    train_split: str
+    eval_split: str | None
+    splits: dict[str, tuple[TokenSource, PrepareSettings]]
+
+
+def _plan(
+    spec: SourceSpec, section: DatasetSection, tokenizer: Tokenizer, folder: Path, min_tokens: int | None
+) -> _Job:
+    names = list(list_splits(spec))
+    settings = choose_settings(section, spec)
+    train, train_tokens = _open_tokens(spec, spec.split, tokenizer, settings, tokens_allowed=min_tokens is not None)
+    train_settings = replace(settings, max_documents=spec.max_documents, min_tokens=min_tokens or 0)
+    splits = {train: (train_tokens, train_settings)}
+    wanted = section.eval_split or choose_eval_split(names, train)
+    evaluation = None
+    if wanted is not None:
+        check_split(names, wanted, "dataset.eval_split")
+        evaluation, eval_tokens = _open_tokens(spec, wanted, tokenizer, settings, tokens_allowed=min_tokens is not None)
+        splits[evaluation] = (eval_tokens, settings)
+    return _Job(spec=spec, folder=folder, train_split=train, eval_split=evaluation, splits=splits)
+
+
+def _open_tokens(
+    spec: SourceSpec, wanted: str | None, tokenizer: Tokenizer, settings: PrepareSettings, *, tokens_allowed: bool
+) -> tuple[str, TokenSource]:
+    splits = list_splits(spec)
+    name = choose_train_split(list(splits), wanted)
+    found = splits[name](tokenizer)
+    if isinstance(found, TokenStore) and tokens_allowed:
+        return name, StoredTokens(found)
+    split = open_text_split(spec, wanted, tokenizer)
+    return name, TextTokens(split.source, tokenizer, settings.max_document_chars, split.span)
+
+
+def _prepare(job: _Job, tokenizer: Tokenizer, tokenizer_name: str | None) -> PreparedSource:
+    manifests = {
+        split: write_tokens(
+            tokens,
+            tokenizer,
+            job.folder / split,
+            settings,
+            origin=describe_origin(job.spec, tokenizer_name),
+            replace_other=False,
+            label=str(job.folder / split),
+        )
+        for split, (tokens, settings) in job.splits.items()
+    }
+    write_json(job.folder / "dataset_dict.json", {"splits": list(manifests)})
+    return PreparedSource(
+        folder=job.folder,
+        spec=job.spec,
+        train_split=job.train_split,
+        eval_split=job.eval_split,
+        manifests=manifests,
+    )
+
+
+def _write_mixture(prepared: Sequence[PreparedSource]) -> str:
+    entries = []
+    for source in prepared:
+        entry: dict[str, Any] = {"path": str(source.folder), "split": source.train_split}
+        entries.append(entry if source.spec.weight is None else entry | {"weight": source.spec.weight})
+    text: str = yaml.safe_dump(entries, default_flow_style=True, sort_keys=False, width=10**6)
+    return text.strip()
+
+
+def _word(label: str) -> str:
+    kept = "".join(letter if letter.isalnum() or letter in "._-" else "-" for letter in last_part(label))
+    return kept.strip(".-") or "source"

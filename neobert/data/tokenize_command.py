@@ -10,7 +10,7 @@ from typing import Any
 from neobert.config.schema_data import DatasetSection
 from neobert.data.encode import limit_threads
 from neobert.data.errors import DataError
-from neobert.data.offline import TextSplit, describe_origin, describe_tokenizer, open_text_split
+from neobert.data.offline import TextSplit, describe_origin, describe_tokenizer, name_tokenizer, open_text_split
 from neobert.data.packing import SPECIALS_PER_SEGMENT
 from neobert.data.prepare import PrepareSettings, prepare_tokens
 from neobert.data.report import write_report
@@ -120,7 +120,7 @@ def _tokenize(args: argparse.Namespace) -> None:
         folder,
         settings,
         span=span,
-        origin=describe_origin(spec, section),
+        origin=describe_origin(spec, name_tokenizer(section)),
         part=part,
         replace_other=False,
         label=str(folder),
