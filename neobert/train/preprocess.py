@@ -43,7 +43,7 @@ def run_preprocess(argv: Sequence[str], description: str) -> int:
             if "--report" in argv:
                 print(write_report(source.folder / split, config.dataset.max_seq_length).text)
     print("train on it with:")
-    print(shlex.join(["python", "scripts/pretraining/pretrain.py", *words, *overrides]))
+    print(write_command(words, overrides))
     return 0
 
 
@@ -77,6 +77,12 @@ def choose_output(config: Config, config_name: str) -> tuple[Path, Config]:
         source = replace(config, dataset=replace(section, path=None))
         return Path(section.pre_tokenize_output or section.path), source
     return Path(section.pre_tokenize_output or f"tokenized_data/{config_name}"), config
+
+
+def write_command(words: Sequence[str], overrides: Sequence[str]) -> str:
+    """The line that trains with a command line's `words` and more overrides, `key=value` each."""
+    pairs = [part for override in overrides for part in ("--" + override).split("=", maxsplit=1)]
+    return shlex.join(["python", "scripts/pretraining/pretrain.py", *words, *pairs])
 
 
 def choose_config_name(words: Sequence[str]) -> str:
