@@ -65,6 +65,8 @@ class HubSource:
         self._place = place
         self.notes = [note]
         self.fingerprint = fingerprint
+        self.commit: str | None = None
+        """The commit that is read; None for local files."""
 
     def records(self, span: Span = WHOLE) -> Records:
         return read_shards(self._shards(None), span.after or {"shard": 0, "position": None})
@@ -113,6 +115,7 @@ def open_hub(spec: SourceSpec, split: str) -> HubSource:
     except (OSError, ValueError, RuntimeError, StopIteration) as error:
         raise _cannot_load(name, error) from error
     source = HubSource(_spread(dataset, spec.num_lanes), column=spec.text_column, place=name, fingerprint=fingerprint)
+    source.commit = commit
     if commit is not None:
         source.notes.append(f"{name} at commit {commit}; dataset.revision: {commit} stays on it")
     return source

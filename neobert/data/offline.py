@@ -7,13 +7,14 @@
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import yaml
 
 from neobert.config.schema_data import DatasetSection, TokenizerSection
 from neobert.data.arrow import TokenStore
 from neobert.data.errors import DataError
+from neobert.data.hub import HubSource
 from neobert.data.prepare import Origin, PrepareSettings, TextTokens, TokenSource, write_tokens
 from neobert.data.sources import list_splits
 from neobert.data.spec import SourceSpec, describe_sources
@@ -111,10 +112,13 @@ def data_overrides(prepared: Sequence[PreparedSource], section: DatasetSection) 
     return overrides
 
 
-def describe_origin(spec: SourceSpec, tokenizer_name: str | None) -> Origin:
+def describe_origin(spec: SourceSpec, opened: object, tokenizer_name: str | None) -> Origin:
     """Words for the manifest. Of a path only the last part: the folder may be moved, and be given to others."""
-    source = ", ".join(map(last_part, spec.path)) if spec.path else spec.name
-    return Origin(source=source, revision=spec.revision, tokenizer=tokenizer_name)
+    return Origin(
+        source=", ".join(map(last_part, spec.path)) if spec.path else spec.name,
+        revision=opened.commit if isinstance(opened, HubSource) else spec.revision,
+        tokenizer=tokenizer_name,
+    )
 
 
 def name_tokenizer(section: TokenizerSection) -> str | None:
@@ -132,15 +136,23 @@ def describe_tokenizer(word: str) -> TokenizerSection:
     return TokenizerSection(path=str(Path(word).expanduser())) if is_path else TokenizerSection(name=word)
 
 
+class _Opened(NamedTuple):
+    """A split that was looked at; nothing of it is written."""
+
+    tokens: TokenSource
+    settings: PrepareSettings
+    source: object
+
+
 @dataclass(frozen=True, kw_only=True, slots=True, eq=False)
 class _Job:
-    """A source that was looked at; nothing of it is written."""
+    """A source whose splits were looked at."""
 
     spec: SourceSpec
     folder: Path
     train_split: str
     eval_split: str | None
-    splits: dict[str, tuple[TokenSource, PrepareSettings]]
+    splits: dict[str, _Opened]
 
 
 def _plan(
@@ -148,42 +160,43 @@ def _plan(
 ) -> _Job:
     names = list(list_splits(spec))
     settings = choose_settings(section, spec)
-    train, train_tokens = _open_tokens(spec, spec.split, tokenizer, settings, tokens_allowed=min_tokens is not None)
     train_settings = replace(settings, max_documents=spec.max_documents, min_tokens=min_tokens or 0)
-    splits = {train: (train_tokens, train_settings)}
+    stored = min_tokens is not None
+    train, opened = _open_tokens(spec, spec.split, tokenizer, train_settings, stored_allowed=stored)
+    splits, evaluation = {train: opened}, None
     wanted = section.eval_split or choose_eval_split(names, train)
-    evaluation = None
     if wanted is not None:
         check_split(names, wanted, "dataset.eval_split")
-        evaluation, eval_tokens = _open_tokens(spec, wanted, tokenizer, settings, tokens_allowed=min_tokens is not None)
-        splits[evaluation] = (eval_tokens, settings)
+        evaluation, opened = _open_tokens(spec, wanted, tokenizer, settings, stored_allowed=stored)
+        splits[evaluation] = opened
     return _Job(spec=spec, folder=folder, train_split=train, eval_split=evaluation, splits=splits)
 
 
 def _open_tokens(
-    spec: SourceSpec, wanted: str | None, tokenizer: Tokenizer, settings: PrepareSettings, *, tokens_allowed: bool
-) -> tuple[str, TokenSource]:
+    spec: SourceSpec, wanted: str | None, tokenizer: Tokenizer, settings: PrepareSettings, *, stored_allowed: bool
+) -> tuple[str, _Opened]:
     splits = list_splits(spec)
     name = choose_train_split(list(splits), wanted)
     found = splits[name](tokenizer)
-    if isinstance(found, TokenStore) and tokens_allowed:
-        return name, StoredTokens(found)
+    if isinstance(found, TokenStore) and stored_allowed:
+        return name, _Opened(StoredTokens(found), settings, found)
     split = open_text_split(spec, wanted, tokenizer)
-    return name, TextTokens(split.source, tokenizer, settings.max_document_chars, split.span)
+    tokens = TextTokens(split.source, tokenizer, settings.max_document_chars, split.span)
+    return split.name, _Opened(tokens, settings, split.source)
 
 
 def _prepare(job: _Job, tokenizer: Tokenizer, tokenizer_name: str | None) -> PreparedSource:
     manifests = {
         split: write_tokens(
-            tokens,
+            opened.tokens,
             tokenizer,
             job.folder / split,
-            settings,
-            origin=describe_origin(job.spec, tokenizer_name),
+            opened.settings,
+            origin=describe_origin(job.spec, opened.source, tokenizer_name),
             replace_other=False,
             label=str(job.folder / split),
         )
-        for split, (tokens, settings) in job.splits.items()
+        for split, opened in job.splits.items()
     }
     write_json(job.folder / "dataset_dict.json", {"splits": list(manifests)})
     return PreparedSource(

@@ -62,6 +62,12 @@ class _Statistics:
     open_hash: int = 0
 
 
+def list_folders(output: Path) -> list[Path]:
+    """The tokenised folders in `output`: its splits where it has any, else itself."""
+    names = output / "dataset_dict.json"
+    return [output / name for name in json.loads(names.read_text())["splits"]] if names.is_file() else [output]
+
+
 def write_report(folder: Path, max_length: int | None = None) -> Report:
     """Measures a folder and writes `report.json` and `report.svg` into it.
 

@@ -13,7 +13,7 @@ from neobert.data.errors import DataError
 from neobert.data.offline import TextSplit, describe_origin, describe_tokenizer, name_tokenizer, open_text_split
 from neobert.data.packing import SPECIALS_PER_SEGMENT
 from neobert.data.prepare import PrepareSettings, prepare_tokens
-from neobert.data.report import write_report
+from neobert.data.report import list_folders, write_report
 from neobert.data.spec import describe_source
 from neobert.data.text import WHOLE, Span
 from neobert.data.token_parts import check_parts, join_parts, part_folder
@@ -28,10 +28,14 @@ def run_tokenize(argv: Sequence[str], description: str) -> int:
         if args.dataset is not None:
             _tokenize(args)
         if args.report:
-            print(write_report(args.output, args.max_length).text)
+            for folder in list_folders(args.output):
+                print(write_report(folder, args.max_length).text)
     except DataError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
+    except KeyboardInterrupt:
+        print("stopped; the same command goes on where it was", file=sys.stderr)
+        return 130
     return 0
 
 
@@ -120,7 +124,7 @@ def _tokenize(args: argparse.Namespace) -> None:
         folder,
         settings,
         span=span,
-        origin=describe_origin(spec, name_tokenizer(section)),
+        origin=describe_origin(spec, split.source, name_tokenizer(section)),
         part=part,
         replace_other=False,
         label=str(folder),
