@@ -14,7 +14,7 @@ on the tokens alone, so the bytes are those of a reading that was never interrup
 import json
 import shutil
 from collections.abc import Generator, Iterator, Mapping
-from contextlib import closing, nullcontext
+from contextlib import closing, nullcontext, suppress
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
@@ -212,6 +212,9 @@ def write_tokens(
         tokens=tokens, tokenizer=tokenizer, folder=folder, settings=settings, origin=origin, part=part, label=label
     )
     if (found := _find(job, replace_other)) is not None:
+        if job.work.exists():  # Killed behind the last rename, or another process is at work there.
+            with suppress(DataError), locked(job.work):
+                shutil.rmtree(job.work)
         return found
     with locked(job.work):
         if (found := _find(job, replace_other)) is not None:  # Written by another process in the meantime.

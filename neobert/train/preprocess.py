@@ -34,6 +34,9 @@ def run_preprocess(argv: Sequence[str], description: str) -> int:
     except (DataError, StartupError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
+    except OSError as error:
+        print(f"error: {error}; mend that, and the same command goes on where it was", file=sys.stderr)
+        return 2
     except KeyboardInterrupt:
         print("stopped; the same command goes on where it was", file=sys.stderr)
         return 130

@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 from datasets import Dataset, load_from_disk
 
-from neobert.data import token_writer
+from neobert.data import prepare, token_writer
 from neobert.data.arrow import ArrowTexts, TokenStore, read_manifest
 from neobert.data.encode import EncodedDocument
 from neobert.data.errors import DataError
@@ -167,14 +167,14 @@ def test_killed_at_random_moments_and_started_again_gives_the_same_bytes(
     for attempt in range(60):
         process = context.Process(target=work, args=(source, tokenizer, folder, settings))
         process.start()
-        process.join(rng.uniform(0.02, 0.12) * (1 + attempt / 20))
+        process.join(rng.uniform(0.02, 0.12) * (1 + attempt / 8))
         if process.is_alive():
             os.kill(process.pid, signal.SIGKILL)
         process.join()
         if process.exitcode == 0:
             break
         assert process.exitcode == -signal.SIGKILL
-        assert not folder.exists(), "complete or not there"
+        assert not folder.exists() or digests(folder) == digests(tmp_path / "whole"), "complete or not there"
         found.add(len(list((work_folder(folder) / "output").glob("*"))) if work_folder(folder).exists() else 0)
     assert process.exitcode == 0, "every start goes on where the one before was killed"
     assert len(found) > 2, "the kills met it at different places"
@@ -182,11 +182,44 @@ def test_killed_at_random_moments_and_started_again_gives_the_same_bytes(
     assert not work_folder(folder).exists()
 
 
+def work_until(source, tokenizer, folder, settings, number):
+    """Dies without a word at the n-th time that something has to be on the disk."""
+    calls, sync = iter(range(1, 10**6)), token_writer.sync
+
+    def dying(path):
+        if next(calls) == number:
+            os._exit(9)
+        sync(path)
+
+    token_writer.sync = prepare.sync = dying
+    prepare_tokens(source, tokenizer, folder, settings)
+    os._exit(0)
+
+
+def test_killed_at_every_step_of_saving_gives_the_same_bytes(tmp_path, source, tokenizer):
+    settings = replace(SMALL, file_tokens=3000)
+    prepare_tokens(source, tokenizer, tmp_path / "whole", settings)
+    expected, context = digests(tmp_path / "whole"), multiprocessing.get_context("fork")
+    for number in range(1, 100):
+        folder = tmp_path / f"at-{number}"
+        process = context.Process(target=work_until, args=(source, tokenizer, folder, settings, number))
+        process.start()
+        process.join()
+        if process.exitcode == 0:
+            break
+        assert process.exitcode == 9
+        assert not folder.exists() or digests(folder) == expected
+        prepare_tokens(source, tokenizer, folder, settings)
+        assert digests(folder) == expected
+        assert not work_folder(folder).exists()
+    assert 15 < number < 99, "all steps of saving were met"
+
+
 def test_cut_behind_every_file_gives_the_same_bytes(tmp_path, source, tokenizer, monkeypatch):
     """A stop right after the n-th file is saved, and one between two saves, for every n."""
     whole = prepare_tokens(source, tokenizer, tmp_path / "whole", SMALL)
     add, expected = token_writer.TokenWriter.add, digests(tmp_path / "whole")
-    for stop in range(1, 150, 13):
+    for stop in (1, 14, 60, 61, 110, 149):
         calls = iter(range(1, 10**6))
 
         def stopping(self, rows, document, stop=stop, calls=calls):
