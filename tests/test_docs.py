@@ -79,8 +79,11 @@ def workplace(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def tiny_overrides(words: list[str]) -> list[str]:
-    """`TINY` without the keys that a command sets itself; a command with a tokenizer of its own keeps it."""
-    own = {*words, *(TOKENIZER_KEYS if "--tokenizer.path" in words else ())}
+    """`TINY`, which wins over a command's own words; but tokenised data, its tokenizer, and the budget of a run that is
+    only prepared stay those of the command."""
+    own = [key for key in TOKENIZER_KEYS if "--tokenizer.path" in words]
+    own += ["--dataset.path"] if any(word.startswith("tokenized_data/") for word in words) else []
+    own += ["--trainer.max_steps"] if "--prepare-only" in words else []
     pairs = zip(TINY[::2], TINY[1::2])
     return [word for key, value in pairs if key not in own for word in (key, value)]
 
