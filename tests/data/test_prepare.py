@@ -15,15 +15,20 @@ import pytest
 from datasets import Dataset, load_from_disk
 
 from neobert.data import prepare, token_writer
-from neobert.data.arrow import ArrowTexts, TokenStore, read_manifest
+from neobert.data.arrow import TokenStore, read_manifest
 from neobert.data.encode import EncodedDocument
 from neobert.data.errors import DataError
-from neobert.data.jsonl import JsonlSource
 from neobert.data.prepare import Origin, PrepareSettings, cut_tokens, prepare_tokens, work_folder, write_tokens
+from neobert.data.sources import list_splits
+from neobert.data.spec import describe_source
 from neobert.data.text import Record
 from neobert.data.token_parts import check_parts, join_parts, part_folder
 
 SMALL = PrepareSettings(max_document_chars=150, max_bad_records=3, file_tokens=700)
+
+
+def open_text(path):
+    return list_splits(describe_source(str(path)))["train"](None)
 
 
 @pytest.fixture
@@ -33,7 +38,7 @@ def source(tmp_path, texts):
     lines[40:40] = ["{broken", '{"text": null}']
     path = tmp_path / "corpus.jsonl"
     path.write_text("\n".join(lines) + "\n")
-    return JsonlSource([path], None)
+    return open_text(path)
 
 
 @pytest.fixture
@@ -234,7 +239,7 @@ def test_cut_behind_every_file_gives_the_same_bytes(tmp_path, source, tokenizer,
                 prepare_tokens(source, tokenizer, folder, SMALL)
         saved = len(list(work_folder(folder).glob("output/*"))) if work_folder(folder).exists() else 0
         read = []
-        monkeypatch.setattr(JsonlSource, "records", spy(JsonlSource.records, read))
+        monkeypatch.setattr(type(source), "records", spy(type(source).records, read))
         assert prepare_tokens(source, tokenizer, folder, SMALL) == whole
         monkeypatch.undo()
         assert digests(folder) == expected
@@ -312,7 +317,7 @@ def test_too_many_bad_records_stop_it(tmp_path, source, tokenizer):
 @pytest.mark.parametrize("max_length", [None, 20])
 def test_parts_read_like_one_folder(tmp_path, texts, tokenizer, encoded, max_length):
     Dataset.from_dict({"text": texts}).save_to_disk(tmp_path / "text")
-    source = ArrowTexts(tmp_path / "text", None)
+    source = open_text(tmp_path / "text")
     settings = replace(SMALL, special_tokens=True, max_length=max_length)
     prepare_tokens(source, tokenizer, tmp_path / "whole", settings)
 
