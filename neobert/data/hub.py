@@ -113,6 +113,9 @@ class HubSource(ShardedSource):
         self._dataset = dataset.select_columns([self._column])
         super().__init__(place, [0] * self._dataset.num_shards)
         self._count = count
+        self.commit: str | None = None
+        """The commit that is read; None for local files."""
+
         self.notes = [note]
         self.fingerprint = fingerprint
 
@@ -182,6 +185,7 @@ def open_hub(pin: HubPin, split: str) -> HubSource:
         )
 
     source = _ask_hub(spec, load)
+    source.commit = commit
     if commit is not None:
         source.notes.append(f"{name} at commit {commit}; dataset.revision: {commit} stays on it")
     return source

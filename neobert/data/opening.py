@@ -20,12 +20,12 @@ from neobert.config.schema import DatasetSection
 from neobert.data.arrow import TokenStore
 from neobert.data.errors import DataError
 from neobert.data.lanes import State
-from neobert.data.prepare import PrepareSettings, prepare_tokens
+from neobert.data.prepare import choose_settings, prepare_tokens
 from neobert.data.sources import OpenSplit, StreamedText, list_splits
 from neobert.data.spec import SourceSpec, describe_sources
 from neobert.data.splits import SplitSlice, choose_eval_split, choose_train_split, parse_split, slice_bounds
 from neobert.data.stdlib import StdlibSource
-from neobert.data.text import RecordCounts, Span, TextSource, cut_text
+from neobert.data.text import WHOLE, RecordCounts, Span, TextSource, cut_text
 from neobert.data.tokenizer import Tokenizer
 
 Place = State | int
@@ -65,7 +65,7 @@ class View:
         if isinstance(self.documents, TokenStore):
             first, last = self.rows
             return self.documents.document_at(last) - self.documents.document_at(first)
-        return self.documents.count() if self.span == Span() else None
+        return self.documents.count() if self.span == WHOLE else None
 
 
 @dataclass(frozen=True, kw_only=True, slots=True, eq=False)
@@ -89,22 +89,19 @@ class Source:
         elif to_disk or isinstance(found, StdlibSource):
             if found.count() is None and split.needs_size:
                 # The size is known when the whole split is on disk; only then can it be sliced.
-                view = self._prepare(found, Span(), split.name)
+                view = self._prepare(found, SplitSlice(name=split.name), WHOLE)
             else:
-                begin, end = _cut(found, split, max_documents)
-                return self._prepare(found, Span(begin, end), split.name)
+                return self._prepare(found, split, Span(*locate_slice(found, split, max_documents)))
         else:
             view = View(documents=found, fingerprint=found.fingerprint, notes=tuple(found.notes))
-        begin, end = _cut(view.documents, split, max_documents)
+        begin, end = locate_slice(view.documents, split, max_documents)
         return replace(view, begin=begin, end=end)
 
-    def _prepare(self, source: TextSource, span: Span, name: str) -> View:
-        folder = self.prepared_dir / name
-        settings = PrepareSettings(
-            max_document_chars=self.section.max_document_chars, max_bad_records=self.section.max_bad_records
-        )
+    def _prepare(self, source: TextSource, split: SplitSlice, span: Span) -> View:
+        folder = self.prepared_dir / split.name
+        settings = replace(choose_settings(self.section, self.spec), split=str(split))
         with self.main_first():
-            manifest = prepare_tokens(source, self.tokenizer, folder, settings, span=span)
+            manifest = prepare_tokens(source, self.tokenizer, folder, settings, span=span, label=str(folder))
         numbers = {key: manifest[key] for key in ("num_documents", "num_tokens", "bad", "skipped")}
         note = "tokenised to {}: {num_documents:,} documents, {num_tokens:,} tokens; {bad} bad, {skipped} without text"
         store = TokenStore(folder, self.tokenizer)
@@ -143,11 +140,22 @@ def list_sources(
     return found
 
 
-def _cut(
-    documents: TokenStore | TextSource, split: SplitSlice, max_documents: int | None
+def locate_slice(
+    documents: TokenStore | TextSource,
+    split: SplitSlice,
+    max_documents: int | None = None,
+    *,
+    size: int | None = None,
 ) -> tuple[Any | None, Any | None]:
-    """Where a slice begins and ends."""
-    size = documents.count()
+    """Where a slice begins and ends: cursors of text, rows of an indexed store; None for the ends of the split.
+
+    Args:
+        size: documents of the split, where the caller knows better than the source.
+
+    Raises:
+        DataError: the slice is empty or outside of the split, or its size is needed and not known.
+    """
+    size = documents.count() if size is None else size
     first, last = slice_bounds(split, size)
     if max_documents is not None and (last is None or last > first + max_documents):
         last = first + max_documents
@@ -206,7 +214,7 @@ def _open_texts(spec: SourceSpec, section: DatasetSection, max_documents: int | 
     if not has_split and section.validation_split is not None:
         num_held_out = int((source.count() or 0) * section.validation_split) + 1
     counts = RecordCounts(max_bad=section.max_bad_records, where="the training split")
-    span = Span(*_cut(source, train, spec.max_documents))
+    span = Span(*locate_slice(source, train, spec.max_documents))
 
     def texts() -> Iterator[str]:
         number = 0

@@ -15,6 +15,7 @@ import numpy as np
 
 from neobert.config.schema import Config, DatasetSection
 from neobert.data.collate import Collator, MaskPolicy
+from neobert.data.encode import limit_threads
 from neobert.data.evaluation import EvalSet, choose_evaluation
 from neobert.data.lanes import State
 from neobert.data.loader import Loader, LoaderSettings, OrderIdentity, sum_counters
@@ -140,7 +141,8 @@ def build_data(
     """Finds source and splits, tokenises what is to be tokenised once, and sets evaluation documents apart.
 
     Args:
-        prepared_dir: where text that is not streamed is tokenised to; used again when it fits.
+        prepared_dir: where text that is not streamed is tokenised to, unless `dataset.pre_tokenize_output` says; used
+            again when it fits.
         rows_per_step: global batch in rows.
         main_first: a context in which rank 0 runs before the others, put around the tokenising.
         pin_memory: batches go to page-locked memory as they are made.
@@ -149,7 +151,9 @@ def build_data(
         DataError: the data cannot be used as configured.
     """
     section = config.dataset
-    sources = list_sources(section, tokenizer, prepared_dir, main_first)
+    limit_threads(section.num_proc)
+    to = prepared_dir if section.pre_tokenize_output is None else Path(section.pre_tokenize_output)
+    sources = list_sources(section, tokenizer, to, main_first)
     views = [source.open(source.train_split, source.spec.max_documents) for source in sources]
     evaluation = choose_evaluation(config, sources, views, build_lane_settings(config, views))
     parts = [

@@ -1,24 +1,40 @@
-"""Tokenise a source of text once, into a folder that is then read by index.
+"""Documents tokenised once, into a folder that is then read by index.
 
-Documents stay whole and in source order; memory is bounded by one batch, whatever the size of the corpus. The folder
-appears by a rename when it is complete, with a manifest that says what it was made from, so that it is used again
-only for the same documents, tokenizer and settings.
+Documents stay in source order, and memory is bounded by a few batches, whatever the size of the corpus. All work is
+done in `.tmp-<name>/` beside the folder:
+
+    lock             held while a process works there
+    progress.json    the finished files, and the cursor behind the last document in them
+    output/          becomes the folder, by one rename, when it is complete
+
+A start that finds progress for the same documents, tokenizer and settings goes on behind it. Where files end depends
+on the tokens alone, so the bytes are those of a reading that was never interrupted.
 """
 
-import os
+import json
 import shutil
-from dataclasses import dataclass
+from collections.abc import Generator, Iterator, Mapping
+from contextlib import closing, nullcontext, suppress
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
+from neobert.config.schema_data import DatasetSection
 from neobert.data.arrow import read_manifest
-from neobert.data.encode import encode_documents
+from neobert.data.encode import EncodedDocument, encode_documents
 from neobert.data.errors import DataError
+from neobert.data.lanes import IntArray, State
+from neobert.data.lock import locked
+from neobert.data.meter import Meter
+from neobert.data.packing import SPECIALS_PER_SEGMENT
+from neobert.data.spec import SourceSpec
 from neobert.data.text import WHOLE, RecordCounts, Span, TextSource
-from neobert.data.token_writer import TokenWriter
+from neobert.data.token_writer import FILE_TOKENS, TokenWriter, sync, write_description, write_json
 from neobert.data.tokenizer import Tokenizer
 
-_FORMAT = 1
+_FORMAT = 2
+_PART_NUMBERS = 1 << 40
+"""Document numbers of part i begin at i times this: they rise over all parts, without knowing the parts before."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -27,65 +43,361 @@ class PrepareSettings:
 
     max_document_chars: int
     max_bad_records: int
+    text_column: str | None = None
+    split: str | None = None
+    special_tokens: bool = False
+    """True: every row is `[CLS] tokens [SEP]`; False: bare tokens."""
+
+    special_tokens_mask: bool = False
+    """Adds the column `special_tokens_mask`."""
+
+    max_length: int | None = None
+    """Longer documents become consecutive rows of at most this many tokens, special ones included, and a column
+    `document` numbers the documents. None: a document is a row."""
+
+    max_documents: int | None = None
+    """Only the first documents, this many."""
+
+    min_tokens: int = 0
+    """Documents with fewer tokens are left out and counted as `short`."""
+
+    file_tokens: int = FILE_TOKENS
+
+    @property
+    def row_tokens(self) -> int | None:
+        """Tokens of the longest row without its special tokens; None: no limit."""
+        if self.max_length is None:
+            return None
+        return self.max_length - (SPECIALS_PER_SEGMENT if self.special_tokens else 0)
+
+    def identity(self) -> dict[str, Any]:
+        """What must be equal for two folders to be equal; how many bad records are accepted does not matter."""
+        return {name: value for name, value in asdict(self).items() if name != "max_bad_records"}
+
+
+def choose_settings(section: DatasetSection, spec: SourceSpec) -> PrepareSettings:
+    """How a run has its text tokenised to disk: bare tokens of whole documents."""
+    return PrepareSettings(
+        max_document_chars=section.max_document_chars,
+        max_bad_records=section.max_bad_records,
+        text_column=spec.text_column,
+        split=spec.split,
+    )
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Origin:
+    """Where documents and tokenizer come from, in words for the manifest."""
+
+    source: str | None = None
+    revision: str | None = None
+    tokenizer: str | None = None
+
+
+class TokenSource(Protocol):
+    """Documents as tokens, in source order."""
+
+    fingerprint: str
+
+    def documents(self, after: State | None, counts: RecordCounts) -> Generator[EncodedDocument, None, None]:
+        """The documents behind a cursor (None: all); records that give none are added to `counts`."""
+
+    def count(self) -> int | None:
+        """Records there are; None when that is not known."""
+
+
+class TextTokens:
+    """A source of text, tokenised while it is read."""
+
+    def __init__(self, source: TextSource, tokenizer: Tokenizer, max_document_chars: int, span: Span = WHOLE) -> None:
+        self._source, self._encode, self._span = source, tokenizer.encode_batch, span
+        self._max_document_chars = max_document_chars
+        self.fingerprint = source.fingerprint
+
+    def documents(self, after: State | None, counts: RecordCounts) -> Generator[EncodedDocument, None, None]:
+        span = self._span if after is None else Span(after, self._span.until)
+        with closing(self._source.records(span)) as records:
+            yield from encode_documents(records, self._encode, counts, self._max_document_chars, num_ahead=2)
+
+    def count(self) -> int | None:
+        return self._source.count() if self._span == WHOLE else None
+
+
+@dataclass(kw_only=True, slots=True)
+class _Progress:
+    """What is finished: the state of the writing at the end of a file."""
+
+    cursor: State | None = None
+    num_documents: int = 0
+    num_pieces: int = 0
+    num_tokens: int = 0
+    bad: int = 0
+    skipped: int = 0
+    empty: int = 0
+    """Documents whose text gives no token."""
+
+    short: int = 0
+    files: dict[str, Any] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True, eq=False)
+class _Job:
+    """Everything that decides what is written."""
+
+    tokens: TokenSource
+    tokenizer: Tokenizer
+    folder: Path
+    settings: PrepareSettings
+    origin: Origin
+    part: tuple[int, int] | None
+    label: str | None
+
+    @property
+    def work(self) -> Path:
+        return work_folder(self.folder)
+
+    def identity(self) -> dict[str, Any]:
+        return make_identity(self.tokens.fingerprint, self.tokenizer, self.settings, self.part)
+
+
+def work_folder(folder: Path) -> Path:
+    """Where a folder is while it is unfinished."""
+    return folder.with_name(f".tmp-{folder.name}")
+
+
+def make_identity(
+    fingerprint: str, tokenizer: Tokenizer, settings: PrepareSettings, part: tuple[int, int] | None
+) -> dict[str, Any]:
+    """What is equal in folders with equal content; a part of every manifest."""
+    return {
+        "format": _FORMAT,
+        "source": fingerprint,
+        "tokenizer_digest": tokenizer.digest,
+        "special_tokens": settings.special_tokens,
+        "settings": settings.identity(),
+        "part": None if part is None else list(part),
+    }
 
 
 def prepare_tokens(
-    source: TextSource, tokenizer: Tokenizer, folder: Path, settings: PrepareSettings, span: Span = WHOLE
-) -> dict[str, Any]:
-    """Makes `folder` hold the source's documents as tokens, or finds that it does; returns its manifest.
-
-    Raises:
-        DataError: too many bad records, no usable document, or the folder holds something else.
-    """
-    wanted = {
-        "format": _FORMAT,
-        "source": source.fingerprint,
-        "span": list(span),
-        "tokenizer_digest": tokenizer.digest,
-        "max_document_chars": settings.max_document_chars,
-        "special_tokens": False,
-    }
-    found = read_manifest(folder)
-    if found is not None and all(found.get(name) == value for name, value in wanted.items()):
-        return found
-    if found is None and folder.exists():
-        raise DataError(f"{folder} is in the way: tokenised data is to be written there; move it or remove it")
-    temporary = folder.with_name(f".tmp-{folder.name}-{os.getpid()}")
-    shutil.rmtree(temporary, ignore_errors=True)
-    try:
-        manifest = _write(source, tokenizer, temporary, settings, wanted, span)
-        shutil.rmtree(folder, ignore_errors=True)
-        temporary.rename(folder)
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)
-    return manifest
-
-
-def _write(
     source: TextSource,
     tokenizer: Tokenizer,
     folder: Path,
     settings: PrepareSettings,
-    wanted: dict[str, Any],
-    span: Span,
+    *,
+    span: Span = WHOLE,
+    origin: Origin = Origin(),
+    part: tuple[int, int] | None = None,
+    replace_other: bool = True,
+    label: str | None = None,
 ) -> dict[str, Any]:
-    counts = RecordCounts(max_bad=settings.max_bad_records, where="the source")
-    writer = TokenWriter(folder)
-    for document in encode_documents(source.records(span), tokenizer.encode_batch, counts, settings.max_document_chars):
-        if len(document.tokens):
-            writer.add(document.tokens)
-        else:
-            counts.skipped += 1
-    if not writer.num_documents:
-        raise DataError(
-            f"the source has no usable documents ({counts.bad} cannot be read, {counts.skipped} without text); check "
-            "dataset.path and dataset.text_column"
-        )
-    manifest = wanted | {
-        "num_documents": writer.num_documents,
-        "num_tokens": writer.num_tokens,
-        "bad": counts.bad,
-        "skipped": counts.skipped,
-    }
-    writer.close(manifest)
+    """Makes `folder` hold the source's documents as tokens, or finds that it does; returns its manifest.
+
+    Args:
+        span: the stretch of the source to write.
+        part: (number from 0, count), where the folder is one of several that are joined later.
+        replace_other: whether a folder of ours with other documents or settings is replaced; else it is an error.
+        label: shows the progress under this name; None is silent.
+
+    Raises:
+        DataError: too many bad records, no usable document, or the folder holds something else.
+    """
+    tokens = TextTokens(source, tokenizer, settings.max_document_chars, span)
+    return write_tokens(
+        tokens, tokenizer, folder, settings, origin=origin, part=part, replace_other=replace_other, label=label
+    )
+
+
+def write_tokens(
+    tokens: TokenSource,
+    tokenizer: Tokenizer,
+    folder: Path,
+    settings: PrepareSettings,
+    *,
+    origin: Origin = Origin(),
+    part: tuple[int, int] | None = None,
+    replace_other: bool = True,
+    label: str | None = None,
+) -> dict[str, Any]:
+    """As `prepare_tokens`, for documents that may be tokens already."""
+    job = _Job(
+        tokens=tokens, tokenizer=tokenizer, folder=folder, settings=settings, origin=origin, part=part, label=label
+    )
+    if (found := _find(job, replace_other)) is not None:
+        if job.work.exists():  # Killed behind the last rename, or another process is at work there.
+            with suppress(DataError), locked(job.work):
+                shutil.rmtree(job.work)
+        return found
+    with locked(job.work):
+        if (found := _find(job, replace_other)) is not None:  # Written by another process in the meantime.
+            shutil.rmtree(job.work)
+            return found
+        try:
+            manifest = _write(job, _load_progress(job, replace_other))
+        except BaseException:
+            if not read_progress(job.work).get("files"):
+                shutil.rmtree(job.work)
+            raise
+        if folder.exists():
+            folder.rename(job.work / "replaced")
+        (job.work / "output").rename(folder)
+        sync(folder.parent)
+        shutil.rmtree(job.work)
     return manifest
+
+
+def describe_differences(there: Mapping[str, Any], here: Mapping[str, Any]) -> str:
+    """Where two identities differ, in words; empty when they do not."""
+    pairs = {**here, **here["settings"]}
+    others = {**there, **there.get("settings", {})}
+    names = [name for name in pairs if name != "settings" and pairs[name] != others.get(name)]
+    return ", ".join(f"{name} is {others.get(name)!r} there and {pairs[name]!r} here" for name in names)
+
+
+def _find(job: _Job, replace_other: bool) -> dict[str, Any] | None:
+    """The manifest of a folder that is complete already.
+
+    Raises:
+        DataError: the folder is there and may not be replaced.
+    """
+    found, wanted = read_manifest(job.folder), job.identity()
+    if found is None and job.folder.exists():
+        raise DataError(f"{job.folder} is in the way: tokenised data is to be written there; move it or remove it")
+    if found is None:
+        return None
+    differences = describe_differences(found, wanted)
+    if differences and not replace_other:
+        raise DataError(f"{job.folder} holds other data ({differences}); choose another folder, or remove that one")
+    return None if differences else found
+
+
+def _load_progress(job: _Job, replace_other: bool) -> _Progress:
+    """What an interrupted writing has finished; files beyond that are removed.
+
+    Raises:
+        DataError: it was made with other settings, and may not be replaced.
+    """
+    saved = read_progress(job.work)
+    output = job.work / "output"
+    if saved:
+        differences = describe_differences(saved.pop("identity"), job.identity())
+        if differences and saved["files"] and not replace_other:
+            raise DataError(
+                f"{job.work} holds an unfinished writing of other data ({differences}); finish that one with its own "
+                "settings, or remove the folder"
+            )
+        sizes = {name: entry["bytes"] for name, entry in saved["files"].items()}
+        if not differences and all((output / n).is_file() and (output / n).stat().st_size == sizes[n] for n in sizes):
+            for path in output.iterdir():
+                if path.name not in sizes:
+                    path.unlink()
+            return _Progress(**saved)
+    shutil.rmtree(output, ignore_errors=True)
+    output.mkdir()
+    progress = _Progress()
+    _save_progress(job, progress)
+    return progress
+
+
+def read_progress(work: Path) -> dict[str, Any]:
+    """What a work folder holds of an unfinished writing: its `identity`, and the state behind its last whole file."""
+    path = work / "progress.json"
+    found: dict[str, Any] = json.loads(path.read_text()) if path.is_file() else {}
+    return found
+
+
+def _save_progress(job: _Job, progress: _Progress) -> None:
+    write_json(job.work / "progress.json", asdict(progress) | {"identity": job.identity()})
+
+
+def _write(job: _Job, progress: _Progress) -> dict[str, Any]:
+    """Writes what is missing of the folder, and its description; returns the manifest."""
+    settings, tokenizer, output = job.settings, job.tokenizer, job.work / "output"
+    writer = TokenWriter(
+        output,
+        around=(tokenizer.cls_id, tokenizer.sep_id) if settings.special_tokens else None,
+        special_tokens_mask=settings.special_tokens_mask,
+        document_numbers=settings.max_length is not None,
+        file_tokens=settings.file_tokens,
+        files=progress.files,
+    )
+    first_number = job.part[0] * _PART_NUMBERS if job.part else 0
+    total = job.tokens.count()
+    with Meter(job.label) if job.label else nullcontext() as meter:
+        for document in _documents(job, progress):
+            pieces = cut_tokens(document.tokens, settings.row_tokens)
+            finished = writer.add(pieces, first_number + progress.num_documents)
+            progress.num_documents += 1
+            progress.num_pieces += len(pieces)
+            progress.num_tokens += len(document.tokens)
+            if finished:
+                progress.cursor, progress.files = document.cursor, writer.files
+                _save_progress(job, progress)
+            if meter is not None:
+                meter.show(progress.num_documents, progress.num_tokens, _share_done(settings, progress, total))
+    if not progress.num_documents and job.part is None:
+        raise DataError(
+            f"the source has no usable documents ({progress.bad} cannot be read, {progress.skipped} without text, "
+            f"{progress.short} with fewer than {settings.min_tokens} tokens); check dataset.path and "
+            "dataset.text_column"
+        )
+    writer.finish_file()
+    manifest = _make_manifest(job, progress, writer.files)
+    write_description(output, files=list(writer.files), features=writer.features, manifest=manifest)
+    return manifest
+
+
+def _documents(job: _Job, progress: _Progress) -> Iterator[EncodedDocument]:
+    """The documents that are still to be written; `progress` counts what is passed over on the way."""
+    settings = job.settings
+    if progress.num_documents == settings.max_documents:
+        return
+    counts = RecordCounts(max_bad=settings.max_bad_records, where="the source")
+    counts.bad, counts.skipped = progress.bad, progress.skipped
+    with closing(job.tokens.documents(progress.cursor, counts)) as documents:
+        for document in documents:
+            progress.bad, progress.skipped = document.bad, document.skipped
+            if not len(document.tokens):
+                progress.empty += 1
+            elif len(document.tokens) < settings.min_tokens:
+                progress.short += 1
+            else:
+                yield document
+                if progress.num_documents == settings.max_documents:
+                    return
+    progress.bad, progress.skipped = counts.bad, counts.skipped
+
+
+def cut_tokens(tokens: IntArray, row_tokens: int | None) -> list[IntArray]:
+    """Consecutive pieces of at most `row_tokens` tokens.
+
+    >>> [piece.tolist() for piece in cut_tokens(np.arange(5), 2)]
+    [[0, 1], [2, 3], [4]]
+    """
+    if row_tokens is None or len(tokens) <= row_tokens:
+        return [tokens]
+    return [tokens[start : start + row_tokens] for start in range(0, len(tokens), row_tokens)]
+
+
+def _share_done(settings: PrepareSettings, progress: _Progress, total: int | None) -> float | None:
+    if settings.max_documents is not None:
+        return progress.num_documents / settings.max_documents
+    passed = progress.num_documents + progress.bad + progress.skipped + progress.empty + progress.short
+    return passed / total if total else None
+
+
+def _make_manifest(job: _Job, progress: _Progress, files: Mapping[str, Any]) -> dict[str, Any]:
+    tokenizer = job.tokenizer
+    return job.identity() | {
+        "source_label": job.origin.source,
+        "source_revision": job.origin.revision,
+        "tokenizer_name": job.origin.tokenizer,
+        "special_ids": {"cls": tokenizer.cls_id, "sep": tokenizer.sep_id, "unk": tokenizer.unk_id},
+        "num_documents": progress.num_documents,
+        "num_pieces": progress.num_pieces,
+        "num_tokens": progress.num_tokens,
+        "bad": progress.bad,
+        "skipped": progress.skipped + progress.empty,
+        "short": progress.short,
+        "files": dict(files),
+    }

@@ -1,7 +1,6 @@
 """Loading a trained model: a checkpoint folder, or a run folder, which means its newest checkpoint."""
 
 import json
-import warnings
 from pathlib import Path
 
 import torch
@@ -14,7 +13,7 @@ from neobert.model.attention import choose_attention
 from neobert.model.config import ModelConfig
 from neobert.model.encoder import Encoder
 from neobert.objectives.mlm import MaskedLM
-from neobert.weights.folder import choose_checkpoint
+from neobert.weights.folder import find_checkpoint
 
 
 def load_masked_lm(path: str | Path, *, device: str | torch.device = "cpu") -> tuple[MaskedLM, Tokenizer]:
@@ -24,10 +23,7 @@ def load_masked_lm(path: str | Path, *, device: str | torch.device = "cpu") -> t
         FileNotFoundError: there is no checkpoint at `path`.
         CheckpointError: there are some, and none of them is whole.
     """
-    choice = choose_checkpoint(Path(path))
-    checkpoint = choice.path
-    for note in choice.notes:
-        warnings.warn(note, stacklevel=2)
+    checkpoint = find_checkpoint(Path(path))
     if checkpoint is None:
         raise FileNotFoundError(
             f"{path} holds no checkpoint: give a run folder (with checkpoints/<step>/ in it) or one of its checkpoints"

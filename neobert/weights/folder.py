@@ -4,6 +4,7 @@ Which checkpoint is taken: an explicit one is taken or refused. `latest`, or the
 that passes the full check of its manifest; steps are compared, not times, since copies change times.
 """
 
+import warnings
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -90,3 +91,15 @@ def choose_checkpoint(path: Path) -> Choice:
             f"{path} is damaged: {error}; choose another step, or latest for the newest one that is whole"
         ) from error
     return Choice(path=path)
+
+
+def find_checkpoint(path: Path) -> Path | None:
+    """`choose_checkpoint` for those who only want the folder: what it has to say becomes warnings.
+
+    Raises:
+        CheckpointError: there are checkpoints, and none of them is whole.
+    """
+    choice = choose_checkpoint(path)
+    for note in choice.notes:
+        warnings.warn(note, stacklevel=3)
+    return choice.path

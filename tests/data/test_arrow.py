@@ -3,10 +3,10 @@ import pyarrow as pa
 import pytest
 from datasets import Dataset, Features, LargeList, List, Value, concatenate_datasets, load_from_disk
 
-from neobert.data import arrow
+from neobert.data import arrow, token_writer
 from neobert.data.arrow import ArrowTexts, TokenStore, choose_indexed_lanes, load_table, read_manifest
 from neobert.data.errors import DataError
-from neobert.data.token_writer import TokenWriter
+from neobert.data.token_writer import TokenWriter, write_description
 
 DOCUMENTS = [[7, 8, 9], [], [10], list(range(20, 60)), [5, 6]]
 
@@ -68,11 +68,18 @@ def test_data_of_another_tokenizer_is_refused(tmp_path, tokenizer):
         TokenStore(save(tmp_path / "d", [[5], [9999]]), tokenizer)
 
 
+def write_folder(folder, documents, manifest, **settings):
+    folder.mkdir()
+    writer = TokenWriter(folder, **settings)
+    for number, tokens in enumerate(documents):
+        writer.add([np.array(tokens, dtype=np.int32)], number)
+    writer.finish_file()
+    write_description(folder, files=list(writer.files), features=writer.features, manifest=manifest)
+
+
 def test_a_manifest_names_the_tokenizer(tmp_path, tokenizer):
     for name, digest in (("same", tokenizer.digest), ("other", "sha256:0")):
-        writer = TokenWriter(tmp_path / name)
-        writer.add(np.array([5, 6], dtype=np.int32))
-        writer.close({"tokenizer_digest": digest})
+        write_folder(tmp_path / name, [[5, 6]], {"tokenizer_digest": digest})
     assert contents(TokenStore(tmp_path / "same", tokenizer)) == [[5, 6]]
     with pytest.raises(DataError, match=r"other was made with a tokenizer of digest sha256:0"):
         TokenStore(tmp_path / "other", tokenizer)
@@ -109,13 +116,9 @@ def test_fingerprint_sees_one_changed_token(tmp_path, tokenizer):
 
 
 def test_written_folders_are_read_by_us_and_by_datasets(tmp_path, tokenizer, monkeypatch):
-    monkeypatch.setattr(TokenWriter, "_BATCH_TOKENS", 10)
-    monkeypatch.setattr(TokenWriter, "_FILE_TOKENS", 30)
+    monkeypatch.setattr(token_writer, "BATCH_TOKENS", 10)
     for name in ("one", "two"):
-        writer = TokenWriter(tmp_path / name)
-        for tokens in DOCUMENTS:
-            writer.add(np.array(tokens, dtype=np.int32))
-        writer.close({"num_documents": writer.num_documents})
+        write_folder(tmp_path / name, DOCUMENTS, {"num_documents": 5}, file_tokens=30)
     assert contents(TokenStore(tmp_path / "one", tokenizer)) == DOCUMENTS
     assert load_from_disk(tmp_path / "one")["input_ids"][:] == DOCUMENTS
     assert read_manifest(tmp_path / "one") == {"num_documents": 5}
@@ -148,17 +151,24 @@ def test_pieces_know_their_document(tmp_path, tokenizer, num_files):
     documents = Dataset.from_dict({"input_ids": DOCUMENTS, "document": [0, 0, 1, 2, 2]})
     documents.save_to_disk(tmp_path / "pieces", num_shards=num_files)
     store = TokenStore(tmp_path / "pieces", tokenizer)
-    assert store.count() == 5
+    assert (len(store), store.count()) == (5, 3)
     assert store.document_numbers.tolist() == [0, 0, 1, 2, 2]
-    assert store.document_numbers.dtype == np.int64
-    assert store.document_numbers.flags.owndata == (num_files > 1)
+    assert [store.row_of(document) for document in (0, 1, 2, 3)] == [0, 2, 3, 5]
+    assert [store.document_at(row) for row in (0, 1, 2, 4, 5)] == [0, 0, 1, 2, 3]
+
+
+def test_documents_of_parts_are_numbered_without_gaps(tmp_path, tokenizer):
+    """Machines that share the work begin their numbers far apart."""
+    numbers = [0, 0, 1, 1 << 40, (1 << 40) + 1]
+    Dataset.from_dict({"input_ids": DOCUMENTS, "document": numbers}).save_to_disk(tmp_path / "d")
+    assert TokenStore(tmp_path / "d", tokenizer).document_numbers.tolist() == [0, 0, 1, 2, 3]
 
 
 @pytest.mark.parametrize("special_tokens", [True, False])
 def test_the_manifest_says_whether_special_tokens_are_on_disk(tmp_path, tokenizer, special_tokens):
     """Bare documents that begin like wrapped ones: only the manifest can tell."""
     writer = TokenWriter(tmp_path / "d")
-    writer.add(np.array([tokenizer.cls_id, 7, tokenizer.sep_id], dtype=np.int32))
+    writer.add(np.array([tokenizer.cls_id, 7, tokenizer.sep_id], dtype=np.int32), 0)
     writer.close({"special_tokens": special_tokens})
     store = TokenStore(tmp_path / "d", tokenizer)
     assert contents(store) == ([[7]] if special_tokens else [[tokenizer.cls_id, 7, tokenizer.sep_id]])

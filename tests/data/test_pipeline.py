@@ -198,7 +198,7 @@ def test_an_interrupted_tokenising_leaves_nothing_that_looks_complete(tmp_path, 
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patch:
-        patch.setattr(prepare.TokenWriter, "close", interrupted)
+        patch.setattr(prepare.TokenWriter, "finish_file", interrupted)
         with pytest.raises(KeyboardInterrupt):
             make_data(config)
     assert list((tmp_path / "prepared").iterdir()) == []

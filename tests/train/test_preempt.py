@@ -146,17 +146,24 @@ def test_a_signal_in_the_last_evaluation(tiny: Tiny, tmp_path: Path, monkeypatch
 
 def test_a_signal_while_waiting_for_data(tiny: Tiny, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     out, go_on = tmp_path / "run", threading.Event()
-    real = loader_module._Assembler.step
+    real, waited = loader_module._Assembler.step, Loader.next_unless
+    asked = []
 
     def slow(self: Any) -> Any:
         if self._next_row == 6 * 4:  # Step 7 has no rows for a long time, and step 6 waits for its digest.
-            threading.Timer(0.2, send, [signal.SIGTERM]).start()
             go_on.wait(30)
         return real(self)
+
+    def wait(self: Any, stop: Any) -> Any:
+        asked.append(stop)
+        if len(asked) == 6:
+            threading.Timer(0.2, send, [signal.SIGTERM]).start()
+        return waited(self, stop)
 
     start = time.monotonic()
     with monkeypatch.context() as patch:
         patch.setattr(loader_module._Assembler, "step", slow)
+        patch.setattr(Loader, "next_unless", wait)
         close = Loader.close
         patch.setattr(Loader, "close", lambda self: (go_on.set(), close(self)))
         result = pretrain(tiny(out))

@@ -1,0 +1,219 @@
+"""What a run would read, prepared before it: every split it needs, as one folder of tokens for each source.
+
+<folder>/train/ validation/ ...      tokenised splits, each complete or not there
+<folder>/dataset_dict.json           names them; written last, so that the folder is read only when it is whole
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import yaml
+
+from neobert.config.schema_data import DatasetSection, TokenizerSection
+from neobert.data.arrow import TokenStore
+from neobert.data.errors import DataError
+from neobert.data.hub import HubSource
+from neobert.data.opening import locate_slice
+from neobert.data.prepare import Origin, PrepareSettings, TextTokens, TokenSource, choose_settings, write_tokens
+from neobert.data.sources import list_splits
+from neobert.data.spec import SourceSpec, describe_sources
+from neobert.data.splits import check_split, choose_eval_split, choose_train_split, parse_split
+from neobert.data.stored_tokens import StoredTokens
+from neobert.data.text import Span, TextSource
+from neobert.data.token_writer import write_json
+from neobert.data.tokenizer import Tokenizer
+
+
+@dataclass(frozen=True, kw_only=True, slots=True, eq=False)
+class TextSplit:
+    """The documents of a split, or of a slice of one."""
+
+    name: str
+    """The split without the slice."""
+
+    source: TextSource
+    span: Span
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class PreparedSource:
+    """A source that is on disk as tokens."""
+
+    folder: Path
+    spec: SourceSpec
+    train_split: str
+    eval_split: str | None
+    manifests: dict[str, dict[str, Any]]
+    """By split."""
+
+
+def open_text_split(spec: SourceSpec, wanted: str | None, tokenizer: Tokenizer | None) -> TextSplit:
+    """A split of a source of text; None takes `train`, or the only one there is.
+
+    Raises:
+        DataError: it is not there, or is tokenised already.
+    """
+    splits = list_splits(spec)
+    split = parse_split(choose_train_split(list(splits), wanted))
+    source = splits[split.name](tokenizer)
+    if isinstance(source, TokenStore):
+        raise DataError(f"{spec.label} is tokenised already; name text, or train on this folder as it is")
+    size = source.count()
+    if size is None and split.needs_size:
+        size = sum(1 for _ in source.records())  # Reads the source once; it is about to be tokenised anyway.
+    return TextSplit(name=split.name, source=source, span=Span(*locate_slice(source, split, size=size)))
+
+
+def prepare_sources(
+    section: DatasetSection,
+    tokenizer: Tokenizer,
+    output: Path,
+    *,
+    tokenizer_name: str | None,
+    min_tokens: int | None = None,
+) -> list[PreparedSource]:
+    """Tokenises every source of `dataset.*`: to `output`, or to one folder in it for each of several.
+
+    Args:
+        min_tokens: keeps only training documents with at least so many tokens; sources may then be tokens already.
+
+    Raises:
+        DataError: a source cannot be used; nothing is tokenised before all of them were looked at.
+    """
+    specs = describe_sources(section)
+    folders = [output]
+    if len(specs) > 1:
+        folders = [output / f"{number}-{_word(spec.label)}" for number, spec in enumerate(specs)]
+    jobs = [_plan(spec, section, tokenizer, folder, min_tokens) for spec, folder in zip(specs, folders)]
+    return [_prepare(job, tokenizer, tokenizer_name) for job in jobs]
+
+
+def data_overrides(prepared: Sequence[PreparedSource], section: DatasetSection) -> list[str]:
+    """The overrides that make a run with this `dataset` section read the prepared folders instead."""
+    overrides = ["dataset.streaming=false"]
+    if section.pre_tokenize:
+        overrides.append("dataset.pre_tokenize=false")
+    if len(prepared) == 1:
+        (source,) = prepared
+        overrides.append(f"dataset.path={source.folder}")
+        if section.train_split is not None:
+            overrides.append(f"dataset.train_split={source.train_split}")
+    else:
+        overrides += [f"dataset.mixture={_write_mixture(prepared)}", "dataset.path=null", "dataset.train_split=null"]
+    if section.eval_split is not None:
+        overrides.append(f"dataset.eval_split={next((p.eval_split for p in prepared if p.eval_split), None)}")
+    return overrides
+
+
+def describe_origin(spec: SourceSpec, opened: object, tokenizer_name: str | None) -> Origin:
+    """Words for the manifest. Of a path only the last part: the folder may be moved, and be given to others."""
+    return Origin(
+        source=", ".join(map(last_part, spec.path)) if spec.path else spec.name,
+        revision=opened.commit if isinstance(opened, HubSource) else spec.revision,
+        tokenizer=tokenizer_name,
+    )
+
+
+def name_tokenizer(section: TokenizerSection) -> str | None:
+    """The tokenizer in a word, without the folders above it."""
+    return section.name if section.path is None else last_part(section.path)
+
+
+def last_part(path: str) -> str:
+    return Path(path.rstrip("/")).name
+
+
+def describe_tokenizer(word: str) -> TokenizerSection:
+    """A tokenizer given as one word on a command line: a folder that exists or looks like one, else a hub name."""
+    is_path = Path(word).expanduser().exists() or word.startswith((".", "/", "~"))
+    return TokenizerSection(path=str(Path(word).expanduser())) if is_path else TokenizerSection(name=word)
+
+
+class _Opened(NamedTuple):
+    """A split that was looked at; nothing of it is written."""
+
+    tokens: TokenSource
+    settings: PrepareSettings
+    source: object
+
+
+@dataclass(frozen=True, kw_only=True, slots=True, eq=False)
+class _Job:
+    """A source whose splits were looked at."""
+
+    spec: SourceSpec
+    folder: Path
+    train_split: str
+    eval_split: str | None
+    splits: dict[str, _Opened]
+
+
+def _plan(
+    spec: SourceSpec, section: DatasetSection, tokenizer: Tokenizer, folder: Path, min_tokens: int | None
+) -> _Job:
+    names = list(list_splits(spec))
+    settings = choose_settings(section, spec)
+    train_settings = replace(settings, max_documents=spec.max_documents, min_tokens=min_tokens or 0)
+    stored = min_tokens is not None
+    train, opened = _open_tokens(spec, spec.split, tokenizer, train_settings, stored_allowed=stored)
+    splits, evaluation = {train: opened}, None
+    wanted = section.eval_split or choose_eval_split(names, train)
+    if wanted is not None:
+        check_split(names, wanted, "dataset.eval_split")
+        evaluation, opened = _open_tokens(spec, wanted, tokenizer, settings, stored_allowed=stored)
+        splits[evaluation] = opened
+    return _Job(spec=spec, folder=folder, train_split=train, eval_split=evaluation, splits=splits)
+
+
+def _open_tokens(
+    spec: SourceSpec, wanted: str | None, tokenizer: Tokenizer, settings: PrepareSettings, *, stored_allowed: bool
+) -> tuple[str, _Opened]:
+    splits = list_splits(spec)
+    chosen = parse_split(choose_train_split(list(splits), wanted))
+    found = splits[chosen.name](tokenizer)
+    if isinstance(found, TokenStore) and stored_allowed:
+        if not chosen.is_whole:
+            raise DataError(f"{chosen} is a slice of tokens that are on disk already; name the whole split")
+        return chosen.name, _Opened(StoredTokens(found), settings, found)
+    split = open_text_split(spec, wanted, tokenizer)
+    tokens = TextTokens(split.source, tokenizer, settings.max_document_chars, split.span)
+    return split.name, _Opened(tokens, settings, split.source)
+
+
+def _prepare(job: _Job, tokenizer: Tokenizer, tokenizer_name: str | None) -> PreparedSource:
+    manifests = {
+        split: write_tokens(
+            opened.tokens,
+            tokenizer,
+            job.folder / split,
+            opened.settings,
+            origin=describe_origin(job.spec, opened.source, tokenizer_name),
+            replace_other=False,
+            label=str(job.folder / split),
+        )
+        for split, opened in job.splits.items()
+    }
+    write_json(job.folder / "dataset_dict.json", {"splits": list(manifests)})
+    return PreparedSource(
+        folder=job.folder,
+        spec=job.spec,
+        train_split=job.train_split,
+        eval_split=job.eval_split,
+        manifests=manifests,
+    )
+
+
+def _write_mixture(prepared: Sequence[PreparedSource]) -> str:
+    entries = []
+    for source in prepared:
+        entry: dict[str, Any] = {"path": str(source.folder), "split": source.train_split}
+        entries.append(entry if source.spec.weight is None else entry | {"weight": source.spec.weight})
+    text: str = yaml.safe_dump(entries, default_flow_style=True, sort_keys=False, width=10**6)
+    return text.strip()
+
+
+def _word(label: str) -> str:
+    kept = "".join(letter if letter.isalnum() or letter in "._-" else "-" for letter in last_part(label))
+    return kept.strip(".-") or "source"

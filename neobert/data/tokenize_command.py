@@ -1,0 +1,158 @@
+"""The command `tokenize_dataset.py`: one split of one source becomes a folder of tokens."""
+
+import argparse
+import shlex
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from neobert.config.schema_data import DatasetSection
+from neobert.data.encode import limit_threads
+from neobert.data.errors import DataError
+from neobert.data.offline import TextSplit, describe_origin, describe_tokenizer, name_tokenizer, open_text_split
+from neobert.data.packing import SPECIALS_PER_SEGMENT
+from neobert.data.prepare import PrepareSettings, prepare_tokens
+from neobert.data.report import list_folders, write_report
+from neobert.data.spec import describe_source
+from neobert.data.text import WHOLE, Span
+from neobert.data.token_parts import check_parts, join_parts, part_folder
+from neobert.data.tokenizer import load_tokenizer
+
+
+def run_tokenize(argv: Sequence[str], description: str) -> int:
+    """Does what the words of the command line say; returns the exit code."""
+    args = _build_parser(description).parse_args(argv)
+    try:
+        _check(args)
+        if args.dataset is not None:
+            _tokenize(args)
+        if args.report:
+            for folder in list_folders(args.output):
+                print(write_report(folder, args.max_length).text)
+    except DataError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    except OSError as error:
+        print(f"error: {error}; mend that, and the same command goes on where it was", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print("stopped; the same command goes on where it was", file=sys.stderr)
+        return 130
+    return 0
+
+
+def _build_parser(description: str) -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--dataset", help="hub data set, local file, folder, pattern with *, or python_stdlib")
+    parser.add_argument("--split", help="split, or a slice such as train[:1%%]; default: train, or the only one")
+    parser.add_argument("--dataset-config", help="configuration of a hub data set, for example 20231101.en")
+    parser.add_argument("--tokenizer", help="folder with a tokenizer, or a name on the hub")
+    parser.add_argument("--output", required=True, type=Path, help="folder to write; complete, or not there")
+    parser.add_argument(
+        "--max-length", type=int, help="cut longer documents into pieces of at most this many tokens; default: whole"
+    )
+    parser.add_argument("--text-column", help="default: text, content, sentence, or the only one with text")
+    parser.add_argument("--num-proc", type=int, help="threads that tokenise; default: all cores")
+    parser.add_argument("--max-samples", type=int, help="write only the first documents, this many")
+    parser.add_argument("--no-special-tokens", action="store_true", help="leave out [CLS] and [SEP]")
+    parser.add_argument(
+        "--return-special-tokens-mask", action="store_true", help="add a column that is 1 at [CLS] and [SEP]"
+    )
+    parser.add_argument("--shard", metavar="i/n", type=_parse_shard, help="write part i (from 1) of n, on this machine")
+    parser.add_argument(
+        "--report",
+        action="store_true",
+        help="measure lengths, unknown tokens and duplicates; alone: of what is in --output",
+    )
+    return parser
+
+
+def _parse_shard(word: str) -> tuple[int, int]:
+    number, _, count = word.partition("/")
+    if not (number.isdecimal() and count.isdecimal() and 1 <= int(number) <= int(count)):
+        raise argparse.ArgumentTypeError(f"{word!r}: write i/n with i from 1 to n, for example 1/8")
+    return int(number) - 1, int(count)
+
+
+def _check(args: argparse.Namespace) -> None:
+    """Raises for flags that do not go together.
+
+    Raises:
+        DataError: with the flag and the remedy.
+    """
+    if args.dataset is None and not args.report:
+        raise DataError("--dataset is missing: name a hub data set, or a local file, folder or pattern")
+    if args.dataset is not None and args.tokenizer is None:
+        raise DataError("--tokenizer is missing: name a folder with a tokenizer, or one on the hub")
+    smallest = 1 if args.no_special_tokens else 1 + SPECIALS_PER_SEGMENT
+    for flag, value, least in (
+        ("--max-length", args.max_length, smallest),
+        ("--num-proc", args.num_proc, 1),
+        ("--max-samples", args.max_samples, 1),
+    ):
+        if value is not None and value < least:
+            raise DataError(f"{flag}: {value} is too small; give at least {least}")
+    if args.return_special_tokens_mask and args.no_special_tokens:
+        raise DataError("--return-special-tokens-mask marks what --no-special-tokens leaves out; drop one of them")
+    if args.shard and args.max_samples:
+        raise DataError("--max-samples counts from the beginning of the source, so it cannot be cut with --shard")
+
+
+def _tokenize(args: argparse.Namespace) -> None:
+    limit_threads(args.num_proc)
+    spec = describe_source(args.dataset, text_column=args.text_column, config=args.dataset_config)
+    section = describe_tokenizer(args.tokenizer)
+    tokenizer = load_tokenizer(section)
+    split = open_text_split(spec, args.split, tokenizer)
+    settings = PrepareSettings(
+        max_document_chars=DatasetSection().max_document_chars,
+        max_bad_records=DatasetSection().max_bad_records,
+        text_column=args.text_column,
+        split=args.split,
+        special_tokens=not args.no_special_tokens,
+        special_tokens_mask=args.return_special_tokens_mask,
+        max_length=args.max_length,
+        max_documents=args.max_samples or spec.max_documents,
+    )
+    for note in split.source.notes:
+        print(note)
+    folder, part, span = args.output, args.shard, split.span
+    if part is not None:
+        check_parts(args.output, split.source.fingerprint, tokenizer, settings, part[1])
+        folder, span = part_folder(args.output, *part), _choose_part(split, *part)
+    manifest: dict[str, Any] | None = prepare_tokens(
+        split.source,
+        tokenizer,
+        folder,
+        settings,
+        span=span,
+        origin=describe_origin(spec, split.source, name_tokenizer(section)),
+        part=part,
+        replace_other=False,
+        label=str(folder),
+    )
+    _say_written(folder, manifest or {})
+    if part is not None:
+        manifest = join_parts(args.output, part[1])
+        if manifest is None:
+            print(f"other parts of {args.output} are not written yet; the machine that finishes last joins them")
+            args.report = False
+            return
+        _say_written(args.output, manifest)
+    print(f"train on it with: --dataset.path {shlex.quote(str(args.output))} --dataset.streaming false")
+
+
+def _choose_part(split: TextSplit, number: int, count: int) -> Span:
+    if split.span != WHOLE:
+        raise DataError(f"--shard cuts a whole split, and --split is a slice of {split.name}; drop one of them")
+    return split.source.part(number, count)
+
+
+def _say_written(folder: Path, manifest: dict[str, Any]) -> None:
+    size = sum(entry["bytes"] for entry in manifest["files"].values())
+    print(
+        f"{folder}: {manifest['num_documents']:,} documents in {manifest['num_pieces']:,} rows, "
+        f"{manifest['num_tokens']:,} tokens, {size / 1e6:,.1f} MB; {manifest['bad']} records could not be read, "
+        f"{manifest['skipped']} had no text"
+    )

@@ -1,0 +1,200 @@
+"""The command `longer_seq.py`: a run goes on at a longer context, on the documents that are long enough for it.
+
+1. Of the training documents, those with at least `--min-length` tokens (half of the new length unless given) are
+   written to a folder of their own, in source order. The evaluation split, where there is one, is kept whole, so that
+   its loss compares with the one before.
+2. The run continues from the checkpoint: its weights, its optimizer and its step, with another order of rows, in
+   another output folder. This is `pretrain` with the overrides of `longer_overrides`.
+"""
+
+import argparse
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from neobert.config.command_line import parse_command_line
+from neobert.config.load import ConfigError, config_to_yaml, load_config, parse_config
+from neobert.config.schema import Config
+from neobert.data.encode import limit_threads
+from neobert.data.errors import DataError
+from neobert.data.offline import PreparedSource, data_overrides, name_tokenizer, prepare_sources
+from neobert.data.pipeline import build_tokenizer
+from neobert.train.exit_codes import EXIT_CODES
+from neobert.train.loop import pretrain
+from neobert.train.preprocess import choose_config_name, write_command
+from neobert.train.runtime import StartupError
+from neobert.train.start import read_train_state
+from neobert.weights.folder import choose_checkpoint
+from neobert.weights.manifest import CheckpointError
+
+
+def run_longer(argv: Sequence[str], description: str) -> int:
+    """Does what the words of the command line say; returns the exit code."""
+    args, words = _build_parser(description).parse_known_args(argv)
+    config = parse_command_line(words, description=description)
+    lengths = sorted(set(args.max_length))
+    try:
+        checkpoint = find_start(args.checkpoint)
+        check_longer(config, checkpoint, lengths, args.min_length, args.rope_theta)
+        output = args.output or Path("tokenized_data") / f"{choose_config_name(words)}-long"
+        subsets = write_subsets(config, checkpoint, output, lengths, args.min_length)
+        commands = {
+            length: longer_overrides(
+                config,
+                load_config(checkpoint / "config.yaml"),
+                checkpoint=checkpoint,
+                subset=subset,
+                max_length=length,
+                rope_theta=args.rope_theta,
+            )
+            for length, subset in subsets.items()
+        }
+        for length, overrides in commands.items():
+            print(f"continue at {length} tokens with:")
+            print(write_command(words, overrides))
+        if not args.prepare_only:
+            result = pretrain(parse_config(config_to_yaml(config), commands[lengths[-1]]))
+            return EXIT_CODES[result.reason]
+    except (DataError, StartupError, ConfigError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    return 0
+
+
+def find_start(path: Path) -> Path:
+    """The checkpoint that `--checkpoint` means: a checkpoint folder, or the newest valid one of a run.
+
+    Raises:
+        StartupError: there is none.
+    """
+    try:
+        found = choose_checkpoint(path).path
+    except CheckpointError as error:
+        raise StartupError(f"--checkpoint: {error}") from error
+    if found is None:
+        raise StartupError(f"--checkpoint: {path} is neither a checkpoint nor a run folder that has one")
+    return found
+
+
+def check_longer(
+    config: Config, checkpoint: Path, lengths: Sequence[int], min_length: int | None, rope_theta: float | None
+) -> None:
+    """Raises for what cannot work, before any document is read.
+
+    Raises:
+        StartupError: naming the flag or key and the remedy.
+    """
+    old = load_config(checkpoint / "config.yaml")
+    if lengths[0] <= old.dataset.max_seq_length:
+        raise StartupError(
+            f"--max-length: {lengths[0]} is not longer than the checkpoint's dataset.max_seq_length = "
+            f"{old.dataset.max_seq_length}; to go on at the same length, resume with pretrain.py"
+        )
+    if not old.model.rope:
+        raise StartupError(
+            "model.rope: false: learned positions end where the training ended; only rotary ones can be extended"
+        )
+    if rope_theta is not None and rope_theta <= 0:
+        raise StartupError(f"--rope-theta: {rope_theta} must be greater than 0")
+    if min_length is not None and min_length < 1:
+        raise StartupError(f"--min-length: {min_length} must be at least 1")
+    step, budget = read_train_state(checkpoint)["step"], config.trainer.max_steps
+    if budget is not None and budget <= step:
+        raise StartupError(
+            f"trainer.max_steps: {budget} is spent, the checkpoint is at step {step}; add the steps at the longer "
+            f"length, for example --trainer.max_steps {step + max(1, step // 10)}"
+        )
+
+
+def write_subsets(
+    config: Config, checkpoint: Path, output: Path, lengths: Sequence[int], min_length: int | None
+) -> dict[int, list[PreparedSource]]:
+    """The long documents for each length, in `output/<length>`; `lengths` ascending.
+
+    With several lengths text is tokenised for the shortest only: the longer documents are among those.
+
+    Raises:
+        DataError: a source cannot be used, or has no document that is long enough.
+    """
+    limit_threads(config.dataset.num_proc)
+    tokenizer = build_tokenizer(config, checkpoint, output)
+    subsets: dict[int, list[PreparedSource]] = {}
+    section = config.dataset
+    for length in lengths:
+        least = min_length if min_length is not None else length // 2
+        subsets[length] = prepare_sources(
+            section,
+            tokenizer,
+            output / str(length),
+            tokenizer_name=name_tokenizer(config.tokenizer),
+            min_tokens=least,
+        )
+        for source in subsets[length]:
+            manifest = source.manifests[source.train_split]
+            print(
+                f"{source.folder}: {manifest['num_documents']:,} documents with at least {least:,} tokens, "
+                f"{manifest['num_tokens']:,} tokens; {manifest['short']:,} shorter ones left out"
+            )
+        overrides = data_overrides(subsets[length], section)
+        section = parse_config(config_to_yaml(config), overrides).dataset
+    return subsets
+
+
+def longer_overrides(
+    config: Config,
+    old: Config,
+    *,
+    checkpoint: Path,
+    subset: Sequence[PreparedSource],
+    max_length: int,
+    rope_theta: float | None,
+) -> list[str]:
+    """What makes `config` continue `checkpoint` (a run of `old`) on `subset` with rows of `max_length`.
+
+    The output folder is the one of `config`, with the length behind its name where that is the checkpoint's own.
+    """
+    output_dir = Path(config.trainer.output_dir)
+    if output_dir.resolve() in checkpoint.resolve().parents:
+        output_dir = output_dir.with_name(f"{output_dir.name}-{max_length}")
+    positions = max(max_length, config.model.max_position_embeddings)
+    theta = config.model.rope_theta if rope_theta is None else rope_theta
+    changed = {
+        "dataset.max_seq_length": (old.dataset.max_seq_length, max_length),
+        "model.max_position_embeddings": (old.model.max_position_embeddings, positions),
+        "model.rope_theta": (old.model.rope_theta, theta),
+    }
+    allow = [key for key, (before, now) in changed.items() if before != now]
+    overrides = [
+        f"trainer.resume_from_checkpoint={checkpoint}",
+        f"trainer.output_dir={output_dir}",
+        *data_overrides(subset, config.dataset),
+        *(f"{key}={now}" for key, (_, now) in changed.items()),
+        f"trainer.resume_allow=[{','.join(allow)}]",
+    ]
+    if config.tokenizer.max_length is not None:
+        overrides.append(f"tokenizer.max_length={max_length}")
+    if config.datacollator.max_length is not None:
+        overrides.append(f"datacollator.max_length={max_length}")
+    return overrides
+
+
+def _build_parser(description: str) -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        description=description,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        usage="%(prog)s CONFIG.yaml [--section.key VALUE ...] --checkpoint RUN --max-length N [options]",
+        allow_abbrev=False,
+    )
+    parser.add_argument("--checkpoint", required=True, type=Path, help="a run folder (its newest) or one checkpoint")
+    parser.add_argument(
+        "--max-length",
+        required=True,
+        type=int,
+        action="append",
+        help="new row length in tokens; given several times, one subset each, and the run takes the longest",
+    )
+    parser.add_argument("--min-length", type=int, help="tokens of the shortest document kept; default: half the length")
+    parser.add_argument("--rope-theta", type=float, help="base of the rotary frequencies; default: as the config says")
+    parser.add_argument("--output", type=Path, help="folder of the subsets; default: tokenized_data/<config>-long")
+    parser.add_argument("--prepare-only", action="store_true", help="write the subsets and the commands, then stop")
+    return parser

@@ -1,0 +1,100 @@
+"""The first rows of a run as text: where documents begin and end, what is masked, and in which shares.
+
+The rows come from the run's own loader. Text is read as a stream, whatever `dataset.streaming` says, so that nothing
+has to be tokenised first; what cannot be streamed is tokenised into a temporary folder.
+"""
+
+import tempfile
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+
+from neobert.config.schema import Config
+from neobert.data.pipeline import build_data, build_tokenizer
+from neobert.data.tokenizer import Tokenizer
+from neobert.train.build import build_mask_policy, choose_rows_per_step
+from neobert.types import IGNORE_INDEX, PackedBatch, StepBatch
+
+NUM_ROWS = 3
+
+
+def preview(config: Config) -> str:
+    """The first rows and the measured mix of masks of the first step, as text. Writes nothing that stays.
+
+    Raises:
+        DataError: data or tokenizer cannot be used as configured.
+        StartupError: the batch cannot be built as configured.
+    """
+    section = replace(config.dataset, pre_tokenize=False, num_workers=0, num_proc=None, eval_split=None)
+    config = replace(config, dataset=replace(section, streaming=section.streaming or None))
+    collator = config.datacollator
+    rows_per_step = choose_rows_per_step(config, world=1)
+    with tempfile.TemporaryDirectory() as folder:
+        tokenizer = build_tokenizer(config, None, Path(folder))
+        data = build_data(
+            config,
+            tokenizer,
+            train_masks=build_mask_policy(tokenizer, collator.mlm_probability, mask_all=collator.mask_all),
+            eval_masks=build_mask_policy(tokenizer, collator.eval_mlm_probability, mask_all=False),
+            rank=0,
+            world=1,
+            rows_per_step=rows_per_step,
+            prepared_dir=Path(folder) / "tokenized",
+        )
+        loader = data.loader()
+        try:
+            step = next(loader)
+        finally:
+            loader.close()
+    lines = list(data.notes)
+    lines += describe_rows(step.micro_batches[0], tokenizer)
+    return "\n".join([*lines, *describe_mix(step, config, tokenizer)])
+
+
+def describe_rows(batch: PackedBatch, tokenizer: Tokenizer, num_rows: int = NUM_ROWS) -> Iterator[str]:
+    """The documents of the first rows as they are fed, and what is to be predicted in each."""
+    width = batch.input_ids.shape[1]
+    kept = batch.targets != IGNORE_INDEX
+    targets = dict(zip(batch.masked_index[kept].tolist(), batch.targets[kept].tolist()))
+    for row in range(min(num_rows, len(batch.input_ids))):
+        tokens, segments = batch.input_ids[row].numpy(), batch.segments.ids[row].numpy()
+        count = int(segments.max())
+        yield f"row {row}: {count} documents in {int((segments > 0).sum())} of {width} slots"
+        for number in range(1, count + 1):
+            slots = np.flatnonzero(segments == number)
+            yield f"  document {number}, slots {slots[0]} to {slots[-1]}: {tokenizer.decode(tokens[slots].tolist())}"
+            for slot in slots.tolist():
+                if (target := targets.get(row * width + slot)) is not None:
+                    fed, wanted = int(tokens[slot]), tokenizer.decode_token(target)
+                    yield f"    slot {slot}: predict {wanted!r} from {_describe_fed(fed, target, tokenizer)}"
+
+
+def _describe_fed(fed: int, target: int, tokenizer: Tokenizer) -> str:
+    if fed == tokenizer.mask_id:
+        return tokenizer.decode_token(fed)
+    return "itself, kept" if fed == target else f"random {tokenizer.decode_token(fed)!r}"
+
+
+def describe_mix(step: StepBatch, config: Config, tokenizer: Tokenizer) -> list[str]:
+    """Shares of what stands in the place of predicted tokens, and the share of tokens that are predicted."""
+    num_masked = num_kept = num_predicted = num_ordinary = 0
+    for batch in step.micro_batches:
+        kept = (batch.targets != IGNORE_INDEX).numpy()
+        slots, targets = batch.masked_index.numpy()[kept], batch.targets.numpy()[kept]
+        fed = batch.input_ids.numpy().reshape(-1).copy()
+        num_masked += int((fed[slots] == tokenizer.mask_id).sum())
+        num_kept += int((fed[slots] == targets).sum())
+        num_predicted += len(slots)
+        fed[slots] = targets
+        real = batch.segments.ids.numpy().reshape(-1) > 0
+        num_ordinary += int((~np.isin(fed[real], tokenizer.special_ids)).sum())
+    p, total = config.datacollator.mlm_probability, max(1, num_predicted)
+    wanted = "100%, 0%, 0%" if config.datacollator.mask_all else "80%, 10%, 10%"
+    return [
+        f"predicted: {num_predicted:,} of {num_ordinary:,} ordinary tokens of the first step = "
+        f"{num_predicted / max(1, num_ordinary):.2%} (datacollator.mlm_probability: {p:.2%})",
+        f"of these [MASK] {num_masked / total:.1%}, random {(num_predicted - num_masked - num_kept) / total:.1%}, "
+        f"kept {num_kept / total:.1%} (wanted: {wanted})",
+    ]
