@@ -1,3 +1,5 @@
+import json
+
 import numpy as np
 import pyarrow as pa
 import pytest
@@ -167,9 +169,8 @@ def test_documents_of_parts_are_numbered_without_gaps(tmp_path, tokenizer):
 @pytest.mark.parametrize("special_tokens", [True, False])
 def test_the_manifest_says_whether_special_tokens_are_on_disk(tmp_path, tokenizer, special_tokens):
     """Bare documents that begin like wrapped ones: only the manifest can tell."""
-    writer = TokenWriter(tmp_path / "d")
-    writer.add(np.array([tokenizer.cls_id, 7, tokenizer.sep_id], dtype=np.int32), 0)
-    writer.close({"special_tokens": special_tokens})
+    folder = save(tmp_path / "d", [[tokenizer.cls_id, 7, tokenizer.sep_id]])
+    (folder / "manifest.json").write_text(json.dumps({"special_tokens": special_tokens}))
     store = TokenStore(tmp_path / "d", tokenizer)
     assert contents(store) == ([[7]] if special_tokens else [[tokenizer.cls_id, 7, tokenizer.sep_id]])
     assert store.all_lengths().tolist() == ([1] if special_tokens else [3])
