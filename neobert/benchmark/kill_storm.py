@@ -121,7 +121,7 @@ def main(argv: Sequence[str]) -> int:
     parser.add_argument("--life", type=float, help="longest life in seconds (default: half of the peaceful run)")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("overrides", nargs="*", help="further settings, for example trainer.async_save=true")
-    arguments = parser.parse_args(argv)
+    arguments = parser.parse_intermixed_args(argv)
     folder: Path = arguments.folder.absolute()
     folder.mkdir(parents=True, exist_ok=True)
     if any(folder.iterdir()):

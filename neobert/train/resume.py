@@ -61,7 +61,8 @@ def resume_or_start(run: Run) -> TrainState:
     if state.data and not comparison.same_next_batch:
         state = replace(state, data={**state.data, "next_batch_digest": None})
     if comparison.restarts_order:
-        state = replace(state, data={}, skip_rows=[])  # Rows of the old order have other documents.
+        # Whatever else the state holds belongs to the rows of the old order.
+        state = TrainState(step=state.step, tokens=state.tokens, targets=state.targets, documents=state.documents)
     if run.runtime.is_main and is_own(run.checkpoint, run.output_dir):
         _supersede_later_steps(run, state.step)
     run.tracker.begin(state)

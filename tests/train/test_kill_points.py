@@ -3,6 +3,7 @@
 import json
 import os
 import signal
+import socket
 import time
 from collections.abc import Callable, Iterator
 from hashlib import sha256
@@ -71,13 +72,19 @@ def weights_of(run: Path) -> str:
     return sha256((run / "checkpoints/12/model.safetensors").read_bytes()).hexdigest()
 
 
+def free_port() -> int:
+    with socket.socket() as listener:
+        listener.bind(("127.0.0.1", 0))
+        return listener.getsockname()[1]
+
+
 def start(lives: Lives, folder: Path, config: Config, *overrides: str, fault: str = "", world: int = 1) -> list[int]:
     """Starts a run and waits for its end; its output is in `folder/output`."""
     config_file = folder / "run.yaml"
     config_file.write_text(config_to_yaml(config))
     variables = {"NEOBERT_FAULT": fault} if fault else {}
     if world > 1:
-        variables |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "29541"}
+        variables |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
     lives.start(config_file, overrides, folder / "output", variables=variables, world=world)
     return lives.wait()
 
