@@ -100,6 +100,11 @@ class StepBatch:
         return sum(b.num_tokens for b in self.micro_batches)
 
     @property
+    def source_tokens(self) -> tuple[int, ...]:
+        """Real tokens of each source."""
+        return tuple(map(sum, zip(*(b.source_tokens for b in self.micro_batches))))
+
+    @property
     def num_targets(self) -> int:
         return sum(b.num_targets for b in self.micro_batches)
 
@@ -156,6 +161,9 @@ class StepMetrics:
     num_documents: int
     num_slots: int
     attended_tokens: int
+    source_tokens: tuple[int, ...]
+    """Real tokens of each source in this rank's rows."""
+
     digest: int
     """This rank's digest; summed over ranks when the step's line is written."""
 

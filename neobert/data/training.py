@@ -83,7 +83,7 @@ def build_train(
     if section.shuffle_buffer_size:
         settings = replace(settings, window_documents=math.ceil(section.shuffle_buffer_size / num_lanes))
     weights = [part.weight for part in parts]
-    labels = tuple(part.label for part in parts)
+    labels = _unique_labels(parts)
     sizes = [_count(part.view, settings) for part in parts]
 
     def lane_opener() -> Callable[[int], Lane]:
@@ -196,6 +196,11 @@ def _count(view: View, settings: LaneSettings) -> tuple[int, int] | None:
     lengths = view.documents.all_lengths()[first:last]
     _, _, sizes, _ = piece_lengths(lengths, settings.max_seq_length, settings.min_length, truncate=settings.truncate)
     return int(sizes.sum()) + SPECIALS_PER_SEGMENT * len(sizes), len(sizes)
+
+
+def _unique_labels(parts: Sequence[TrainPart]) -> tuple[str, ...]:
+    labels = [part.label for part in parts]
+    return tuple(f"{x} ({n})" if labels.count(x) > 1 else x for n, x in enumerate(labels))
 
 
 def _note_lanes(num_lanes: int, settings: LaneSettings) -> str:

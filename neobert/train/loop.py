@@ -111,7 +111,12 @@ def training_steps(run: Run, state: TrainState) -> Iterator[tuple[TrainState, St
                     run.guard.begin(state)
                     continue
                 run.stop.reason = "numbers"
-            yield state, metrics
+            if run.config.dataset.persistent_workers or not due(state.step, run.eval_steps):
+                yield state, metrics
+            else:  # The evaluation has the memory and the cores for itself.
+                loader.close()
+                yield state, metrics
+                loader = run.data.loader(state.data, skip=state.skip_rows)
     finally:
         loader.close()
 
@@ -203,6 +208,7 @@ def take_step(run: Run, state: TrainState, given: GivenBatch) -> tuple[TrainStat
         num_documents=given.num_documents,
         num_slots=given.num_slots,
         attended_tokens=given.attended_tokens,
+        source_tokens=batch.source_tokens,
         digest=batch.digest,
         lr=lr,
         data_wait=given.data_wait,

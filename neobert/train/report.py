@@ -1,5 +1,6 @@
 """What a run says about itself before the first step."""
 
+from neobert.config.schema import Config
 from neobert.config.validate import warnings
 from neobert.train.run import Run
 from neobert.train.start import write_config
@@ -31,9 +32,24 @@ def announce(run: Run) -> None:
     lines += [f"data      {note}" for note in run.data.notes]
     lines.append(f"entropy   {run.data.unigram_entropy():.4f} nats: loss of a model that knows only token frequencies")
     run.reporter.say("\n".join(lines))
-    for text in warnings(config, total_steps=run.num_steps):
+    for text in [*warnings(config, total_steps=run.num_steps), *slow_reading(config, run.runtime.device.type)]:
         run.reporter.warn(text)
     write_config(config, run.runtime, run.output_dir)
 
 
 VOCABULARY_WEIGHTS = ("encoder.embedding.weight", "decoder.weight")
+
+
+def slow_reading(config: Config, device_type: str) -> list[str]:
+    """Settings of `dataset` that make a GPU wait, where they were given; they are kept."""
+    data = config.dataset
+    found: list[str] = []
+    if device_type != "cuda":
+        return found
+    if data.num_workers == 0:
+        found.append("dataset.num_workers: 0 makes batches in the training thread, and the GPU waits; write null")
+    if data.prefetch_factor == 1:
+        found.append("dataset.prefetch_factor: 1 keeps a single step ready; a slow window stops the GPU; write null")
+    if data.pin_memory is False:
+        found.append("dataset.pin_memory: false makes the GPU wait for every copy of a batch; write null")
+    return found

@@ -159,6 +159,7 @@ def build_run(config: Config) -> Run:
             reporter=reporter,
             module=module,
             num_steps=num_steps,
+            source_labels=data.train.labels,
             sinks=build_sinks(config, runtime, output_dir, module, reporter),
         ),
         reporter=reporter,

@@ -8,9 +8,10 @@ import importlib.util
 import os
 import resource
 import shutil
-from collections.abc import Sequence
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
+from datetime import timedelta
 from typing import Any
 
 import torch
@@ -37,6 +38,9 @@ class Runtime:
     world: int
     host_group: Any
     """Process group of host-side collectives; None in a single process."""
+
+    patient_group: Any
+    """The same for waiting while rank 0 prepares data, which may take hours."""
 
     @property
     def is_main(self) -> bool:
@@ -76,9 +80,14 @@ class Runtime:
         if self.world > 1:
             dist.barrier(group=self.host_group)
 
-    def main_first(self) -> AbstractContextManager[Any]:
-        """Rank 0 runs the block before the others do."""
-        return self.accelerator.main_process_first()
+    @contextmanager
+    def main_first(self) -> Iterator[None]:
+        """Rank 0 runs the block before the others do, however long that takes."""
+        if self.world > 1 and not self.is_main:
+            dist.barrier(group=self.patient_group)
+        yield
+        if self.world > 1 and self.is_main:
+            dist.barrier(group=self.patient_group)
 
     def peak_memory_bytes(self) -> int:
         """Highest memory in use so far: of the device's allocator on a GPU, of the whole process on a CPU."""
@@ -90,6 +99,10 @@ class Runtime:
         """Leaves the process group and forgets this run's precision, so that another run can start in this process."""
         self.accelerator.end_training()
         AcceleratorState._reset_state(reset_partial_state=True)
+
+
+PATIENCE = timedelta(days=7)
+"""How long processes wait for rank 0 to tokenise; one that dies is noticed at once."""
 
 
 def compute_dtype(config: Config) -> torch.dtype:
@@ -176,4 +189,5 @@ def build_runtime(config: Config) -> Runtime:
         rank=accelerator.process_index,
         world=accelerator.num_processes,
         host_group=dist.new_group(backend="gloo") if several else None,
+        patient_group=dist.new_group(backend="gloo", timeout=PATIENCE) if several else None,
     )

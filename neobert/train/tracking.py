@@ -8,7 +8,7 @@ import json
 import math
 import os
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
@@ -106,10 +106,11 @@ class Tracker:
         reporter: Reporter,
         module: MaskedLM,
         num_steps: int,
+        source_labels: Sequence[str],
         sinks: list[Sink],
     ) -> None:
         self._runtime, self._config, self._module = runtime, config, module
-        self._num_steps = num_steps
+        self._num_steps, self._labels = num_steps, source_labels
         self._reporter, self._sinks = reporter, sinks
         self._log, self._events = JsonLines(output_dir / "log.jsonl"), JsonLines(output_dir / "events.jsonl")
         self._window = MetricWindow(runtime=runtime)
@@ -216,6 +217,7 @@ class Tracker:
         if self._config.trainer.log_train_accuracy:
             values["train/accuracy"] = sum(r.num_correct or 0 for r in counted) / targets
         peak = max(self._runtime.gather_objects(self._runtime.peak_memory_bytes()))
+        by_source = self._tokens_by_source(records)
         line = {
             "kind": "log",
             "step": state.step,
@@ -229,10 +231,14 @@ class Tracker:
             "weight_norm": values.get("train/weight_norm"),
             "accuracy": values.get("train/accuracy"),
             "tokens": state.tokens,
+            "source_tokens": by_source,
             "seconds": seconds,
         }
         self._append(self._log, [line])
         self._reporter.say(self._describe(state.step, values))
+        if by_source is not None:
+            shares = ", ".join(f"{count / tokens:.1%} {label}" for label, count in by_source.items())
+            self._reporter.say(f"      tokens by source: {shares}")
         self._send(values, state.step)
 
     def log_eval(self, state: TrainState, metrics: EvalMetrics | None) -> None:
@@ -342,6 +348,13 @@ class Tracker:
             attended_length=attended_length, predicted_fraction=self._config.datacollator.mlm_probability
         )
         return tokens_per_second * flops_per_token / (peak * self._runtime.world)
+
+    def _tokens_by_source(self, records: list[StepRecord]) -> dict[str, int] | None:
+        """Real tokens of each source over all ranks; None without a mixture."""
+        if len(self._labels) < 2:
+            return None
+        counts = [sum(column) for column in zip(*(r.metrics.source_tokens for r in records))]
+        return dict(zip(self._labels, self._runtime.sum_on_host(counts)))
 
     def _weight_norm(self) -> float:
         norms = torch._foreach_norm([p.detach() for p in self._module.parameters()])

@@ -155,7 +155,9 @@ def test_the_last_steps_of_a_budget_are_counted_too(
 
 
 def build_guard(max_bad_steps: int = 5, skip_spikes: float | None = None) -> Guard:
-    runtime = Runtime(accelerator=None, device=torch.device("cpu"), rank=0, world=1, host_group=None)  # type: ignore[arg-type]
+    runtime = Runtime(
+        accelerator=None, device=torch.device("cpu"), rank=0, world=1, host_group=None, patient_group=None
+    )  # type: ignore[arg-type]
     return Guard(runtime, max_bad_steps=max_bad_steps, skip_spikes=skip_spikes)
 
 
