@@ -166,7 +166,7 @@ def test_one_of_two_ranks_killed_in_the_middle_of_a_save(lives: Lives, tiny: Tin
     assert choose_newest(out).path == out / "checkpoints" / "4"
 
 
-@pytest.mark.parametrize("more", [[], ASYNC], ids=["blocking", "background"])
+@pytest.mark.parametrize("more", [pytest.param([], marks=pytest.mark.full), ASYNC], ids=["blocking", "background"])
 def test_one_of_two_ranks_cannot_write(lives: Lives, tiny: Tiny, tmp_path: Path, more: list[str]) -> None:
     out = tmp_path / "run"
     fault = "commit.write.random_states_1.pkl@4:eio:1"
