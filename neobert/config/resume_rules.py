@@ -25,6 +25,7 @@ ORDER = (
     "dataset.max_seq_length",
     "dataset.num_lanes",
     "dataset.window_documents",
+    "dataset.shuffle_buffer_size",
     "dataset.min_length",
     "dataset.max_document_chars",
     "tokenizer.truncation",
@@ -50,15 +51,23 @@ they are written."""
 
 SOURCE = (
     "dataset.path",
+    "dataset.mixture",
     "dataset.name",
     "dataset.config",
     "dataset.revision",
     "dataset.streaming",
+    "dataset.pre_tokenize",
     "dataset.train_split",
 )
 """Choose the data: naming another one starts the order of rows at the first row of the new source."""
 
-HELD_OUT = ("dataset.eval_samples", "dataset.eval_split", "dataset.text_column")
+HELD_OUT = (
+    "dataset.eval_samples",
+    "dataset.eval_split",
+    "dataset.validation_split",
+    "dataset.text_column",
+    "dataset.sample_by",
+)
 """Change which documents train, and nothing else about the data: taken when declared, if they do."""
 
 ALLOWED = (*DECLARED, *HELD_OUT)

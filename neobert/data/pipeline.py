@@ -194,7 +194,10 @@ def build_data(
         collate=collate,
         eval_set=evaluation.eval_set,
         eval_collate=replace(collate, policy=eval_masks, seed=config.trainer.eval_seed, draw="document"),
-        fingerprint=_hash([(part.view.fingerprint, part.view.begin, part.view.end, part.weight) for part in parts]),
+        fingerprint=_hash(
+            section.sample_by,
+            [(part.view.fingerprint, part.view.begin, part.view.end, part.weight) for part in parts],
+        ),
         notes=(
             *(note for source, view in zip(sources, views) for note in _note_source(source, view)),
             *train.notes,

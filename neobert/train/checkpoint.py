@@ -70,6 +70,7 @@ def complete_save(run: Run, *, wait: bool = False) -> Path | None:
     if outcome.path is None:
         _report_failure(run, outcome)
         return None
+    run.stop.note_save(outcome.seconds)
     rate = outcome.num_bytes / 1e9 / max(outcome.seconds, 1e-9)
     run.tracker.event(
         "saved", outcome.step, path=str(outcome.path), bytes=outcome.num_bytes, seconds=round(outcome.seconds, 3)

@@ -43,6 +43,7 @@ _ORDER_FACTS = {
     "max_seq_length": "dataset.max_seq_length",
     "min_length": "dataset.min_length",
     "truncate": "tokenizer.truncation",
+    "shuffle": "dataset.shuffle_buffer_size",
     "max_document_chars": "dataset.max_document_chars",
 }
 """Field of `OrderIdentity` -> the key that makes it; `packing` comes from two keys, which are facts themselves."""

@@ -84,7 +84,11 @@ class StopRequest:
         """Around a save, so that `trainer.max_hours` leaves room for the slowest so far."""
         start = time.monotonic()
         yield
-        self._save_seconds = max(self._save_seconds or 0.0, time.monotonic() - start)
+        self.note_save(time.monotonic() - start)
+
+    def note_save(self, seconds: float) -> None:
+        """A save took so long, whether training waited for it or not."""
+        self._save_seconds = max(self._save_seconds or 0.0, seconds)
 
     def _time_is_up(self) -> bool:
         if self._limit is None:

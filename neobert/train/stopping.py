@@ -2,7 +2,7 @@
 
 import time
 
-from neobert.train.checkpoint import save_checkpoint
+from neobert.train.checkpoint import complete_save, save_checkpoint
 from neobert.train.lock import release_lock
 from neobert.train.run import Run
 from neobert.types import TrainState
@@ -42,6 +42,7 @@ def _save_and_report(run: Run, state: TrainState) -> None:
 
 
 def _report_numbers(run: Run, state: TrainState) -> None:
+    complete_save(run, wait=True)  # Of a good step, begun before.
     verdict, first_step = run.guard.verdict, run.guard.first_skipped
     run.tracker.flush()
     first = next((x for x in run.tracker.skipped if first_step is not None and x.step >= first_step), None)
