@@ -98,6 +98,8 @@ def without_secrets(config: Config) -> Config:
 
 
 def _scrub(value: Any) -> Any:
+    if dataclasses.is_dataclass(value) and not isinstance(value, type):
+        return dataclasses.replace(value, **{k: _scrub(v) for k, v in dataclasses.asdict(value).items()})
     if isinstance(value, tuple):
         return tuple(_scrub(item) for item in value)
     return scrub(value) if isinstance(value, str) else value

@@ -15,7 +15,7 @@ the number of the next row, so no row is lost or repeated.
 import hashlib
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, is_dataclass
 from typing import Any, Literal
 
 from neobert.config.fields import FIELDS
@@ -103,6 +103,15 @@ def _show(value: Any) -> str:
     return text if len(text) <= 80 else f"{text[:77]}..."
 
 
+def _as_plain(value: Any) -> Any:
+    """A value as JSON has it: lists, and mappings of what is set."""
+    if isinstance(value, tuple):
+        return [_as_plain(item) for item in value]
+    if is_dataclass(value) and not isinstance(value, type):
+        return {name: _as_plain(item) for name, item in asdict(value).items() if item is not None}
+    return value
+
+
 def build_facts(
     config: Config,
     model: ModelConfig,
@@ -120,7 +129,7 @@ def build_facts(
         order: fields of `OrderIdentity`, as it is now or as the checkpoint's data state holds them.
     """
     public = without_secrets(config)
-    facts = {key: field.value_in(public) for key, field in FIELDS.items()}
+    facts = {key: _as_plain(field.value_in(public)) for key, field in FIELDS.items()}
     facts |= {f"model.{name}": value for name, value in asdict(model).items()}
     facts |= {key: order[name] for name, key in _ORDER_FACTS.items() if name in order}
     if not config.datacollator.pack_sequences:

@@ -2,17 +2,20 @@
 
 import json
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 from records import log_lines
 
-from neobert.config.load import load_config, parse_config
+from neobert.config.load import config_to_yaml, load_config, parse_config, without_secrets
 from neobert.config.schema import Config
+from neobert.config.schema_data import MixtureSource
 from neobert.train.loop import pretrain
 from neobert.train.report import slow_reading
 
 Tiny = Callable[..., Config]
+RESUME = "trainer.resume_from_checkpoint=latest"
 
 
 def mixture(corpus: Path) -> str:
@@ -67,3 +70,19 @@ def test_slow_settings_are_warned_about_on_a_gpu(override: str, sentence: str) -
     assert found.startswith(sentence)
     assert slow_reading(load_config(None, [*base, override]), "cpu") == []
     assert slow_reading(parse_config("", base), "cuda") == []
+
+
+def test_a_run_goes_on_with_a_mixture_and_says_so(tiny: Tiny, corpus: Path, tmp_path: Path) -> None:
+    pretrain(tiny(tmp_path / "run", "trainer.max_steps=4"))
+    pretrain(tiny(tmp_path / "run", "dataset.path=null", f"dataset.mixture={mixture(corpus)}", RESUME))
+    log = (tmp_path / "run" / "training.log").read_text()
+    assert "dataset.mixture" in log
+    assert "the data order starts at the first row of the new source" in log
+
+
+def test_an_address_in_a_mixture_is_saved_without_its_password(tiny: Tiny, tmp_path: Path) -> None:
+    source = MixtureSource(path="https://user:hush@host/a.jsonl")
+    config = tiny(tmp_path / "run")
+    saved = config_to_yaml(without_secrets(replace(config, dataset=replace(config.dataset, mixture=(source,)))))
+    assert "host/a.jsonl" in saved
+    assert "hush" not in saved
