@@ -19,7 +19,7 @@ from neobert.data.encode import limit_threads
 from neobert.data.evaluation import EvalSet, choose_evaluation
 from neobert.data.lanes import State
 from neobert.data.loader import Loader, LoaderSettings, OrderIdentity, sum_counters
-from neobert.data.opening import Source, View, list_sources, open_training_texts
+from neobert.data.opening import Place, Source, View, list_sources, open_training_texts
 from neobert.data.packing import max_segments_per_row
 from neobert.data.spec import describe_sources
 from neobert.data.tokenizer import Tokenizer, load_tokenizer, train_tokenizer
@@ -156,16 +156,8 @@ def build_data(
     sources = list_sources(section, tokenizer, to, main_first)
     views = [source.open(source.train_split, source.spec.max_documents) for source in sources]
     evaluation = choose_evaluation(config, sources, views, build_lane_settings(config, views))
-    parts = [
-        TrainPart(
-            view=view if held_out is None else replace(view, begin=held_out),
-            label=source.spec.label,
-            weight=source.spec.weight,
-        )
-        for source, view, held_out in zip(sources, views, evaluation.held_out)
-    ]
+    parts = [_build_part(source, view, held_out) for source, view, held_out in zip(sources, views, evaluation.held_out)]
     train = build_train(parts, tokenizer, build_lane_settings(config, views), section)
-    settings = train.settings
     collate = replace(_build_collate(config, tokenizer, train_masks), num_sources=len(sources))
     loader_settings = LoaderSettings(
         rows_per_step=rows_per_step,
@@ -179,17 +171,7 @@ def build_data(
     return DataPipeline(
         tokenizer=tokenizer,
         train=train,
-        identity=OrderIdentity(
-            seed=config.seed,
-            num_lanes=train.num_lanes,
-            window_documents=settings.window_documents,
-            max_seq_length=settings.max_seq_length,
-            min_length=settings.min_length,
-            truncate=settings.truncate,
-            shuffle=settings.shuffle,
-            max_document_chars=settings.max_document_chars,
-            packing=_choose_packing(config),
-        ),
+        identity=_build_identity(config, train),
         loader_settings=loader_settings,
         collate=collate,
         eval_set=evaluation.eval_set,
@@ -205,6 +187,27 @@ def build_data(
             *evaluation.notes,
             _note_threads(section, loader_settings, pin_memory),
         ),
+    )
+
+
+def _build_part(source: Source, view: View, held_out: Place | None) -> TrainPart:
+    """What of a source is trained on: all behind the documents that are held out."""
+    rest = view if held_out is None else replace(view, begin=held_out)
+    return TrainPart(view=rest, label=source.spec.label, weight=source.spec.weight)
+
+
+def _build_identity(config: Config, train: TrainData) -> OrderIdentity:
+    settings = train.settings
+    return OrderIdentity(
+        seed=config.seed,
+        num_lanes=train.num_lanes,
+        window_documents=settings.window_documents,
+        max_seq_length=settings.max_seq_length,
+        min_length=settings.min_length,
+        truncate=settings.truncate,
+        shuffle=settings.shuffle,
+        max_document_chars=settings.max_document_chars,
+        packing=_choose_packing(config),
     )
 
 
