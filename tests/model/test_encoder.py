@@ -15,6 +15,7 @@ from neobert.model.segments import Segments
 VARIANTS = {
     "neobert": {},
     "learned positions": {"rope": False},
+    "windows": {"num_hidden_layers": 3, "local_attention": 4, "global_attention_every": 2},
     "gelu and layer norm": {"hidden_act": "gelu", "rms_norm": False},
 }
 
@@ -127,6 +128,39 @@ def test_gradient_checkpointing_changes_nothing() -> None:
         assert torch.equal(gradient, runs[1][1][name]), name
 
 
+@pytest.mark.parametrize("every", [1, 2, 3])
+def test_gradient_checkpointing_of_every_kth_block(every: int) -> None:
+    """Gradients are those of no checkpointing, and blocks 0, k, 2k, ... run a second time in the backward."""
+    config = tiny_config(num_hidden_layers=4, dropout_prob=0.2)
+    positions, segments = pack(ROWS, 16)
+    ids = random_ids(segments, 50)
+    runs, calls = [], []
+    for options in ({}, {"gradient_checkpointing": True, "gradient_checkpointing_every": every}):
+        encoder = build(config, **options)
+        calls.clear()
+        for number, block in enumerate(encoder.layers):
+            block.attention_norm.register_forward_hook(lambda *_, number=number: calls.append(number))
+        torch.manual_seed(4)
+        runs.append(hidden_and_gradients(encoder, ids, positions, segments, torch.ones(1)))
+    assert [calls.count(number) for number in range(4)] == [2 if number % every == 0 else 1 for number in range(4)]
+    for name, gradient in runs[0][1].items():
+        assert torch.equal(gradient, runs[1][1][name]), name
+
+
+def test_layers_see_what_their_window_shows() -> None:
+    """Changing the last token reaches everywhere through a layer without a window, else two tokens a layer."""
+    ids = torch.arange(1, 17, dtype=torch.int32)[None]
+    other = ids.clone()
+    other[0, 15] = 40
+    positions, segments = pack([(16,)], 16)
+    encoder = build(tiny_config(num_hidden_layers=3, local_attention=4, global_attention_every=3))
+    assert encoder.windows == (None, 4, 4)
+    for windows, num_same in (((None, 4, 4), 0), ((4, 4, 4), 9)):
+        encoder.windows = windows
+        before, after = (encoder(x, positions, segments) for x in (ids, other))
+        assert [torch.equal(a, b) for a, b in zip(before, after)] == [True] * num_same + [False] * (16 - num_same)
+
+
 def test_dropout_acts_in_training_only() -> None:
     encoder = build(tiny_config(dropout_prob=0.5))
     positions, segments = pack(ROWS, 16)
@@ -194,6 +228,12 @@ def test_flops_per_token() -> None:
         encoder = Encoder(config, ATTENTION["sdpa"])
     flops = encoder.flops_per_token(attended_length=512, predicted_fraction=0.2)
     assert flops == pytest.approx(1.35e9, rel=0.005)
+    with torch.device("meta"):
+        local = Encoder(dataclasses.replace(config, local_attention=128), ATTENTION["sdpa"])
+    saved = flops - local.flops_per_token(attended_length=512, predicted_fraction=0.2)
+    assert saved == pytest.approx(12 * 768 * 18 * (512 - 129)), "18 of 28 layers see 64 tokens to either side"
+    short = local.flops_per_token(attended_length=100, predicted_fraction=0.2)
+    assert short == encoder.flops_per_token(attended_length=100, predicted_fraction=0.2)
     blocks = 28 * (4 * 768**2 + 3 * 768 * 2048)
     assert encoder.flops_per_token(attended_length=0, predicted_fraction=0) == 6 * blocks
     assert encoder.num_parameters() == blocks + 30522 * 768 + 57 * 768
