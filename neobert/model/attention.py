@@ -133,7 +133,8 @@ def attend_varlen(q_TND: Tensor, k_TND: Tensor, v_TND: Tensor, prepared: Any, *,
         assert isinstance(out_TND, Tensor), "a tuple only where auxiliary results are asked for"
         return out_TND
     deterministic = torch.are_deterministic_algorithms_enabled()
-    return flash_attn_varlen_func(*arguments, softmax_scale=scale, window_size=reach, deterministic=deterministic)
+    out = flash_attn_varlen_func(*arguments, softmax_scale=scale, window_size=reach, deterministic=deterministic)
+    return out[0] if isinstance(out, tuple) else out  # the first releases of flash-attn 3 add the logsumexps
 
 
 def varlen_obstacle(device: torch.device, dtype: torch.dtype, head_dim: int | None = None) -> str | None:

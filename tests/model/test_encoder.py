@@ -189,6 +189,33 @@ def test_blocks_compile_to_one_graph_that_content_does_not_change() -> None:
         torch.testing.assert_close(a[1], b[1], atol=1e-4, rtol=1e-4)
 
 
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@pytest.mark.parametrize("name", ATTENTION)
+def test_compiled_blocks_on_a_gpu(name: str) -> None:
+    """Every backend inside blocks compiled by inductor in bf16, with and without a window, against fp32 on the CPU."""
+    torch._dynamo.reset()
+    config = tiny_config(hidden_size=128, num_hidden_layers=3, local_attention=64, global_attention_every=2)
+    config = dataclasses.replace(config, max_position_embeddings=512)
+    positions, segments = pack([(300, 212), (1, 130, 7)], 512)
+    ids = random_ids(segments, 50)
+    target = torch.randn(int(real_slots(segments).sum()), 128, generator=torch.Generator().manual_seed(2))
+    want = hidden_and_gradients(build(config), ids, positions, segments, target)
+    torch.manual_seed(0)
+    encoder = Encoder(config, ATTENTION[name])
+    encoder.load_state_dict(build(config).state_dict())
+    encoder.cuda()
+    for block in encoder.layers:
+        block.compile(fullgraph=True, dynamic=False)
+    real = real_slots(segments).cuda()
+    with torch.autocast("cuda", torch.bfloat16):
+        hidden = encoder(ids.cuda(), positions.cuda(), segments.to(torch.device("cuda")))[real]
+    (hidden * target.cuda()).sum().backward()
+    assert (hidden.cpu() - want[0]).norm() < 2e-2 * want[0].norm()
+    for key, parameter in encoder.named_parameters():
+        assert (parameter.grad.cpu() - want[1][key]).norm() < 3e-2 * want[1][key].norm(), key
+
+
 def test_names_of_the_weights() -> None:
     encoder = build(tiny_config(num_hidden_layers=1))
     shapes = {name: tuple(p.shape) for name, p in encoder.state_dict().items()}
