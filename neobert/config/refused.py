@@ -67,7 +67,6 @@ LATER: dict[str, str] = {
     "model.base_scale": "the normalised model (nGPT) is not available yet",
     "model.classifier_init_range": "classification is not available yet",
     "model.init_from": "starting from other weights is not available yet",
-    "model.kernel_backend": "kernels are chosen by what is installed, and the log names them",
     "model.ngpt": "the normalised model (nGPT) is not available yet",
     "model.pretrained_checkpoint": "starting from other weights is not available yet",
     "model.pretrained_checkpoint_dir": "starting from other weights is not available yet",

@@ -16,6 +16,8 @@ FIXED = (
     "model.hidden_act",
     "model.norm_eps",
     "model.tie_word_embeddings",
+    "model.local_attention",
+    "model.global_attention_every",
     "optimizer.name",
 )
 """Never change on resume."""

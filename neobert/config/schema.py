@@ -66,9 +66,20 @@ class ModelSection:
     tie_word_embeddings: bool = True
     """Predict tokens with the embedding matrix itself instead of a second matrix."""
 
-    attn_backend: Literal["auto", "sdpa", "flash_attn_varlen"] = "auto"
+    attn_backend: Literal["auto", "sdpa", "flash_attn_varlen", "flex"] = "auto"
     """auto takes `flash_attn_varlen` where it can run (CUDA, bf16) and `sdpa` elsewhere; the log names the choice.
-    A backend named here that cannot run is an error."""
+    A backend named here that cannot run is an error. `flex` is torch's FlexAttention, for CUDA."""
+
+    kernel_backend: Literal["auto", "torch", "triton", "liger"] = "auto"
+    """What computes the loss from hidden states and vocabulary: auto takes `triton` on CUDA where it can be imported,
+    else `torch`; the log names the choice. A kernel named here that cannot run is an error."""
+
+    local_attention: int | None = None
+    """Sliding window in tokens: a token attends to those of its document at most `local_attention // 2` places away, to
+    either side. null: every layer attends to whole documents."""
+
+    global_attention_every: int = 3
+    """With `local_attention`: layers 0, k, 2k, ... attend to whole documents all the same."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -101,6 +101,9 @@ class TrainerSection:
     gradient_checkpointing: bool = False
     """Recompute each block's activations in the backward pass: less memory, about a third more time."""
 
+    gradient_checkpointing_every: int = 1
+    """With `gradient_checkpointing`: recompute every k-th block only; 1 is all of them."""
+
     gradient_clipping: float | None = 1.0
     """Clip the gradient's L2 norm to this; null never clips."""
 
@@ -113,6 +116,10 @@ class TrainerSection:
 
     masked_logits_only_loss: bool = True
     """true: vocabulary logits are computed for masked tokens only. false: for all tokens, slower, for comparison."""
+
+    z_loss: float = 0.0
+    """Coefficient z of z * logsumexp(logits)^2 in the training loss of every target, which keeps logits small; 1e-4 is
+    usual, 0 is off. Evaluation leaves it out."""
 
     torch_compile: bool = False
     """Compile the model with torch.compile."""

@@ -28,6 +28,7 @@ _RANGES: tuple[tuple[str, _Test, tuple[str, ...]], ...] = (
             "model.intermediate_size",
             "model.max_position_embeddings",
             "model.vocab_size",
+            "model.local_attention",
             "dataset.eval_samples",
             "dataset.num_lanes",
             "dataset.num_proc",
@@ -48,6 +49,7 @@ _RANGES: tuple[tuple[str, _Test, tuple[str, ...]], ...] = (
             "trainer.save_milestone_every",
             "trainer.max_bad_steps",
             "trainer.rollback_steps",
+            "trainer.gradient_checkpointing_every",
         ),
     ),
     (
@@ -67,6 +69,7 @@ _RANGES: tuple[tuple[str, _Test, tuple[str, ...]], ...] = (
             "trainer.eval_steps",
             "trainer.eval_seed",
             "trainer.logging_steps",
+            "trainer.z_loss",
         ),
     ),
     (
@@ -106,6 +109,7 @@ _RANGES: tuple[tuple[str, _Test, tuple[str, ...]], ...] = (
         lambda x: x >= 3,
         ("dataset.max_seq_length",),
     ),
+    ("must be at least 2 (1 leaves no layer a window)", lambda x: x >= 2, ("model.global_attention_every",)),
     ("must be at least 16", lambda x: x >= 16, ("tokenizer.vocab_size",)),
 )
 
@@ -203,6 +207,16 @@ def _check_model(config: Config) -> Iterator[str]:
         yield (
             f"model.max_position_embeddings: {model.max_position_embeddings} is less than dataset.max_seq_length ="
             f" {config.dataset.max_seq_length}; raise it, or lower the length"
+        )
+    if model.local_attention is None and model.global_attention_every != 3:
+        yield (
+            f"model.global_attention_every: {model.global_attention_every} has no effect without"
+            " model.local_attention; set the window, or remove this key"
+        )
+    if config.trainer.gradient_checkpointing_every != 1 and not config.trainer.gradient_checkpointing:
+        yield (
+            f"trainer.gradient_checkpointing_every: {config.trainer.gradient_checkpointing_every} has no effect"
+            " without trainer.gradient_checkpointing: true; set that, or remove this key"
         )
 
 
@@ -393,12 +407,19 @@ def _check_rollback(config: Config) -> Iterator[str]:
 
 
 def _check_device(config: Config) -> Iterator[str]:
-    if config.model.attn_backend == "flash_attn_varlen":
-        remedy = "write model.attn_backend: auto"
-        if config.trainer.use_cpu:
-            yield f"model.attn_backend: flash_attn_varlen needs a GPU, but trainer.use_cpu is true; {remedy}"
-        elif config.trainer.mixed_precision == "no":
-            yield f"model.attn_backend: flash_attn_varlen needs trainer.mixed_precision: bf16, it is no; {remedy}"
+    backend, kernel = config.model.attn_backend, config.model.kernel_backend
+    if config.trainer.use_cpu:
+        if backend in ("flash_attn_varlen", "flex"):
+            remedy = "write model.attn_backend: auto"
+            yield f"model.attn_backend: {backend} needs a GPU, but trainer.use_cpu is true; {remedy}"
+        if kernel == "liger":
+            remedy = "write model.kernel_backend: auto"
+            yield f"model.kernel_backend: liger needs a GPU, but trainer.use_cpu is true; {remedy}"
+    elif backend == "flash_attn_varlen" and config.trainer.mixed_precision == "no":
+        yield (
+            "model.attn_backend: flash_attn_varlen needs trainer.mixed_precision: bf16, it is no;"
+            " write model.attn_backend: auto"
+        )
     if config.dataset.pin_memory and config.trainer.use_cpu:
         yield "dataset.pin_memory: true needs a GPU, but trainer.use_cpu is true; write null"
 

@@ -1,21 +1,25 @@
 """Cross entropy of a vocabulary projection, summed over targets, without holding the logits.
 
-    loss_sum = sum over m with targets[m] != ignore_index of logsumexp(W h_m) - (W h_m)[targets[m]]
+    loss_sum = sum over m with targets[m] != ignore_index of lse_m - (W h_m)[targets[m]] + z lse_m^2
+    lse_m    = logsumexp(W h_m)
 
-`reference` is that formula with all `[M, V]` logits. `torch` goes through the tokens in chunks. The gradient of one
-chunk needs nothing but its own logits:
+The last term is the z-loss (PaLM, arXiv 2204.02311, section 5): with a small z it keeps the logits from drifting, and
+with z = 0 it is left out. `reference` is that formula with all `[M, V]` logits. `torch` goes through the tokens in
+chunks. The gradient of one chunk needs nothing but its own logits:
 
-    d loss / d logits = softmax(logits) - onehot(target)      (zero where the target is ignored)
+    d loss / d logits = softmax(logits) (1 + 2 z lse) - onehot(target)      (zero where the target is ignored)
 
 so the forward computes d loss / d hidden and adds up d loss / d weight while the logits of a chunk are at hand, and the
 backward only scales the two. No logits are kept and none are computed twice; the peak is one chunk, one gradient of the
-size of the hidden states and one of the size of the weight, whatever M * V is.
+size of the hidden states and one of the size of the weight, whatever M * V is. `triton` and `liger` are kernels for
+CUDA devices, see their modules.
 
-Both honour autocast: the products run in its dtype. Logits, losses and sums over chunks are fp32.
+All honour autocast: the products run in its dtype. Logits, losses and sums over chunks are fp32.
 
 Legend: M rows, D hidden size, V vocabulary, C rows of a chunk.
 """
 
+import os
 from collections.abc import Callable
 from typing import Any
 
@@ -24,37 +28,66 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-LinearCrossEntropy = Callable[..., tuple[Tensor, Tensor | None]]
-"""`fn(hidden_MD, weight_VD, targets_M, *, ignore_index=-100, count_correct=False) -> (loss_sum, num_correct)`.
+try:
+    from neobert.kernels.triton_linear_cross_entropy import triton_linear_cross_entropy as _triton
+except ImportError:
+    _triton = None  # type: ignore[assignment]
+try:
+    from neobert.kernels.liger_linear_cross_entropy import liger_linear_cross_entropy as _liger
+except ImportError:
+    _liger = None  # type: ignore[assignment]
 
-`targets_M` int64; `loss_sum` an fp32 scalar, exactly 0 with zero gradients when every target is ignored; `num_correct`
-an int64 scalar, the number of targets that are the argmax of their logits, None unless asked for.
+LinearCrossEntropy = Callable[..., tuple[Tensor, Tensor | None]]
+"""`fn(hidden_MD, weight_VD, targets_M, *, ignore_index=-100, count_correct=False, z_loss=0.0)` to
+`(loss_sum, num_correct)`.
+
+`targets_M` int64; `z_loss` is the coefficient z; `loss_sum` an fp32 scalar, exactly 0 with zero gradients when every
+target is ignored; `num_correct` an int64 scalar, the number of targets that are the argmax of their logits, None unless
+asked for.
 """
 
 CHUNK_BYTES = 64 * 2**20
-"""fp32 logits of one chunk."""
+"""Logits of one chunk, in the dtype of the products."""
+
+TILE_BYTES = 2 * 2**20
+"""fp32 logits of the rows that go through the softmax together on a CPU: they stay in its cache."""
 
 
 def reference_linear_cross_entropy(
-    hidden_MD: Tensor, weight_VD: Tensor, targets_M: Tensor, *, ignore_index: int = -100, count_correct: bool = False
+    hidden_MD: Tensor,
+    weight_VD: Tensor,
+    targets_M: Tensor,
+    *,
+    ignore_index: int = -100,
+    count_correct: bool = False,
+    z_loss: float = 0.0,
 ) -> tuple[Tensor, Tensor | None]:
     """The definition; see LinearCrossEntropy. Keeps all logits for the backward."""
     logits_MV = F.linear(hidden_MD, weight_VD)
     logits_MV = logits_MV.to(torch.promote_types(logits_MV.dtype, torch.float32))
     loss_sum = F.cross_entropy(logits_MV, targets_M, ignore_index=ignore_index, reduction="sum").float()
+    if z_loss:
+        lse_M = torch.where(targets_M != ignore_index, logits_MV.logsumexp(dim=-1), 0)
+        loss_sum = loss_sum + z_loss * lse_M.square().sum().float()
     num_correct = (logits_MV.argmax(dim=-1) == targets_M).sum() if count_correct else None
     return loss_sum, num_correct
 
 
 def chunked_linear_cross_entropy(
-    hidden_MD: Tensor, weight_VD: Tensor, targets_M: Tensor, *, ignore_index: int = -100, count_correct: bool = False
+    hidden_MD: Tensor,
+    weight_VD: Tensor,
+    targets_M: Tensor,
+    *,
+    ignore_index: int = -100,
+    count_correct: bool = False,
+    z_loss: float = 0.0,
 ) -> tuple[Tensor, Tensor | None]:
     """The same in chunks; see LinearCrossEntropy. Raises RuntimeError in a second backward through one loss."""
     with_grad = torch.is_grad_enabled() and (hidden_MD.requires_grad or weight_VD.requires_grad)
     device_type = hidden_MD.device.type
     dtype = torch.get_autocast_dtype(device_type) if torch.is_autocast_enabled(device_type) else hidden_MD.dtype
     loss_sum, num_correct = _ChunkedLinearCrossEntropy.apply(
-        hidden_MD, weight_VD, targets_M, ignore_index, count_correct, with_grad, dtype
+        hidden_MD, weight_VD, targets_M, ignore_index, count_correct, z_loss, with_grad, dtype
     )
     return loss_sum, num_correct
 
@@ -68,42 +101,38 @@ class _ChunkedLinearCrossEntropy(torch.autograd.Function):
         targets_M: Tensor,
         ignore_index: int,
         count_correct: bool,
+        z_loss: float,
         with_grad: bool,
         dtype: torch.dtype,
     ) -> tuple[Tensor, Tensor | None]:
         # Ignored rows become zero rows with target 0: whatever stands in them cannot reach a gradient.
         counted_M = targets_M != ignore_index
-        targets_M = torch.where(counted_M, targets_M, 0)
+        target_M1 = torch.where(counted_M, targets_M, 0)[:, None]
         hidden = torch.where(counted_M[:, None], hidden_MD, 0).to(dtype)
         weight = weight_VD.to(dtype)
         wide = torch.promote_types(dtype, torch.float32)
-        losses_M = torch.zeros(hidden.shape[0], dtype=wide, device=hidden.device)
+        losses_M = torch.zeros(len(hidden), dtype=wide, device=hidden.device)
         num_correct = torch.zeros((), dtype=torch.int64, device=hidden.device) if count_correct else None
         grad_hidden = torch.zeros_like(hidden) if with_grad else None
         grad_weight = None
-        chunk = max(1, CHUNK_BYTES // (wide.itemsize * weight.shape[0]))
+        chunk = max(1, CHUNK_BYTES // (dtype.itemsize * len(weight)))
         # One buffer for all chunks: on a CPU fresh pages cost more than the arithmetic on them.
-        buffer_CV = torch.empty((min(chunk, hidden.shape[0]), weight.shape[0]), dtype=wide, device=hidden.device)
+        buffer_CV = torch.empty((min(chunk, len(hidden)), len(weight)), dtype=dtype, device=hidden.device)
         with torch.autocast(hidden.device.type, enabled=False):
-            for start in range(0, hidden.shape[0], chunk):
+            for start in range(0, len(hidden), chunk):
                 rows = slice(start, start + chunk)
-                hidden_CD, target_C1, counted_C1 = hidden[rows], targets_M[rows, None], counted_M[rows, None]
-                logits_CV = buffer_CV[: hidden_CD.shape[0]].copy_(hidden_CD @ weight.T)
+                hidden_CD, target_C1, counted_C1 = hidden[rows], target_M1[rows], counted_M[rows, None]
+                logits_CV = torch.mm(hidden_CD, weight.T, out=buffer_CV[: len(hidden_CD)])
                 if num_correct is not None:
                     num_correct += ((logits_CV.argmax(dim=-1, keepdim=True) == target_C1) & counted_C1).sum()
-                shifted_CV = logits_CV.sub_(logits_CV.amax(dim=-1, keepdim=True))
-                target_logit_C1 = shifted_CV.gather(1, target_C1)
-                exp_CV = shifted_CV.exp_()
-                sum_C1 = exp_CV.sum(dim=-1, keepdim=True)
-                losses_M[rows] = torch.where(counted_C1, sum_C1.log() - target_logit_C1, 0)[:, 0]
-                if grad_hidden is not None:
-                    grad_CV = exp_CV.div_(sum_C1)
-                    grad_CV = grad_CV.scatter_add_(1, target_C1, -torch.ones_like(sum_C1)).to(dtype)
-                    grad_hidden[rows] = torch.where(counted_C1, grad_CV @ weight, 0)
-                    part_VD = grad_CV.T @ hidden_CD
+                losses_M[rows] = _losses_and_gradients(logits_CV, target_C1, counted_C1, z_loss, with_grad)
+                if grad_hidden is not None:  # What was logits is gradients now.
+                    torch.mm(logits_CV, weight, out=grad_hidden[rows])
+                    part_VD = logits_CV.T @ hidden_CD
                     grad_weight = part_VD.to(wide) if grad_weight is None else grad_weight.add_(part_VD)
         ctx.grads = None
-        if grad_hidden is not None and grad_weight is not None:
+        if grad_hidden is not None:
+            grad_weight = torch.zeros_like(weight) if grad_weight is None else grad_weight  # None without rows
             ctx.grads = grad_hidden.to(hidden_MD.dtype), grad_weight.to(weight_VD.dtype)
         if num_correct is not None:
             ctx.mark_non_differentiable(num_correct)
@@ -118,11 +147,76 @@ class _ChunkedLinearCrossEntropy(torch.autograd.Function):
                 "first; compute the loss again"
             )
         (grad_hidden, grad_weight), ctx.grads = ctx.grads, None
-        return grad_hidden.mul_(grad_loss), grad_weight.mul_(grad_loss), None, None, None, None, None
+        return grad_hidden.mul_(grad_loss), grad_weight.mul_(grad_loss), None, None, None, None, None, None
+
+
+def _losses_and_gradients(
+    logits_CV: Tensor, target_C1: Tensor, counted_C1: Tensor, z_loss: float, with_grad: bool
+) -> Tensor:
+    """Losses `[C]` of a chunk, 0 where ignored; with `with_grad` the logits are overwritten by their gradients.
+
+    On a CPU rows go in tiles that stay in its cache, so that one pass over the memory of the chunk serves all the
+    operations. Exponentials and sums are fp32 at least.
+    """
+    rows, vocabulary = logits_CV.shape
+    wide = torch.promote_types(logits_CV.dtype, torch.float32)
+    tile = max(1, TILE_BYTES // (wide.itemsize * vocabulary)) if logits_CV.device.type == "cpu" else rows
+    buffer = torch.empty((min(tile, rows), vocabulary), dtype=wide, device=logits_CV.device)
+    losses_C1 = torch.empty((rows, 1), dtype=wide, device=logits_CV.device)
+    for start in range(0, rows, tile):
+        part = slice(start, start + tile)
+        logits, target, counted = logits_CV[part], target_C1[part], counted_C1[part]
+        wide_logits = buffer[: len(logits)].copy_(logits)
+        largest = wide_logits.amax(dim=-1, keepdim=True)
+        shifted = wide_logits.sub_(largest)
+        target_logit = shifted.gather(1, target)
+        exp = shifted.exp_()
+        total = exp.sum(dim=-1, keepdim=True)
+        log_total = total.log()
+        lse = largest + log_total
+        losses_C1[part] = torch.where(counted, log_total - target_logit + z_loss * lse.square(), 0)
+        if with_grad:
+            gradient = exp.mul_(torch.where(counted, (1 + 2 * z_loss * lse) / total, 0))
+            logits.copy_(gradient.scatter_add_(1, target, -counted.to(wide)))
+    return losses_C1[:, 0]
 
 
 KERNELS: dict[str, LinearCrossEntropy] = {
     "reference": reference_linear_cross_entropy,
     "torch": chunked_linear_cross_entropy,
 }
-"""All implementations of one function."""
+"""All implementations of one function that can be imported here."""
+
+if _triton is not None:
+    KERNELS["triton"] = _triton
+if _liger is not None:
+    KERNELS["liger"] = _liger
+
+PACKAGES = {"triton": "triton", "liger": "liger-kernel"}
+"""What the kernels for CUDA devices need, by the name that pip knows."""
+
+
+def kernel_obstacle(name: str, device: torch.device) -> str | None:
+    """Why a kernel cannot run on a device; None when it can. Triton's interpreter stands in for a CUDA device."""
+    if name not in PACKAGES:
+        return None
+    if name not in KERNELS:
+        return f"needs the package {PACKAGES[name]}: run `pip install {PACKAGES[name]}`"
+    if device.type != "cuda" and os.environ.get("TRITON_INTERPRET") != "1":
+        return f"needs a CUDA device, and this run computes on {device.type}: write model.kernel_backend: torch"
+    return None
+
+
+def choose_kernel(name: str, *, device: torch.device) -> str:
+    """The key of KERNELS for `model.kernel_backend`: `auto` takes triton on CUDA where it can be imported, else torch.
+
+    Raises ValueError for an unknown name and for a named kernel that cannot run here.
+    """
+    if name == "auto":
+        return "triton" if device.type == "cuda" and kernel_obstacle("triton", device) is None else "torch"
+    if name not in KERNELS and name not in PACKAGES:
+        known = ", ".join(("auto", *KERNELS, *(x for x in PACKAGES if x not in KERNELS)))
+        raise ValueError(f"model.kernel_backend: {name!r} is unknown; write one of {known}")
+    if (obstacle := kernel_obstacle(name, device)) is not None:
+        raise ValueError(f"model.kernel_backend: {name!r} {obstacle}; or write model.kernel_backend: auto")
+    return name

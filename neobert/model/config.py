@@ -62,11 +62,18 @@ class ModelConfig:
     tie_word_embeddings: bool = True
     """Whether the vocabulary projection is the embedding matrix itself."""
 
+    local_attention: int | None = None
+    """Sliding window: a token attends to those of its document at most `local_attention // 2` places away. None: no
+    layer has one."""
+
+    global_attention_every: int = 3
+    """With `local_attention`, layers 0, k, 2k, ... have no window."""
+
     def __post_init__(self) -> None:
         problems = [
-            f"model.{name}: {getattr(self, name)} is not positive; write a positive number"
+            f"model.{name}: {value} is not positive; write a positive number"
             for name in _POSITIVE
-            if not getattr(self, name) > 0
+            if (value := getattr(self, name)) is not None and not value > 0
         ]
         if not problems and self.hidden_size % self.num_attention_heads:
             problems.append(
@@ -107,16 +114,23 @@ class ModelConfig:
             return self.intermediate_size
         return -(-int(2 * self.intermediate_size / 3) // 8) * 8
 
+    def window_of_layer(self, layer: int) -> int | None:
+        """The sliding window of a layer, counted from 0; None where it attends to whole documents."""
+        return None if layer % self.global_attention_every == 0 else self.local_attention
+
     def to_dict(self) -> dict[str, Any]:
         """All fields, JSON-ready."""
         return asdict(self)
 
     @classmethod
     def from_dict(cls, values: dict[str, Any]) -> Self:
-        """The inverse of `to_dict`. Raises ValueError naming every unknown and every missing key."""
+        """The inverse of `to_dict`. Raises ValueError naming every unknown and every missing key.
+
+        A file that was written before a key was added means its default.
+        """
         names = [f.name for f in fields(cls)]
         unknown = [k for k in values if k not in names]
-        missing = [k for k in names if k not in values]
+        missing = [k for k in names if k not in values and k not in _ADDED]
         problems = []
         if unknown:
             problems.append(f"unknown keys {', '.join(unknown)}: remove them, or use the version that wrote them")
@@ -138,4 +152,9 @@ _POSITIVE = (
     "norm_eps",
     "embedding_init_range",
     "decoder_init_range",
+    "local_attention",
+    "global_attention_every",
 )
+
+_ADDED = ("local_attention", "global_attention_every")
+"""Keys that the first version of `model_config.json` did not have; their defaults are what it did."""

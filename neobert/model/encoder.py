@@ -10,8 +10,6 @@ Initialisation: embeddings uniform in (-embedding_init_range, +embedding_init_ra
 Legend: T tokens of the flat stream, H hidden size.
 """
 
-from typing import Any
-
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
@@ -32,13 +30,21 @@ class Encoder(nn.Module):
     """
 
     def __init__(
-        self, config: ModelConfig, attention: AttentionBackend, *, gradient_checkpointing: bool = False
+        self,
+        config: ModelConfig,
+        attention: AttentionBackend,
+        *,
+        gradient_checkpointing: bool = False,
+        gradient_checkpointing_every: int = 1,
     ) -> None:
-        """`gradient_checkpointing` keeps only the inputs of each block and computes the rest again in the backward."""
+        """`gradient_checkpointing` keeps only the input of every k-th block and computes the rest of it again in the
+        backward, with `gradient_checkpointing_every` k; the others keep their activations."""
         super().__init__()
         self.config = config
         self.attention = attention
         self.gradient_checkpointing = gradient_checkpointing
+        self.gradient_checkpointing_every = gradient_checkpointing_every
+        self.windows = tuple(config.window_of_layer(layer) for layer in range(config.num_hidden_layers))
         self.embedding = nn.Embedding(config.vocab_size, config.hidden_size)
         if not config.rope:
             self.position_embedding = nn.Embedding(config.max_position_embeddings, config.hidden_size)
@@ -57,7 +63,7 @@ class Encoder(nn.Module):
 
         The dtype is the embedding's (fp32 under autocast). Hidden states of padding mean nothing.
         """
-        prepared = self.attention.prepare(segments)
+        prepared = {window: self.attention.prepare(segments, window) for window in dict.fromkeys(self.windows)}
         positions_T = positions.flatten()
         x_TH = F.embedding(input_ids.flatten(), self.embedding.weight)
         rotation = None
@@ -65,14 +71,12 @@ class Encoder(nn.Module):
             rotation = rotary_table(positions_T, self.config.head_dim, self.config.rope_theta)
         else:
             x_TH = x_TH + F.embedding(positions_T, self.position_embedding.weight)
-        for block in self.layers:
-            x_TH = self._run(block, x_TH, rotation, prepared)
+        for layer, (block, window) in enumerate(zip(self.layers, self.windows)):
+            if self.gradient_checkpointing and self.training and layer % self.gradient_checkpointing_every == 0:
+                x_TH = checkpoint(block, x_TH, rotation, prepared[window], use_reentrant=False)
+            else:
+                x_TH = block(x_TH, rotation, prepared[window])
         return self.norm(x_TH)
-
-    def _run(self, block: nn.Module, x_TH: Tensor, rotation: tuple[Tensor, Tensor] | None, prepared: Any) -> Tensor:
-        if self.gradient_checkpointing and self.training:
-            return checkpoint(block, x_TH, rotation, prepared, use_reentrant=False)
-        return block(x_TH, rotation, prepared)
 
     def num_parameters(self) -> int:
         """Number of weights, embeddings included."""
@@ -81,14 +85,16 @@ class Encoder(nn.Module):
     def flops_per_token(self, *, attended_length: float, predicted_fraction: float) -> float:
         """Floating-point operations of forward and backward per token, without recomputation.
 
-        6 W + 12 L H s + 6 p H V, where W is the number of weights in the L blocks' matrices, L (4 H^2 + 3 H F) with
-        SwiGLU and L (4 H^2 + 2 H F) with GELU; s = `attended_length` is the mean over tokens of the length of their
-        own document, sum(length^2) / sum(length); p = `predicted_fraction` is the share of tokens that go through the
-        vocabulary projection of V rows. A multiply-add counts 2, the backward twice the forward; lookups, norms and
-        activations count nothing.
+        6 W + 12 H (s_1 + ... + s_L) + 6 p H V, where W is the number of weights in the L blocks' matrices,
+        L (4 H^2 + 3 H F) with SwiGLU and L (4 H^2 + 2 H F) with GELU; s = `attended_length` is the mean over tokens of
+        the length of their own document, sum(length^2) / sum(length), and s_n the same, in a layer with a window of w
+        at most 2 (w // 2) + 1; p = `predicted_fraction` is the share of tokens that go through the vocabulary
+        projection of V rows. A multiply-add counts 2, the backward twice the forward; lookups, norms and activations
+        count nothing.
         """
         c = self.config
         matrices = 3 if c.hidden_act == "swiglu" else 2
         weights = c.num_hidden_layers * (4 * c.hidden_size**2 + matrices * c.hidden_size * c.ffn_size)
-        attention = 12 * c.num_hidden_layers * c.hidden_size * attended_length
+        seen = (attended_length if w is None else min(attended_length, 2 * (w // 2) + 1) for w in self.windows)
+        attention = 12 * c.hidden_size * sum(seen)
         return 6 * weights + attention + 6 * predicted_fraction * c.hidden_size * c.vocab_size

@@ -105,16 +105,19 @@ class MaskedLM(nn.Module):
         kernel: LinearCrossEntropy,
         all_positions: bool = False,
         count_correct: bool = False,
+        z_loss: float = 0.0,
     ) -> None:
         """`kernel` is one of KERNELS. `all_positions` projects every slot, as an ablation: same loss, more work.
 
-        `count_correct` counts correct predictions in training too; in evaluation mode they are always counted.
+        `count_correct` counts correct predictions in training too; in evaluation mode they are always counted. `z_loss`
+        is the coefficient of the squared logsumexp in the training loss; in evaluation mode it is left out.
         """
         super().__init__()
         self.encoder = encoder
         self.kernel = kernel
         self.all_positions = all_positions
         self.count_correct = count_correct
+        self.z_loss = z_loss
         config = encoder.config
         self.decoder: nn.Linear | None = None
         if not config.tie_word_embeddings:
@@ -154,6 +157,7 @@ class MaskedLM(nn.Module):
             targets,
             ignore_index=IGNORE_INDEX,
             count_correct=self.count_correct or not self.training,
+            z_loss=self.z_loss if self.training else 0.0,
         )
         return LossSum(loss_sum=loss_sum, num_correct=num_correct)
 

@@ -9,7 +9,7 @@ from neobert.config.schema import Config
 from neobert.data.order import key
 from neobert.data.pipeline import DataPipeline
 from neobert.data.tokenizer import Tokenizer, padded_vocab_size
-from neobert.kernels.linear_cross_entropy import KERNELS
+from neobert.kernels.linear_cross_entropy import KERNELS, choose_kernel
 from neobert.model.attention import AttentionBackend, choose_attention
 from neobert.model.config import ModelConfig
 from neobert.model.encoder import Encoder
@@ -46,8 +46,9 @@ def build_attention(config: Config) -> AttentionBackend:
         StartupError: `model.attn_backend` names one that cannot run here.
     """
     device, dtype = torch.device(choose_device_type(config)), compute_dtype(config)
+    head_dim = config.model.hidden_size // config.model.num_attention_heads
     try:
-        return choose_attention(config.model.attn_backend, device=device, dtype=dtype)
+        return choose_attention(config.model.attn_backend, device=device, dtype=dtype, head_dim=head_dim)
     except ValueError as error:
         raise StartupError(str(error)) from error
 
@@ -76,6 +77,8 @@ def build_model_config(config: Config, tokenizer: Tokenizer) -> ModelConfig:
         embedding_init_range=section.embedding_init_range,
         decoder_init_range=section.decoder_init_range,
         tie_word_embeddings=section.tie_word_embeddings,
+        local_attention=section.local_attention,
+        global_attention_every=section.global_attention_every,
     )
 
 
@@ -93,10 +96,16 @@ def build_mask_policy(tokenizer: Tokenizer, probability: float, *, mask_all: boo
 def build_module(config: Config, model_config: ModelConfig, attention: AttentionBackend, runtime: Runtime) -> MaskedLM:
     """The model with its initial weights, which depend on `seed` alone, on the device, compiled if asked for."""
     torch.manual_seed(key(config.seed, "init") % 2**63)
-    encoder = Encoder(model_config, attention, gradient_checkpointing=config.trainer.gradient_checkpointing)
+    encoder = Encoder(
+        model_config,
+        attention,
+        gradient_checkpointing=config.trainer.gradient_checkpointing,
+        gradient_checkpointing_every=config.trainer.gradient_checkpointing_every,
+    )
     module = MaskedLM(
         encoder,
-        kernel=KERNELS["torch"],
+        kernel=KERNELS[choose_kernel(config.model.kernel_backend, device=runtime.device)],
+        z_loss=config.trainer.z_loss,
         all_positions=not config.trainer.masked_logits_only_loss,
         count_correct=config.trainer.log_train_accuracy,
     ).to(runtime.device)

@@ -2,6 +2,7 @@
 
 from neobert.config.schema import Config
 from neobert.config.validate import warnings
+from neobert.kernels.linear_cross_entropy import choose_kernel
 from neobert.train.run import Run
 from neobert.train.start import write_config
 
@@ -23,7 +24,9 @@ def announce(run: Run) -> None:
         f"{model.num_attention_heads} heads, {total:,} parameters ({total - embeddings:,} without the vocabulary)",
         f"          at most {flops / 1e6:,.1f} MFLOP a token forward and backward (documents of {length} tokens)",
         f"compute   {run.runtime.device}, {config.trainer.mixed_precision.replace('no', 'fp32')}, "
-        f"attention {run.attention.name} ({run.attention.kernel}), {run.runtime.world} process(es)",
+        f"attention {run.attention.name} ({run.attention.kernel}), "
+        f"loss kernel {choose_kernel(config.model.kernel_backend, device=run.runtime.device)}, "
+        f"{run.runtime.world} process(es)",
         f"tokens    vocabulary {run.tokenizer.size:,}, embedding rows {model.vocab_size:,}",
         f"batch     {config.trainer.per_device_train_batch_size} rows x {accumulation} micro-batches x "
         f"{run.runtime.world} process(es) = {run.rows_per_step} rows of {length} = {slots:,} slots a step",

@@ -22,6 +22,7 @@ from accelerate.utils import DistributedDataParallelKwargs
 from torch import Tensor, nn
 
 from neobert.config.schema import Config
+from neobert.kernels.linear_cross_entropy import choose_kernel
 
 
 class StartupError(Exception):
@@ -141,6 +142,10 @@ def check_runtime(config: Config) -> None:
             "trainer.torch_compile: true with torch_compile_backend: inductor needs a C++ compiler on a CPU and none "
             "is on the PATH; install g++ or set trainer.torch_compile: false"
         )
+    try:
+        choose_kernel(config.model.kernel_backend, device=torch.device(device_type))
+    except ValueError as error:
+        problems.append(str(error))
     if problems:
         raise StartupError("\n".join(problems))
 

@@ -126,7 +126,6 @@ def test_what_cannot_be_migrated(text, message):
 
 OTHER_KEYS = [
     "model.classifier_init_range",
-    "model.kernel_backend",
     "model.ngpt",
     "model.base_scale",
     "model.pad_token_id",

@@ -153,6 +153,32 @@ ERRORS = [
         "model.attn_backend: flash_attn_varlen needs trainer.mixed_precision: bf16, it is no; write model.attn_backend",
     ),
     (
+        {"model__attn_backend": "flex", "trainer__use_cpu": True},
+        "model.attn_backend: flex needs a GPU, but trainer.use_cpu is true; write model.attn_backend: auto",
+    ),
+    (
+        {"model__kernel_backend": "liger", "trainer__use_cpu": True},
+        "model.kernel_backend: liger needs a GPU, but trainer.use_cpu is true; write model.kernel_backend: auto",
+    ),
+    ({"model__local_attention": 0}, "model.local_attention: 0 must be at least 1"),
+    (
+        {"model__local_attention": 64, "model__global_attention_every": 1},
+        "model.global_attention_every: 1 must be at least 2 (1 leaves no layer a window)",
+    ),
+    (
+        {"model__global_attention_every": 4},
+        "model.global_attention_every: 4 has no effect without model.local_attention; set the window, or remove",
+    ),
+    (
+        {"trainer__gradient_checkpointing_every": 2},
+        "trainer.gradient_checkpointing_every: 2 has no effect without trainer.gradient_checkpointing: true; set",
+    ),
+    (
+        {"trainer__gradient_checkpointing": True, "trainer__gradient_checkpointing_every": 0},
+        "trainer.gradient_checkpointing_every: 0 must be at least 1",
+    ),
+    ({"trainer__z_loss": -1e-4}, "trainer.z_loss: -0.0001 must not be negative"),
+    (
         {"dataset__pin_memory": True, "trainer__use_cpu": True},
         "dataset.pin_memory: true needs a GPU, but trainer.use_cpu",
     ),
@@ -179,6 +205,8 @@ def test_errors(changes, message):
         {"trainer__save_steps": 0, "trainer__eval_steps": 0, "trainer__logging_steps": 0},
         {"tokenizer__vocab_size": 100, "tokenizer__algorithm": "wordpiece"},
         {"datacollator__mlm_probability": 1.0},
+        {"model__local_attention": 128, "model__global_attention_every": 4},
+        {"trainer__gradient_checkpointing": True, "trainer__gradient_checkpointing_every": 2},
     ],
 )
 def test_what_is_allowed(changes):

@@ -1,63 +1,168 @@
 """Every backend of the table against the definition, forward and backward, and what the segmented operator promises."""
 
+import random
+import warnings
+from typing import Any
+
 import pytest
 import torch
 from packed import ROWS, pack, real_slots
 from torch import Tensor
+from torch.nn.attention.flex_attention import BlockMask
 
-from neobert.model import attention
+from neobert.model import attention, flex, segmented
 from neobert.model.attention import ATTENTION, AttentionBackend, choose_attention, reference_attention
+from neobert.model.segmented import SegmentedPlan
 from neobert.model.segments import Segments
 
 CPU = torch.device("cpu")
 
 
+LONG = ((37, 1, 2), (48,), (1,), (16, 24, 8))
+"""Rows of 48 slots: documents longer than a tile, of one token, and exactly as long as a bucket."""
+
+WINDOWS = (None, 1, 2, 5, 16, 200)
+
+
 def inputs(segments: Segments, dtype: torch.dtype, device: str = "cpu") -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Queries, keys, values and an output gradient that is zero on padding; 2 heads of 8, strided as in a block."""
+    """Queries, keys, values and an output gradient that is zero on padding; 2 heads of 16, strided as in a block."""
     generator = torch.Generator().manual_seed(1)
     slots = segments.ids.numel()
-    qkv = torch.randn(slots, 6, 8, generator=generator, dtype=torch.float64)
-    grad = torch.randn(slots, 2, 8, generator=generator, dtype=torch.float64) * real_slots(segments)[:, None, None]
+    qkv = torch.randn(slots, 6, 16, generator=generator, dtype=torch.float64)
+    grad = torch.randn(slots, 2, 16, generator=generator, dtype=torch.float64) * real_slots(segments)[:, None, None]
     q, k, v = (x.detach() for x in qkv.to(device, dtype).split(2, dim=1))
     return q.requires_grad_(), k.requires_grad_(), v.requires_grad_(), grad.to(device, dtype)
 
 
-def results(backend: AttentionBackend, segments: Segments, dtype: torch.dtype, device: str) -> list[Tensor]:
+def results(
+    backend: AttentionBackend, segments: Segments, dtype: torch.dtype, device: str = "cpu", window: int | None = None
+) -> list[Tensor]:
     """Output and gradients of a backend on the real slots."""
     q, k, v, grad = inputs(segments, dtype, device)
-    out = backend.attend(q, k, v, backend.prepare(segments.to(torch.device(device))), scale=0.3)
+    out = backend.attend(q, k, v, backend.prepare(segments.to(torch.device(device)), window), scale=0.3)
     out.backward(grad)
     return [x[real_slots(segments)].double().cpu() for x in (out, q.grad, k.grad, v.grad)]
 
 
-def expected(segments: Segments, dtype: torch.dtype) -> list[Tensor]:
+def expected(segments: Segments, dtype: torch.dtype, window: int | None = None) -> list[Tensor]:
     """The definition in double precision, on the same numbers."""
     q, k, v, grad = (x.detach().double().requires_grad_() for x in inputs(segments, dtype))
-    out = reference_attention(q, k, v, segments, scale=0.3)
+    out = reference_attention(q, k, v, segments, scale=0.3, window=window)
     out.backward(grad.detach())
     return [x[real_slots(segments)] for x in (out, q.grad, k.grad, v.grad)]
 
 
+def plain_attention(q: Tensor, k: Tensor, v: Tensor, seen: Tensor, scale: float) -> Tensor:
+    """`[T, N, D]`, where `seen` `[T, T]` says which keys a query attends to."""
+    scores = torch.einsum("qnd,knd->nqk", q, k).mul(scale).masked_fill(~seen, float("-inf"))
+    return torch.einsum("nqk,knd->qnd", scores.softmax(-1), v)
+
+
+class FakeVarlen:
+    """Stands in for a flash kernel on a machine without one: the definition, from the kernel's own arguments."""
+
+    def __init__(self, scale_name: str, others: tuple[str, ...] = ()) -> None:
+        self.scale_name, self.others, self.calls = scale_name, others, 0
+        self.deterministic: object = None
+
+    def __call__(
+        self, q: Tensor, k: Tensor, v: Tensor, cu_q: Tensor, cu_k: Tensor, max_q: int, max_k: int, **named: Any
+    ) -> Tensor:
+        assert cu_q is cu_k
+        assert cu_q.dtype == torch.int32
+        assert max_q == max_k >= cu_q.diff().max()
+        assert set(named) == {self.scale_name, "window_size", *self.others}
+        self.deterministic = named.get("deterministic")
+        self.calls += 1
+        left, right = (x if x >= 0 else len(q) for x in named["window_size"])
+        token = torch.arange(len(q))
+        segment = torch.searchsorted(cu_q, token.int(), right=True)
+        ahead = token[None, :] - token[:, None]
+        seen = (segment[:, None] == segment[None, :]) & (ahead <= right) & (-ahead <= left)
+        return plain_attention(q, k, v, seen, named[self.scale_name])
+
+
+class FakeFlex:
+    """Stands in for FlexAttention: every block that its lists leave out is unseen, and full blocks need no mask."""
+
+    def __init__(self) -> None:
+        self.calls = 0
+
+    def __call__(self, q: Tensor, k: Tensor, v: Tensor, *, block_mask: BlockMask, scale: float) -> Tensor:
+        self.calls += 1
+        size, num_tokens = flex.BLOCK, q.shape[2]
+        assert q.shape[0] == 1
+        assert (size, size) == block_mask.BLOCK_SIZE
+        token = torch.arange(num_tokens)
+        zero = torch.zeros((), dtype=torch.int64)
+        masked = block_mask.mask_mod(zero, zero, token[:, None], token[None, :])
+        partial = self.spread(block_mask.kv_num_blocks, block_mask.kv_indices, num_tokens)
+        full = self.spread(block_mask.full_kv_num_blocks, block_mask.full_kv_indices, num_tokens)
+        assert not (partial & full).any()
+        assert not (full & ~masked).any(), "a full block has something to mask"
+        out = plain_attention(*(x[0].transpose(0, 1) for x in (q, k, v)), (masked & partial) | full, scale)
+        return out.transpose(0, 1)[None]
+
+    @staticmethod
+    def spread(counts: Tensor, indices: Tensor, num_tokens: int) -> Tensor:
+        """bool `[T, T]` of the tokens of listed blocks."""
+        listed = torch.zeros(indices.shape[2:], dtype=torch.bool)
+        for row, (count, columns) in enumerate(zip(counts[0, 0], indices[0, 0])):
+            listed[row, columns[:count].long()] = True
+        wide = listed.repeat_interleave(flex.BLOCK, 0).repeat_interleave(flex.BLOCK, 1)
+        return wide[:num_tokens, :num_tokens]
+
+
+def _runs(name: str, device: str, dtype: torch.dtype) -> bool:
+    available = device == "cpu" or torch.cuda.is_available()
+    return available and ATTENTION[name].obstacle(torch.device(device), dtype, 16) is None
+
+
+def device_for(name: str, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> str:
+    """Where a backend is tested; where no device of this machine will do, a stand-in takes the place of its kernel."""
+    device = next((d for d in ("cuda", "cpu") if _runs(name, d, dtype)), None)
+    if device is not None:
+        return device
+    monkeypatch.setattr(attention, "flash_attn_varlen_func", None)
+    monkeypatch.setattr(attention, "varlen_attn", FakeVarlen("scale"))
+    monkeypatch.setattr(flex, "_compiled_flex_attention", FakeFlex)
+    monkeypatch.setattr(flex, "BLOCK", 4)
+    return "cpu"
+
+
+@pytest.mark.parametrize("window", WINDOWS)
+@pytest.mark.parametrize(("rows", "slots"), [(ROWS, 16), (LONG, 48)], ids=["short", "long"])
 @pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 1e-5), (torch.bfloat16, 4e-2)])
 @pytest.mark.parametrize("name", ATTENTION)
-def test_backend_agrees_with_the_definition(name: str, dtype: torch.dtype, tolerance: float) -> None:
-    device = next((d for d in ("cpu", "cuda") if _works(name, d, dtype)), None)
-    if device is None:
-        pytest.skip(f"{name} does not compute in {dtype} here")
-    _, segments = pack(ROWS, 16)
-    for got, want in zip(results(ATTENTION[name], segments, dtype, device), expected(segments, dtype)):
+def test_backend_agrees_with_the_definition(
+    name: str,
+    dtype: torch.dtype,
+    tolerance: float,
+    rows: tuple[tuple[int, ...], ...],
+    slots: int,
+    window: int | None,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    device = device_for(name, dtype, monkeypatch)
+    monkeypatch.setattr(segmented, "_LEAST_QUERIES", 4)  # with a window, several tiles a document
+    _, segments = pack(rows, slots)
+    for got, want in zip(results(ATTENTION[name], segments, dtype, device, window), expected(segments, dtype, window)):
         torch.testing.assert_close(got, want, atol=tolerance, rtol=tolerance)
 
 
-def _works(name: str, device: str, dtype: torch.dtype) -> bool:
-    available = device == "cpu" or torch.cuda.is_available()
-    return available and ATTENTION[name].obstacle(torch.device(device), dtype) is None
+def test_a_window_is_half_to_either_side() -> None:
+    """With a window of 4 or 5, token 5 of ten sees 3 to 7: the values are the tokens' numbers, all scores equal."""
+    _, segments = pack([(10,)], 10)
+    numbers = torch.arange(10.0)[:, None, None].expand(10, 1, 16)
+    for window in (4, 5):
+        out = reference_attention(numbers * 0, numbers, numbers, segments, scale=1.0, window=window)[:, 0, 0]
+        assert out.tolist() == pytest.approx([1, 1.5, 2, 3, 4, 5, 6, 7, 7.5, 8])
 
 
 def test_sdpa_in_tiles(monkeypatch: pytest.MonkeyPatch) -> None:
     """A document longer than a tile is cut, and its keys and values add up over the tiles."""
-    monkeypatch.setattr(attention, "_TILE", {"cpu": 20})
-    monkeypatch.setattr(attention, "_LEAST_QUERIES", 2)
+    monkeypatch.setattr(segmented, "_TILE", 20)
+    monkeypatch.setattr(segmented, "_LEAST_QUERIES", 2)
     _, segments = pack(ROWS, 16)
     for got, want in zip(results(ATTENTION["sdpa"], segments, torch.float32, "cpu"), expected(segments, torch.float32)):
         torch.testing.assert_close(got, want, atol=1e-5, rtol=1e-5)
@@ -68,20 +173,112 @@ def test_sdpa_in_whole_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
     _, segments = pack(ROWS, 16)
     want = expected(segments, torch.bfloat16)
     for block, least in ((1, 128), (4, 128), (4, 4), (32, 2)):
-        monkeypatch.setattr(attention, "_BLOCK", block)
-        monkeypatch.setattr(attention, "_TILE", {"cpu": 1 if least < 128 else 2**20})
-        monkeypatch.setattr(attention, "_LEAST_QUERIES", least)
+        monkeypatch.setattr(segmented, "_BLOCK", block)
+        monkeypatch.setattr(segmented, "_TILE", 1 if least < 128 else 2**20)
+        monkeypatch.setattr(segmented, "_LEAST_QUERIES", least)
         for got, exact in zip(results(ATTENTION["sdpa"], segments, torch.bfloat16, "cpu"), want):
             torch.testing.assert_close(got, exact, atol=4e-2, rtol=4e-2)
 
 
+def in_buckets(segments: Segments, window: int | None = None) -> SegmentedPlan:
+    """A plan as for a GPU, with its tensors on the CPU."""
+    plan = segmented.prepare_segmented(segments, window)
+    return plan._replace(places=segmented.bucket_places(plan.borders, segments.ids.numel()))
+
+
+def results_in_buckets(segments: Segments, dtype: torch.dtype, window: int | None) -> list[Tensor]:
+    q, k, v, grad = inputs(segments, dtype)
+    out = segmented.attend_segmented(q, k, v, in_buckets(segments, window), scale=0.3)
+    out.backward(grad)
+    return [x[real_slots(segments)].double() for x in (out, q.grad, k.grad, v.grad)]
+
+
+@pytest.mark.parametrize("window", WINDOWS)
+@pytest.mark.parametrize("scores", [1, 2**26])
+def test_buckets_agree_with_the_definition(scores: int, window: int | None, monkeypatch: pytest.MonkeyPatch) -> None:
+    """With few scores at a time, every document is computed by itself."""
+    monkeypatch.setattr(segmented, "_BUCKET_SCORES", scores)
+    _, segments = pack(LONG, 48)
+    got = results_in_buckets(segments, torch.float32, window)
+    for one, want in zip(got, expected(segments, torch.float32, window)):
+        torch.testing.assert_close(one, want, atol=1e-5, rtol=1e-5)
+
+
+def test_buckets_hold_every_document_once() -> None:
+    assert [segmented.bucket_length(n) for n in (1, 16, 17, 24, 25, 33, 49, 64, 65, 1000)] == [
+        *(16, 16, 24, 24, 32, 48, 64, 64, 96, 1024)
+    ]
+    borders = torch.tensor([[0, 3, 3, 20], [3, 3, 20, 40]])
+    places = segmented.bucket_places(borders, 40)
+    assert places.shape == (40 + 20 + 16 * 4,), "the size depends on the shape of the batch alone"
+    assert places[:16].tolist() == [0, 1, 2] + [2] * 13
+    assert places[16:40].tolist() == [*range(3, 20)] + [19] * 7
+    assert places[40:64].tolist() == [*range(20, 40)] + [39] * 4
+
+
+def random_case(seed: int) -> tuple[Segments, int | None]:
+    """Documents of 1 to 60 tokens in up to four rows of 60, the last slots of a row often padding; a window or none."""
+    choose = random.Random(seed)
+    rows = []
+    for _ in range(choose.randint(1, 4)):
+        lengths: list[int] = []
+        while sum(lengths) < 60 and choose.random() < 0.8:
+            lengths.append(min(choose.choice((1, 2, 7, 20, 60)), 60 - sum(lengths)))
+        rows.append(tuple(lengths) or (1,))
+    _, segments = pack(rows, 60, num_borders=250)
+    return segments, choose.choice((None, 1, 3, 8, 30, 100))
+
+
+def check_random_case(seed: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    segments, window = random_case(seed)
+    choose = random.Random(seed)
+    monkeypatch.setattr(segmented, "_TILE", choose.choice((1, 200, 2**20)))
+    monkeypatch.setattr(segmented, "_LEAST_QUERIES", choose.choice((1, 5, 128)))
+    monkeypatch.setattr(segmented, "_BLOCK", choose.choice((1, 4, 32)))
+    for dtype, tolerance in ((torch.float32, 1e-5), (torch.bfloat16, 4e-2)):
+        want = expected(segments, dtype, window)
+        for got in (
+            results(ATTENTION["sdpa"], segments, dtype, window=window),
+            results_in_buckets(segments, dtype, window),
+        ):
+            for one, exact in zip(got, want):
+                torch.testing.assert_close(
+                    one, exact, atol=tolerance, rtol=tolerance, msg=lambda m: f"seed {seed}: {m}"
+                )
+
+
+@pytest.mark.parametrize("seed", range(12))
+def test_sdpa_on_random_documents(seed: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    check_random_case(seed, monkeypatch)
+
+
+@pytest.mark.full
+@pytest.mark.parametrize("seed", range(100, 600))
+def test_sdpa_on_many_random_documents(seed: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    check_random_case(seed, monkeypatch)
+
+
+def test_work_of_a_window_is_linear_in_the_length() -> None:
+    def work(length: int, reach: int) -> int:
+        borders = torch.tensor([[0], [length]])
+        (document,) = segmented._documents(borders, torch.empty(4, length, 8, dtype=torch.bfloat16), reach)
+        own = [(t.queries.stop - t.queries.start) * (t.keys.stop - t.keys.start) for t in document.tiles]
+        return sum(own)
+
+    assert work(4096, -1) == 4096**2
+    assert work(4096, 64) <= 4096 * (128 + 2 * 64)
+    assert work(8192, 64) == pytest.approx(2 * work(4096, 64), rel=0.02)
+    assert work(100, 128) == 100 * 100, "a window that reaches over the whole document changes nothing"
+
+
 def test_sdpa_gradients_are_the_derivatives() -> None:
-    _, segments = pack([(2, 1)], 4)
-    qkv = torch.randn(3, 4, 1, 2, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
-    borders = attention.prepare_sdpa(segments)
-    assert torch.autograd.gradcheck(
-        lambda q, k, v: attention.segmented_attention(q, k, v, borders, 0.3), tuple(x.requires_grad_() for x in qkv)
-    )
+    _, segments = pack([(3, 1)], 5)
+    qkv = torch.randn(3, 5, 1, 2, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
+    for plan in (*(segmented.prepare_segmented(segments, w) for w in (None, 2)), in_buckets(segments, 2)):
+        assert torch.autograd.gradcheck(
+            lambda q, k, v, plan=plan: segmented.attend_segmented(q, k, v, plan, scale=0.3),
+            tuple(x.detach().requires_grad_() for x in qkv),
+        )
 
 
 def test_sdpa_leaves_padding_at_zero() -> None:
@@ -135,33 +332,72 @@ def test_a_choice_that_cannot_be_met_is_an_error(monkeypatch: pytest.MonkeyPatch
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "Tesla T4")
     with pytest.raises(ValueError, match=r"needs an Ampere GPU or later, not Tesla T4"):
         choose_attention("flash_attn_varlen", device=torch.device("cuda"), dtype=torch.float16)
-    with pytest.raises(ValueError, match=r"model\.attn_backend: 'flex' is unknown; write one of auto, .*sdpa"):
-        choose_attention("flex", device=CPU, dtype=torch.float32)
-
-
-class FakeKernel:
-    """Stands in for a flash kernel on a machine without one: the definition, with the kernel's arguments."""
-
-    def __init__(self, segments: Segments) -> None:
-        self.segments, self.called = segments, False
-
-    def __call__(
-        self, q: Tensor, k: Tensor, v: Tensor, cu_q: Tensor, cu_k: Tensor, max_q: int, max_k: int, **scale: float
-    ) -> Tensor:
-        assert cu_q is cu_k is self.segments.cu_seqlens
-        assert max_q == max_k == 16
-        self.called = True
-        return reference_attention(q, k, v, self.segments, scale=next(iter(scale.values())))
-
-
-@pytest.mark.parametrize("kernel", ["varlen_attn", "flash_attn_varlen_func"])
-def test_varlen_hands_its_kernel_the_borders(kernel: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    _, segments = pack(ROWS, 16)
-    fake = FakeKernel(segments)
-    monkeypatch.setattr(attention, "flash_attn_varlen_func", None)
-    monkeypatch.setattr(attention, kernel, fake)
-    for got, want in zip(
-        results(ATTENTION["flash_attn_varlen"], segments, torch.float32, "cpu"), expected(segments, torch.float32)
+    with pytest.raises(
+        ValueError, match=r"model\.attn_backend: 'flex' cannot train on cpu, .* no backward: write .*sdpa"
     ):
-        torch.testing.assert_close(got, want, atol=1e-5, rtol=1e-5)
-    assert fake.called
+        choose_attention("flex", device=CPU, dtype=torch.float32)
+    with pytest.raises(
+        ValueError, match=r"model\.attn_backend: 'eager' is unknown; write one of auto, flash.*, flex, sdpa"
+    ):
+        choose_attention("eager", device=CPU, dtype=torch.float32)
+
+
+@pytest.mark.parametrize("deterministic", [False, True])
+@pytest.mark.parametrize("package", [False, True])
+def test_varlen_hands_its_kernel_what_it_needs(
+    package: bool, deterministic: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The flash-attn packages take a flag for a deterministic backward; torch's kernel reads torch's setting."""
+    _, segments = pack(ROWS, 16)
+    fake = FakeVarlen("softmax_scale", ("deterministic",)) if package else FakeVarlen("scale")
+    monkeypatch.setattr(attention, "flash_attn_varlen_func", fake if package else None)
+    monkeypatch.setattr(attention, "varlen_attn", fake)
+    monkeypatch.setattr(torch, "are_deterministic_algorithms_enabled", lambda: deterministic)
+    got = results(ATTENTION["flash_attn_varlen"], segments, torch.float32, window=4)
+    for one, want in zip(got, expected(segments, torch.float32, 4)):
+        torch.testing.assert_close(one, want, atol=1e-5, rtol=1e-5)
+    assert fake.calls == 1
+    assert fake.deterministic == (deterministic if package else None)
+
+
+@pytest.mark.parametrize("window", [None, 40])
+def test_flex_itself_computes_the_definition(window: int | None) -> None:
+    """torch's FlexAttention runs forward on a CPU: blocks of 128, the last one short."""
+    _, segments = pack([(130, 1, 69), (5, 195)], 200)
+    q, k, v = (x.detach() for x in inputs(segments, torch.float32)[:3])
+    with torch.no_grad(), warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # it says that it computes all scores
+        swapped = (x.transpose(0, 1)[None] for x in (q, k, v))
+        out = flex.flex_attention(*swapped, block_mask=flex.prepare_flex(segments, window), scale=0.3)
+    want = reference_attention(q, k, v, segments, scale=0.3, window=window)
+    got = out[0].transpose(0, 1)
+    torch.testing.assert_close(got[real_slots(segments)], want[real_slots(segments)], atol=1e-5, rtol=1e-5)
+
+
+def test_flex_finds_its_blocks_without_looking_at_values() -> None:
+    """Their lists have one shape for all documents; a block inside a document is full."""
+    shapes = []
+    for rows in ([(512,)], [(1,) * 500], [(300, 212)]):
+        _, segments = pack(rows, 512, num_borders=600)
+        mask = flex.prepare_flex(segments)
+        shapes.append((mask.kv_indices.shape, mask.full_kv_indices.shape, mask.q_indices.shape))
+    assert len(set(shapes)) == 1
+    assert mask.full_kv_num_blocks.flatten().tolist() == [2, 2, 0, 1]
+    assert mask.kv_num_blocks.flatten().tolist() == [1, 1, 4, 1]
+
+
+def test_heads_that_a_kernel_does_not_take(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
+    cuda = torch.device("cuda")
+    for head_dim in (12, 264):
+        with pytest.raises(
+            ValueError,
+            match=rf"model\.attn_backend: 'flash_attn_varlen' needs heads of a multiple of 8 .*model\.hidden_size / "
+            rf"model\.num_attention_heads is {head_dim}",
+        ):
+            choose_attention("flash_attn_varlen", device=cuda, dtype=torch.bfloat16, head_dim=head_dim)
+        assert choose_attention("auto", device=cuda, dtype=torch.bfloat16, head_dim=head_dim).name == "sdpa"
+    assert choose_attention("auto", device=cuda, dtype=torch.bfloat16, head_dim=64).name == "flash_attn_varlen"
+    with pytest.raises(ValueError, match=r"'flex' needs heads of at least 16, .* is 8: choose fewer heads"):
+        choose_attention("flex", device=cuda, dtype=torch.float32, head_dim=8)
+    assert choose_attention("flex", device=cuda, dtype=torch.float32, head_dim=16).name == "flex"

@@ -15,6 +15,7 @@ from neobert.model.segments import Segments
 VARIANTS = {
     "neobert": {},
     "learned positions": {"rope": False},
+    "windows": {"num_hidden_layers": 3, "local_attention": 4, "global_attention_every": 2},
     "gelu and layer norm": {"hidden_act": "gelu", "rms_norm": False},
 }
 
@@ -127,6 +128,39 @@ def test_gradient_checkpointing_changes_nothing() -> None:
         assert torch.equal(gradient, runs[1][1][name]), name
 
 
+@pytest.mark.parametrize("every", [1, 2, 3])
+def test_gradient_checkpointing_of_every_kth_block(every: int) -> None:
+    """Gradients are those of no checkpointing, and blocks 0, k, 2k, ... run a second time in the backward."""
+    config = tiny_config(num_hidden_layers=4, dropout_prob=0.2)
+    positions, segments = pack(ROWS, 16)
+    ids = random_ids(segments, 50)
+    runs, calls = [], []
+    for options in ({}, {"gradient_checkpointing": True, "gradient_checkpointing_every": every}):
+        encoder = build(config, **options)
+        calls.clear()
+        for number, block in enumerate(encoder.layers):
+            block.attention_norm.register_forward_hook(lambda *_, number=number: calls.append(number))
+        torch.manual_seed(4)
+        runs.append(hidden_and_gradients(encoder, ids, positions, segments, torch.ones(1)))
+    assert [calls.count(number) for number in range(4)] == [2 if number % every == 0 else 1 for number in range(4)]
+    for name, gradient in runs[0][1].items():
+        assert torch.equal(gradient, runs[1][1][name]), name
+
+
+def test_layers_see_what_their_window_shows() -> None:
+    """Changing the last token reaches everywhere through a layer without a window, else two tokens a layer."""
+    ids = torch.arange(1, 17, dtype=torch.int32)[None]
+    other = ids.clone()
+    other[0, 15] = 40
+    positions, segments = pack([(16,)], 16)
+    encoder = build(tiny_config(num_hidden_layers=3, local_attention=4, global_attention_every=3))
+    assert encoder.windows == (None, 4, 4)
+    for windows, num_same in (((None, 4, 4), 0), ((4, 4, 4), 9)):
+        encoder.windows = windows
+        before, after = (encoder(x, positions, segments) for x in (ids, other))
+        assert [torch.equal(a, b) for a, b in zip(before, after)] == [True] * num_same + [False] * (16 - num_same)
+
+
 def test_dropout_acts_in_training_only() -> None:
     encoder = build(tiny_config(dropout_prob=0.5))
     positions, segments = pack(ROWS, 16)
@@ -153,6 +187,33 @@ def test_blocks_compile_to_one_graph_that_content_does_not_change() -> None:
     for a, b in ((eager, compiled), (eager_other, compiled_other)):
         torch.testing.assert_close(a[0], b[0], atol=1e-5, rtol=1e-5)
         torch.testing.assert_close(a[1], b[1], atol=1e-4, rtol=1e-4)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@pytest.mark.parametrize("name", ATTENTION)
+def test_compiled_blocks_on_a_gpu(name: str) -> None:
+    """Every backend inside blocks compiled by inductor in bf16, with and without a window, against fp32 on the CPU."""
+    torch._dynamo.reset()
+    config = tiny_config(hidden_size=128, num_hidden_layers=3, local_attention=64, global_attention_every=2)
+    config = dataclasses.replace(config, max_position_embeddings=512)
+    positions, segments = pack([(300, 212), (1, 130, 7)], 512)
+    ids = random_ids(segments, 50)
+    target = torch.randn(int(real_slots(segments).sum()), 128, generator=torch.Generator().manual_seed(2))
+    want = hidden_and_gradients(build(config), ids, positions, segments, target)
+    torch.manual_seed(0)
+    encoder = Encoder(config, ATTENTION[name])
+    encoder.load_state_dict(build(config).state_dict())
+    encoder.cuda()
+    for block in encoder.layers:
+        block.compile(fullgraph=True, dynamic=False)
+    real = real_slots(segments).cuda()
+    with torch.autocast("cuda", torch.bfloat16):
+        hidden = encoder(ids.cuda(), positions.cuda(), segments.to(torch.device("cuda")))[real]
+    (hidden * target.cuda()).sum().backward()
+    assert (hidden.cpu() - want[0]).norm() < 2e-2 * want[0].norm()
+    for key, parameter in encoder.named_parameters():
+        assert (parameter.grad.cpu() - want[1][key]).norm() < 3e-2 * want[1][key].norm(), key
 
 
 def test_names_of_the_weights() -> None:
@@ -194,6 +255,12 @@ def test_flops_per_token() -> None:
         encoder = Encoder(config, ATTENTION["sdpa"])
     flops = encoder.flops_per_token(attended_length=512, predicted_fraction=0.2)
     assert flops == pytest.approx(1.35e9, rel=0.005)
+    with torch.device("meta"):
+        local = Encoder(dataclasses.replace(config, local_attention=128), ATTENTION["sdpa"])
+    saved = flops - local.flops_per_token(attended_length=512, predicted_fraction=0.2)
+    assert saved == pytest.approx(12 * 768 * 18 * (512 - 129)), "18 of 28 layers see 64 tokens to either side"
+    short = local.flops_per_token(attended_length=100, predicted_fraction=0.2)
+    assert short == encoder.flops_per_token(attended_length=100, predicted_fraction=0.2)
     blocks = 28 * (4 * 768**2 + 3 * 768 * 2048)
     assert encoder.flops_per_token(attended_length=0, predicted_fraction=0) == 6 * blocks
     assert encoder.num_parameters() == blocks + 30522 * 768 + 57 * 768

@@ -20,6 +20,19 @@ def test_round_trip_through_json() -> None:
     assert ModelConfig.from_dict(json.loads(json.dumps(config.to_dict()))) == config
 
 
+def test_a_file_of_before_the_window_still_loads() -> None:
+    values = tiny_config().to_dict()
+    del values["local_attention"], values["global_attention_every"]
+    assert ModelConfig.from_dict(values) == tiny_config()
+
+
+def test_layers_with_a_window() -> None:
+    config = tiny_config(num_hidden_layers=7, local_attention=8, global_attention_every=3)
+    assert ModelConfig.from_dict(json.loads(json.dumps(config.to_dict()))) == config
+    assert [config.window_of_layer(layer) for layer in range(7)] == [None, 8, 8, None, 8, 8, None]
+    assert {tiny_config().window_of_layer(layer) for layer in range(7)} == {None}
+
+
 def test_unknown_and_missing_keys_are_named_together() -> None:
     values = tiny_config().to_dict()
     del values["rope"], values["vocab_size"]
@@ -36,6 +49,7 @@ def test_unknown_and_missing_keys_are_named_together() -> None:
         ({"hidden_act": "relu"}, r"model\.hidden_act: 'relu' is unknown; write one of swiglu, gelu"),
         ({"dropout_prob": 1.0}, r"model\.dropout_prob: 1\.0 is outside"),
         ({"pad_token_id": 50}, r"model\.pad_token_id: 50 is not a row of a vocabulary of 50"),
+        ({"local_attention": 0}, r"model\.local_attention: 0 is not positive"),
         ({"num_hidden_layers": 0, "norm_eps": 0.0}, r"model\.num_hidden_layers: 0 .*\nmodel\.norm_eps: 0\.0 "),
     ],
 )

@@ -2,6 +2,7 @@
 
 import math
 from itertools import pairwise
+from typing import Any
 
 import numpy as np
 import pytest
@@ -19,7 +20,7 @@ from neobert.types import IGNORE_INDEX, PackedBatch
 VOCAB = 40
 
 
-def build(*, tied: bool = True, **options: bool) -> MaskedLM:
+def build(*, tied: bool = True, **options: Any) -> MaskedLM:
     torch.manual_seed(0)
     config = ModelConfig(
         hidden_size=32,
@@ -33,7 +34,7 @@ def build(*, tied: bool = True, **options: bool) -> MaskedLM:
         decoder_init_range=0.2,
         tie_word_embeddings=tied,
     )
-    return MaskedLM(Encoder(config, ATTENTION["sdpa"]), kernel=KERNELS["torch"], **options)
+    return MaskedLM(Encoder(config, ATTENTION["sdpa"]), **{"kernel": KERNELS["torch"], **options})
 
 
 def batch_of(rows: tuple[tuple[int, ...], ...], tokens: Tensor, masked: list[int], num_places: int = 8) -> PackedBatch:
@@ -106,6 +107,23 @@ def test_correct_predictions_are_counted_when_asked_for_and_in_evaluation(batch:
     assert counted == (model.logits(hidden).argmax(-1) == batch.targets).sum()
     quiet = build().eval()
     assert quiet(batch).num_correct == counted
+
+
+@pytest.mark.parametrize("kernel", ["reference", "torch", "triton"])
+@pytest.mark.parametrize("all_positions", [False, True])
+def test_z_loss_and_its_gradient(batch: PackedBatch, kernel: str, all_positions: bool) -> None:
+    """In training the loss gains z logsumexp^2 for each target, in evaluation nothing."""
+    plain = build(kernel=KERNELS["reference"])
+    hidden = plain.encoder(batch.input_ids, batch.positions, batch.segments)
+    used = batch.targets != IGNORE_INDEX
+    lse = plain.logits(hidden)[batch.masked_index[used]].logsumexp(-1)
+    expected = plain(batch).loss_sum + 0.01 * (lse**2).sum()
+    gradients = torch.autograd.grad(expected, list(plain.parameters()))
+    model = build(kernel=KERNELS[kernel], z_loss=0.01, all_positions=all_positions)
+    loss = model(batch).loss_sum
+    torch.testing.assert_close(loss, expected, atol=1e-4, rtol=1e-5)
+    torch.testing.assert_close(torch.autograd.grad(loss, list(model.parameters())), gradients, atol=1e-4, rtol=1e-4)
+    torch.testing.assert_close(model.eval()(batch).loss_sum, plain(batch).loss_sum, atol=1e-4, rtol=1e-5)
 
 
 def test_tied_weights_are_one_tensor(batch: PackedBatch) -> None:

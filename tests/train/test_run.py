@@ -61,6 +61,7 @@ def test_a_run_learns_and_records_everything(tiny: Tiny, tmp_path: Path, capsys:
         "parameters",
         "MFLOP",
         "rows of 64",
+        "attention sdpa (document by document), loss kernel torch",
         "budget",
         "entropy",
         "held out",
@@ -122,6 +123,9 @@ def test_loss_over_all_positions_is_the_same_loss(tiny: Tiny, tmp_path: Path) ->
         ["model.rms_norm=false", "model.hidden_act=gelu"],
         ["model.tie_word_embeddings=false"],
         ["trainer.gradient_checkpointing=true"],
+        ["trainer.gradient_checkpointing=true", "trainer.gradient_checkpointing_every=2"],
+        ["model.local_attention=16"],
+        ["model.kernel_backend=triton", "trainer.z_loss=1e-4"],
         ["datacollator.mask_all=true"],
     ],
 )
@@ -277,6 +281,15 @@ def test_wandb_enabled_but_not_installed_stops_before_any_work(
     monkeypatch.setattr(runtime, "is_installed", lambda name: False)
     with pytest.raises(StartupError, match=r"wandb.enabled: true, but the package wandb is not installed"):
         pretrain(tiny(tmp_path / "run", "wandb.enabled=true"))
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_kernel_that_cannot_run_stops_before_any_work(
+    tiny: Tiny, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
+    with pytest.raises(StartupError, match=r"model\.kernel_backend: 'triton' needs a CUDA device"):
+        pretrain(tiny(tmp_path / "run", "model.kernel_backend=triton"))
     assert not (tmp_path / "run").exists()
 
 

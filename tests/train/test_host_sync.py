@@ -1,0 +1,122 @@
+"""Nothing in a step reads a value back from the device: not the model, the loss, the clipping, the optimizer."""
+
+from typing import Any
+
+import pytest
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from neobert.kernels.linear_cross_entropy import KERNELS
+from neobert.model.attention import ATTENTION
+from neobert.model.config import ModelConfig
+from neobert.model.encoder import Encoder
+from neobert.model.segments import Segments
+from neobert.objectives.mlm import MaskedLM
+from neobert.optim.optimizers import build_optimizer
+from neobert.types import IGNORE_INDEX, PackedBatch
+
+WAITING = ("_local_scalar_dense", "nonzero", "item", "equal", "masked_select", "unique")
+"""Operators whose result, or the shape of it, has to be known on the host before anything can go on."""
+
+
+class WaitsForTheDevice(TorchDispatchMode):
+    """Records every operator that makes the host wait."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.found: list[str] = []
+        self.num_operators = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        name = func.overloadpacket.__name__
+        self.num_operators += 1
+        if name in WAITING or name.startswith("unique"):
+            self.found.append(name)
+        if name == "index" and any(x is not None and x.dtype == torch.bool for x in args[1]):
+            self.found.append("index by a mask")
+        return func(*args, **(kwargs or {}))
+
+
+def model_and_batch(**options: Any) -> tuple[MaskedLM, PackedBatch]:
+    torch.manual_seed(0)
+    config = ModelConfig(
+        hidden_size=32,
+        num_hidden_layers=3,
+        num_attention_heads=2,
+        intermediate_size=48,
+        max_position_embeddings=16,
+        vocab_size=40,
+        pad_token_id=0,
+        local_attention=4,
+    )
+    attention = options.pop("attention", ATTENTION["sdpa"])
+    checkpointing = options.pop("gradient_checkpointing", False)
+    encoder = Encoder(config, attention, gradient_checkpointing=checkpointing)
+    module = MaskedLM(encoder, **{"kernel": KERNELS["torch"], "z_loss": 1e-4, "count_correct": True, **options})
+    borders = torch.tensor([0, 9, 16, 21, 32, 32, 32], dtype=torch.int32)
+    ids = torch.tensor([[1] * 9 + [2] * 7, [1] * 5 + [0] * 11], dtype=torch.int32)
+    return module, PackedBatch(
+        input_ids=torch.randint(1, 40, (2, 16), dtype=torch.int32),
+        positions=torch.cat([torch.arange(9), torch.arange(7), torch.arange(5), torch.zeros(11)]).view(2, 16).int(),
+        segments=Segments(ids=ids, cu_seqlens=borders, cu_seqlens_cpu=borders, max_seqlen=16),
+        masked_index=torch.tensor([1, 4, 11, 18, 0]),
+        targets=torch.tensor([5, 6, 7, 8, IGNORE_INDEX]),
+        row_keys=torch.arange(2),
+        source_tokens=(21,),
+        num_tokens=21,
+        num_targets=4,
+        num_documents=3,
+        attended_tokens=155,
+        digest=0,
+    )
+
+
+def waits(module: MaskedLM, batch: PackedBatch, *, autocast: bool) -> WaitsForTheDevice:
+    """One step as the trainer makes it, after one that builds the optimizer's state."""
+    optimizer = build_optimizer(module, name="adamw", lr=1e-3, weight_decay=0.1, betas=(0.9, 0.95), eps=1e-8)
+
+    def step() -> None:
+        with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+            loss = module(batch)
+        (loss.loss_sum * (1 / batch.num_targets)).backward()
+        torch.nn.utils.clip_grad_norm_([p for p in module.parameters() if p.grad is not None], 1.0)
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+
+    step()
+    with WaitsForTheDevice() as mode:
+        step()
+    return mode
+
+
+@pytest.mark.parametrize("autocast", [False, True])
+@pytest.mark.parametrize(
+    "options",
+    [{}, {"all_positions": True}, {"gradient_checkpointing": True}],
+    ids=["masked", "all positions", "checkpointing"],
+)
+def test_a_step_never_waits_for_the_device(options: dict[str, Any], autocast: bool) -> None:
+    mode = waits(*model_and_batch(**options), autocast=autocast)
+    assert mode.num_operators > 100
+    assert mode.found == []
+
+
+def test_the_check_sees_a_wait() -> None:
+    def reading_kernel(*args: Any, **named: Any) -> Any:
+        loss, correct = KERNELS["reference"](*args, **named)
+        return loss * float(loss.detach() > -1), correct
+
+    assert waits(*model_and_batch(kernel=reading_kernel), autocast=False).found
+    batch = model_and_batch()[1]
+    with WaitsForTheDevice() as mode:
+        batch.targets[batch.targets > 0]
+    assert mode.found == ["index by a mask"]
+
+
+@pytest.mark.parametrize("name", ["flash_attn_varlen", "flex", "sdpa"])
+def test_preparing_attention_reads_the_device_never(name: str) -> None:
+    """Borders on the device stay there; the host has its own copy."""
+    batch = model_and_batch()[1]
+    with WaitsForTheDevice() as mode:
+        ATTENTION[name].prepare(batch.segments, 4)
+    assert mode.found == []
