@@ -60,7 +60,7 @@ def build_padded(model: Model) -> EuroBertModel:
             parts = weights[f"layers.{number}.{ours}.weight"].chunk(len(names))
             renamed |= {f"layers.{number}.{name}.weight": part for name, part in zip(names, parts)}
     theirs.load_state_dict(renamed, strict=True)
-    return theirs.to(model.masked_lm.head_weight.device).eval()
+    return theirs.to(model.masked_lm.head_weight.device).eval()  # type: ignore[arg-type]
 
 
 def run_packed(model: Model, documents: Sequence[IntArray], batch_tokens: int) -> list[Tensor]:

@@ -42,19 +42,19 @@ def plan_batches(lengths: Sequence[int], max_tokens: int) -> list[list[int]]:
 
 
 def hidden_states(model: MaskedLM, documents: Sequence[IntArray]) -> Tensor:
-    """Hidden states `[T, H]` of documents in one row, on the model's device, without dropout and without gradients.
+    """Hidden states `[T, H]` of documents in one row, on the model's device, without dropout and gradients.
 
     T is the number of tokens of all of them, in the order given. `[CLS]` and `[SEP]` must be in the documents.
     """
     device = model.head_weight.device
     input_ids, positions, segments = _side_by_side(documents)
-    with evaluating(model), torch.inference_mode(), precision(model):
+    with evaluating(model), torch.no_grad(), precision(model):
         return model.encoder(input_ids.to(device), positions.to(device), segments.to(device))
 
 
 def vocabulary_logits(model: MaskedLM, hidden: Tensor, size: int) -> Tensor:
     """fp32 logits `[M, size]` of hidden states `[M, H]`. Rows of the weight beyond `size` are padding and left out."""
-    with torch.inference_mode(), precision(model):
+    with torch.no_grad(), precision(model):
         return model.logits(hidden)[:, :size].float()
 
 
