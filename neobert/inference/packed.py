@@ -1,4 +1,4 @@
-"""One forward pass over documents of any lengths, side by side in one row: no slot of padding is computed.
+"""One forward pass over documents of any lengths, side by side in one row: all but no slots are padding.
 
 Documents are put into batches by a budget of tokens, longest first, so that the documents of a batch have about the
 same length and a batch takes about the same memory whatever it holds.
@@ -19,6 +19,10 @@ from neobert.objectives.mlm import MaskedLM
 
 BATCH_TOKENS = 8192
 """Tokens of a batch when nothing else is asked for."""
+
+_WIDTH_MULTIPLE = 64
+"""Rows are filled up to a multiple of this: in bf16 torch keeps code and memory for every shape a CPU has multiplied,
+some megabytes each, and batches of texts would have hundreds of shapes."""
 
 _LOGITS_BYTES = 64 * 2**20
 """fp32 logits that exist at once."""
@@ -47,15 +51,17 @@ def hidden_states(model: MaskedLM, documents: Sequence[IntArray]) -> Tensor:
     T is the number of tokens of all of them, in the order given. `[CLS]` and `[SEP]` must be in the documents.
     """
     device = model.head_weight.device
-    input_ids, positions, segments = _side_by_side(documents)
+    input_ids, positions, segments = _side_by_side(documents, model.encoder.config.pad_token_id)
     with evaluating(model), torch.no_grad(), precision(model):
-        return model.encoder(input_ids.to(device), positions.to(device), segments.to(device))
+        hidden = model.encoder(input_ids.to(device), positions.to(device), segments.to(device))
+    return hidden[: sum(map(len, documents))]
 
 
 def vocabulary_logits(model: MaskedLM, hidden: Tensor, size: int) -> Tensor:
     """fp32 logits `[M, size]` of hidden states `[M, H]`. Rows of the weight beyond `size` are padding and left out."""
+    filled_up = F.pad(hidden, (0, 0, 0, -len(hidden) % _WIDTH_MULTIPLE))
     with torch.no_grad(), precision(model):
-        return model.logits(hidden)[:, :size].float()
+        return model.logits(filled_up)[: len(hidden), :size].float()
 
 
 def token_losses(model: MaskedLM, hidden: Tensor, targets: Tensor, size: int) -> Tensor:
@@ -92,17 +98,20 @@ def evaluating(model: MaskedLM) -> Iterator[None]:
         model.train(was_training)
 
 
-def _side_by_side(documents: Sequence[IntArray]) -> tuple[Tensor, Tensor, Segments]:
-    """Token ids `[1, T]`, positions `[1, T]` and segments of the documents in one row."""
-    lengths = np.array([len(tokens) for tokens in documents], dtype=np.int64)
+def _side_by_side(documents: Sequence[IntArray], pad_id: int) -> tuple[Tensor, Tensor, Segments]:
+    """Token ids `[1, T]`, positions `[1, T]` and segments of the documents and a little padding in one row."""
+    num_tokens = sum(map(len, documents))
+    num_padding = -num_tokens % _WIDTH_MULTIPLE
+    lengths = np.array([*(len(tokens) for tokens in documents), num_padding], dtype=np.int64)
+    numbers = np.arange(1, len(lengths) + 1, dtype=np.int32)
+    numbers[-1] = 0
+    positions = np.arange(lengths.sum()) - np.repeat(np.cumsum(lengths) - lengths, lengths)
     borders = torch.tensor([0, *accumulate(lengths.tolist())], dtype=torch.int32)
-    numbers = np.repeat(np.arange(1, len(lengths) + 1, dtype=np.int32), lengths)
-    positions = np.arange(len(numbers)) - np.repeat(np.cumsum(lengths) - lengths, lengths)
     segments = Segments(
-        ids=torch.from_numpy(numbers)[None],
+        ids=torch.from_numpy(np.repeat(numbers, lengths))[None],
         cu_seqlens=borders,
         cu_seqlens_cpu=borders,
         max_seqlen=int(lengths.max()),
     )
-    tokens = np.concatenate(documents).astype(np.int32, copy=False)
+    tokens = np.concatenate([*documents, np.full(num_padding, pad_id)]).astype(np.int32, copy=False)
     return torch.from_numpy(tokens)[None], torch.from_numpy(positions.astype(np.int32))[None], segments

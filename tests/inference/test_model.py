@@ -137,3 +137,15 @@ def test_load_masked_lm_gives_the_two_parts(run_folder: Path) -> None:
     model, tokenizer = load_masked_lm(run_folder)
     assert model.encoder.attention is ATTENTION["sdpa"]
     assert tokenizer.mask_id == tokenizer.special_tokens["[MASK]"]
+
+
+def test_few_shapes_are_multiplied(loaded: Model) -> None:
+    """A long job on a CPU in bf16 keeps memory for each shape."""
+    seen: list[int] = []
+    hook = loaded.masked_lm.encoder.layers[0].qkv.register_forward_hook(lambda *args: seen.append(len(args[2])))
+    try:
+        states = [loaded.hidden_states(["a dog " * n])[0] for n in range(1, 12)]
+    finally:
+        hook.remove()
+    assert len({len(hidden) for hidden in states}) == 11
+    assert set(seen) == {64}
