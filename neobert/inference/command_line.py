@@ -7,6 +7,7 @@ from collections.abc import Callable
 from typing import Any
 
 from neobert.inference.load import DTYPES
+from neobert.inference.packed import BATCH_TOKENS
 
 MODEL_HELP = "run folder (its newest checkpoint is used) or checkpoint folder"
 
@@ -25,6 +26,18 @@ def add_input(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("input", help="JSONL, text, CSV or Parquet: a file, folder, pattern or address; - reads stdin")
     parser.add_argument("--text-column", help="default: text, content, sentence, or the only one with text")
     parser.add_argument("--split", help="where the input has several")
+
+
+def add_limits(parser: argparse.ArgumentParser) -> None:
+    """How much of an input is scored, in what batches, and how the figures are printed."""
+    parser.add_argument(
+        "--max-length", type=int, help="longer documents are cut in pieces (default: the model's length)"
+    )
+    parser.add_argument("--max-documents", type=int, help="default: all")
+    parser.add_argument(
+        "--batch-tokens", type=int, default=BATCH_TOKENS, help="tokens of a batch (default %(default)s)"
+    )
+    parser.add_argument("--json", action="store_true", help="print the figures as one JSON object")
 
 
 def run_script(main: Callable[[], None]) -> int:

@@ -7,7 +7,7 @@ of the evaluation in training. With --whole-words, models with different tokeniz
 import dataclasses
 import sys
 
-from neobert.inference.command_line import add_input, model_parser, print_result, run_script, say
+from neobert.inference.command_line import add_input, add_limits, model_parser, print_result, run_script, say
 from neobert.inference.mlm_loss import LossSettings, mlm_loss
 from neobert.inference.scorer import load_scorer
 from neobert.inference.texts import open_texts
@@ -16,6 +16,7 @@ from neobert.inference.texts import open_texts
 def main() -> None:
     parser = model_parser(__doc__)
     add_input(parser)
+    add_limits(parser)
     parser.add_argument("--mlm-probability", type=float, default=LossSettings().mlm_probability, help="default 0.15")
     parser.add_argument("--mask-all", action="store_true", help="always [MASK], instead of 80%% [MASK] and 10%% random")
     parser.add_argument("--eval-seed", dest="seed", type=int, default=0, help="seed of the masks (default 0)")
@@ -25,10 +26,7 @@ def main() -> None:
     parser.add_argument("--min-length", type=int, default=LossSettings().min_length, help="default %(default)s tokens")
     parser.add_argument("--whole-words", action="store_true", help="mask words, and report bits per byte")
     parser.add_argument("--piece-chars", type=int, default=LossSettings().piece_chars, help="default %(default)s")
-    parser.add_argument("--max-documents", type=int, help="default: all")
-    parser.add_argument("--batch-tokens", type=int, default=LossSettings().batch_tokens, help="default %(default)s")
     parser.add_argument("--trust-remote-code", action="store_true", help="run code that comes with a model of others")
-    parser.add_argument("--json", action="store_true", help="print the figures as one JSON object")
     args = parser.parse_args()
     settings = LossSettings(**{name: getattr(args, name) for name in LossSettings.__dataclass_fields__})
     scorer = load_scorer(args.model, device=args.device, dtype=args.dtype, trust_remote_code=args.trust_remote_code)

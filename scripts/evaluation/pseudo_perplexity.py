@@ -8,9 +8,8 @@ import dataclasses
 import sys
 from pathlib import Path
 
-from neobert.inference.command_line import add_input, model_parser, print_result, run_script, say
+from neobert.inference.command_line import add_input, add_limits, model_parser, print_result, run_script, say
 from neobert.inference.load import load
-from neobert.inference.packed import BATCH_TOKENS
 from neobert.inference.pseudo_perplexity import ScoreSettings, pseudo_perplexity_to_file, summarize
 from neobert.inference.texts import open_texts
 
@@ -18,6 +17,7 @@ from neobert.inference.texts import open_texts
 def main() -> None:
     parser = model_parser(__doc__)
     add_input(parser)
+    add_limits(parser)
     parser.add_argument("--output", required=True, type=Path, help="JSONL file, one line a document")
     parser.add_argument("--chunked", type=int, metavar="K", help="faster estimate: mask every K-th token at once")
     parser.add_argument(
@@ -26,9 +26,6 @@ def main() -> None:
     parser.add_argument(
         "--max-length", type=int, help="longer documents are cut in pieces (default: the model's length)"
     )
-    parser.add_argument("--max-documents", type=int, help="default: all")
-    parser.add_argument("--batch-tokens", type=int, default=BATCH_TOKENS, help="default %(default)s")
-    parser.add_argument("--json", action="store_true", help="print the figures as one JSON object")
     args = parser.parse_args()
     model = load(args.model, device=args.device, dtype=args.dtype)
     args.max_length = min(args.max_length or model.max_length, model.max_length)
