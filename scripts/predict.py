@@ -1,33 +1,31 @@
-"""Fill the masks of a text with a trained model."""
+"""Fill the masks of texts with a trained model: python scripts/predict.py MODEL "The capital of France is [MASK]." """
 
-import argparse
 import dataclasses
-import json
 import sys
+from pathlib import Path
 
-from neobert.inference.fill_mask import fill_mask
-from neobert.inference.load import load_masked_lm
-from neobert.weights.manifest import CheckpointError
+from neobert.inference.command_line import model_parser, print_result, run_script
+from neobert.inference.load import load
 
 
-def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("model", help="run folder (its newest checkpoint is used) or checkpoint folder")
-    parser.add_argument("text", nargs="+", help='text with [MASK], for example "The capital of France is [MASK]."')
+def main() -> None:
+    parser = model_parser(__doc__)
+    parser.add_argument("text", nargs="*", help='text with [MASK], for example "The capital of France is [MASK]."')
+    parser.add_argument("--file", help="read texts from a file, one a line; - reads the standard input")
     parser.add_argument("--top-k", type=int, default=5, help="tokens to show for each mask (default 5)")
-    parser.add_argument("--device", default="cpu", help="cpu or cuda (default cpu)")
+    parser.add_argument("--joint", action="store_true", help="fill the masks of a text from left to right")
     parser.add_argument("--json", action="store_true", help="print one JSON object a text")
-    arguments = parser.parse_args()
-    try:
-        model, tokenizer = load_masked_lm(arguments.model, device=arguments.device)
-        results = fill_mask(model, tokenizer, arguments.text, top_k=arguments.top_k)
-    except (FileNotFoundError, ValueError, CheckpointError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    for result in results:
-        print(json.dumps(dataclasses.asdict(result)) if arguments.json else result.describe())
-    return 0
+    args = parser.parse_args()
+    texts = list(args.text)
+    if args.file:
+        read = sys.stdin.read() if args.file == "-" else Path(args.file).read_text(encoding="utf-8")
+        texts += [line for line in read.splitlines() if line.strip()]
+    if not texts:
+        raise ValueError('no text is given; write one with [MASK] in it, for example "The sky is [MASK].", or --file')
+    model = load(args.model, device=args.device, dtype=args.dtype)
+    for result in model.fill_mask(texts, top_k=args.top_k, joint=args.joint):
+        print_result(dataclasses.asdict(result), result.describe(), as_json=args.json)
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(run_script(main))

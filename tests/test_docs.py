@@ -128,10 +128,16 @@ def test_the_commands_of_a_page_run_in_order(page: Path, workplace: Path, monkey
 
 def test_the_pages_have_commands() -> None:
     assert len(own_commands()) > 10
-    assert {page for page, _ in own_commands()} >= {"README.md", "training.md", "evaluation.md", "prepare.md"}
+    assert {page for page, _ in own_commands()} >= {
+        "README.md",
+        "training.md",
+        "evaluation.md",
+        "inference.md",
+        "prepare.md",
+    }
 
 
-def test_the_python_blocks_of_the_readme_run(
+def test_the_python_blocks_of_the_pages_run(
     workplace: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.chdir(workplace)
@@ -139,8 +145,9 @@ def test_the_python_blocks_of_the_readme_run(
     monkeypatch.setattr(config_load, "load_config", lambda path, more=(): real(path, [*more, *TINY]))
     if not (workplace / "outputs" / "quickstart").exists():
         run("python scripts/pretraining/pretrain.py configs/pretraining/quickstart.yaml", workplace, monkeypatch)
-    blocks = re.findall(r"^```python\n(.*?)^```", (ROOT / "README.md").read_text(), re.S | re.M)
-    assert len(blocks) == 2
+    pages = [ROOT / "README.md", ROOT / "docs" / "inference.md"]
+    blocks = [b for page in pages for b in re.findall(r"^```python\n(.*?)^```", page.read_text(), re.S | re.M)]
+    assert len(blocks) == 3
     for block in blocks:
         exec(compile(block, "README.md", "exec"), {})
     assert "finished" in capsys.readouterr().out

@@ -12,6 +12,7 @@ from typing import Any, Literal
 
 import numpy as np
 import tokenizers
+from numpy.typing import NDArray
 from tokenizers import decoders, models, normalizers, pre_tokenizers, processors, trainers
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
@@ -69,6 +70,11 @@ class Tokenizer:
         """Token ids of whole texts, without special tokens; one call uses all cores."""
         encodings = self._backend.encode_batch_fast(list(texts), add_special_tokens=False)
         return [np.array(encoding.ids, dtype=np.int32) for encoding in encodings]
+
+    def encode_with_offsets(self, texts: Sequence[str]) -> list[tuple[IntArray, NDArray[np.int64]]]:
+        """Token ids as `encode_batch` gives them, and for each token the characters [begin, end) it stands for."""
+        encodings = self._backend.encode_batch(list(texts), add_special_tokens=False)
+        return [(np.array(e.ids, np.int32), np.array(e.offsets, np.int64).reshape(-1, 2)) for e in encodings]
 
     def decode(self, ids: Iterable[int]) -> str:
         """The text of a sequence, special tokens included."""

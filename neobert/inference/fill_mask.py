@@ -1,21 +1,19 @@
 """Fill the masks of texts: the likeliest tokens in each place, with probabilities over the whole vocabulary.
 
-The texts are packed side by side, `[CLS] text [SEP]` each, and go through the model in one pass.
+The texts are packed side by side, `[CLS] text [SEP]` each. Several masks of one text are guessed independently of each
+other, all from one pass, or jointly: from left to right, each guess made with the best ones before it in their places.
 """
 
 import re
 from collections.abc import Sequence
-from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
-from itertools import accumulate, pairwise
 
 import numpy as np
 import torch
-from numpy.typing import NDArray
-from torch import Tensor
 
+from neobert.data.lanes import IntArray
 from neobert.data.tokenizer import Tokenizer
-from neobert.model.segments import Segments
+from neobert.inference.packed import BATCH_TOKENS, hidden_states, plan_batches, vocabulary_logits
 from neobert.objectives.mlm import MaskedLM
 
 MASK_TEXT = "[MASK]"
@@ -43,38 +41,50 @@ class FilledText:
     masks: tuple[tuple[Guess, ...], ...]
     """The likeliest tokens of each mask, likeliest first; masks in the order of the text."""
 
+    completed: str | None = None
+    """The text with the best guesses in place, where they were made jointly."""
+
     def describe(self) -> str:
-        """The text, then a line for each mask."""
+        """The text, then a line for each mask, then the completed text where there is one."""
         lines = [", ".join(f"{g.token.strip()!r} {g.probability:.1%}" for g in guesses) for guesses in self.masks]
-        return "\n  ".join([self.text, *lines])
+        return "\n  ".join([self.text, *lines, *([] if self.completed is None else [f"= {self.completed}"])])
 
 
-def fill_mask(model: MaskedLM, tokenizer: Tokenizer, texts: Sequence[str], *, top_k: int = 5) -> list[FilledText]:
+def fill_mask(
+    model: MaskedLM, tokenizer: Tokenizer, texts: Sequence[str], *, top_k: int = 5, joint: bool = False
+) -> list[FilledText]:
     """The `top_k` likeliest tokens for every mask of every text; a mask is `[MASK]` or the tokenizer's own word for it.
+
+    With `joint` the masks of a text are filled from left to right: the guesses for a mask are made with the likeliest
+    token in each mask before it.
 
     Raises ValueError for a text without a mask, for a text that is longer than the model's positions, and for a `top_k`
     outside the vocabulary.
     """
     if not 1 <= top_k <= tokenizer.size:
         raise ValueError(f"top_k: {top_k} is outside the vocabulary; write a number from 1 to {tokenizer.size}")
-    if not texts:
-        return []
     encoded = [_encode(tokenizer, text) for text in texts]
     check_lengths(encoded, texts, model.encoder.config.max_position_embeddings)
-    probabilities = _mask_probabilities(model, tokenizer, encoded)
-    best = probabilities.topk(top_k, dim=-1)
-    guesses = iter(
-        tuple(
-            Guess(token=tokenizer.decode_token(token_id), token_id=token_id, probability=probability)
-            for token_id, probability in zip(ids, values)
-        )
-        for ids, values in zip(best.indices.tolist(), best.values.tolist())
-    )
-    counts = [int((tokens == tokenizer.mask_id).sum()) for tokens in encoded]
-    return [FilledText(text=text, masks=tuple(next(guesses) for _ in range(n))) for text, n in zip(texts, counts)]
+    if not joint:
+        return [FilledText(text=t, masks=m) for t, m in zip(texts, _guess_all(model, tokenizer, encoded, top_k))]
+    places = [np.flatnonzero(tokens == tokenizer.mask_id) for tokens in encoded]
+    found: list[list[tuple[Guess, ...]]] = [[] for _ in texts]
+    for turn in range(max(map(len, places), default=0)):
+        waiting = [item for item in range(len(texts)) if turn < len(places[item])]
+        guessed = _guess_all(model, tokenizer, [encoded[item] for item in waiting], top_k)
+        for item, masks in zip(waiting, guessed):
+            tokens, place = encoded[item], places[item][turn]
+            # Not simply the first: the best guess for a mask may be the mask token.
+            guesses = masks[int((tokens[:place] == tokenizer.mask_id).sum())]
+            found[item].append(guesses)
+            tokens[place] = guesses[0].token_id
+    return [
+        FilledText(text=text, masks=tuple(masks), completed=tokenizer.decode(tokens[1:-1]).strip())
+        for text, masks, tokens in zip(texts, found, encoded)
+    ]
 
 
-def check_lengths(encoded: Sequence[NDArray[np.int32]], texts: Sequence[str], longest: int) -> None:
+def check_lengths(encoded: Sequence[IntArray], texts: Sequence[str], longest: int) -> None:
     """Raise ValueError naming the texts of more than `longest` tokens, [CLS] and [SEP] included."""
     too_long = [f"{text[:40]!r}... has {len(ids)}" for ids, text in zip(encoded, texts) if len(ids) > longest]
     if too_long:
@@ -84,7 +94,7 @@ def check_lengths(encoded: Sequence[NDArray[np.int32]], texts: Sequence[str], lo
         )
 
 
-def _encode(tokenizer: Tokenizer, text: str) -> NDArray[np.int32]:
+def _encode(tokenizer: Tokenizer, text: str) -> IntArray:
     """`[CLS] text [SEP]` with mask ids. Text that spells another special token stays text.
 
     The space before a mask goes with the mask: byte-level vocabularies write it as part of the hidden word.
@@ -99,36 +109,29 @@ def _encode(tokenizer: Tokenizer, text: str) -> NDArray[np.int32]:
     return np.concatenate([[tokenizer.cls_id], *inside, [tokenizer.sep_id]], dtype=np.int32)
 
 
-@torch.inference_mode()
-def _mask_probabilities(model: MaskedLM, tokenizer: Tokenizer, encoded: Sequence[NDArray[np.int32]]) -> Tensor:
-    """fp32 `[masks, tokenizer.size]` on the host. Rows of the weight beyond the tokenizer are padding and left out."""
-    device = model.head_weight.device
-    input_ids, positions, segments = _side_by_side(encoded)
-    where = (input_ids[0] == tokenizer.mask_id).nonzero()[:, 0].to(device)
-    was_training = model.training
-    model.eval()
-    try:
-        with _precision(model):
-            hidden = model.encoder(input_ids.to(device), positions.to(device), segments.to(device))
-            logits = model.logits(hidden.index_select(0, where))
-    finally:
-        model.train(was_training)
-    return logits[:, : tokenizer.size].float().softmax(dim=-1).cpu()
+def _guess_all(
+    model: MaskedLM, tokenizer: Tokenizer, encoded: Sequence[IntArray], top_k: int
+) -> list[tuple[tuple[Guess, ...], ...]]:
+    """The guesses for the masks of each text."""
+    found: dict[int, tuple[tuple[Guess, ...], ...]] = {}
+    for batch in plan_batches([len(tokens) for tokens in encoded], BATCH_TOKENS):
+        chosen = [encoded[item] for item in batch]
+        guesses = iter(_guess(model, tokenizer, chosen, top_k))
+        counts = [int((tokens == tokenizer.mask_id).sum()) for tokens in chosen]
+        found |= {item: tuple(next(guesses) for _ in range(count)) for item, count in zip(batch, counts)}
+    return [found[item] for item in range(len(encoded))]
 
 
-def _side_by_side(encoded: Sequence[NDArray[np.int32]]) -> tuple[Tensor, Tensor, Segments]:
-    """Token ids `[1, T]`, positions `[1, T]` and segments of the texts in one row."""
-    borders = torch.tensor([0, *accumulate(len(tokens) for tokens in encoded)], dtype=torch.int32)
-    lengths = [end - start for start, end in pairwise(borders.tolist())]
-    numbers = torch.repeat_interleave(torch.arange(1, len(lengths) + 1, dtype=torch.int32), torch.tensor(lengths))
-    segments = Segments(ids=numbers[None], cu_seqlens=borders, cu_seqlens_cpu=borders, max_seqlen=max(lengths))
-    positions = torch.cat([torch.arange(length, dtype=torch.int32) for length in lengths])
-    return torch.from_numpy(np.concatenate(encoded))[None], positions[None], segments
-
-
-def _precision(model: MaskedLM) -> AbstractContextManager[object]:
-    """The dtype of the weights, or bf16 where the model's attention cannot compute in that."""
-    weight = model.head_weight
-    if model.encoder.attention.obstacle(weight.device, weight.dtype) is None:
-        return nullcontext()
-    return torch.autocast(weight.device.type, torch.bfloat16)
+def _guess(model: MaskedLM, tokenizer: Tokenizer, encoded: Sequence[IntArray], top_k: int) -> list[tuple[Guess, ...]]:
+    """The guesses for all masks of texts that go through the model together."""
+    hidden = hidden_states(model, encoded)
+    where = torch.from_numpy(np.flatnonzero(np.concatenate(encoded) == tokenizer.mask_id)).to(hidden.device)
+    logits = vocabulary_logits(model, hidden.index_select(0, where), tokenizer.size)
+    best = logits.softmax(dim=-1).topk(top_k, dim=-1)
+    return [
+        tuple(
+            Guess(token=tokenizer.decode_token(token_id), token_id=token_id, probability=probability)
+            for token_id, probability in zip(ids, values)
+        )
+        for ids, values in zip(best.indices.tolist(), best.values.tolist())
+    ]

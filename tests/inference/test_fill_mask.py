@@ -8,6 +8,7 @@ import torch
 
 from neobert.data.tokenizer import Tokenizer, train_tokenizer
 from neobert.inference.fill_mask import _encode, fill_mask
+from neobert.inference.packed import hidden_states, vocabulary_logits
 from neobert.kernels.linear_cross_entropy import KERNELS
 from neobert.model.attention import ATTENTION
 from neobert.model.config import ModelConfig
@@ -121,3 +122,32 @@ def test_errors(model: MaskedLM, tokenizer: Tokenizer) -> None:
     for top_k in (0, tokenizer.size + 1):
         with pytest.raises(ValueError, match=rf"top_k: {top_k} is outside the vocabulary"):
             fill_mask(model, tokenizer, ["[MASK]"], top_k=top_k)
+
+
+def test_jointly_the_masks_are_filled_from_left_to_right(model: MaskedLM, tokenizer: Tokenizer) -> None:
+    texts = ["the [MASK] sees a [MASK] dog", "a [MASK]"]
+    results = fill_mask(model, tokenizer, texts, top_k=3, joint=True)
+    separate = fill_mask(model, tokenizer, texts, top_k=3)
+    assert [len(result.masks) for result in results] == [2, 1]
+    for joint, alone in zip(results, separate):
+        assert [g.token_id for g in joint.masks[0]] == [g.token_id for g in alone.masks[0]]
+    first, second = results[0].masks
+    ids = _encode(tokenizer, texts[0])
+    ids[np.flatnonzero(ids == tokenizer.mask_id)[0]] = first[0].token_id
+    probabilities = vocabulary_logits(model, hidden_states(model, [ids]), tokenizer.size).softmax(-1)
+    expected = probabilities[np.flatnonzero(ids == tokenizer.mask_id)[-1]]
+    assert second[0].probability == pytest.approx(expected.max().item(), rel=1e-4)
+    assert second[0].token_id == expected.argmax()
+    ids[np.flatnonzero(ids == tokenizer.mask_id)[-1]] = second[0].token_id
+    assert results[0].completed == tokenizer.decode(ids[1:-1]).strip()
+    assert results[0].describe().splitlines()[-1] == f"  = {results[0].completed}"
+    assert separate[0].completed is None
+
+
+def test_a_mask_may_be_filled_with_a_mask(model: MaskedLM, tokenizer: Tokenizer) -> None:
+    with torch.no_grad():  # every guess is [MASK]
+        model.encoder.embedding.weight[: tokenizer.size] *= 0.01
+        hidden = hidden_states(model, [_encode(tokenizer, "[MASK] [MASK]")])[1]
+        model.encoder.embedding.weight[tokenizer.mask_id] = 5 * hidden / hidden.norm()
+    (result,) = fill_mask(model, tokenizer, ["[MASK] [MASK]"], joint=True)
+    assert len(result.masks) == 2

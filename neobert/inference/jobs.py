@@ -1,0 +1,63 @@
+"""Long jobs that go on where they were killed: a small JSON file says what is done, and files appear whole or not."""
+
+import json
+import os
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, BinaryIO
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskProgressColumn, TextColumn, TimeElapsedColumn
+
+
+class JobError(ValueError):
+    """A job cannot begin or go on; the message says what to do."""
+
+
+def check_absent(output: Path) -> None:
+    """Raises JobError when there is something at `output` already."""
+    if output.exists():
+        raise JobError(f"--output: {output} exists already; delete it, or name another file")
+
+
+def load_done(file: Path, settings: dict[str, Any]) -> dict[str, Any] | None:
+    """What `save_done` wrote last; None at the beginning of a job.
+
+    Raises:
+        JobError: it was written by a job with other settings.
+    """
+    if not file.is_file():
+        return None
+    saved = json.loads(file.read_text())
+    theirs = saved.pop("settings")
+    if different := [name for name in settings if theirs.get(name) != settings[name]]:
+        found = "; ".join(f"{name} was {theirs.get(name)!r} and is {settings[name]!r}" for name in different)
+        raise JobError(f"{file} belongs to an unfinished job of other settings ({found}); give those, or delete it")
+    return saved
+
+
+def save_done(file: Path, settings: dict[str, Any], done: dict[str, Any]) -> None:
+    """Records how far a job is, in one stroke."""
+    text = json.dumps({"settings": settings, **done}) + "\n"
+    write_whole(file, lambda out: out.write(text.encode()))
+
+
+def write_whole(file: Path, write: Callable[[BinaryIO], Any]) -> None:
+    """Writes a file that appears under its name when it is complete."""
+    temporary = file.with_name(f".tmp-{file.name}")
+    with temporary.open("wb") as out:
+        write(out)
+        out.flush()
+        os.fsync(out.fileno())
+    temporary.replace(file)
+
+
+@contextmanager
+def progress_bar(what: str, total: int | None, done: int = 0) -> Iterator[Callable[[int], None]]:
+    """A bar on the error output where that is a terminal; the function it gives takes what is done now."""
+    console = Console(stderr=True)
+    columns = (TextColumn(what), BarColumn(), MofNCompleteColumn(), TaskProgressColumn(), TimeElapsedColumn())
+    with Progress(*columns, console=console, disable=not console.is_terminal) as bar:
+        task = bar.add_task(what, total=total, completed=done)
+        yield lambda now: bar.update(task, completed=now)

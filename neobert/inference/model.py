@@ -1,0 +1,127 @@
+"""Model: a trained encoder with its tokenizer, texts in, numbers out.
+
+    model = neobert.load("outputs/quickstart")
+    vectors = model.embed(["one text", "another text"])             # [2, H]
+    per_token = model.hidden_states(["one text", "another text"])   # a list of [tokens, H]
+
+A text becomes `[CLS] text [SEP]`. Texts longer than the model are cut at its length, and a warning says how many were.
+"""
+
+import hashlib
+import logging
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from neobert.data.lanes import IntArray
+from neobert.data.tokenizer import Tokenizer
+from neobert.inference.fill_mask import FilledText, fill_mask
+from neobert.inference.packed import BATCH_TOKENS, hidden_states, plan_batches
+from neobert.inference.pooling import choose_pooling
+from neobert.objectives.mlm import MaskedLM
+
+logger = logging.getLogger(__name__)
+
+
+class Encoded(NamedTuple):
+    """Texts as tokens."""
+
+    documents: list[IntArray]
+    """`[CLS] text [SEP]` each."""
+
+    num_truncated: int
+    """Texts that were longer than the model."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True, eq=False)
+class Model:
+    """An encoder, its vocabulary projection and its tokenizer. `neobert.load` makes one."""
+
+    masked_lm: MaskedLM
+    tokenizer: Tokenizer
+
+    @property
+    def max_length(self) -> int:
+        """Longest text in tokens, [CLS] and [SEP] included."""
+        return self.masked_lm.encoder.config.max_position_embeddings
+
+    @property
+    def hidden_size(self) -> int:
+        return self.masked_lm.encoder.config.hidden_size
+
+    def encode(self, texts: Sequence[str]) -> Encoded:
+        """Texts as `[CLS] text [SEP]`, cut at the model's length."""
+        specials, limit = (self.tokenizer.cls_id, self.tokenizer.sep_id), self.max_length - 2
+        tokens = self.tokenizer.encode_batch(texts)
+        documents = [np.array([specials[0], *ids[:limit], specials[1]], dtype=np.int32) for ids in tokens]
+        return Encoded(documents, sum(len(ids) > limit for ids in tokens))
+
+    def hidden_states(self, texts: Sequence[str], *, batch_tokens: int = BATCH_TOKENS) -> list[Tensor]:
+        """The last hidden states of each text, fp32 `[tokens, H]` on the host, [CLS] first and [SEP] last."""
+        documents = self._encode_all(texts)
+        found: dict[int, Tensor] = {}
+        for batch in plan_batches([len(tokens) for tokens in documents], batch_tokens):
+            hidden = hidden_states(self.masked_lm, [documents[item] for item in batch]).float().cpu()
+            found |= zip(batch, hidden.split([len(documents[item]) for item in batch]))
+        return [found[item] for item in range(len(documents))]
+
+    def embed(
+        self,
+        texts: Sequence[str],
+        *,
+        pooling: str = "mean",
+        normalize: bool = False,
+        batch_tokens: int = BATCH_TOKENS,
+    ) -> Tensor:
+        """One vector a text, fp32 `[texts, H]` on the host.
+
+        Args:
+            pooling: `mean` or `max` over all tokens of the text, [CLS] and [SEP] included, or `cls`: the first one.
+            normalize: scale every vector to length 1.
+
+        Raises:
+            ValueError: the pooling is unknown.
+        """
+        choose_pooling(pooling)
+        documents = self._encode_all(texts)
+        return self.embed_tokens(documents, pooling=pooling, normalize=normalize, batch_tokens=batch_tokens)
+
+    def embed_tokens(
+        self, documents: Sequence[IntArray], *, pooling: str, normalize: bool, batch_tokens: int
+    ) -> Tensor:
+        """The same of documents that `encode` made."""
+        pool = choose_pooling(pooling)
+        vectors = torch.empty(len(documents), self.hidden_size)
+        for batch in plan_batches([len(tokens) for tokens in documents], batch_tokens):
+            chosen = [documents[item] for item in batch]
+            hidden = hidden_states(self.masked_lm, chosen).float()
+            lengths = torch.tensor([len(tokens) for tokens in chosen], device=hidden.device)
+            vectors[torch.tensor(batch)] = pool(hidden, lengths).cpu()
+        return torch.nn.functional.normalize(vectors, dim=-1) if normalize else vectors
+
+    def fill_mask(self, texts: Sequence[str], *, top_k: int = 5, joint: bool = False) -> list[FilledText]:
+        """The likeliest tokens for every `[MASK]`; see `neobert.inference.fill_mask.fill_mask`."""
+        return fill_mask(self.masked_lm, self.tokenizer, texts, top_k=top_k, joint=joint)
+
+    def digest(self) -> str:
+        """sha256 of architecture, weights and tokenizer: equal digests give equal answers."""
+        digest = hashlib.sha256(f"{self.masked_lm.encoder.config.to_dict()}{self.tokenizer.digest}".encode())
+        for name, tensor in sorted(self.masked_lm.state_dict().items()):
+            digest.update(f"\0{name}\0{tensor.dtype}\0".encode())
+            digest.update(tensor.cpu().contiguous().view(torch.uint8).numpy())
+        return f"sha256:{digest.hexdigest()}"
+
+    def _encode_all(self, texts: Sequence[str]) -> list[IntArray]:
+        documents, num_truncated = self.encode(texts)
+        if num_truncated:
+            logger.warning(
+                "%d of %d texts are longer than the model (%d tokens) and were cut; shorten or split them",
+                num_truncated,
+                len(texts),
+                self.max_length,
+            )
+        return documents

@@ -1,0 +1,262 @@
+"""Pseudo-perplexity: how surprised a masked model is by each token of a text, given all the others.
+
+    PPPL = exp(-(1 / N) sum over all N tokens of log p(token | the rest of its document))
+
+(Salazar et al., arXiv 1910.14659). Every token is masked once, alone, in a copy of its document; copies of many
+documents are packed into one forward pass. [CLS], [SEP] and other special tokens are neither masked nor counted, and
+probabilities are over the tokens of the tokenizer. A document longer than the limit is cut in pieces, each a document.
+
+The chunked estimate masks every k-th token of a document at once, so k copies are enough whatever its length. Each
+token then misses some of its context, hence the figure is too high on average. How much is measured: the first
+documents are scored exactly too, and both are reported.
+
+Documents are taken in groups that depend on the input alone. A group's lines are added to the output, then a small file
+beside it says so; a job that was killed goes on behind the last group, with the numbers of an undisturbed one.
+"""
+
+import json
+import math
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from neobert.data.errors import DataError
+from neobert.data.lanes import IntArray
+from neobert.inference.jobs import check_absent, load_done, progress_bar, save_done
+from neobert.inference.model import Model
+from neobert.inference.packed import BATCH_TOKENS, hidden_states, plan_batches, token_losses
+from neobert.inference.texts import Text, Texts
+
+GROUP_BATCHES = 8
+"""A group of documents fills about so many batches."""
+
+RESAMPLES = 1000
+"""Bootstrap samples of a confidence interval."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class ScoreSettings:
+    """How documents are scored. Raises ValueError for numbers that make no sense."""
+
+    max_length: int
+    """Tokens of a piece, [CLS] and [SEP] included."""
+
+    chunked: int | None = None
+    """Mask every k-th token at once; None masks one at a time, which is exact."""
+
+    bias_documents: int = 16
+    """With `chunked`: so many first documents are scored exactly too."""
+
+    max_documents: int | None = None
+    batch_tokens: int = BATCH_TOKENS
+
+    def __post_init__(self) -> None:
+        if self.chunked is not None and self.chunked < 2:
+            raise ValueError(f"--chunked: {self.chunked}; write 2 or more, larger is slower and nearer to exact")
+        if self.max_length < 3:
+            raise ValueError(f"--max-length: {self.max_length}; write 3 or more, [CLS] and [SEP] included")
+        if self.batch_tokens < 1 or self.bias_documents < 0 or (self.max_documents or 1) < 1:
+            raise ValueError("--batch-tokens, --max-documents and --bias-documents: write positive numbers")
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Copy:
+    """A piece with some of its tokens masked."""
+
+    document: int
+    tokens: IntArray
+    masked: NDArray[np.int64]
+
+
+def masked_copies(tokens: IntArray, maskable: NDArray[np.int64], every: int | None) -> list[NDArray[np.int64]]:
+    """The places that are masked together: each one alone, or every `every`-th of them.
+
+    >>> [places.tolist() for places in masked_copies(np.arange(7), np.array([1, 2, 3, 4, 5]), 2)]
+    [[1, 3, 5], [2, 4]]
+    """
+    count = len(maskable) if every is None else min(every, len(maskable))
+    return [maskable[first::count] for first in range(count)]
+
+
+def score_documents(
+    model: Model, documents: Sequence[IntArray], settings: ScoreSettings, every: int | None
+) -> list[tuple[int, float]]:
+    """(tokens counted, sum of their negative log likelihoods in nats) of documents without [CLS] and [SEP]."""
+    copies = [
+        copy for number, tokens in enumerate(documents) for copy in _copies(model, number, tokens, settings, every)
+    ]
+    sums, counts = np.zeros(len(documents)), np.zeros(len(documents), dtype=np.int64)
+    for batch in plan_batches([len(copy.tokens) for copy in copies], settings.batch_tokens):
+        chosen = [copies[item] for item in batch]
+        losses = _copy_losses(model, chosen)
+        numbers = np.repeat([copy.document for copy in chosen], [len(copy.masked) for copy in chosen])
+        np.add.at(sums, numbers, losses)
+        np.add.at(counts, numbers, 1)
+    return list(zip(counts.tolist(), sums.tolist()))
+
+
+def _copies(model: Model, number: int, tokens: IntArray, settings: ScoreSettings, every: int | None) -> Iterator[Copy]:
+    cls_id, sep_id, content = model.tokenizer.cls_id, model.tokenizer.sep_id, settings.max_length - 2
+    for start in range(0, len(tokens), content):
+        piece = np.array([cls_id, *tokens[start : start + content], sep_id], dtype=np.int32)
+        maskable = np.flatnonzero(~np.isin(piece, model.tokenizer.special_ids))
+        for masked in masked_copies(piece, maskable, every):
+            yield Copy(document=number, tokens=piece, masked=masked)
+
+
+def _copy_losses(model: Model, copies: Sequence[Copy]) -> NDArray[np.float64]:
+    """Negative log likelihoods of the masked tokens, copy after copy."""
+    tokens = np.concatenate([copy.tokens for copy in copies])
+    lengths = np.array([len(copy.tokens) for copy in copies])
+    starts = np.repeat(np.cumsum(lengths) - lengths, [len(copy.masked) for copy in copies])
+    places = starts + np.concatenate([copy.masked for copy in copies])
+    corrupted = tokens.copy()
+    corrupted[places] = model.tokenizer.mask_id
+    hidden = hidden_states(model.masked_lm, np.split(corrupted, np.cumsum(lengths)[:-1]))
+    where, targets = (torch.from_numpy(x).to(hidden.device) for x in (places, tokens[places].astype(np.int64)))
+    losses = token_losses(model.masked_lm, hidden.index_select(0, where), targets, model.tokenizer.size)
+    return losses.double().cpu().numpy()
+
+
+def pseudo_perplexity_to_file(model: Model, texts: Texts, output: Path, settings: ScoreSettings) -> None:
+    """Scores an input, one JSON object a document; see the head of this module and `summarize`.
+
+    Raises:
+        JobError: the output is there and complete, or belongs to an unfinished job with other settings.
+        DataError: the input has no text.
+    """
+    file = output.with_name(f"{output.name}.progress.json")
+    known = {**asdict(settings), "model": model.digest(), "input": texts.fingerprint}
+    done = load_done(file, known)
+    if done is None:
+        check_absent(output)
+        done = {"bytes": 0, "cursor": None, "num_records": 0, "num_documents": 0, "num_bad": 0, "num_skipped": 0}
+        output.parent.mkdir(parents=True, exist_ok=True)
+        save_done(file, known, done)
+    texts.num_bad, texts.num_skipped = done["num_bad"], done["num_skipped"]
+    with output.open("ab") as out, progress_bar("documents", settings.max_documents or texts.total) as show:
+        out.truncate(done["bytes"])
+        for group in _groups(model, texts.read(done["cursor"], done["num_records"]), settings, done["num_documents"]):
+            out.write("".join(_score_group(model, group, settings, done["num_documents"])).encode())
+            out.flush()
+            last = group[-1][0]
+            done["num_documents"] += len(group)
+            done |= {"bytes": out.tell(), "cursor": last.cursor, "num_records": last.number + 1}
+            done |= {"num_bad": texts.num_bad, "num_skipped": texts.num_skipped}
+            save_done(file, known, done)
+            show(done["num_documents"])
+    file.unlink()
+    if not done["num_documents"]:
+        output.unlink()
+        raise DataError(f"{texts.label} has no text to score; check the file and --text-column")
+
+
+Group = list[tuple[Text, IntArray]]
+
+
+def _groups(model: Model, texts: Iterator[Text], settings: ScoreSettings, num_done: int) -> Iterator[Group]:
+    """Documents with tokens to score, in groups of about as much work."""
+    group: Group = []
+    work, left = 0, math.inf if settings.max_documents is None else settings.max_documents - num_done
+    if left <= 0:
+        return
+    for text in texts:
+        (tokens,) = model.tokenizer.encode_batch([text.text])
+        if not len(np.setdiff1d(tokens, model.tokenizer.special_ids)):
+            continue
+        group.append((text, tokens))
+        copies = len(tokens) if settings.chunked is None else min(settings.chunked, len(tokens))
+        work, left = work + copies * min(len(tokens) + 2, settings.max_length), left - 1
+        if work >= GROUP_BATCHES * settings.batch_tokens or not left:
+            yield group
+            group, work = [], 0
+        if not left:
+            return
+    if group:
+        yield group
+
+
+def _score_group(model: Model, group: Group, settings: ScoreSettings, num_before: int) -> Iterator[str]:
+    documents = [tokens for _, tokens in group]
+    scores = score_documents(model, documents, settings, settings.chunked)
+    num_exact = max(0, settings.bias_documents - num_before) if settings.chunked else 0
+    exact = score_documents(model, documents[:num_exact], settings, None)
+    for number, ((text, _), (count, nll)) in enumerate(zip(group, scores)):
+        line: dict[str, Any] = {"record": text.number, "num_tokens": count, "nll": nll}
+        line["pseudo_perplexity"] = math.exp(nll / count)
+        if number < len(exact):
+            line["exact_nll"] = exact[number][1]
+        yield json.dumps(line) + "\n"
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Summary:
+    """The figures of a scored input, with 95% intervals from a bootstrap over documents."""
+
+    num_documents: int
+    num_tokens: int
+    pseudo_perplexity: float
+    interval: tuple[float, float]
+    bias: float | None = None
+    """Of a chunked estimate: its mean negative log likelihood a token less the exact one, in nats."""
+
+    bias_interval: tuple[float, float] | None = None
+    num_bias_documents: int = 0
+
+    def describe(self) -> str:
+        """The figures in a few lines."""
+        low, high = self.interval
+        lines = [
+            f"pseudo-perplexity {self.pseudo_perplexity:.4f} (95% interval {low:.4f} to {high:.4f}) over "
+            f"{self.num_tokens:,} tokens of {self.num_documents:,} documents"
+        ]
+        if self.bias is not None and self.bias_interval is not None:
+            low, high = self.bias_interval
+            lines.append(
+                f"chunked estimate: {self.bias:+.4f} nats a token against the exact one ({low:+.4f} to {high:+.4f}) on "
+                f"the first {self.num_bias_documents} documents; less that, {self.corrected:.4f}"
+            )
+        return "\n".join(lines)
+
+    @property
+    def corrected(self) -> float:
+        """The figure less the measured bias."""
+        return self.pseudo_perplexity * math.exp(-(self.bias or 0.0))
+
+
+def summarize(output: Path) -> Summary:
+    """The figures of a file that `pseudo_perplexity_to_file` wrote."""
+    rows, exact = [], []
+    with output.open(encoding="utf-8") as lines:
+        for line in lines:
+            record = json.loads(line)
+            rows.append((record["num_tokens"], record["nll"]))
+            if "exact_nll" in record:
+                exact.append((record["num_tokens"], record["nll"] - record["exact_nll"]))
+    mean, interval = _mean_with_interval(np.array(rows))
+    bias = _mean_with_interval(np.array(exact)) if exact else (None, None)
+    return Summary(
+        num_documents=len(rows),
+        num_tokens=sum(count for count, _ in rows),
+        pseudo_perplexity=math.exp(mean),
+        interval=(math.exp(interval[0]), math.exp(interval[1])),
+        bias=bias[0],
+        bias_interval=bias[1],
+        num_bias_documents=len(exact),
+    )
+
+
+def _mean_with_interval(rows: NDArray[np.float64]) -> tuple[float, tuple[float, float]]:
+    """Sum of the second column over the sum of the first, and its 95% interval when rows are drawn anew."""
+    random = np.random.default_rng(0)
+    draws = np.empty(RESAMPLES)
+    for number in range(RESAMPLES):
+        counts, sums = rows[random.integers(len(rows), size=len(rows))].sum(axis=0)
+        draws[number] = sums / counts
+    low, high = np.quantile(draws, (0.025, 0.975))
+    return float(rows[:, 1].sum() / rows[:, 0].sum()), (float(low), float(high))

@@ -1,0 +1,126 @@
+"""Masked language models that can be asked for a loss: ours, packed, and others through transformers, padded."""
+
+from pathlib import Path
+from typing import NamedTuple, Protocol
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from transformers import AutoModelForMaskedLM, AutoTokenizer
+
+from neobert.data.errors import DataError
+from neobert.data.tokenizer import Tokenizer
+from neobert.inference.load import DTYPES, choose_device, load
+from neobert.inference.model import Model
+from neobert.inference.packed import evaluating, precision
+from neobert.types import IGNORE_INDEX, PackedBatch
+from neobert.weights.folder import find_checkpoint
+
+_LOGITS_BYTES = 256 * 2**20
+
+
+class BatchLoss(NamedTuple):
+    """Sums over the targets of a batch."""
+
+    loss: float
+    """In nats."""
+
+    num_correct: int
+
+
+class Scorer(Protocol):
+    """A masked language model with its tokenizer."""
+
+    tokenizer: Tokenizer
+    max_length: int
+    packed: bool
+    """Whether documents may share a row; else every row holds one."""
+
+    def batch_rows(self, row_length: int, batch_tokens: int) -> int:
+        """Rows of a batch."""
+
+    def score(self, batch: PackedBatch) -> BatchLoss:
+        """The loss of a batch."""
+
+
+class OwnScorer:
+    """A model of ours: the forward pass that training and its evaluation use."""
+
+    packed = True
+
+    def __init__(self, model: Model) -> None:
+        self._model = model.masked_lm
+        self.tokenizer, self.max_length = model.tokenizer, model.max_length
+
+    def batch_rows(self, row_length: int, batch_tokens: int) -> int:
+        return max(1, batch_tokens // row_length)
+
+    def score(self, batch: PackedBatch) -> BatchLoss:
+        device = self._model.head_weight.device
+        with evaluating(self._model), torch.inference_mode(), precision(self._model):
+            sums = self._model(batch.to(device))
+        return BatchLoss(float(sums.loss_sum), int(sums.num_correct))
+
+
+class TransformersScorer:
+    """A model that `AutoModelForMaskedLM` loads: one document a row, padding behind an attention mask.
+
+    Raises:
+        DataError: it cannot be loaded, has no vocabulary projection of its own, or its tokenizer has no mask.
+    """
+
+    packed = False
+
+    def __init__(self, path: str, *, device: torch.device, dtype: torch.dtype, trust_remote_code: bool) -> None:
+        try:
+            hf_tokenizer = AutoTokenizer.from_pretrained(path, trust_remote_code=trust_remote_code)
+            model, info = AutoModelForMaskedLM.from_pretrained(
+                path, dtype=dtype, trust_remote_code=trust_remote_code, output_loading_info=True
+            )
+        except (OSError, ValueError, KeyError, ImportError) as error:
+            reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+            raise DataError(
+                f"{path} is no checkpoint of ours, and transformers cannot load it ({reason.rstrip('.')}); give a run "
+                "folder, a checkpoint, an exported folder or the name of a masked language model on the hub"
+            ) from error
+        if info["missing_keys"]:
+            names = ", ".join(sorted(info["missing_keys"])[:3])
+            raise DataError(
+                f"{path} lacks weights of a masked language model ({names}); name a model that was saved with the head "
+                "it was pretrained with"
+            )
+        if hf_tokenizer.mask_token is None:
+            raise DataError(f"{path}: its tokenizer has no mask token; name a model that was trained with masks")
+        self._model, self._device = model.to(device).eval(), device
+        self.tokenizer = Tokenizer(hf_tokenizer)
+        self.max_length = min(model.config.max_position_embeddings, hf_tokenizer.model_max_length)
+
+    def batch_rows(self, row_length: int, batch_tokens: int) -> int:
+        # These models compute logits for every slot: they bound the batch.
+        most = _LOGITS_BYTES // (4 * self._model.config.vocab_size)
+        return max(1, min(batch_tokens, most) // row_length)
+
+    def score(self, batch: PackedBatch) -> BatchLoss:
+        batch = batch.to(self._device)
+        with torch.inference_mode():
+            logits: Tensor = self._model(
+                input_ids=batch.input_ids.long(), attention_mask=(batch.segments.ids > 0).long()
+            ).logits
+            predicted = logits.flatten(0, 1).index_select(0, batch.masked_index).float()
+            loss = F.cross_entropy(predicted, batch.targets, ignore_index=IGNORE_INDEX, reduction="sum")
+            num_correct = (predicted.argmax(dim=-1) == batch.targets).sum()
+        return BatchLoss(float(loss), int(num_correct))
+
+
+def load_scorer(path: str, *, device: str = "auto", dtype: str = "fp32", trust_remote_code: bool = False) -> Scorer:
+    """The masked language model at `path`: ours where it holds a checkpoint, else through transformers.
+
+    Raises:
+        DataError: it is neither; see `TransformersScorer`.
+    """
+    if find_checkpoint(Path(path)) is not None:
+        return OwnScorer(load(path, device=device, dtype=dtype))
+    if Path(path).is_dir() and not (Path(path) / "config.json").is_file():
+        raise DataError(f"{path} holds neither a checkpoint nor a config.json; give a run folder or an exported model")
+    place = choose_device(device)
+    return TransformersScorer(path, device=place, dtype=DTYPES[dtype], trust_remote_code=trust_remote_code)

@@ -1,0 +1,137 @@
+"""Texts for the scripts: whatever training reads, by path or name, and the standard input.
+
+The source is one that `neobert.data` knows: JSON lines, plain text, CSV or Parquet (files, folders, patterns, local or
+remote), folders of `save_to_disk`, data sets of the hub. Records that cannot be read are passed over and counted, and
+the first ones are named with their file and line.
+"""
+
+import sys
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import BinaryIO, NamedTuple
+
+from neobert.data.arrow import TokenStore
+from neobert.data.errors import DataError
+from neobert.data.lanes import State
+from neobert.data.sources import list_splits
+from neobert.data.spec import describe_source
+from neobert.data.splits import check_split
+from neobert.data.text import Span, TextSource
+
+STDIN = "-"
+
+NAMED_RECORDS = 5
+"""Bad records that are named; the others are counted."""
+
+# What a config calls by its key is an argument of a script.
+_WORDING = (
+    (", or pass over it with dataset.on_bad_shard: skip", ""),
+    ("dataset.text_column is null", "--text-column is not given"),
+    ("dataset.text_column", "--text-column"),
+    ("dataset.path", "input"),
+    ("dataset.name", "input"),
+)
+
+
+class Text(NamedTuple):
+    """One text of the input."""
+
+    number: int
+    """Its place among all records of the input, from 0; those without a text count."""
+
+    text: str
+    cursor: State
+    """Where reading goes on after it."""
+
+
+class Texts:
+    """The texts of an input in their order, and what was passed over."""
+
+    def __init__(self, source: TextSource, label: str) -> None:
+        self._source, self.label = source, label
+        self.fingerprint, self.notes = source.fingerprint, source.notes
+        self.num_records = self.num_bad = self.num_skipped = 0
+        self.named: list[str] = []
+        """The first bad records, each with its place."""
+
+    @property
+    def total(self) -> int | None:
+        """Number of records where it is known."""
+        return self._source.count()
+
+    def read(self, after: State | None = None, num_records: int = 0) -> Iterator[Text]:
+        """The texts behind a cursor, which has so many records before it."""
+        self.num_records = num_records
+        try:
+            for record in self._source.records(Span(after=after)):
+                self.num_records += 1
+                if record.text is not None:
+                    yield Text(self.num_records - 1, record.text, record.cursor)
+                elif record.problem is None:
+                    self.num_skipped += 1
+                else:
+                    self.num_bad += 1
+                    if len(self.named) < NAMED_RECORDS:
+                        self.named.append(record.problem)
+        except DataError as error:
+            raise _reworded(error) from error
+
+    def describe_gaps(self) -> list[str]:
+        """Sentences about records that gave no text; none when there are none."""
+        lines = [f"passed over: {self.num_skipped:,} records without text"] if self.num_skipped else []
+        if self.num_bad:
+            lines.append(f"passed over: {self.num_bad:,} records that cannot be read, the first ones:")
+            lines += [f"  {problem}" for problem in self.named]
+        return lines
+
+
+@contextmanager
+def open_texts(path: str, *, text_column: str | None = None, split: str | None = None) -> Iterator[Texts]:
+    """The texts of a path or a name; `-` reads the standard input, as JSON lines where it begins with a brace.
+
+    Raises:
+        DataError: there is nothing to read, or it has several splits and none is named.
+    """
+    with tempfile.TemporaryDirectory() as folder:
+        place = str(_spool(sys.stdin.buffer, Path(folder))) if path == STDIN else path
+        try:
+            yield _open(place, "standard input" if path == STDIN else path, text_column, split)
+        except DataError as error:
+            raise _reworded(error) from error
+
+
+def _open(path: str, label: str, text_column: str | None, split: str | None) -> Texts:
+    splits = list_splits(describe_source(path, text_column=text_column))
+    if split is None and len(splits) > 1:
+        raise DataError(f"{label} has the splits {', '.join(splits)}; choose one with --split, or name a file")
+    name = split or next(iter(splits))
+    check_split(list(splits), name, "--split")
+    source = splits[name](None)
+    assert not isinstance(source, TokenStore), "opened with a tokenizer only"
+    return Texts(source, label)
+
+
+def _spool(stream: BinaryIO, folder: Path) -> Path:
+    """A file with what a stream holds: sources are read by cursor, and twice where the column is to be found."""
+    first = b""
+    for line in stream:
+        first += line
+        if line.strip():
+            break
+    if not first.strip():
+        raise DataError("the standard input is empty; pipe text or JSON lines into it")
+    file = folder / ("stdin.jsonl" if first.lstrip().startswith(b"{") else "stdin.txt")
+    with file.open("wb") as out:
+        out.write(first)
+        while block := stream.read(1 << 20):
+            out.write(block)
+    return file
+
+
+def _reworded(error: DataError) -> DataError:
+    message = str(error)
+    for key, word in _WORDING:
+        message = message.replace(key, word)
+    return DataError(message)
