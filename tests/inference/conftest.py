@@ -16,6 +16,7 @@ from neobert.model.attention import ATTENTION
 from neobert.model.config import ModelConfig
 from neobert.model.encoder import Encoder
 from neobert.objectives.mlm import MaskedLM
+from neobert.weights.manifest import MANIFEST, Manifest, record_file
 
 
 @pytest.fixture(scope="session")
@@ -42,6 +43,9 @@ def run_folder(tmp_path_factory: pytest.TempPathFactory, tokenizer_folder: Path)
     (checkpoint / "model_config.json").write_text(json.dumps(config.to_dict()))
     (checkpoint / "train_state.json").write_text("{}")
     tokenizer.save(checkpoint / "tokenizer")
+    files = [path for path in checkpoint.rglob("*") if path.is_file()]
+    records = {path.relative_to(checkpoint).as_posix(): record_file(path) for path in files}
+    (checkpoint / MANIFEST).write_text(Manifest(step=12, world_size=1, files=records).to_text())
     return folder
 
 
