@@ -25,6 +25,7 @@ from neobert.train.build import (
     choose_rows_per_step,
 )
 from neobert.train.console import Reporter
+from neobert.train.initial import copy_initial_weights, load_initial_weights
 from neobert.train.runtime import Runtime, build_runtime, check_runtime
 from neobert.train.start import agree_on_start, open_output_dir
 from neobert.train.tracking import Tracker
@@ -87,6 +88,7 @@ def build_run(config: Config) -> Run:
     reporter = Reporter(active=runtime.is_main, show_progress=not config.trainer.disable_tqdm)
     output_dir = open_output_dir(config, runtime, reporter, checkpoint)
     with runtime.main_first():
+        initial = load_initial_weights(config) if checkpoint is None else None
         tokenizer = build_tokenizer(config, checkpoint, output_dir)
     model_config = build_model_config(config, tokenizer)
     collator = config.datacollator
@@ -104,6 +106,8 @@ def build_run(config: Config) -> Run:
     )
     num_steps = choose_num_steps(config, data, rows_per_step)
     module = build_module(config, model_config, attention, runtime)
+    if initial is not None:
+        reporter.say(copy_initial_weights(module, initial, tokenizer))
     return Run(
         config=config,
         runtime=runtime,
