@@ -76,7 +76,7 @@ class NeobertEncoderModel(NeobertEncoderPreTrainedModel):
         return self.encoder.embedding
 
     def set_input_embeddings(self, value: nn.Module) -> None:
-        self.encoder.embedding = value
+        self.encoder.embedding = value  # type: ignore[assignment]
 
     def forward(
         self,
@@ -155,10 +155,10 @@ class NeobertEncoderForSequenceClassification(NeobertEncoderPreTrainedModel):
 
     def __init__(self, config: NeobertEncoderConfig) -> None:
         super().__init__(config)
-        self.num_labels = config.num_labels
+        self.num_labels = int(config.num_labels)  # type: ignore[arg-type]
         self.model = NeobertEncoderModel(config)
         self.dense = nn.Linear(config.hidden_size, config.hidden_size)
-        self.classifier = nn.Linear(config.hidden_size, config.num_labels)
+        self.classifier = nn.Linear(config.hidden_size, self.num_labels)
         self.post_init()
 
     def forward(
