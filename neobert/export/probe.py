@@ -52,7 +52,7 @@ def probe(item: dict[str, Any], inputs: dict[str, Tensor], work: Path) -> tuple[
         tensors[f"logits.{name}"] = model(**arguments).logits
     tokenizer = AutoTokenizer.from_pretrained(folder, **options)
     encoded = [tokenizer(text).input_ids for text in item["texts"]]
-    pipeline = FillMaskPipeline(model=model, tokenizer=tokenizer, top_k=5)
+    pipeline = FillMaskPipeline(model=model, tokenizer=tokenizer, top_k=5)  # type: ignore[arg-type]
     with torch.inference_mode(False), torch.no_grad():
         guesses = pipeline(item["fill"])
     facts = {

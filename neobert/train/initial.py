@@ -52,14 +52,11 @@ def load_initial_weights(config: Config) -> EncoderWeights | None:
 
 def _architectures(config: Config, theirs: ModelConfig) -> list[tuple[str, Any, Any]]:
     """Key, value of the config and value of the source, of everything that shapes the computation."""
-    section = config.model
-    skipped = {*_FREE, "intermediate_size", *(["max_position_embeddings"] if theirs.rope else ["rope_theta"])}
-    rows = [(f.name, getattr(section, f.name), getattr(theirs, f.name)) for f in fields(theirs)]
-    same_width = replace(theirs, intermediate_size=section.intermediate_size).ffn_size == theirs.ffn_size
-    if not same_width:
-        rows.append(("intermediate_size", section.intermediate_size, theirs.intermediate_size))
-        skipped.remove("intermediate_size")
-    return [row for row in rows if row[0] not in skipped]
+    section, skipped = config.model, {*_FREE, "max_position_embeddings" if theirs.rope else "rope_theta"}
+    if replace(theirs, intermediate_size=section.intermediate_size).ffn_size == theirs.ffn_size:
+        skipped.add("intermediate_size")
+    names = [f.name for f in fields(theirs) if f.name not in skipped]
+    return [(name, getattr(section, name), getattr(theirs, name)) for name in names]
 
 
 def copy_initial_weights(module: MaskedLM, weights: EncoderWeights, tokenizer: Tokenizer) -> str:

@@ -92,7 +92,9 @@ def find_weights(path: str | Path) -> Path:
         )
     if (folder / "config.json").is_file():
         return folder
-    found = find_checkpoint(folder) or _find_foreign_checkpoint(folder)
+    found = find_checkpoint(folder)
+    if found is None or not (found / "train_state.json").is_file():
+        found = _find_foreign_checkpoint(folder)
     if found is None:
         raise WeightsError(
             f"{folder} holds no weights: give a run folder (with checkpoints/<step>/ in it), one of its checkpoints, or"
