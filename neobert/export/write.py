@@ -31,7 +31,7 @@ from neobert.export.tokenizer_files import save_tokenizer
 from neobert.export.transformers_native import native_config, native_tensors
 from neobert.objectives.mlm import MaskedLM
 from neobert.weights.describe import WeightsError
-from neobert.weights.load import EncoderWeights, load_encoder_weights
+from neobert.weights.load import STEPS_KEY, EncoderWeights, load_encoder_weights
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 _MODEL_CONFIG = "model_config.json"
@@ -169,14 +169,14 @@ def _write(plan: _Plan, request: ExportRequest, folder: Path) -> list[str]:
     )
     dtype = str(DTYPES[request.dtype]).removeprefix("torch.")
     changes = save_tokenizer(plan.tokenizer_folder, folder, max_length=config.max_position_embeddings)
-    _write_json(folder / "config.json", make_config(config, plan.tokenizer, dtype))
+    steps = {} if plan.weights.step is None else {STEPS_KEY: plan.weights.step}
+    _write_json(folder / "config.json", make_config(config, plan.tokenizer, dtype) | steps)
     if plan.form == "native":
         _write_json(folder / _MODEL_CONFIG, config.to_dict())
     else:
         for name, source in code_files().items():
             (folder / name).write_text(source)
-    step = {} if plan.weights.step is None else {"step": str(plan.weights.step)}
-    save_file(make_tensors(config, tensors), folder / "model.safetensors", metadata={"format": "pt", **step})
+    save_file(make_tensors(config, tensors), folder / "model.safetensors", metadata={"format": "pt"})
     write_sentence_files(folder, config)
     name = request.push_to_hub or request.output.name
     card = model_card(plan.weights, config, plan.tokenizer, form=plan.form, dtype=dtype, name=name)

@@ -237,7 +237,10 @@ LAYOUTS: dict[str, Layout] = {
     ),
     "remote_code": Layout(
         name="remote_code",
-        describe=lambda config, tensors: describe_ours(config["architecture"], tensors),
+        # transformers changes the size beside the architecture when it resizes the embedding.
+        describe=lambda config, tensors: describe_ours(
+            {**config["architecture"], "vocab_size": config["vocab_size"]}, tensors
+        ),
         rules=_remote_code_rules,
         embedding="model.encoder.embedding.weight",
         head="decoder.weight",

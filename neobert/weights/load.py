@@ -35,6 +35,9 @@ from neobert.weights.layouts import LAYOUTS, Layout, to_ours
 REMOTE_CODE_TYPE = "neobert_encoder"
 """`model_type` of models that we export with their code."""
 
+STEPS_KEY = "pretraining_steps"
+"""Of the config.json of models that we export: a second key in the header of the weights would make its bytes random."""
+
 _HUB_NAME = re.compile(r"[\w.-]+/[\w.-]+(@[\w./-]+)?")
 _SMALL_FILES = ["*.json", "*.txt", "*.model"]
 
@@ -128,7 +131,7 @@ def _fetch(name: str) -> Path:
 
 
 def _read_folder(folder: Path, drop_decoder_bias: bool) -> EncoderWeights:
-    tensors, metadata = _read_tensors(folder)
+    tensors = _read_tensors(folder)
     layout, raw = _recognise(folder, tensors)
     config = layout.describe(raw, tensors)
     if layout.name == "eurobert":
@@ -139,7 +142,7 @@ def _read_folder(folder: Path, drop_decoder_bias: bool) -> EncoderWeights:
         tensors=to_ours(layout, config, tensors, drop_decoder_bias=drop_decoder_bias),
         tokenizer=tokenizer,
         layout=layout.name,
-        step=_step(folder, metadata),
+        step=_step(folder, raw),
         folder=folder,
     )
 
@@ -181,16 +184,16 @@ def _restore(folder: Path, config: ModelConfig) -> ModelConfig:
     return ours
 
 
-def _step(folder: Path, metadata: Mapping[str, str]) -> int | None:
+def _step(folder: Path, raw: Mapping[str, Any]) -> int | None:
     if (folder / "train_state.json").is_file():
         return int(json.loads((folder / "train_state.json").read_text())["step"])
-    if "step" in metadata:
-        return int(metadata["step"])
+    if STEPS_KEY in raw:
+        return int(raw[STEPS_KEY])
     is_fork = folder.parent.name == "checkpoints" and folder.name.isdecimal()
     return int(folder.name) if is_fork else None
 
 
-def _read_tensors(folder: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
+def _read_tensors(folder: Path) -> dict[str, Tensor]:
     for name in ("model.safetensors", "pytorch_model.bin"):
         index = folder / f"{name}.index.json"
         if index.is_file():
@@ -200,13 +203,11 @@ def _read_tensors(folder: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
         else:
             continue
         tensors: dict[str, Tensor] = {}
-        metadata: dict[str, str] = {}
         for shard in shards:
             if shard.endswith(".safetensors"):
                 with safe_open(folder / shard, framework="pt") as file:
                     tensors.update({key: file.get_tensor(key) for key in file.keys()})  # noqa: SIM118
-                    metadata.update(file.metadata() or {})
             else:
                 tensors.update(torch.load(folder / shard, map_location="cpu", weights_only=True))
-        return tensors, metadata
+        return tensors
     raise WeightsError("there is neither model.safetensors nor pytorch_model.bin")
