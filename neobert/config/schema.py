@@ -19,6 +19,14 @@ class ModelSection:
     name: str | None = None
     """A label: shown in the model summary, and the run's name in wandb when `wandb.name` is null."""
 
+    init_from: str | None = None
+    """Initial weights of a fresh run: a run or checkpoint folder, an exported folder, or a model of the hub
+    (`owner/model`, `owner/model@revision`) in the EuroBERT or NeoBERT layout. The architecture must be the same; with
+    another tokenizer, embeddings are copied by the text of the tokens. No effect on a run that is resumed."""
+
+    init_drop_decoder_bias: bool = False
+    """true: leave out the bias that the vocabulary projection of `init_from` may have (published NeoBERT has one)."""
+
     hidden_size: int = 768
     """Width of the residual stream; a multiple of `num_attention_heads`."""
 

@@ -183,7 +183,14 @@ def _check_texts(config: Config) -> Iterator[str]:
     for field in FIELDS.values():
         if field.kind is str and field.value_in(config) == "":
             yield f"{field.key}: may not be empty" + ("; write null" if field.nullable else "")
-    for key in ("dataset.path", "tokenizer.path", "trainer.output_dir", "dataset.cache_dir", "wandb.dir"):
+    for key in (
+        "model.init_from",
+        "dataset.path",
+        "tokenizer.path",
+        "trainer.output_dir",
+        "dataset.cache_dir",
+        "wandb.dir",
+    ):
         value = FIELDS[key].value_in(config)
         if any("${" in text for text in ([value] if isinstance(value, str) else value or ())):
             yield f"{key}: {value!r} holds a reference that is not replaced; only ${{variables.x}} is"
@@ -203,6 +210,8 @@ def _check_model(config: Config) -> Iterator[str]:
                 f"model.hidden_size: {size} / model.num_attention_heads = {heads} gives heads of width {size // heads};"
                 " model.rope needs an even width"
             )
+    if model.init_drop_decoder_bias and model.init_from is None:
+        yield "model.init_drop_decoder_bias: true is about model.init_from, which is null; write false"
     if model.max_position_embeddings < config.dataset.max_seq_length:
         yield (
             f"model.max_position_embeddings: {model.max_position_embeddings} is less than dataset.max_seq_length ="

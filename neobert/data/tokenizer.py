@@ -89,6 +89,17 @@ class Tokenizer:
         self._hf.save_pretrained(str(folder))
 
     @property
+    def vocabulary(self) -> dict[str, int]:
+        """Every token, as the vocabulary spells it (`##ing`, `Ġthe`), and its id."""
+        return dict(self._backend.get_vocab(with_added_tokens=True))
+
+    @property
+    def roles(self) -> dict[str, int]:
+        """Ids by what they are for: cls, sep, mask, pad, and unk where there is one."""
+        ids = {"cls": self.cls_id, "sep": self.sep_id, "mask": self.mask_id, "pad": self.pad_id}
+        return ids if self.unk_id is None else ids | {"unk": self.unk_id}
+
+    @property
     def special_tokens(self) -> dict[str, int]:
         """The text and id of every special token."""
         return {str(self._backend.id_to_token(i)): i for i in self.special_ids}

@@ -8,9 +8,8 @@ from typing import Any
 
 from neobert.inference.load import DTYPES
 from neobert.inference.packed import BATCH_TOKENS
-from neobert.weights.manifest import CheckpointError
 
-MODEL_HELP = "run folder (its newest checkpoint is used) or checkpoint folder"
+MODEL_HELP = "run folder (its newest checkpoint is used), checkpoint, exported folder, or a name of the hub"
 
 
 def model_parser(description: str | None) -> argparse.ArgumentParser:
@@ -45,7 +44,7 @@ def run_script(main: Callable[[], None]) -> int:
     """Runs a script; what the user can mend becomes one sentence and exit code 2."""
     try:
         main()
-    except (OSError, ValueError, CheckpointError) as error:
+    except (OSError, ValueError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
     return 0

@@ -1,10 +1,8 @@
 """Loading a trained model: a checkpoint folder, or a run folder, which means its newest checkpoint."""
 
-import json
 from pathlib import Path
 
 import torch
-from safetensors.torch import load_file
 from torch import nn
 
 from neobert.config.schema import TokenizerSection
@@ -12,10 +10,10 @@ from neobert.data.tokenizer import Tokenizer, load_tokenizer
 from neobert.inference.model import Model
 from neobert.kernels.linear_cross_entropy import KERNELS
 from neobert.model.attention import choose_attention
-from neobert.model.config import ModelConfig
 from neobert.model.encoder import Encoder
 from neobert.objectives.mlm import MaskedLM
-from neobert.weights.folder import find_checkpoint
+from neobert.weights.describe import WeightsError
+from neobert.weights.load import load_encoder_weights
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
@@ -24,13 +22,13 @@ def load(path: str | Path, *, device: str | torch.device = "auto", dtype: str = 
     """A trained model with its tokenizer, ready to answer.
 
     Args:
-        path: a checkpoint folder, or a run folder or its `checkpoints` folder, which mean the newest checkpoint.
+        path: a checkpoint folder; a run folder or its `checkpoints` folder, which mean the newest checkpoint; an exported
+            folder; a model of the hub (`owner/model`) in a layout that `neobert.weights.layouts` knows.
         device: `auto` takes a GPU when there is one.
         dtype: `fp32`, or `bf16` for matrix products in bf16 as in training with `trainer.mixed_precision: bf16`.
 
     Raises:
-        FileNotFoundError: there is no model at `path`.
-        CheckpointError: there are checkpoints, and none of them is whole.
+        WeightsError: there is no model at `path`, or it is damaged, or has no tokenizer.
         ValueError: the dtype or the device is unknown, or not there.
     """
     masked_lm, tokenizer = load_masked_lm(path, device=device, dtype=dtype)
@@ -44,16 +42,19 @@ def load_masked_lm(
     if dtype not in DTYPES:
         raise ValueError(f"dtype: {dtype!r} is unknown; write one of {', '.join(DTYPES)}")
     place = choose_device(device)
-    config, weights, tokenizer_folder = _read_weights(Path(path))
+    weights = load_encoder_weights(path)
+    if weights.tokenizer is None:
+        raise WeightsError(f"{weights.folder} has no tokenizer.json; put the tokenizer of the model there")
+    config = weights.config
     model = MaskedLM(
         Encoder(config, choose_attention("auto", device=place, dtype=DTYPES[dtype])), kernel=KERNELS["torch"]
     )
-    model.load_state_dict(weights, strict=True)
+    model.load_state_dict({name: tensor.float() for name, tensor in weights.tensors.items()}, strict=True)
     model.check_tied()
     for module in model.modules():
         if isinstance(module, nn.Linear):  # Embeddings and norms stay fp32, and with them the residual stream.
             module.to(DTYPES[dtype])
-    return model.to(place).eval(), load_tokenizer(TokenizerSection(path=str(tokenizer_folder)))
+    return model.to(place).eval(), load_tokenizer(TokenizerSection(path=str(weights.tokenizer)))
 
 
 def choose_device(device: str | torch.device) -> torch.device:
@@ -67,14 +68,3 @@ def choose_device(device: str | torch.device) -> torch.device:
     if place.type == "cuda" and not torch.cuda.is_available():
         raise ValueError(f"device: {device} is not here (torch sees no GPU); write cpu or auto")
     return place
-
-
-def _read_weights(path: Path) -> tuple[ModelConfig, dict[str, torch.Tensor], Path]:
-    """Architecture, weights by their names here, and the folder of the tokenizer: what kinds of places are read."""
-    checkpoint = find_checkpoint(path)
-    if checkpoint is None:
-        raise FileNotFoundError(
-            f"{path} holds no checkpoint: give a run folder (with checkpoints/<step>/ in it) or one of its checkpoints"
-        )
-    config = ModelConfig.from_dict(json.loads((checkpoint / "model_config.json").read_text()))
-    return config, load_file(checkpoint / "model.safetensors"), checkpoint / "tokenizer"

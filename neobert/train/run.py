@@ -26,6 +26,7 @@ from neobert.train.build import (
 )
 from neobert.train.commit import Committer
 from neobert.train.console import Reporter
+from neobert.train.initial import copy_initial_weights, load_initial_weights
 from neobert.train.numerics import Guard
 from neobert.train.preempt import StopRequest
 from neobert.train.runtime import Runtime, build_runtime, check_runtime
@@ -103,6 +104,7 @@ def build_run(config: Config) -> Run:
     output_dir = open_output_dir(config, runtime, reporter, start)
     saved = None if checkpoint is None else read_train_state(checkpoint)
     with runtime.main_first():
+        initial = load_initial_weights(config) if checkpoint is None else None
         tokenizer = build_tokenizer(config, checkpoint, output_dir)
     model_config = build_model_config(config, tokenizer)
     collator = config.datacollator
@@ -120,6 +122,8 @@ def build_run(config: Config) -> Run:
     )
     num_steps = choose_num_steps(config, data, rows_per_step)
     module = build_module(config, model_config, attention, runtime)
+    if initial is not None:
+        reporter.say(copy_initial_weights(module, initial, tokenizer))
     return Run(
         config=config,
         runtime=runtime,

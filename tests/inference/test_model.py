@@ -16,6 +16,7 @@ from neobert.inference.packed import hidden_states, plan_batches, token_losses
 from neobert.inference.pooling import POOLING
 from neobert.model.attention import ATTENTION
 from neobert.model.segments import Segments
+from neobert.weights.describe import WeightsError
 
 TEXTS = ["the cat sees the mountain.", "a dog", "", "every river builds a red door. my sister paints seven stones."]
 
@@ -41,7 +42,7 @@ def test_a_model_is_a_run_its_checkpoints_or_one_of_them(run_folder: Path, loade
 
 
 def test_errors_of_loading(run_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    with pytest.raises(FileNotFoundError, match="holds no checkpoint: give a run folder"):
+    with pytest.raises(WeightsError, match="holds no weights: give a run folder"):
         neobert.load(tmp_path)
     with pytest.raises(ValueError, match="dtype: 'fp8' is unknown; write one of fp32, bf16"):
         neobert.load(run_folder, dtype="fp8")

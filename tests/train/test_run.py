@@ -20,6 +20,7 @@ from neobert.train import console, metrics, runtime, tracking
 from neobert.train.build import choose_rows_per_step
 from neobert.train.loop import pretrain
 from neobert.train.runtime import StartupError
+from neobert.weights.describe import WeightsError
 
 Tiny = Callable[..., Config]
 
@@ -175,7 +176,7 @@ def test_predictions_of_a_run(tiny: Tiny, tmp_path: Path) -> None:
     (result,) = fill_mask(model, tokenizer, ["the [MASK] sees a [MASK] door"], top_k=tokenizer.size)
     assert len(result.masks) == 2
     assert sum(guess.probability for guess in result.masks[0]) == pytest.approx(1.0, abs=1e-4)
-    with pytest.raises(FileNotFoundError, match="holds no checkpoint"):
+    with pytest.raises(WeightsError, match="holds no weights"):
         load_masked_lm(tmp_path / "nothing")
 
 

@@ -1,0 +1,118 @@
+"""README.md of an exported folder: what the model is, how it was trained, how to load it. Facts of the run only."""
+
+import json
+from typing import Any
+
+from neobert.config.load import load_config
+from neobert.config.schema import Config
+from neobert.data.tokenizer import Tokenizer
+from neobert.export.choose import Form
+from neobert.model.config import ModelConfig
+from neobert.weights.load import EncoderWeights
+
+_USAGE = """```python
+from transformers import AutoModelForMaskedLM, AutoTokenizer
+
+tokenizer = AutoTokenizer.from_pretrained("{name}")
+model = AutoModelForMaskedLM.from_pretrained("{name}"{trust}).eval()
+inputs = tokenizer("some text with a {mask} in it", return_tensors="pt")
+logits = model(**inputs).logits
+```
+
+Embeddings, the mean over the tokens of a text (the model was not trained for similarity; fine-tune it for that):
+
+```python
+from sentence_transformers import SentenceTransformer
+
+vectors = SentenceTransformer("{name}"{trust}).encode(["a text", "another text"])
+```"""
+
+
+def model_card(
+    weights: EncoderWeights, config: ModelConfig, tokenizer: Tokenizer, *, form: Form, dtype: str, name: str
+) -> str:
+    """The text of README.md. `config` is that of the exported folder, `name` what users load it by."""
+    sections = [_front_matter(), f"# {name.split('/')[-1]}", _summary(config, form, dtype)]
+    training = _training(weights)
+    if training:
+        sections.append("## Training\n\n" + training)
+    mask = next(word for word, number in tokenizer.special_tokens.items() if number == tokenizer.mask_id)
+    trust = "" if form == "native" else ", trust_remote_code=True"
+    sections.append("## Use\n\n" + _USAGE.format(name=name, trust=trust, mask=mask))
+    return "\n\n".join(sections) + "\n"
+
+
+def _front_matter() -> str:
+    return (
+        "---\nlibrary_name: transformers\npipeline_tag: fill-mask\ntags:\n- masked-lm\n- encoder\n"
+        "# license: yours to choose; add the line before publishing\n---"
+    )
+
+
+def _summary(config: ModelConfig, form: Form, dtype: str) -> str:
+    loads = (
+        "It loads with the classes of transformers alone (architecture EuroBERT)."
+        if form == "native"
+        else "It needs `trust_remote_code=True`: the folder carries the code of its architecture."
+    )
+    rows = {
+        "layers x width x heads": f"{config.num_hidden_layers} x {config.hidden_size} x {config.num_attention_heads}",
+        "feed-forward": f"{config.hidden_act}, width {config.ffn_size}",
+        "norm": f"{'RMSNorm' if config.rms_norm else 'LayerNorm'}, before each half of a block",
+        "positions": f"rotary, theta {config.rope_theta:g}" if config.rope else "learned",
+        "longest text": f"{config.max_position_embeddings} tokens",
+        "vocabulary": f"{config.vocab_size:,} tokens, "
+        + ("tied to the embedding" if config.tie_word_embeddings else "with a projection of its own"),
+        "weights": dtype,
+    }
+    table = "\n".join(f"| {key} | {value} |" for key, value in rows.items())
+    return f"An encoder trained with masked language modelling. {loads}\n\n| | |\n|---|---|\n{table}"
+
+
+def _training(weights: EncoderWeights) -> str:
+    """Sentences about the run; empty for weights that came without one."""
+    lines = []
+    if weights.layout == "checkpoint" and (weights.folder / "config.yaml").is_file():
+        lines += _recipe(load_config(weights.folder / "config.yaml"))
+    if weights.step is not None:
+        lines.append(f"- optimizer steps: {weights.step:,}")
+    lines += _figures(weights)
+    return "\n".join(lines)
+
+
+def _recipe(config: Config) -> list[str]:
+    data, masks = config.dataset, config.datacollator
+    named = [x.name or x.path for x in data.mixture] or [data.path or data.name]
+    # A path of the machine it was trained on tells readers nothing but the name of the folder.
+    sources = [str(x).rstrip("/").split("/")[-1] if str(x).startswith(("/", ".", "~")) else str(x) for x in named]
+    return [
+        f"- data: {', '.join(sources)}",
+        f"- rows of {data.max_seq_length} tokens, {'packed' if masks.pack_sequences else 'one document each'}",
+        f"- {masks.mlm_probability:.0%} of the tokens predicted, "
+        + ("all of them as masks" if masks.mask_all else "80% as masks, 10% as random tokens, 10% unchanged"),
+        f"- {config.optimizer.name}, peak learning rate {config.optimizer.lr:g}, {config.scheduler.name} schedule",
+    ]
+
+
+def _figures(weights: EncoderWeights) -> list[str]:
+    log = weights.folder.parent.parent / "log.jsonl"
+    if weights.folder.parent.name != "checkpoints" or not log.is_file() or weights.step is None:
+        return []
+    records = [r for r in map(_parse, log.read_text().splitlines()) if r.get("step", weights.step + 1) <= weights.step]
+    tokens = sum(r["num_tokens"] for r in records if r["kind"] == "step")
+    lines = [f"- tokens seen: {tokens:,}"] if tokens else []
+    evaluations = [r for r in records if r["kind"] == "eval"]
+    if evaluations:
+        last = evaluations[-1]
+        lines.append(
+            f"- held-out loss at step {last['step']:,}: {last['loss']:.4f} nats per masked token, "
+            f"{last['accuracy']:.1%} predicted exactly ({last['num_targets']:,} masked tokens)"
+        )
+    return lines
+
+
+def _parse(line: str) -> dict[str, Any]:
+    try:
+        return json.loads(line)
+    except ValueError:  # The line that a run is writing just now.
+        return {}

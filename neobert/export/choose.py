@@ -1,0 +1,71 @@
+"""Which form an encoder is exported in.
+
+`native` is the architecture that transformers ships as EuroBERT: RMSNorm before each half of a block, rotary positions,
+SwiGLU, no biases, attention in both directions. An encoder of ours with these settings is the same function, so its
+folder loads with plain `AutoModel` classes. `remote_code` is for everything else: the folder carries the code of
+`neobert/model` and needs `trust_remote_code=True`.
+
+Every field of ModelConfig stands in one of two tables. A field that stands in neither is an error: a new setting must
+not be dropped on the way out because nobody thought of it here.
+"""
+
+from dataclasses import fields
+from typing import Any, Literal
+
+from neobert.model.config import ModelConfig
+
+Form = Literal["native", "remote_code"]
+
+
+class ExportError(ValueError):
+    """An export that cannot be made or is not exact; the message names every reason."""
+
+
+CARRIED = frozenset(
+    {
+        "hidden_size",
+        "num_hidden_layers",
+        "num_attention_heads",
+        "intermediate_size",
+        "max_position_embeddings",
+        "vocab_size",
+        "pad_token_id",
+        "rope_theta",
+        "dropout_prob",
+        "norm_eps",
+        "embedding_init_range",
+        "decoder_init_range",
+        "tie_word_embeddings",
+    }
+)
+"""Fields that the native form holds, or that do nothing but in training (dropout, initial ranges)."""
+
+REQUIRED: dict[str, Any] = {"rope": True, "rms_norm": True, "hidden_act": "swiglu"}
+"""Fields that the native form has only one value for."""
+
+
+def choose_form(config: ModelConfig, wanted: str) -> Form:
+    """`wanted`, where `auto` is `native` whenever the architecture allows it.
+
+    Raises:
+        ExportError: `native` cannot express the architecture, `wanted` is unknown, or ModelConfig has a field that
+            this module does not know.
+    """
+    unknown = [f.name for f in fields(config) if f.name not in CARRIED and f.name not in REQUIRED]
+    if unknown:
+        raise ExportError(
+            f"--format: the export does not know the architecture fields {', '.join(unknown)}; say in CARRIED or "
+            "REQUIRED of neobert/export/choose.py whether EuroBERT can express them"
+        )
+    if wanted not in ("auto", "native", "remote_code"):
+        raise ExportError(f"--format: {wanted!r} is unknown; write auto, native or remote_code")
+    obstacles = [
+        f"model.{name}: {getattr(config, name)!r} instead of {value!r}"
+        for name, value in REQUIRED.items()
+        if getattr(config, name) != value
+    ]
+    if wanted == "native" and obstacles:
+        raise ExportError(
+            f"--format: native cannot express this architecture ({'; '.join(obstacles)}); write auto or remote_code"
+        )
+    return "remote_code" if obstacles or wanted == "remote_code" else "native"

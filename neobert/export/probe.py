@@ -1,0 +1,146 @@
+"""Runs exported folders through transformers alone, in a process of its own: `python -P probe.py JOB.json`.
+
+It imports nothing of this package, so a folder that needed it would fail here. The job is a list of folders with their
+inputs; for each, tensors go to `outputs.safetensors` and everything else to `outputs.json` in its working folder.
+`neobert.export.verify` compares them with our model.
+"""
+
+import importlib.util
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+from transformers import (
+    AutoModel,
+    AutoModelForMaskedLM,
+    AutoModelForSequenceClassification,
+    AutoTokenizer,
+    FillMaskPipeline,
+)
+
+ONNX = ("onnx", "onnxruntime", "onnxscript")
+
+
+def main(job_file: str) -> None:
+    for item in json.loads(Path(job_file).read_text()):
+        work = Path(item["work"])
+        tensors, facts = probe(item, load_file(work / "inputs.safetensors"), work)
+        save_file({name: tensor.float().contiguous() for name, tensor in tensors.items()}, work / "outputs.safetensors")
+        (work / "outputs.json").write_text(json.dumps(facts))
+
+
+@torch.inference_mode()
+def probe(item: dict[str, Any], inputs: dict[str, Tensor], work: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """All outputs of one folder."""
+    folder, options = item["folder"], {"trust_remote_code": True} if item["trust"] else {}
+    model, loading = load(AutoModelForMaskedLM, folder, options)
+    base, base_loading = load(AutoModel, folder, options)
+    classifier, classifier_loading = load(AutoModelForSequenceClassification, folder, options)
+    ids, mask = inputs["input_ids"], inputs["attention_mask"]
+    output = model(input_ids=ids, attention_mask=mask, output_hidden_states=True)
+    tensors = {f"layer.{number}": state for number, state in enumerate(output.hidden_states)}
+    tensors["logits.padded, int mask"] = output.logits
+    tensors["base"] = base(input_ids=ids, attention_mask=mask).last_hidden_state
+    tensors["classifier.padded"] = classifier(input_ids=ids, attention_mask=mask).logits
+    short, length = len(mask) - 1, int(mask[-1].sum())
+    tensors["classifier.single"] = classifier(input_ids=ids[short:, :length]).logits
+    for name, arguments in forms(inputs, packed=item["trust"]).items():
+        tensors[f"logits.{name}"] = model(**arguments).logits
+    tokenizer = AutoTokenizer.from_pretrained(folder, **options)
+    encoded = [tokenizer(text).input_ids for text in item["texts"]]
+    pipeline = FillMaskPipeline(model=model, tokenizer=tokenizer, top_k=5)  # type: ignore[arg-type]
+    with torch.inference_mode(False), torch.no_grad():
+        guesses = pipeline(item["fill"])
+    facts = {
+        "loading": {"masked": loading, "base": base_loading, "classifier": classifier_loading},
+        "dtype": str(next(model.parameters()).dtype),
+        "encoded": encoded,
+        "decoded": [tokenizer.decode(x, skip_special_tokens=True) for x in encoded],
+        "max_length": tokenizer.model_max_length,
+        "guesses": [[guess["token"], guess["score"]] for guess in guesses],
+        "sentences": "not installed",
+        "onnx": "not installed",
+    }
+    if importlib.util.find_spec("sentence_transformers") is not None:
+        tensors["sentences"] = encode_sentences(folder, item["texts"], options)
+        facts["sentences"] = "run"
+    if item["trust"]:
+        facts["onnx"] = "not for remote code: its attention loops over documents"
+    elif all(importlib.util.find_spec(name) is not None for name in ONNX):
+        tensors["logits.ONNX"] = run_onnx(model, inputs, work / "model.onnx")
+        facts["onnx"] = "run"
+    return tensors, facts
+
+
+def load(auto: Any, folder: str, options: dict[str, Any]) -> tuple[Any, dict[str, list[str]]]:
+    """The model in fp32, and the tensors that its class missed or did not expect."""
+    model, info = auto.from_pretrained(folder, dtype=torch.float32, output_loading_info=True, **options)
+    names = ("missing_keys", "unexpected_keys", "mismatched_keys")
+    return model.eval(), {name: sorted(map(str, info[name])) for name in names}
+
+
+def forms(inputs: dict[str, Tensor], *, packed: bool) -> dict[str, dict[str, Tensor]]:
+    """Ways of passing the same documents: name to arguments. The first document fills its row."""
+    ids, mask = inputs["input_ids"], inputs["attention_mask"]
+    first = ids[:1]
+    lengths = mask.sum(1).tolist()
+    left = [torch.roll(row, len(row) - n) for row, n in zip(ids, lengths)]
+    left_mask = [torch.roll(row, len(row) - n) for row, n in zip(mask, lengths)]
+    result = {
+        "single, no mask": {"input_ids": first},
+        "single, mask of ones": {"input_ids": first, "attention_mask": torch.ones_like(first)},
+        "padded, bool mask": {"input_ids": ids, "attention_mask": mask.bool()},
+        "padded on the left": {"input_ids": torch.stack(left), "attention_mask": torch.stack(left_mask)},
+    }
+    if packed:
+        row = torch.cat([row[:n] for row, n in zip(ids, lengths)])
+        numbers = torch.repeat_interleave(torch.arange(1, len(ids) + 1), torch.tensor(lengths))
+        result["packed"] = {"input_ids": row[None], "segment_ids": numbers[None]}
+    return result
+
+
+def encode_sentences(folder: str, texts: list[str], options: dict[str, Any]) -> Tensor:
+    """Embeddings of sentence-transformers."""
+    from sentence_transformers import SentenceTransformer
+
+    with torch.inference_mode(False):
+        return SentenceTransformer(folder, device="cpu", **options).encode(texts, convert_to_tensor=True)
+
+
+def run_onnx(model: Any, inputs: dict[str, Tensor], path: Path) -> Tensor:
+    """Logits of onnxruntime for the padded batch, from a graph that was traced with another shape."""
+    import onnxruntime
+
+    class Logits(torch.nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.model = model
+
+        def forward(self, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
+            return self.model(input_ids=input_ids, attention_mask=attention_mask).logits
+
+    ids, mask = inputs["input_ids"], inputs["attention_mask"]
+    sizes = {0: torch.export.Dim("batch"), 1: torch.export.Dim("length")}
+    with torch.inference_mode(False), torch.no_grad():
+        example = (ids[:2].clone(), mask[:2].clone())
+        torch.onnx.export(
+            Logits(),
+            example,
+            path,
+            input_names=["input_ids", "attention_mask"],
+            output_names=["logits"],
+            dynamic_shapes={"input_ids": sizes, "attention_mask": sizes},
+            dynamo=True,
+            verbose=False,
+        )
+    session = onnxruntime.InferenceSession(path, providers=["CPUExecutionProvider"])
+    (logits,) = session.run(["logits"], {"input_ids": ids.numpy(), "attention_mask": mask.numpy()})
+    return torch.from_numpy(logits)
+
+
+if __name__ == "__main__":
+    main(sys.argv[1])

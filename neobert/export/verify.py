@@ -1,0 +1,277 @@
+"""Verification: does an exported folder, loaded by transformers in a fresh process, do exactly what our model does?
+
+One process of `probe.py` runs any number of folders (starting transformers takes longer than small models do) and
+imports nothing of this package. Our side reads the same folder, or the checkpoint it was made from, through
+`neobert.weights`, and computes every document packed beside others. So an agreement covers the file, the
+conversion, the code that comes with the folder, padding against packing, and the tokenizer.
+"""
+
+import json
+import os
+import subprocess
+import sys
+import tempfile
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from neobert.config.schema import TokenizerSection
+from neobert.data.tokenizer import Tokenizer, load_tokenizer
+from neobert.export.choose import ExportError
+from neobert.export.compare import TOLERANCE, build_model, layer_errors, our_states, random_documents
+from neobert.export.write import cut_vocabulary, pad
+from neobert.inference.fill_mask import MASK_TEXT, fill_mask
+from neobert.objectives.mlm import MaskedLM
+from neobert.weights.load import EncoderWeights, load_encoder_weights
+
+TEXTS = (
+    "the old house stands by the river.",
+    "A second, longer text: it has a number (1984), a dash - and a question?",
+    "x",
+)
+FILL = f"the old {MASK_TEXT} stands by the river."
+PROBABILITY_TOLERANCE = 1e-5
+_HEADS = ("dense.", "classifier.")
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Check:
+    """One comparison."""
+
+    name: str
+    passed: bool
+    detail: str
+    max_error: float | None = None
+    relative_error: float | None = None
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Verdict:
+    """All checks of one folder."""
+
+    folder: str
+    against: str
+    checks: tuple[Check, ...]
+
+    @property
+    def passed(self) -> bool:
+        return all(check.passed for check in self.checks)
+
+    def describe(self) -> str:
+        """A line for each check."""
+        marks = {True: "ok", False: "FAIL"}
+        lines = [f"{marks[c.passed]:4}  {c.name}: {c.detail}" for c in self.checks]
+        return "\n".join([f"{self.folder} against {self.against}", *lines])
+
+
+@dataclass(frozen=True, kw_only=True, slots=True, eq=False)
+class _Subject:
+    folder: Path
+    against: str
+    weights: EncoderWeights
+    model: MaskedLM
+    tokenizer: Tokenizer
+    documents: list[list[int]]
+    work: Path
+
+
+def verify(folders: Sequence[tuple[Path, str | None]]) -> list[Verdict]:
+    """Verifies exported folders, each against itself or against the checkpoint it was made from.
+
+    Args:
+        folders: Pairs of folder and source; None reads the folder itself.
+
+    Raises:
+        WeightsError: a folder or source cannot be read by us.
+        ExportError: transformers could not load or run a folder; the message ends with its error.
+    """
+    with tempfile.TemporaryDirectory() as temporary:
+        subjects = [
+            _prepare(Path(folder), against, Path(temporary) / str(number))
+            for number, (folder, against) in enumerate(folders)
+        ]
+        _run_probe(subjects, Path(temporary))
+        return [_judge(subject) for subject in subjects]
+
+
+def _prepare(folder: Path, against: str | None, work: Path) -> _Subject:
+    exported = load_encoder_weights(folder)
+    if exported.layout not in ("eurobert", "remote_code") or exported.tokenizer is None:
+        raise ExportError(f"{folder} is no exported folder with a tokenizer; make one with scripts/export/export_hf.py")
+    tokenizer = load_tokenizer(TokenizerSection(path=str(exported.tokenizer)))
+    weights = exported
+    if against is not None:
+        source, _ = cut_vocabulary(load_encoder_weights(against), exported.config.vocab_size)
+        dtypes = {name: tensor.dtype for name, tensor in exported.tensors.items()}
+        if set(dtypes) != set(source.tensors):
+            raise ExportError(f"{folder} and {against} have different tensors; compare a folder with its own source")
+        weights = replace(source, tensors={name: t.to(dtypes[name]) for name, t in source.tensors.items()})
+    work.mkdir()
+    documents = random_documents(weights.config.max_position_embeddings, tokenizer.size)
+    input_ids, mask = pad(documents, tokenizer.pad_id)
+    save_file({"input_ids": input_ids, "attention_mask": mask}, work / "inputs.safetensors")
+    return _Subject(
+        folder=folder,
+        against=against or "itself, read by us",
+        weights=weights,
+        model=build_model(weights),
+        tokenizer=tokenizer,
+        documents=documents,
+        work=work,
+    )
+
+
+def _run_probe(subjects: Sequence[_Subject], temporary: Path) -> None:
+    job = [
+        {
+            "folder": str(s.folder.resolve()),
+            "trust": (s.folder / "config.json").read_text().find('"auto_map"') >= 0,
+            "texts": TEXTS,
+            "fill": FILL.replace(MASK_TEXT, _mask_word(s.tokenizer)),
+            "work": str(s.work),
+        }
+        for s in subjects
+    ]
+    (temporary / "job.json").write_text(json.dumps(job))
+    environment = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
+    environment |= {"HF_MODULES_CACHE": str(temporary / "modules"), "HF_HUB_OFFLINE": "1"}
+    done = subprocess.run(
+        [sys.executable, "-P", str(Path(__file__).with_name("probe.py")), str(temporary / "job.json")],
+        env=environment,
+        cwd=temporary,
+        stdin=subprocess.DEVNULL,
+        capture_output=True,
+        text=True,
+    )
+    if done.returncode:
+        raise ExportError("transformers could not run an exported folder:\n" + done.stderr.strip()[-2000:])
+
+
+def _judge(subject: _Subject) -> Verdict:
+    tensors = load_file(subject.work / "outputs.safetensors")
+    facts = json.loads((subject.work / "outputs.json").read_text())
+    ours = our_states(subject.model, subject.documents)
+    checks = [_check_loading(facts)]
+    checks += _check_layers(subject, ours, tensors)
+    checks += _check_forms(subject, ours, tensors)
+    checks += [_check_classifier(tensors), _check_tokenizer(subject, facts), _check_fill_mask(subject, facts)]
+    if "sentences" in tensors:
+        checks.append(_check_sentences(subject, tensors["sentences"]))
+    for name, key in (("sentence-transformers", "sentences"), ("ONNX", "onnx")):
+        if facts[key] != "run":
+            checks.append(Check(name=name, passed=True, detail=f"skipped: {facts[key]}"))
+    return Verdict(folder=str(subject.folder), against=subject.against, checks=tuple(checks))
+
+
+def _check_loading(facts: dict[str, Any]) -> Check:
+    odd = []
+    for name, kinds in facts["loading"].items():
+        for kind, keys in kinds.items():
+            # A base model has no head; a classifier starts with a new one.
+            expected = {"base": ("lm_head.", "decoder."), "classifier": (*_HEADS, "lm_head.", "decoder.")}.get(name, ())
+            odd += [f"{name}: {kind} {key}" for key in keys if not key.startswith(expected)]
+    return Check(
+        name="loads with AutoModel, AutoModelForMaskedLM, AutoModelForSequenceClassification",
+        passed=not odd,
+        detail=", ".join(odd) or "no tensor missing, none unexpected",
+    )
+
+
+def _check_layers(subject: _Subject, ours: list[list[Tensor]], tensors: dict[str, Tensor]) -> list[Check]:
+    count = sum(name.startswith("layer.") for name in tensors)
+    layers = [tensors[f"layer.{number}"] for number in range(count)] + [tensors["logits.padded, int mask"]]
+    theirs = [[layer[row, : len(d)] for layer in layers] for row, d in enumerate(subject.documents)]
+    checks = [
+        Check(
+            name=error.layer,
+            passed=error.passed,
+            detail=f"max error {error.max_error:.1e}, relative {error.relative_error:.1e}",
+            max_error=error.max_error,
+            relative_error=error.relative_error,
+        )
+        for error in layer_errors(ours, theirs)
+    ]
+    base = [tensors["base"][row, : len(d)] for row, d in enumerate(subject.documents)]
+    return [*checks, _compare("AutoModel's last hidden state", [x[-2] for x in ours], base)]
+
+
+def _check_forms(subject: _Subject, ours: list[list[Tensor]], tensors: dict[str, Tensor]) -> list[Check]:
+    checks = []
+    lengths = [len(document) for document in subject.documents]
+    borders = torch.tensor([0, *lengths]).cumsum(0).tolist()
+    for name in (n.removeprefix("logits.") for n in tensors if n.startswith("logits.")):
+        logits = tensors[f"logits.{name}"]
+        if name == "packed":
+            theirs = [logits[0, start:end] for start, end in pairwise(borders)]
+        elif name == "padded on the left":
+            theirs = [logits[row, -n:] for row, n in enumerate(lengths)]
+        else:
+            theirs = [logits[row, :n] for row, n in enumerate(lengths[: len(logits)])]
+        checks.append(_compare(f"logits, {name}", [x[-1] for x in ours[: len(theirs)]], theirs))
+    return checks
+
+
+def _compare(name: str, ours: Sequence[Tensor], theirs: Sequence[Tensor]) -> Check:
+    error = max(float((a - b).abs().max()) for a, b in zip(ours, theirs, strict=True))
+    relative = error / max(float(a.abs().max()) for a in ours)
+    return Check(
+        name=name,
+        passed=error <= TOLERANCE or relative <= TOLERANCE,
+        detail=f"max error {error:.1e}, relative {relative:.1e}",
+        max_error=error,
+        relative_error=relative,
+    )
+
+
+def _check_classifier(tensors: dict[str, Tensor]) -> Check:
+    padded, single = tensors["classifier.padded"], tensors["classifier.single"]
+    return _compare("a classifier does not see padding", [single[0]], [padded[-1]])
+
+
+def _check_tokenizer(subject: _Subject, facts: dict[str, Any]) -> Check:
+    tokenizer, problems = subject.tokenizer, []
+    for text, ids, decoded in zip(TEXTS, facts["encoded"], facts["decoded"]):
+        plain = tokenizer.encode_batch([text])[0].tolist()
+        if ids != [tokenizer.cls_id, *plain, tokenizer.sep_id]:
+            problems.append(f"{text!r} becomes {ids[:12]}...")
+        if decoded.strip() != tokenizer.decode(plain).strip():
+            problems.append(f"{text!r} comes back as {decoded!r}")
+    if facts["max_length"] != subject.weights.config.max_position_embeddings:
+        problems.append(f"model_max_length is {facts['max_length']}")
+    return Check(
+        name="tokenizer",
+        passed=not problems,
+        detail="; ".join(problems) or f"{len(TEXTS)} texts to tokens as in training, and back",
+    )
+
+
+def _check_fill_mask(subject: _Subject, facts: dict[str, Any]) -> Check:
+    (filled,) = fill_mask(subject.model, subject.tokenizer, [FILL], top_k=len(facts["guesses"]))
+    ours = sorted((guess.token_id, guess.probability) for guess in filled.masks[0])
+    theirs = sorted((int(token), float(score)) for token, score in facts["guesses"])
+    largest = max(abs(a[1] - b[1]) for a, b in zip(ours, theirs, strict=True))
+    same = [token for token, _ in ours] == [token for token, _ in theirs]
+    return Check(
+        name="fill-mask pipeline",
+        passed=same and largest <= PROBABILITY_TOLERANCE,
+        detail=f"{'the same' if same else 'other'} tokens, probabilities differ by at most {largest:.1e}",
+        max_error=largest,
+    )
+
+
+def _check_sentences(subject: _Subject, theirs: Tensor) -> Check:
+    tokenizer = subject.tokenizer
+    plain = tokenizer.encode_batch(list(TEXTS))
+    documents = [[tokenizer.cls_id, *ids.tolist(), tokenizer.sep_id] for ids in plain]
+    ours = [states[-2].mean(0) for states in our_states(subject.model, documents)]
+    return _compare("sentence-transformers, mean over tokens", ours, list(theirs))
+
+
+def _mask_word(tokenizer: Tokenizer) -> str:
+    return next(word for word, number in tokenizer.special_tokens.items() if number == tokenizer.mask_id)

@@ -1,0 +1,227 @@
+"""Export: a checkpoint -> a folder that transformers, sentence-transformers and the hub take as it is.
+
+Everything that can be wrong is found and reported together before anything is written. Then the folder is made under a
+temporary name, loaded with transformers, compared with our model on padded batches, and renamed.
+
+The vocabulary is cut to the tokenizer's size. During training the embedding is padded to a multiple of 128 rows; those
+rows are no tokens, and in an exported model nothing would keep one of them from having the largest logit. Without them
+logits and probabilities are those of `scripts/predict.py`.
+"""
+
+import json
+import shutil
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import torch
+from huggingface_hub import HfApi
+from safetensors.torch import save_file
+from transformers import AutoModelForMaskedLM
+
+from neobert.config.schema import TokenizerSection
+from neobert.data.errors import DataError
+from neobert.data.tokenizer import Tokenizer, load_tokenizer
+from neobert.export.card import model_card
+from neobert.export.choose import ExportError, Form, choose_form
+from neobert.export.compare import build_model, layer_errors, our_states, random_documents
+from neobert.export.remote_code import code_files, remote_config, remote_tensors
+from neobert.export.sentence_files import write_sentence_files
+from neobert.export.tokenizer_files import save_tokenizer
+from neobert.export.transformers_native import native_config, native_tensors
+from neobert.objectives.mlm import MaskedLM
+from neobert.weights.describe import WeightsError
+from neobert.weights.load import STEPS_KEY, EncoderWeights, load_encoder_weights
+
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
+_MODEL_CONFIG = "model_config.json"
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class ExportRequest:
+    """What to export, and as what."""
+
+    source: str
+    """Run folder, checkpoint, or anything else that `load_encoder_weights` takes."""
+
+    output: Path
+    form: str = "auto"
+    dtype: str = "fp32"
+    push_to_hub: str | None = None
+    """`owner/name` of a repository of the hub to upload the folder to."""
+
+    drop_decoder_bias: bool = False
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Exported:
+    """A folder that was written."""
+
+    folder: Path
+    form: Form
+    step: int | None
+    max_logit_error: float
+    """Largest difference to our model's logits on random padded batches."""
+
+    notes: tuple[str, ...]
+
+
+@dataclass(frozen=True, kw_only=True, slots=True, eq=False)
+class _Plan:
+    weights: EncoderWeights
+    """With the vocabulary and the dtype of the export."""
+
+    tokenizer: Tokenizer
+    tokenizer_folder: Path
+    form: Form
+    notes: tuple[str, ...]
+
+
+def export(request: ExportRequest) -> Exported:
+    """Writes `request.output`, and uploads it if asked to.
+
+    Raises:
+        ExportError: something is wrong with the request, all of it in one message, and nothing was written; or the
+            folder does not agree with our model, and it was removed again.
+    """
+    plan = _make_plan(request)
+    temporary = request.output.with_name(f".tmp-{request.output.name}")
+    if temporary.exists():
+        shutil.rmtree(temporary)
+    temporary.mkdir(parents=True)
+    try:
+        changes = _write(plan, request, temporary)
+        error = _check(plan, temporary)
+        temporary.rename(request.output)
+    except BaseException:
+        shutil.rmtree(temporary, ignore_errors=True)
+        raise
+    if request.push_to_hub is not None:
+        _push(request.output, request.push_to_hub)
+    return Exported(
+        folder=request.output,
+        form=plan.form,
+        step=plan.weights.step,
+        max_logit_error=error,
+        notes=(*plan.notes, *changes),
+    )
+
+
+def _make_plan(request: ExportRequest) -> _Plan:
+    problems: list[str] = []
+    if request.output.exists():
+        problems.append(f"--output: {request.output} exists already; choose another folder, or remove it")
+    if request.dtype not in DTYPES:
+        problems.append(f"--dtype: {request.dtype!r} is unknown; write {' or '.join(DTYPES)}")
+    if request.push_to_hub is not None and len(request.push_to_hub.strip("/").split("/")) != 2:
+        problems.append(f"--push-to-hub: {request.push_to_hub!r} is no repository; write owner/name")
+    weights, tokenizer, form = None, None, None
+    try:
+        weights = load_encoder_weights(request.source, drop_decoder_bias=request.drop_decoder_bias)
+        tokenizer = _load_tokenizer(weights)
+    except (WeightsError, DataError, ExportError) as error:
+        problems.append(str(error))
+    if weights is not None:
+        try:
+            form = choose_form(weights.config, request.form)
+        except ExportError as error:
+            problems.append(str(error))
+    if problems or weights is None or tokenizer is None or form is None:
+        raise ExportError("\n".join(problems))
+    assert weights.tokenizer is not None, "a tokenizer was loaded"
+    cut, note = cut_vocabulary(weights, tokenizer.size)
+    tensors = {name: tensor.to(DTYPES[request.dtype]).contiguous() for name, tensor in cut.tensors.items()}
+    return _Plan(
+        weights=replace(cut, tensors=tensors),
+        tokenizer=tokenizer,
+        tokenizer_folder=weights.tokenizer,
+        form=form,
+        notes=(note,) if note else (),
+    )
+
+
+def _load_tokenizer(weights: EncoderWeights) -> Tokenizer:
+    if weights.tokenizer is None:
+        raise ExportError(f"{weights.folder} has no tokenizer (tokenizer.json); put it into its folder tokenizer/")
+    tokenizer = load_tokenizer(TokenizerSection(path=str(weights.tokenizer)))
+    if tokenizer.size > weights.config.vocab_size:
+        raise ExportError(
+            f"the tokenizer of {weights.folder} has {tokenizer.size} tokens, its embedding {weights.config.vocab_size} "
+            "rows; put the tokenizer it was trained with beside it"
+        )
+    return tokenizer
+
+
+def cut_vocabulary(weights: EncoderWeights, size: int) -> tuple[EncoderWeights, str | None]:
+    """The weights with the first `size` rows of the vocabulary, and a sentence about what was left out."""
+    if size == weights.config.vocab_size:
+        return weights, None
+    names = ("encoder.embedding.weight", "decoder.weight")
+    tensors = {name: tensor[:size] if name in names else tensor for name, tensor in weights.tensors.items()}
+    note = f"{weights.config.vocab_size - size} rows of the vocabulary that are no tokens are left out"
+    return replace(weights, config=replace(weights.config, vocab_size=size), tensors=tensors), note
+
+
+def _write(plan: _Plan, request: ExportRequest, folder: Path) -> list[str]:
+    config, tensors = plan.weights.config, plan.weights.tensors
+    make_config, make_tensors = (
+        (native_config, native_tensors) if plan.form == "native" else (remote_config, remote_tensors)
+    )
+    dtype = str(DTYPES[request.dtype]).removeprefix("torch.")
+    changes = save_tokenizer(plan.tokenizer_folder, folder, max_length=config.max_position_embeddings)
+    steps = {} if plan.weights.step is None else {STEPS_KEY: plan.weights.step}
+    _write_json(folder / "config.json", make_config(config, plan.tokenizer, dtype) | steps)
+    if plan.form == "native":
+        _write_json(folder / _MODEL_CONFIG, config.to_dict())
+    else:
+        for name, source in code_files().items():
+            (folder / name).write_text(source)
+    save_file(make_tensors(config, tensors), folder / "model.safetensors", metadata={"format": "pt"})
+    write_sentence_files(folder, config)
+    name = request.push_to_hub or request.output.name
+    card = model_card(plan.weights, config, plan.tokenizer, form=plan.form, dtype=dtype, name=name)
+    (folder / "README.md").write_text(card)
+    return changes
+
+
+def _write_json(path: Path, values: object) -> None:
+    path.write_text(json.dumps(values, indent=2) + "\n")
+
+
+@torch.inference_mode()
+def _check(plan: _Plan, folder: Path) -> float:
+    """Largest error of the logits. Raises ExportError when any layer disagrees."""
+    ours: MaskedLM = build_model(plan.weights)
+    theirs = AutoModelForMaskedLM.from_pretrained(
+        str(folder), dtype=torch.float32, trust_remote_code=plan.form == "remote_code"
+    ).eval()
+    documents = random_documents(plan.weights.config.max_position_embeddings, plan.tokenizer.size)
+    input_ids, mask = pad(documents, plan.tokenizer.pad_id)
+    output = theirs(input_ids=input_ids, attention_mask=mask, output_hidden_states=True)
+    layers = [*output.hidden_states, output.logits]
+    padded = [[layer[row, : len(document)] for layer in layers] for row, document in enumerate(documents)]
+    errors = layer_errors(our_states(ours, documents), padded)
+    wrong = [f"{e.layer} differs by {e.max_error:.1e}" for e in errors if not e.passed]
+    if wrong:
+        raise ExportError("\n  ".join(["the exported model does not agree with ours, nothing is kept:", *wrong]))
+    return errors[-1].max_error
+
+
+def pad(documents: Sequence[Sequence[int]], pad_id: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """Token ids and attention mask, int64 `[B, S]`, padding on the right."""
+    longest = max(map(len, documents))
+    input_ids = torch.tensor([[*d, *[pad_id] * (longest - len(d))] for d in documents])
+    mask = torch.tensor([[1] * len(d) + [0] * (longest - len(d)) for d in documents])
+    return input_ids, mask
+
+
+def _push(folder: Path, name: str) -> None:
+    try:
+        api = HfApi()
+        api.create_repo(name, exist_ok=True)
+        api.upload_folder(repo_id=name, folder_path=str(folder), commit_message="Upload the exported encoder")
+    except Exception as error:  # The library raises many kinds; the folder is complete and stays.
+        raise ExportError(
+            f"--push-to-hub: {name} was not uploaded ({error}); {folder} is complete, check `hf auth login` and upload "
+            f"it with `hf upload {name} {folder}`"
+        ) from error

@@ -1,0 +1,95 @@
+"""Initial weights from another model (`model.init_from`): only for a fresh start, and only into the same architecture.
+
+With the same tokenizer and as many rows, everything is copied as it is. With another tokenizer, or another number of
+rows, the embedding (and an untied vocabulary projection) follows the texts of the tokens; see
+`neobert.weights.vocabulary`. Optimizer, schedule, step and data begin anew.
+"""
+
+from dataclasses import fields, replace
+from typing import Any
+
+from torch import Tensor
+
+from neobert.config.schema import Config, TokenizerSection
+from neobert.data.errors import DataError
+from neobert.data.tokenizer import Tokenizer, load_tokenizer
+from neobert.model.config import ModelConfig
+from neobert.objectives.mlm import MaskedLM
+from neobert.train.runtime import StartupError
+from neobert.weights.describe import WeightsError
+from neobert.weights.load import EncoderWeights, load_encoder_weights
+from neobert.weights.vocabulary import match_tokens, remap_rows
+
+_FREE = ("vocab_size", "pad_token_id", "dropout_prob", "embedding_init_range", "decoder_init_range")
+"""Fields of ModelConfig that may differ: they follow the tokenizer, or act on nothing but training."""
+
+
+def load_initial_weights(config: Config) -> EncoderWeights | None:
+    """What `model.init_from` names, None without it.
+
+    Raises:
+        StartupError: it cannot be read, or has another architecture than the config; every difference is named.
+    """
+    source = config.model.init_from
+    if source is None:
+        return None
+    try:
+        weights = load_encoder_weights(source, drop_decoder_bias=config.model.init_drop_decoder_bias)
+    except WeightsError as error:
+        raise StartupError(f"model.init_from: {error}") from error
+    differences = [
+        f"model.{name}: the config has {ours!r}, {source} has {theirs!r}"
+        for name, ours, theirs in _architectures(config, weights.config)
+        if ours != theirs
+    ]
+    if differences:
+        raise StartupError(
+            "\n  ".join([f"model.init_from: {source} holds another architecture:", *differences])
+            + "\nwrite its values into the config"
+        )
+    return weights
+
+
+def _architectures(config: Config, theirs: ModelConfig) -> list[tuple[str, Any, Any]]:
+    """Key, value of the config and value of the source, of everything that shapes the computation."""
+    section, skipped = config.model, {*_FREE, "max_position_embeddings" if theirs.rope else "rope_theta"}
+    if replace(theirs, intermediate_size=section.intermediate_size).ffn_size == theirs.ffn_size:
+        skipped.add("intermediate_size")
+    names = [f.name for f in fields(theirs) if f.name not in skipped]
+    return [(name, getattr(section, name), getattr(theirs, name)) for name in names]
+
+
+def copy_initial_weights(module: MaskedLM, weights: EncoderWeights, tokenizer: Tokenizer) -> str:
+    """Writes `weights` into `module`, in its dtype; returns a line for the log.
+
+    Raises:
+        StartupError: the tokens of the two vocabularies cannot be matched.
+    """
+    tensors, note = _with_vocabulary(weights, tokenizer, module.encoder.config.vocab_size)
+    module.load_state_dict(tensors, strict=True)
+    module.check_tied()
+    trained = f" after {weights.step:,} steps" if weights.step is not None else ""
+    return f"initial weights from {weights.folder} ({weights.layout} layout{trained}); {note}"
+
+
+def _with_vocabulary(weights: EncoderWeights, tokenizer: Tokenizer, num_rows: int) -> tuple[dict[str, Tensor], str]:
+    if weights.tokenizer is None:
+        raise StartupError(
+            f"model.init_from: {weights.folder} has no tokenizer, so its embeddings cannot be matched with tokens; put "
+            "the tokenizer.json it was trained with beside its weights"
+        )
+    try:
+        theirs = load_tokenizer(TokenizerSection(path=str(weights.tokenizer)))
+    except DataError as error:
+        raise StartupError(f"model.init_from: {error}") from error
+    if theirs.digest == tokenizer.digest and num_rows == weights.config.vocab_size:
+        return weights.tensors, "the tokenizer is the same"
+    pairs = match_tokens(theirs.vocabulary, tokenizer.vocabulary, theirs.roles, tokenizer.roles)
+    tensors = dict(weights.tensors)
+    for name in ("encoder.embedding.weight", "decoder.weight"):
+        if name in tensors:
+            tensors[name] = remap_rows(tensors[name], pairs, num_rows)
+    new = len(tokenizer.vocabulary) - len(pairs)
+    return tensors, (
+        f"embeddings of {len(pairs):,} tokens are copied, {new:,} tokens that its tokenizer lacks start at their mean"
+    )

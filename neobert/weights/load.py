@@ -1,0 +1,223 @@
+"""The weights of an encoder, from wherever it was trained: architecture, tensors by our names, tokenizer, step.
+
+What a folder is, is read off its files:
+
+- `config.json`: a model of transformers. Its `model_type` says whether it is EuroBERT (ours are exported as that), code
+  exported by us, or NeoBERT.
+- `model_config.json` alone: a checkpoint of ours.
+- `config.yaml` alone: a checkpoint of the fork of NeoBERT that this project's keys come from.
+- `checkpoints/`: a run; the newest checkpoint counts.
+
+A name of the form `owner/model` that is no folder is fetched from the Hugging Face hub, `owner/model@revision` at that
+revision.
+"""
+
+import json
+import pickle
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+import yaml
+from huggingface_hub import snapshot_download
+from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+
+from neobert.model.config import ModelConfig
+from neobert.weights.describe import WeightsError
+from neobert.weights.folder import find_checkpoint
+from neobert.weights.layouts import LAYOUTS, Layout, to_ours
+from neobert.weights.manifest import CheckpointError
+
+REMOTE_CODE_TYPE = "neobert_encoder"
+"""`model_type` of models that we export with their code."""
+
+STEPS_KEY = "pretraining_steps"
+"""In config.json of models that we export: a second key in the header of the weights would make its bytes random."""
+
+_HUB_NAME = re.compile(r"[\w.-]+/[\w.-]+(@[\w./-]+)?")
+_SMALL_FILES = ["*.json", "*.txt", "*.model"]
+
+
+@dataclass(frozen=True, kw_only=True, slots=True, eq=False)
+class EncoderWeights:
+    """A trained encoder."""
+
+    config: ModelConfig
+    tensors: dict[str, Tensor]
+    """On the host, by the names of `MaskedLM.state_dict()`, in the dtype of the file."""
+
+    tokenizer: Path | None
+    """A folder with tokenizer.json; None when there is none."""
+
+    layout: str
+    """Which of LAYOUTS the weights came in."""
+
+    step: int | None
+    """Optimizer steps of training, where that is known."""
+
+    folder: Path
+    """What was read."""
+
+
+def load_encoder_weights(path: str | Path, *, drop_decoder_bias: bool = False) -> EncoderWeights:
+    """The encoder at `path`: a checkpoint or run of ours or of the fork, an exported folder, or a model of the hub.
+
+    Args:
+        path: A folder, or a name of the hub.
+        drop_decoder_bias: Leave out the bias of the vocabulary projection, which our models do not have.
+
+    Raises:
+        WeightsError: there is nothing at `path`, or its tensors are not exactly those of an encoder of ours.
+    """
+    folder = find_weights(path)
+    try:
+        return _read_folder(folder, drop_decoder_bias)
+    except (OSError, ValueError, SafetensorError, yaml.YAMLError, pickle.UnpicklingError) as error:
+        raise WeightsError(f"{folder}: {error}") from error
+
+
+def find_weights(path: str | Path) -> Path:
+    """The folder that holds the weights that `path` means.
+
+    Raises:
+        WeightsError: there is none.
+    """
+    folder = Path(path)
+    if not folder.is_dir():
+        if _HUB_NAME.fullmatch(str(path)) and not folder.exists():
+            return _fetch(str(path))
+        raise WeightsError(
+            f"{path} is no folder: give a run, a checkpoint, an exported model, or a name of the hub (owner/model)"
+        )
+    if (folder / "config.json").is_file():
+        return folder
+    foreign = _find_foreign_checkpoint(folder)
+    if foreign is not None:
+        return foreign
+    try:
+        found = find_checkpoint(folder)
+    except CheckpointError as error:
+        raise WeightsError(str(error)) from error
+    if found is None:
+        raise WeightsError(
+            f"{folder} holds no weights: give a run folder (with checkpoints/<step>/ in it), one of its checkpoints, or"
+            " a model folder with config.json"
+        )
+    return found
+
+
+def _find_foreign_checkpoint(folder: Path) -> Path | None:
+    """A checkpoint of the fork, or the last one of its run: with a config, and without our state."""
+    candidates = [folder, *(p for p in (folder / "checkpoints").glob("*") if p.name.isdecimal())]
+    foreign = [
+        p
+        for p in candidates
+        if all((p / name).is_file() for name in ("config.yaml", "model.safetensors"))
+        and not (p / "train_state.json").is_file()
+    ]
+    return max(foreign, key=lambda p: int(p.name) if p.name.isdecimal() else 0, default=None)
+
+
+def _fetch(name: str) -> Path:
+    repository, _, revision = name.partition("@")
+    try:
+        folder = Path(
+            snapshot_download(repository, revision=revision or None, allow_patterns=[*_SMALL_FILES, "*.safetensors"])
+        )
+        if not any(folder.glob("*.safetensors")):
+            snapshot_download(repository, revision=revision or None, allow_patterns=[*_SMALL_FILES, "*.bin"])
+    except (OSError, HfHubHTTPError, HFValidationError, LocalEntryNotFoundError) as error:
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+        raise WeightsError(
+            f"{name} is no folder, and the hub did not give it: {reason}. Check the spelling and the connection, or"
+            " download it and give the folder"
+        ) from error
+    return folder
+
+
+def _read_folder(folder: Path, drop_decoder_bias: bool) -> EncoderWeights:
+    tensors = _read_tensors(folder)
+    layout, raw = _recognise(folder, tensors)
+    config = layout.describe(raw, tensors)
+    if layout.name == "eurobert":
+        config = _restore(folder, config)
+    tokenizer = next((p for p in (folder, folder / "tokenizer") if (p / "tokenizer.json").is_file()), None)
+    return EncoderWeights(
+        config=config,
+        tensors=to_ours(layout, config, tensors, drop_decoder_bias=drop_decoder_bias),
+        tokenizer=tokenizer,
+        layout=layout.name,
+        step=_step(folder, raw),
+        folder=folder,
+    )
+
+
+def _recognise(folder: Path, tensors: Mapping[str, Tensor]) -> tuple[Layout, Mapping[str, Any]]:
+    if (folder / "config.json").is_file():
+        raw = json.loads((folder / "config.json").read_text())
+        kind = raw.get("model_type")
+        names = {"eurobert": "eurobert", REMOTE_CODE_TYPE: "remote_code", "neobert": _neobert_kind(tensors)}
+        if kind not in names:
+            raise WeightsError(
+                f"config.json has model_type {kind!r}, whose layout is not known; known are {', '.join(sorted(names))}"
+            )
+        return LAYOUTS[names[kind]], raw
+    if (folder / "model_config.json").is_file():
+        return LAYOUTS["checkpoint"], json.loads((folder / "model_config.json").read_text())
+    raw = yaml.safe_load((folder / "config.yaml").read_text())
+    if not isinstance(raw, dict) or not isinstance(raw.get("model"), dict):
+        raise WeightsError("config.yaml has no section `model`, so the architecture is not known")
+    return LAYOUTS[_neobert_kind(tensors)], raw["model"]
+
+
+def _neobert_kind(tensors: Mapping[str, Tensor]) -> str:
+    return "neobert" if any(name.endswith(".ffn.w12.weight") for name in tensors) else "neobert_fork"
+
+
+def _restore(folder: Path, config: ModelConfig) -> ModelConfig:
+    """With what EuroBERT's config cannot hold (initial ranges, dropout), from the file that our export writes."""
+    if not (folder / "model_config.json").is_file():
+        return config
+    ours = ModelConfig.from_dict(json.loads((folder / "model_config.json").read_text()))
+    carried = {"intermediate_size", "dropout_prob", "embedding_init_range", "decoder_init_range"}
+    both = replace(config, **{name: getattr(ours, name) for name in carried})
+    if both != ours or both.ffn_size != config.ffn_size:
+        raise WeightsError(
+            "config.json and model_config.json describe different models; delete model_config.json, which only adds"
+            " settings of training"
+        )
+    return ours
+
+
+def _step(folder: Path, raw: Mapping[str, Any]) -> int | None:
+    if (folder / "train_state.json").is_file():
+        return int(json.loads((folder / "train_state.json").read_text())["step"])
+    if STEPS_KEY in raw:
+        return int(raw[STEPS_KEY])
+    is_fork = folder.parent.name == "checkpoints" and folder.name.isdecimal()
+    return int(folder.name) if is_fork else None
+
+
+def _read_tensors(folder: Path) -> dict[str, Tensor]:
+    for name in ("model.safetensors", "pytorch_model.bin"):
+        index = folder / f"{name}.index.json"
+        if index.is_file():
+            shards = sorted(set(json.loads(index.read_text())["weight_map"].values()))
+        elif (folder / name).is_file():
+            shards = [name]
+        else:
+            continue
+        tensors: dict[str, Tensor] = {}
+        for shard in shards:
+            if shard.endswith(".safetensors"):
+                with safe_open(folder / shard, framework="pt") as file:
+                    tensors.update({key: file.get_tensor(key) for key in file.keys()})  # noqa: SIM118
+            else:
+                tensors.update(torch.load(folder / shard, map_location="cpu", weights_only=True))
+        return tensors
+    raise WeightsError("there is neither model.safetensors nor pytorch_model.bin")

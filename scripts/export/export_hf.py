@@ -1,0 +1,41 @@
+"""Export a trained encoder to a folder for transformers, sentence-transformers and the hub."""
+
+import argparse
+import sys
+from pathlib import Path
+
+from neobert.export.choose import ExportError
+from neobert.export.write import ExportRequest, export
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("model", help="run folder (its newest checkpoint is used), checkpoint, or name of the hub")
+    parser.add_argument("--output", required=True, type=Path, help="folder to write; must not exist")
+    parser.add_argument("--format", default="auto", help="auto, native or remote_code (default auto)")
+    parser.add_argument("--dtype", default="fp32", help="fp32 or bf16 (default fp32)")
+    parser.add_argument("--push-to-hub", metavar="OWNER/NAME", help="upload the folder to this repository")
+    parser.add_argument("--drop-decoder-bias", action="store_true", help="leave out a bias of the projection")
+    args = parser.parse_args()
+    request = ExportRequest(
+        source=args.model,
+        output=args.output,
+        form=args.format,
+        dtype=args.dtype,
+        push_to_hub=args.push_to_hub,
+        drop_decoder_bias=args.drop_decoder_bias,
+    )
+    try:
+        done = export(request)
+    except ExportError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    for note in done.notes:
+        print(note)
+    step = "" if done.step is None else f", step {done.step:,}"
+    print(f"{done.folder}/: {done.form}{step}; largest difference of a logit to ours {done.max_logit_error:.1e}")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

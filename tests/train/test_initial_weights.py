@@ -1,0 +1,113 @@
+"""`model.init_from`: a fresh run starts from the weights of another model, of the same architecture, or not at all."""
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from records import log_lines
+from safetensors.torch import load_file, save_file
+from small_corpus import make_texts
+
+from neobert.config.load import ConfigError
+from neobert.config.schema import Config
+from neobert.data.tokenizer import train_tokenizer
+from neobert.train.loop import pretrain
+from neobert.train.runtime import StartupError
+
+Tiny = Callable[..., Config]
+
+
+@pytest.fixture(scope="module")
+def source(tiny: Tiny, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    out = tmp_path_factory.mktemp("source") / "run"
+    pretrain(tiny(out, "trainer.max_steps=6", "trainer.save_steps=0", "trainer.eval_steps=0"))
+    return out
+
+
+def first_evaluation(run: Path) -> float:
+    return log_lines(run, "eval")[0]["loss"]
+
+
+def test_a_run_starts_where_the_other_one_ended(tiny: Tiny, tmp_path: Path, source: Path) -> None:
+    out = tmp_path / "run"
+    pretrain(tiny(out, f"model.init_from={source}", "trainer.max_steps=1", "seed=4"))
+    assert log_lines(out, "eval")[0]["step"] == 0
+    assert first_evaluation(out) == pytest.approx(log_lines(source, "eval")[-1]["loss"], abs=1e-6)
+    said = (out / "training.log").read_text()
+    assert f"initial weights from {source}/checkpoints/6 (checkpoint layout after 6 steps)" in said
+    assert "the tokenizer is the same" in said
+    assert log_lines(out, "step")[0]["step"] == 1, "the step begins anew"
+
+
+def test_a_resumed_run_does_not_start_over(tiny: Tiny, tmp_path: Path, source: Path) -> None:
+    out, init = tmp_path / "run", f"model.init_from={source}"
+    pretrain(tiny(out, init, "trainer.max_steps=2"))
+    weights = load_file(out / "checkpoints" / "2" / "model.safetensors")
+    (out / "log.jsonl").rename(out / "first.jsonl")
+    pretrain(tiny(out, init, "trainer.max_steps=3", "trainer.resume_from_checkpoint=latest", "optimizer.lr=1e-12"))
+    after = load_file(out / "checkpoints" / "3" / "model.safetensors")
+    assert all(torch.allclose(after[name], weights[name], atol=1e-6) for name in weights)
+
+
+def test_every_difference_of_architecture_is_named_before_the_data_is_touched(
+    tiny: Tiny, tmp_path: Path, source: Path
+) -> None:
+    bad = ["model.num_hidden_layers=1", "model.rms_norm=false", "model.intermediate_size=100", "dataset.path=/nowhere"]
+    with pytest.raises(StartupError) as caught:
+        pretrain(tiny(tmp_path / "run", f"model.init_from={source}", *bad))
+    message = str(caught.value)
+    assert "model.num_hidden_layers: the config has 1, " in message
+    assert f"{source} has 2" in message
+    assert "model.rms_norm: the config has False" in message
+    assert "model.intermediate_size: the config has 100" in message
+    assert not (tmp_path / "run" / "config.yaml").exists()
+
+
+def test_what_shapes_nothing_may_differ(tiny: Tiny, tmp_path: Path, source: Path) -> None:
+    free = ["model.dropout_prob=0.1", "model.intermediate_size=47", "model.max_position_embeddings=256"]
+    pretrain(tiny(tmp_path / "run", f"model.init_from={source}", "trainer.max_steps=1", *free))
+
+
+def test_a_wrong_path_is_an_error_that_names_the_key(tiny: Tiny, tmp_path: Path) -> None:
+    with pytest.raises(StartupError, match=r"model.init_from: /nowhere is no folder"):
+        pretrain(tiny(tmp_path / "run", "model.init_from=/nowhere"))
+    with pytest.raises(ConfigError, match=r"model.init_drop_decoder_bias: true is about model.init_from"):
+        tiny(tmp_path / "run", "model.init_drop_decoder_bias=true")
+
+
+def test_with_another_tokenizer_embeddings_follow_the_text_of_the_tokens(
+    tiny: Tiny, tmp_path: Path, source: Path
+) -> None:
+    theirs = json.loads((source / "checkpoints" / "6" / "tokenizer" / "tokenizer.json").read_text())["model"]["vocab"]
+    folder = tmp_path / "tokenizer"
+    train_tokenizer(iter(make_texts(40, seed=5)), algorithm="byte_bpe", vocab_size=330).save(folder)
+    ours = json.loads((folder / "tokenizer.json").read_text())["model"]["vocab"]
+    shared = set(ours) & set(theirs)
+    assert 270 < len(shared) < 330
+    out = tmp_path / "run"
+    still = ["trainer.max_steps=1", "optimizer.lr=1e-12", "optimizer.weight_decay=0"]
+    pretrain(tiny(out, f"model.init_from={source}", f"tokenizer.path={folder}", *still))
+    assert f"{len(shared)} tokens are copied, {330 - len(shared)} tokens" in (out / "training.log").read_text()
+    old = load_file(source / "checkpoints" / "6" / "model.safetensors")
+    new = load_file(out / "checkpoints" / "1" / "model.safetensors")
+    before, after = old["encoder.embedding.weight"], new["encoder.embedding.weight"]
+    for token in shared:
+        assert torch.allclose(after[ours[token]], before[theirs[token]], atol=1e-6)
+    mean = torch.stack([before[theirs[token]] for token in shared]).mean(0)
+    unknown = next(token for token in ours if token not in shared)
+    assert torch.allclose(after[ours[unknown]], mean, atol=1e-5)
+    assert torch.allclose(after[-1], mean, atol=1e-5), "rows beyond the tokenizer too"
+    assert torch.allclose(new["encoder.norm.weight"], old["encoder.norm.weight"], atol=1e-6)
+
+
+def test_weights_without_a_tokenizer_are_refused(tiny: Tiny, tmp_path: Path, source: Path) -> None:
+    bare = tmp_path / "bare"
+    bare.mkdir()
+    newest = source / "checkpoints" / "6"
+    for name in ("model_config.json", "train_state.json"):
+        (bare / name).write_text((newest / name).read_text())
+    save_file(load_file(newest / "model.safetensors"), bare / "model.safetensors")
+    with pytest.raises(StartupError, match=r"model.init_from: .*bare has no tokenizer, so its embeddings cannot"):
+        pretrain(tiny(tmp_path / "run", f"model.init_from={bare}"))
