@@ -36,7 +36,7 @@ REMOTE_CODE_TYPE = "neobert_encoder"
 """`model_type` of models that we export with their code."""
 
 STEPS_KEY = "pretraining_steps"
-"""Of the config.json of models that we export: a second key in the header of the weights would make its bytes random."""
+"""In the config.json of models that we export. (A second key in the header of the weights makes its bytes random.)"""
 
 _HUB_NAME = re.compile(r"[\w.-]+/[\w.-]+(@[\w./-]+)?")
 _SMALL_FILES = ["*.json", "*.txt", "*.model"]
