@@ -1,5 +1,7 @@
 """Every command and every Python block of README.md and docs/ runs, in order, with a small model and a small corpus."""
 
+import ast
+import importlib.util
 import json
 import re
 import runpy
@@ -128,13 +130,8 @@ def test_the_commands_of_a_page_run_in_order(page: Path, workplace: Path, monkey
 
 def test_the_pages_have_commands() -> None:
     assert len(own_commands()) > 10
-    assert {page for page, _ in own_commands()} >= {
-        "README.md",
-        "training.md",
-        "evaluation.md",
-        "inference.md",
-        "prepare.md",
-    }
+    pages = {"README", "training", "evaluation", "inference", "prepare", "data-and-resume", "export"}
+    assert {page for page, _ in own_commands()} >= {f"{name}.md" for name in pages}
 
 
 def test_the_python_blocks_of_the_pages_run(
@@ -151,6 +148,34 @@ def test_the_python_blocks_of_the_pages_run(
     for block in blocks:
         exec(compile(block, "README.md", "exec"), {})
     assert "finished" in capsys.readouterr().out
+
+
+def needs(block: str) -> set[str]:
+    """Top-level packages that a block imports."""
+    nodes = list(ast.walk(ast.parse(block)))
+    plain = {alias.name for node in nodes if isinstance(node, ast.Import) for alias in node.names}
+    return {name.split(".")[0] for name in plain | {n.module or "" for n in nodes if isinstance(n, ast.ImportFrom)}}
+
+
+def test_the_python_blocks_of_the_export_page_run(
+    workplace: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(workplace)
+    if not (workplace / "outputs" / "quickstart").exists():
+        run("python scripts/pretraining/pretrain.py configs/pretraining/quickstart.yaml", workplace, monkeypatch)
+    if not (workplace / "outputs" / "quickstart_hf").exists():
+        export = "python scripts/export/export_hf.py outputs/quickstart --output outputs/quickstart_hf"
+        run(export, workplace, monkeypatch)
+    blocks = re.findall(r"^```python\n(.*?)^```", (ROOT / "docs" / "export.md").read_text(), re.S | re.M)
+    optional = {"sentence_transformers", "onnxruntime"}
+    here = [b for b in blocks if all(importlib.util.find_spec(name) for name in needs(b) & optional)]
+    assert len(here) >= 2
+    capsys.readouterr()
+    for block in here:
+        exec(compile(block, "export.md", "exec"), {})
+    shapes = capsys.readouterr().out
+    assert "torch.Size([2, " in shapes
+    assert "eurobert 2 16 " in shapes
 
 
 def test_links_between_the_pages_lead_somewhere() -> None:

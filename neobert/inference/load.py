@@ -22,7 +22,7 @@ def load(path: str | Path, *, device: str | torch.device = "auto", dtype: str = 
     """A trained model with its tokenizer, ready to answer.
 
     Args:
-        path: a checkpoint folder; a run folder or its `checkpoints` folder, which mean the newest checkpoint; an exported
+        path: a checkpoint; a run folder or its `checkpoints` folder, which mean the newest checkpoint; an exported
             folder; a model of the hub (`owner/model`) in a layout that `neobert.weights.layouts` knows.
         device: `auto` takes a GPU when there is one.
         dtype: `fp32`, or `bf16` for matrix products in bf16 as in training with `trainer.mixed_precision: bf16`.
