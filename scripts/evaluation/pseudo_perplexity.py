@@ -23,9 +23,6 @@ def main() -> None:
     parser.add_argument(
         "--bias-documents", type=int, default=16, help="first documents scored exactly too (default 16)"
     )
-    parser.add_argument(
-        "--max-length", type=int, help="longer documents are cut in pieces (default: the model's length)"
-    )
     args = parser.parse_args()
     model = load(args.model, device=args.device, dtype=args.dtype)
     args.max_length = min(args.max_length or model.max_length, model.max_length)
