@@ -164,11 +164,11 @@ def _forward_by_document(
     q_TND: Tensor, k_TND: Tensor, v_TND: Tensor, borders: Tensor, scale: float, reach: int
 ) -> Tensor:
     out_TND = torch.zeros(q_TND.shape, dtype=q_TND.dtype, device=q_TND.device)
-    q, k, v, out = (x.transpose(0, 1) for x in (q_TND * scale, k_TND, v_TND, out_TND))
+    q, k, v, out = (x.transpose(0, 1) for x in (q_TND, k_TND, v_TND, out_TND))
     for document in _documents(borders, q, reach):
         q_own, k_own, v_own, out_own = (x[:, document.slots] for x in (q, k, v, out))
         for tile in document.tiles:
-            attended = torch.bmm(_probabilities(q_own, k_own, tile, reach), v_own[:, tile.keys])
+            attended = torch.bmm(_probabilities(q_own, k_own, tile, scale, reach), v_own[:, tile.keys])
             out_own[:, tile.queries][:, : tile.own] = attended[:, : tile.own]
     return out_TND
 
@@ -177,7 +177,7 @@ def _backward_by_document(
     grad_TND: Tensor, q_TND: Tensor, k_TND: Tensor, v_TND: Tensor, borders: Tensor, scale: float, reach: int
 ) -> tuple[Tensor, Tensor, Tensor]:
     grads_TND = tuple(torch.zeros(x.shape, dtype=x.dtype, device=x.device) for x in (q_TND, k_TND, v_TND))
-    q, k, v, grad = (x.transpose(0, 1) for x in (q_TND * scale, k_TND, v_TND, grad_TND))
+    q, k, v, grad = (x.transpose(0, 1) for x in (q_TND, k_TND, v_TND, grad_TND))
     grad_q, grad_k, grad_v = (x.transpose(0, 1) for x in grads_TND)
     wide = torch.promote_types(q.dtype, torch.float32)
     for document in _documents(borders, q, reach):
@@ -188,12 +188,13 @@ def _backward_by_document(
             sums = [torch.zeros(k_own.shape, dtype=wide, device=k.device) for _ in "kv"]
         for tile in document.tiles:
             queries, keys = tile.queries, tile.keys
-            probs = _probabilities(q_own, k_own, tile, reach)
+            probs = _probabilities(q_own, k_own, tile, scale, reach)
             probs[:, tile.own :] = 0
             grad_probs = torch.bmm(grad_own[:, queries], v_own[:, keys].transpose(1, 2))
             grad_scores = torch.ops.aten._softmax_backward_data(grad_probs, probs, -1, probs.dtype)
-            grad_q_own[:, queries][:, : tile.own] = torch.bmm(grad_scores, k_own[:, keys])[:, : tile.own]
-            part_k = torch.bmm(grad_scores.transpose(1, 2), q_own[:, queries])
+            part_q = _scaled_product(grad_scores, k_own[:, keys], scale)
+            grad_q_own[:, queries][:, : tile.own] = part_q[:, : tile.own]
+            part_k = _scaled_product(grad_scores.transpose(1, 2), q_own[:, queries], scale)
             part_v = torch.bmm(probs.transpose(1, 2), grad_own[:, queries])
             if sums is None:
                 sums = [part_k, part_v]
@@ -203,13 +204,18 @@ def _backward_by_document(
         assert sums is not None, "a document has a tile"
         for target, total in zip((grad_k, grad_v), sums):
             target[:, document.slots][:, :length] = total[:, :length]
-    grads_TND[0].mul_(scale)
     return grads_TND[0], grads_TND[1], grads_TND[2]
 
 
-def _probabilities(q_NTD: Tensor, k_NTD: Tensor, tile: _Tile, reach: int) -> Tensor:
-    """Softmax over the scores of a tile's scaled queries, `[N, Q, K]`; sums and maxima are fp32 inside."""
-    scores_NQK = torch.bmm(q_NTD[:, tile.queries], k_NTD[:, tile.keys].transpose(1, 2))
+def _scaled_product(a: Tensor, b: Tensor, scale: float) -> Tensor:
+    """scale * a b of batches of matrices; the factor costs nothing inside the product."""
+    unused = torch.empty((1, 1, 1), dtype=a.dtype, device=a.device)
+    return torch.baddbmm(unused, a, b, beta=0, alpha=scale)
+
+
+def _probabilities(q_NTD: Tensor, k_NTD: Tensor, tile: _Tile, scale: float, reach: int) -> Tensor:
+    """Softmax over the scores of a tile, `[N, Q, K]`; sums and maxima are fp32 inside."""
+    scores_NQK = _scaled_product(q_NTD[:, tile.queries], k_NTD[:, tile.keys].transpose(1, 2), scale)
     scores_NQK[:, :, tile.own_keys :] = float("-inf")
     if tile.banded:
         num_queries, num_keys = scores_NQK.shape[1:]
