@@ -36,11 +36,13 @@ CARRIED = frozenset(
         "embedding_init_range",
         "decoder_init_range",
         "tie_word_embeddings",
+        "global_attention_every",
     }
 )
-"""Fields that the native form holds, or that do nothing but in training (dropout, initial ranges)."""
+"""Fields that the native form holds, that do nothing but in training (dropout, initial ranges), or that do nothing
+where the fields below have their values."""
 
-REQUIRED: dict[str, Any] = {"rope": True, "rms_norm": True, "hidden_act": "swiglu"}
+REQUIRED: dict[str, Any] = {"rope": True, "rms_norm": True, "hidden_act": "swiglu", "local_attention": None}
 """Fields that the native form has only one value for."""
 
 

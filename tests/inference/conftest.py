@@ -41,7 +41,7 @@ def run_folder(tmp_path_factory: pytest.TempPathFactory, tokenizer_folder: Path)
     checkpoint.mkdir(parents=True)
     save_file({name: t.contiguous() for name, t in model.state_dict().items()}, checkpoint / "model.safetensors")
     (checkpoint / "model_config.json").write_text(json.dumps(config.to_dict()))
-    (checkpoint / "train_state.json").write_text("{}")
+    (checkpoint / "train_state.json").write_text('{"step": 12}')
     tokenizer.save(checkpoint / "tokenizer")
     files = [path for path in checkpoint.rglob("*") if path.is_file()]
     records = {path.relative_to(checkpoint).as_posix(): record_file(path) for path in files}
