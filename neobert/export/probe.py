@@ -104,11 +104,12 @@ def forms(inputs: dict[str, Tensor], *, packed: bool) -> dict[str, dict[str, Ten
 
 
 def encode_sentences(folder: str, texts: list[str], options: dict[str, Any]) -> Tensor:
-    """Embeddings of sentence-transformers."""
+    """Embeddings of sentence-transformers, computed in fp32: by default it computes in the dtype that is stored."""
     from sentence_transformers import SentenceTransformer
 
     with torch.inference_mode(False):
-        return SentenceTransformer(folder, device="cpu", **options).encode(texts, convert_to_tensor=True)
+        encoder = SentenceTransformer(folder, device="cpu", model_kwargs={"dtype": torch.float32}, **options)
+        return encoder.encode(texts, convert_to_tensor=True)
 
 
 def run_onnx(model: Any, inputs: dict[str, Tensor], path: Path) -> Tensor:

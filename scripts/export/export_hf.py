@@ -30,8 +30,7 @@ def main() -> int:
     except ExportError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
-    for note in done.notes:
-        print(note)
+    print(*done.notes, sep="\n")
     step = "" if done.step is None else f", step {done.step:,}"
     print(f"{done.folder}/: {done.form}{step}; largest difference of a logit to ours {done.max_logit_error:.1e}")
     return 0

@@ -1,10 +1,12 @@
 """Runs of every variant, exported once and verified in one process: starting transformers takes longer than a test."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
 import transformers.dynamic_module_utils as dynamic_modules
+from damage import DAMAGES
+from variants import EXPORTS, RUNS
 
 from neobert.config.schema import Config
 from neobert.export.verify import Verdict, verify
@@ -13,29 +15,14 @@ from neobert.train.loop import pretrain
 
 Tiny = Callable[..., Config]
 
-RUNS = {
-    "tied": [],
-    "untied": ["model.tie_word_embeddings=false"],
-    "learned": ["model.rope=false"],
-    "gelu_layernorm": ["model.rms_norm=false", "model.hidden_act=gelu"],
-}
-EXPORTS = {
-    "native": ("tied", "auto", "fp32"),
-    "native_untied": ("untied", "native", "fp32"),
-    "native_bf16": ("tied", "auto", "bf16"),
-    "learned": ("learned", "auto", "fp32"),
-    "gelu_layernorm": ("gelu_layernorm", "auto", "fp32"),
-    "remote": ("tied", "remote_code", "fp32"),
-    "remote_untied": ("untied", "remote_code", "bf16"),
-}
-"""Name of the folder: run, --format, --dtype."""
-
 
 @pytest.fixture(scope="session", autouse=True)
-def own_module_cache(tmp_path_factory: pytest.TempPathFactory) -> None:
+def own_module_cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
     """Transformers copies the code of folders into a cache; not into the user's."""
     patch = pytest.MonkeyPatch()
     patch.setattr(dynamic_modules, "HF_MODULES_CACHE", str(tmp_path_factory.mktemp("modules")))
+    yield
+    patch.undo()
 
 
 @pytest.fixture(scope="session")
@@ -61,8 +48,6 @@ def exports(runs: dict[str, Path], tmp_path_factory: pytest.TempPathFactory) -> 
 @pytest.fixture(scope="session")
 def broken(runs: dict[str, Path], exports: dict[str, Exported], tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
     """Copies of the native folder with one thing wrong."""
-    from damage import DAMAGES
-
     folder = tmp_path_factory.mktemp("broken")
     return [damage(exports["native"].folder, folder / name) for name, damage in DAMAGES.items()]
 

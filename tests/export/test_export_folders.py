@@ -10,10 +10,10 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import EXPORTS
 from safetensors import safe_open
 from safetensors.torch import load_file
 from transformers import AutoModelForMaskedLM, AutoModelForSequenceClassification, AutoTokenizer
+from variants import EXPORTS
 
 import neobert.export.write as write_module
 from neobert.config.schema import Config

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import EXPORTS
+from variants import EXPORTS
 
 import neobert.export.verify as verify_module
 from neobert.export.choose import ExportError
