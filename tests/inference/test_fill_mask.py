@@ -147,7 +147,10 @@ def test_jointly_the_masks_are_filled_from_left_to_right(model: MaskedLM, tokeni
 def test_a_mask_may_be_filled_with_a_mask(model: MaskedLM, tokenizer: Tokenizer) -> None:
     with torch.no_grad():  # every guess is [MASK]
         model.encoder.embedding.weight[: tokenizer.size] *= 0.01
-        hidden = hidden_states(model, [_encode(tokenizer, "[MASK] [MASK]")])[1]
+        hidden = hidden_states(model, [_encode(tokenizer, "[MASK] a [MASK]")])[1]
         model.encoder.embedding.weight[tokenizer.mask_id] = 5 * hidden / hidden.norm()
-    (result,) = fill_mask(model, tokenizer, ["[MASK] [MASK]"], joint=True)
-    assert len(result.masks) == 2
+    (result,) = fill_mask(model, tokenizer, ["[MASK] a [MASK]"], joint=True)
+    (separate,) = fill_mask(model, tokenizer, ["[MASK] a [MASK]"])
+    assert result.masks[0][0].token_id == tokenizer.mask_id
+    assert result.masks == separate.masks
+    assert result.masks[0] != result.masks[1]

@@ -16,9 +16,10 @@ from neobert.data.errors import DataError
 from neobert.data.tokenizer import Tokenizer, train_tokenizer
 from neobert.inference.mlm_loss import LossSettings, MlmLoss, choose_words, mlm_loss, tokens_of_words
 from neobert.inference.model import Model
-from neobert.inference.scorer import OwnScorer, Scorer, load_scorer
+from neobert.inference.scorer import BatchLoss, OwnScorer, Scorer, load_scorer
 from neobert.inference.texts import open_texts
 from neobert.train.loop import pretrain
+from neobert.types import PackedBatch
 
 
 def run(scorer: Scorer, source: Path, **settings: object) -> MlmLoss:
@@ -62,8 +63,9 @@ def bert(texts: list[str], tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def test_the_loss_is_that_of_the_evaluation_of_training(
-    tiny: Callable[..., Config], tmp_path: Path, texts: list[str]
+    tiny: Callable[..., Config], tmp_path: Path, texts: list[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    monkeypatch.setattr("neobert.inference.mlm_loss._BLOCK_DOCUMENTS", 7)
     out = tmp_path / "run"
     pretrain(tiny(out, "trainer.max_steps=2", "trainer.eval_seed=5", "dataset.eval_samples=40"))
     records = [json.loads(line) for line in (out / "log.jsonl").read_text().splitlines()]
@@ -75,6 +77,11 @@ def test_the_loss_is_that_of_the_evaluation_of_training(
     assert result.num_documents == 40
     assert result.loss == pytest.approx(evaluated["loss"], rel=1e-5)
     assert result.accuracy == pytest.approx(evaluated["accuracy"], rel=1e-6)
+    # As in training, a document too short to use has no number and changes no mask.
+    held_out.write_text('{"text": "a"}\n' + held_out.read_text())
+    again = run(load_scorer(str(out)), held_out, seed=5, max_documents=40)
+    assert (again.num_targets, again.num_documents) == (result.num_targets, 40)
+    assert again.loss == pytest.approx(result.loss, rel=1e-6)
     assert run(load_scorer(str(out)), held_out, seed=6, max_documents=40).loss != pytest.approx(result.loss, rel=1e-4)
 
 
@@ -139,6 +146,24 @@ def test_words_are_chosen_by_their_place_in_the_text() -> None:
     ]
     assert parts == chosen, "however the document is cut"
     assert choose_words(text, 8, 0, settings) != chosen
+
+
+def test_the_tokens_of_the_chosen_words_are_the_targets(loaded: Model, tmp_path: Path) -> None:
+    class Recorder(OwnScorer):
+        def score(self, batch: PackedBatch) -> BatchLoss:
+            targets.extend(batch.targets[: batch.num_targets].tolist())
+            inputs.extend(batch.input_ids.flatten()[batch.masked_index[: batch.num_targets]].tolist())
+            return super().score(batch)
+
+    targets: list[int] = []
+    inputs: list[int] = []
+    text = "every river builds the open sea and a broken clock remembers seven stones"
+    (tmp_path / "one.jsonl").write_text(json.dumps({"text": text}) + "\n")
+    result = run(Recorder(loaded), tmp_path / "one.jsonl", whole_words=True, mlm_probability=0.4)
+    chosen = choose_words(text, 0, 0, LossSettings(mlm_probability=0.4))
+    assert result.num_words == len(chosen) > 1
+    assert loaded.tokenizer.decode(targets).split() == [text[begin:end] for begin, end in chosen]
+    assert set(inputs) == {loaded.tokenizer.mask_id}
 
 
 def test_tokens_of_words(loaded: Model) -> None:
