@@ -188,7 +188,7 @@ def test_names_in_comma_form_are_one_corpus(halves, make_config, make_data):
     config = make_config(path=None, name="python_stdlib:7,python_stdlib:3", streaming=None)
     data = make_data(config)
     assert data.num_documents == 10
-    assert data.train.labels == ("python_stdlib", "python_stdlib")
+    assert data.train.labels == ("python_stdlib (0)", "python_stdlib (1)")
 
 
 def test_large_documents_of_a_mixture_are_bounded_and_complete(

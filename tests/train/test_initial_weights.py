@@ -102,6 +102,7 @@ def test_with_another_tokenizer_embeddings_follow_the_text_of_the_tokens(
     assert torch.allclose(new["encoder.norm.weight"], old["encoder.norm.weight"], atol=1e-6)
 
 
+@pytest.mark.filterwarnings("ignore:.*has no manifest.json")
 def test_weights_without_a_tokenizer_are_refused(tiny: Tiny, tmp_path: Path, source: Path) -> None:
     bare = tmp_path / "bare"
     bare.mkdir()

@@ -176,7 +176,7 @@ def test_predictions_of_a_run(tiny: Tiny, tmp_path: Path) -> None:
     (result,) = fill_mask(model, tokenizer, ["the [MASK] sees a [MASK] door"], top_k=tokenizer.size)
     assert len(result.masks) == 2
     assert sum(guess.probability for guess in result.masks[0]) == pytest.approx(1.0, abs=1e-4)
-    with pytest.raises(WeightsError, match="holds no weights"):
+    with pytest.raises(WeightsError, match="nothing is no folder"):
         load_masked_lm(tmp_path / "nothing")
 
 
