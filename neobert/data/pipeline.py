@@ -168,6 +168,8 @@ def build_data(
         prefetch_steps=section.prefetch_factor or PREFETCH_STEPS,
         pin_memory=pin_memory,
     )
+    found = [note for source, view in zip(sources, views) for note in _note_source(source, view)]
+    threads = _note_threads(section, loader_settings, pin_memory)
     return DataPipeline(
         tokenizer=tokenizer,
         train=train,
@@ -180,13 +182,7 @@ def build_data(
             section.sample_by,
             [(part.view.fingerprint, part.view.begin, part.view.end, part.weight) for part in parts],
         ),
-        notes=(
-            *(note for source, view in zip(sources, views) for note in _note_source(source, view)),
-            *train.notes,
-            *_note_shared_lanes(train, world),
-            *evaluation.notes,
-            _note_threads(section, loader_settings, pin_memory),
-        ),
+        notes=(*found, *train.notes, *_note_shared_lanes(train, world), *evaluation.notes, threads),
     )
 
 

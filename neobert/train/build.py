@@ -4,16 +4,19 @@ import math
 from pathlib import Path
 
 import torch
+from torch.optim import Optimizer
 
 from neobert.config.schema import Config
 from neobert.data.order import key
-from neobert.data.pipeline import DataPipeline
+from neobert.data.pipeline import DataPipeline, build_data
 from neobert.data.tokenizer import Tokenizer, padded_vocab_size
 from neobert.kernels.linear_cross_entropy import KERNELS, choose_kernel
 from neobert.model.attention import AttentionBackend, choose_attention
 from neobert.model.config import ModelConfig
 from neobert.model.encoder import Encoder
 from neobert.objectives.mlm import MaskedLM, MaskPolicy
+from neobert.optim.optimizers import build_optimizer
+from neobert.optim.schedule import Schedule, build_schedule
 from neobert.train.console import Reporter
 from neobert.train.runtime import Runtime, StartupError, choose_device_type, compute_dtype
 from neobert.train.tracking import Sink
@@ -90,6 +93,58 @@ def build_mask_policy(tokenizer: Tokenizer, probability: float, *, mask_all: boo
         mask_token_id=tokenizer.mask_id,
         special_ids=tokenizer.special_ids,
         random_ids=tokenizer.random_ids,
+    )
+
+
+def build_run_data(
+    config: Config, tokenizer: Tokenizer, runtime: Runtime, rows_per_step: int, output_dir: Path
+) -> DataPipeline:
+    """What this process reads.
+
+    Raises:
+        DataError: the data cannot be used as configured.
+    """
+    collator = config.datacollator
+    return build_data(
+        config,
+        tokenizer,
+        train_masks=build_mask_policy(tokenizer, collator.mlm_probability, mask_all=collator.mask_all),
+        eval_masks=build_mask_policy(tokenizer, collator.eval_mlm_probability, mask_all=False),
+        rank=runtime.rank,
+        world=runtime.world,
+        rows_per_step=rows_per_step,
+        prepared_dir=output_dir / "tokenized",
+        main_first=runtime.main_first,
+        pin_memory=runtime.device.type == "cuda" and config.dataset.pin_memory is not False,
+    )
+
+
+def build_run_optimizer(config: Config, module: MaskedLM) -> Optimizer:
+    """The optimizer over all weights."""
+    section = config.optimizer
+    return build_optimizer(
+        module,
+        name=section.name,
+        lr=section.lr,
+        weight_decay=section.weight_decay,
+        betas=section.betas,
+        eps=section.eps,
+    )
+
+
+def build_run_schedule(config: Config, num_steps: int) -> Schedule:
+    """The learning rate as a function of the step."""
+    section = config.scheduler
+    return build_schedule(
+        name=section.name,
+        base_lr=config.optimizer.lr,
+        warmup_steps=section.warmup_steps,
+        warmup_percent=section.warmup_percent,
+        decay_steps=section.decay_steps,
+        decay_percent=section.decay_percent,
+        final_lr_ratio=section.final_lr_ratio,
+        total_steps=section.total_steps,
+        num_steps=num_steps,
     )
 
 

@@ -8,18 +8,19 @@ from torch import nn
 from torch.optim import Optimizer
 
 from neobert.config.schema import Config
-from neobert.data.pipeline import DataPipeline, build_data, build_tokenizer
+from neobert.data.pipeline import DataPipeline, build_tokenizer
 from neobert.data.tokenizer import Tokenizer
 from neobert.model.attention import AttentionBackend
 from neobert.model.config import ModelConfig
 from neobert.objectives.mlm import MaskedLM
-from neobert.optim.optimizers import build_optimizer
-from neobert.optim.schedule import Schedule, build_schedule
+from neobert.optim.schedule import Schedule
 from neobert.train.build import (
     build_attention,
-    build_mask_policy,
     build_model_config,
     build_module,
+    build_run_data,
+    build_run_optimizer,
+    build_run_schedule,
     build_sinks,
     choose_num_steps,
     choose_rows_per_step,
@@ -107,19 +108,7 @@ def build_run(config: Config) -> Run:
         initial = load_initial_weights(config) if checkpoint is None else None
         tokenizer = build_tokenizer(config, checkpoint, output_dir)
     model_config = build_model_config(config, tokenizer)
-    collator = config.datacollator
-    data = build_data(
-        config,
-        tokenizer,
-        train_masks=build_mask_policy(tokenizer, collator.mlm_probability, mask_all=collator.mask_all),
-        eval_masks=build_mask_policy(tokenizer, collator.eval_mlm_probability, mask_all=False),
-        rank=runtime.rank,
-        world=runtime.world,
-        rows_per_step=rows_per_step,
-        prepared_dir=output_dir / "tokenized",
-        main_first=runtime.main_first,
-        pin_memory=runtime.device.type == "cuda" and config.dataset.pin_memory is not False,
-    )
+    data = build_run_data(config, tokenizer, runtime, rows_per_step, output_dir)
     num_steps = choose_num_steps(config, data, rows_per_step)
     module = build_module(config, model_config, attention, runtime)
     if initial is not None:
@@ -137,25 +126,8 @@ def build_run(config: Config) -> Run:
         attention=attention,
         module=module,
         model=runtime.prepare_model(module),
-        optimizer=build_optimizer(
-            module,
-            name=config.optimizer.name,
-            lr=config.optimizer.lr,
-            weight_decay=config.optimizer.weight_decay,
-            betas=config.optimizer.betas,
-            eps=config.optimizer.eps,
-        ),
-        schedule=build_schedule(
-            name=config.scheduler.name,
-            base_lr=config.optimizer.lr,
-            warmup_steps=config.scheduler.warmup_steps,
-            warmup_percent=config.scheduler.warmup_percent,
-            decay_steps=config.scheduler.decay_steps,
-            decay_percent=config.scheduler.decay_percent,
-            final_lr_ratio=config.scheduler.final_lr_ratio,
-            total_steps=config.scheduler.total_steps,
-            num_steps=num_steps,
-        ),
+        optimizer=build_run_optimizer(config, module),
+        schedule=build_run_schedule(config, num_steps),
         tracker=Tracker(
             runtime=runtime,
             config=config,
