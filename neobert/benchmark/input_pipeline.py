@@ -4,7 +4,7 @@ The plain one is what a training script without a data room does: `datasets` tok
 file order, and a collator packs those of one batch greedily and masks them with torch. Both make batches of the same
 shape from the same files with the same tokenizer, in turn within one process, and only real tokens count. A measurement
 must be long against the 1,000 documents that `map` tokenises at once and the batches kept ready here: some million
-tokens.
+tokens. "No thread" makes batches in the calling thread, as the plain one does; in training they are made beside it.
 
 | mode | here | plain |
 |---|---|---|
@@ -15,7 +15,8 @@ tokens.
 import statistics
 import tempfile
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator
+from contextlib import closing
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -39,18 +40,19 @@ class Figures:
     """Share of the slots that hold real tokens."""
 
 
-def measure(batches: Iterator[tuple[int, int]], num_batches: int) -> Figures:
-    """Figures of (real tokens, slots) pairs; the first batch, which opens files, is not counted."""
-    next(batches)
-    start = time.perf_counter()
-    tokens = slots = 0
-    for _ in range(num_batches):
-        real, size = next(batches)
-        tokens, slots = tokens + real, slots + size
-    return Figures(tokens_per_second=tokens / (time.perf_counter() - start), fill=tokens / slots)
+def measure(batches: Generator[tuple[int, int], None, None], num_batches: int) -> Figures:
+    """Figures of (real tokens, slots) pairs; the first batch, which opens files, is not counted. Closes `batches`."""
+    with closing(batches):
+        next(batches)
+        start = time.perf_counter()
+        tokens = slots = 0
+        for _ in range(num_batches):
+            real, size = next(batches)
+            tokens, slots = tokens + real, slots + size
+        return Figures(tokens_per_second=tokens / (time.perf_counter() - start), fill=tokens / slots)
 
 
-def our_batches(config: Config, tokenizer: Tokenizer, folder: Path) -> Iterator[tuple[int, int]]:
+def our_batches(config: Config, tokenizer: Tokenizer, folder: Path) -> Generator[tuple[int, int], None, None]:
     """Steps of one micro-batch each from the real pipeline, with its threads."""
     collator = config.datacollator
     data = build_data(
@@ -73,7 +75,7 @@ def our_batches(config: Config, tokenizer: Tokenizer, folder: Path) -> Iterator[
 
 def plain_batches(
     config: Config, tokenizer: Tokenizer, path: str, cache_dir: Path, *, streaming: bool
-) -> Iterator[tuple[int, int]]:
+) -> Generator[tuple[int, int], None, None]:
     """Documents in file order, packed greedily within one batch of documents and masked with torch."""
     dataset: Any = load_dataset("json", data_files=path, split="train", streaming=streaming, cache_dir=str(cache_dir))
     column = config.dataset.text_column or "text"
@@ -133,22 +135,18 @@ def compare(
     disable_progress_bars()
     found: dict[str, list[Figures]] = {}
     with tempfile.TemporaryDirectory() as folder:
-        on_disk = replace(config, dataset=replace(config.dataset, streaming=False))
-        makers: dict[str, Callable[[], Iterator[tuple[int, int]]]] = {
-            "streamed, here": lambda: our_batches(config, tokenizer, Path(folder)),
-            "streamed, plain": lambda: plain_batches(config, tokenizer, path, Path(folder), streaming=True),
-            "on disk, here": lambda: our_batches(on_disk, tokenizer, Path(folder)),
-            "on disk, plain": lambda: plain_batches(config, tokenizer, path, Path(folder), streaming=False),
-        }
         for _ in range(repeats):
-            for name, make in makers.items():
-                batches = make()
-                found.setdefault(name, []).append(measure(batches, num_batches))
-                batches.close()  # type: ignore[attr-defined]
+            for mode, streaming in (("streamed", True), ("on disk", False)):
+                for name, num_workers in (("here", None), ("here, no thread", 0)):
+                    section = replace(config.dataset, streaming=streaming, num_workers=num_workers)
+                    batches = our_batches(replace(config, dataset=section), tokenizer, Path(folder))
+                    found.setdefault(f"{mode}, {name}", []).append(measure(batches, num_batches))
+                batches = plain_batches(config, tokenizer, path, Path(folder), streaming=streaming)
+                found.setdefault(f"{mode}, plain", []).append(measure(batches, num_batches))
     say("| pipeline | tokens/s (median) | lowest - highest | fill | ratio |\n|---|---|---|---|---|")
     for mode in ("streamed", "on disk"):
         plain = statistics.median(f.tokens_per_second for f in found[f"{mode}, plain"])
-        for name in (f"{mode}, here", f"{mode}, plain"):
+        for name in (f"{mode}, here", f"{mode}, here, no thread", f"{mode}, plain"):
             rates = sorted(f.tokens_per_second for f in found[name])
             middle, fill = statistics.median(rates), statistics.median(f.fill for f in found[name])
             say(f"| {name} | {middle:,.0f} | {rates[0]:,.0f} - {rates[-1]:,.0f} | {fill:.2%} | {middle / plain:.2f} |")

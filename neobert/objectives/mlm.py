@@ -63,9 +63,14 @@ class MaskPolicy:
 
         `words` holds one uniform 64-bit word per token, `offset` is uniform in [0, 1).
         """
-        maskable = np.flatnonzero(~np.isin(tokens, self.special_ids))
+        is_special = np.zeros(len(tokens), dtype=bool)
+        for special in self.special_ids:  # A handful: comparing with each is four times faster than np.isin.
+            is_special |= tokens == special
+        maskable = np.flatnonzero(~is_special)
         count = min(len(maskable), math.floor(self.probability * len(maskable) + offset))
-        selected = np.sort(maskable[np.argsort(words[maskable], kind="stable")[:count]])
+        selected = maskable
+        if count < len(maskable):
+            selected = np.sort(maskable[np.argpartition(words[maskable], count)[:count]])
         corrupted = tokens.copy()
         if self.mask_all:
             corrupted[selected] = self.mask_token_id
