@@ -387,3 +387,17 @@ def test_tokenised_data_cannot_train_a_tokenizer(tmp_path, corpora):
     config = Config(dataset=DatasetSection(path=str(corpora["indexed"])), tokenizer=TokenizerSection(train=True))
     with pytest.raises(DataError, match="a tokenizer is trained on text"):
         build_tokenizer(config, None, tmp_path)
+
+
+def test_documents_stored_in_pieces_are_held_out_whole(tmp_path, corpora, texts, tokenizer, make_config, make_data):
+    """Cut before they were stored, the same documents are held out, and slices and caps count documents."""
+    source = list_splits(SourceSpec(path=(str(corpora["jsonl"]),)))["train"](None)
+    settings = prepare.PrepareSettings(max_document_chars=10**6, max_bad_records=0, special_tokens=True, max_length=12)
+    prepare.prepare_tokens(source, tokenizer, tmp_path / "pieces", settings)
+    encoded = [tokens.tolist() for tokens in tokenizer.encode_batch(texts)]
+    data = make_data(make_config(path=str(tmp_path / "pieces"), eval_samples=25, train_split="train[5:]"))
+    assert (data.eval_set.num_documents, data.num_documents) == (25, 120)
+    specials = set(tokenizer.special_ids)
+    held_out, _ = eval_targets([data])
+    assert {t: n for t, n in held_out.items() if t not in specials} == Counter(t for d in encoded[5:30] for t in d)
+    assert set(trained_on(data, num_steps=40)) - specials == {t for d in encoded[30:] for t in d}
