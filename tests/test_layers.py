@@ -19,7 +19,15 @@ LAYERS = [
     {"contrastive", "glue", "mteb", "export", "benchmark"},
 ]
 LEVEL = {name: level for level, names in enumerate(LAYERS) for name in names}
-BARE = ["types", "config.schema", "model.encoder", "kernels.linear_cross_entropy", "objectives.mlm", "optim.optimizers"]
+BARE = [
+    "types",
+    "config.schema",
+    "model.encoder",
+    "kernels.linear_cross_entropy",
+    "objectives.mlm",
+    "optim.optimizers",
+    "benchmark.step",
+]
 STACK = ["omegaconf", "datasets", "accelerate", "transformers", "pyarrow", "rich"]
 
 

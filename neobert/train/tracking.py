@@ -18,6 +18,7 @@ import torch
 
 from neobert.config.schema import Config
 from neobert.config.secrets import scrub_config
+from neobert.model.peak import peak_flops
 from neobert.objectives.mlm import MaskedLM
 from neobert.train.audit import Layout, ReplayAudit, ReplayDiverged, is_first_attempt, read_layout
 from neobert.train.console import Reporter
@@ -378,15 +379,3 @@ class Tracker:
             parts.append(f"mfu {values['train/mfu']:.1%}")
         parts.append(f"data wait {values['train/data_wait']:.1%}")
         return " | ".join(parts)
-
-
-PEAK_BF16_FLOPS = {"H200": 989e12, "H100": 989e12, "A100": 312e12, "L40S": 362e12, "RTX 4090": 165e12}
-"""Dense bf16 peak of the vendors' data sheets in FLOP/s, by a word of the device's name."""
-
-
-def peak_flops(device: torch.device) -> float | None:
-    """Data-sheet peak of the device, None where we have no figure: then no utilisation is printed."""
-    if device.type != "cuda":
-        return None
-    name = torch.cuda.get_device_name(device)
-    return next((flops for word, flops in PEAK_BF16_FLOPS.items() if word in name), None)
