@@ -88,7 +88,7 @@ class StepFigures:
 class Autocast(nn.Module):
     """A module under autocast, as a run has it."""
 
-    def __init__(self, module: nn.Module, device: torch.device, enabled: bool) -> None:
+    def __init__(self, module: MaskedLM, device: torch.device, enabled: bool) -> None:
         super().__init__()
         self.module, self._device, self._enabled = module, device, enabled
 
@@ -141,21 +141,8 @@ def measure_step(settings: StepSettings) -> StepFigures:
     """
     device = torch.device(settings.device)
     dtype = torch.bfloat16 if settings.precision == "bf16" else torch.float32
-    config = ModelConfig(
-        **PRESETS[settings.preset],
-        max_position_embeddings=settings.length,
-        vocab_size=settings.vocab_size,
-        pad_token_id=0,
-        tie_word_embeddings=settings.tied,
-    )
-    attention = choose_attention(settings.attention, device=device, dtype=dtype, head_dim=config.head_dim)
-    kernel = choose_kernel(settings.kernel, device=device)
-    torch.manual_seed(0)
-    encoder = Encoder(config, attention, gradient_checkpointing=settings.gradient_checkpointing)
-    model = Autocast(MaskedLM(encoder, kernel=KERNELS[kernel]).to(device), device, settings.precision == "bf16")
-    if settings.compile:
-        for block in encoder.layers:
-            block.compile()
+    model, attention, kernel = _build_model(settings, device, dtype)
+    encoder = model.module.encoder
     optimizer = build_optimizer(model, name="adamw", lr=1e-4, weight_decay=0.1, betas=(0.9, 0.95), eps=1e-8)
     batches = make_batches(settings, min(8, settings.steps))
     seconds, tokens = [], 0
@@ -191,13 +178,33 @@ def measure_step(settings: StepSettings) -> StepFigures:
         first_step_seconds=seconds[0],
         peak_memory_bytes=_peak_memory(device),
         fill=real / sum(b.input_ids.numel() for b in batches),
-        attention=attention.name,
+        attention=attention,
         kernel=kernel,
         device=torch.cuda.get_device_name(device)
         if device.type == "cuda"
         else f"cpu, {torch.get_num_threads()} threads",
         torch_version=torch.__version__,
     )
+
+
+def _build_model(settings: StepSettings, device: torch.device, dtype: torch.dtype) -> tuple[Autocast, str, str]:
+    """The model, and the names of its attention and of its loss kernel."""
+    config = ModelConfig(
+        **PRESETS[settings.preset],
+        max_position_embeddings=settings.length,
+        vocab_size=settings.vocab_size,
+        pad_token_id=0,
+        tie_word_embeddings=settings.tied,
+    )
+    attention = choose_attention(settings.attention, device=device, dtype=dtype, head_dim=config.head_dim)
+    kernel = choose_kernel(settings.kernel, device=device)
+    torch.manual_seed(0)
+    encoder = Encoder(config, attention, gradient_checkpointing=settings.gradient_checkpointing)
+    model = Autocast(MaskedLM(encoder, kernel=KERNELS[kernel]).to(device), device, settings.precision == "bf16")
+    if settings.compile:
+        for block in encoder.layers:
+            block.compile()
+    return model, attention.name, kernel
 
 
 def measure_gemm(device: torch.device, dtype: torch.dtype, repeats: int = 10) -> float:
