@@ -11,6 +11,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from ports import free_port
 from small_corpus import make_texts
 
 import neobert.config.load as config_load
@@ -104,7 +105,7 @@ def run(line: str, workplace: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         words += ["--hidden-size", "64", "--num-layers", "1", "--vocab-size", "512", "--repeats", "1"]
     monkeypatch.chdir(workplace)
     if words[0] == "torchrun":
-        launch = [sys.executable, "-m", "torch.distributed.run", "--master_port", "29533", *words[1:]]
+        launch = [sys.executable, "-m", "torch.distributed.run", "--master_port", str(free_port()), *words[1:]]
         done = subprocess.run(launch, capture_output=True, text=True, timeout=120)
         assert done.returncode == 0, done.stdout + done.stderr
         return

@@ -26,9 +26,8 @@ from datasets import disable_progress_bars, load_dataset
 
 from neobert.config.schema import Config
 from neobert.data.lanes import IntArray
-from neobert.data.pipeline import build_data
 from neobert.data.tokenizer import Tokenizer
-from neobert.train.build import build_mask_policy
+from neobert.train.build import build_config_data
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -54,17 +53,8 @@ def measure(batches: Generator[tuple[int, int], None, None], num_batches: int) -
 
 def our_batches(config: Config, tokenizer: Tokenizer, folder: Path) -> Generator[tuple[int, int], None, None]:
     """Steps of one micro-batch each from the real pipeline, with its threads."""
-    collator = config.datacollator
-    data = build_data(
-        config,
-        tokenizer,
-        train_masks=build_mask_policy(tokenizer, collator.mlm_probability, mask_all=False),
-        eval_masks=build_mask_policy(tokenizer, collator.mlm_probability, mask_all=False),
-        rank=0,
-        world=1,
-        prepared_dir=folder,
-        rows_per_step=config.trainer.per_device_train_batch_size,
-    )
+    rows = config.trainer.per_device_train_batch_size
+    data = build_config_data(config, tokenizer, rows_per_step=rows, prepared_dir=folder)
     loader = data.loader()
     try:
         for step in loader:

@@ -14,23 +14,18 @@ from pathlib import Path
 
 from neobert.config.schema import Config
 from neobert.data.lanes import State
-from neobert.data.pipeline import DataPipeline, build_data
+from neobert.data.pipeline import DataPipeline
 from neobert.data.tokenizer import Tokenizer
-from neobert.train.build import build_mask_policy
+from neobert.train.build import build_config_data
 
 
 def build(config: Config, tokenizer: Tokenizer, folder: Path) -> DataPipeline:
     """The data of one process, read in the calling thread."""
-    masks = build_mask_policy(tokenizer, config.datacollator.mlm_probability, mask_all=False)
-    return build_data(
+    return build_config_data(
         replace(config, dataset=replace(config.dataset, num_workers=0)),
         tokenizer,
-        train_masks=masks,
-        eval_masks=masks,
-        rank=0,
-        world=1,
-        prepared_dir=folder,
         rows_per_step=config.trainer.per_device_train_batch_size,
+        prepared_dir=folder,
     )
 
 

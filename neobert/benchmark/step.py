@@ -180,9 +180,7 @@ def measure_step(settings: StepSettings) -> StepFigures:
         fill=real / sum(b.input_ids.numel() for b in batches),
         attention=attention,
         kernel=kernel,
-        device=torch.cuda.get_device_name(device)
-        if device.type == "cuda"
-        else f"cpu, {torch.get_num_threads()} threads",
+        device=_describe_device(device),
         torch_version=torch.__version__,
     )
 

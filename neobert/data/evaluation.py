@@ -25,7 +25,7 @@ from neobert.data.packing import (
     piece_lengths,
     split_documents,
 )
-from neobert.data.splits import SplitSlice, check_split, choose_eval_split, parse_split
+from neobert.data.splits import SplitSlice, check_disjoint, check_split, choose_eval_split, parse_split
 from neobert.data.text import Encode, RecordCounts
 from neobert.types import PackedBatch
 
@@ -222,6 +222,7 @@ def _choose_splits(config: Config, sources: Sequence[Source]) -> list[SplitSlice
                 f"dataset.eval_split: {text!r} is the training split; set dataset.eval_split: null and "
                 "dataset.eval_samples to hold out its first documents"
             )
+        check_disjoint(source.train_split, wanted, source.count_train_split)
     return [wanted if wanted.name in source.splits else None for source in sources]
 
 

@@ -48,7 +48,7 @@ class OrderIdentity:
     none: one document per row."""
 
 
-_KEYS = {
+ORDER_KEYS = {
     "seed": "seed",
     "num_lanes": "dataset.num_lanes",
     "window_documents": "dataset.window_documents",
@@ -59,6 +59,7 @@ _KEYS = {
     "max_document_chars": "dataset.max_document_chars",
     "packing": "datacollator.pack_sequences, trainer.enforce_full_packed_batches",
 }
+"""Field of `OrderIdentity` -> the config key that makes it."""
 
 
 def check_state(state: State, identity: OrderIdentity) -> None:
@@ -73,7 +74,7 @@ def check_state(state: State, identity: OrderIdentity) -> None:
             "that order of rows; start fresh with another trainer.output_dir"
         )
     changed = [
-        f"{_KEYS[name]} was {state.get(name)!r} and is {value!r}"
+        f"{ORDER_KEYS[name]} was {state.get(name)!r} and is {value!r}"
         for name, value in asdict(identity).items()
         if state.get(name) != value
     ]

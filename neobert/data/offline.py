@@ -4,7 +4,7 @@
 <folder>/dataset_dict.json           names them; written last, so that the folder is read only when it is whole
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -17,9 +17,17 @@ from neobert.data.errors import DataError
 from neobert.data.hub import HubSource
 from neobert.data.opening import locate_slice
 from neobert.data.prepare import Origin, PrepareSettings, TextTokens, TokenSource, choose_settings, write_tokens
-from neobert.data.sources import list_splits
-from neobert.data.spec import SourceSpec, describe_sources
-from neobert.data.splits import check_split, choose_eval_split, choose_train_split, parse_split
+from neobert.data.sources import Documents, OpenSplit, list_splits
+from neobert.data.spec import SourceSpec, describe_sources, name_folders
+from neobert.data.splits import (
+    EVAL_SPLITS,
+    SplitSlice,
+    check_disjoint,
+    check_split,
+    choose_eval_split,
+    choose_train_split,
+    parse_split,
+)
 from neobert.data.stored_tokens import StoredTokens
 from neobert.data.text import Span, TextSource
 from neobert.data.token_writer import write_json
@@ -57,13 +65,17 @@ def open_text_split(spec: SourceSpec, wanted: str | None, tokenizer: Tokenizer |
     """
     splits = list_splits(spec)
     split = parse_split(choose_train_split(list(splits), wanted))
-    source = splits[split.name](tokenizer)
+    return _cut_text(spec, splits[split.name](tokenizer), split)
+
+
+def _cut_text(spec: SourceSpec, source: Documents, split: SplitSlice, max_documents: int | None = None) -> TextSplit:
     if isinstance(source, TokenStore):
         raise DataError(f"{spec.label} is tokenised already; name text, or train on this folder as it is")
     size = source.count()
     if size is None and split.needs_size:
         size = sum(1 for _ in source.records())  # Reads the source once; it is about to be tokenised anyway.
-    return TextSplit(name=split.name, source=source, span=Span(*locate_slice(source, split, size=size)))
+    span = Span(*locate_slice(source, split, max_documents, size=size))
+    return TextSplit(name=split.name, source=source, span=span)
 
 
 def prepare_sources(
@@ -83,10 +95,9 @@ def prepare_sources(
         DataError: a source cannot be used; nothing is tokenised before all of them were looked at.
     """
     specs = describe_sources(section)
-    folders = [output]
-    if len(specs) > 1:
-        folders = [output / f"{number}-{_word(spec.label)}" for number, spec in enumerate(specs)]
-    jobs = [_plan(spec, section, tokenizer, folder, min_tokens) for spec, folder in zip(specs, folders)]
+    jobs = [
+        _plan(spec, section, tokenizer, folder, min_tokens) for spec, folder in zip(specs, name_folders(specs, output))
+    ]
     return [_prepare(job, tokenizer, tokenizer_name) for job in jobs]
 
 
@@ -153,33 +164,41 @@ class _Job:
 def _plan(
     spec: SourceSpec, section: DatasetSection, tokenizer: Tokenizer, folder: Path, min_tokens: int | None
 ) -> _Job:
-    names = list(list_splits(spec))
-    settings = choose_settings(section, spec)
-    train_settings = replace(settings, max_documents=spec.max_documents, min_tokens=min_tokens or 0)
-    stored = min_tokens is not None
-    train, opened = _open_tokens(spec, spec.split, tokenizer, train_settings, stored_allowed=stored)
-    splits, evaluation = {train: opened}, None
-    wanted = section.eval_split or choose_eval_split(names, train)
+    splits = list_splits(spec)
+    names = list(splits)
+    train = parse_split(choose_train_split(names, spec.split))
+    settings = choose_settings(section, spec, train, spec.max_documents)
+    settings = replace(settings, min_tokens=min_tokens or 0)
+    opened = {train.name: _open_tokens(spec, splits, train, tokenizer, settings, stored_allowed=min_tokens is not None)}
+    wanted, evaluation = section.eval_split or choose_eval_split(names, train.name), None
     if wanted is not None:
         check_split(names, wanted, "dataset.eval_split")
-        evaluation, opened = _open_tokens(spec, wanted, tokenizer, settings, stored_allowed=stored)
-        splits[evaluation] = opened
-    return _Job(spec=spec, folder=folder, train_split=train, eval_split=evaluation, splits=splits)
+        split = parse_split(wanted)
+        check_disjoint(train, split, lambda: splits[train.name](tokenizer).count())
+        # Two slices of one split need two names.
+        evaluation = split.name if split.name != train.name else EVAL_SPLITS[0]
+        settings = choose_settings(section, spec, split, None)
+        stored = min_tokens is not None
+        opened[evaluation] = _open_tokens(spec, splits, split, tokenizer, settings, stored_allowed=stored)
+    return _Job(spec=spec, folder=folder, train_split=train.name, eval_split=evaluation, splits=opened)
 
 
 def _open_tokens(
-    spec: SourceSpec, wanted: str | None, tokenizer: Tokenizer, settings: PrepareSettings, *, stored_allowed: bool
-) -> tuple[str, _Opened]:
-    splits = list_splits(spec)
-    chosen = parse_split(choose_train_split(list(splits), wanted))
-    found = splits[chosen.name](tokenizer)
+    spec: SourceSpec,
+    splits: Mapping[str, OpenSplit],
+    split: SplitSlice,
+    tokenizer: Tokenizer,
+    settings: PrepareSettings,
+    *,
+    stored_allowed: bool,
+) -> _Opened:
+    found = splits[split.name](tokenizer)
     if isinstance(found, TokenStore) and stored_allowed:
-        if not chosen.is_whole:
-            raise DataError(f"{chosen} is a slice of tokens that are on disk already; name the whole split")
-        return chosen.name, _Opened(StoredTokens(found), settings, found)
-    split = open_text_split(spec, wanted, tokenizer)
-    tokens = TextTokens(split.source, tokenizer, settings.max_document_chars, split.span)
-    return split.name, _Opened(tokens, settings, split.source)
+        if not split.is_whole:
+            raise DataError(f"{split} is a slice of tokens that are on disk already; name the whole split")
+        return _Opened(StoredTokens(found), settings, found)
+    text = _cut_text(spec, found, split, settings.max_documents)
+    return _Opened(TextTokens(text.source, tokenizer, settings.max_document_chars, text.span), settings, text.source)
 
 
 def _prepare(job: _Job, tokenizer: Tokenizer, tokenizer_name: str | None) -> PreparedSource:
@@ -212,8 +231,3 @@ def _write_mixture(prepared: Sequence[PreparedSource]) -> str:
         entries.append(entry if source.spec.weight is None else entry | {"weight": source.spec.weight})
     text: str = yaml.safe_dump(entries, default_flow_style=True, sort_keys=False, width=10**6)
     return text.strip()
-
-
-def _word(label: str) -> str:
-    kept = "".join(letter if letter.isalnum() or letter in "._-" else "-" for letter in last_part(label))
-    return kept.strip(".-") or "source"

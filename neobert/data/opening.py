@@ -9,7 +9,6 @@
 """
 
 import hashlib
-import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, replace
@@ -22,7 +21,7 @@ from neobert.data.errors import DataError
 from neobert.data.lanes import State
 from neobert.data.prepare import choose_settings, prepare_tokens
 from neobert.data.sources import OpenSplit, StreamedText, list_splits
-from neobert.data.spec import SourceSpec, describe_sources
+from neobert.data.spec import SourceSpec, describe_sources, name_folders
 from neobert.data.splits import SplitSlice, choose_eval_split, choose_train_split, parse_split, slice_bounds
 from neobert.data.stdlib import StdlibSource
 from neobert.data.text import WHOLE, RecordCounts, Span, TextSource, cut_text
@@ -80,6 +79,10 @@ class Source:
     prepared_dir: Path
     main_first: Callable[[], AbstractContextManager[Any]]
 
+    def count_train_split(self) -> int | None:
+        """Documents of the whole training split, where that is known without reading them."""
+        return self.splits[self.train_split.name](self.tokenizer).count()
+
     def open(self, split: SplitSlice, max_documents: int | None = None) -> View:
         """A split or a slice of it, at most its first `max_documents`; tokenises it first where that is wanted."""
         found = self.splits[split.name](self.tokenizer)
@@ -89,17 +92,18 @@ class Source:
         elif to_disk or isinstance(found, StdlibSource):
             if found.count() is None and split.needs_size:
                 # The size is known when the whole split is on disk; only then can it be sliced.
-                view = self._prepare(found, SplitSlice(name=split.name), WHOLE)
+                view = self._prepare(found, SplitSlice(name=split.name), None)
             else:
-                return self._prepare(found, split, Span(*locate_slice(found, split, max_documents)))
+                return self._prepare(found, split, max_documents)
         else:
             view = View(documents=found, fingerprint=found.fingerprint, notes=tuple(found.notes))
         begin, end = locate_slice(view.documents, split, max_documents)
         return replace(view, begin=begin, end=end)
 
-    def _prepare(self, source: TextSource, split: SplitSlice, span: Span) -> View:
-        folder = self.prepared_dir / split.name
-        settings = replace(choose_settings(self.section, self.spec), split=str(split))
+    def _prepare(self, source: TextSource, split: SplitSlice, max_documents: int | None) -> View:
+        folder = self.prepared_dir / split.folder_name
+        span = Span(*locate_slice(source, split, max_documents))
+        settings = choose_settings(self.section, self.spec, split, max_documents)
         with self.main_first():
             manifest = prepare_tokens(source, self.tokenizer, folder, settings, span=span, label=str(folder))
         numbers = {key: manifest[key] for key in ("num_documents", "num_tokens", "bad", "skipped")}
@@ -123,9 +127,8 @@ def list_sources(
     """
     specs = describe_sources(section)
     found = []
-    for number, spec in enumerate(specs):
+    for spec, folder in zip(specs, name_folders(specs, prepared_dir)):
         splits = list_splits(spec)
-        name = f"{number}-{re.sub(r'[^A-Za-z0-9]+', '-', spec.label).strip('-')[-40:]}" if len(specs) > 1 else ""
         found.append(
             Source(
                 spec=spec,
@@ -133,7 +136,7 @@ def list_sources(
                 tokenizer=tokenizer,
                 splits=splits,
                 train_split=parse_split(choose_train_split(list(splits), spec.split)),
-                prepared_dir=prepared_dir / name,
+                prepared_dir=folder,
                 main_first=main_first,
             )
         )

@@ -21,6 +21,7 @@ from typing import Any, Protocol
 
 from neobert.config.schema_data import DatasetSection
 from neobert.data.arrow import read_manifest
+from neobert.data.disk import sync, write_json
 from neobert.data.encode import EncodedDocument, encode_documents
 from neobert.data.errors import DataError
 from neobert.data.lanes import IntArray, State
@@ -28,8 +29,9 @@ from neobert.data.lock import locked
 from neobert.data.meter import Meter
 from neobert.data.packing import SPECIALS_PER_SEGMENT
 from neobert.data.spec import SourceSpec
+from neobert.data.splits import SplitSlice
 from neobert.data.text import WHOLE, RecordCounts, Span, TextSource
-from neobert.data.token_writer import FILE_TOKENS, TokenWriter, sync, write_description, write_json
+from neobert.data.token_writer import FILE_TOKENS, TokenWriter, write_description
 from neobert.data.tokenizer import Tokenizer
 
 _FORMAT = 2
@@ -75,13 +77,16 @@ class PrepareSettings:
         return {name: value for name, value in asdict(self).items() if name != "max_bad_records"}
 
 
-def choose_settings(section: DatasetSection, spec: SourceSpec) -> PrepareSettings:
+def choose_settings(
+    section: DatasetSection, spec: SourceSpec, split: SplitSlice, max_documents: int | None
+) -> PrepareSettings:
     """How a run has its text tokenised to disk: bare tokens of whole documents."""
     return PrepareSettings(
         max_document_chars=section.max_document_chars,
         max_bad_records=section.max_bad_records,
         text_column=spec.text_column,
-        split=spec.split,
+        split=str(split),
+        max_documents=max_documents,
     )
 
 

@@ -1,5 +1,7 @@
 """`dataset.*` -> the list of sources it names, one `SourceSpec` each."""
 
+import re
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal
@@ -43,6 +45,14 @@ class SourceSpec:
         if not self.path:
             return str(self.name)
         return self.path[0] if len(self.path) == 1 else f"{self.path[0]} (and {len(self.path) - 1} more)"
+
+
+def name_folders(specs: Sequence[SourceSpec], folder: Path) -> list[Path]:
+    """Where the tokens of each source go: a single source has the folder for itself."""
+    if len(specs) == 1:
+        return [folder]
+    words = [re.sub(r"[^A-Za-z0-9._]+", "-", Path(spec.label.rstrip("/")).name).strip("-.") for spec in specs]
+    return [folder / f"{number}-{word or 'source'}" for number, word in enumerate(words)]
 
 
 def describe_sources(section: DatasetSection) -> tuple[SourceSpec, ...]:

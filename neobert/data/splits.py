@@ -5,7 +5,7 @@ the end, and an open end is left out.
 """
 
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 from neobert.data.errors import DataError
@@ -47,6 +47,18 @@ class SplitSlice:
     def needs_size(self) -> bool:
         """Whether it cannot be told without the number of documents of the split."""
         return any(bound is not None and (bound.percent or bound.value < 0) for bound in (self.begin, self.end))
+
+    @property
+    def folder_name(self) -> str:
+        """A name for a folder with these documents; a slice and its split have two.
+
+        >>> parse_split("train[10%:-500]").folder_name
+        'train_10p_m500'
+        """
+        if self.is_whole:
+            return self.name
+        ends = ["" if bound is None else str(bound) for bound in (self.begin, self.end)]
+        return "_".join([self.name, *(end.replace("%", "p").replace("-", "m") for end in ends)])
 
     def __str__(self) -> str:
         if self.is_whole:
@@ -98,6 +110,38 @@ def slice_bounds(split: SplitSlice, num_documents: int | None) -> tuple[int, int
         size = "" if num_documents is None else f" of its {num_documents} documents"
         raise DataError(f"{split} holds none{size or ' of the documents'}; widen it")
     return begin, end
+
+
+def overlap(one: SplitSlice, other: SplitSlice, num_documents: int | None) -> bool:
+    """Whether two slices have a document in common.
+
+    >>> overlap(parse_split("train[:100]"), parse_split("train[90:]"), None)
+    True
+
+    Raises:
+        DataError: a slice is empty, or the number of documents is needed and not known.
+    """
+    if one.name != other.name:
+        return False
+    (a, a_end), (b, b_end) = slice_bounds(one, num_documents), slice_bounds(other, num_documents)
+    return (b_end is None or a < b_end) and (a_end is None or b < a_end)
+
+
+def check_disjoint(train: SplitSlice, evaluation: SplitSlice, count: Callable[[], int | None]) -> None:
+    """Raises when documents would be evaluated that are trained on.
+
+    Args:
+        count: documents of the split; asked only where a slice cannot be told without.
+
+    Raises:
+        DataError: with both slices.
+    """
+    needed = train.needs_size or evaluation.needs_size
+    if train.name == evaluation.name and overlap(train, evaluation, count() if needed else None):
+        raise DataError(
+            f"dataset.eval_split: {str(evaluation)!r} overlaps dataset.train_split: {str(train)!r}, so documents would "
+            "be evaluated that were trained on; let one slice begin where the other ends"
+        )
 
 
 def choose_eval_split(names: Sequence[str], train_split: str) -> str | None:

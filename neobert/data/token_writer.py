@@ -6,8 +6,6 @@ whole document. So a writer that goes on behind its last finished file writes th
 
 import hashlib
 import json
-import os
-import secrets
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -16,6 +14,7 @@ import numpy as np
 import pyarrow as pa
 
 from neobert.data.arrow import MANIFEST
+from neobert.data.disk import sync, write_json
 from neobert.data.lanes import IntArray
 
 FILE_TOKENS = 1 << 24
@@ -148,21 +147,3 @@ def write_description(
     write_json(folder / "dataset_info.json", {"features": features})
     write_json(folder / MANIFEST, manifest)
     write_json(folder / "state.json", state)
-
-
-def write_json(path: Path, value: Any) -> None:
-    """Replaces a file as a whole, on the disk when this returns."""
-    temporary = path.with_name(f".{path.name}.{secrets.token_hex(4)}")
-    temporary.write_text(json.dumps(value, indent=2, sort_keys=True) + "\n")
-    sync(temporary)
-    temporary.rename(path)
-    sync(path.parent)
-
-
-def sync(path: Path) -> None:
-    """Waits until a file, or the names in a folder, are on the disk."""
-    handle = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)

@@ -69,11 +69,6 @@ class ReplayAudit:
         self.first_difference: str | None = None
 
     @property
-    def num_old(self) -> int:
-        """Steps there are to compare with."""
-        return len(self._old)
-
-    @property
     def done(self) -> bool:
         """Whether every old step was made again."""
         return self._num_repeated == len(self._old)

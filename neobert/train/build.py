@@ -1,7 +1,10 @@
 """The parts of a run that are derived from the config and from each other; `run.build_run` puts them together."""
 
 import math
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch.optim import Optimizer
@@ -96,10 +99,18 @@ def build_mask_policy(tokenizer: Tokenizer, probability: float, *, mask_all: boo
     )
 
 
-def build_run_data(
-    config: Config, tokenizer: Tokenizer, runtime: Runtime, rows_per_step: int, output_dir: Path
+def build_config_data(
+    config: Config,
+    tokenizer: Tokenizer,
+    *,
+    rows_per_step: int,
+    prepared_dir: Path,
+    rank: int = 0,
+    world: int = 1,
+    main_first: Callable[[], AbstractContextManager[Any]] = nullcontext,
+    pin_memory: bool = False,
 ) -> DataPipeline:
-    """What this process reads.
+    """What one process of a run with this config reads, masked as the config says; see `build_data`.
 
     Raises:
         DataError: the data cannot be used as configured.
@@ -110,12 +121,12 @@ def build_run_data(
         tokenizer,
         train_masks=build_mask_policy(tokenizer, collator.mlm_probability, mask_all=collator.mask_all),
         eval_masks=build_mask_policy(tokenizer, collator.eval_mlm_probability, mask_all=False),
-        rank=runtime.rank,
-        world=runtime.world,
+        rank=rank,
+        world=world,
         rows_per_step=rows_per_step,
-        prepared_dir=output_dir / "tokenized",
-        main_first=runtime.main_first,
-        pin_memory=runtime.device.type == "cuda" and config.dataset.pin_memory is not False,
+        prepared_dir=prepared_dir,
+        main_first=main_first,
+        pin_memory=pin_memory,
     )
 
 

@@ -25,6 +25,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from neobert.data.disk import sync
 from neobert.testing.faults import fault_point
 from neobert.train.runtime import Runtime
 from neobert.weights.manifest import MANIFEST, FileRecord, Manifest, record_file
@@ -137,7 +138,7 @@ class Committer:
         try:
             if not self._folder.is_dir():
                 self._folder.mkdir()
-                flush(self._output_dir)
+                sync(self._output_dir)
             for leftover in self._folder.glob(".tmp-*"):  # Of a run that was killed: the lock says nobody writes it.
                 remove_tree(leftover)
             (self._folder / name).mkdir()
@@ -184,7 +185,7 @@ def _write_files(folder: Path, files: Mapping[str, Write], step: int) -> _Writte
             write(folder / name)
             for path in [p for p in (folder / name).rglob("*") if p.is_file()] or [folder / name]:
                 os.chmod(path, 0o644)  # safetensors makes files that nobody else can read.
-                flush(path)
+                sync(path)
                 written.files[path.relative_to(folder).as_posix()] = record_file(path)
             fault_point(f"commit.written.{name}", step)
     except Exception as error:  # A full disk is a RuntimeError or a SafetensorError by the time it gets here.
@@ -195,25 +196,16 @@ def _write_files(folder: Path, files: Mapping[str, Write], step: int) -> _Writte
 def _finish(temporary: Path, final: Path, manifest: Manifest) -> None:
     path = temporary / MANIFEST
     path.write_text(manifest.to_text())
-    flush(path)
+    sync(path)
     for parent, _, _ in os.walk(temporary):
-        flush(Path(parent))
+        sync(Path(parent))
     fault_point("commit.manifest", manifest.step)
     if final.exists():  # A damaged one of the same step: `begin` is not called over a valid one.
         os.rename(final, final.with_name(f".superseded-{final.name}-{secrets.token_hex(4)}"))
     os.rename(temporary, final)
     fault_point("commit.renamed", manifest.step)
-    flush(final.parent)
+    sync(final.parent)
     fault_point("commit.flushed", manifest.step)
-
-
-def flush(path: Path) -> None:
-    """Waits until a file or a folder is on the disk."""
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
 
 
 def remove_tree(folder: Path) -> str | None:

@@ -22,7 +22,7 @@ from neobert.config.fields import FIELDS
 from neobert.config.load import without_secrets
 from neobert.config.resume_rules import DECLARED, FIXED, HELD_OUT, ORDER, SOURCE
 from neobert.config.schema import Config
-from neobert.data.loader import OrderIdentity
+from neobert.data.loader import ORDER_KEYS, OrderIdentity
 from neobert.model.config import ModelConfig
 from neobert.train.runtime import StartupError
 
@@ -36,16 +36,7 @@ GROUPS = "optimizer groups"
 BATCH = "trainer.global_batch_size"
 
 _FIXED = frozenset((*FIXED, "model.pad_token_id", TOKENIZER, SPECIAL_IDS, GROUPS))
-_ORDER_FACTS = {
-    "seed": "seed",
-    "num_lanes": "dataset.num_lanes",
-    "window_documents": "dataset.window_documents",
-    "max_seq_length": "dataset.max_seq_length",
-    "min_length": "dataset.min_length",
-    "truncate": "tokenizer.truncation",
-    "shuffle": "dataset.shuffle_buffer_size",
-    "max_document_chars": "dataset.max_document_chars",
-}
+_ORDER_FACTS = {name: key for name, key in ORDER_KEYS.items() if name != "packing"}
 """Field of `OrderIdentity` -> the key that makes it; `packing` comes from two keys, which are facts themselves."""
 
 _FULL_ROWS = "trainer.enforce_full_packed_batches"

@@ -12,9 +12,9 @@ from pathlib import Path
 import numpy as np
 
 from neobert.config.schema import Config
-from neobert.data.pipeline import build_data, build_tokenizer
+from neobert.data.pipeline import build_tokenizer
 from neobert.data.tokenizer import Tokenizer
-from neobert.train.build import build_mask_policy, choose_rows_per_step
+from neobert.train.build import build_config_data, choose_rows_per_step
 from neobert.types import IGNORE_INDEX, PackedBatch, StepBatch
 
 NUM_ROWS = 3
@@ -29,17 +29,12 @@ def preview(config: Config) -> str:
     """
     section = replace(config.dataset, pre_tokenize=False, num_workers=0, num_proc=None, eval_split=None)
     config = replace(config, dataset=replace(section, streaming=section.streaming or None))
-    collator = config.datacollator
     rows_per_step = choose_rows_per_step(config, world=1)
     with tempfile.TemporaryDirectory() as folder:
         tokenizer = build_tokenizer(config, None, Path(folder))
-        data = build_data(
+        data = build_config_data(
             config,
             tokenizer,
-            train_masks=build_mask_policy(tokenizer, collator.mlm_probability, mask_all=collator.mask_all),
-            eval_masks=build_mask_policy(tokenizer, collator.eval_mlm_probability, mask_all=False),
-            rank=0,
-            world=1,
             rows_per_step=rows_per_step,
             prepared_dir=Path(folder) / "tokenized",
         )

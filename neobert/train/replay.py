@@ -11,9 +11,9 @@ from typing import Any
 
 from neobert.data.collate import Collator
 from neobert.data.loader import Loader
-from neobert.data.pipeline import DataPipeline, build_data, build_tokenizer
+from neobert.data.pipeline import DataPipeline, build_tokenizer
 from neobert.data.tokenizer import Tokenizer
-from neobert.train.build import build_mask_policy
+from neobert.train.build import build_config_data
 from neobert.train.runtime import StartupError
 from neobert.train.start import read_checkpoint_config, read_train_state
 from neobert.types import IGNORE_INDEX, PackedBatch, PackedRow
@@ -110,14 +110,9 @@ def _build_pipeline(checkpoint: Path, saved: dict[str, Any]) -> tuple[DataPipeli
     config = read_checkpoint_config(checkpoint)
     run = checkpoint.parent.parent if checkpoint.parent.name == "checkpoints" else Path(config.trainer.output_dir)
     tokenizer = build_tokenizer(config, checkpoint, run)
-    collator = config.datacollator
-    data = build_data(
+    data = build_config_data(
         config,
         tokenizer,
-        train_masks=build_mask_policy(tokenizer, collator.mlm_probability, mask_all=collator.mask_all),
-        eval_masks=build_mask_policy(tokenizer, collator.eval_mlm_probability, mask_all=False),
-        rank=0,
-        world=1,
         prepared_dir=run / "tokenized",
         rows_per_step=config.trainer.per_device_train_batch_size,
     )

@@ -16,9 +16,9 @@ from neobert.objectives.mlm import MaskedLM
 from neobert.optim.schedule import Schedule
 from neobert.train.build import (
     build_attention,
+    build_config_data,
     build_model_config,
     build_module,
-    build_run_data,
     build_run_optimizer,
     build_run_schedule,
     build_sinks,
@@ -108,7 +108,16 @@ def build_run(config: Config) -> Run:
         initial = load_initial_weights(config) if checkpoint is None else None
         tokenizer = build_tokenizer(config, checkpoint, output_dir)
     model_config = build_model_config(config, tokenizer)
-    data = build_run_data(config, tokenizer, runtime, rows_per_step, output_dir)
+    data = build_config_data(
+        config,
+        tokenizer,
+        rows_per_step=rows_per_step,
+        prepared_dir=output_dir / "tokenized",
+        rank=runtime.rank,
+        world=runtime.world,
+        main_first=runtime.main_first,
+        pin_memory=runtime.device.type == "cuda" and config.dataset.pin_memory is not False,
+    )
     num_steps = choose_num_steps(config, data, rows_per_step)
     module = build_module(config, model_config, attention, runtime)
     if initial is not None:

@@ -401,3 +401,25 @@ def test_documents_stored_in_pieces_are_held_out_whole(tmp_path, corpora, texts,
     held_out, _ = eval_targets([data])
     assert {t: n for t, n in held_out.items() if t not in specials} == Counter(t for d in encoded[5:30] for t in d)
     assert set(trained_on(data, num_steps=40)) - specials == {t for d in encoded[30:] for t in d}
+
+
+def test_a_cap_is_part_of_what_was_tokenised(make_config, make_data):
+    for cap in (7, 10):
+        assert make_data(make_config(path=None, name=f"python_stdlib:{cap}")).num_documents == cap
+
+
+def test_slices_of_one_split_are_tokenised_side_by_side(corpora, make_config, make_data, monkeypatch):
+    config = make_config(path=str(corpora["jsonl"]), streaming=False, train_split="train[20:]", eval_split="train[:20]")
+    first = make_data(config)
+    assert (first.num_documents, first.eval_set.num_documents) == (130, 20)
+    monkeypatch.setattr(prepare, "_write", lambda *a: pytest.fail("tokenised a second time"))
+    assert make_data(config).fingerprint == first.fingerprint
+
+
+@pytest.mark.parametrize(
+    ("train", "evaluation"),
+    [("train[:100]", "train[90:]"), ("train[:50%]", "train[40%:60%]"), ("train[10:]", "train[-5:]")],
+)
+def test_slices_that_overlap_are_refused(train, evaluation, corpora, make_config, make_data):
+    with pytest.raises(DataError, match=r"dataset\.eval_split: .* overlaps dataset\.train_split"):
+        make_data(make_config(path=str(corpora["indexed"]), train_split=train, eval_split=evaluation))

@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 from datasets import Dataset, load_from_disk
 
-from neobert.data import prepare, token_writer
+from neobert.data import disk, prepare, token_writer
 from neobert.data.arrow import TokenStore, read_manifest
 from neobert.data.encode import EncodedDocument
 from neobert.data.errors import DataError
@@ -189,14 +189,14 @@ def test_killed_at_random_moments_and_started_again_gives_the_same_bytes(
 
 def work_until(source, tokenizer, folder, settings, number):
     """Dies without a word at the n-th time that something has to be on the disk."""
-    calls, sync = iter(range(1, 10**6)), token_writer.sync
+    calls, sync = iter(range(1, 10**6)), disk.sync
 
     def dying(path):
         if next(calls) == number:
             os._exit(9)
         sync(path)
 
-    token_writer.sync = prepare.sync = dying
+    disk.sync = token_writer.sync = prepare.sync = dying
     prepare_tokens(source, tokenizer, folder, settings)
     os._exit(0)
 

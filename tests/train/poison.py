@@ -1,7 +1,6 @@
 """Ways to make chosen rows bad, and to run training in a child process that is there at once."""
 
 import os
-import socket
 import sys
 import time
 import traceback
@@ -57,12 +56,6 @@ def poison(patch: pytest.MonkeyPatch, rows: Iterable[int], kind: str = "loss") -
 def rows_of_step(step: int, rows_per_step: int = 4) -> range:
     """Global numbers of the rows of a step, counted from 1, when none was passed over."""
     return range((step - 1) * rows_per_step, step * rows_per_step)
-
-
-def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return probe.getsockname()[1]
 
 
 def fork_run(

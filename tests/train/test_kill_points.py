@@ -3,13 +3,13 @@
 import json
 import os
 import signal
-import socket
 import time
 from collections.abc import Callable, Iterator
 from hashlib import sha256
 from pathlib import Path
 
 import pytest
+from ports import free_port
 from records import exact_steps, log_lines
 
 from neobert.benchmark.lives import Lives
@@ -70,12 +70,6 @@ def whole(tiny: Tiny, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def weights_of(run: Path) -> str:
     return sha256((run / "checkpoints/12/model.safetensors").read_bytes()).hexdigest()
-
-
-def free_port() -> int:
-    with socket.socket() as listener:
-        listener.bind(("127.0.0.1", 0))
-        return listener.getsockname()[1]
 
 
 def start(lives: Lives, folder: Path, config: Config, *overrides: str, fault: str = "", world: int = 1) -> list[int]:

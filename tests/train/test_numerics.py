@@ -9,7 +9,8 @@ from typing import Any
 
 import pytest
 import torch
-from poison import fork_run, free_port, poison, rows_of_step, wait_for
+from poison import fork_run, poison, rows_of_step, wait_for
+from ports import free_port
 from records import exact_steps, log_lines
 from safetensors.torch import load_file
 from torch.utils._python_dispatch import TorchDispatchMode

@@ -14,7 +14,8 @@ from typing import Any
 
 import pytest
 import torch
-from poison import fork_run, free_port, wait_for
+from poison import fork_run, wait_for
+from ports import free_port
 from records import exact_steps, log_lines
 
 from neobert.config.load import config_to_yaml

@@ -15,6 +15,7 @@ from neobert.config.command_line import parse_command_line
 from neobert.config.load import config_to_yaml, load_config
 from neobert.config.schema import Config
 from neobert.config.schema_data import MixtureSource
+from neobert.data import prepare
 from neobert.data.arrow import read_manifest
 from neobert.data.offline import data_overrides, prepare_sources
 from neobert.data.pipeline import build_tokenizer
@@ -164,3 +165,37 @@ def test_debug_shows_rows_and_the_mix_and_writes_nothing(
         assert (masked, drawn, kept) == (100, 0, 0)
     else:
         assert (masked, drawn, kept) == (pytest.approx(80, abs=5), pytest.approx(10, abs=4), pytest.approx(10, abs=4))
+
+
+@pytest.mark.parametrize("several", [False, True])
+def test_a_run_finds_what_was_prepared_in_its_folder(
+    write: Write, several: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """`pre_tokenize` with the same output tokenises nothing anew; a cap and a slice are part of what is compared."""
+    config = load_config(str(write("dataset.pre_tokenize=true", "dataset.pre_tokenize_output=tokens")))
+    if several:
+        paths = sorted(Path(str(config.dataset.path)).iterdir())
+        sources = ", ".join(f"{{path: {path}, max_documents: 60}}" for path in paths)
+        write(
+            "dataset.pre_tokenize=true",
+            "dataset.pre_tokenize_output=tokens",
+            "dataset.path=null",
+            f"dataset.mixture=[{sources}]",
+        )
+    assert run_preprocess(["run.yaml"], "") == 0
+    monkeypatch.setattr(prepare, "_write", lambda *a: pytest.fail("tokenised a second time"))
+    pretrain(load_config("run.yaml"))
+
+
+def test_two_slices_of_one_split_are_both_prepared(write: Write, capsys: pytest.CaptureFixture[str]) -> None:
+    write("dataset.train_split=train[40:]", "dataset.eval_split=train[:40]", "dataset.eval_samples=null")
+    assert run_preprocess(["run.yaml"], "") == 0
+    counts = {
+        p.parent.name: read_manifest(p.parent)["num_documents"]
+        for p in Path("tokenized_data/run").glob("*/manifest.json")
+    }
+    assert counts == {"train": 200, "validation": 40}
+    run_printed(capsys.readouterr().out)
+    write("dataset.train_split=train[40:]", "dataset.eval_split=train[:50]", "dataset.eval_samples=null")
+    assert run_preprocess(["run.yaml"], "") == 2
+    assert "overlaps dataset.train_split" in capsys.readouterr().err

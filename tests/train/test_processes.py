@@ -6,6 +6,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+from ports import free_port
 from records import log_lines
 
 from neobert.config.load import config_to_yaml
@@ -36,7 +37,15 @@ def test_two_processes_equal_one(tiny: Callable[..., Config], tmp_path: Path) ->
 def launch(folder: Path, config: Config) -> None:
     config_file = folder / "run.yaml"
     config_file.write_text(config_to_yaml(config))
-    torchrun = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", "--master_port", "29517"]
+    torchrun = [
+        sys.executable,
+        "-m",
+        "torch.distributed.run",
+        "--nproc_per_node",
+        "2",
+        "--master_port",
+        str(free_port()),
+    ]
     script = ["scripts/pretraining/pretrain.py", str(config_file)]
     done = subprocess.run([*torchrun, *script], cwd=ROOT, capture_output=True, text=True, timeout=120)
     assert done.returncode == 0, done.stdout + done.stderr
