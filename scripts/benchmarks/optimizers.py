@@ -5,6 +5,7 @@ python scripts/benchmarks/optimizers.py --preset neobert --length 1024 --rows 64
 """
 
 import argparse
+import sys
 
 from neobert.benchmark.optimizers import (
     describe_orthogonality,
@@ -15,7 +16,7 @@ from neobert.benchmark.optimizers import (
 from neobert.benchmark.step import PRESETS, StepSettings
 
 
-def main() -> None:
+def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--preset", choices=list(PRESETS), default="small")
     parser.add_argument("--precision", choices=["bf16", "fp32"], default="bf16")
@@ -27,7 +28,8 @@ def main() -> None:
     width = values.pop("width")
     print(describe_times(measure_times(StepSettings(**values))))
     print(describe_orthogonality(measure_orthogonality(rows=width, columns=width)))
+    return 0
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())
