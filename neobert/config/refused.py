@@ -77,8 +77,6 @@ LATER: dict[str, str] = {
     "mteb_task_type": "MTEB is not available yet",
     "optimizer.muon_config": "Muon is not available yet: write optimizer.name: adamw",
     "pretrained_checkpoint": "evaluation of a checkpoint on benchmarks is not available yet",
-    "scheduler.cooldown_percent": "write scheduler.decay_percent, the end of a cosine or linear decay",
-    "scheduler.cooldown_steps": "write scheduler.decay_steps, the end of a cosine or linear decay",
     "trainer.profiler_steps": "profiling is not available yet",
     "trainer.profiler_steps_start": "profiling is not available yet",
 }
@@ -95,10 +93,6 @@ REFUSED_VALUES: dict[str, dict[str, str]] = {
         "adam": "'adam' is not part of this version: write adamw",
         "muon": _MUON,
         "muonclip": _MUON,
-    },
-    "scheduler.name": {
-        "constant": "'constant' is not part of this version: write linear with scheduler.final_lr_ratio: 1",
-        "wsd": "'wsd' is not part of this version: write cosine or linear",
     },
     "task": {
         "contrastive": "contrastive fine-tuning is not part of this version: only pretraining is",
