@@ -18,6 +18,7 @@ from safetensors.torch import load_file
 from neobert.config.schema import Config
 from neobert.data.tokenizer import load_tokenizer
 from neobert.model.config import ModelConfig
+from neobert.train.build import choose_mask_end
 from neobert.train.checkpoint import estimate_bytes
 from neobert.train.identity import (
     Comparison,
@@ -82,6 +83,7 @@ def compare_with_checkpoint(run: Run) -> Comparison:
         model,
         saved["data"],
         rows_per_step=saved["rows_per_step"],
+        mask_end=choose_mask_end(config, saved.get("num_steps", 0)),
         fingerprint=saved["data_fingerprint"],
         tokenizer_digest=saved["tokenizer_digest"],
         special_ids=saved.get("special_ids"),
@@ -104,6 +106,7 @@ def describe_run(run: Run) -> Facts:
         run.model_config,
         describe_order(run.data.identity),
         rows_per_step=run.rows_per_step,
+        mask_end=choose_mask_end(run.config, run.num_steps),
         fingerprint=run.data.fingerprint,
         tokenizer_digest=_digest_of_named_tokenizer(run.config) or run.tokenizer.digest,
         special_ids=run.tokenizer.special_ids,
