@@ -23,6 +23,7 @@ span, one word decides for all tokens.
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import lru_cache
 
 import numpy as np
 from numpy.typing import NDArray
@@ -202,48 +203,65 @@ def _split(policy: MaskPolicy, tokens: NDArray[np.int32], maskable: Places) -> _
     return _Split(maskable=maskable, unit_of=np.cumsum(begins) - 1, first=first)
 
 
+def _order_smallest(own: Words, count: int) -> Places:
+    """The units with the `count` smallest words, in their order. No draw needs more: a unit has a token at least."""
+    if count == 0:
+        return np.empty(0, dtype=np.int64)
+    few = np.flatnonzero(own <= np.partition(own, min(count, len(own)) - 1)[min(count, len(own)) - 1])
+    return few[np.argsort(own[few], kind="stable")]
+
+
 def _choose_words(
     policy: MaskPolicy, tokens: NDArray[np.int32], words: Words, maskable: Places, count: int
 ) -> tuple[Places, Words | None]:
     split = _split(policy, tokens, maskable)
-    order = np.argsort(words[split.starts], kind="stable")
-    return maskable[split.take(order, count)], None
+    return maskable[split.take(_order_smallest(words[split.starts], count), count)], None
 
 
 def _choose_spans(
     policy: MaskPolicy, tokens: NDArray[np.int32], words: Words, maskable: Places, count: int
 ) -> tuple[Places, Words | None]:
+    if count == 0:
+        return maskable[:0], words[:0]
     split = _split(policy, tokens, maskable)
-    if not len(maskable):
-        return maskable, words[maskable]
     own = words[split.starts]
-    lengths = span_lengths(own, policy.span_max_words)
-    # Words between two special tokens are a run: the first word of each, the place in it, and its number of words.
+    # Words between two special tokens are a run: the first word of each, its number of words, the place in it.
     begins = np.ones(len(own), dtype=bool)
     begins[1:] = split.starts[1:] - maskable[split.first[1:-1] - 1] > 1
-    heads = np.flatnonzero(begins)
-    run_of = np.cumsum(begins) - 1
-    sizes = np.diff(np.append(heads, len(own)))[run_of]
-    inside = np.arange(len(own)) - heads[run_of]
-    earliest, distance = own, np.zeros(len(own), dtype=np.int64)
-    for back in range(1, min(policy.span_max_words, int(sizes.max()))):
-        before = heads[run_of] + (inside - back) % sizes
-        sooner = (lengths[before] > back) & (back < sizes) & (own[before] < earliest)
-        earliest, distance = np.where(sooner, own[before], earliest), np.where(sooner, back, distance)
-    taken = split.take(np.lexsort((distance, earliest)), count)
-    return maskable[taken], earliest[split.unit_of[taken]]
+    heads, run_of = np.flatnonzero(begins), np.cumsum(begins) - 1
+    sizes = np.diff(np.append(heads, len(own)))
+    # All spans that can be needed, in their order, written out: the words that each covers, from its first one on.
+    spans = _order_smallest(own, count)
+    run = run_of[spans]
+    lengths = np.minimum(span_lengths(own[spans], policy.span_max_words), sizes[run])
+    step = np.arange(lengths.sum()) - np.repeat(np.cumsum(lengths) - lengths, lengths)
+    head, size = np.repeat(heads[run], lengths), np.repeat(sizes[run], lengths)
+    inside = np.repeat(spans - heads[run], lengths) + step
+    covered = head + np.where(inside >= size, inside - size, inside)
+    # Of the spans that cover a word, the first one counts: written from the back, it is the last to be written.
+    at = np.arange(len(covered))
+    first_at = np.zeros(len(own), dtype=np.int64)
+    first_at[covered[::-1]] = at[::-1]
+    is_first = first_at[covered] == at
+    taken = split.take(covered[is_first], count)
+    deciding = np.zeros(len(own), dtype=np.uint64)
+    deciding[covered[is_first]] = np.repeat(own[spans], lengths)[is_first]
+    return maskable[taken], deciding[split.unit_of[taken]]
 
 
 def span_lengths(words: Words, most: int) -> Places:
-    """Lengths from 1 to `most`, l with a probability proportional to 0.8^(l - 1), one for each random word.
-
-    Integer arithmetic alone, hence equal on every machine.
-    """
-    weights = [4 ** (length - 1) * 5 ** (most - length) for length in range(1, most + 1)]
-    bounds = [-(-sum(weights[:length]) * 2**32 // sum(weights)) for length in range(1, most)]
+    """Lengths from 1 to `most`, l with a probability proportional to 0.8^(l - 1), one for each random word."""
     # Another word than the one that decides about the replacement.
     drawn = _mix(~words) >> np.uint64(32)
-    return 1 + np.searchsorted(np.array(bounds, dtype=np.uint64), drawn, side="right")
+    return 1 + np.searchsorted(_length_bounds(most), drawn, side="right")
+
+
+@lru_cache
+def _length_bounds(most: int) -> Words:
+    """Numbers of 32 bits below the n-th bound are lengths up to n; by integers, so that every machine has the same."""
+    weights = [4 ** (length - 1) * 5 ** (most - length) for length in range(1, most + 1)]
+    bounds = [-(-sum(weights[:length]) * 2**32 // sum(weights)) for length in range(1, most)]
+    return np.array(bounds, dtype=np.uint64)
 
 
 UNITS: dict[
