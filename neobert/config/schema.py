@@ -138,7 +138,7 @@ class SchedulerSection:
     """Length of the cool-down as a percentage (0 to 100) of `total_steps`; wins over `cooldown_steps`."""
 
     cooldown_shape: Literal["linear", "1-sqrt", "cosine"] = "1-sqrt"
-    """Form of the cool-down: 1 - x, 1 - sqrt(x), or half a cosine."""
+    """Form of the cool-down, if there is one: 1 - x, 1 - sqrt(x), or half a cosine."""
 
     total_steps: int | None = None
     """What the percentages refer to; null is the number of steps of the run."""

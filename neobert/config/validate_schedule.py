@@ -47,12 +47,12 @@ def _check_cooldown(config: Config) -> Iterator[str]:
 
 
 def _check_unused(config: Config) -> Iterator[str]:
-    """Keys that describe a decay, when there is none."""
+    """Keys that describe a decay, when there is none. `final_lr_ratio` and `cooldown_shape` may stand in the file of a
+    stable run whose decays branch off."""
     name = config.scheduler.name
-    keys = ["cooldown_shape"]
-    if name not in (*FILL_THE_RUN, "wsd"):
-        keys += ["decay_steps", "decay_percent"] + (["final_lr_ratio"] if name == "constant" else [])
-    for key in keys:
+    if name == "wsd":
+        return
+    for key in ("cooldown_shape",) if name in FILL_THE_RUN else ("decay_steps", "decay_percent"):
         field = FIELDS[f"scheduler.{key}"]
         value = field.value_in(config)
         if value != field.default:

@@ -217,6 +217,12 @@ def _report_resume(run: Run, state: TrainState, comparison: Comparison) -> None:
             f"{', '.join(keys)} changed: model, optimizer, schedule and step continue, the data order starts at the "
             "first row of the new order, so documents of the old one may be read again"
         )
+    assert run.checkpoint is not None
+    planned, now = load_pickle(run.checkpoint / "scheduler.bin")["lr"], run.schedule(state.step)
+    if planned != now:
+        run.tracker.say(
+            f"learning rate of step {state.step + 1}: {planned:.3e} by the checkpoint's schedule, {now:.3e} by this one"
+        )
     declared = [d.key for d in comparison.differences if d.kind == "declared"]
     run.tracker.event("resumed", state.step, path=str(run.checkpoint), declared=declared)
 

@@ -23,10 +23,6 @@ WRONG: list[tuple[list[str], str]] = [
         ["scheduler.name=wsd", "scheduler.cooldown_percent=101"],
         "scheduler.cooldown_percent: 101.0 must be a percentage greater than 0 and at most 100",
     ),
-    (
-        ["scheduler.name=constant", "scheduler.final_lr_ratio=0"],
-        "scheduler.final_lr_ratio: 0.0 has no effect with scheduler.name: constant and no cool-down",
-    ),
     (["scheduler.name=constant", "scheduler.decay_steps=9000"], "scheduler.decay_steps: 9000 has no effect"),
     (["scheduler.name=inverse_sqrt", "scheduler.decay_percent=50"], "scheduler.decay_percent: 50.0 has no effect"),
     (["scheduler.cooldown_shape=linear"], "scheduler.cooldown_shape: linear has no effect with scheduler.name: cosine"),
@@ -89,7 +85,7 @@ def test_wrong(overrides: list[str], sentence: str) -> None:
 
 
 RIGHT: list[list[str]] = [
-    ["scheduler.name=constant"],
+    ["scheduler.name=constant", "scheduler.final_lr_ratio=0", "scheduler.cooldown_shape=linear"],
     ["scheduler.name=constant", "scheduler.cooldown_steps=100", "scheduler.final_lr_ratio=0"],
     ["scheduler.name=inverse_sqrt", "scheduler.final_lr_ratio=0"],
     ["scheduler.name=inverse_sqrt", "scheduler.cooldown_percent=10", "scheduler.cooldown_shape=cosine"],

@@ -95,6 +95,12 @@ def test_decays_branch_off_a_stable_trunk(tiny: Tiny, tmp_path: Path, capsys: py
     pretrain(tiny(long, *branch, "scheduler.cooldown_steps=3", "trainer.max_steps=10"))
     printed = capsys.readouterr().out
     pretrain(tiny(short, *branch, "scheduler.cooldown_steps=2", "trainer.max_steps=7", "scheduler.final_lr_ratio=0"))
+    late = tmp_path / "late"
+    pretrain(
+        tiny(late, *branch, "scheduler.cooldown_steps=4", "trainer.max_steps=6", "scheduler.cooldown_shape=linear")
+    )
+    jump = "learning rate of step 5: 1.000e-02 by the checkpoint's schedule, 5.500e-03 by this one"
+    assert jump in capsys.readouterr().out, "two of the four steps of the cool-down are over"
     base = exact_steps(trunk, after=4)
     assert exact_steps(long)[:3] == base[:3], "until step 7 of 10, where its cool-down begins"
     assert exact_steps(short)[:1] == base[:1], "until step 5 of 7"
@@ -105,6 +111,7 @@ def test_decays_branch_off_a_stable_trunk(tiny: Tiny, tmp_path: Path, capsys: py
     assert log_lines(long, "step")[5]["lr"] < log_lines(long, "step")[4]["lr"] < 1e-2
     assert "scheduler.name" in printed
     assert "free" in printed
+    assert "learning rate of step" not in printed, "it goes on as it was"
     assert exact_steps(trunk, after=4) == base, "the trunk is left alone"
 
 
