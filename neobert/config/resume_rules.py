@@ -37,6 +37,7 @@ ORDER = (
 """Change when declared; another order of rows begins at its first row."""
 
 BATCH_WARMUP = ("trainer.batch_size_warmup_start", "trainer.batch_size_warmup_steps")
+"""Rows of a step besides `trainer.global_batch_size`."""
 
 MASKING = (
     "datacollator.mlm_probability",
@@ -47,6 +48,8 @@ MASKING = (
     "datacollator.random_fraction",
     "datacollator.mask_all",
 )
+"""Which tokens are masked, and how. Not the step at which the final share is reached: like the schedule of the learning
+rate, it may follow the length of the run."""
 
 DECLARED = (
     *ORDER,

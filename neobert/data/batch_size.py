@@ -48,12 +48,12 @@ class BatchSchedule:
         raised = sum(max(0, warm - -(-j * self.warmup_steps // num_raises)) for j in range(1, num_raises + 1))
         return self.start_rows * warm + self.unit * raised + self.rows * (step - warm)
 
-    def steps_for(self, num_rows: int) -> int:
-        """The fewest steps that take at least `num_rows` rows."""
-        during = self.rows_before(self.warmup_steps)
-        if num_rows > during:
-            return self.warmup_steps + math.ceil((num_rows - during) / self.rows)
-        return bisect_left(range(self.warmup_steps + 1), num_rows, key=self.rows_before)
+    def steps_for(self, amount: float, *, per_row: int = 1) -> int:
+        """The fewest steps that take at least this amount of rows, or of anything of which a row has `per_row`."""
+        during = self.rows_before(self.warmup_steps) * per_row
+        if amount > during:
+            return self.warmup_steps + math.ceil((amount - during) / (self.rows * per_row))
+        return bisect_left(range(self.warmup_steps + 1), amount, key=lambda step: self.rows_before(step) * per_row)
 
 
 def constant_batch(rows: int) -> BatchSchedule:

@@ -251,16 +251,16 @@ def choose_num_steps(config: Config, data: DataPipeline) -> int:
     if trainer.max_steps is not None:
         return trainer.max_steps
     if trainer.max_tokens is not None:
-        return data.batch.steps_for(math.ceil(trainer.max_tokens / length))
+        return data.batch.steps_for(trainer.max_tokens, per_row=length)
     assert trainer.num_train_epochs is not None, "the config names exactly one budget"
     if data.num_rows is not None:  # One piece of a document is one row of the batch: no slots to count.
-        return data.batch.steps_for(math.ceil(trainer.num_train_epochs * data.num_rows))
+        return data.batch.steps_for(trainer.num_train_epochs * data.num_rows)
     if data.num_tokens is None:
         raise StartupError(
             f"trainer.num_train_epochs: {trainer.num_train_epochs} needs a source of known size, and this one is a "
             "stream; set dataset.streaming: false to tokenise it once, or use trainer.max_steps or trainer.max_tokens"
         )
-    return data.batch.steps_for(math.ceil(trainer.num_train_epochs * data.num_tokens / length))
+    return data.batch.steps_for(trainer.num_train_epochs * data.num_tokens, per_row=length)
 
 
 def build_sinks(

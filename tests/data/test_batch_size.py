@@ -14,6 +14,7 @@ def test_table() -> None:
     assert [batch(step) for step in range(9)] == [4, 4, 8, 8, 12, 12, 16, 16, 16]
     assert [batch.rows_before(step) for step in range(9)] == [0, 4, 8, 16, 24, 36, 48, 64, 80]
     assert [batch.steps_for(rows) for rows in (0, 1, 4, 5, 8, 9, 48, 49, 64, 65)] == [0, 1, 1, 2, 2, 3, 6, 7, 7, 8]
+    assert [batch.steps_for(slots, per_row=10) for slots in (40, 41, 480, 480.5, 640, 640.1)] == [1, 2, 6, 7, 7, 8]
     uneven = BatchSchedule(rows=64, start_rows=40, warmup_steps=4)
     assert [uneven(step) for step in range(6)] == [40, 40, 48, 56, 64, 64]
     assert [constant_batch(6)(step) for step in (0, 1, 1000)] == [6, 6, 6]
