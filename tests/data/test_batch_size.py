@@ -75,6 +75,9 @@ def test_rows_that_are_passed_over_leave_the_sizes_alone(make_data, make_config,
         list(range(20, 28)),
         list(range(28, 40)),
     ]
+    for cut in (1, 2, 3):
+        rest = read(data.loader(steps[cut - 1].state, skip=[(4, 16)], step=cut), 4 - cut)
+        assert [step.digest for step in rest] == [step.digest for step in steps[cut:]]
 
 
 def test_two_ranks_share_every_step(make_data, make_config, corpora) -> None:

@@ -1,4 +1,4 @@
-"""Whole-word and span masking in plain loops over Python integers: slow, and easy to read."""
+"""Masking by tokens, words and spans in plain loops over Python integers: slow, and easy to read."""
 
 from collections.abc import Sequence
 
@@ -15,14 +15,16 @@ def mix(x: int) -> int:
 
 
 def split_runs(policy: MaskPolicy, tokens: Sequence[int]) -> list[list[list[int]]]:
-    """Runs between special tokens -> words -> places."""
+    """Runs between special tokens -> words (or tokens) -> places."""
     runs: list[list[list[int]]] = []
     for place, token in enumerate(tokens):
         if token in policy.special_ids:
             continue
         if place == 0 or tokens[place - 1] in policy.special_ids:
             runs.append([[place]])
-        elif policy.edges.continues[token] and policy.edges.is_continued[tokens[place - 1]]:
+        elif (
+            policy.units != "tokens" and policy.edges.continues[token] and policy.edges.is_continued[tokens[place - 1]]
+        ):
             runs[-1][-1].append(place)
         else:
             runs[-1].append([place])
@@ -46,14 +48,14 @@ def select(policy: MaskPolicy, tokens: Sequence[int], words: Sequence[int], coun
     spans: list[tuple[int, list[list[int]]]] = []
     for run in runs:
         for number, unit in enumerate(run):
-            length = 1 if policy.units == "words" else min(len(run), span_length(words[unit[0]], policy.span_max_words))
+            length = min(len(run), span_length(words[unit[0]], policy.span_max_words)) if policy.units == "spans" else 1
             # At the end of its run a span goes on at the beginning.
             spans.append((words[unit[0]], [run[(number + step) % len(run)] for step in range(length)]))
     chosen: dict[int, int] = {}
     for word, units in sorted(spans):
         for place in (place for unit in units for place in unit):
             if place not in chosen and len(chosen) < count:
-                chosen[place] = words[place] if policy.units == "words" else word
+                chosen[place] = word if policy.units == "spans" else words[place]
     return chosen
 
 

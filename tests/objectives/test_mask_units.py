@@ -8,6 +8,7 @@ import numpy as np
 import plain_masks
 import pytest
 
+from neobert.objectives import masking
 from neobert.objectives.masking import MaskPolicy, span_lengths
 from neobert.types import WordEdges
 
@@ -43,7 +44,7 @@ def draw(rng: np.random.Generator, size: int) -> np.ndarray:
 
 @pytest.mark.parametrize("settings", [{}, {"mask_fraction": 0.5, "random_fraction": 0.5}, {"mask_all": True}])
 @pytest.mark.parametrize("probability", [0.05, 0.3, 1.0])
-@pytest.mark.parametrize("units", UNITS)
+@pytest.mark.parametrize("units", masking.UNITS)
 def test_equal_to_the_plain_loops(units: str, probability: float, settings: dict[str, Any]) -> None:
     rng = np.random.default_rng(0)
     for most in (1, 3, 10):
