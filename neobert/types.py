@@ -15,6 +15,15 @@ IGNORE_INDEX = -100
 
 
 @dataclass(frozen=True, kw_only=True, slots=True, eq=False)
+class WordEdges:
+    """How a vocabulary spells words: token b belongs to the word of the token a before it when `is_continued[a]` and
+    `continues[b]`. Both are indexed by token id."""
+
+    continues: NDArray[np.bool_]
+    is_continued: NDArray[np.bool_]
+
+
+@dataclass(frozen=True, kw_only=True, slots=True, eq=False)
 class PackedRow:
     """One row of at most S tokens: documents side by side, each already wrapped as `[CLS] ... [SEP]`."""
 

@@ -91,6 +91,8 @@ def tiny_overrides(words: list[str]) -> list[str]:
     if "--dataset.mixture" in words:  # Goes on from a run of two steps.
         own.append("--dataset.path")
         pairs["--trainer.max_steps"] = "4"
+    if "--trainer.resume_from_checkpoint" in words and any("outputs/trunk" in word for word in words):
+        pairs["--trainer.max_steps"] = "4"
     return [word for key, value in pairs.items() if key not in own for word in (key, value)]
 
 

@@ -24,7 +24,8 @@ from neobert.model.attention import choose_attention
 from neobert.model.config import ModelConfig
 from neobert.model.encoder import Encoder
 from neobert.model.peak import peak_flops
-from neobert.objectives.mlm import MaskedLM, MaskPolicy
+from neobert.objectives.masking import MaskPolicy
+from neobert.objectives.mlm import MaskedLM
 from neobert.optim.optimizers import build_optimizer
 from neobert.train.step import train_step
 from neobert.types import LossSum, PackedBatch, PackedRow

@@ -78,8 +78,6 @@ LATER: dict[str, str] = {
     "mteb_pooling": "MTEB is not available yet",
     "mteb_task_type": "MTEB is not available yet",
     "pretrained_checkpoint": "evaluation of a checkpoint on benchmarks is not available yet",
-    "scheduler.cooldown_percent": "write scheduler.decay_percent, the end of a cosine or linear decay",
-    "scheduler.cooldown_steps": "write scheduler.decay_steps, the end of a cosine or linear decay",
     "trainer.profiler_steps": "profiling is not available yet",
     "trainer.profiler_steps_start": "profiling is not available yet",
 }
@@ -92,10 +90,6 @@ REFUSED_VALUES: dict[str, dict[str, str]] = {
     },
     "optimizer.name": {
         "muon": "'muon' is written muonclip; optimizer.muon_config.enable_clipping: false is plain Muon",
-    },
-    "scheduler.name": {
-        "constant": "'constant' is not part of this version: write linear with scheduler.final_lr_ratio: 1",
-        "wsd": "'wsd' is not part of this version: write cosine or linear",
     },
     "task": {
         "contrastive": "contrastive fine-tuning is not part of this version: only pretraining is",

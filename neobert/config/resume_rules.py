@@ -36,11 +36,26 @@ ORDER = (
 )
 """Change when declared; another order of rows begins at its first row."""
 
+BATCH_WARMUP = ("trainer.batch_size_warmup_start", "trainer.batch_size_warmup_steps")
+"""Rows of a step besides `trainer.global_batch_size`."""
+
+MASKING = (
+    "datacollator.mlm_probability",
+    "datacollator.mlm_probability_final",
+    "datacollator.mask_units",
+    "datacollator.span_max_words",
+    "datacollator.mask_fraction",
+    "datacollator.random_fraction",
+    "datacollator.mask_all",
+)
+"""Which tokens are masked, and how. Not the step at which the final share is reached: like the schedule of the learning
+rate, it may follow the length of the run."""
+
 DECLARED = (
     *ORDER,
     "trainer.global_batch_size",
-    "datacollator.mlm_probability",
-    "datacollator.mask_all",
+    *BATCH_WARMUP,
+    *MASKING,
     "model.dropout_prob",
     "model.max_position_embeddings",
     "model.rope_theta",

@@ -95,8 +95,9 @@ class ModelSection:
 class SchedulerSection:
     """Learning rate: linear warm-up, then a decay that ends at `final_lr_ratio` and stays there."""
 
-    name: Literal["cosine", "linear"] = "cosine"
-    """Form of the decay."""
+    name: Literal["cosine", "linear", "constant", "wsd", "inverse_sqrt"] = "cosine"
+    """cosine and linear decay from the warm-up on. wsd is stable until its cool-down. constant and inverse_sqrt go on
+    for ever, or until a cool-down if there is one; inverse_sqrt does not fall below `final_lr_ratio`."""
 
     warmup_steps: int = 2000
     """Steps until the peak learning rate is reached."""
@@ -109,6 +110,16 @@ class SchedulerSection:
 
     decay_percent: float | None = None
     """End of the decay as a percentage (0 to 100) of `total_steps`; wins over `decay_steps`."""
+
+    cooldown_steps: int | None = None
+    """How many steps the decay of wsd takes; it ends at `decay_steps`. Also for constant and inverse_sqrt; null: none,
+    which wsd refuses."""
+
+    cooldown_percent: float | None = None
+    """Length of the cool-down as a percentage (0 to 100) of `total_steps`; wins over `cooldown_steps`."""
+
+    cooldown_shape: Literal["linear", "1-sqrt", "cosine"] = "1-sqrt"
+    """Form of the cool-down, if there is one: 1 - x, 1 - sqrt(x), or half a cosine."""
 
     total_steps: int | None = None
     """What the percentages refer to; null is the number of steps of the run."""

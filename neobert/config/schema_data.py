@@ -187,14 +187,35 @@ class DatacollatorSection:
     """How rows are built and masked."""
 
     mlm_probability: float = 0.2
-    """Share of a row's ordinary tokens that is predicted. Of these 80% become [MASK], 10% a random token, and 10%
-    stay. 20% is the rate of the NeoBERT paper."""
+    """Share of a row's ordinary tokens that is predicted. 20% is the rate of the NeoBERT paper."""
+
+    mlm_probability_final: float | None = None
+    """The share at the end of training: from `mlm_probability` on it changes linearly with the step. null: constant."""
+
+    mlm_probability_final_step: int | None = None
+    """Step at which `mlm_probability_final` is reached, counted from the start of the run; null is the number of steps
+    of the run."""
 
     eval_mlm_probability: float = 0.15
-    """The same share in evaluation, always 80/10/10, so that losses of runs with different masking compare."""
+    """The same share in evaluation, always 80/10/10 and token by token, so that losses of runs with different masking
+    compare."""
+
+    mask_units: Literal["tokens", "words", "spans"] = "tokens"
+    """What is drawn until the share is reached. tokens: each by itself. words: all tokens of a word. spans: up to
+    `span_max_words` words in a row, the fewer the likelier. The last unit of a row may be cut short. words and spans
+    need a tokenizer that marks where words begin."""
+
+    span_max_words: int = 10
+    """With `mask_units: spans`: words of the longest span. A span one word longer is 0.8 times as likely."""
+
+    mask_fraction: float = 0.8
+    """Share of the predicted tokens that becomes [MASK] in training."""
+
+    random_fraction: float = 0.1
+    """Share of the predicted tokens that becomes a random token in training; the rest stays as it is."""
 
     mask_all: bool = False
-    """true: every predicted token becomes [MASK] in training."""
+    """true: every predicted token becomes [MASK] in training, as with `mask_fraction: 1` and `random_fraction: 0`."""
 
     pack_sequences: bool = True
     """true: several documents share a row and each attends to itself only, so that almost no slot is padding.

@@ -30,6 +30,14 @@ class TrainerSection:
     global_batch_size: int | None = None
     """Rows per optimizer step over all processes; derives the accumulation, which must then be null."""
 
+    batch_size_warmup_start: int | None = None
+    """Rows of the first step, over all processes, when the batch grows to its full size; a multiple of
+    `per_device_train_batch_size` x processes. null: the full batch from the first step on."""
+
+    batch_size_warmup_steps: int | None = None
+    """Step at which the batch has its full size. It grows evenly, by the greatest common divisor of
+    `batch_size_warmup_start` and the full batch; the micro-batch stays and the accumulation grows."""
+
     enforce_full_packed_batches: bool = True
     """With packing. true: every micro-batch is `per_device_train_batch_size` full rows. false: each micro-batch packs
     that many documents, without looking ahead, into as many rows as they need."""

@@ -13,6 +13,7 @@ from neobert.config.resume_rules import ALLOWED, FIXED
 from neobert.config.schema import Config
 from neobert.config.validate_data import check_dataset, check_rows, check_tokenizer
 from neobert.config.validate_optimizer import check_optimizer
+from neobert.config.validate_schedule import check_batch_warmup, check_masks, check_schedule, schedule_warnings
 
 BUDGETS = ("trainer.max_steps", "trainer.max_tokens", "trainer.num_train_epochs")
 """Exactly one of these is set."""
@@ -42,7 +43,10 @@ _RANGES: tuple[tuple[str, _Test, tuple[str, ...]], ...] = (
             "optimizer.muon_config.clipping_qk_chunk_size",
             "tokenizer.train_documents",
             "datacollator.pad_to_multiple_of",
+            "datacollator.mlm_probability_final_step",
+            "datacollator.span_max_words",
             "scheduler.decay_steps",
+            "scheduler.cooldown_steps",
             "scheduler.total_steps",
             "trainer.max_steps",
             "trainer.max_tokens",
@@ -50,6 +54,8 @@ _RANGES: tuple[tuple[str, _Test, tuple[str, ...]], ...] = (
             "trainer.per_device_eval_batch_size",
             "trainer.gradient_accumulation_steps",
             "trainer.global_batch_size",
+            "trainer.batch_size_warmup_start",
+            "trainer.batch_size_warmup_steps",
             "trainer.eval_max_batches",
             "trainer.save_milestone_every",
             "trainer.max_bad_steps",
@@ -113,17 +119,27 @@ _RANGES: tuple[tuple[str, _Test, tuple[str, ...]], ...] = (
     (
         "must be greater than 0 and at most 1",
         lambda x: 0 < x <= 1,
-        ("datacollator.mlm_probability", "datacollator.eval_mlm_probability"),
+        ("datacollator.mlm_probability", "datacollator.mlm_probability_final", "datacollator.eval_mlm_probability"),
     ),
     (
         "must be from 0 to 1",
         lambda x: 0 <= x <= 1,
-        ("scheduler.final_lr_ratio", "optimizer.muon_config.clipping_alpha"),
+        (
+            "scheduler.final_lr_ratio",
+            "datacollator.mask_fraction",
+            "datacollator.random_fraction",
+            "optimizer.muon_config.clipping_alpha",
+        ),
     ),
     (
         "must be a percentage from 0 to 100",
         lambda x: 0 <= x <= 100,
         ("scheduler.warmup_percent", "scheduler.decay_percent"),
+    ),
+    (
+        "must be a percentage greater than 0 and at most 100",
+        lambda x: 0 < x <= 100,
+        ("scheduler.cooldown_percent",),
     ),
     ("must both be at least 0 and less than 1", lambda x: all(0 <= b < 1 for b in x), ("optimizer.betas",)),
     ("must be steps of at least 1", lambda x: all(step >= 1 for step in x), ("trainer.save_milestone_steps",)),
@@ -170,29 +186,7 @@ def warnings(config: Config, *, total_steps: int | None = None) -> list[str]:
             "trainer.detect_anomaly: true checks every operation of the backward pass, which takes several times as"
             " long; write false when the operation is found"
         )
-    return found + list(_schedule_warnings(config, total_steps or config.trainer.max_steps))
-
-
-def _schedule_warnings(config: Config, steps: int | None) -> Iterator[str]:
-    schedule = config.scheduler
-    if steps is None:
-        return
-    reference = schedule.total_steps or steps
-    key, warmup = "scheduler.warmup_steps", schedule.warmup_steps
-    if schedule.warmup_percent is not None:
-        key, warmup = "scheduler.warmup_percent", int(reference * schedule.warmup_percent / 100)
-    if warmup > steps:
-        yield (
-            f"{key}: the warm-up takes {warmup} steps but the run has {steps}: the learning rate never reaches"
-            " optimizer.lr; lower it, or write scheduler.warmup_percent"
-        )
-    end = int(reference * schedule.decay_percent / 100) if schedule.decay_percent is not None else schedule.decay_steps
-    end = end if end is not None else reference
-    if end > steps and warmup <= steps:
-        yield (
-            f"scheduler: the decay ends at step {end} but the run has {steps} steps: the learning rate will not reach"
-            " optimizer.lr * scheduler.final_lr_ratio"
-        )
+    return found + list(schedule_warnings(config, total_steps or config.trainer.max_steps))
 
 
 def _check_ranges(config: Config) -> Iterator[str]:
@@ -309,19 +303,6 @@ def _check_resume_allow(config: Config) -> Iterator[str]:
             yield f"trainer.resume_allow: {key} is no key; the keys that can be declared are {', '.join(ALLOWED)}"
 
 
-def _check_schedule(config: Config) -> Iterator[str]:
-    schedule = config.scheduler
-    for unit in ("steps", "percent"):
-        warmup_key, decay_key = f"scheduler.warmup_{unit}", f"scheduler.decay_{unit}"
-        warmup, decay = FIELDS[warmup_key].value_in(config), FIELDS[decay_key].value_in(config)
-        wins = unit == "percent" or (schedule.warmup_percent is None and schedule.decay_percent is None)
-        if wins and warmup is not None and decay is not None and decay <= warmup:
-            yield (
-                f"{decay_key}: {decay} is where the decay ends, counted from the start of the run, so it must be"
-                f" greater than {warmup_key} = {warmup}"
-            )
-
-
 def _check_rollback(config: Config) -> Iterator[str]:
     trainer = config.trainer
     if trainer.rollback_steps is None:
@@ -369,7 +350,9 @@ _RULES = (
     _check_batch,
     _check_saving,
     _check_resume_allow,
-    _check_schedule,
+    check_schedule,
+    check_batch_warmup,
+    check_masks,
     _check_rollback,
     _check_device,
 )

@@ -32,12 +32,14 @@ EVAL_TARGETS_MULTIPLE = 256
 class MaskPolicy(Protocol):
     """Chooses the predicted tokens of a draw and what stands in their place."""
 
-    def corrupt(self, tokens: IntArray, words: Words, offset: float) -> tuple[IntArray, NDArray[np.int64]]:
-        """`n` tokens, a random word for each, and a number in [0, 1): the corrupted tokens and the ascending places
-        of the predicted ones."""
+    def corrupt(
+        self, tokens: IntArray, words: Words, offset: float, *, step: int
+    ) -> tuple[IntArray, NDArray[np.int64]]:
+        """`n` tokens, a random word for each, a number in [0, 1), and the step of training: the corrupted tokens and
+        the ascending places of the predicted ones."""
 
     def max_targets(self, num_slots: int) -> int:
-        """Upper bound of the predicted tokens among `num_slots` slots of one draw."""
+        """Upper bound of the predicted tokens among `num_slots` slots of one draw, at any step."""
 
 
 def build_row(pieces: Sequence[Piece], window: Window, row_key: int, *, cls_id: int, sep_id: int) -> PackedRow:
@@ -145,13 +147,14 @@ class Collator:
 
     num_sources: int = 1
 
-    def __call__(self, rows: Sequence[PackedRow], num_rows: int | None = None) -> PackedBatch:
-        """A batch of `num_rows` rows (default: as many as given); rows beyond those given are all padding."""
+    def __call__(self, rows: Sequence[PackedRow], num_rows: int | None = None, *, step: int = 0) -> PackedBatch:
+        """A batch of `num_rows` rows (default: as many as given) as they are masked at a step of training; rows beyond
+        those given are all padding."""
         num_rows = len(rows) if num_rows is None else num_rows
         layout = _layout(rows)
         width = self._choose_width(layout.row_lengths)
         flat = layout.row_of * width + layout.slots
-        corrupted, selected = self._corrupt(rows, layout)
+        corrupted, selected = self._corrupt(rows, layout, step)
 
         input_ids = np.full(num_rows * width, self.pad_id, dtype=np.int32)
         input_ids[flat] = corrupted
@@ -190,7 +193,7 @@ class Collator:
         longest = max(1, int(row_lengths.max(initial=1)))
         return min(self.max_seq_length, -(-longest // self.pad_to_multiple_of) * self.pad_to_multiple_of)
 
-    def _corrupt(self, rows: Sequence[PackedRow], layout: _Layout) -> tuple[IntArray, NDArray[np.int64]]:
+    def _corrupt(self, rows: Sequence[PackedRow], layout: _Layout, step: int) -> tuple[IntArray, NDArray[np.int64]]:
         """The corrupted tokens, and the places among the n tokens that are predicted, ascending."""
         if self.draw == "row":
             starts, row_keys = layout.row_starts, [row.key for row in rows]
@@ -210,7 +213,8 @@ class Collator:
         selected = [np.empty(0, dtype=np.int64)]
         ends = [*starts[1:].tolist(), len(corrupted)]
         for start, end, offset in zip(starts.tolist(), ends, offsets.tolist()):
-            corrupted[start:end], places = self.policy.corrupt(layout.tokens[start:end], words[start:end], offset)
+            draw = layout.tokens[start:end], words[start:end], offset
+            corrupted[start:end], places = self.policy.corrupt(*draw, step=step)
             selected.append(places + start)
         return corrupted, np.concatenate(selected)
 

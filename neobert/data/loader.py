@@ -1,7 +1,7 @@
 """From lanes to optimizer steps: which rows a rank gets, in which micro-batches, and where the run stands after them.
 
-Row g comes from lane g modulo the number of lanes and goes to rank g modulo the number of ranks. Step s takes rows
-[s * B, (s + 1) * B). Nothing else decides, so ranks, threads and read-ahead are free to change between two starts.
+Row g comes from lane g modulo the number of lanes and goes to rank g modulo the number of ranks. Step s takes the next
+B(s) rows. Nothing else decides, so ranks, threads and read-ahead are free to change between two starts.
 Every rank reads the lanes that hold rows of its own; it passes over the rows of others without touching their tokens.
 
 The state of the order is the number of the next row and, for each lane, the state that opens its current window: a
@@ -18,6 +18,7 @@ from contextlib import suppress
 from dataclasses import asdict, dataclass, replace
 from typing import Literal
 
+from neobert.data.batch_size import BatchSchedule
 from neobert.data.collate import Collator, build_row, join_rows
 from neobert.data.errors import DataError
 from neobert.data.lanes import Lane, State, Window
@@ -190,8 +191,8 @@ class _LaneRows:
 class LoaderSettings:
     """How rows are shared out. None of this changes what the rows are."""
 
-    rows_per_step: int
-    """Global batch B, over ranks and micro-batches; with next_fit, documents instead of rows."""
+    batch: BatchSchedule
+    """Rows of each step, over ranks and micro-batches; with next_fit, documents instead of rows."""
 
     micro_batch_rows: int
     rank: int = 0
@@ -216,9 +217,10 @@ class _Assembler:
         sep_id: int,
         state: State | None,
         skip: Sequence[tuple[int, int]],
+        step: int,
     ) -> None:
         self._identity, self._settings, self._collate = identity, settings, collate
-        self._skip = tuple(skip)
+        self._skip, self._step = tuple(skip), step
         self._cls_id, self._sep_id = cls_id, sep_id
         self._next_row: int = 0 if state is None else state["next_row"]
         # Documents that share a row by next_fit must go to one rank: then whole micro-batches take turns, not rows.
@@ -234,8 +236,8 @@ class _Assembler:
     def step(self) -> StepBatch:
         """The micro-batches of this rank's next optimizer step, and the state after them."""
         settings, rows = self._settings, []
-        given = 0
-        while given < settings.rows_per_step:
+        given, wanted = 0, settings.batch(self._step)
+        while given < wanted:
             row, self._next_row = self._next_row, self._next_row + 1
             skipped = any(start <= row < end for start, end in self._skip)
             given += not skipped
@@ -247,6 +249,7 @@ class _Assembler:
                 rows.append(build_row(pieces, window, row, cls_id=self._cls_id, sep_id=self._sep_id))
         starts = range(0, len(rows), settings.micro_batch_rows)
         batches = [self._micro_batch(rows[start : start + settings.micro_batch_rows]) for start in starts]
+        self._step += 1
         state = {
             "version": VERSION,
             "next_row": self._next_row,
@@ -267,7 +270,7 @@ class _Assembler:
             limit = max_segments_per_row(length, packed=True)
             plan = next_fit([len(row.tokens) for row in rows], length, limit)
             rows = [join_rows([rows[item] for item in items]) for items in plan]
-        batch = self._collate(rows)
+        batch = self._collate(rows, step=self._step)
         return batch.pin_memory() if self._settings.pin_memory else batch
 
 
@@ -292,16 +295,20 @@ class Loader:
         sep_id: int,
         state: State | None = None,
         skip: Sequence[tuple[int, int]] = (),
+        step: int = 0,
     ) -> None:
         """`skip` holds half-open ranges of row numbers that are planned like all rows, so that the others stay what
-        they are, and never given."""
+        they are, and never given. `step` is the number of the first step to make: it decides about the number of rows
+        and the share of masked tokens."""
         per_micro_step = settings.world * settings.micro_batch_rows
-        if settings.rows_per_step % per_micro_step:
-            raise DataError(
-                f"a step of {settings.rows_per_step} rows cannot be shared by {settings.world} processes with "
-                f"trainer.per_device_train_batch_size: {settings.micro_batch_rows}; it must be a multiple of "
-                f"{per_micro_step}"
-            )
+        for rows in (settings.batch.rows, settings.batch.start_rows):
+            if rows % per_micro_step:
+                key = "" if rows == settings.batch.rows else f"trainer.batch_size_warmup_start: {rows}: "
+                raise DataError(
+                    f"{key}a step of {rows} rows cannot be shared by {settings.world} processes with "
+                    f"trainer.per_device_train_batch_size: {settings.micro_batch_rows}; it must be a multiple of "
+                    f"{per_micro_step}"
+                )
         if state is not None:
             check_state(state, identity)
         uneven = [(start, end) for start, end in skip if (end - start) % per_micro_step]
@@ -311,7 +318,7 @@ class Loader:
                 f"with trainer.per_device_train_batch_size: {settings.micro_batch_rows}; their number must be a "
                 f"multiple of {per_micro_step}"
             )
-        self._assembler = _Assembler(open_lane, identity, settings, collate, cls_id, sep_id, state, skip)
+        self._assembler = _Assembler(open_lane, identity, settings, collate, cls_id, sep_id, state, skip, step)
         self._stop = threading.Event()
         self._ready: queue.Queue[StepBatch | BaseException] = queue.Queue(maxsize=max(1, settings.prefetch_steps))
         self._ahead: StepBatch | BaseException | None = None

@@ -14,6 +14,7 @@ from typing import Any, Literal
 import numpy as np
 
 from neobert.config.schema import Config, DatasetSection
+from neobert.data.batch_size import BatchSchedule, build_batch_schedule
 from neobert.data.collate import Collator, MaskPolicy
 from neobert.data.encode import limit_threads
 from neobert.data.evaluation import EvalSet, choose_evaluation
@@ -70,10 +71,16 @@ class DataPipeline:
         `trainer.enforce_full_packed_batches: false`. None when rows are packed, or when unknown."""
         return None if self.identity.packing == "best_fit" else self.train.num_pieces
 
-    def loader(self, state: State | None = None, skip: Sequence[tuple[int, int]] = ()) -> Loader:
+    @property
+    def batch(self) -> BatchSchedule:
+        """Rows of each step."""
+        return self.loader_settings.batch
+
+    def loader(self, state: State | None = None, skip: Sequence[tuple[int, int]] = (), step: int = 0) -> Loader:
         """The training batches of this rank, from `state` (of a `StepBatch`, merged over ranks) or from the start.
 
-        Rows whose numbers are in one of the half-open ranges of `skip` are passed over.
+        Rows whose numbers are in one of the half-open ranges of `skip` are passed over. The first batch is that of step
+        `step`, counted from 0.
         """
         return Loader(
             self.train.lane_opener(),
@@ -84,6 +91,7 @@ class DataPipeline:
             sep_id=self.tokenizer.sep_id,
             state=state,
             skip=skip,
+            step=step,
         )
 
     def eval_batches(self) -> Iterator[PackedBatch]:
@@ -143,7 +151,7 @@ def build_data(
     Args:
         prepared_dir: where text that is not streamed is tokenised to, unless `dataset.pre_tokenize_output` says; used
             again when it fits.
-        rows_per_step: global batch in rows.
+        rows_per_step: global batch in rows, after a warm-up of the batch.
         main_first: a context in which rank 0 runs before the others, put around the tokenising.
         pin_memory: batches go to page-locked memory as they are made.
 
@@ -160,7 +168,7 @@ def build_data(
     train = build_train(parts, tokenizer, build_lane_settings(config, views), section)
     collate = replace(_build_collate(config, tokenizer, train_masks), num_sources=len(sources))
     loader_settings = LoaderSettings(
-        rows_per_step=rows_per_step,
+        batch=build_batch_schedule(config, rows_per_step),
         micro_batch_rows=config.trainer.per_device_train_batch_size,
         rank=rank,
         world=world,

@@ -94,6 +94,11 @@ class Tokenizer:
         return dict(self._backend.get_vocab(with_added_tokens=True))
 
     @property
+    def definition(self) -> dict[str, Any]:
+        """The content of tokenizer.json: normalizer, pre-tokenizer, model and the rest."""
+        return json.loads(self._backend.to_str())
+
+    @property
     def roles(self) -> dict[str, int]:
         """Ids by what they are for: cls, sep, mask, pad, and unk where there is one."""
         ids = {"cls": self.cls_id, "sep": self.sep_id, "mask": self.mask_id, "pad": self.pad_id}

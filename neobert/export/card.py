@@ -5,6 +5,7 @@ from typing import Any
 
 from neobert.config.load import load_config
 from neobert.config.schema import Config
+from neobert.config.schema_data import DatacollatorSection
 from neobert.data.tokenizer import Tokenizer
 from neobert.export.choose import Form
 from neobert.model.config import ModelConfig
@@ -88,10 +89,24 @@ def _recipe(config: Config) -> list[str]:
     return [
         f"- data: {', '.join(sources)}",
         f"- rows of {data.max_seq_length} tokens, {'packed' if masks.pack_sequences else 'one document each'}",
-        f"- {masks.mlm_probability:.0%} of the tokens predicted, "
-        + ("all of them as masks" if masks.mask_all else "80% as masks, 10% as random tokens, 10% unchanged"),
+        f"- {_rate(masks)} of the tokens predicted{_UNITS[masks.mask_units]}, {_mix(masks)}",
         f"- {config.optimizer.name}, peak learning rate {config.optimizer.lr:g}, {config.scheduler.name} schedule",
     ]
+
+
+_UNITS = {"tokens": "", "words": " by whole words", "spans": " by spans of words"}
+
+
+def _rate(masks: DatacollatorSection) -> str:
+    first, last = masks.mlm_probability, masks.mlm_probability_final
+    return f"{first:.0%}" if last is None else f"{first:.0%} to {last:.0%}"
+
+
+def _mix(masks: DatacollatorSection) -> str:
+    if masks.mask_all:
+        return "all of them as masks"
+    masked, drawn = masks.mask_fraction, masks.random_fraction
+    return f"{masked:.0%} as masks, {drawn:.0%} as random tokens, {max(0.0, 1 - masked - drawn):.0%} unchanged"
 
 
 def _figures(weights: EncoderWeights) -> list[str]:

@@ -32,7 +32,7 @@ from neobert.inference.jobs import progress_bar
 from neobert.inference.packed import BATCH_TOKENS
 from neobert.inference.scorer import Scorer
 from neobert.inference.texts import Text, Texts
-from neobert.objectives.mlm import MaskPolicy as TokenMasks
+from neobert.objectives.masking import MaskPolicy as TokenMasks
 from neobert.types import PackedBatch, PackedRow
 
 _BLOCK_DOCUMENTS = 512
@@ -124,7 +124,9 @@ class _ListedMasks:
     def __init__(self, mask_id: int, masked: Iterator[NDArray[np.int64]]) -> None:
         self._mask_id, self._masked = mask_id, masked
 
-    def corrupt(self, tokens: IntArray, words: Words, offset: float) -> tuple[IntArray, NDArray[np.int64]]:
+    def corrupt(
+        self, tokens: IntArray, words: Words, offset: float, *, step: int
+    ) -> tuple[IntArray, NDArray[np.int64]]:
         selected = next(self._masked) + 1  # behind [CLS]
         corrupted = tokens.copy()
         corrupted[selected] = self._mask_id

@@ -1,100 +1,16 @@
-"""Masked language modelling: which tokens are hidden, and the loss of guessing them.
-
-Masking is a pure function of a row's tokens and of one 64-bit word per slot. Each row hides exactly
-floor(p * maskable + offset) tokens: those with the smallest words. An offset uniform in [0, 1) makes that number
-unbiased on short rows, which plain rounding is not. So the number of targets of a batch has a bound that depends on the
-settings alone, and shapes stay static. The word, mixed once more, also says what stands in the place of a hidden token:
-[MASK] in 80%, a random token in 10%, the token itself in 10% of cases (Devlin et al., arXiv 1810.04805), or always
-[MASK] with `mask_all`.
+"""Masked language modelling: the loss of guessing hidden tokens (which are hidden: `masking`).
 
 The loss projects onto the vocabulary only the hidden states that are predicted.
 
 Legend: B rows, S slots of a row, T = B * S, M predicted slots (static), H hidden size, V vocabulary.
 """
 
-import math
-from dataclasses import dataclass
-
-import numpy as np
 import torch.nn.functional as F
-from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from neobert.kernels.linear_cross_entropy import LinearCrossEntropy
 from neobert.model.encoder import Encoder
 from neobert.types import IGNORE_INDEX, LossSum, PackedBatch
-
-
-@dataclass(frozen=True, kw_only=True, slots=True, eq=False)
-class MaskPolicy:
-    """What is hidden and what stands in its place. Raises ValueError for settings that make no mask."""
-
-    probability: float
-    """Share of the maskable tokens that are predicted."""
-
-    mask_all: bool
-    """True: every predicted token becomes [MASK]. False: 80% [MASK], 10% a random token, 10% unchanged."""
-
-    mask_token_id: int
-
-    special_ids: tuple[int, ...]
-    """Tokens that are never predicted: [CLS], [SEP], [PAD], [MASK] and the like, wherever they stand."""
-
-    random_ids: NDArray[np.int32]
-    """Tokens that a random replacement is drawn from, uniformly: the vocabulary without special tokens."""
-
-    def __post_init__(self) -> None:
-        if not 0 < self.probability <= 1:
-            raise ValueError(
-                f"datacollator.mlm_probability: {self.probability} is outside (0, 1]; write a share such as 0.2"
-            )
-        if not self.mask_all and len(self.random_ids) == 0:
-            raise ValueError(
-                "datacollator.mask_all: false draws random replacements, and the vocabulary has special tokens only; "
-                "write datacollator.mask_all: true or use another tokenizer"
-            )
-        if not self.mask_all and np.isin(self.random_ids, self.special_ids).any():
-            raise ValueError("MaskPolicy.random_ids holds special tokens; leave them out")
-
-    def corrupt(
-        self, tokens: NDArray[np.int32], words: NDArray[np.uint64], offset: float
-    ) -> tuple[NDArray[np.int32], NDArray[np.int64]]:
-        """Hide tokens of one row: `(corrupted i32[n], selected i64[k])`, `selected` ascending. Pure.
-
-        `words` holds one uniform 64-bit word per token, `offset` is uniform in [0, 1).
-        """
-        is_special = np.zeros(len(tokens), dtype=bool)
-        for special in self.special_ids:  # A handful: comparing with each is four times faster than np.isin.
-            is_special |= tokens == special
-        maskable = np.flatnonzero(~is_special)
-        count = min(len(maskable), math.floor(self.probability * len(maskable) + offset))
-        selected = maskable
-        if count < len(maskable):
-            selected = np.sort(maskable[np.argpartition(words[maskable], count)[:count]])
-        corrupted = tokens.copy()
-        if self.mask_all:
-            corrupted[selected] = self.mask_token_id
-            return corrupted, selected
-        # Selected words are small numbers: mixed again, all their bits are uniform. The high half says what to do,
-        # the low half draws the replacement, each scaled by multiply and shift.
-        fresh = _mix(words[selected])
-        tenth = ((fresh >> np.uint64(32)) * np.uint64(10)) >> np.uint64(32)
-        drawn = ((fresh & np.uint64(0xFFFFFFFF)) * np.uint64(len(self.random_ids))) >> np.uint64(32)
-        corrupted[selected[tenth < 8]] = self.mask_token_id
-        corrupted[selected[tenth == 8]] = self.random_ids[drawn[tenth == 8]]
-        return corrupted, selected
-
-    def max_targets(self, num_slots: int) -> int:
-        """Upper bound of the number of selected tokens in a row of `num_slots`."""
-        return math.ceil(self.probability * num_slots) + 1
-
-
-def _mix(words: NDArray[np.uint64]) -> NDArray[np.uint64]:
-    """The finaliser of splitmix64 (Steele, Lea & Flood, 2014), a bijection of 64-bit words, after one step."""
-    x = words + np.uint64(0x9E3779B97F4A7C15)
-    x = (x ^ (x >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
-    x = (x ^ (x >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
-    return x ^ (x >> np.uint64(31))
 
 
 class MaskedLM(nn.Module):

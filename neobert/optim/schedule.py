@@ -1,13 +1,23 @@
 """Learning rates as pure functions of the step, so that nothing about them needs saving.
 
-Steps count from 0. With W warm-up steps, end of decay E and final ratio f, the learning rate is the base rate times
+Steps count from 0. With W warm-up steps, end of decay E, C steps of cool-down and final ratio f, the learning rate is
+the base rate times
 
-    (step + 1) / (W + 1)             step < W        never 0; the base rate is reached at step W
-    f + (1 - f) * shape(x)           W <= step < E   x = (step - W) / (E - W)
-    f                                step >= E
+    (step + 1) / (W + 1)                 step < W          never 0; the base rate is reached at step W
+    body(step)                           W <= step < E - C
+    f + (body(E - C) - f) * shape(x)     E - C <= step < E   x = (step - (E - C)) / C
+    f                                    step >= E           where there is a decay or a cool-down
 
-where shape falls from 1 to 0: (1 + cos(pi x)) / 2 for `cosine`, 1 - x for `linear`. E is a step of the run, not a
-duration. Worked example, linear, base 1, W = 3, E = 7, f = 0.2: 0.25 0.5 0.75 | 1 0.8 0.6 0.4 | 0.2 0.2 ...
+`cosine` and `linear` decay from the warm-up on: body = f + (1 - f) * shape((step - W) / (E - W)), and C is 0.
+`constant` and `wsd` (warm-up, stable, decay: Hu et al., arXiv 2404.06395) stay at 1; `inverse_sqrt` falls as
+sqrt((W + 1) / (step + 1)), not below f (Vaswani et al., arXiv 1706.03762, equation 3, with steps counted from 1). Their
+cool-down has one of three shapes, falling from 1 to 0: 1 - x, 1 - sqrt(x) (Hagele et al., arXiv 2405.18392) or
+(1 + cos(pi x)) / 2. Without a cool-down they go on for ever.
+
+E is a step of the run, not a duration; C is a duration that ends there. Worked examples, base 1, W = 3, f = 0.2:
+
+    linear, E = 7          0.25 0.5 0.75 | 1 0.8 0.6 0.4 | 0.2 0.2 ...
+    wsd, E = 9, C = 4      0.25 0.5 0.75 | 1 1 | 1 0.8 0.6 0.4 | 0.2 ...   (linear cool-down)
 """
 
 import math
@@ -15,23 +25,9 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 
-def learning_rate(
-    step: int, *, name: str, base_lr: float, warmup_steps: int, decay_steps: int, final_lr_ratio: float
-) -> float:
-    """The learning rate of `step`, by the formula above. Raises ValueError for an unknown name."""
-    if name not in SCHEDULES:
-        raise ValueError(f"scheduler.name: {name!r} is unknown; write one of {', '.join(SCHEDULES)}")
-    if step < warmup_steps:
-        return base_lr * (step + 1) / (warmup_steps + 1)
-    if step >= decay_steps:
-        return base_lr * final_lr_ratio
-    progress = (step - warmup_steps) / (decay_steps - warmup_steps)
-    return base_lr * (final_lr_ratio + (1 - final_lr_ratio) * SCHEDULES[name](progress))
-
-
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Schedule:
-    """A learning rate for every step of a run."""
+    """A learning rate for every step of a run. Raises ValueError for an unknown name or shape."""
 
     name: str
     base_lr: float
@@ -44,16 +40,33 @@ class Schedule:
     final_lr_ratio: float
     """Final rate over base rate."""
 
+    cooldown_steps: int = 0
+    """Length of the decay that ends at `decay_steps`; at most `decay_steps - warmup_steps`. 0: none."""
+
+    cooldown_shape: str = "1-sqrt"
+
+    def __post_init__(self) -> None:
+        if self.name not in SCHEDULES:
+            raise ValueError(f"scheduler.name: {self.name!r} is unknown; write one of {', '.join(SCHEDULES)}")
+        if self.cooldown_shape not in COOLDOWNS:
+            raise ValueError(
+                f"scheduler.cooldown_shape: {self.cooldown_shape!r} is unknown; write one of {', '.join(COOLDOWNS)}"
+            )
+
     def __call__(self, step: int) -> float:
         """The learning rate of `step`, counted from 0."""
-        return learning_rate(
-            step,
-            name=self.name,
-            base_lr=self.base_lr,
-            warmup_steps=self.warmup_steps,
-            decay_steps=self.decay_steps,
-            final_lr_ratio=self.final_lr_ratio,
-        )
+        if step < self.warmup_steps:
+            return self.base_lr * (step + 1) / (self.warmup_steps + 1)
+        return self.base_lr * self._factor(step)
+
+    def _factor(self, step: int) -> float:
+        body, start = SCHEDULES[self.name], self.decay_steps - self.cooldown_steps
+        if not self.cooldown_steps or step < start:
+            return body(self, step)
+        if step >= self.decay_steps:
+            return self.final_lr_ratio
+        share = COOLDOWNS[self.cooldown_shape]((step - start) / self.cooldown_steps)
+        return self.final_lr_ratio + (body(self, start) - self.final_lr_ratio) * share
 
 
 def build_schedule(
@@ -64,6 +77,9 @@ def build_schedule(
     warmup_percent: float | None,
     decay_steps: int | None,
     decay_percent: float | None,
+    cooldown_steps: int | None = None,
+    cooldown_percent: float | None = None,
+    cooldown_shape: str = "1-sqrt",
     total_steps: int | None,
     final_lr_ratio: float,
     num_steps: int,
@@ -71,28 +87,68 @@ def build_schedule(
     """The schedule of a run of `num_steps`, from the fields of the `scheduler` section.
 
     Percents (0-100, rounded down to a step) refer to `total_steps`, which is `num_steps` where it is None, and win over
-    steps. The decay ends at `total_steps` unless said otherwise. A warm-up longer than that is cut to it, and an end of
-    decay before the end of the warm-up is moved behind it. Raises ValueError for an unknown name.
+    steps. The decay ends at `total_steps` unless said otherwise. A warm-up longer than that is cut to it, an end of
+    decay before the end of the warm-up is moved behind it, and a cool-down longer than the steps between the two is cut
+    to them. Raises ValueError for an unknown name or shape.
     """
-    if name not in SCHEDULES:
-        raise ValueError(f"scheduler.name: {name!r} is unknown; write one of {', '.join(SCHEDULES)}")
     total = num_steps if total_steps is None else total_steps
     if warmup_percent is not None:
         warmup_steps = int(total * warmup_percent / 100)
     if decay_percent is not None:
         decay_steps = int(total * decay_percent / 100)
+    if cooldown_percent is not None:
+        cooldown_steps = int(total * cooldown_percent / 100)
     warmup_steps = min(warmup_steps, total)
+    end = max(total if decay_steps is None else decay_steps, warmup_steps + 1)
     return Schedule(
         name=name,
         base_lr=base_lr,
         warmup_steps=warmup_steps,
-        decay_steps=max(total if decay_steps is None else decay_steps, warmup_steps + 1),
+        decay_steps=end,
         final_lr_ratio=final_lr_ratio,
+        cooldown_steps=min(cooldown_steps or 0, end - warmup_steps),
+        cooldown_shape=cooldown_shape,
     )
 
 
-SCHEDULES: dict[str, Callable[[float], float]] = {
-    "cosine": lambda x: 0.5 * (1 + math.cos(math.pi * x)),
-    "linear": lambda x: 1 - x,
+def _linear(x: float) -> float:
+    return 1 - x
+
+
+def _cosine(x: float) -> float:
+    return 0.5 * (1 + math.cos(math.pi * x))
+
+
+def _decaying(shape: Callable[[float], float]) -> Callable[[Schedule, int], float]:
+    """A decay that fills the time from the warm-up to `decay_steps`."""
+
+    def factor(schedule: Schedule, step: int) -> float:
+        floor, start, end = schedule.final_lr_ratio, schedule.warmup_steps, schedule.decay_steps
+        return floor if step >= end else floor + (1 - floor) * shape((step - start) / (end - start))
+
+    return factor
+
+
+def _constant(schedule: Schedule, step: int) -> float:
+    return 1.0
+
+
+def _inverse_sqrt(schedule: Schedule, step: int) -> float:
+    return max(schedule.final_lr_ratio, math.sqrt((schedule.warmup_steps + 1) / (step + 1)))
+
+
+COOLDOWNS: dict[str, Callable[[float], float]] = {
+    "linear": _linear,
+    "1-sqrt": lambda x: 1 - math.sqrt(x),
+    "cosine": _cosine,
 }
-"""Shapes of the decay: progress from 0 to 1, to a factor from 1 to 0."""
+"""Shapes of the cool-down: progress from 0 to 1, to a factor from 1 to 0."""
+
+SCHEDULES: dict[str, Callable[[Schedule, int], float]] = {
+    "cosine": _decaying(_cosine),
+    "linear": _decaying(_linear),
+    "constant": _constant,
+    "wsd": _constant,
+    "inverse_sqrt": _inverse_sqrt,
+}
+"""Factor of the base rate at a step behind the warm-up and before the cool-down."""

@@ -3,6 +3,7 @@
 import math
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -14,11 +15,13 @@ from neobert.config.schema_optimizer import MUON, GroupSection
 from neobert.data.order import key
 from neobert.data.pipeline import DataPipeline, build_data
 from neobert.data.tokenizer import Tokenizer, padded_vocab_size
+from neobert.data.words import build_word_edges
 from neobert.kernels.linear_cross_entropy import KERNELS, choose_kernel
 from neobert.model.attention import AttentionBackend, choose_attention
 from neobert.model.config import ModelConfig
 from neobert.model.encoder import Encoder
-from neobert.objectives.mlm import MaskedLM, MaskPolicy
+from neobert.objectives.masking import MaskPolicy
+from neobert.objectives.mlm import MaskedLM
 from neobert.optim.groups import ROLES, OwnSettings
 from neobert.optim.muon import MuonSettings
 from neobert.optim.optimizers import build_optimizer
@@ -31,22 +34,32 @@ from neobert.train.wandb_sink import WandbSink
 
 
 def choose_rows_per_step(config: Config, world: int) -> int:
-    """Global batch in rows: micro-batch x accumulation x processes.
+    """Global batch in rows, after a warm-up of the batch: micro-batch x accumulation x processes.
 
     Raises:
-        StartupError: `trainer.global_batch_size` is no multiple of micro-batch x processes.
+        StartupError: `trainer.global_batch_size` or `trainer.batch_size_warmup_start` is no multiple of micro-batch x
+            processes, or the second is no smaller than the full batch.
     """
     trainer = config.trainer
     per_micro_step = trainer.per_device_train_batch_size * world
-    if trainer.global_batch_size is None:
-        return per_micro_step * (trainer.gradient_accumulation_steps or 1)
-    if trainer.global_batch_size % per_micro_step:
+    for name, rows in (
+        ("global_batch_size", trainer.global_batch_size),
+        ("batch_size_warmup_start", trainer.batch_size_warmup_start),
+    ):
+        if rows is not None and rows % per_micro_step:
+            raise StartupError(
+                f"trainer.{name}: {rows} is no multiple of "
+                f"trainer.per_device_train_batch_size x processes = {trainer.per_device_train_batch_size} x {world}; "
+                f"the next one that is: {math.ceil(rows / per_micro_step) * per_micro_step}"
+            )
+    full = trainer.global_batch_size or per_micro_step * (trainer.gradient_accumulation_steps or 1)
+    start = trainer.batch_size_warmup_start
+    if start is not None and start >= full:
         raise StartupError(
-            f"trainer.global_batch_size: {trainer.global_batch_size} is no multiple of "
-            f"trainer.per_device_train_batch_size x processes = {trainer.per_device_train_batch_size} x {world}; "
-            f"the next one that is: {math.ceil(trainer.global_batch_size / per_micro_step) * per_micro_step}"
+            f"trainer.batch_size_warmup_start: {start} rows are no fewer than the {full} rows of the full batch; lower "
+            "it, raise trainer.gradient_accumulation_steps, or remove the warm-up"
         )
-    return trainer.global_batch_size
+    return full
 
 
 def build_attention(config: Config) -> AttentionBackend:
@@ -103,6 +116,39 @@ def build_mask_policy(tokenizer: Tokenizer, probability: float, *, mask_all: boo
     )
 
 
+def build_train_masks(config: Config, tokenizer: Tokenizer) -> MaskPolicy:
+    """The masks of training. Where their share ends with the run, `schedule_masks` adds the run's length.
+
+    Raises:
+        DataError: masks follow words, and the tokenizer does not tell where they begin.
+    """
+    section = config.datacollator
+    return replace(
+        build_mask_policy(tokenizer, section.mlm_probability, mask_all=section.mask_all),
+        mask_fraction=section.mask_fraction,
+        random_fraction=section.random_fraction,
+        final_probability=section.mlm_probability_final,
+        final_step=section.mlm_probability_final_step,
+        units=section.mask_units,
+        span_max_words=section.span_max_words,
+        edges=None if section.mask_units == "tokens" else build_word_edges(tokenizer),
+    )
+
+
+def schedule_masks(config: Config, data: DataPipeline, num_steps: int) -> DataPipeline:
+    """The same data with a share of masked tokens that is right for a run of `num_steps`, which the data may decide."""
+    policy = data.collate.policy
+    assert isinstance(policy, MaskPolicy), "build_config_data made it"
+    policy = replace(policy, final_step=choose_mask_end(config, num_steps))
+    return replace(data, collate=replace(data.collate, policy=policy))
+
+
+def choose_mask_end(config: Config, num_steps: int) -> int | None:
+    """The step at which the share of masked tokens reaches its final value; None when it is constant."""
+    section = config.datacollator
+    return None if section.mlm_probability_final is None else section.mlm_probability_final_step or num_steps
+
+
 def build_config_data(
     config: Config,
     tokenizer: Tokenizer,
@@ -114,17 +160,16 @@ def build_config_data(
     main_first: Callable[[], AbstractContextManager[Any]] = nullcontext,
     pin_memory: bool = False,
 ) -> DataPipeline:
-    """What one process of a run with this config reads, masked as the config says; see `build_data`.
+    """What one process of a run with this config reads, masked as the config says for step 0; see `build_data`.
 
     Raises:
         DataError: the data cannot be used as configured.
     """
-    collator = config.datacollator
     return build_data(
         config,
         tokenizer,
-        train_masks=build_mask_policy(tokenizer, collator.mlm_probability, mask_all=collator.mask_all),
-        eval_masks=build_mask_policy(tokenizer, collator.eval_mlm_probability, mask_all=False),
+        train_masks=build_train_masks(config, tokenizer),
+        eval_masks=build_mask_policy(tokenizer, config.datacollator.eval_mlm_probability, mask_all=False),
         rank=rank,
         world=world,
         rows_per_step=rows_per_step,
@@ -190,6 +235,9 @@ def build_run_schedule(config: Config, num_steps: int) -> Schedule:
         warmup_percent=section.warmup_percent,
         decay_steps=section.decay_steps,
         decay_percent=section.decay_percent,
+        cooldown_steps=section.cooldown_steps,
+        cooldown_percent=section.cooldown_percent,
+        cooldown_shape=section.cooldown_shape,
         final_lr_ratio=section.final_lr_ratio,
         total_steps=section.total_steps,
         num_steps=num_steps,
@@ -230,26 +278,26 @@ def choose_compile_options(config: Config) -> dict[str, str | int | bool] | None
     return None
 
 
-def choose_num_steps(config: Config, data: DataPipeline, rows_per_step: int) -> int:
-    """The budget in optimizer steps; `max_tokens` and epochs count row slots.
+def choose_num_steps(config: Config, data: DataPipeline) -> int:
+    """The budget in optimizer steps; `max_tokens` and epochs count row slots, those of smaller first steps too.
 
     Raises:
         StartupError: epochs of a source whose size is not known.
     """
-    trainer, slots = config.trainer, rows_per_step * config.dataset.max_seq_length
+    trainer, length = config.trainer, config.dataset.max_seq_length
     if trainer.max_steps is not None:
         return trainer.max_steps
     if trainer.max_tokens is not None:
-        return math.ceil(trainer.max_tokens / slots)
+        return data.batch.steps_for(trainer.max_tokens, per_row=length)
     assert trainer.num_train_epochs is not None, "the config names exactly one budget"
     if data.num_rows is not None:  # One piece of a document is one row of the batch: no slots to count.
-        return math.ceil(trainer.num_train_epochs * data.num_rows / rows_per_step)
+        return data.batch.steps_for(trainer.num_train_epochs * data.num_rows)
     if data.num_tokens is None:
         raise StartupError(
             f"trainer.num_train_epochs: {trainer.num_train_epochs} needs a source of known size, and this one is a "
             "stream; set dataset.streaming: false to tokenise it once, or use trainer.max_steps or trainer.max_tokens"
         )
-    return math.ceil(trainer.num_train_epochs * data.num_tokens / slots)
+    return data.batch.steps_for(trainer.num_train_epochs * data.num_tokens, per_row=length)
 
 
 def build_sinks(

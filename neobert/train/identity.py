@@ -20,7 +20,7 @@ from typing import Any, Literal
 
 from neobert.config.fields import FIELDS
 from neobert.config.load import without_secrets
-from neobert.config.resume_rules import DECLARED, FIXED, HELD_OUT, ORDER, SOURCE
+from neobert.config.resume_rules import BATCH_WARMUP, DECLARED, FIXED, HELD_OUT, MASKING, ORDER, SOURCE
 from neobert.config.schema import Config
 from neobert.data.loader import ORDER_KEYS, OrderIdentity
 from neobert.model.config import ModelConfig
@@ -43,7 +43,7 @@ _ORDER_FACTS = {name: key for name, key in ORDER_KEYS.items() if name != "packin
 _FULL_ROWS = "trainer.enforce_full_packed_batches"
 _OF_THE_START = ("trainer.resume_from_checkpoint", "trainer.resume_allow", "trainer.overwrite_output_dir")
 _FOLLOW_THE_SOURCE = ("dataset.num_lanes", "dataset.window_documents")
-_MASKING = ("datacollator.mlm_probability", "datacollator.mask_all")
+MASK_END = "datacollator.mlm_probability_final_step"
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -110,6 +110,7 @@ def build_facts(
     order: Mapping[str, Any],
     *,
     rows_per_step: int,
+    mask_end: int | None,
     fingerprint: str,
     tokenizer_digest: str,
     special_ids: Sequence[int] | None,
@@ -119,6 +120,7 @@ def build_facts(
 
     Args:
         order: fields of `OrderIdentity`, as it is now or as the checkpoint's data state holds them.
+        mask_end: the step at which the share of masked tokens reaches its final value, where it changes.
     """
     public = without_secrets(config)
     facts = {key: _as_plain(field.value_in(public)) for key, field in FIELDS.items()}
@@ -126,7 +128,7 @@ def build_facts(
     facts |= {key: order[name] for name, key in _ORDER_FACTS.items() if name in order}
     if not config.datacollator.pack_sequences:
         facts[_FULL_ROWS] = None  # It decides about packed rows only.
-    facts[BATCH] = rows_per_step
+    facts[BATCH], facts[MASK_END] = rows_per_step, mask_end
     facts[FINGERPRINT], facts[TOKENIZER] = fingerprint, tokenizer_digest
     facts[SPECIAL_IDS] = None if special_ids is None else list(special_ids)
     facts[GROUPS] = groups
@@ -148,7 +150,7 @@ def compare(saved: Facts, now: Facts, allow: Sequence[str], *, same_ranks: bool)
     )
     used = {d.key for d in differences if d.kind == "declared"}
     next_fit = now["datacollator.pack_sequences"] and not now[_FULL_ROWS]
-    moved = changed & {*ORDER, *_MASKING, BATCH, FINGERPRINT}
+    moved = changed & {*ORDER, *MASKING, MASK_END, *BATCH_WARMUP, BATCH, FINGERPRINT}
     return Comparison(
         differences=differences,
         unneeded=tuple(key for key in allow if key not in used),

@@ -10,6 +10,7 @@ from typing import Any
 
 from neobert.config.load import ConfigError
 from neobert.model.config import ModelConfig
+from neobert.train.build import choose_mask_end
 from neobert.train.identity import Facts, build_facts, compare
 from neobert.train.lock import acquire_lock, release_lock
 from neobert.train.retention import (
@@ -123,12 +124,13 @@ def read_facts(checkpoint: Path) -> tuple[Facts, dict[str, Any]]:
     Raises:
         StartupError: a file is missing or torn.
     """
-    saved = read_train_state(checkpoint)
+    saved, config = read_train_state(checkpoint), read_checkpoint_config(checkpoint)
     facts = build_facts(
-        read_checkpoint_config(checkpoint),
+        config,
         ModelConfig.from_dict(json.loads((checkpoint / "model_config.json").read_text())),
         saved["data"],
         rows_per_step=saved["rows_per_step"],
+        mask_end=choose_mask_end(config, saved.get("num_steps", 0)),
         fingerprint=saved["data_fingerprint"],
         tokenizer_digest=saved["tokenizer_digest"],
         special_ids=saved.get("special_ids"),

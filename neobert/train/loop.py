@@ -87,7 +87,7 @@ def training_steps(run: Run, state: TrainState) -> Iterator[tuple[TrainState, St
     run.guard.begin(state)
     if state.step >= run.num_steps or run.stop_requested():
         return
-    loader = run.data.loader(state.data or None, skip=state.skip_rows)
+    loader = run.data.loader(state.data or None, skip=state.skip_rows, step=state.step)
     expected: str | None = state.data.get("next_batch_digest")
     anomalies = torch.autograd.detect_anomaly if run.config.trainer.detect_anomaly else nullcontext
     try:
@@ -106,7 +106,7 @@ def training_steps(run: Run, state: TrainState) -> Iterator[tuple[TrainState, St
                 earlier = roll_back(run, state)
                 if earlier is not None:
                     loader.close()
-                    loader = run.data.loader(earlier.data, skip=earlier.skip_rows)
+                    loader = run.data.loader(earlier.data, skip=earlier.skip_rows, step=earlier.step)
                     state = earlier
                     run.guard.begin(state)
                     continue
@@ -116,7 +116,7 @@ def training_steps(run: Run, state: TrainState) -> Iterator[tuple[TrainState, St
             else:  # The evaluation has the memory and the cores for itself.
                 loader.close()
                 yield state, metrics
-                loader = run.data.loader(state.data, skip=state.skip_rows)
+                loader = run.data.loader(state.data, skip=state.skip_rows, step=state.step)
     finally:
         loader.close()
 

@@ -72,6 +72,14 @@ def _describe_fed(fed: int, target: int, tokenizer: Tokenizer) -> str:
     return "itself, kept" if fed == target else f"random {tokenizer.decode_token(fed)!r}"
 
 
+def choose_mix(config: Config) -> tuple[float, float, float]:
+    """Shares of the predicted tokens that become [MASK], a random token, or stay."""
+    masks = config.datacollator
+    if masks.mask_all:
+        return 1.0, 0.0, 0.0
+    return masks.mask_fraction, masks.random_fraction, max(0.0, 1 - masks.mask_fraction - masks.random_fraction)
+
+
 def describe_mix(step: StepBatch, config: Config, tokenizer: Tokenizer) -> list[str]:
     """Shares of what stands in the place of predicted tokens, and the share of tokens that are predicted."""
     num_masked = num_kept = num_predicted = num_ordinary = 0
@@ -86,7 +94,7 @@ def describe_mix(step: StepBatch, config: Config, tokenizer: Tokenizer) -> list[
         real = batch.segments.ids.numpy().reshape(-1) > 0
         num_ordinary += int((~np.isin(fed[real], tokenizer.special_ids)).sum())
     p, total = config.datacollator.mlm_probability, max(1, num_predicted)
-    wanted = "100%, 0%, 0%" if config.datacollator.mask_all else "80%, 10%, 10%"
+    wanted = ", ".join(f"{share:.0%}" for share in choose_mix(config))
     return [
         f"predicted: {num_predicted:,} of {num_ordinary:,} ordinary tokens of the first step = "
         f"{num_predicted / max(1, num_ordinary):.2%} (datacollator.mlm_probability: {p:.2%})",

@@ -9,11 +9,12 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from neobert.data.batch_size import constant_batch
 from neobert.data.collate import Collator
 from neobert.data.loader import Loader
 from neobert.data.pipeline import DataPipeline, build_tokenizer
 from neobert.data.tokenizer import Tokenizer
-from neobert.train.build import build_config_data
+from neobert.train.build import build_config_data, schedule_masks
 from neobert.train.runtime import StartupError
 from neobert.train.start import read_checkpoint_config, read_train_state
 from neobert.types import IGNORE_INDEX, PackedBatch, PackedRow
@@ -29,7 +30,7 @@ class ReplayedRow:
     batch: PackedBatch
     tokenizer: Tokenizer
     step: int
-    """The step (from 1) that trains on it, at the checkpoint's global batch."""
+    """The step (from 1) that trains on it, at the checkpoint's batch sizes; its mask is that of this step."""
 
     def describe(self) -> str:
         """The row in words: documents, borders, texts, and every predicted token."""
@@ -55,15 +56,16 @@ class ReplayedRow:
 
 
 class _Spy:
-    """A collator that keeps the rows of its last two calls, since a loader may be one batch ahead."""
+    """A collator that masks as one step does and keeps the rows of its last two calls, since a loader may be one batch
+    ahead."""
 
-    def __init__(self, collate: Collator) -> None:
-        self._collate = collate
+    def __init__(self, collate: Collator, step: int) -> None:
+        self._collate, self._step = collate, step
         self.rows: dict[int, PackedRow] = {}
 
-    def __call__(self, rows: Sequence[PackedRow]) -> PackedBatch:
+    def __call__(self, rows: Sequence[PackedRow], *, step: int) -> PackedBatch:
         self.rows = dict(list(self.rows.items())[-1:]) | {row.key: row for row in rows}
-        return self._collate(rows)
+        return self._collate(rows, step=self._step)
 
 
 def replay_row(path: Path, row: int) -> ReplayedRow:
@@ -78,10 +80,13 @@ def replay_row(path: Path, row: int) -> ReplayedRow:
         raise CheckpointError(f"{path} holds no checkpoint: give a run folder, or one of its checkpoints")
     saved = read_train_state(checkpoint)
     data, tokenizer = _build_pipeline(checkpoint, saved)
-    spy, lanes = _Spy(data.collate), data.identity.num_lanes
+    # From the row that the checkpoint's last step ended with, back through the rows of all steps.
+    numbered = data.batch.rows_before(saved["step"]) - (saved["data"]["next_row"] - row)
+    step = data.batch.steps_for(numbered + 1)
+    spy, lanes = _Spy(data.collate, max(0, step - 1)), data.identity.num_lanes
     settings = replace(
         data.loader_settings,
-        rows_per_step=lanes,
+        batch=constant_batch(lanes),
         micro_batch_rows=1,
         rank=row % lanes,
         world=lanes,
@@ -102,8 +107,7 @@ def replay_row(path: Path, row: int) -> ReplayedRow:
         batch = next(batch for batch in batches if int(batch.row_keys[0]) == row)
     finally:
         loader.close()
-    step_number = saved["step"] - (saved["data"]["next_row"] - 1 - row) // saved["rows_per_step"]
-    return ReplayedRow(row=spy.rows[row], batch=batch, tokenizer=tokenizer, step=step_number)
+    return ReplayedRow(row=spy.rows[row], batch=batch, tokenizer=tokenizer, step=step)
 
 
 def _build_pipeline(checkpoint: Path, saved: dict[str, Any]) -> tuple[DataPipeline, Tokenizer]:
@@ -114,7 +118,7 @@ def _build_pipeline(checkpoint: Path, saved: dict[str, Any]) -> tuple[DataPipeli
         config,
         tokenizer,
         prepared_dir=run / "tokenized",
-        rows_per_step=config.trainer.per_device_train_batch_size,
+        rows_per_step=saved["rows_per_step"],
     )
     if data.fingerprint != saved["data_fingerprint"]:
         raise StartupError(
@@ -126,7 +130,7 @@ def _build_pipeline(checkpoint: Path, saved: dict[str, Any]) -> tuple[DataPipeli
             "trainer.enforce_full_packed_batches: false packs each micro-batch by itself, so a row has no number of "
             "its own; only runs with full rows, or without packing, can be replayed"
         )
-    return data, tokenizer
+    return schedule_masks(config, data, saved.get("num_steps", 0)), tokenizer
 
 
 def _nearest_state(checkpoint: Path, saved: dict[str, Any], row: int) -> dict[str, Any] | None:

@@ -10,15 +10,16 @@ from neobert.train.start import write_config
 def announce(run: Run) -> None:
     """Prints the model, the batch, the budget, what was found in the data and what is odd; saves the bound config."""
     config, model, module = run.config, run.model_config, run.module
-    length, rate = config.dataset.max_seq_length, config.datacollator.mlm_probability
+    length, masks, batch = config.dataset.max_seq_length, config.datacollator, run.data.batch
+    rate = max(masks.mlm_probability, masks.mlm_probability_final or 0.0)
     total = sum(p.numel() for p in module.parameters())
     embeddings = sum(p.numel() for name, p in module.named_parameters() if name in VOCABULARY_WEIGHTS)
     flops = module.encoder.flops_per_token(attended_length=length, predicted_fraction=rate)
-    slots = run.rows_per_step * length
+    slots, total_slots = run.rows_per_step * length, batch.rows_before(run.num_steps) * length
     accumulation = run.rows_per_step // (config.trainer.per_device_train_batch_size * run.runtime.world)
-    budget = f"{run.num_steps:,} steps, {run.num_steps * slots:,} row slots"
+    budget = f"{run.num_steps:,} steps, {total_slots:,} row slots"
     if run.data.num_tokens:
-        budget += f", {run.num_steps * slots / run.data.num_tokens:.2f} epochs of {run.data.num_tokens:,} tokens"
+        budget += f", {total_slots / run.data.num_tokens:.2f} epochs of {run.data.num_tokens:,} tokens"
     lines = [
         f"model     {config.model.name or 'NeoBERT'}: {model.num_hidden_layers} layers x {model.hidden_size}, "
         f"{model.num_attention_heads} heads, {total:,} parameters ({total - embeddings:,} without the vocabulary)",
@@ -32,6 +33,11 @@ def announce(run: Run) -> None:
         f"{run.runtime.world} process(es) = {run.rows_per_step} rows of {length} = {slots:,} slots a step",
         f"budget    {budget}",
     ]
+    if batch.warmup_steps:
+        lines.append(
+            f"warm-up   of the batch from {batch.start_rows} rows to {batch.rows} at step {batch.warmup_steps:,}, "
+            f"{batch.unit} at a time"
+        )
     lines += [f"data      {note}" for note in run.data.notes]
     lines.append(f"entropy   {run.data.unigram_entropy():.4f} nats: loss of a model that knows only token frequencies")
     run.reporter.say("\n".join(lines))

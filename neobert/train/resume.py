@@ -19,6 +19,7 @@ from neobert.config.schema import Config
 from neobert.data.tokenizer import load_tokenizer
 from neobert.model.config import ModelConfig
 from neobert.optim.groups import regroup_state
+from neobert.train.build import choose_mask_end
 from neobert.train.checkpoint import estimate_bytes
 from neobert.train.identity import (
     Comparison,
@@ -83,6 +84,7 @@ def compare_with_checkpoint(run: Run) -> Comparison:
         model,
         saved["data"],
         rows_per_step=saved["rows_per_step"],
+        mask_end=choose_mask_end(config, saved.get("num_steps", 0)),
         fingerprint=saved["data_fingerprint"],
         tokenizer_digest=saved["tokenizer_digest"],
         special_ids=saved.get("special_ids"),
@@ -105,6 +107,7 @@ def describe_run(run: Run) -> Facts:
         run.model_config,
         describe_order(run.data.identity),
         rows_per_step=run.rows_per_step,
+        mask_end=choose_mask_end(run.config, run.num_steps),
         fingerprint=run.data.fingerprint,
         tokenizer_digest=_digest_of_named_tokenizer(run.config) or run.tokenizer.digest,
         special_ids=run.tokenizer.special_ids,
@@ -215,6 +218,12 @@ def _report_resume(run: Run, state: TrainState, comparison: Comparison) -> None:
         run.tracker.warn(
             f"{', '.join(keys)} changed: model, optimizer, schedule and step continue, the data order starts at the "
             "first row of the new order, so documents of the old one may be read again"
+        )
+    assert run.checkpoint is not None
+    planned, now = load_pickle(run.checkpoint / "scheduler.bin")["lr"], run.schedule(state.step)
+    if planned != now:
+        run.tracker.say(
+            f"learning rate of step {state.step + 1}: {planned:.3e} by the checkpoint's schedule, {now:.3e} by this one"
         )
     declared = [d.key for d in comparison.differences if d.kind == "declared"]
     run.tracker.event("resumed", state.step, path=str(run.checkpoint), declared=declared)

@@ -26,6 +26,7 @@ from neobert.train.build import (
     build_sinks,
     choose_num_steps,
     choose_rows_per_step,
+    schedule_masks,
 )
 from neobert.train.commit import Committer
 from neobert.train.console import Reporter
@@ -72,7 +73,8 @@ class Run:
     guard: Guard
     stop: StopRequest
     rows_per_step: int
-    """Global batch: rows over micro-batches and ranks."""
+    """Global batch: rows over micro-batches and ranks, after a warm-up of the batch; `data.batch` has those of each
+    step."""
 
     num_steps: int
 
@@ -123,7 +125,8 @@ def build_run(config: Config) -> Run:
         main_first=runtime.main_first,
         pin_memory=runtime.device.type == "cuda" and config.dataset.pin_memory is not False,
     )
-    num_steps = choose_num_steps(config, data, rows_per_step)
+    num_steps = choose_num_steps(config, data)
+    data = schedule_masks(config, data, num_steps)
     module = build_module(config, model_config, attention, runtime)
     if initial is not None:
         reporter.say(copy_initial_weights(module, initial, tokenizer))

@@ -200,7 +200,8 @@ class Tracker:
         loss = sum(r.loss_sum for r in counted) / targets if counted else math.nan
         attended = sum(r.metrics.attended_tokens for r in records) / tokens
         tokens_per_second = tokens / max(seconds, 1e-9)
-        mfu = self._mfu(tokens_per_second, attended)
+        predicted = sum(r.metrics.num_targets for r in records) / tokens
+        mfu = self._mfu(tokens_per_second, attended, predicted)
         values: dict[str, float] = {
             "train/loss": loss,
             "train/perplexity": perplexity(loss),
@@ -344,12 +345,12 @@ class Tracker:
             if sink in self._sinks:
                 self._sinks.remove(sink)
 
-    def _mfu(self, tokens_per_second: float, attended_length: float) -> float | None:
+    def _mfu(self, tokens_per_second: float, attended_length: float, predicted_fraction: float) -> float | None:
         peak = peak_flops(self._runtime.device)
         if peak is None:
             return None
         flops_per_token = self._module.encoder.flops_per_token(
-            attended_length=attended_length, predicted_fraction=self._config.datacollator.mlm_probability
+            attended_length=attended_length, predicted_fraction=predicted_fraction
         )
         return tokens_per_second * flops_per_token / (peak * self._runtime.world)
 

@@ -38,7 +38,7 @@ class PlainPolicy:
     mask_id: int
     probability: float = 0.25
 
-    def corrupt(self, tokens, words, offset):
+    def corrupt(self, tokens, words, offset, *, step=0):
         maskable = np.flatnonzero(tokens >= len(SPECIAL_TOKENS))
         count = int(self.probability * len(maskable) + offset)
         selected = np.sort(maskable[np.argsort(words[maskable], kind="stable")[:count]])

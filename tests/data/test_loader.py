@@ -53,11 +53,11 @@ def test_an_error_in_a_thread_reaches_the_caller_with_its_traceback(corpora, mak
     collate, calls = data.collate, []
 
     class Failing:
-        def __call__(self, rows):
+        def __call__(self, rows, *, step):
             calls.append(len(rows))
             if len(calls) == 30:
                 raise RuntimeError("collating went wrong")
-            return collate(rows)
+            return collate(rows, step=step)
 
     loader = replace(data, collate=Failing()).loader()
     next(loader)

@@ -5,7 +5,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from neobert.objectives.mlm import MaskPolicy
+from neobert.objectives.masking import MaskPolicy
 
 CLS, SEP, MASK, PAD = 1, 2, 3, 0
 SPECIALS = (PAD, CLS, SEP, MASK)

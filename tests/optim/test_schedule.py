@@ -5,7 +5,7 @@ from typing import Any
 
 import pytest
 
-from neobert.optim.schedule import SCHEDULES, Schedule, build_schedule, learning_rate
+from neobert.optim.schedule import COOLDOWNS, SCHEDULES, Schedule, build_schedule
 
 
 @pytest.mark.parametrize(
@@ -21,14 +21,74 @@ def test_table(name: str, expected: list[float]) -> None:
     assert schedule(1_000_000) == pytest.approx(0.2)
 
 
+W = [0.25, 0.5, 0.75]
+"""A warm-up of 3 steps."""
+
+
+@pytest.mark.parametrize(
+    ("name", "settings", "expected"),
+    [
+        ("constant", {}, [*W, 1, 1, 1, 1, 1, 1, 1, 1, 1]),
+        ("constant", {"cooldown_steps": 2, "cooldown_shape": "linear"}, [*W, 1, 1, 1, 1, 1, 1, 0.6, 0.2, 0.2]),
+        ("wsd", {"cooldown_steps": 4, "cooldown_shape": "linear"}, [*W, 1, 1, 1, 1, 0.8, 0.6, 0.4, 0.2, 0.2]),
+        (
+            "wsd",
+            {"cooldown_steps": 4},  # 1 - sqrt: 0.2 + 0.8 * (1 - sqrt(x)) at x = 0, 1/4, 2/4, 3/4
+            [*W, 1, 1, 1, 1, 0.6, 1 - 0.8 * math.sqrt(0.5), 1 - 0.8 * math.sqrt(0.75), 0.2, 0.2],
+        ),
+        (
+            "wsd",
+            {"cooldown_steps": 4, "cooldown_shape": "cosine"},
+            [*W, 1, 1, 1, 1, 0.6 + 0.4 * math.sqrt(0.5), 0.6, 0.6 - 0.4 * math.sqrt(0.5), 0.2, 0.2],
+        ),
+        # sqrt(4 / (step + 1)), and a cool-down from where it stands at step 8 down to 0.2.
+        ("inverse_sqrt", {}, [*W, 1, *(math.sqrt(4 / n) for n in range(5, 13))]),
+        (
+            "inverse_sqrt",
+            {"cooldown_steps": 2, "cooldown_shape": "linear"},
+            [*W, 1, *(math.sqrt(4 / n) for n in (5, 6, 7, 8, 9)), 0.2 + (2 / 3 - 0.2) / 2, 0.2, 0.2],
+        ),
+        (
+            "wsd",
+            {"cooldown_steps": 7, "cooldown_shape": "linear"},
+            [*W, *(0.2 + 0.8 * n / 7 for n in (7, 6, 5, 4, 3, 2, 1)), 0.2, 0.2],
+        ),
+    ],
+)
+def test_stable_parts_and_cooldowns(name: str, settings: dict[str, Any], expected: list[float]) -> None:
+    schedule = Schedule(name=name, base_lr=1.0, warmup_steps=3, decay_steps=10, final_lr_ratio=0.2, **settings)
+    assert [schedule(step) for step in range(12)] == pytest.approx(expected)
+
+
+@pytest.mark.parametrize("shape", COOLDOWNS)
 @pytest.mark.parametrize("name", SCHEDULES)
-def test_every_schedule_starts_at_the_base_and_ends_at_the_floor(name: str) -> None:
-    rates = [
-        learning_rate(s, name=name, base_lr=3e-4, warmup_steps=0, decay_steps=50, final_lr_ratio=0.1) for s in range(60)
-    ]
+def test_every_schedule_starts_at_the_base_and_ends_at_the_floor(name: str, shape: str) -> None:
+    cooldown = 0 if name in ("cosine", "linear") else 20
+    schedule = Schedule(
+        name=name,
+        base_lr=3e-4,
+        warmup_steps=0,
+        decay_steps=50,
+        final_lr_ratio=0.1,
+        cooldown_steps=cooldown,
+        cooldown_shape=shape,
+    )
+    rates = [schedule(step) for step in range(60)]
     assert rates[0] == pytest.approx(3e-4)
     assert rates == sorted(rates, reverse=True)
     assert rates[49] > rates[50] == pytest.approx(3e-5)
+
+
+def test_inverse_sqrt_stops_at_the_final_ratio() -> None:
+    schedule = Schedule(name="inverse_sqrt", base_lr=2.0, warmup_steps=3, decay_steps=10, final_lr_ratio=0.5)
+    assert [schedule(step) for step in (14, 15, 16, 1000)] == pytest.approx([2 * math.sqrt(4 / 15), 1.0, 1.0, 1.0])
+
+
+def test_a_branch_equals_its_trunk_until_the_decay_begins() -> None:
+    trunk = settled(name="constant", num_steps=100)
+    branch = settled(name="wsd", num_steps=60, cooldown_steps=20)
+    assert [trunk(step) for step in range(41)] == [branch(step) for step in range(41)]
+    assert trunk(41) > branch(41)
 
 
 def settled(**changes: Any) -> Schedule:
@@ -44,6 +104,21 @@ def settled(**changes: Any) -> Schedule:
         "num_steps": 200,
     }
     return build_schedule(**{**values, **changes})
+
+
+@pytest.mark.parametrize(
+    ("changes", "cooldown"),
+    [
+        ({}, 0),
+        ({"cooldown_steps": 30}, 30),
+        ({"cooldown_steps": 3, "cooldown_percent": 12.75}, 25),
+        ({"total_steps": 1000, "cooldown_percent": 10}, 100),
+        ({"cooldown_steps": 500}, 190),  # cut to what the warm-up leaves
+        ({"cooldown_steps": 50, "decay_steps": 40}, 30),
+    ],
+)
+def test_length_of_the_cooldown(changes: dict[str, Any], cooldown: int) -> None:
+    assert settled(name="wsd", **changes).cooldown_steps == cooldown
 
 
 @pytest.mark.parametrize(
@@ -66,5 +141,5 @@ def test_percents_and_defaults(changes: dict[str, Any], warmup: int, decay: int)
 def test_an_unknown_schedule_is_an_error() -> None:
     with pytest.raises(ValueError, match=r"scheduler\.name: 'step' is unknown; write one of cosine, linear"):
         settled(name="step")
-    with pytest.raises(ValueError, match=r"scheduler\.name: 'step'"):
-        learning_rate(0, name="step", base_lr=1.0, warmup_steps=1, decay_steps=2, final_lr_ratio=0.0)
+    with pytest.raises(ValueError, match=r"scheduler\.cooldown_shape: 'sqrt' is unknown; write one of linear, 1-sqrt"):
+        settled(name="wsd", cooldown_shape="sqrt")

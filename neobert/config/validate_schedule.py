@@ -1,0 +1,179 @@
+"""Rules about what changes over a run: the learning rate, the rows of a step, the share of masked tokens; and masks."""
+
+from collections.abc import Iterator
+
+from neobert.config.fields import FIELDS
+from neobert.config.schema import Config, SchedulerSection
+from neobert.config.schema_data import DatacollatorSection
+
+FILL_THE_RUN = ("cosine", "linear")
+"""Schedules whose decay takes all the time from the warm-up on; the others may have a cool-down."""
+
+
+def check_schedule(config: Config) -> Iterator[str]:
+    """Errors of `scheduler`."""
+    schedule = config.scheduler
+    for unit in ("steps", "percent"):
+        warmup_key, decay_key = f"scheduler.warmup_{unit}", f"scheduler.decay_{unit}"
+        warmup, decay = FIELDS[warmup_key].value_in(config), FIELDS[decay_key].value_in(config)
+        wins = unit == "percent" or (schedule.warmup_percent is None and schedule.decay_percent is None)
+        if wins and warmup is not None and decay is not None and decay <= warmup:
+            yield (
+                f"{decay_key}: {decay} is where the decay ends, counted from the start of the run, so it must be"
+                f" greater than {warmup_key} = {warmup}"
+            )
+    yield from _check_cooldown(config)
+
+
+def _check_cooldown(config: Config) -> Iterator[str]:
+    schedule = config.scheduler
+    given = [key for key in ("cooldown_steps", "cooldown_percent") if FIELDS[f"scheduler.{key}"].value_in(config)]
+    for key in given:
+        if schedule.name in FILL_THE_RUN:
+            yield (
+                f"scheduler.{key}: {FIELDS[f'scheduler.{key}'].value_in(config)} has no effect with scheduler.name:"
+                f" {schedule.name}, whose decay begins at the end of the warm-up; remove it, or write"
+                " scheduler.name: wsd"
+            )
+    if schedule.name == "wsd" and not given:
+        yield (
+            "scheduler.cooldown_percent: null, but scheduler.name: wsd needs the length of its decay; write 10, or"
+            " scheduler.cooldown_steps, or scheduler.name: constant for a run without one"
+        )
+    if not given:
+        yield from _check_unused(config)
+    elif schedule.name not in FILL_THE_RUN:
+        yield from _check_room(schedule)
+
+
+def _check_unused(config: Config) -> Iterator[str]:
+    """Keys that describe a decay, when there is none. `final_lr_ratio` and `cooldown_shape` may stand in the file of a
+    stable run whose decays branch off."""
+    name = config.scheduler.name
+    if name == "wsd":
+        return
+    for key in ("cooldown_shape",) if name in FILL_THE_RUN else ("decay_steps", "decay_percent"):
+        field = FIELDS[f"scheduler.{key}"]
+        value = field.value_in(config)
+        if value != field.default:
+            yield (
+                f"scheduler.{key}: {value} has no effect with scheduler.name: {name} and no cool-down; remove it, or"
+                " write scheduler.name: wsd with scheduler.cooldown_percent"
+            )
+
+
+def _check_room(schedule: SchedulerSection) -> Iterator[str]:
+    if schedule.cooldown_percent is not None:
+        if schedule.warmup_percent is not None:
+            end = 100 if schedule.decay_percent is None else schedule.decay_percent
+            if schedule.cooldown_percent + schedule.warmup_percent > end:
+                yield (
+                    f"scheduler.cooldown_percent: {schedule.cooldown_percent} + scheduler.warmup_percent ="
+                    f" {schedule.warmup_percent} is more than the end of the decay, {end}; lower one of them"
+                )
+    elif schedule.cooldown_steps is not None and schedule.warmup_percent is None and schedule.decay_percent is None:
+        end_step = schedule.decay_steps
+        if end_step is not None and schedule.cooldown_steps + schedule.warmup_steps > end_step:
+            yield (
+                f"scheduler.cooldown_steps: {schedule.cooldown_steps} + scheduler.warmup_steps ="
+                f" {schedule.warmup_steps} is more than scheduler.decay_steps = {end_step}, where the decay ends; lower"
+                " one of them"
+            )
+
+
+def schedule_warnings(config: Config, steps: int | None) -> Iterator[str]:
+    """What of the schedule does not fit into a run of `steps`; nothing when their number is not known."""
+    schedule = config.scheduler
+    if steps is None:
+        return
+    reference = schedule.total_steps or steps
+    key, warmup = "scheduler.warmup_steps", schedule.warmup_steps
+    if schedule.warmup_percent is not None:
+        key, warmup = "scheduler.warmup_percent", int(reference * schedule.warmup_percent / 100)
+    if warmup > steps:
+        yield (
+            f"{key}: the warm-up takes {warmup} steps but the run has {steps}: the learning rate never reaches"
+            " optimizer.lr; lower it, or write scheduler.warmup_percent"
+        )
+    end = int(reference * schedule.decay_percent / 100) if schedule.decay_percent is not None else schedule.decay_steps
+    end = end if end is not None else reference
+    decays = schedule.name in FILL_THE_RUN or schedule.cooldown_steps or schedule.cooldown_percent
+    if end > steps and warmup <= steps and decays:
+        yield (
+            f"scheduler: the decay ends at step {end} but the run has {steps} steps: the learning rate will not reach"
+            " optimizer.lr * scheduler.final_lr_ratio"
+        )
+    cooldown, room = schedule.cooldown_steps, end - min(warmup, reference)
+    if cooldown is not None and schedule.cooldown_percent is None and cooldown > room and warmup <= steps:
+        yield (
+            f"scheduler.cooldown_steps: {cooldown}, but there are only {room} steps between the warm-up and the end of"
+            f" the decay at step {end}: the cool-down is cut to them; lower it, or write scheduler.cooldown_percent"
+        )
+
+
+def check_batch_warmup(config: Config) -> Iterator[str]:
+    """Errors of `trainer.batch_size_warmup_*`."""
+    trainer = config.trainer
+    start, steps, rows = (
+        trainer.batch_size_warmup_start,
+        trainer.batch_size_warmup_steps,
+        trainer.per_device_train_batch_size,
+    )
+    if (start is None) != (steps is None):
+        given, missing = ("start", "steps") if steps is None else ("steps", "start")
+        yield (
+            f"trainer.batch_size_warmup_{given}: {start if steps is None else steps} needs"
+            f" trainer.batch_size_warmup_{missing} beside it; set both, or neither"
+        )
+    if start is None or start < 1 or rows < 1:
+        return
+    if start % rows:
+        yield (
+            f"trainer.batch_size_warmup_start: {start} is not a multiple of trainer.per_device_train_batch_size ="
+            f" {rows}; write {-(-start // rows) * rows}"
+        )
+    total = trainer.global_batch_size
+    if total is not None and start >= total:
+        yield (
+            f"trainer.batch_size_warmup_start: {start} rows are no fewer than trainer.global_batch_size = {total};"
+            " lower it, or remove the warm-up"
+        )
+
+
+def check_masks(config: Config) -> Iterator[str]:
+    """Errors of what is masked in `datacollator`."""
+    masks = config.datacollator
+    if masks.mlm_probability_final_step is not None and masks.mlm_probability_final is None:
+        yield (
+            f"datacollator.mlm_probability_final_step: {masks.mlm_probability_final_step} has no effect without"
+            " datacollator.mlm_probability_final; set that, or remove this key"
+        )
+    defaults = {key: FIELDS[f"datacollator.{key}"].default for key in ("mask_fraction", "random_fraction")}
+    mix = {"mask_fraction": masks.mask_fraction, "random_fraction": masks.random_fraction}
+    if masks.mask_all:
+        for key, value in mix.items():
+            if value != defaults[key]:
+                yield (
+                    f"datacollator.{key}: {value} has no effect with datacollator.mask_all: true, which hides every"
+                    " predicted token; remove one of the two"
+                )
+    elif all(0 <= value <= 1 for value in mix.values()):
+        yield from _check_mix(masks)
+    if masks.span_max_words != FIELDS["datacollator.span_max_words"].default and masks.mask_units != "spans":
+        yield (
+            f"datacollator.span_max_words: {masks.span_max_words} has no effect with datacollator.mask_units:"
+            f" {masks.mask_units}; remove it, or write spans"
+        )
+
+
+def _check_mix(masks: DatacollatorSection) -> Iterator[str]:
+    if masks.mask_fraction + masks.random_fraction > 1 + 1e-9:
+        yield (
+            f"datacollator.random_fraction: {masks.random_fraction} + datacollator.mask_fraction ="
+            f" {masks.mask_fraction} is more than 1; lower one of them, the rest of the predicted tokens is kept"
+        )
+    if masks.mask_fraction + masks.random_fraction == 0:
+        yield (
+            "datacollator.mask_fraction: 0 beside datacollator.random_fraction = 0 leaves every predicted token in its"
+            " place, so there is nothing to learn; raise one of them"
+        )
