@@ -12,6 +12,7 @@ from neobert.config.fields import FIELDS
 from neobert.config.resume_rules import ALLOWED, FIXED
 from neobert.config.schema import Config
 from neobert.config.validate_data import check_dataset, check_rows, check_tokenizer
+from neobert.model.config import variant_problems
 
 BUDGETS = ("trainer.max_steps", "trainer.max_tokens", "trainer.num_train_epochs")
 """Exactly one of these is set."""
@@ -81,6 +82,8 @@ _RANGES: tuple[tuple[str, _Test, tuple[str, ...]], ...] = (
             "model.norm_eps",
             "model.embedding_init_range",
             "model.decoder_init_range",
+            "model.init_std",
+            "model.base_scale",
             "optimizer.lr",
             "optimizer.eps",
             "trainer.num_train_epochs",
@@ -147,6 +150,11 @@ def warnings(config: Config, *, total_steps: int | None = None) -> list[str]:
             "trainer.detect_anomaly: true checks every operation of the backward pass, which takes several times as"
             " long; write false when the operation is found"
         )
+    if config.model.ngpt and (config.scheduler.warmup_percent or config.scheduler.warmup_steps):
+        key = "scheduler.warmup_steps" if config.scheduler.warmup_percent is None else "scheduler.warmup_percent"
+        value = FIELDS[key].value_in(config)
+        if value:
+            found.append(f"{key}: {value}, but the normalised model (model.ngpt: true) needs no warm-up; write 0")
     return found + list(_schedule_warnings(config, total_steps or config.trainer.max_steps))
 
 
@@ -211,6 +219,14 @@ def _check_model(config: Config) -> Iterator[str]:
                 f"model.hidden_size: {size} / model.num_attention_heads = {heads} gives heads of width {size // heads};"
                 " model.rope needs an even width"
             )
+    yield from variant_problems(model)
+    if model.ngpt and config.optimizer.weight_decay > 0:
+        yield (
+            f"optimizer.weight_decay: {config.optimizer.weight_decay} does nothing with model.ngpt: true, whose"
+            " matrices are scaled to length 1 after every step; write 0"
+        )
+    if model.init_drop_decoder_bias and model.decoder_bias:
+        yield "model.init_drop_decoder_bias: true leaves out what model.decoder_bias: true needs; write false for one"
     if model.init_drop_decoder_bias and model.init_from is None:
         yield "model.init_drop_decoder_bias: true is about model.init_from, which is null; write false"
     if model.max_position_embeddings < config.dataset.max_seq_length:

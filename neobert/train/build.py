@@ -20,6 +20,7 @@ from neobert.model.encoder import Encoder
 from neobert.objectives.mlm import MaskedLM, MaskPolicy
 from neobert.optim.optimizers import build_optimizer
 from neobert.optim.schedule import Schedule, build_schedule
+from neobert.optim.unit_length import keep_unit_length
 from neobert.train.console import Reporter
 from neobert.train.runtime import Runtime, StartupError, choose_device_type, compute_dtype
 from neobert.train.tracking import Sink
@@ -85,6 +86,14 @@ def build_model_config(config: Config, tokenizer: Tokenizer) -> ModelConfig:
         tie_word_embeddings=section.tie_word_embeddings,
         local_attention=section.local_attention,
         global_attention_every=section.global_attention_every,
+        qk_norm=section.qk_norm,
+        embedding_norm=section.embedding_norm,
+        decoder_bias=section.decoder_bias,
+        init=section.init,
+        init_std=section.init_std,
+        init_zero_residual=section.init_zero_residual,
+        ngpt=section.ngpt,
+        base_scale=section.base_scale,
     )
 
 
@@ -131,9 +140,9 @@ def build_config_data(
 
 
 def build_run_optimizer(config: Config, module: MaskedLM) -> Optimizer:
-    """The optimizer over all weights."""
+    """The optimizer over all weights. With `model.ngpt` it scales the matrices to length 1 after every step."""
     section = config.optimizer
-    return build_optimizer(
+    optimizer = build_optimizer(
         module,
         name=section.name,
         lr=section.lr,
@@ -141,6 +150,8 @@ def build_run_optimizer(config: Config, module: MaskedLM) -> Optimizer:
         betas=section.betas,
         eps=section.eps,
     )
+    keep_unit_length(optimizer, module.unit_matrices())
+    return optimizer
 
 
 def build_run_schedule(config: Config, num_steps: int) -> Schedule:
