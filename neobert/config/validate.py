@@ -150,10 +150,9 @@ def warnings(config: Config, *, total_steps: int | None = None) -> list[str]:
             "trainer.detect_anomaly: true checks every operation of the backward pass, which takes several times as"
             " long; write false when the operation is found"
         )
-    if config.model.ngpt and (config.scheduler.warmup_percent or config.scheduler.warmup_steps):
+    if config.model.ngpt:
         key = "scheduler.warmup_steps" if config.scheduler.warmup_percent is None else "scheduler.warmup_percent"
-        value = FIELDS[key].value_in(config)
-        if value:
+        if value := FIELDS[key].value_in(config):
             found.append(f"{key}: {value}, but the normalised model (model.ngpt: true) needs no warm-up; write 0")
     return found + list(_schedule_warnings(config, total_steps or config.trainer.max_steps))
 

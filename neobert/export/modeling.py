@@ -143,6 +143,15 @@ class NeobertEncoderForMaskedLM(NeobertEncoderPreTrainedModel):
     def set_output_embeddings(self, value: nn.Linear) -> None:
         self.decoder = value
 
+    def resize_token_embeddings(self, *args: Any, **kwargs: Any) -> nn.Embedding:
+        """As for every model; a new token's logit scale starts at the mean of the others."""
+        embedding = super().resize_token_embeddings(*args, **kwargs)
+        if self.logit_scale is not None:
+            old, size = self.logit_scale.detach(), embedding.num_embeddings
+            new = old.mean().expand(max(0, size - len(old)))
+            self.logit_scale = nn.Parameter(torch.cat((old[:size], new)))
+        return embedding
+
     def forward(
         self, input_ids: Tensor, labels: Tensor | None = None, return_dict: bool | None = None, **inputs: Any
     ) -> Any:

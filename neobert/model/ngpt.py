@@ -42,7 +42,7 @@ from neobert.model.rotary import apply_rotary
 INITIAL_RATE = 0.05
 """Initial value of a_A and a_M."""
 
-UnitMatrix = tuple[nn.Parameter, int]
+UnitMatrix = tuple[Tensor, int]
 """A matrix and the dimension along which its vectors have length 1."""
 
 

@@ -12,7 +12,9 @@ from neobert.model.config import ModelConfig
 from neobert.model.encoder import Encoder
 from neobert.model.segments import Segments
 from neobert.objectives.mlm import MaskedLM
+from neobert.optim.gating import step_unless
 from neobert.optim.optimizers import build_optimizer
+from neobert.optim.unit_length import keep_unit_length
 from neobert.types import IGNORE_INDEX, PackedBatch
 
 WAITING = ("_local_scalar_dense", "nonzero", "item", "equal", "masked_select", "unique")
@@ -48,6 +50,7 @@ def model_and_batch(**options: Any) -> tuple[MaskedLM, PackedBatch]:
         vocab_size=40,
         pad_token_id=0,
         local_attention=4,
+        **options.pop("variant", {}),
     )
     attention = options.pop("attention", ATTENTION["sdpa"])
     checkpointing = options.pop("gradient_checkpointing", False)
@@ -74,13 +77,14 @@ def model_and_batch(**options: Any) -> tuple[MaskedLM, PackedBatch]:
 def waits(module: MaskedLM, batch: PackedBatch, *, autocast: bool) -> WaitsForTheDevice:
     """One step as the trainer makes it, after one that builds the optimizer's state."""
     optimizer = build_optimizer(module, name="adamw", lr=1e-3, weight_decay=0.1, betas=(0.9, 0.95), eps=1e-8)
+    keep_unit_length(optimizer, module.unit_matrices())
 
     def step() -> None:
         with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
             loss = module(batch)
         (loss.loss_sum * (1 / batch.num_targets)).backward()
         torch.nn.utils.clip_grad_norm_([p for p in module.parameters() if p.grad is not None], 1.0)
-        optimizer.step()
+        step_unless(optimizer, torch.tensor(False))
         optimizer.zero_grad(set_to_none=True)
 
     step()
@@ -92,8 +96,14 @@ def waits(module: MaskedLM, batch: PackedBatch, *, autocast: bool) -> WaitsForTh
 @pytest.mark.parametrize("autocast", [False, True])
 @pytest.mark.parametrize(
     "options",
-    [{}, {"all_positions": True}, {"gradient_checkpointing": True}],
-    ids=["masked", "all positions", "checkpointing"],
+    [
+        {},
+        {"all_positions": True},
+        {"gradient_checkpointing": True},
+        {"variant": {"ngpt": True}},
+        {"variant": {"qk_norm": True, "embedding_norm": True, "decoder_bias": True}},
+    ],
+    ids=["masked", "all positions", "checkpointing", "normalised", "norms and bias"],
 )
 def test_a_step_never_waits_for_the_device(options: dict[str, Any], autocast: bool) -> None:
     mode = waits(*model_and_batch(**options), autocast=autocast)
