@@ -196,10 +196,12 @@ def test_blocks_compile_to_one_graph_that_content_does_not_change(variant: str) 
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 @pytest.mark.parametrize("name", ATTENTION)
-def test_compiled_blocks_on_a_gpu(name: str) -> None:
+@pytest.mark.parametrize("variant", ["neobert", "more norms", "normalised"])
+def test_compiled_blocks_on_a_gpu(name: str, variant: str) -> None:
     """Every backend inside blocks compiled by inductor in bf16, with and without a window, against fp32 on the CPU."""
     torch._dynamo.reset()
-    config = tiny_config(hidden_size=128, num_hidden_layers=3, local_attention=64, global_attention_every=2)
+    sizes = {"hidden_size": 128, "num_hidden_layers": 3, "local_attention": 64, "global_attention_every": 2}
+    config = tiny_config(**sizes, **VARIANTS[variant])
     config = dataclasses.replace(config, max_position_embeddings=512)
     positions, segments = pack([(300, 212), (1, 130, 7)], 512)
     ids = random_ids(segments, 50)
