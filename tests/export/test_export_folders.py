@@ -128,6 +128,10 @@ def test_the_card_says_how_the_model_was_trained(exports: dict[str, Exported], r
     remote = (exports["learned"].folder / "README.md").read_text()
     assert 'from_pretrained("learned", trust_remote_code=True)' in remote
     assert "| positions | learned |" in remote
+    norms, biased, ngpt = ((exports[n].folder / "README.md").read_text() for n in ("norms", "biased", "ngpt"))
+    assert "RMSNorm, before each half of a block, after the embedding, RMSNorm of queries and keys |" in norms
+    assert "360 tokens, tied to the embedding, with a bias |" in biased
+    assert "| norm | none: hidden states and the vectors of all matrices have length 1 (nGPT" in ngpt
 
 
 def test_the_code_in_a_folder_is_that_of_the_model_and_needs_nothing_of_ours() -> None:
