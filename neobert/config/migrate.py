@@ -72,7 +72,8 @@ def migrate(text: str) -> tuple[str, list[str]]:
         raise MigrationError(f"task: {task.text} is not part of this version: only pretraining files are migrated")
     draft = _Draft(variables=variables if isinstance(variables, dict) else {})
     _rename(draft, _flatten(tree, ""))
-    for edit in (_edit_words, _edit_optimizer, _edit_source, _edit_lengths, _choose_budget, _write_defaults):
+    edits = (_edit_words, _edit_optimizer, _edit_source, _edit_ngpt, _edit_lengths, _choose_budget, _write_defaults)
+    for edit in edits:
         edit(draft)
     result = _to_yaml(draft)
     try:
@@ -174,6 +175,18 @@ def _edit_source(draft: _Draft) -> None:
     full = "tiiuae/falcon-refinedweb"
     if name == "refinedweb" or (name is None and path is None):
         draft.write("dataset.name", full, f"wrote dataset.name: {full}, the full name of refinedweb, the default there")
+
+
+def _edit_ngpt(draft: _Draft) -> None:
+    """There the normalised model had no 2/3 rule, and `base_scale` was allowed without it."""
+    if not draft.read("model.ngpt"):
+        if "model.base_scale" in draft.values:
+            draft.remove("model.base_scale", "has no effect without model.ngpt")
+        return
+    key = "model.intermediate_size"
+    old = draft.read(key)
+    new = old * 3 // 2
+    draft.write(key, new, f"changed {key} from {old} to {new}: 2/3 of it are used here, all of it there")
 
 
 def _edit_lengths(draft: _Draft) -> None:

@@ -18,6 +18,11 @@ FIXED = (
     "model.tie_word_embeddings",
     "model.local_attention",
     "model.global_attention_every",
+    "model.qk_norm",
+    "model.embedding_norm",
+    "model.decoder_bias",
+    "model.ngpt",
+    "model.base_scale",
     "optimizer.name",
 )
 """Never change on resume."""

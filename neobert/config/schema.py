@@ -90,6 +90,35 @@ class ModelSection:
     global_attention_every: int = 3
     """With `local_attention`: layers 0, k, 2k, ... attend to whole documents all the same."""
 
+    qk_norm: bool = False
+    """RMSNorm of the queries and keys of every head, with a learned gain, before the rotary positions: attention logits
+    cannot grow without bound."""
+
+    embedding_norm: bool = False
+    """A norm between the embedding and the first block."""
+
+    decoder_bias: bool = False
+    """A bias for each token on the vocabulary projection, 0 at the start. Published NeoBERT has one."""
+
+    init: Literal["uniform", "truncated_normal", "megatron", "small"] = "uniform"
+    """Initial weights. `uniform`: within `embedding_init_range` and `decoder_init_range`. `truncated_normal`: normal
+    with `init_std`, cut at twice that. `megatron`: normal with `init_std`, divided by sqrt(2 `num_hidden_layers`) in
+    the layers that write into the residual stream. `small`: normal with sqrt(2 / (5 `hidden_size`)), and
+    2 / (`num_hidden_layers` sqrt(`hidden_size`)) in those layers."""
+
+    init_std: float | None = None
+    """Standard deviation of `truncated_normal` and `megatron`; null is 0.02."""
+
+    init_zero_residual: bool = False
+    """The layers that write into the residual stream start at 0, and so every block as the identity."""
+
+    ngpt: bool = False
+    """The normalised model (nGPT): hidden states and the vectors of all matrices have length 1, learned scales take the
+    place of norms. Needs `optimizer.weight_decay: 0`; a warm-up is not needed."""
+
+    base_scale: float | None = None
+    """With `ngpt`: where the stored scales start; the smaller, the faster they learn. null: 1 / sqrt(`hidden_size`)."""
+
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class SchedulerSection:

@@ -14,6 +14,7 @@ from neobert.config.schema import Config
 from neobert.config.validate_data import check_dataset, check_rows, check_tokenizer
 from neobert.config.validate_optimizer import check_optimizer
 from neobert.config.validate_schedule import check_batch_warmup, check_masks, check_schedule, schedule_warnings
+from neobert.model.config import variant_problems
 
 BUDGETS = ("trainer.max_steps", "trainer.max_tokens", "trainer.num_train_epochs")
 """Exactly one of these is set."""
@@ -97,6 +98,8 @@ _RANGES: tuple[tuple[str, _Test, tuple[str, ...]], ...] = (
             "model.norm_eps",
             "model.embedding_init_range",
             "model.decoder_init_range",
+            "model.init_std",
+            "model.base_scale",
             "optimizer.lr",
             "optimizer.groups.matrices.lr",
             "optimizer.groups.head.lr",
@@ -186,6 +189,10 @@ def warnings(config: Config, *, total_steps: int | None = None) -> list[str]:
             "trainer.detect_anomaly: true checks every operation of the backward pass, which takes several times as"
             " long; write false when the operation is found"
         )
+    if config.model.ngpt:
+        key = "scheduler.warmup_steps" if config.scheduler.warmup_percent is None else "scheduler.warmup_percent"
+        if value := FIELDS[key].value_in(config):
+            found.append(f"{key}: {value}, but the normalised model (model.ngpt: true) needs no warm-up; write 0")
     return found + list(schedule_warnings(config, total_steps or config.trainer.max_steps))
 
 
@@ -228,6 +235,14 @@ def _check_model(config: Config) -> Iterator[str]:
                 f"model.hidden_size: {size} / model.num_attention_heads = {heads} gives heads of width {size // heads};"
                 " model.rope needs an even width"
             )
+    yield from variant_problems(model)
+    if model.ngpt and config.optimizer.weight_decay > 0:
+        yield (
+            f"optimizer.weight_decay: {config.optimizer.weight_decay} does nothing with model.ngpt: true, whose"
+            " matrices are scaled to length 1 after every step; write 0"
+        )
+    if model.init_drop_decoder_bias and model.decoder_bias:
+        yield "model.init_drop_decoder_bias: true leaves out what model.decoder_bias: true needs; write false for one"
     if model.init_drop_decoder_bias and model.init_from is None:
         yield "model.init_drop_decoder_bias: true is about model.init_from, which is null; write false"
     if model.max_position_embeddings < config.dataset.max_seq_length:

@@ -32,6 +32,12 @@ def check_optimizer(config: Config) -> Iterator[str]:
             for key in (f"{muon}.{leaf}" for leaf in CLIPPING):
                 if key in changed:
                     yield f"{key}: has no effect with {muon}.enable_clipping: false; remove one of the two"
+        variant = "qk_norm" if config.model.qk_norm else "ngpt" if config.model.ngpt else None
+        if section.muon_config.enable_clipping and variant:
+            yield (
+                f"{muon}.enable_clipping: true has nothing to clip with model.{variant}: true, whose queries and keys "
+                f"have a fixed length; write {muon}.enable_clipping: false"
+            )
         if section.groups.matrices.weight_decay is not None:
             yield (
                 f"optimizer.groups.matrices.weight_decay: {section.groups.matrices.weight_decay} is written "

@@ -59,15 +59,25 @@ def _summary(config: ModelConfig, form: Form, dtype: str) -> str:
     rows = {
         "layers x width x heads": f"{config.num_hidden_layers} x {config.hidden_size} x {config.num_attention_heads}",
         "feed-forward": f"{config.hidden_act}, width {config.ffn_size}",
-        "norm": f"{'RMSNorm' if config.rms_norm else 'LayerNorm'}, before each half of a block",
+        "norm": _norms(config),
         "positions": f"rotary, theta {config.rope_theta:g}" if config.rope else "learned",
         "longest text": f"{config.max_position_embeddings} tokens",
         "vocabulary": f"{config.vocab_size:,} tokens, "
-        + ("tied to the embedding" if config.tie_word_embeddings else "with a projection of its own"),
+        + ("tied to the embedding" if config.tie_word_embeddings else "with a projection of its own")
+        + (", with a bias" if config.decoder_bias else ""),
         "weights": dtype,
     }
     table = "\n".join(f"| {key} | {value} |" for key, value in rows.items())
     return f"An encoder trained with masked language modelling. {loads}\n\n| | |\n|---|---|\n{table}"
+
+
+def _norms(config: ModelConfig) -> str:
+    if config.ngpt:
+        return "none: hidden states and the vectors of all matrices have length 1 (nGPT, arXiv 2410.01131)"
+    places = ["before each half of a block"]
+    places += ["after the embedding"] if config.embedding_norm else []
+    places += ["RMSNorm of queries and keys"] if config.qk_norm else []
+    return ", ".join(["RMSNorm" if config.rms_norm else "LayerNorm", *places])
 
 
 def _training(weights: EncoderWeights) -> str:

@@ -37,12 +37,25 @@ CARRIED = frozenset(
         "decoder_init_range",
         "tie_word_embeddings",
         "global_attention_every",
+        "init",
+        "init_std",
+        "init_zero_residual",
+        "base_scale",
     }
 )
-"""Fields that the native form holds, that do nothing but in training (dropout, initial ranges), or that do nothing
+"""Fields that the native form holds, that do nothing but in training (dropout, initial weights), or that do nothing
 where the fields below have their values."""
 
-REQUIRED: dict[str, Any] = {"rope": True, "rms_norm": True, "hidden_act": "swiglu", "local_attention": None}
+REQUIRED: dict[str, Any] = {
+    "rope": True,
+    "rms_norm": True,
+    "hidden_act": "swiglu",
+    "local_attention": None,
+    "qk_norm": False,
+    "embedding_norm": False,
+    "decoder_bias": False,
+    "ngpt": False,
+}
 """Fields that the native form has only one value for."""
 
 

@@ -130,7 +130,11 @@ class NeobertEncoderForMaskedLM(NeobertEncoderPreTrainedModel):
     def __init__(self, config: NeobertEncoderConfig) -> None:
         super().__init__(config)
         self.model = NeobertEncoderModel(config)
-        self.decoder = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
+        architecture = self.model.encoder.config
+        self.decoder = nn.Linear(config.hidden_size, config.vocab_size, bias=architecture.decoder_bias)
+        self.logit_scale: nn.Parameter | None = None
+        if architecture.ngpt:
+            self.logit_scale = nn.Parameter(torch.full((config.vocab_size,), architecture.scale_base))
         self.post_init()
 
     def get_output_embeddings(self) -> nn.Module:
@@ -139,12 +143,23 @@ class NeobertEncoderForMaskedLM(NeobertEncoderPreTrainedModel):
     def set_output_embeddings(self, value: nn.Linear) -> None:
         self.decoder = value
 
+    def resize_token_embeddings(self, *args: Any, **kwargs: Any) -> nn.Embedding:
+        """As for every model; a new token's logit scale starts at the mean of the others."""
+        embedding = super().resize_token_embeddings(*args, **kwargs)
+        if self.logit_scale is not None:
+            old, size = self.logit_scale.detach(), embedding.num_embeddings
+            new = old.mean().expand(max(0, size - len(old)))
+            self.logit_scale = nn.Parameter(torch.cat((old[:size], new)))
+        return embedding
+
     def forward(
         self, input_ids: Tensor, labels: Tensor | None = None, return_dict: bool | None = None, **inputs: Any
     ) -> Any:
         """Logits `[B, S, V]`; with `labels` `[B, S]` (-100 for none) also the mean cross entropy in nats."""
         states = self.model(input_ids, return_dict=True, **inputs)
         logits = self.decoder(states.last_hidden_state)
+        if self.logit_scale is not None:
+            logits = logits * (self.logit_scale / self.model.encoder.config.scale_base)
         loss = None if labels is None else F.cross_entropy(logits.flatten(0, 1).float(), labels.flatten())
         output = MaskedLMOutput(loss=loss, logits=logits, hidden_states=states.hidden_states)
         return output if return_dict is None or return_dict else output.to_tuple()

@@ -38,6 +38,7 @@ TEXTS = (
 FILL = f"the old {MASK_TEXT} stands by the river."
 PROBABILITY_TOLERANCE = 1e-5
 _HEADS = ("dense.", "classifier.")
+_PROJECTION = ("lm_head.", "decoder.", "logit_scale")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -174,7 +175,7 @@ def _check_loading(facts: dict[str, Any]) -> Check:
     for name, kinds in facts["loading"].items():
         for kind, keys in kinds.items():
             # A base model has no head; a classifier starts with a new one.
-            expected = {"base": ("lm_head.", "decoder."), "classifier": (*_HEADS, "lm_head.", "decoder.")}.get(name, ())
+            expected = {"base": _PROJECTION, "classifier": (*_HEADS, *_PROJECTION)}.get(name, ())
             odd += [f"{name}: {kind} {key}" for key in keys if not key.startswith(expected)]
     return Check(
         name="loads with AutoModel, AutoModelForMaskedLM, AutoModelForSequenceClassification",

@@ -32,6 +32,7 @@ from neobert.export.transformers_native import native_config, native_tensors
 from neobert.objectives.mlm import MaskedLM
 from neobert.weights.describe import WeightsError
 from neobert.weights.load import STEPS_KEY, EncoderWeights, load_encoder_weights
+from neobert.weights.vocabulary import VOCABULARY_TENSORS
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 _MODEL_CONFIG = "model_config.json"
@@ -156,8 +157,7 @@ def cut_vocabulary(weights: EncoderWeights, size: int) -> tuple[EncoderWeights, 
     """The weights with the first `size` rows of the vocabulary, and a sentence about what was left out."""
     if size == weights.config.vocab_size:
         return weights, None
-    names = ("encoder.embedding.weight", "decoder.weight")
-    tensors = {name: tensor[:size] if name in names else tensor for name, tensor in weights.tensors.items()}
+    tensors = {name: x[:size] if name in VOCABULARY_TENSORS else x for name, x in weights.tensors.items()}
     note = f"{weights.config.vocab_size - size} rows of the vocabulary that are no tokens are left out"
     return replace(weights, config=replace(weights.config, vocab_size=size), tensors=tensors), note
 

@@ -4,6 +4,7 @@ It is built once from the user's `model` section, with the bound vocabulary size
 weights as `model_config.json`: whoever holds that file and the weights can rebuild the model.
 """
 
+from collections.abc import Iterator
 from dataclasses import asdict, dataclass, fields
 from typing import Any, Self
 
@@ -69,6 +70,30 @@ class ModelConfig:
     global_attention_every: int = 3
     """With `local_attention`, layers 0, k, 2k, ... have no window."""
 
+    qk_norm: bool = False
+    """RMSNorm of every head's queries and keys, with a gain for each coordinate of a head, before the rotation."""
+
+    embedding_norm: bool = False
+    """A norm between the embedding and the first block."""
+
+    decoder_bias: bool = False
+    """A bias on the vocabulary projection, 0 at the start."""
+
+    init: str = "uniform"
+    """Initial weights: `uniform`, `truncated_normal`, `megatron` or `small`; see `init.py`."""
+
+    init_std: float | None = None
+    """Standard deviation of `truncated_normal` and `megatron`; None: 0.02."""
+
+    init_zero_residual: bool = False
+    """Whether the outputs of attention and feed-forward layer start at 0."""
+
+    ngpt: bool = False
+    """The normalised model; see `ngpt.py`."""
+
+    base_scale: float | None = None
+    """With `ngpt`, what the stored scales start at; None: 1 / sqrt(hidden_size)."""
+
     def __post_init__(self) -> None:
         problems = [
             f"model.{name}: {value} is not positive; write a positive number"
@@ -95,6 +120,7 @@ class ModelConfig:
                 f"model.pad_token_id: {self.pad_token_id} is not a row of a vocabulary of {self.vocab_size}; take "
                 "both from the same tokenizer"
             )
+        problems += variant_problems(self)
         if problems:
             raise ValueError("\n".join(problems))
 
@@ -113,6 +139,11 @@ class ModelConfig:
         if self.hidden_act == "gelu":
             return self.intermediate_size
         return -(-int(2 * self.intermediate_size / 3) // 8) * 8
+
+    @property
+    def scale_base(self) -> float:
+        """`base_scale`, or its default."""
+        return self.hidden_size**-0.5 if self.base_scale is None else self.base_scale
 
     def window_of_layer(self, layer: int) -> int | None:
         """The sliding window of a layer, counted from 0; None where it attends to whole documents."""
@@ -154,7 +185,64 @@ _POSITIVE = (
     "decoder_init_range",
     "local_attention",
     "global_attention_every",
+    "init_std",
+    "base_scale",
 )
 
-_ADDED = ("local_attention", "global_attention_every")
+_ADDED = (
+    "local_attention",
+    "global_attention_every",
+    "qk_norm",
+    "embedding_norm",
+    "decoder_bias",
+    "init",
+    "init_std",
+    "init_zero_residual",
+    "ngpt",
+    "base_scale",
+)
 """Keys that the first version of `model_config.json` did not have; their defaults are what it did."""
+
+INITS_WITH_STD = ("truncated_normal", "megatron")
+
+_NOT_IN_NGPT: dict[str, Any] = {
+    "rope": True,
+    "rms_norm": True,
+    "hidden_act": "swiglu",
+    "dropout_prob": 0.0,
+    "norm_eps": 1e-5,
+    "embedding_init_range": 0.02,
+    "decoder_init_range": 0.02,
+    "init": "uniform",
+    "init_std": None,
+    "init_zero_residual": False,
+    "qk_norm": False,
+    "embedding_norm": False,
+    "decoder_bias": False,
+}
+"""Settings that the normalised model has its own answer to, and their defaults."""
+
+_UNIFORM_RANGES = {"embedding_init_range": 0.02, "decoder_init_range": 0.02}
+
+
+def variant_problems(model: Any) -> Iterator[str]:
+    """Settings that contradict each other or do nothing together, of a ModelConfig or the section of the same names."""
+    if model.ngpt:
+        for name, default in _NOT_IN_NGPT.items():
+            if (value := getattr(model, name)) != default:
+                yield (
+                    f"model.{name}: {value} has no place in the normalised model (model.ngpt: true); remove it, its "
+                    f"default is {default}"
+                )
+        return
+    if model.base_scale is not None:
+        yield f"model.base_scale: {model.base_scale} has no effect without model.ngpt: true; remove one of the two"
+    if model.init != "uniform":
+        for name, default in _UNIFORM_RANGES.items():
+            if (value := getattr(model, name)) != default:
+                yield f"model.{name}: {value} has no effect with model.init: {model.init}; remove one of the two"
+    if model.init_std is not None and model.init not in INITS_WITH_STD:
+        yield (
+            f"model.init_std: {model.init_std} has no effect with model.init: {model.init}; remove it, or write "
+            f"model.init: {' or '.join(INITS_WITH_STD)}"
+        )

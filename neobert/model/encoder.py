@@ -3,14 +3,14 @@
 A batch `[B, S]` is read as T = B * S tokens in a row. Documents are separated by the attention alone, so packed and
 padded batches take the same path, and no row of the attention is ever empty.
 
-Initialisation: embeddings uniform in (-embedding_init_range, +embedding_init_range), linear layers uniform in
-(-decoder_init_range, +decoder_init_range), norm weights 1. This is the initialisation that NeoBERT was trained with
-(arXiv 2502.19587 and its code); the standard deviation is range / sqrt(3).
+Initial weights: see `init.py`. The default, uniform, is what NeoBERT was trained with (arXiv 2502.19587 and its code).
+With `ngpt` blocks, norms and initial weights are those of the normalised model, see `ngpt.py`.
 
 Legend: T tokens of the flat stream, H hidden size.
 """
 
 from collections.abc import Callable
+from functools import partial
 
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -18,7 +18,9 @@ from torch.utils.checkpoint import checkpoint
 
 from neobert.model.attention import AttentionBackend
 from neobert.model.config import ModelConfig
+from neobert.model.init import initialise, scale_residual_output
 from neobert.model.layers import EncoderBlock, build_norm
+from neobert.model.ngpt import NormalizedBlock, UnitMatrix, normalise_, unit_matrices
 from neobert.model.rotary import rotary_table
 from neobert.model.segments import Segments
 
@@ -31,7 +33,8 @@ class Encoder(nn.Module):
 
     State-dict names: `embedding.weight`, `position_embedding.weight` (only when `rope` is false),
     `layers.N.{attention_norm,qkv,out,ffn_norm,gate_up,down}.weight` (`up` instead of `gate_up` with GELU),
-    `norm.weight`.
+    `norm.weight`; `embedding_norm.weight` and `layers.N.{q_norm,k_norm}.weight` where the config asks for them. With
+    `ngpt` there are no norms, but `layers.N.{attention_rate,ffn_rate,qk_scale,gate_up_scale}`.
     """
 
     def __init__(
@@ -56,15 +59,20 @@ class Encoder(nn.Module):
         self.embedding = nn.Embedding(config.vocab_size, config.hidden_size)
         if not config.rope:
             self.position_embedding = nn.Embedding(config.max_position_embeddings, config.hidden_size)
-        self.layers = nn.ModuleList(EncoderBlock(config, attention) for _ in range(config.num_hidden_layers))
-        self.norm = build_norm(config)
-        self.apply(self._initialise)
+        if config.embedding_norm:
+            self.embedding_norm = build_norm(config)
+        build_block = NormalizedBlock if config.ngpt else EncoderBlock
+        self.layers = nn.ModuleList(build_block(config, attention) for _ in range(config.num_hidden_layers))
+        self.norm = nn.Identity() if config.ngpt else build_norm(config)
+        self.apply(partial(initialise, config=config))
+        for name, weight in self.named_parameters():
+            if name.endswith((".out.weight", ".down.weight")):
+                scale_residual_output(weight, config)
+        normalise_(self.unit_matrices())
 
-    def _initialise(self, module: nn.Module) -> None:
-        if isinstance(module, nn.Linear):
-            nn.init.uniform_(module.weight, -self.config.decoder_init_range, self.config.decoder_init_range)
-        elif isinstance(module, nn.Embedding):
-            nn.init.uniform_(module.weight, -self.config.embedding_init_range, self.config.embedding_init_range)
+    def unit_matrices(self) -> list[UnitMatrix]:
+        """The matrices whose vectors have length 1 along a dimension, after every optimizer step too: with `ngpt`."""
+        return [(self.embedding.weight, 1), *unit_matrices(self.layers)] if self.config.ngpt else []
 
     def forward(self, input_ids: Tensor, positions: Tensor, segments: Segments) -> Tensor:
         """Hidden states `[B * S, H]` of tokens `[B, S]` at `positions` `[B, S]` of their documents.
@@ -79,6 +87,8 @@ class Encoder(nn.Module):
             rotation = rotary_table(positions_T, self.config.head_dim, self.config.rope_theta)
         else:
             x_TH = x_TH + F.embedding(positions_T, self.position_embedding.weight)
+        if self.config.embedding_norm:
+            x_TH = self.embedding_norm(x_TH)
         for layer, (block, window) in enumerate(zip(self.layers, self.windows)):
             if self.observe is not None:
                 self.observe(layer, x_TH, rotation, positions, segments)

@@ -3,6 +3,10 @@
     x = x + dropout(out(attention(rotate(qkv(attention_norm(x))))))
     x = x + dropout(down(act(gate_up(ffn_norm(x)))))
 
+With `qk_norm` the queries and keys of each head go through an RMSNorm before the rotation, with one gain of D numbers
+for the queries and one for the keys of all heads of a block (Dehghani et al., arXiv 2302.05442, section 2; with RMSNorm
+as in Gemma 3, arXiv 2503.19786).
+
 No layer has a bias. The fused `qkv` weight is `[3H, H]`: rows of the queries, then of the keys, then of the values,
 each head by head. The fused `gate_up` weight of SwiGLU is `[2F, H]`: rows of the gate, then of what it multiplies. GELU
 has `up` and `down`. The residual stream keeps the dtype it comes in: fp32 under autocast.
@@ -101,6 +105,10 @@ class EncoderBlock(nn.Module):
         else:
             self.up = nn.Linear(hidden, ffn, bias=False)
         self.down = nn.Linear(ffn, hidden, bias=False)
+        self.qk_norm = config.qk_norm
+        if self.qk_norm:
+            self.q_norm = RMSNorm(config.head_dim, config.norm_eps)
+            self.k_norm = RMSNorm(config.head_dim, config.norm_eps)
 
     def forward(self, x_TH: Tensor, rotation: tuple[Tensor, Tensor] | None, prepared: Any) -> Tensor:
         """`rotation` is the table of `rotary_table`, None without rotary positions; `prepared` is the backend's."""
@@ -111,6 +119,8 @@ class EncoderBlock(nn.Module):
         """Queries, keys and values `[T, N, D]` of the normalised input, as the attention takes them."""
         qkv = self.qkv(x_TH).view(-1, 3 * self.num_heads, self.head_dim)
         qk, v_TND = qkv.split((2 * self.num_heads, self.num_heads), dim=1)
+        if self.qk_norm:
+            qk = self._norm_heads(qk)
         if rotation is not None:
             qk = apply_rotary(qk, *rotation)
         q_TND, k_TND = qk.chunk(2, dim=1)
@@ -119,6 +129,12 @@ class EncoderBlock(nn.Module):
     def _attention(self, x_TH: Tensor, rotation: tuple[Tensor, Tensor] | None, prepared: Any) -> Tensor:
         q_TND, k_TND, v_TND = self.project(x_TH, rotation)
         return self.out(self.attend(q_TND, k_TND, v_TND, prepared, scale=self.scale).flatten(1))
+
+    def _norm_heads(self, qk: Tensor) -> Tensor:
+        """Queries and keys `[T, 2N, D]`, each head normalised."""
+        q_TND, k_TND = qk.chunk(2, dim=1)
+        q, k = self.q_norm(q_TND.flatten(0, 1)), self.k_norm(k_TND.flatten(0, 1))
+        return torch.cat((q.view(q_TND.shape), k.view(k_TND.shape)), dim=1)
 
     def _feed_forward(self, x_TH: Tensor) -> Tensor:
         if self.swiglu:

@@ -27,6 +27,7 @@ from neobert.optim.muon import MuonSettings
 from neobert.optim.optimizers import build_optimizer
 from neobert.optim.qk_clip import ClipSettings, QKClip
 from neobert.optim.schedule import Schedule, build_schedule
+from neobert.optim.unit_length import keep_unit_length
 from neobert.train.console import Reporter
 from neobert.train.runtime import Runtime, StartupError, choose_device_type, compute_dtype
 from neobert.train.tracking import Sink
@@ -102,6 +103,14 @@ def build_model_config(config: Config, tokenizer: Tokenizer) -> ModelConfig:
         tie_word_embeddings=section.tie_word_embeddings,
         local_attention=section.local_attention,
         global_attention_every=section.global_attention_every,
+        qk_norm=section.qk_norm,
+        embedding_norm=section.embedding_norm,
+        decoder_bias=section.decoder_bias,
+        init=section.init,
+        init_std=section.init_std,
+        init_zero_residual=section.init_zero_residual,
+        ngpt=section.ngpt,
+        base_scale=section.base_scale,
     )
 
 
@@ -180,13 +189,14 @@ def build_config_data(
 
 
 def build_run_optimizer(config: Config, module: MaskedLM) -> Optimizer:
-    """The optimizer over all weights. Orthogonal factors are computed in the type of all matrix products."""
+    """The optimizer over all weights. Orthogonal factors are computed in the type of all matrix products. With
+    `model.ngpt` it scales the matrices to length 1 after every step."""
     section, muon = config.optimizer, config.optimizer.muon_config
     roles = {role: getattr(section.groups, role) for role in ROLES}
     own = {role: OwnSettings(lr=x.lr, weight_decay=x.weight_decay) for role, x in roles.items() if x != GroupSection()}
     if section.name in MUON:
         own["matrices"] = OwnSettings(lr=section.groups.matrices.lr, weight_decay=muon.muon_decay)
-    return build_optimizer(
+    optimizer = build_optimizer(
         module,
         name=section.name,
         lr=section.lr,
@@ -205,6 +215,8 @@ def build_run_optimizer(config: Config, module: MaskedLM) -> Optimizer:
             dtype=compute_dtype(config),
         ),
     )
+    keep_unit_length(optimizer, module.unit_matrices())
+    return optimizer
 
 
 def build_clip(config: Config, module: MaskedLM, optimizer: Optimizer, runtime: Runtime) -> QKClip | None:

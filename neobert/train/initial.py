@@ -14,13 +14,23 @@ from neobert.config.schema import Config, TokenizerSection
 from neobert.data.errors import DataError
 from neobert.data.tokenizer import Tokenizer, load_tokenizer
 from neobert.model.config import ModelConfig
+from neobert.model.ngpt import normalise_
 from neobert.objectives.mlm import MaskedLM
 from neobert.train.runtime import StartupError
 from neobert.weights.describe import WeightsError
 from neobert.weights.load import EncoderWeights, load_encoder_weights
-from neobert.weights.vocabulary import match_tokens, remap_rows
+from neobert.weights.vocabulary import VOCABULARY_TENSORS, match_tokens, remap_rows
 
-_FREE = ("vocab_size", "pad_token_id", "dropout_prob", "embedding_init_range", "decoder_init_range")
+_FREE = (
+    "vocab_size",
+    "pad_token_id",
+    "dropout_prob",
+    "embedding_init_range",
+    "decoder_init_range",
+    "init",
+    "init_std",
+    "init_zero_residual",
+)
 """Fields of ModelConfig that may differ: they follow the tokenizer, or act on nothing but training."""
 
 
@@ -68,6 +78,7 @@ def copy_initial_weights(module: MaskedLM, weights: EncoderWeights, tokenizer: T
     tensors, note = _with_vocabulary(weights, tokenizer, module.encoder.config.vocab_size)
     module.load_state_dict(tensors, strict=True)
     module.check_tied()
+    normalise_(module.unit_matrices())  # The mean of rows of length 1 is shorter.
     trained = f" after {weights.step:,} steps" if weights.step is not None else ""
     return f"initial weights from {weights.folder} ({weights.layout} layout{trained}); {note}"
 
@@ -86,7 +97,7 @@ def _with_vocabulary(weights: EncoderWeights, tokenizer: Tokenizer, num_rows: in
         return weights.tensors, "the tokenizer is the same"
     pairs = match_tokens(theirs.vocabulary, tokenizer.vocabulary, theirs.roles, tokenizer.roles)
     tensors = dict(weights.tensors)
-    for name in ("encoder.embedding.weight", "decoder.weight"):
+    for name in VOCABULARY_TENSORS:
         if name in tensors:
             tensors[name] = remap_rows(tensors[name], pairs, num_rows)
     new = len(tokenizer.vocabulary) - len(pairs)

@@ -5,6 +5,7 @@ from neobert.config.validate import warnings
 from neobert.kernels.linear_cross_entropy import choose_kernel
 from neobert.train.run import Run
 from neobert.train.start import write_config
+from neobert.weights.vocabulary import VOCABULARY_TENSORS
 
 
 def announce(run: Run) -> None:
@@ -13,7 +14,7 @@ def announce(run: Run) -> None:
     length, masks, batch = config.dataset.max_seq_length, config.datacollator, run.data.batch
     rate = max(masks.mlm_probability, masks.mlm_probability_final or 0.0)
     total = sum(p.numel() for p in module.parameters())
-    embeddings = sum(p.numel() for name, p in module.named_parameters() if name in VOCABULARY_WEIGHTS)
+    embeddings = sum(p.numel() for name, p in module.named_parameters() if name in VOCABULARY_TENSORS)
     flops = module.encoder.flops_per_token(attended_length=length, predicted_fraction=rate)
     slots, total_slots = run.rows_per_step * length, batch.rows_before(run.num_steps) * length
     accumulation = run.rows_per_step // (config.trainer.per_device_train_batch_size * run.runtime.world)
@@ -44,9 +45,6 @@ def announce(run: Run) -> None:
     for text in [*warnings(config, total_steps=run.num_steps), *slow_reading(config, run.runtime.device.type)]:
         run.reporter.warn(text)
     write_config(config, run.runtime, run.output_dir)
-
-
-VOCABULARY_WEIGHTS = ("encoder.embedding.weight", "decoder.weight")
 
 
 def slow_reading(config: Config, device_type: str) -> list[str]:

@@ -73,11 +73,12 @@ def describe_eurobert(config: Mapping[str, Any], tensors: Mapping[str, Tensor]) 
 def describe_neobert(config: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> ModelConfig:
     """The `config.json` of a NeoBERT model, or the `model` section of the fork's `config.yaml`.
 
-    The vocabulary, the number of learned positions and the tie of the weights are read off the tensors: the fork's
-    configs are known to say otherwise.
+    The vocabulary, the number of learned positions, the tie of the weights and the bias of the vocabulary projection
+    (one of zeros is none) are read off the tensors: the fork's configs are known to say otherwise.
     """
     _check_expected("NeoBERT", {"ngpt": (bool(config.get("ngpt", False)), (False,))})
     embedding, head = tensors.get("model.encoder.weight"), tensors.get("decoder.weight")
+    bias = tensors.get("decoder.bias")
     if embedding is None:
         raise WeightsError("model.encoder.weight is missing: this is no NeoBERT with a language-modelling head")
     try:
@@ -97,6 +98,7 @@ def describe_neobert(config: Mapping[str, Any], tensors: Mapping[str, Tensor]) -
             dropout_prob=float(config.get("dropout_prob", config.get("dropout", 0.0))),
             norm_eps=float(config["norm_eps"]),  # Text in some files: YAML reads 1e-5 as a word.
             tie_word_embeddings=head is None or head.equal(embedding),
+            decoder_bias=bias is not None and bool(bias.any()),
         )
     except (KeyError, IndexError, TypeError) as error:
         raise WeightsError(f"the NeoBERT config lacks a key, or has one without a value: {error}") from error

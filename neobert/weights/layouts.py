@@ -37,6 +37,9 @@ from neobert.weights.describe import (
 
 Tensors = Mapping[str, Tensor]
 
+DECODER_BIASES = ("decoder_bias", "decoder.bias")
+"""Ours, and what it is called where the projection is a linear layer."""
+
 
 def _rows(parts: Sequence[Tensor]) -> Tensor:
     return parts[0] if len(parts) == 1 else torch.cat(list(parts))
@@ -81,6 +84,10 @@ def tensor_shapes(config: ModelConfig) -> dict[str, tuple[int, ...]]:
     shapes = {f"encoder.{name}": tuple(tensor.shape) for name, tensor in encoder.state_dict().items()}
     if not config.tie_word_embeddings:
         shapes["decoder.weight"] = (config.vocab_size, config.hidden_size)
+    if config.decoder_bias:
+        shapes["decoder_bias"] = (config.vocab_size,)
+    if config.ngpt:
+        shapes["logit_scale"] = (config.vocab_size,)
     return shapes
 
 
@@ -88,6 +95,8 @@ def to_ours(
     layout: Layout, config: ModelConfig, tensors: Tensors, *, drop_decoder_bias: bool = False
 ) -> dict[str, Tensor]:
     """`tensors` of a format under our names, dtypes as they are.
+
+    With `drop_decoder_bias` a bias that `config` does not have is left out.
 
     Raises:
         WeightsError: tensors are missing, unexpected or of another shape; every one is named.
@@ -121,13 +130,7 @@ def _unexpected(layout: Layout, tensors: Tensors, known: set[str], drop_decoder_
         if name == layout.head and layout.embedding in tensors:
             if not torch.equal(tensor, tensors[layout.embedding]):
                 yield f"{name} is tied to {layout.embedding} by the config, but the two differ"
-        elif name == "decoder.bias":
-            if not drop_decoder_bias:
-                yield (
-                    "decoder.bias: our vocabulary projection has no bias; leave it out with drop_decoder_bias "
-                    "(model.init_drop_decoder_bias: true), which changes the predictions but no hidden state"
-                )
-        else:
+        elif not (drop_decoder_bias and name in DECODER_BIASES):
             yield f"{name} is not expected, shape {list(tensor.shape)}"
 
 
@@ -149,7 +152,8 @@ def _our_rules(config: ModelConfig) -> Iterator[Rule]:
 
 def _remote_code_rules(config: ModelConfig) -> Iterator[Rule]:
     for name in tensor_shapes(config):
-        yield Rule(ours=name, theirs=(f"model.{name}" if name.startswith("encoder.") else name,))
+        theirs = "decoder.bias" if name == "decoder_bias" else name
+        yield Rule(ours=name, theirs=(f"model.{name}" if name.startswith("encoder.") else theirs,))
 
 
 # --- EuroBERT -------------------------------------------------------------------------------------------------------
@@ -205,6 +209,8 @@ def _neobert_rules(config: ModelConfig, gate_up: tuple[str, ...]) -> Iterator[Ru
             yield Rule(ours=f"{ours}.{name}.weight", theirs=tuple(f"{theirs}.ffn.{part}.weight" for part in parts))
     if not config.tie_word_embeddings:
         yield Rule(ours="decoder.weight", theirs=("decoder.weight",))
+    if config.decoder_bias:
+        yield Rule(ours="decoder_bias", theirs=("decoder.bias",))
 
 
 def _heads_apart(weight: Tensor, config: ModelConfig) -> Tensor:

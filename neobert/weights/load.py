@@ -69,7 +69,7 @@ def load_encoder_weights(path: str | Path, *, drop_decoder_bias: bool = False) -
 
     Args:
         path: A folder, or a name of the hub.
-        drop_decoder_bias: Leave out the bias of the vocabulary projection, which our models do not have.
+        drop_decoder_bias: Leave out the bias of the vocabulary projection, if it has one.
 
     Raises:
         WeightsError: there is nothing at `path`, or its tensors are not exactly those of an encoder of ours.
@@ -144,6 +144,8 @@ def _read_folder(folder: Path, drop_decoder_bias: bool) -> EncoderWeights:
     tensors = _read_tensors(folder)
     layout, raw = _recognise(folder, tensors)
     config = layout.describe(raw, tensors)
+    if drop_decoder_bias:
+        config = replace(config, decoder_bias=False)
     if layout.name == "eurobert":
         config = _restore(folder, config)
     tokenizer = next((p for p in (folder, folder / "tokenizer") if (p / "tokenizer.json").is_file()), None)
@@ -180,11 +182,12 @@ def _neobert_kind(tensors: Mapping[str, Tensor]) -> str:
 
 
 def _restore(folder: Path, config: ModelConfig) -> ModelConfig:
-    """With what EuroBERT's config cannot hold (initial ranges, dropout), from the file that our export writes."""
+    """With what EuroBERT's config cannot hold (initial weights, dropout), from the file that our export writes."""
     if not (folder / "model_config.json").is_file():
         return config
     ours = ModelConfig.from_dict(json.loads((folder / "model_config.json").read_text()))
     carried = {"intermediate_size", "dropout_prob", "embedding_init_range", "decoder_init_range"}
+    carried |= {"init", "init_std", "init_zero_residual"}
     both = replace(config, **{name: getattr(ours, name) for name in carried})
     if both != ours or both.ffn_size != config.ffn_size:
         raise WeightsError(

@@ -10,6 +10,9 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
+VOCABULARY_TENSORS = ("encoder.embedding.weight", "decoder.weight", "decoder_bias", "logit_scale")
+"""Names of our tensors that have a row for each token."""
+
 
 def match_tokens(
     old: Mapping[str, int], new: Mapping[str, int], old_roles: Mapping[str, int], new_roles: Mapping[str, int]
@@ -29,6 +32,8 @@ def match_tokens(
 def remap_rows(weight: Tensor, pairs: Mapping[int, int], num_rows: int) -> Tensor:
     """`[num_rows, H]`: row `pairs[i]` of `weight` `[old rows, H]` at i, the mean of the copied rows elsewhere.
 
+    A vector `[old rows]` gives one `[num_rows]`.
+
     Raises:
         ValueError: no token is shared.
     """
@@ -36,6 +41,6 @@ def remap_rows(weight: Tensor, pairs: Mapping[int, int], num_rows: int) -> Tenso
         raise ValueError("the two vocabularies share no token")
     new = torch.tensor(sorted(pairs))
     copied = weight[torch.tensor([pairs[i] for i in sorted(pairs)])]
-    result = copied.float().mean(0).to(weight.dtype).repeat(num_rows, 1)
+    result = copied.float().mean(0).to(weight.dtype).expand(num_rows, *weight.shape[1:]).clone()
     result[new] = copied
     return result

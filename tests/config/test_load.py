@@ -216,7 +216,7 @@ def test_keys_below_values_and_sections_as_values():
         ("glue: {}", "glue: is not part of this version"),
         ("model: {pad_token_id: 0}", "model.pad_token_id: comes from the tokenizer: remove it"),
         ("tokenizer: {padding: true, train: true}", "tokenizer.padding: has no effect"),
-        ("model: {ngpt: true}", "model.ngpt: is not part of this version"),
+        ("model: {classifier_init_range: 0.1}", "model.classifier_init_range: is not part of this version"),
         ("use_deepspeed: true", "use_deepspeed: is not supported: start with torchrun"),
         ("trainer: {max_steps: 1, report_to: [wandb]}", "trainer.report_to: is not a key: trackers have their own"),
     ],
@@ -228,7 +228,7 @@ def test_refused_keys_in_a_file(text, message):
 
 
 def test_refused_keys_on_the_command_line():
-    assert "model.qk_norm: is not part of this version" in error_of(BASE, "--model.qk_norm", "true")
+    assert "model.classifier_init_range: is not" in error_of(BASE, "--model.classifier_init_range", "1")
     assert "contrastive: is not part of this version" in error_of(BASE, "contrastive.pooling=mean")
     assert error_of(BASE, "--variables.x=3") == "variables: are set in the config file only, under `variables:`"
 

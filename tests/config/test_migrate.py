@@ -74,7 +74,6 @@ def test_a_file_with_many_old_keys():
         "renamed trainer.bf16 to trainer.mixed_precision",
         "replaced model.flash_attention by model.attn_backend: flash_attn_varlen",
         "removed model.vocab_size: it was overwritten by the tokenizer's size",
-        "removed model.ngpt: is not part of this version",
         "removed tokenizer.padding: has no effect",
         "removed trainer.num_train_epochs: trainer.max_steps is the budget",
         "removed optimizer.muon_config.algorithm: is an old name",
@@ -141,7 +140,6 @@ def test_what_cannot_be_migrated(text, message):
 
 OTHER_KEYS = [
     "model.classifier_init_range",
-    "model.ngpt",
     "model.base_scale",
     "model.pad_token_id",
     "model.from_hub",
@@ -197,6 +195,18 @@ def test_every_other_key_is_refused_with_a_sentence_and_migrated(key):
     text, edits = migrate(nest(key))
     assert parse_config(text)
     assert any(key in edit for edit in edits)
+
+
+def test_the_normalised_model():
+    """There its feed-forward layer had no 2/3 rule, and `base_scale` stood in every file."""
+    old = "model: {ngpt: true, base_scale: 0.05, intermediate_size: 256}\noptimizer: {weight_decay: 0}\n"
+    text, edits = migrate(old)
+    config = parse_config(text)
+    assert (config.model.ngpt, config.model.base_scale, config.model.intermediate_size) == (True, 0.05, 384)
+    assert "changed model.intermediate_size from 256 to 384: 2/3 of it are used here, all of it there" in edits
+    text, edits = migrate("model: {ngpt: false, base_scale: 0.05, intermediate_size: 256}\n")
+    assert parse_config(text).model.intermediate_size == 256
+    assert "removed model.base_scale: has no effect without model.ngpt" in edits
 
 
 def test_the_script(tmp_path):

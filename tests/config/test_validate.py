@@ -30,7 +30,43 @@ def test_the_defaults_lack_a_source_a_tokenizer_and_a_budget():
     assert [e.partition(":")[0] for e in errors] == ["dataset.name", "tokenizer.name", "trainer.max_steps"]
 
 
+NGPT = {"model__ngpt": True, "optimizer__weight_decay": 0.0}
+
 ERRORS = [
+    (
+        {"model__ngpt": True},
+        "optimizer.weight_decay: 0.1 does nothing with model.ngpt: true, whose matrices are",
+    ),
+    ({**NGPT, "model__rope": False}, "model.rope: False has no place in the normalised model (model.ngpt: true)"),
+    ({**NGPT, "model__rms_norm": False}, "model.rms_norm: False has no place in the normalised model"),
+    ({**NGPT, "model__hidden_act": "gelu"}, "model.hidden_act: gelu has no place in the normalised model"),
+    ({**NGPT, "model__dropout_prob": 0.1}, "model.dropout_prob: 0.1 has no place in the normalised model"),
+    ({**NGPT, "model__norm_eps": 1e-6}, "model.norm_eps: 1e-06 has no place in the normalised model"),
+    ({**NGPT, "model__init": "megatron"}, "model.init: megatron has no place in the normalised model"),
+    ({**NGPT, "model__init_std": 0.1}, "model.init_std: 0.1 has no place in the normalised model"),
+    (
+        {**NGPT, "model__init_zero_residual": True},
+        "model.init_zero_residual: True has no place in the",
+    ),
+    ({**NGPT, "model__qk_norm": True}, "model.qk_norm: True has no place in the normalised model"),
+    ({**NGPT, "model__embedding_norm": True}, "model.embedding_norm: True has no place in the normalised model"),
+    ({**NGPT, "model__decoder_bias": True}, "remove it, its default is False"),
+    ({**NGPT, "model__decoder_init_range": 0.1}, "model.decoder_init_range: 0.1 has no place in the normalised model"),
+    ({**NGPT, "model__base_scale": 0.0}, "model.base_scale: 0.0 must be greater than 0"),
+    ({"model__base_scale": 0.1}, "model.base_scale: 0.1 has no effect without model.ngpt: true; remove one of the two"),
+    (
+        {"model__init": "megatron", "model__embedding_init_range": 0.1},
+        "model.embedding_init_range: 0.1 has no effect with model.init: megatron; remove one of the two",
+    ),
+    (
+        {"model__init_std": 0.1},
+        "model.init_std: 0.1 has no effect with model.init: uniform; remove it, or write model.init: trunc",
+    ),
+    ({"model__init": "small", "model__init_std": 0.1}, "model.init_std: 0.1 has no effect with model.init: small"),
+    (
+        {"model__init_from": "x", "model__decoder_bias": True, "model__init_drop_decoder_bias": True},
+        "model.init_drop_decoder_bias: true leaves out what model.decoder_bias: true needs; write false for one",
+    ),
     ({"model__hidden_size": 770}, "model.hidden_size: 770 is not a multiple of model.num_attention_heads = 12"),
     ({"model__hidden_size": 60}, "gives heads of width 5; model.rope needs an even width"),
     ({"model__hidden_size": 0}, "model.hidden_size: 0 must be at least 1"),
@@ -226,6 +262,15 @@ def test_a_run_of_unknown_length_has_no_schedule_warnings():
     config = config_with(trainer__max_steps=None, trainer__max_tokens=1000)
     assert warnings(config) == []
     assert "the run has 30" in only(warnings(config, total_steps=30))
+
+
+def test_a_warm_up_of_the_normalised_model_is_a_warning() -> None:
+    assert only(warnings(config_with(**NGPT))) == (
+        "scheduler.warmup_steps: 2000, but the normalised model (model.ngpt: true) needs no warm-up; write 0"
+    )
+    assert "scheduler.warmup_percent: 1.0, but" in only(warnings(config_with(**NGPT, scheduler__warmup_percent=1.0)))
+    assert warnings(config_with(**NGPT, scheduler__warmup_percent=0.0)) == []
+    assert warnings(config_with(**NGPT, scheduler__warmup_steps=0)) == []
 
 
 def test_anomaly_detection_is_a_warning():

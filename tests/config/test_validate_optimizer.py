@@ -121,3 +121,13 @@ def test_what_contradicts_itself(overrides: list[str], message: str) -> None:
 
 def test_the_head_has_settings_where_there_is_one() -> None:
     assert errors("optimizer.groups.head.lr=0.1", "model.tie_word_embeddings=false") == []
+
+
+@pytest.mark.parametrize("variant", ["qk_norm", "ngpt"])
+def test_clipping_needs_queries_and_keys_that_can_grow(variant: str) -> None:
+    given = ["--optimizer.name", "muonclip", f"--model.{variant}", "true", "--optimizer.weight_decay", "0"]
+    assert errors(*given) == [
+        f"optimizer.muon_config.enable_clipping: true has nothing to clip with model.{variant}: true, whose queries and "
+        "keys have a fixed length; write optimizer.muon_config.enable_clipping: false"
+    ]
+    assert errors(*given, "--optimizer.muon_config.enable_clipping", "false") == []

@@ -41,10 +41,12 @@ SMALL = ModelConfig(
 def test_native_whenever_the_architecture_allows_it() -> None:
     assert choose_form(SMALL, "auto") == choose_form(SMALL, "native") == "native"
     assert choose_form(SMALL, "remote_code") == "remote_code"
-    for change in ({"rope": False}, {"rms_norm": False}, {"hidden_act": "gelu"}):
+    variants = ({"rope": False}, {"rms_norm": False}, {"hidden_act": "gelu"}, {"qk_norm": True}, {"ngpt": True})
+    for change in (*variants, {"embedding_norm": True}, {"decoder_bias": True}, {"local_attention": 4}):
         assert choose_form(replace(SMALL, **change), "auto") == "remote_code"
     with pytest.raises(ExportError, match=r"native cannot express .*model.rope: False instead of True; model.rms_norm"):
         choose_form(replace(SMALL, rope=False, rms_norm=False), "native")
+    assert choose_form(replace(SMALL, init="megatron", init_std=0.1, init_zero_residual=True), "auto") == "native"
     with pytest.raises(ExportError, match="'onnx' is unknown; write auto, native or remote_code"):
         choose_form(SMALL, "onnx")
 
@@ -80,7 +82,8 @@ def test_a_folder_is_complete_and_can_be_read_back(
     assert (back.step, back.tokenizer) == (8, done.folder)
     assert back.config == replace(source.config, vocab_size=360), "384 rows, 360 tokens"
     for key, tensor in source.tensors.items():
-        rows = 360 if key in ("encoder.embedding.weight", "decoder.weight") else len(tensor)
+        vocabulary = ("encoder.embedding.weight", "decoder.weight", "decoder_bias", "logit_scale")
+        rows = 360 if key in vocabulary else len(tensor)
         assert torch.equal(back.tensors[key], tensor[:rows].to(stored))
 
 
@@ -125,6 +128,10 @@ def test_the_card_says_how_the_model_was_trained(exports: dict[str, Exported], r
     remote = (exports["learned"].folder / "README.md").read_text()
     assert 'from_pretrained("learned", trust_remote_code=True)' in remote
     assert "| positions | learned |" in remote
+    norms, biased, ngpt = ((exports[n].folder / "README.md").read_text() for n in ("norms", "biased", "ngpt"))
+    assert "RMSNorm, before each half of a block, after the embedding, RMSNorm of queries and keys |" in norms
+    assert "360 tokens, tied to the embedding, with a bias |" in biased
+    assert "| norm | none: hidden states and the vectors of all matrices have length 1 (nGPT" in ngpt
 
 
 def test_the_code_in_a_folder_is_that_of_the_model_and_needs_nothing_of_ours() -> None:
@@ -228,9 +235,12 @@ def test_a_tokenizer_with_another_template_is_mended(tmp_path: Path) -> None:
     assert (mended.model_max_length, sorted(mended("a"))) == (20, ["attention_mask", "input_ids"])
 
 
-def test_a_model_with_its_own_code_trains_is_resized_and_saved(exports: dict[str, Exported], tmp_path: Path) -> None:
+@pytest.mark.parametrize("name", ["remote", "biased", "ngpt"])
+def test_a_model_with_its_own_code_trains_is_resized_and_saved(
+    name: str, exports: dict[str, Exported], tmp_path: Path
+) -> None:
     options = {"trust_remote_code": True, "dtype": torch.float32}
-    model = AutoModelForMaskedLM.from_pretrained(str(exports["remote"].folder), **options).eval()
+    model = AutoModelForMaskedLM.from_pretrained(str(exports[name].folder), **options).eval()
     assert model.decoder.weight is model.get_input_embeddings().weight, "tied"
     ids = torch.tensor([[2, 50, 60, 3], [2, 70, 3, 0]])
     mask = (ids != 0).long()

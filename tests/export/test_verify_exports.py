@@ -9,6 +9,7 @@ import pytest
 import torch
 from variants import EXPORTS
 
+import neobert
 import neobert.export.verify as verify_module
 from neobert.export.choose import ExportError
 from neobert.export.compare import layer_errors, random_documents
@@ -37,6 +38,17 @@ def test_every_variant_agrees_with_the_run_it_was_made_from(name: str, verdicts:
     ):
         assert expected in names
     assert max(check.max_error or 0.0 for check in verdict.checks) < 1e-4
+
+
+@pytest.mark.parametrize("name", [name for name, (_, _, dtype) in EXPORTS.items() if dtype == "fp32"])
+def test_a_folder_answers_like_its_run(name: str, exports: dict[str, Exported], runs: dict[str, Path]) -> None:
+    texts = ["the old house", "a [MASK] by the river"]
+    folder, run = (neobert.load(path) for path in (exports[name].folder, runs[EXPORTS[name][0]]))
+    for ours, theirs in zip(run.hidden_states(texts), folder.hidden_states(texts), strict=True):
+        torch.testing.assert_close(ours, theirs)
+    ours, theirs = (model.fill_mask(texts[1:], top_k=3)[0].masks[0] for model in (run, folder))
+    assert [guess.token for guess in ours] == [guess.token for guess in theirs]
+    assert [guess.probability for guess in ours] == pytest.approx([guess.probability for guess in theirs], rel=1e-4)
 
 
 @pytest.mark.parametrize(

@@ -1,10 +1,19 @@
 """Every variant of the model, and every way of exporting it."""
 
+# Weights of length 1 are large enough.
+NGPT = ["model.ngpt=true", "optimizer.weight_decay=0"]
+NGPT += ["model.embedding_init_range=0.02", "model.decoder_init_range=0.02"]
+
 RUNS: dict[str, list[str]] = {
     "tied": [],
     "untied": ["model.tie_word_embeddings=false"],
     "learned": ["model.rope=false"],
     "gelu_layernorm": ["model.rms_norm=false", "model.hidden_act=gelu"],
+    "norms": ["model.qk_norm=true", "model.embedding_norm=true"],
+    "biased": ["model.decoder_bias=true"],
+    "biased_untied": ["model.decoder_bias=true", "model.tie_word_embeddings=false", "model.qk_norm=true"],
+    "ngpt": NGPT,
+    "ngpt_untied": [*NGPT, "model.tie_word_embeddings=false", "model.base_scale=0.1"],
 }
 EXPORTS = {
     "native": ("tied", "auto", "fp32"),
@@ -12,6 +21,11 @@ EXPORTS = {
     "native_bf16": ("tied", "auto", "bf16"),
     "learned": ("learned", "auto", "fp32"),
     "gelu_layernorm": ("gelu_layernorm", "auto", "fp32"),
+    "norms": ("norms", "auto", "fp32"),
+    "biased": ("biased", "auto", "fp32"),
+    "biased_untied": ("biased_untied", "auto", "bf16"),
+    "ngpt": ("ngpt", "auto", "fp32"),
+    "ngpt_untied": ("ngpt_untied", "auto", "bf16"),
     "remote": ("tied", "remote_code", "fp32"),
     "remote_untied": ("untied", "remote_code", "bf16"),
 }

@@ -12,20 +12,23 @@ from neobert.model.config import ModelConfig
 from neobert.model.encoder import Encoder
 from neobert.model.segments import Segments
 
+NO_RANGES = {"embedding_init_range": 0.02, "decoder_init_range": 0.02}
 VARIANTS = {
     "neobert": {},
     "learned positions": {"rope": False},
     "windows": {"num_hidden_layers": 3, "local_attention": 4, "global_attention_every": 2},
     "gelu and layer norm": {"hidden_act": "gelu", "rms_norm": False},
+    "more norms": {"qk_norm": True, "embedding_norm": True},
+    "normalised": {"ngpt": True, **NO_RANGES},
 }
 
 
 def build(config: ModelConfig, **options: bool) -> Encoder:
     torch.manual_seed(0)
     encoder = Encoder(config, ATTENTION["sdpa"], **options)
-    for name, weight in encoder.named_parameters():
-        if "norm" in name:  # all ones would hide a norm weight that is not used
-            torch.nn.init.uniform_(weight, 0.5, 1.5)
+    for weight in encoder.parameters():
+        if weight.ndim == 1:  # all ones would hide a norm weight that is not used
+            weight.detach().mul_(torch.empty_like(weight).uniform_(0.5, 1.5))
     return encoder
 
 
@@ -170,9 +173,10 @@ def test_dropout_acts_in_training_only() -> None:
     assert torch.equal(encoder(ids, positions, segments), encoder(ids, positions, segments))
 
 
-def test_blocks_compile_to_one_graph_that_content_does_not_change() -> None:
+@pytest.mark.parametrize("variant", ["neobert", "more norms", "normalised"])
+def test_blocks_compile_to_one_graph_that_content_does_not_change(variant: str) -> None:
     torch._dynamo.reset()
-    encoder = build(tiny_config())
+    encoder = build(tiny_config(**VARIANTS[variant]))
     positions, segments = pack(ROWS, 16)
     ids = random_ids(segments, 50)
     target = torch.ones(1)
@@ -192,10 +196,12 @@ def test_blocks_compile_to_one_graph_that_content_does_not_change() -> None:
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 @pytest.mark.parametrize("name", ATTENTION)
-def test_compiled_blocks_on_a_gpu(name: str) -> None:
+@pytest.mark.parametrize("variant", ["neobert", "more norms", "normalised"])
+def test_compiled_blocks_on_a_gpu(name: str, variant: str) -> None:
     """Every backend inside blocks compiled by inductor in bf16, with and without a window, against fp32 on the CPU."""
     torch._dynamo.reset()
-    config = tiny_config(hidden_size=128, num_hidden_layers=3, local_attention=64, global_attention_every=2)
+    sizes = {"hidden_size": 128, "num_hidden_layers": 3, "local_attention": 64, "global_attention_every": 2}
+    config = tiny_config(**sizes, **VARIANTS[variant])
     config = dataclasses.replace(config, max_position_embeddings=512)
     positions, segments = pack([(300, 212), (1, 130, 7)], 512)
     ids = random_ids(segments, 50)
@@ -229,6 +235,12 @@ def test_names_of_the_weights() -> None:
         "layers.0.down.weight": (32, 32),
         "norm.weight": (32,),
     }
+    norms = build(tiny_config(num_hidden_layers=1, qk_norm=True, embedding_norm=True)).state_dict()
+    assert {name: tuple(norms[name].shape) for name in norms.keys() - shapes.keys()} == {
+        "embedding_norm.weight": (32,),
+        "layers.0.q_norm.weight": (16,),
+        "layers.0.k_norm.weight": (16,),
+    }
     gelu = build(tiny_config(num_hidden_layers=1, hidden_act="gelu", rope=False)).state_dict()
     assert gelu["layers.0.up.weight"].shape == (48, 32)
     assert gelu["position_embedding.weight"].shape == (16, 32)
@@ -244,6 +256,26 @@ def test_initialisation() -> None:
             limit = 0.5 if "embedding" in name else 0.1
             assert weight.abs().max() <= limit
             assert weight.std().item() == pytest.approx(limit / 3**0.5, rel=0.1)
+
+
+def test_norms_of_heads_and_of_the_embedding() -> None:
+    """Queries and keys come to the attention with the length that their gains say, embeddings to the first block."""
+    encoder = build(tiny_config(num_hidden_layers=1, qk_norm=True, embedding_norm=True, norm_eps=1e-12))
+    block, seen = encoder.layers[0], []
+    attend = block.attend
+    block.attend = lambda q, k, v, *args, **named: (seen.append((q, k)), attend(q, k, v, *args, **named))[1]
+    block.register_forward_pre_hook(lambda _, arguments: seen.append(arguments[0]))
+    positions, segments = pack(ROWS, 16)
+    ids = random_ids(segments, 50)
+    encoder(ids, positions, segments)
+    torch.testing.assert_close(seen[0], encoder.embedding_norm(encoder.embedding(ids).flatten(0, 1)))
+    x = block.attention_norm(seen[0])
+    for number, (got, norm) in enumerate(zip(seen[1], (block.q_norm, block.k_norm))):
+        heads = (x @ block.qkv.weight[32 * number : 32 * number + 32].T).view(-1, 2, 16)
+        want = heads / heads.square().mean(-1, keepdim=True).sqrt() * norm.weight
+        at_start = positions.flatten() == 0  # where nothing is rotated
+        torch.testing.assert_close(got[at_start], want[at_start])
+        torch.testing.assert_close(got.norm(dim=-1), want.norm(dim=-1))
 
 
 def test_flops_per_token() -> None:
@@ -264,6 +296,10 @@ def test_flops_per_token() -> None:
     blocks = 28 * (4 * 768**2 + 3 * 768 * 2048)
     assert encoder.flops_per_token(attended_length=0, predicted_fraction=0) == 6 * blocks
     assert encoder.num_parameters() == blocks + 30522 * 768 + 57 * 768
+    for changes in ({"qk_norm": True, "embedding_norm": True}, VARIANTS["normalised"]):
+        with torch.device("meta"):
+            variant = Encoder(dataclasses.replace(config, **{**NO_RANGES, **changes}), ATTENTION["sdpa"])
+        assert variant.flops_per_token(attended_length=512, predicted_fraction=0.2) == flops, "vectors count nothing"
     with torch.device("meta"):
         gelu = Encoder(dataclasses.replace(config, hidden_act="gelu"), ATTENTION["sdpa"])
     assert gelu.flops_per_token(attended_length=0, predicted_fraction=0) == 6 * 28 * (4 * 768**2 + 2 * 768 * 3072)

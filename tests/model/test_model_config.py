@@ -20,9 +20,12 @@ def test_round_trip_through_json() -> None:
     assert ModelConfig.from_dict(json.loads(json.dumps(config.to_dict()))) == config
 
 
-def test_a_file_of_before_the_window_still_loads() -> None:
+def test_a_file_of_before_the_variants_still_loads() -> None:
     values = tiny_config().to_dict()
-    del values["local_attention"], values["global_attention_every"]
+    for name in ("local_attention", "global_attention_every", "qk_norm", "embedding_norm", "decoder_bias"):
+        del values[name]
+    for name in ("init", "init_std", "init_zero_residual", "ngpt", "base_scale"):
+        del values[name]
     assert ModelConfig.from_dict(values) == tiny_config()
 
 
@@ -49,6 +52,8 @@ def test_unknown_and_missing_keys_are_named_together() -> None:
         ({"hidden_act": "relu"}, r"model\.hidden_act: 'relu' is unknown; write one of swiglu, gelu"),
         ({"dropout_prob": 1.0}, r"model\.dropout_prob: 1\.0 is outside"),
         ({"pad_token_id": 50}, r"model\.pad_token_id: 50 is not a row of a vocabulary of 50"),
+        ({"ngpt": True}, r"model\.embedding_init_range: 0\.5 has no place in the normalised model"),
+        ({"base_scale": 0.0}, r"model\.base_scale: 0\.0 is not positive"),
         ({"local_attention": 0}, r"model\.local_attention: 0 is not positive"),
         ({"num_hidden_layers": 0, "norm_eps": 0.0}, r"model\.num_hidden_layers: 0 .*\nmodel\.norm_eps: 0\.0 "),
     ],

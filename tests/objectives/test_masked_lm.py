@@ -15,25 +15,27 @@ from neobert.model.config import ModelConfig
 from neobert.model.encoder import Encoder
 from neobert.model.segments import Segments
 from neobert.objectives.mlm import MaskedLM
+from neobert.optim.unit_length import keep_unit_length
 from neobert.types import IGNORE_INDEX, PackedBatch
 
 VOCAB = 40
 
 
-def build(*, tied: bool = True, **options: Any) -> MaskedLM:
+def build(*, tied: bool = True, variant: dict[str, Any] | None = None, **options: Any) -> MaskedLM:
     torch.manual_seed(0)
-    config = ModelConfig(
-        hidden_size=32,
-        num_hidden_layers=2,
-        num_attention_heads=2,
-        intermediate_size=48,
-        max_position_embeddings=16,
-        vocab_size=VOCAB,
-        pad_token_id=0,
-        embedding_init_range=0.5,
-        decoder_init_range=0.2,
-        tie_word_embeddings=tied,
-    )
+    values: dict[str, Any] = {
+        "hidden_size": 32,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 2,
+        "intermediate_size": 48,
+        "max_position_embeddings": 16,
+        "vocab_size": VOCAB,
+        "pad_token_id": 0,
+        "embedding_init_range": 0.5,
+        "decoder_init_range": 0.2,
+        "tie_word_embeddings": tied,
+    }
+    config = ModelConfig(**{**values, **(variant or {})})
     return MaskedLM(Encoder(config, ATTENTION["sdpa"]), **{"kernel": KERNELS["torch"], **options})
 
 
@@ -126,6 +128,46 @@ def test_z_loss_and_its_gradient(batch: PackedBatch, kernel: str, all_positions:
     torch.testing.assert_close(model.eval()(batch).loss_sum, plain(batch).loss_sum, atol=1e-4, rtol=1e-5)
 
 
+HEADS = {
+    "biased": {"decoder_bias": True},
+    "normalised": {"ngpt": True, "embedding_init_range": 0.02, "decoder_init_range": 0.02},
+}
+
+
+@pytest.mark.parametrize("kernel", ["reference", "torch", "triton"])
+@pytest.mark.parametrize("tied", [True, False])
+@pytest.mark.parametrize("variant", HEADS)
+def test_a_bias_and_a_logit_scale_go_through_every_kernel(
+    batch: PackedBatch, variant: str, tied: bool, kernel: str
+) -> None:
+    """Loss and gradients, z-loss and count included, are those of the logits that a prediction sees."""
+    model = build(kernel=KERNELS[kernel], tied=tied, variant=HEADS[variant], z_loss=0.01, count_correct=True)
+    head = model.decoder_bias if variant == "biased" else model.logit_scale
+    assert head is not None
+    torch.nn.init.uniform_(head, 0.5, 1.5)
+    hidden = model.encoder(batch.input_ids, batch.positions, batch.segments)
+    used = batch.targets != IGNORE_INDEX
+    logits = model.logits(hidden[batch.masked_index[used]])
+    base = torch.tensor(32.0).rsqrt()
+    by_hand = hidden[batch.masked_index[used]] @ model.head_weight.T
+    torch.testing.assert_close(logits, by_hand + head if variant == "biased" else by_hand * head / base)
+    expected = torch.nn.functional.cross_entropy(logits, batch.targets[used], reduction="sum")
+    expected = expected + 0.01 * (logits.logsumexp(-1) ** 2).sum()
+    result = model(batch)
+    torch.testing.assert_close(result.loss_sum, expected, atol=1e-4, rtol=1e-5)
+    assert result.num_correct == (logits.argmax(-1) == batch.targets[used]).sum()
+    weights = list(model.parameters())
+    gradients = torch.autograd.grad(result.loss_sum, weights), torch.autograd.grad(expected, weights)
+    torch.testing.assert_close(*gradients, atol=2e-4, rtol=1e-4)
+
+
+def test_a_new_bias_changes_nothing(batch: PackedBatch) -> None:
+    plain, biased = build(), build(variant=HEADS["biased"])
+    torch.testing.assert_close(biased(batch).loss_sum, plain(batch).loss_sum)
+    assert biased.decoder_bias.shape == (VOCAB,)
+    assert plain.decoder_bias is None
+
+
 def test_tied_weights_are_one_tensor(batch: PackedBatch) -> None:
     model = build()
     assert model.head_weight is model.encoder.embedding.weight
@@ -179,8 +221,9 @@ def test_a_batch_without_targets_gives_zero(batch: PackedBatch) -> None:
     assert all(p.grad is None or p.grad.eq(0).all() for p in model.parameters())
 
 
-def test_it_learns(batch: PackedBatch) -> None:
-    model = build()
+@pytest.mark.parametrize("variant", [{}, {"decoder_bias": True, "qk_norm": True, "embedding_norm": True}])
+def test_it_learns(batch: PackedBatch, variant: dict[str, Any]) -> None:
+    model = build(variant=variant)
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2, fused=True)
     losses = []
     for _ in range(15):
@@ -191,3 +234,21 @@ def test_it_learns(batch: PackedBatch) -> None:
         losses.append(loss.item())
     assert losses[0] > math.log(VOCAB), "worse than guessing at the start"
     assert losses[-1] < 0.1
+
+
+def test_the_normalised_model_learns_and_stays_normalised(batch: PackedBatch) -> None:
+    """Its logits start between -1 and 1, so its loss near that of a guess; their scale grows."""
+    model = build(variant=HEADS["normalised"])
+    optimizer = torch.optim.AdamW(model.parameters(), lr=3e-2, weight_decay=0.0, fused=True)
+    keep_unit_length(optimizer, model.unit_matrices())
+    losses = []
+    for _ in range(40):
+        loss = model(batch).loss_sum / batch.num_targets
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        losses.append(loss.item())
+    assert losses[0] == pytest.approx(math.log(VOCAB), abs=0.2)
+    assert losses[-1] < 0.1
+    for matrix, dim in model.unit_matrices():
+        torch.testing.assert_close(matrix.norm(dim=dim), torch.ones(matrix.shape[1 - dim]))

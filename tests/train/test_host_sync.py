@@ -15,6 +15,7 @@ from neobert.objectives.mlm import MaskedLM
 from neobert.optim.gating import step_unless
 from neobert.optim.optimizers import OPTIMIZERS, build_optimizer
 from neobert.optim.qk_clip import ClipSettings, QKClip
+from neobert.optim.unit_length import keep_unit_length
 from neobert.types import IGNORE_INDEX, PackedBatch
 
 WAITING = ("_local_scalar_dense", "nonzero", "item", "equal", "masked_select", "unique")
@@ -50,6 +51,7 @@ def model_and_batch(**options: Any) -> tuple[MaskedLM, PackedBatch]:
         vocab_size=40,
         pad_token_id=0,
         local_attention=4,
+        **options.pop("variant", {}),
     )
     attention = options.pop("attention", ATTENTION["sdpa"])
     checkpointing = options.pop("gradient_checkpointing", False)
@@ -76,6 +78,7 @@ def model_and_batch(**options: Any) -> tuple[MaskedLM, PackedBatch]:
 def waits(module: MaskedLM, batch: PackedBatch, *, autocast: bool, name: str = "adamw") -> WaitsForTheDevice:
     """One step as the trainer makes it, after one that builds the optimizer's state."""
     optimizer = build_optimizer(module, name=name, lr=1e-3, weight_decay=0.1, betas=(0.9, 0.95), eps=1e-8)
+    keep_unit_length(optimizer, module.unit_matrices())
 
     def step() -> None:
         with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
@@ -94,8 +97,14 @@ def waits(module: MaskedLM, batch: PackedBatch, *, autocast: bool, name: str = "
 @pytest.mark.parametrize("autocast", [False, True])
 @pytest.mark.parametrize(
     "options",
-    [{}, {"all_positions": True}, {"gradient_checkpointing": True}],
-    ids=["masked", "all positions", "checkpointing"],
+    [
+        {},
+        {"all_positions": True},
+        {"gradient_checkpointing": True},
+        {"variant": {"ngpt": True}},
+        {"variant": {"qk_norm": True, "embedding_norm": True, "decoder_bias": True}},
+    ],
+    ids=["masked", "all positions", "checkpointing", "normalised", "norms and bias"],
 )
 def test_a_step_never_waits_for_the_device(options: dict[str, Any], autocast: bool) -> None:
     mode = waits(*model_and_batch(**options), autocast=autocast)

@@ -14,6 +14,7 @@ from neobert.config.load import ConfigError
 from neobert.config.schema import Config
 from neobert.data.tokenizer import train_tokenizer
 from neobert.train.loop import pretrain
+from neobert.train.run import build_run
 from neobert.train.runtime import StartupError
 
 Tiny = Callable[..., Config]
@@ -100,6 +101,37 @@ def test_with_another_tokenizer_embeddings_follow_the_text_of_the_tokens(
     assert torch.allclose(after[ours[unknown]], mean, atol=1e-5)
     assert torch.allclose(after[-1], mean, atol=1e-5), "rows beyond the tokenizer too"
     assert torch.allclose(new["encoder.norm.weight"], old["encoder.norm.weight"], atol=1e-6)
+
+
+def test_a_bias_is_taken_over_or_left_out(tiny: Tiny, tmp_path: Path) -> None:
+    biased, taken, left = (tmp_path / name for name in ("biased", "taken", "left"))
+    short = ["trainer.max_steps=2", "trainer.eval_steps=0", "trainer.save_steps=0"]
+    pretrain(tiny(biased, *short, "model.decoder_bias=true"))
+    init = f"model.init_from={biased}"
+    with pytest.raises(StartupError, match=r"model.decoder_bias: the config has False, .* has True"):
+        pretrain(tiny(tmp_path / "refused", init))
+    still = [init, "trainer.max_steps=1", "optimizer.lr=1e-12"]
+    pretrain(tiny(taken, *still, "model.decoder_bias=true"))
+    pretrain(tiny(left, *still, "model.init_drop_decoder_bias=true"))
+    first = load_file(biased / "checkpoints" / "2" / "model.safetensors")
+    second, third = (load_file(run / "checkpoints" / "1" / "model.safetensors") for run in (taken, left))
+    assert first["decoder_bias"].any()
+    assert torch.allclose(second["decoder_bias"], first["decoder_bias"], atol=1e-6)
+    assert set(third) == set(first) - {"decoder_bias"}
+
+
+def test_new_tokens_of_the_normalised_model_have_length_one(tiny: Tiny, tmp_path: Path) -> None:
+    first, second, folder = tmp_path / "first", tmp_path / "second", tmp_path / "tokenizer"
+    short = ["trainer.max_steps=2", "trainer.eval_steps=0", "trainer.save_steps=0"]
+    short += ["model.ngpt=true", "optimizer.weight_decay=0"]
+    pretrain(tiny(first, *short))
+    train_tokenizer(iter(make_texts(40, seed=5)), algorithm="byte_bpe", vocab_size=330).save(folder)
+    config = tiny(second, *short, f"model.init_from={first}", f"tokenizer.path={folder}")
+    module = build_run(config).module
+    for matrix, dim in module.unit_matrices():
+        torch.testing.assert_close(matrix.norm(dim=dim), torch.ones(matrix.shape[1 - dim]))
+    assert module.logit_scale.shape == (384,)
+    assert module.logit_scale[-1].item() == pytest.approx(module.logit_scale.mean().item(), rel=0.05)
 
 
 @pytest.mark.filterwarnings("ignore:.*has no manifest.json")

@@ -29,6 +29,8 @@ VARIANTS = {
     "bf16, no threads": ["trainer.mixed_precision=bf16", "model.dropout_prob=0.1", "dataset.num_workers=0"],
     "indexed": ["dataset.streaming=false", "dataset.num_workers=3"],
     "one document a row": ["datacollator.pack_sequences=false", "model.dropout_prob=0.1"],
+    "normalised": ["model.ngpt=true", "optimizer.weight_decay=0", "trainer.mixed_precision=bf16"],
+    "more norms and a bias": ["model.qk_norm=true", "model.embedding_norm=true", "model.decoder_bias=true"],
     "batches that are not full": ["trainer.enforce_full_packed_batches=false"],
     "muonclip, clipping": [
         "optimizer.name=muonclip",

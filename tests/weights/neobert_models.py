@@ -14,7 +14,9 @@ FFN = 32  # 2/3 of 40 is 26.7, rounded up to a multiple of 8.
 LONGEST = 16
 
 
-def make_tensors(kind: str, *, seed: int = 0, gelu: bool = False, learned: bool = False) -> dict[str, Tensor]:
+def make_tensors(
+    kind: str, *, seed: int = 0, gelu: bool = False, learned: bool = False, biased: bool = False
+) -> dict[str, Tensor]:
     """Random weights under the names of `hub` (packed w12, a biased projection of its own) or `fork`."""
     generator = torch.Generator().manual_seed(seed)
 
@@ -45,7 +47,7 @@ def make_tensors(kind: str, *, seed: int = 0, gelu: bool = False, learned: bool 
             tensors[f"{block}.ffn.w3.weight"] = random(hidden, FFN)
     tensors["decoder.weight"] = random(vocab, hidden)
     if kind == "hub":
-        tensors["decoder.bias"] = torch.zeros(vocab)
+        tensors["decoder.bias"] = random(vocab) if biased else torch.zeros(vocab)
     return tensors
 
 
@@ -90,7 +92,7 @@ def forward(tensors: dict[str, Tensor], ids: list[int], *, rms_norm: bool = True
                 gate, up = y @ tensors[f"{block}.ffn.w1.weight"].T, y @ tensors[f"{block}.ffn.w2.weight"].T
             y = (F.silu(gate) * up) @ tensors[f"{block}.ffn.w3.weight"].T
         x = x + y
-    return norm(x, "model.layer_norm") @ tensors["decoder.weight"].T
+    return norm(x, "model.layer_norm") @ tensors["decoder.weight"].T + tensors.get("decoder.bias", 0)
 
 
 def hub_config(**more: Any) -> dict[str, Any]:

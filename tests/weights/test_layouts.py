@@ -1,6 +1,7 @@
 """Weights of other formats under our names: equal outputs, exact round trips, every odd tensor named."""
 
 import hashlib
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -46,12 +47,13 @@ def digest(tensors: dict[str, Tensor]) -> str:
     ("layout", "kind", "options", "config", "reference"),
     [
         ("neobert", "hub", {}, hub_config(), {}),
+        ("neobert", "hub", {"biased": True}, hub_config(), {}),
         ("neobert_fork", "fork", {}, FORK, {}),
         ("neobert_fork", "fork", {"gelu": True}, {**FORK, "hidden_act": "GELU"}, {}),
         ("neobert_fork", "fork", {"learned": True}, {**FORK, "rope": False}, {}),
         ("neobert_fork", "fork", {}, {**FORK, "rms_norm": False}, {"rms_norm": False}),
     ],
-    ids=["hub", "fork", "gelu", "learned", "layernorm"],
+    ids=["hub", "biased", "fork", "gelu", "learned", "layernorm"],
 )
 def test_a_model_of_another_layout_gives_the_same_outputs_and_comes_back_byte_for_byte(
     layout: str, kind: str, options: dict[str, Any], config: dict[str, Any], reference: dict[str, Any]
@@ -62,7 +64,8 @@ def test_a_model_of_another_layout_gives_the_same_outputs_and_comes_back_byte_fo
     expected = forward(theirs, IDS, **reference)
     assert (our_logits(described, ours, IDS) - expected).abs().max() < 2e-5 * expected.abs().max()
     back = from_ours(LAYOUTS[layout], described, ours)
-    assert digest(back) == digest({name: t for name, t in theirs.items() if name != "decoder.bias"})
+    kept = {name: t for name, t in theirs.items() if name != "decoder.bias" or t.any()}
+    assert digest(back) == digest(kept)
 
 
 def test_the_order_of_rows_is_what_the_text_says() -> None:
@@ -85,10 +88,13 @@ def test_the_order_of_rows_is_what_the_text_says() -> None:
     assert values == [8, 9, 10, 11, 20, 21, 22, 23]
 
 
-@pytest.mark.parametrize("layout", ["eurobert", "remote_code", "checkpoint"])
+@pytest.mark.parametrize(
+    ("layout", "biased"),
+    [("eurobert", False), *((layout, b) for layout in ("remote_code", "checkpoint", "neobert") for b in (True, False))],
+)
 @pytest.mark.parametrize("tied", [True, False])
-def test_import_export_import_gives_equal_bytes(layout: str, tied: bool) -> None:
-    theirs = make_tensors("hub")
+def test_import_export_import_gives_equal_bytes(layout: str, tied: bool, biased: bool) -> None:
+    theirs = make_tensors("hub", biased=biased)
     if tied:
         theirs["decoder.weight"] = theirs["model.encoder.weight"].clone()
     config = LAYOUTS["neobert"].describe(hub_config(), theirs)
@@ -115,11 +121,18 @@ def test_every_missing_unexpected_and_misshapen_tensor_is_named() -> None:
 def test_biases_are_left_out_only_when_they_do_nothing_or_on_request() -> None:
     theirs = make_tensors("hub")
     config = LAYOUTS["neobert"].describe(hub_config(), theirs)
+    assert not config.decoder_bias, "one of zeros"
     without = to_ours(LAYOUTS["neobert"], config, theirs)
     theirs["decoder.bias"][3] = 0.5
-    with pytest.raises(WeightsError, match=r"decoder.bias: .* no bias; .*model.init_drop_decoder_bias: true"):
+    biased = LAYOUTS["neobert"].describe(hub_config(), theirs)
+    assert biased == replace(config, decoder_bias=True)
+    assert torch.equal(to_ours(LAYOUTS["neobert"], biased, theirs)["decoder_bias"], theirs["decoder.bias"])
+    with pytest.raises(WeightsError, match=r"decoder.bias is not expected, shape \[30\]"):
         to_ours(LAYOUTS["neobert"], config, theirs)
     assert digest(to_ours(LAYOUTS["neobert"], config, theirs, drop_decoder_bias=True)) == digest(without)
+    for layout in ("checkpoint", "remote_code"):
+        exported = from_ours(LAYOUTS[layout], biased, to_ours(LAYOUTS["neobert"], biased, theirs))
+        assert digest(to_ours(LAYOUTS[layout], config, exported, drop_decoder_bias=True)) == digest(without)
     theirs["model.layer_norm.bias"] = torch.ones(24)
     with pytest.raises(WeightsError, match=r"model.layer_norm.bias is not expected"):
         to_ours(LAYOUTS["neobert"], config, theirs, drop_decoder_bias=True)
@@ -156,8 +169,16 @@ def test_eurobert_defaults_and_both_spellings_of_theta() -> None:
     assert describe_eurobert({"rope_parameters": {"rope_theta": 7.0, "rope_type": "default"}}, {}).rope_theta == 7.0
 
 
-def test_our_shapes_are_those_of_the_model() -> None:
-    theirs = make_tensors("fork", learned=True)
-    config = LAYOUTS["neobert_fork"].describe({**FORK, "rope": False}, theirs)
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"rope": False},
+        {"qk_norm": True, "embedding_norm": True, "decoder_bias": True},
+        {"ngpt": True},
+        {"ngpt": True, "tie_word_embeddings": True},
+    ],
+)
+def test_our_shapes_are_those_of_the_model(changes: dict[str, Any]) -> None:
+    config = replace(LAYOUTS["neobert_fork"].describe(FORK, make_tensors("fork")), **changes)
     model = MaskedLM(Encoder(config, ATTENTION["sdpa"]), kernel=KERNELS["torch"])
     assert tensor_shapes(config) == {name: tuple(t.shape) for name, t in model.state_dict().items()}
