@@ -47,6 +47,8 @@ DECLARED = (
     "optimizer.weight_decay",
     "optimizer.betas",
     "optimizer.eps",
+    "trainer.ema_decay",
+    "trainer.ema_start_step",
 )
 """Change when declared in `trainer.resume_allow`. `trainer.global_batch_size` stands for the rows of a step, however
 they are written."""

@@ -24,6 +24,9 @@ class ModelSection:
     (`owner/model`, `owner/model@revision`) in the EuroBERT or NeoBERT layout. The architecture must be the same; with
     another tokenizer, embeddings are copied by the text of the tokens. No effect on a run that is resumed."""
 
+    init_weights: Literal["model", "ema"] = "model"
+    """With `init_from`: ema takes the moving average of a checkpoint of ours instead of its weights."""
+
     init_drop_decoder_bias: bool = False
     """true: leave out the bias that the vocabulary projection of `init_from` may have (published NeoBERT has one)."""
 

@@ -121,6 +121,14 @@ class TrainerSection:
     """Coefficient z of z * logsumexp(logits)^2 in the training loss of every target, which keeps logits small; 1e-4 is
     usual, 0 is off. Evaluation leaves it out."""
 
+    ema_decay: float | None = None
+    """Keep an exponential moving average of the weights beside them, with this decay per step (0.999 looks back over
+    about 1,000 steps): evaluated as `eval_ema`, saved as `ema.safetensors`. Costs one more copy of the weights. null
+    keeps none."""
+
+    ema_start_step: int = 0
+    """With `ema_decay`: the average begins with the weights after this step."""
+
     torch_compile: bool = False
     """Compile the model with torch.compile."""
 

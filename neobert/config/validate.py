@@ -71,6 +71,7 @@ _RANGES: tuple[tuple[str, _Test, tuple[str, ...]], ...] = (
             "trainer.eval_seed",
             "trainer.logging_steps",
             "trainer.z_loss",
+            "trainer.ema_start_step",
         ),
     ),
     (
@@ -90,7 +91,7 @@ _RANGES: tuple[tuple[str, _Test, tuple[str, ...]], ...] = (
     ),
     ("must be greater than 0 (null never clips)", lambda x: x > 0, ("trainer.gradient_clipping",)),
     ("must be at least 0 and less than 1", lambda x: 0 <= x < 1, ("model.dropout_prob",)),
-    ("must be greater than 0 and less than 1", lambda x: 0 < x < 1, ("dataset.validation_split",)),
+    ("must be greater than 0 and less than 1", lambda x: 0 < x < 1, ("dataset.validation_split", "trainer.ema_decay")),
     (
         "must be greater than 0 and at most 1",
         lambda x: 0 < x <= 1,
@@ -213,6 +214,8 @@ def _check_model(config: Config) -> Iterator[str]:
             )
     if model.init_drop_decoder_bias and model.init_from is None:
         yield "model.init_drop_decoder_bias: true is about model.init_from, which is null; write false"
+    if model.init_weights != "model" and model.init_from is None:
+        yield f"model.init_weights: {model.init_weights} is about model.init_from, which is null; write model"
     if model.max_position_embeddings < config.dataset.max_seq_length:
         yield (
             f"model.max_position_embeddings: {model.max_position_embeddings} is less than dataset.max_seq_length ="
@@ -316,6 +319,17 @@ def _check_rollback(config: Config) -> Iterator[str]:
             return
 
 
+def _check_average(config: Config) -> Iterator[str]:
+    trainer = config.trainer
+    start, steps = trainer.ema_start_step, trainer.max_steps
+    if start and trainer.ema_decay is None:
+        yield f"trainer.ema_start_step: {start} has no effect without trainer.ema_decay; set that, or remove this key"
+    elif trainer.ema_decay is not None and steps is not None and start >= max(steps, 1):
+        yield (
+            f"trainer.ema_start_step: {start} is not before the end of the run at trainer.max_steps = {steps}; lower it"
+        )
+
+
 def _check_device(config: Config) -> Iterator[str]:
     backend, kernel = config.model.attn_backend, config.model.kernel_backend
     if config.trainer.use_cpu:
@@ -347,5 +361,6 @@ _RULES = (
     _check_resume_allow,
     _check_schedule,
     _check_rollback,
+    _check_average,
     _check_device,
 )

@@ -18,6 +18,7 @@ from neobert.model.attention import AttentionBackend, choose_attention
 from neobert.model.config import ModelConfig
 from neobert.model.encoder import Encoder
 from neobert.objectives.mlm import MaskedLM, MaskPolicy
+from neobert.optim.averaging import WeightAverage
 from neobert.optim.optimizers import build_optimizer
 from neobert.optim.schedule import Schedule, build_schedule
 from neobert.train.console import Reporter
@@ -141,6 +142,14 @@ def build_run_optimizer(config: Config, module: MaskedLM) -> Optimizer:
         betas=section.betas,
         eps=section.eps,
     )
+
+
+def build_average(config: Config, module: MaskedLM) -> WeightAverage | None:
+    """The moving average of the weights that the config asks for."""
+    trainer = config.trainer
+    if trainer.ema_decay is None:
+        return None
+    return WeightAverage(module, decay=trainer.ema_decay, start_step=trainer.ema_start_step)
 
 
 def build_run_schedule(config: Config, num_steps: int) -> Schedule:

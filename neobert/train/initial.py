@@ -34,7 +34,9 @@ def load_initial_weights(config: Config) -> EncoderWeights | None:
     if source is None:
         return None
     try:
-        weights = load_encoder_weights(source, drop_decoder_bias=config.model.init_drop_decoder_bias)
+        weights = load_encoder_weights(
+            source, drop_decoder_bias=config.model.init_drop_decoder_bias, weights=config.model.init_weights
+        )
     except WeightsError as error:
         raise StartupError(f"model.init_from: {error}") from error
     differences = [

@@ -14,7 +14,7 @@ from neobert.data.loader import Loader
 from neobert.data.order import step_seed
 from neobert.testing.faults import fault_point
 from neobert.train.checkpoint import complete_save, save_checkpoint, save_is_due
-from neobert.train.evaluate import evaluate
+from neobert.train.evaluate import log_evaluation
 from neobert.train.finish import finish
 from neobert.train.identity import as_int64, check_next_batch
 from neobert.train.memory import memory_explained
@@ -50,7 +50,7 @@ def pretrain(config: Config) -> RunResult:
         state = resume_or_start(run)
         reason = "finished" if state.step < run.num_steps else "complete"
         if evaluation_missing(run, state):
-            run.tracker.log_eval(state, evaluate(run))
+            log_evaluation(run, state)
         for state, metrics in training_steps(run, state):  # noqa: B020 (the generator takes the first state only)
             run.tracker.add(state, metrics)
             if run.stop_requested():
@@ -58,7 +58,7 @@ def pretrain(config: Config) -> RunResult:
             if due(state.step, run.logging_steps):
                 run.tracker.log(state)
             if due(state.step, run.eval_steps):
-                run.tracker.log_eval(state, evaluate(run))
+                log_evaluation(run, state)
             if save_is_due(run, state.step):
                 save_checkpoint(run, state)
             complete_save(run)  # Of a save in the background that is written by now.
@@ -195,6 +195,8 @@ def take_step(run: Run, state: TrainState, given: GivenBatch) -> tuple[TrainStat
         documents=state.documents + given.num_documents,
         data=batch.state,
     )
+    if run.average is not None:
+        run.average.update(state.step, result.skipped)
     run.guard.add(state.step, result.skipped)
     return state, StepMetrics(
         loss_sum=result.loss_sum,

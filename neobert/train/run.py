@@ -13,9 +13,11 @@ from neobert.data.tokenizer import Tokenizer
 from neobert.model.attention import AttentionBackend
 from neobert.model.config import ModelConfig
 from neobert.objectives.mlm import MaskedLM
+from neobert.optim.averaging import WeightAverage
 from neobert.optim.schedule import Schedule
 from neobert.train.build import (
     build_attention,
+    build_average,
     build_config_data,
     build_model_config,
     build_module,
@@ -60,6 +62,9 @@ class Run:
     """`module` as it is called: under autocast, and wrapped when there are several processes."""
 
     optimizer: Optimizer
+    average: WeightAverage | None
+    """The moving average of the weights, with `trainer.ema_decay`."""
+
     schedule: Schedule
     tracker: Tracker
     reporter: Reporter
@@ -136,6 +141,7 @@ def build_run(config: Config) -> Run:
         module=module,
         model=runtime.prepare_model(module),
         optimizer=build_run_optimizer(config, module),
+        average=build_average(config, module),
         schedule=build_run_schedule(config, num_steps),
         tracker=Tracker(
             runtime=runtime,

@@ -10,6 +10,9 @@ from pathlib import Path
 
 from neobert.weights.manifest import CheckpointError, ManifestMissing, check_contents, check_sizes, is_step_name
 
+MODEL_FILE, EMA_FILE = "model.safetensors", "ema.safetensors"
+"""Weights of a checkpoint: those that are trained and, with `trainer.ema_decay`, their moving average."""
+
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Choice:

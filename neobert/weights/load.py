@@ -29,7 +29,7 @@ from torch import Tensor
 
 from neobert.model.config import ModelConfig
 from neobert.weights.describe import WeightsError
-from neobert.weights.folder import find_checkpoint
+from neobert.weights.folder import EMA_FILE, MODEL_FILE, find_checkpoint
 from neobert.weights.layouts import LAYOUTS, Layout, to_ours
 from neobert.weights.manifest import CheckpointError
 
@@ -64,19 +64,25 @@ class EncoderWeights:
     """What was read."""
 
 
-def load_encoder_weights(path: str | Path, *, drop_decoder_bias: bool = False) -> EncoderWeights:
+def load_encoder_weights(
+    path: str | Path, *, drop_decoder_bias: bool = False, weights: str = "model"
+) -> EncoderWeights:
     """The encoder at `path`: a checkpoint or run of ours or of the fork, an exported folder, or a model of the hub.
 
     Args:
         path: A folder, or a name of the hub.
         drop_decoder_bias: Leave out the bias of the vocabulary projection, which our models do not have.
+        weights: A key of WEIGHTS.
 
     Raises:
-        WeightsError: there is nothing at `path`, or its tensors are not exactly those of an encoder of ours.
+        WeightsError: there is nothing at `path`, or it has no weights of that kind, or its tensors are not exactly
+            those of an encoder of ours.
     """
+    if weights not in WEIGHTS:
+        raise WeightsError(f"weights: {weights!r} is unknown; write {' or '.join(WEIGHTS)}")
     folder = find_weights(path)
     try:
-        return _read_folder(folder, drop_decoder_bias)
+        return _read_folder(folder, drop_decoder_bias, weights)
     except (OSError, ValueError, SafetensorError, yaml.YAMLError, pickle.UnpicklingError) as error:
         raise WeightsError(f"{folder}: {error}") from error
 
@@ -140,8 +146,8 @@ def _fetch(name: str) -> Path:
     return folder
 
 
-def _read_folder(folder: Path, drop_decoder_bias: bool) -> EncoderWeights:
-    tensors = _read_tensors(folder)
+def _read_folder(folder: Path, drop_decoder_bias: bool, weights: str) -> EncoderWeights:
+    tensors = _read_tensors(folder, WEIGHTS[weights])
     layout, raw = _recognise(folder, tensors)
     config = layout.describe(raw, tensors)
     if layout.name == "eurobert":
@@ -203,8 +209,8 @@ def _step(folder: Path, raw: Mapping[str, Any]) -> int | None:
     return int(folder.name) if is_fork else None
 
 
-def _read_tensors(folder: Path) -> dict[str, Tensor]:
-    for name in ("model.safetensors", "pytorch_model.bin"):
+def _read_tensors(folder: Path, names: tuple[str, ...]) -> dict[str, Tensor]:
+    for name in names:
         index = folder / f"{name}.index.json"
         if index.is_file():
             shards = sorted(set(json.loads(index.read_text())["weight_map"].values()))
@@ -220,4 +226,13 @@ def _read_tensors(folder: Path) -> dict[str, Tensor]:
             else:
                 tensors.update(torch.load(folder / shard, map_location="cpu", weights_only=True))
         return tensors
-    raise WeightsError("there is neither model.safetensors nor pytorch_model.bin")
+    if EMA_FILE in names:
+        raise WeightsError(
+            f"there is no {EMA_FILE}: only checkpoints of runs with trainer.ema_decay have it, after "
+            "trainer.ema_start_step; take the weights `model`"
+        )
+    raise WeightsError(f"there is neither {' nor '.join(names)}")
+
+
+WEIGHTS: dict[str, tuple[str, ...]] = {"model": (MODEL_FILE, "pytorch_model.bin"), "ema": (EMA_FILE,)}
+"""Which weights of a folder are meant: those that were trained, or their moving average. File names, first found."""
