@@ -29,7 +29,7 @@ from torch import Tensor
 
 from neobert.model.config import ModelConfig
 from neobert.weights.describe import WeightsError
-from neobert.weights.folder import EMA_FILE, MODEL_FILE, find_checkpoint
+from neobert.weights.folder import AVERAGE_FILE, EMA_FILE, MODEL_FILE, find_checkpoint
 from neobert.weights.layouts import LAYOUTS, Layout, to_ours
 from neobert.weights.manifest import CheckpointError
 
@@ -203,6 +203,8 @@ def _restore(folder: Path, config: ModelConfig) -> ModelConfig:
 def _step(folder: Path, raw: Mapping[str, Any]) -> int | None:
     if (folder / "train_state.json").is_file():
         return int(json.loads((folder / "train_state.json").read_text())["step"])
+    if (folder / AVERAGE_FILE).is_file():
+        return int(max(json.loads((folder / AVERAGE_FILE).read_text())["steps"]))
     if STEPS_KEY in raw:
         return int(raw[STEPS_KEY])
     is_fork = folder.parent.name == "checkpoints" and folder.name.isdecimal()
