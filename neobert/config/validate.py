@@ -214,6 +214,8 @@ def _check_model(config: Config) -> Iterator[str]:
             )
     if model.init_drop_decoder_bias and model.init_from is None:
         yield "model.init_drop_decoder_bias: true is about model.init_from, which is null; write false"
+    if model.init_tile and model.init_from is None:
+        yield "model.init_tile: true is about model.init_from, which is null; write false"
     if model.init_weights != "model" and model.init_from is None:
         yield f"model.init_weights: {model.init_weights} is about model.init_from, which is null; write model"
     if model.max_position_embeddings < config.dataset.max_seq_length:

@@ -126,7 +126,7 @@ def build_run(config: Config) -> Run:
     num_steps = choose_num_steps(config, data, rows_per_step)
     module = build_module(config, model_config, attention, runtime)
     if initial is not None:
-        reporter.say(copy_initial_weights(module, initial, tokenizer))
+        reporter.say(copy_initial_weights(module, initial, tokenizer, tile=config.model.init_tile))
     return Run(
         config=config,
         runtime=runtime,
