@@ -98,6 +98,9 @@ class TrainerSection:
     log_weight_norms: bool = True
     """Log the L2 norm of all weights with every log line."""
 
+    log_statistics: bool = False
+    """Log gradient norms and weight norms by kind of weight, and the logsumexp of the logits, with every log line."""
+
     gradient_checkpointing: bool = False
     """Recompute each block's activations in the backward pass: less memory, about a third more time."""
 

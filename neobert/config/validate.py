@@ -321,6 +321,11 @@ def _check_rollback(config: Config) -> Iterator[str]:
             return
 
 
+def _check_logging(config: Config) -> Iterator[str]:
+    if config.trainer.log_statistics and config.trainer.logging_steps == 0:
+        yield "trainer.log_statistics: true has no effect with trainer.logging_steps = 0; log, or write false"
+
+
 def _check_average(config: Config) -> Iterator[str]:
     trainer = config.trainer
     start, steps = trainer.ema_start_step, trainer.max_steps
@@ -363,6 +368,7 @@ _RULES = (
     _check_resume_allow,
     _check_schedule,
     _check_rollback,
+    _check_logging,
     _check_average,
     _check_device,
 )

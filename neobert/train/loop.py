@@ -56,7 +56,7 @@ def pretrain(config: Config) -> RunResult:
             if run.stop_requested():
                 break
             if due(state.step, run.logging_steps):
-                run.tracker.log(state)
+                run.tracker.log(state, run.statistics.read() if run.statistics else {})
             if due(state.step, run.eval_steps):
                 log_evaluation(run, state)
             if save_is_due(run, state.step):
@@ -176,7 +176,9 @@ def take_step(run: Run, state: TrainState, given: GivenBatch) -> tuple[TrainStat
     runtime, batch = run.runtime, given.batch
     torch.manual_seed(step_seed(run.config.seed, state.step, runtime.rank))
     lr = run.schedule(state.step)
-    with memory_explained(run, batch.micro_batches[0], "train"):
+    watched = run.statistics is not None and due(state.step + 1, run.logging_steps)
+    watching = run.statistics.watching(batch.micro_batches[-1]) if run.statistics and watched else nullcontext()
+    with memory_explained(run, batch.micro_batches[0], "train"), watching as observe:
         result = train_step(
             run.model,
             run.optimizer,
@@ -186,6 +188,7 @@ def take_step(run: Run, state: TrainState, given: GivenBatch) -> tuple[TrainStat
             gradient_clipping=run.config.trainer.gradient_clipping,
             judge=partial(run.guard.judge, num_targets=given.num_targets),
             no_sync=lambda: runtime.no_sync(run.model),
+            observe=observe,
         )
     state = replace(
         state,

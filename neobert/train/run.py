@@ -34,6 +34,7 @@ from neobert.train.numerics import Guard
 from neobert.train.preempt import StopRequest
 from neobert.train.runtime import Runtime, build_runtime, check_runtime
 from neobert.train.start import agree_on_start, open_output_dir, read_checkpoint_config, read_train_state
+from neobert.train.statistics import Statistics
 from neobert.train.tracking import Tracker
 
 
@@ -64,6 +65,9 @@ class Run:
     optimizer: Optimizer
     average: WeightAverage | None
     """The moving average of the weights, with `trainer.ema_decay`."""
+
+    statistics: Statistics | None
+    """With `trainer.log_statistics`."""
 
     schedule: Schedule
     tracker: Tracker
@@ -142,6 +146,7 @@ def build_run(config: Config) -> Run:
         model=runtime.prepare_model(module),
         optimizer=build_run_optimizer(config, module),
         average=build_average(config, module),
+        statistics=Statistics(module) if config.trainer.log_statistics else None,
         schedule=build_run_schedule(config, num_steps),
         tracker=Tracker(
             runtime=runtime,

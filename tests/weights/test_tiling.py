@@ -151,7 +151,7 @@ def test_blocks_of_fused_matrices_and_whole_heads() -> None:
 def test_copies_have_different_shares_that_sum_to_one_and_so_different_gradients() -> None:
     small = build(SMALL)
     large = enlarge(small, **WIDER)
-    matrix, source = large.encoder.layers[0].down.weight, small.encoder.layers[0].down.weight
+    matrix, source = (module.encoder.layers[0].down.weight.detach() for module in (large, small))
     units = center_map(SMALL.ffn_size, 48)
     shares = matrix[8] / source[center_map(16, 48)[8]][units]
     assert float(shares.min()) > 0
