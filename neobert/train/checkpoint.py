@@ -204,6 +204,7 @@ def _describe_state(run: Run, state: TrainState, data_state: dict[str, Any]) -> 
         "data": data_state,
         "eval_loss": run.tracker.eval_loss(state.step),
         "rows_per_step": run.rows_per_step,
+        "num_steps": run.num_steps,
         "data_fingerprint": run.data.fingerprint,
         "tokenizer_digest": run.tokenizer.digest,
         "special_ids": list(run.tokenizer.special_ids),
