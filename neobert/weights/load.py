@@ -63,6 +63,9 @@ class EncoderWeights:
     folder: Path
     """What was read."""
 
+    kind: str = "model"
+    """Which of WEIGHTS."""
+
 
 def load_encoder_weights(
     path: str | Path, *, drop_decoder_bias: bool = False, weights: str = "model"
@@ -160,6 +163,7 @@ def _read_folder(folder: Path, drop_decoder_bias: bool, weights: str) -> Encoder
         layout=layout.name,
         step=_step(folder, raw),
         folder=folder,
+        kind=weights,
     )
 
 

@@ -84,6 +84,7 @@ def test_the_mean_loads_everywhere_and_resumes_nowhere(tiny: Tiny, tmp_path: Pat
     assert len(load(output).fill_mask(["the [MASK] sees"])[0].masks) == 1
     done = export(ExportRequest(source=str(output), output=tmp_path / "exported"))
     assert done.step == 12
+    assert "- weights: the mean of the checkpoints of steps 10, 12" in (done.folder / "README.md").read_text()
     started = tmp_path / "started"
     pretrain(tiny(started, f"model.init_from={output}", "trainer.max_steps=1"))
     assert f"initial weights from {output} (checkpoint layout after 12 steps)" in (started / "training.log").read_text()

@@ -14,6 +14,7 @@ from safetensors.torch import load_file
 from neobert import load
 from neobert.config.load import ConfigError
 from neobert.config.schema import Config
+from neobert.export.verify import verify
 from neobert.export.write import ExportRequest, export
 from neobert.train.loop import pretrain
 from neobert.train.runtime import StartupError
@@ -135,6 +136,11 @@ def test_it_can_be_loaded_exported_and_used_by_the_scripts(tmp_path: Path, whole
     assert equal(averaged.tensors, read(whole, 12))
     assert torch.equal(load(whole, weights="ema").masked_lm.head_weight, read(whole, 12)["encoder.embedding.weight"])
     done = export(ExportRequest(source=str(whole), output=tmp_path / "exported", weights="ema"))
+    (verdict,) = verify([(done.folder, str(whole))], kind="ema")
+    assert verdict.passed
+    card, loss = (done.folder / "README.md").read_text(), log_lines(whole, "eval_ema")[-1]["loss"]
+    assert "- weights: their exponential moving average over the training" in card
+    assert f"- held-out loss at step 12: {loss:.4f} nats" in card
     rows = load_encoder_weights(done.folder).tensors["encoder.embedding.weight"]
     assert torch.equal(rows, averaged.tensors["encoder.embedding.weight"][: len(rows)])
     answers = []
