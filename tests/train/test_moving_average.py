@@ -101,6 +101,15 @@ def test_the_evaluation_is_that_of_the_saved_average(tiny: Tiny, tmp_path: Path,
     assert log_lines(out, "eval")[0]["loss"] == pytest.approx(evaluated[12], abs=1e-6)
 
 
+def test_compiled_blocks_compute_with_the_average_too(tiny: Tiny, tmp_path: Path) -> None:
+    compiled = ["trainer.torch_compile=true", "trainer.torch_compile_backend=aot_eager"]
+    for name, more in (("plain", []), ("compiled", compiled)):
+        pretrain(tiny(tmp_path / name, "trainer.ema_decay=0.8", "trainer.max_steps=4", *more))
+    plain, other = (log_lines(tmp_path / name, "eval_ema") for name in ("plain", "compiled"))
+    assert [line["loss"] for line in other] == pytest.approx([line["loss"] for line in plain], abs=1e-5)
+    assert plain[-1]["loss"] != pytest.approx(log_lines(tmp_path / "plain", "eval")[-1]["loss"], abs=1e-3)
+
+
 def test_switching_it_on_and_off_must_be_declared(tiny: Tiny, tmp_path: Path, whole: Path) -> None:
     resume = f"trainer.resume_from_checkpoint={whole / 'checkpoints' / '8'}"
     out = tmp_path / "off"

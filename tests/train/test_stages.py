@@ -253,6 +253,11 @@ def test_all_problems_of_a_file_are_told_together(tiny: Tiny, tmp_path: Path) ->
         load_pipeline(tmp_path / "nowhere.yaml")
 
 
+def test_the_command_says_what_is_wrong(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert pipeline.main([str(tmp_path / "none.yaml"), "--dry-run"], SCRIPTS, "") == 2
+    assert capsys.readouterr().err.startswith(f"error: {tmp_path}/none.yaml cannot be read: ")
+
+
 @pytest.mark.parametrize("path", sorted((ROOT / "configs" / "pipelines").glob("*.yaml")), ids=lambda p: p.stem)
 def test_a_shipped_pipeline_loads_and_its_scripts_are_there(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(ROOT)
