@@ -111,7 +111,30 @@ def _overwrite(folder: Path) -> list[str]:
     return ["trainer.overwrite_output_dir=true"] if holds_run(folder) else []
 
 
-def _go_on_training(stage: Stage, folder: Path, source: Path | None) -> tuple[str, list[str]] | None:
+def _same_settings(now: Config, before: Config) -> bool:
+    """Whether two configs are equal but for what only says how a run starts."""
+    return _without_start(now) == _without_start(before)
+
+
+def _without_start(config: Config) -> Config:
+    fresh = replace(
+        config.trainer, resume_from_checkpoint=None, resume_allow=(), overwrite_output_dir=False, output_dir="-"
+    )
+    return without_secrets(replace(config, trainer=fresh))
+
+
+def _same_budget(now: Config, before: Config) -> bool:
+    """The same for a script that completes its config from elsewhere before it saves it."""
+    return _budgets(now) == _budgets(before)
+
+
+def _budgets(config: Config) -> list[float | None]:
+    return [getattr(config.trainer, key.removeprefix("trainer.")) for key in BUDGETS]
+
+
+def _go_on_training(
+    stage: Stage, folder: Path, source: Path | None, same: Callable[[Config, Config], bool] = _same_settings
+) -> tuple[str, list[str]] | None:
     checkpoint = _newest(folder)
     assert checkpoint is not None, "asked only where there is a result"
     state, before = read_train_state(checkpoint), read_checkpoint_config(checkpoint)
@@ -122,17 +145,9 @@ def _go_on_training(stage: Stage, folder: Path, source: Path | None) -> tuple[st
     elif source is not None:
         _check_lineage(folder, state, source)
     words = _set(stage, folder, *more)
-    if is_complete(state) and _comparable(load_config(words[0], words[1:])) == _comparable(before):
+    if is_complete(state) and same(load_config(words[0], words[1:]), before):
         return None
     return KINDS[stage.run].script, [*words, *stage.arguments]
-
-
-def _comparable(config: Config) -> Config:
-    """A config without what only says how a run starts."""
-    fresh = replace(
-        config.trainer, resume_from_checkpoint=None, resume_allow=(), overwrite_output_dir=False, output_dir="-"
-    )
-    return without_secrets(replace(config, trainer=fresh))
 
 
 def _begin_longer(stage: Stage, folder: Path, source: Path | None) -> list[str]:
@@ -147,16 +162,11 @@ def _go_on_longer(stage: Stage, folder: Path, source: Path | None) -> tuple[str,
     state, before = read_train_state(checkpoint), read_checkpoint_config(checkpoint)
     if source is not None:
         _check_lineage(folder, state, source)
-    now = load_config(stage.config, stage.overrides)
-    if is_complete(state) and _budgets(now) == _budgets(before):
+    if is_complete(state) and _same_budget(load_config(stage.config, stage.overrides), before):
         return None
     # The script has written its settings, those of the long documents too, into the folder of its run.
     words = [str(checkpoint / "config.yaml"), *stage.overrides, "trainer.resume_from_checkpoint=latest"]
     return KINDS["pretrain"].script, words
-
-
-def _budgets(config: Config) -> list[float | None]:
-    return [getattr(config.trainer, key.removeprefix("trainer.")) for key in BUDGETS]
 
 
 def _newest(folder: Path) -> Path | None:
@@ -250,4 +260,5 @@ KINDS: dict[str, Kind] = {
     ),
 }
 """What a stage can run. A training script that takes `CONFIG [overrides]`, starts from `model.init_from` and writes
-checkpoints into `trainer.output_dir` needs `_begin_training`, `_go_on_training` and `_newest`."""
+checkpoints into `trainer.output_dir` needs `_begin_training`, `_go_on_training` (where it saves another config than it
+was given: `partial(_go_on_training, same=_same_budget)`) and `_newest`."""
