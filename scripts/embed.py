@@ -25,7 +25,8 @@ def main() -> None:
     settings = EmbedSettings(**{name: getattr(args, name) for name in EmbedSettings.__dataclass_fields__})
     check_output(args.output)
     with open_texts(args.input, text_column=args.text_column, split=args.split) as texts:
-        report = embed_to_file(load(args.model, device=args.device, dtype=args.dtype), texts, args.output, settings)
+        model = load(args.model, device=args.device, dtype=args.dtype, weights=args.weights)
+        report = embed_to_file(model, texts, args.output, settings)
         say(*texts.notes, *texts.describe_gaps())
     resumed = f" ({report.num_resumed:,} of them before the interruption)" if report.num_resumed else ""
     cut = f"; {report.num_truncated:,} were longer than the model and were cut" if report.num_truncated else ""

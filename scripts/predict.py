@@ -22,7 +22,7 @@ def main() -> None:
         texts += [line for line in read.splitlines() if line.strip()]
     if not texts:
         raise ValueError('no text is given; write one with [MASK] in it, for example "The sky is [MASK].", or --file')
-    model = load(args.model, device=args.device, dtype=args.dtype)
+    model = load(args.model, device=args.device, dtype=args.dtype, weights=args.weights)
     for result in model.fill_mask(texts, top_k=args.top_k, joint=args.joint):
         print_result(dataclasses.asdict(result), result.describe(), as_json=args.json)
 

@@ -86,7 +86,7 @@ def tiny_overrides(words: list[str]) -> list[str]:
     only prepared stay those of the command."""
     own = [key for key in TOKENIZER_KEYS if "--tokenizer.path" in words]
     own += ["--dataset.path"] if any(word.startswith("tokenized_data/") for word in words) else []
-    own += ["--trainer.max_steps"] if "--prepare-only" in words else []
+    own += ["--trainer.max_steps"] if "--prepare-only" in words or "scripts/pipeline.py" in words else []
     pairs = dict(zip(TINY[::2], TINY[1::2]))
     if "--dataset.mixture" in words:  # Goes on from a run of two steps.
         own.append("--dataset.path")
@@ -101,7 +101,7 @@ def run(line: str, workplace: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     target = None
     if ">" in words:
         words, target = words[: words.index(">")], words[-1]
-    if any(script in line for script in ("pretrain.py", "preprocess.py", "longer_seq.py")):
+    if any(script in line for script in ("pretrain.py", "preprocess.py", "longer_seq.py", "pipeline.py")):
         words += tiny_overrides(words)
     if "save_cost.py" in line:
         words += ["--hidden-size", "64", "--num-layers", "1", "--vocab-size", "512", "--repeats", "1"]

@@ -85,6 +85,8 @@ DECLARED = (
     "optimizer.muon_config.clipping_warmup_steps",
     "optimizer.muon_config.clipping_interval",
     "optimizer.muon_config.capture_last_microbatch_only",
+    "trainer.ema_decay",
+    "trainer.ema_start_step",
 )
 """Change when declared in `trainer.resume_allow`. `trainer.global_batch_size` stands for the rows of a step, however
 they are written."""

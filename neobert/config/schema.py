@@ -25,6 +25,13 @@ class ModelSection:
     (`owner/model`, `owner/model@revision`) in the EuroBERT or NeoBERT layout. The architecture must be the same; with
     another tokenizer, embeddings are copied by the text of the tokens. No effect on a run that is resumed."""
 
+    init_weights: Literal["model", "ema"] = "model"
+    """With `init_from`: ema takes the moving average of a checkpoint of ours instead of its weights."""
+
+    init_tile: bool = False
+    """true: `init_from` may be smaller (fewer layers, narrower, heads of the same width): its weights are repeated to
+    fill this model, see docs/training.md. Everything else of the architecture must still be the same."""
+
     init_drop_decoder_bias: bool = False
     """true: leave out the bias that the vocabulary projection of `init_from` may have (published NeoBERT has one)."""
 

@@ -106,6 +106,9 @@ class TrainerSection:
     log_weight_norms: bool = True
     """Log the L2 norm of all weights with every log line."""
 
+    log_statistics: bool = False
+    """Log gradient norms and weight norms by kind of weight, and the logsumexp of the logits, with every log line."""
+
     gradient_checkpointing: bool = False
     """Recompute each block's activations in the backward pass: less memory, about a third more time."""
 
@@ -128,6 +131,14 @@ class TrainerSection:
     z_loss: float = 0.0
     """Coefficient z of z * logsumexp(logits)^2 in the training loss of every target, which keeps logits small; 1e-4 is
     usual, 0 is off. Evaluation leaves it out."""
+
+    ema_decay: float | None = None
+    """Keep an exponential moving average of the weights beside them, with this decay per step (0.999 looks back over
+    about 1,000 steps): evaluated as `eval_ema`, saved as `ema.safetensors`. Costs one more copy of the weights. null
+    keeps none."""
+
+    ema_start_step: int = 0
+    """With `ema_decay`: the average begins with the weights after this step."""
 
     torch_compile: bool = False
     """Compile the model with torch.compile."""

@@ -88,6 +88,7 @@ _RANGES: tuple[tuple[str, _Test, tuple[str, ...]], ...] = (
             "trainer.eval_seed",
             "trainer.logging_steps",
             "trainer.z_loss",
+            "trainer.ema_start_step",
         ),
     ),
     (
@@ -118,7 +119,7 @@ _RANGES: tuple[tuple[str, _Test, tuple[str, ...]], ...] = (
         lambda x: 0 <= x < 1,
         ("model.dropout_prob", "optimizer.muon_config.muon_beta", "optimizer.muon_config.normuon_beta2"),
     ),
-    ("must be greater than 0 and less than 1", lambda x: 0 < x < 1, ("dataset.validation_split",)),
+    ("must be greater than 0 and less than 1", lambda x: 0 < x < 1, ("dataset.validation_split", "trainer.ema_decay")),
     (
         "must be greater than 0 and at most 1",
         lambda x: 0 < x <= 1,
@@ -245,6 +246,10 @@ def _check_model(config: Config) -> Iterator[str]:
         yield "model.init_drop_decoder_bias: true leaves out what model.decoder_bias: true needs; write false for one"
     if model.init_drop_decoder_bias and model.init_from is None:
         yield "model.init_drop_decoder_bias: true is about model.init_from, which is null; write false"
+    if model.init_tile and model.init_from is None:
+        yield "model.init_tile: true is about model.init_from, which is null; write false"
+    if model.init_weights != "model" and model.init_from is None:
+        yield f"model.init_weights: {model.init_weights} is about model.init_from, which is null; write model"
     if model.max_position_embeddings < config.dataset.max_seq_length:
         yield (
             f"model.max_position_embeddings: {model.max_position_embeddings} is less than dataset.max_seq_length ="
@@ -335,6 +340,22 @@ def _check_rollback(config: Config) -> Iterator[str]:
             return
 
 
+def _check_logging(config: Config) -> Iterator[str]:
+    if config.trainer.log_statistics and config.trainer.logging_steps == 0:
+        yield "trainer.log_statistics: true has no effect with trainer.logging_steps = 0; log, or write false"
+
+
+def _check_average(config: Config) -> Iterator[str]:
+    trainer = config.trainer
+    start, steps = trainer.ema_start_step, trainer.max_steps
+    if start and trainer.ema_decay is None:
+        yield f"trainer.ema_start_step: {start} has no effect without trainer.ema_decay; set that, or remove this key"
+    elif trainer.ema_decay is not None and steps is not None and start >= max(steps, 1):
+        yield (
+            f"trainer.ema_start_step: {start} is not before the end of the run at trainer.max_steps = {steps}; lower it"
+        )
+
+
 def _check_device(config: Config) -> Iterator[str]:
     backend, kernel = config.model.attn_backend, config.model.kernel_backend
     if config.trainer.use_cpu:
@@ -369,5 +390,7 @@ _RULES = (
     check_batch_warmup,
     check_masks,
     _check_rollback,
+    _check_logging,
+    _check_average,
     _check_device,
 )

@@ -9,6 +9,7 @@ from neobert.config.schema_data import DatacollatorSection
 from neobert.data.tokenizer import Tokenizer
 from neobert.export.choose import Form
 from neobert.model.config import ModelConfig
+from neobert.weights.folder import AVERAGE_FILE
 from neobert.weights.load import EncoderWeights
 
 _USAGE = """```python
@@ -87,6 +88,11 @@ def _training(weights: EncoderWeights) -> str:
         lines += _recipe(load_config(weights.folder / "config.yaml"))
     if weights.step is not None:
         lines.append(f"- optimizer steps: {weights.step:,}")
+    if weights.kind == "ema":
+        lines.append("- weights: their exponential moving average over the training")
+    if (weights.folder / AVERAGE_FILE).is_file():
+        steps = json.loads((weights.folder / AVERAGE_FILE).read_text())["steps"]
+        lines.append(f"- weights: the mean of the checkpoints of steps {', '.join(f'{step:,}' for step in steps)}")
     lines += _figures(weights)
     return "\n".join(lines)
 
@@ -126,7 +132,7 @@ def _figures(weights: EncoderWeights) -> list[str]:
     records = [r for r in map(_parse, log.read_text().splitlines()) if r.get("step", weights.step + 1) <= weights.step]
     tokens = sum(r["num_tokens"] for r in records if r["kind"] == "step")
     lines = [f"- tokens seen: {tokens:,}"] if tokens else []
-    evaluations = [r for r in records if r["kind"] == "eval"]
+    evaluations = [r for r in records if r["kind"] == _EVALUATIONS[weights.kind]]
     if evaluations:
         last = evaluations[-1]
         lines.append(
@@ -134,6 +140,10 @@ def _figures(weights: EncoderWeights) -> list[str]:
             f"{last['accuracy']:.1%} predicted exactly ({last['num_targets']:,} masked tokens)"
         )
     return lines
+
+
+_EVALUATIONS = {"model": "eval", "ema": "eval_ema"}
+"""Kind of weights -> the lines of log.jsonl that are about them."""
 
 
 def _parse(line: str) -> dict[str, Any]:

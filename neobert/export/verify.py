@@ -82,11 +82,12 @@ class _Subject:
     work: Path
 
 
-def verify(folders: Sequence[tuple[Path, str | None]]) -> list[Verdict]:
+def verify(folders: Sequence[tuple[Path, str | None]], *, kind: str = "model") -> list[Verdict]:
     """Verifies exported folders, each against itself or against the checkpoint it was made from.
 
     Args:
         folders: Pairs of folder and source; None reads the folder itself.
+        kind: Which weights of the sources are meant, a key of `neobert.weights.load.WEIGHTS`.
 
     Raises:
         WeightsError: a folder or source cannot be read by us.
@@ -94,21 +95,21 @@ def verify(folders: Sequence[tuple[Path, str | None]]) -> list[Verdict]:
     """
     with tempfile.TemporaryDirectory() as temporary:
         subjects = [
-            _prepare(Path(folder), against, Path(temporary) / str(number))
+            _prepare(Path(folder), against, Path(temporary) / str(number), kind)
             for number, (folder, against) in enumerate(folders)
         ]
         _run_probe(subjects, Path(temporary))
         return [_judge(subject) for subject in subjects]
 
 
-def _prepare(folder: Path, against: str | None, work: Path) -> _Subject:
+def _prepare(folder: Path, against: str | None, work: Path, kind: str) -> _Subject:
     exported = load_encoder_weights(folder)
     if exported.layout not in ("eurobert", "remote_code") or exported.tokenizer is None:
         raise ExportError(f"{folder} is no exported folder with a tokenizer; make one with scripts/export/export_hf.py")
     tokenizer = load_tokenizer(TokenizerSection(path=str(exported.tokenizer)))
     weights = exported
     if against is not None:
-        source, _ = cut_vocabulary(load_encoder_weights(against), exported.config.vocab_size)
+        source, _ = cut_vocabulary(load_encoder_weights(against, weights=kind), exported.config.vocab_size)
         dtypes = {name: tensor.dtype for name, tensor in exported.tensors.items()}
         if set(dtypes) != set(source.tensors):
             raise ExportError(f"{folder} and {against} have different tensors; compare a folder with its own source")

@@ -52,6 +52,8 @@ class ExportRequest:
     """`owner/name` of a repository of the hub to upload the folder to."""
 
     drop_decoder_bias: bool = False
+    weights: str = "model"
+    """`model`, or `ema` for their moving average."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -118,7 +120,9 @@ def _make_plan(request: ExportRequest) -> _Plan:
         problems.append(f"--push-to-hub: {request.push_to_hub!r} is no repository; write owner/name")
     weights, tokenizer, form = None, None, None
     try:
-        weights = load_encoder_weights(request.source, drop_decoder_bias=request.drop_decoder_bias)
+        weights = load_encoder_weights(
+            request.source, drop_decoder_bias=request.drop_decoder_bias, weights=request.weights
+        )
         tokenizer = _load_tokenizer(weights)
     except (WeightsError, DataError, ExportError) as error:
         problems.append(str(error))

@@ -8,6 +8,7 @@ from typing import Any
 
 from neobert.inference.load import DTYPES
 from neobert.inference.packed import BATCH_TOKENS
+from neobert.weights.load import WEIGHTS
 
 MODEL_HELP = "run folder (its newest checkpoint is used), checkpoint, exported folder, or a name of the hub"
 
@@ -18,7 +19,13 @@ def model_parser(description: str | None) -> argparse.ArgumentParser:
     parser.add_argument("model", help=MODEL_HELP)
     parser.add_argument("--device", default="auto", help="auto (a GPU when there is one), cpu or cuda")
     parser.add_argument("--dtype", default="fp32", choices=list(DTYPES), help="of matrix products (default fp32)")
+    add_weights(parser)
     return parser
+
+
+def add_weights(parser: argparse.ArgumentParser) -> None:
+    """Which weights of a checkpoint are used."""
+    parser.add_argument("--weights", default="model", choices=list(WEIGHTS), help="ema: their moving average")
 
 
 def add_input(parser: argparse.ArgumentParser) -> None:

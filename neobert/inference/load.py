@@ -18,7 +18,9 @@ from neobert.weights.load import load_encoder_weights
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
 
-def load(path: str | Path, *, device: str | torch.device = "auto", dtype: str = "fp32") -> Model:
+def load(
+    path: str | Path, *, device: str | torch.device = "auto", dtype: str = "fp32", weights: str = "model"
+) -> Model:
     """A trained model with its tokenizer, ready to answer.
 
     Args:
@@ -26,35 +28,36 @@ def load(path: str | Path, *, device: str | torch.device = "auto", dtype: str = 
             folder; a model of the hub (`owner/model`) in a layout that `neobert.weights.layouts` knows.
         device: `auto` takes a GPU when there is one.
         dtype: `fp32`, or `bf16` for matrix products in bf16 as in training with `trainer.mixed_precision: bf16`.
+        weights: `model`, or `ema` for the moving average of a checkpoint of a run with `trainer.ema_decay`.
 
     Raises:
         WeightsError: there is no model at `path`, or it is damaged, or has no tokenizer.
         ValueError: the dtype or the device is unknown, or not there.
     """
-    masked_lm, tokenizer = load_masked_lm(path, device=device, dtype=dtype)
+    masked_lm, tokenizer = load_masked_lm(path, device=device, dtype=dtype, weights=weights)
     return Model(masked_lm=masked_lm, tokenizer=tokenizer)
 
 
 def load_masked_lm(
-    path: str | Path, *, device: str | torch.device = "cpu", dtype: str = "fp32"
+    path: str | Path, *, device: str | torch.device = "cpu", dtype: str = "fp32", weights: str = "model"
 ) -> tuple[MaskedLM, Tokenizer]:
     """The model at `path` in evaluation mode, and its tokenizer; see `load`."""
     if dtype not in DTYPES:
         raise ValueError(f"dtype: {dtype!r} is unknown; write one of {', '.join(DTYPES)}")
     place = choose_device(device)
-    weights = load_encoder_weights(path)
-    if weights.tokenizer is None:
-        raise WeightsError(f"{weights.folder} has no tokenizer.json; put the tokenizer of the model there")
-    config = weights.config
+    found = load_encoder_weights(path, weights=weights)
+    if found.tokenizer is None:
+        raise WeightsError(f"{found.folder} has no tokenizer.json; put the tokenizer of the model there")
+    config = found.config
     model = MaskedLM(
         Encoder(config, choose_attention("auto", device=place, dtype=DTYPES[dtype])), kernel=KERNELS["torch"]
     )
-    model.load_state_dict({name: tensor.float() for name, tensor in weights.tensors.items()}, strict=True)
+    model.load_state_dict({name: tensor.float() for name, tensor in found.tensors.items()}, strict=True)
     model.check_tied()
     for module in model.modules():
         if isinstance(module, nn.Linear):  # Embeddings and norms stay fp32, and with them the residual stream.
             module.to(DTYPES[dtype])
-    return model.to(place).eval(), load_tokenizer(TokenizerSection(path=str(weights.tokenizer)))
+    return model.to(place).eval(), load_tokenizer(TokenizerSection(path=str(found.tokenizer)))
 
 
 def choose_device(device: str | torch.device) -> torch.device:

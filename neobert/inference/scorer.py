@@ -112,14 +112,19 @@ class TransformersScorer:
         return BatchLoss(float(loss), int(num_correct))
 
 
-def load_scorer(path: str, *, device: str = "auto", dtype: str = "fp32", trust_remote_code: bool = False) -> Scorer:
-    """The masked language model at `path`: ours where it holds a checkpoint, else through transformers.
+def load_scorer(
+    path: str, *, device: str = "auto", dtype: str = "fp32", trust_remote_code: bool = False, weights: str = "model"
+) -> Scorer:
+    """The masked language model at `path`: ours where it holds a checkpoint, else through transformers. `weights` is
+    as in `neobert.load`.
 
     Raises:
         DataError: it is neither; see `TransformersScorer`.
     """
     if find_checkpoint(Path(path)) is not None:
-        return OwnScorer(load(path, device=device, dtype=dtype))
+        return OwnScorer(load(path, device=device, dtype=dtype, weights=weights))
+    if weights != "model":
+        raise DataError(f"--weights: {weights!r} is of checkpoints of ours, and {path} holds none; write model")
     if Path(path).is_dir() and not (Path(path) / "config.json").is_file():
         raise DataError(f"{path} holds neither a checkpoint nor a config.json; give a run folder or an exported model")
     place = choose_device(device)

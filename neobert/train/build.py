@@ -22,6 +22,7 @@ from neobert.model.config import ModelConfig
 from neobert.model.encoder import Encoder
 from neobert.objectives.masking import MaskPolicy
 from neobert.objectives.mlm import MaskedLM
+from neobert.optim.averaging import WeightAverage
 from neobert.optim.groups import ROLES, OwnSettings
 from neobert.optim.muon import MuonSettings
 from neobert.optim.optimizers import build_optimizer
@@ -235,6 +236,14 @@ def build_clip(config: Config, module: MaskedLM, optimizer: Optimizer, runtime: 
     clip = QKClip(module.encoder, settings, largest=runtime.max_on_device)
     clip.clip_after(optimizer)
     return clip
+
+
+def build_average(config: Config, module: MaskedLM) -> WeightAverage | None:
+    """The moving average of the weights that the config asks for."""
+    trainer = config.trainer
+    if trainer.ema_decay is None:
+        return None
+    return WeightAverage(module, decay=trainer.ema_decay, start_step=trainer.ema_start_step)
 
 
 def build_run_schedule(config: Config, num_steps: int) -> Schedule:

@@ -21,7 +21,7 @@ from neobert.train.retention import build_retention, prune
 from neobert.train.run import Run
 from neobert.train.start import FORMAT_VERSION, agree
 from neobert.types import TrainState
-from neobert.weights.folder import is_valid
+from neobert.weights.folder import EMA_FILE, MODEL_FILE, is_valid
 
 PACKAGES = ("torch", "transformers", "accelerate", "safetensors", "tokenizers", "numpy")
 """Whose versions a checkpoint records."""
@@ -98,11 +98,11 @@ def _report_failure(run: Run, outcome: Outcome) -> None:
     run.tracker.warn(f"the checkpoint of step {outcome.step} was not saved: {outcome.problem}; {after}")
 
 
-def estimate_bytes(module: nn.Module) -> int:
-    """Size of a checkpoint before there is one: the weights, and two more of each for the optimizer."""
+def estimate_bytes(module: nn.Module, *, averaged: bool = False) -> int:
+    """Size of a checkpoint before there is one: the weights, two more of each for the optimizer, and their average."""
     weights = sum(tensor.numel() * tensor.element_size() for tensor in module.state_dict().values())
     trained = sum(p.numel() * p.element_size() for p in module.parameters() if p.requires_grad)
-    return weights + 2 * trained
+    return weights * (2 if averaged else 1) + 2 * trained
 
 
 # ---- what is written ----
@@ -115,7 +115,9 @@ def _build_files(run: Run, state: TrainState, data_state: dict[str, Any], backgr
     files: dict[str, Write] = {f"random_states_{run.runtime.rank}.pkl": _saver(random_states)}
     if not run.runtime.is_main:
         return files
-    weights = {name: copy(tensor).cpu().contiguous() for name, tensor in run.module.state_dict().items()}
+    kinds = {MODEL_FILE: run.module.state_dict()}
+    if run.average is not None and run.average.begun:
+        kinds[EMA_FILE] = kinds[MODEL_FILE] | run.average.tensors()
     schedule = {"name": run.config.scheduler.name, "step": state.step, "lr": run.schedule(state.step)}
     config_text = config_to_yaml(without_secrets(run.config))
     texts = {
@@ -124,7 +126,8 @@ def _build_files(run: Run, state: TrainState, data_state: dict[str, Any], backgr
         "tokenizer_info.json": json.dumps(tokenizer_info(run.tokenizer), indent=2) + "\n",
         "train_state.json": json.dumps(_describe_state(run, state, data_state)) + "\n",
     }
-    files["model.safetensors"] = lambda path: save_file(weights, path, metadata={"format": "pt"})
+    for name, tensors in kinds.items():
+        files[name] = _weight_writer({key: copy(tensor).cpu().contiguous() for key, tensor in tensors.items()})
     files["optimizer.bin"] = _saver(map_tensors(run.optimizer.state_dict(), copy))
     files["scheduler.bin"] = _saver(schedule)
     files["custom_checkpoint_0.pkl"] = _saver(_count(run, state, data_state))
@@ -134,6 +137,10 @@ def _build_files(run: Run, state: TrainState, data_state: dict[str, Any], backgr
 
 def _saver(value: Any) -> Write:
     return lambda path: torch.save(value, path)
+
+
+def _weight_writer(weights: dict[str, Tensor]) -> Write:
+    return lambda path: save_file(weights, path, metadata={"format": "pt"})
 
 
 def _text_writer(text: str) -> Write:

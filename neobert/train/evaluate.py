@@ -5,6 +5,20 @@ import torch
 from neobert.train.memory import memory_explained
 from neobert.train.metrics import EvalMetrics
 from neobert.train.run import Run
+from neobert.types import TrainState
+
+
+def log_evaluation(run: Run, state: TrainState) -> None:
+    """Evaluates the weights, and their average where there is one, and records both. Collective.
+
+    When the second of the two is interrupted, neither is recorded: the next start makes both.
+    """
+    metrics, averaged = evaluate(run), None
+    if metrics is not None and run.average is not None and run.average.begun:
+        with run.average.swapped():
+            averaged = evaluate(run)
+        metrics = metrics if averaged is not None else None
+    run.tracker.log_eval(state, metrics, averaged)
 
 
 @torch.no_grad()

@@ -3,7 +3,7 @@
 from neobert.data.loader import merge_states
 from neobert.inference.fill_mask import fill_mask
 from neobert.train.checkpoint import save_checkpoint
-from neobert.train.evaluate import evaluate
+from neobert.train.evaluate import log_evaluation
 from neobert.train.lock import release_lock
 from neobert.train.run import Run
 from neobert.types import TrainState
@@ -21,7 +21,7 @@ def finish(run: Run, state: TrainState) -> None:
     if run.checkpoint is not None and not run.tracker.trained:
         run.tracker.say(f"nothing left to do: step {state.step:,} of {run.num_steps:,}")
     elif not run.tracker.evaluated(state.step):
-        run.tracker.log_eval(state, evaluate(run))
+        log_evaluation(run, state)
     passed_over = run.data.counters(merge_states(run.runtime.gather_objects(state.data)))
     if any(passed_over.values()):
         run.tracker.say(f"passed over: {DESCRIPTION.format(**passed_over)}")

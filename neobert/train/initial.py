@@ -1,4 +1,5 @@
-"""Initial weights from another model (`model.init_from`): only for a fresh start, and only into the same architecture.
+"""Initial weights from another model (`model.init_from`): only for a fresh start, and only into the same architecture,
+or with `model.init_tile` into a larger one (`neobert.weights.tiling`).
 
 With the same tokenizer and as many rows, everything is copied as it is. With another tokenizer, or another number of
 rows, the embedding (and an untied vocabulary projection) follows the texts of the tokens; see
@@ -12,6 +13,7 @@ from torch import Tensor
 
 from neobert.config.schema import Config, TokenizerSection
 from neobert.data.errors import DataError
+from neobert.data.order import key
 from neobert.data.tokenizer import Tokenizer, load_tokenizer
 from neobert.model.config import ModelConfig
 from neobert.model.ngpt import normalise_
@@ -19,6 +21,7 @@ from neobert.objectives.mlm import MaskedLM
 from neobert.train.runtime import StartupError
 from neobert.weights.describe import WeightsError
 from neobert.weights.load import EncoderWeights, load_encoder_weights
+from neobert.weights.tiling import TILED, tile_weights
 from neobert.weights.vocabulary import VOCABULARY_TENSORS, match_tokens, remap_rows
 
 _FREE = (
@@ -44,20 +47,32 @@ def load_initial_weights(config: Config) -> EncoderWeights | None:
     if source is None:
         return None
     try:
-        weights = load_encoder_weights(source, drop_decoder_bias=config.model.init_drop_decoder_bias)
+        weights = load_encoder_weights(
+            source, drop_decoder_bias=config.model.init_drop_decoder_bias, weights=config.model.init_weights
+        )
     except WeightsError as error:
         raise StartupError(f"model.init_from: {error}") from error
     differences = [
-        f"model.{name}: the config has {ours!r}, {source} has {theirs!r}"
+        (name, f"model.{name}: the config has {ours!r}, {source} has {theirs!r}")
         for name, ours, theirs in _architectures(config, weights.config)
-        if ours != theirs
+        if ours != theirs and not (config.model.init_tile and name in TILED)
     ]
     if differences:
+        larger = all(name in TILED for name, _ in differences)
         raise StartupError(
-            "\n  ".join([f"model.init_from: {source} holds another architecture:", *differences])
+            "\n  ".join([f"model.init_from: {source} holds another architecture:", *(text for _, text in differences)])
             + "\nwrite its values into the config"
+            + (", or model.init_tile: true to make a larger model of it" if larger else "")
         )
-    return weights
+    return _tile(config, weights) if config.model.init_tile else weights
+
+
+def _tile(config: Config, weights: EncoderWeights) -> EncoderWeights:
+    wanted = {name: getattr(config.model, name) for name in TILED}
+    try:
+        return tile_weights(weights, replace(weights.config, **wanted), seed=key(config.seed, "init") % 2**63)
+    except ValueError as error:  # WeightsError, or sizes that make no model.
+        raise StartupError(str(error)) from error
 
 
 def _architectures(config: Config, theirs: ModelConfig) -> list[tuple[str, Any, Any]]:
@@ -69,8 +84,8 @@ def _architectures(config: Config, theirs: ModelConfig) -> list[tuple[str, Any, 
     return [(name, getattr(section, name), getattr(theirs, name)) for name in names]
 
 
-def copy_initial_weights(module: MaskedLM, weights: EncoderWeights, tokenizer: Tokenizer) -> str:
-    """Writes `weights` into `module`, in its dtype; returns a line for the log.
+def copy_initial_weights(module: MaskedLM, weights: EncoderWeights, tokenizer: Tokenizer, *, tile: bool = False) -> str:
+    """Writes `weights` into `module`, in its dtype; returns a line for the log. `tile`: they were tiled.
 
     Raises:
         StartupError: the tokens of the two vocabularies cannot be matched.
@@ -80,7 +95,9 @@ def copy_initial_weights(module: MaskedLM, weights: EncoderWeights, tokenizer: T
     module.check_tied()
     normalise_(module.unit_matrices())  # The mean of rows of length 1 is shorter.
     trained = f" after {weights.step:,} steps" if weights.step is not None else ""
-    return f"initial weights from {weights.folder} ({weights.layout} layout{trained}); {note}"
+    config = weights.config
+    tiled = f"; tiled to {config.num_hidden_layers} layers x {config.hidden_size}" if tile else ""
+    return f"initial weights from {weights.folder} ({weights.layout} layout{trained}){tiled}; {note}"
 
 
 def _with_vocabulary(weights: EncoderWeights, tokenizer: Tokenizer, num_rows: int) -> tuple[dict[str, Tensor], str]:

@@ -14,7 +14,7 @@ from neobert.data.loader import Loader
 from neobert.data.order import step_seed
 from neobert.testing.faults import fault_point
 from neobert.train.checkpoint import complete_save, save_checkpoint, save_is_due
-from neobert.train.evaluate import evaluate
+from neobert.train.evaluate import log_evaluation
 from neobert.train.finish import finish
 from neobert.train.identity import as_int64, check_next_batch
 from neobert.train.memory import memory_explained
@@ -50,15 +50,15 @@ def pretrain(config: Config) -> RunResult:
         state = resume_or_start(run)
         reason = "finished" if state.step < run.num_steps else "complete"
         if evaluation_missing(run, state):
-            run.tracker.log_eval(state, evaluate(run))
+            log_evaluation(run, state)
         for state, metrics in training_steps(run, state):  # noqa: B020 (the generator takes the first state only)
             run.tracker.add(state, metrics)
             if run.stop_requested():
                 break
             if due(state.step, run.logging_steps):
-                run.tracker.log(state, run.clip.read() if run.clip else {})
+                run.tracker.log(state, run.read_figures())
             if due(state.step, run.eval_steps):
-                run.tracker.log_eval(state, evaluate(run))
+                log_evaluation(run, state)
             if save_is_due(run, state.step):
                 save_checkpoint(run, state)
             complete_save(run)  # Of a save in the background that is written by now.
@@ -177,7 +177,9 @@ def take_step(run: Run, state: TrainState, given: GivenBatch) -> tuple[TrainStat
     torch.manual_seed(step_seed(run.config.seed, state.step, runtime.rank))
     lr = run.schedule(state.step)
     measuring = run.clip.measuring(state.step, len(batch.micro_batches)) if run.clip else nullcontext()
-    with memory_explained(run, batch.micro_batches[0], "train"), measuring:
+    watched = run.statistics is not None and due(state.step + 1, run.logging_steps)
+    watching = run.statistics.watching(batch.micro_batches[-1]) if run.statistics and watched else nullcontext()
+    with memory_explained(run, batch.micro_batches[0], "train"), measuring, watching as observe:
         result = train_step(
             run.model,
             run.optimizer,
@@ -187,6 +189,7 @@ def take_step(run: Run, state: TrainState, given: GivenBatch) -> tuple[TrainStat
             gradient_clipping=run.config.trainer.gradient_clipping,
             judge=partial(run.guard.judge, num_targets=given.num_targets),
             no_sync=lambda: runtime.no_sync(run.model),
+            observe=observe,
         )
     state = replace(
         state,
@@ -196,6 +199,8 @@ def take_step(run: Run, state: TrainState, given: GivenBatch) -> tuple[TrainStat
         documents=state.documents + given.num_documents,
         data=batch.state,
     )
+    if run.average is not None:
+        run.average.update(state.step, result.skipped)
     run.guard.add(state.step, result.skipped)
     return state, StepMetrics(
         loss_sum=result.loss_sum,

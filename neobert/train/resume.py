@@ -34,7 +34,7 @@ from neobert.train.run import Run
 from neobert.train.runtime import StartupError
 from neobert.train.start import agree, check_free_space, is_own
 from neobert.types import TrainState
-from neobert.weights.folder import checkpoint_steps
+from neobert.weights.folder import EMA_FILE, MODEL_FILE, checkpoint_steps
 
 
 def resume_or_start(run: Run) -> TrainState:
@@ -48,13 +48,19 @@ def resume_or_start(run: Run) -> TrainState:
             what differs and what to write.
     """
     if run.config.trainer.save_model:
-        agree(run.runtime, lambda: check_free_space(run.output_dir, estimate_bytes(run.module)))
+        agree(
+            run.runtime,
+            lambda: check_free_space(run.output_dir, estimate_bytes(run.module, averaged=bool(run.average))),
+        )
     if run.checkpoint is None or run.saved is None:
+        if run.average is not None:
+            run.average.begin(0)
         run.tracker.begin(TrainState())
         return TrainState()
     comparison = compare_with_checkpoint(run)
     check_comparison(comparison, str(run.checkpoint), advice_on_batch=_advise_on_batch(run, run.saved))
     load_weights(run, run.checkpoint)
+    load_average(run, run.checkpoint)
     load_optimizer(run, run.checkpoint)
     _check_counters(run.checkpoint, run.saved)
     _load_rng_state(run, run.checkpoint, run.saved)
@@ -141,13 +147,39 @@ def load_weights(run: Run, checkpoint: Path) -> None:
     Raises:
         StartupError: the file cannot be read.
     """
-    path = checkpoint / "model.safetensors"
+    run.module.load_state_dict(_load_tensors(checkpoint / MODEL_FILE), strict=True)
+    run.module.check_tied()
+
+
+def load_average(run: Run, checkpoint: Path) -> None:
+    """The checkpoint's moving average of the weights, where this start keeps one; after `load_weights`.
+
+    Where the checkpoint has none, the average begins with its weights.
+
+    Raises:
+        StartupError: the file cannot be read.
+    """
+    saved, before = run.saved, run.checkpoint_config
+    assert saved is not None
+    assert before is not None
+    step, average = saved["step"], run.average
+    had = before.trainer.ema_decay is not None and step >= before.trainer.ema_start_step
+    if average is None:
+        if had:
+            run.tracker.say(f"trainer.ema_decay: null: the average in {checkpoint / EMA_FILE} is not continued")
+        return
+    average.begin(step, _load_tensors(checkpoint / EMA_FILE) if had else None)
+    if had and not average.begun:
+        run.tracker.say(f"trainer.ema_start_step: {average.start_step}: the average begins anew after that step")
+    elif average.begun and not had:
+        run.tracker.say(f"trainer.ema_decay: {checkpoint} has no average; it begins with the weights of step {step:,}")
+
+
+def _load_tensors(path: Path) -> dict[str, torch.Tensor]:
     try:
-        weights = load_file(path)
+        return load_file(path)
     except (OSError, SafetensorError) as error:
         raise StartupError(f"{path} cannot be read ({error}); choose another step") from error
-    run.module.load_state_dict(weights, strict=True)
-    run.module.check_tied()
 
 
 def load_optimizer(run: Run, checkpoint: Path) -> None:

@@ -13,10 +13,12 @@ from neobert.data.tokenizer import Tokenizer
 from neobert.model.attention import AttentionBackend
 from neobert.model.config import ModelConfig
 from neobert.objectives.mlm import MaskedLM
+from neobert.optim.averaging import WeightAverage
 from neobert.optim.qk_clip import QKClip
 from neobert.optim.schedule import Schedule
 from neobert.train.build import (
     build_attention,
+    build_average,
     build_clip,
     build_config_data,
     build_model_config,
@@ -35,6 +37,7 @@ from neobert.train.numerics import Guard
 from neobert.train.preempt import StopRequest
 from neobert.train.runtime import Runtime, build_runtime, check_runtime
 from neobert.train.start import agree_on_start, open_output_dir, read_checkpoint_config, read_train_state
+from neobert.train.statistics import Statistics
 from neobert.train.tracking import Tracker
 
 
@@ -66,6 +69,12 @@ class Run:
     clip: QKClip | None
     """Clips attention logits after the optimizer's steps."""
 
+    average: WeightAverage | None
+    """The moving average of the weights, with `trainer.ema_decay`."""
+
+    statistics: Statistics | None
+    """With `trainer.log_statistics`."""
+
     schedule: Schedule
     tracker: Tracker
     reporter: Reporter
@@ -81,6 +90,11 @@ class Run:
     def stop_requested(self) -> bool:
         """Whether all ranks have agreed to stop before the budget is spent."""
         return self.stop.reason is not None
+
+    def read_figures(self) -> dict[str, float]:
+        """What clipping and statistics have seen since the last log line; waits for the device."""
+        watching = (w for w in (self.clip, self.statistics) if w is not None)
+        return {name: figure for watcher in watching for name, figure in watcher.read().items()}
 
     @property
     def logging_steps(self) -> int:
@@ -129,7 +143,7 @@ def build_run(config: Config) -> Run:
     data = schedule_masks(config, data, num_steps)
     module = build_module(config, model_config, attention, runtime)
     if initial is not None:
-        reporter.say(copy_initial_weights(module, initial, tokenizer))
+        reporter.say(copy_initial_weights(module, initial, tokenizer, tile=config.model.init_tile))
     optimizer = build_run_optimizer(config, module)
     return Run(
         config=config,
@@ -146,6 +160,8 @@ def build_run(config: Config) -> Run:
         model=runtime.prepare_model(module),
         optimizer=optimizer,
         clip=build_clip(config, module, optimizer, runtime),
+        average=build_average(config, module),
+        statistics=Statistics(module) if config.trainer.log_statistics else None,
         schedule=build_run_schedule(config, num_steps),
         tracker=Tracker(
             runtime=runtime,

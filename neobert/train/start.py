@@ -12,7 +12,7 @@ from neobert.config.schema import Config
 from neobert.train.console import Reporter
 from neobert.train.lock import acquire_lock, check_shared, release_lock
 from neobert.train.runtime import Runtime, StartupError
-from neobert.weights.folder import Choice, checkpoint_steps, choose_checkpoint, choose_newest
+from neobert.weights.folder import AVERAGE_FILE, Choice, checkpoint_steps, choose_checkpoint, choose_newest
 from neobert.weights.manifest import CheckpointError
 
 FORMAT_VERSION = 1
@@ -93,6 +93,11 @@ def read_train_state(checkpoint: Path) -> dict[str, Any]:
         StartupError: the file is missing, torn, or of another format version.
     """
     path = checkpoint / "train_state.json"
+    if (checkpoint / AVERAGE_FILE).is_file():
+        raise StartupError(
+            f"trainer.resume_from_checkpoint: {checkpoint} is a mean of checkpoints, without optimizer and position in "
+            f"the data; start a run from its weights with model.init_from: {checkpoint}"
+        )
     try:
         saved = json.loads(path.read_text())
     except (OSError, ValueError) as error:

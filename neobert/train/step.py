@@ -56,6 +56,7 @@ def train_step(
     gradient_clipping: float | None = None,
     judge: Judge = not_finite,
     no_sync: Callable[[], AbstractContextManager[object]] = nullcontext,
+    observe: Callable[[], None] | None = None,
 ) -> StepResult:
     """Forward and backward over the micro-batches, clip, update unless `judge` says to skip.
 
@@ -69,6 +70,7 @@ def train_step(
         gradient_clipping: largest global L2 norm of the scaled gradient; None leaves it alone.
         judge: decides about skipping; must not wait for the device.
         no_sync: context for every micro-batch but the last, in which gradients stay on their rank.
+        observe: called when all gradients are there, before clipping.
     """
     for group in optimizer.param_groups:
         group["lr"] = lr * group.get("lr_factor", 1.0)
@@ -81,6 +83,8 @@ def train_step(
             # 0 * value is 0, but NaN where the loss is not finite: then every gradient is NaN, on every rank.
             (loss.loss_sum * (scale + 0 * value)).backward()
         losses.append(LossSum(loss_sum=value, num_correct=loss.num_correct))
+    if observe is not None:
+        observe()
     parameters = [p for p in model.parameters() if p.grad is not None]
     if gradient_clipping is not None:
         grad_norm = nn.utils.clip_grad_norm_(parameters, gradient_clipping)

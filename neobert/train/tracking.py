@@ -246,24 +246,27 @@ class Tracker:
             self._reporter.say(f"      tokens by source: {shares}")
         self._send(values | {f"train/{name}": value for name, value in statistics.items()}, state.step)
 
-    def log_eval(self, state: TrainState, metrics: EvalMetrics | None) -> None:
-        """Records an evaluation; None (no evaluation data) records nothing."""
+    def log_eval(self, state: TrainState, metrics: EvalMetrics | None, averaged: EvalMetrics | None = None) -> None:
+        """Records an evaluation of the weights and, if given, of their moving average, in lines of kind `eval` and
+        `eval_ema`; None (no evaluation data) records nothing."""
         self._evaluated_step = state.step
         self._eval_loss = None if metrics is None else metrics.loss
         if metrics is None:
             return
-        self._append(self._log, [{"kind": "eval", "step": state.step, **asdict(metrics)}])
-        self._reporter.say(
-            f"eval  step {state.step:>7,} | loss {metrics.loss:.4f} | ppl {perplexity(metrics.loss):.2f} | "
-            f"accuracy {metrics.accuracy:.2%} | {metrics.num_targets:,} masked tokens of "
-            f"{metrics.num_documents:,} documents"
-        )
-        values = {
-            "eval/loss": metrics.loss,
-            "eval/perplexity": perplexity(metrics.loss),
-            "eval/accuracy": metrics.accuracy,
-        }
-        self._send(values, state.step)
+        found = {"eval": metrics} if averaged is None else {"eval": metrics, "eval_ema": averaged}
+        # Both lines in one write: an evaluation that is in the file is not made again.
+        self._append(self._log, [{"kind": kind, "step": state.step, **asdict(m)} for kind, m in found.items()])
+        for label, (kind, m) in zip(("eval ", "ema  "), found.items()):
+            self._reporter.say(
+                f"{label} step {state.step:>7,} | loss {m.loss:.4f} | ppl {perplexity(m.loss):.2f} | "
+                f"accuracy {m.accuracy:.2%} | {m.num_targets:,} masked tokens of {m.num_documents:,} documents"
+            )
+            values = {
+                f"{kind}/loss": m.loss,
+                f"{kind}/perplexity": perplexity(m.loss),
+                f"{kind}/accuracy": m.accuracy,
+            }
+            self._send(values, state.step)
 
     def evaluated(self, step: int) -> bool:
         """Whether this process evaluated at `step`."""

@@ -10,6 +10,12 @@ from pathlib import Path
 
 from neobert.weights.manifest import CheckpointError, ManifestMissing, check_contents, check_sizes, is_step_name
 
+MODEL_FILE, EMA_FILE = "model.safetensors", "ema.safetensors"
+"""Weights of a checkpoint: those that are trained and, with `trainer.ema_decay`, their moving average."""
+
+AVERAGE_FILE = "average.json"
+"""What the mean of several checkpoints was made of; in a folder of such a mean only."""
+
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Choice:

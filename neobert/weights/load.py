@@ -29,7 +29,7 @@ from torch import Tensor
 
 from neobert.model.config import ModelConfig
 from neobert.weights.describe import WeightsError
-from neobert.weights.folder import find_checkpoint
+from neobert.weights.folder import AVERAGE_FILE, EMA_FILE, MODEL_FILE, find_checkpoint
 from neobert.weights.layouts import LAYOUTS, Layout, to_ours
 from neobert.weights.manifest import CheckpointError
 
@@ -63,20 +63,29 @@ class EncoderWeights:
     folder: Path
     """What was read."""
 
+    kind: str = "model"
+    """Which of WEIGHTS."""
 
-def load_encoder_weights(path: str | Path, *, drop_decoder_bias: bool = False) -> EncoderWeights:
+
+def load_encoder_weights(
+    path: str | Path, *, drop_decoder_bias: bool = False, weights: str = "model"
+) -> EncoderWeights:
     """The encoder at `path`: a checkpoint or run of ours or of the fork, an exported folder, or a model of the hub.
 
     Args:
         path: A folder, or a name of the hub.
         drop_decoder_bias: Leave out the bias of the vocabulary projection, if it has one.
+        weights: A key of WEIGHTS.
 
     Raises:
-        WeightsError: there is nothing at `path`, or its tensors are not exactly those of an encoder of ours.
+        WeightsError: there is nothing at `path`, or it has no weights of that kind, or its tensors are not exactly
+            those of an encoder of ours.
     """
+    if weights not in WEIGHTS:
+        raise WeightsError(f"weights: {weights!r} is unknown; write {' or '.join(WEIGHTS)}")
     folder = find_weights(path)
     try:
-        return _read_folder(folder, drop_decoder_bias)
+        return _read_folder(folder, drop_decoder_bias, weights)
     except (OSError, ValueError, SafetensorError, yaml.YAMLError, pickle.UnpicklingError) as error:
         raise WeightsError(f"{folder}: {error}") from error
 
@@ -140,8 +149,8 @@ def _fetch(name: str) -> Path:
     return folder
 
 
-def _read_folder(folder: Path, drop_decoder_bias: bool) -> EncoderWeights:
-    tensors = _read_tensors(folder)
+def _read_folder(folder: Path, drop_decoder_bias: bool, weights: str) -> EncoderWeights:
+    tensors = _read_tensors(folder, WEIGHTS[weights])
     layout, raw = _recognise(folder, tensors)
     config = layout.describe(raw, tensors)
     if drop_decoder_bias:
@@ -156,6 +165,7 @@ def _read_folder(folder: Path, drop_decoder_bias: bool) -> EncoderWeights:
         layout=layout.name,
         step=_step(folder, raw),
         folder=folder,
+        kind=weights,
     )
 
 
@@ -200,14 +210,16 @@ def _restore(folder: Path, config: ModelConfig) -> ModelConfig:
 def _step(folder: Path, raw: Mapping[str, Any]) -> int | None:
     if (folder / "train_state.json").is_file():
         return int(json.loads((folder / "train_state.json").read_text())["step"])
+    if (folder / AVERAGE_FILE).is_file():
+        return int(max(json.loads((folder / AVERAGE_FILE).read_text())["steps"]))
     if STEPS_KEY in raw:
         return int(raw[STEPS_KEY])
     is_fork = folder.parent.name == "checkpoints" and folder.name.isdecimal()
     return int(folder.name) if is_fork else None
 
 
-def _read_tensors(folder: Path) -> dict[str, Tensor]:
-    for name in ("model.safetensors", "pytorch_model.bin"):
+def _read_tensors(folder: Path, names: tuple[str, ...]) -> dict[str, Tensor]:
+    for name in names:
         index = folder / f"{name}.index.json"
         if index.is_file():
             shards = sorted(set(json.loads(index.read_text())["weight_map"].values()))
@@ -223,4 +235,13 @@ def _read_tensors(folder: Path) -> dict[str, Tensor]:
             else:
                 tensors.update(torch.load(folder / shard, map_location="cpu", weights_only=True))
         return tensors
-    raise WeightsError("there is neither model.safetensors nor pytorch_model.bin")
+    if EMA_FILE in names:
+        raise WeightsError(
+            f"there is no {EMA_FILE}: only checkpoints of runs with trainer.ema_decay have it, after "
+            "trainer.ema_start_step; take the weights `model`"
+        )
+    raise WeightsError(f"there is neither {' nor '.join(names)}")
+
+
+WEIGHTS: dict[str, tuple[str, ...]] = {"model": (MODEL_FILE, "pytorch_model.bin"), "ema": (EMA_FILE,)}
+"""Which weights of a folder are meant: those that were trained, or their moving average. File names, first found."""

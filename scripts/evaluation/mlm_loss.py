@@ -26,7 +26,8 @@ def main() -> None:
     parser.add_argument("--trust-remote-code", action="store_true", help="run code that comes with a model of others")
     args = parser.parse_args()
     settings = LossSettings(**{name: getattr(args, name) for name in LossSettings.__dataclass_fields__})
-    scorer = load_scorer(args.model, device=args.device, dtype=args.dtype, trust_remote_code=args.trust_remote_code)
+    where = {"device": args.device, "dtype": args.dtype, "weights": args.weights}
+    scorer = load_scorer(args.model, **where, trust_remote_code=args.trust_remote_code)
     with open_texts(args.input, text_column=args.text_column, split=args.split) as texts:
         result = mlm_loss(scorer, texts, settings)
         say(*texts.notes, *texts.describe_gaps())

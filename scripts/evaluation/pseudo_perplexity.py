@@ -24,7 +24,7 @@ def main() -> None:
         "--bias-documents", type=int, default=16, help="first documents scored exactly too (default 16)"
     )
     args = parser.parse_args()
-    model = load(args.model, device=args.device, dtype=args.dtype)
+    model = load(args.model, device=args.device, dtype=args.dtype, weights=args.weights)
     args.max_length = min(args.max_length or model.max_length, model.max_length)
     settings = ScoreSettings(**{name: getattr(args, name) for name in ScoreSettings.__dataclass_fields__})
     with open_texts(args.input, text_column=args.text_column, split=args.split) as texts:

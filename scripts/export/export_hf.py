@@ -10,21 +10,14 @@ from neobert.export.write import ExportRequest, export
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("model", help="run folder (its newest checkpoint is used), checkpoint, or name of the hub")
+    parser.add_argument("source", metavar="model", help="run folder (its newest checkpoint), checkpoint, or hub name")
     parser.add_argument("--output", required=True, type=Path, help="folder to write; must not exist")
-    parser.add_argument("--format", default="auto", help="auto, native or remote_code (default auto)")
+    parser.add_argument("--format", dest="form", default="auto", help="auto, native or remote_code (default auto)")
     parser.add_argument("--dtype", default="fp32", help="fp32 or bf16 (default fp32)")
     parser.add_argument("--push-to-hub", metavar="OWNER/NAME", help="upload the folder to this repository")
     parser.add_argument("--drop-decoder-bias", action="store_true", help="leave out a bias of the projection")
-    args = parser.parse_args()
-    request = ExportRequest(
-        source=args.model,
-        output=args.output,
-        form=args.format,
-        dtype=args.dtype,
-        push_to_hub=args.push_to_hub,
-        drop_decoder_bias=args.drop_decoder_bias,
-    )
+    parser.add_argument("--weights", default="model", help="model, or ema for their moving average (default model)")
+    request = ExportRequest(**vars(parser.parse_args()))
     try:
         done = export(request)
     except ExportError as error:

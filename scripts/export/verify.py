@@ -15,10 +15,11 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("folder", type=Path, help="exported folder")
     parser.add_argument("--against", help="the run or checkpoint it was made from (default: the folder, read by us)")
+    parser.add_argument("--weights", default="model", help="with --against: model, or ema for their moving average")
     parser.add_argument("--json", action="store_true", help="print one JSON object")
     args = parser.parse_args()
     try:
-        (verdict,) = verify([(args.folder, args.against)])
+        (verdict,) = verify([(args.folder, args.against)], kind=args.weights)
     except (ExportError, WeightsError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2

@@ -127,7 +127,7 @@ def test_the_head_has_settings_where_there_is_one() -> None:
 def test_clipping_needs_queries_and_keys_that_can_grow(variant: str) -> None:
     given = ["--optimizer.name", "muonclip", f"--model.{variant}", "true", "--optimizer.weight_decay", "0"]
     assert errors(*given) == [
-        f"optimizer.muon_config.enable_clipping: true has nothing to clip with model.{variant}: true, whose queries and "
-        "keys have a fixed length; write optimizer.muon_config.enable_clipping: false"
+        f"optimizer.muon_config.enable_clipping: true has nothing to clip with model.{variant}: true, whose queries "
+        "and keys have a fixed length; write optimizer.muon_config.enable_clipping: false"
     ]
     assert errors(*given, "--optimizer.muon_config.enable_clipping", "false") == []

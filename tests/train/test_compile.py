@@ -20,8 +20,9 @@ from neobert.train.loop import pretrain
         (("trainer.gradient_checkpointing=true",), 2),
         (("optimizer.name=muonclip", "optimizer.muon_config.clipping_interval=2"), 2),
         (("model.ngpt=true", "optimizer.weight_decay=0"), 2),
+        (("trainer.ema_decay=0.9",), 2),
     ],
-    ids=["plain", "windows", "checkpointing", "measured logits", "normalised"],
+    ids=["plain", "windows", "checkpointing", "measured logits", "normalised", "averaged weights"],
 )
 def test_zero_recompiles_after_the_first_step_and_evaluation(
     tiny: Callable[..., Config], tmp_path: Path, extra: tuple[str, ...], num_graphs: int

@@ -144,3 +144,43 @@ def test_weights_without_a_tokenizer_are_refused(tiny: Tiny, tmp_path: Path, sou
     save_file(load_file(newest / "model.safetensors"), bare / "model.safetensors")
     with pytest.raises(StartupError, match=r"model.init_from: .*bare has no tokenizer, so its embeddings cannot"):
         pretrain(tiny(tmp_path / "run", f"model.init_from={bare}"))
+
+
+LARGER = ["model.hidden_size=80", "model.num_attention_heads=5", "model.num_hidden_layers=3"]
+
+
+def test_a_larger_model_starts_far_below_a_random_one(tiny: Tiny, tmp_path: Path, source: Path) -> None:
+    short = ["trainer.max_steps=1", "model.intermediate_size=96", *LARGER]
+    pretrain(tiny(tmp_path / "tiled", f"model.init_from={source}", "model.init_tile=true", *short))
+    pretrain(tiny(tmp_path / "random", *short))
+    learned = log_lines(source, "eval")[-1]["loss"]
+    tiled, random = first_evaluation(tmp_path / "tiled"), first_evaluation(tmp_path / "random")
+    assert random - learned > 1
+    assert tiled - learned < 0.2 * (random - learned)
+    said = (tmp_path / "tiled" / "training.log").read_text()
+    assert "(checkpoint layout after 6 steps); tiled to 3 layers x 80; the tokenizer is the same" in said
+    config = json.loads((tmp_path / "tiled" / "checkpoints" / "1" / "model_config.json").read_text())
+    assert (config["hidden_size"], config["num_hidden_layers"]) == (80, 3)
+
+
+def test_tiling_and_another_tokenizer_together(tiny: Tiny, tmp_path: Path, source: Path) -> None:
+    folder = tmp_path / "tokenizer"
+    train_tokenizer(iter(make_texts(40, seed=5)), algorithm="byte_bpe", vocab_size=330).save(folder)
+    out = tmp_path / "run"
+    tile = [f"model.init_from={source}", "model.init_tile=true", f"tokenizer.path={folder}", "trainer.max_steps=1"]
+    pretrain(tiny(out, *tile, *LARGER))
+    assert "tokens that its tokenizer lacks start at their mean" in (out / "training.log").read_text()
+
+
+def test_what_cannot_be_tiled_is_an_error_with_a_remedy(tiny: Tiny, tmp_path: Path, source: Path) -> None:
+    init = f"model.init_from={source}"
+    with pytest.raises(StartupError, match=r"model.init_tile: true to make a larger model of it"):
+        pretrain(tiny(tmp_path / "run", init, *LARGER))
+    with pytest.raises(StartupError, match=r"model.num_hidden_layers: 1 is less than the 2 to be tiled"):
+        pretrain(tiny(tmp_path / "run", init, "model.init_tile=true", "model.num_hidden_layers=1"))
+    with pytest.raises(StartupError, match=r"2 heads of 40, but the heads to be tiled have width 16"):
+        pretrain(tiny(tmp_path / "run", init, "model.init_tile=true", "model.hidden_size=80"))
+    with pytest.raises(StartupError, match=r"model.rms_norm: the config has False, "):
+        pretrain(tiny(tmp_path / "run", init, "model.init_tile=true", "model.rms_norm=false", *LARGER))
+    with pytest.raises(ConfigError, match=r"model.init_tile: true is about model.init_from, which is null"):
+        tiny(tmp_path / "run", "model.init_tile=true")

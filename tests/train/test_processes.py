@@ -6,8 +6,10 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+import torch
 from ports import free_port
 from records import log_lines
+from safetensors.torch import load_file
 
 from neobert.config.load import config_to_yaml
 from neobert.config.schema import Config
@@ -58,3 +60,18 @@ def check_equal(one: Path, other: Path, *, after: int) -> None:
             assert a[exact] == b[exact]
         assert a["loss"] == pytest.approx(b["loss"], abs=1e-5)
         assert a["grad_norm"] == pytest.approx(b["grad_norm"], rel=1e-4)
+
+
+def test_two_processes_keep_one_average(tiny: Callable[..., Config], tmp_path: Path) -> None:
+    one, two = tmp_path / "one", tmp_path / "two"
+    settings = ["trainer.global_batch_size=8", "trainer.max_steps=4", "trainer.ema_decay=0.9"]
+    settings.append("trainer.log_statistics=true")
+    pretrain(tiny(one, *settings))
+    launch(tmp_path, tiny(two, *settings, "trainer.per_device_train_batch_size=2"))
+    averages = [load_file(run / "checkpoints" / "4" / "ema.safetensors") for run in (one, two)]
+    assert all(torch.allclose(averages[0][name], averages[1][name], atol=1e-5) for name in averages[0])
+    for a, b in zip(log_lines(one, "eval_ema"), log_lines(two, "eval_ema"), strict=True):
+        assert (a["step"], a["num_targets"]) == (b["step"], b["num_targets"])
+        assert a["loss"] == pytest.approx(b["loss"], abs=1e-5)
+    (a, b) = (log_lines(run, "log")[0] for run in (one, two))
+    assert a["grad_norm/qkv"] == pytest.approx(b["grad_norm/qkv"], rel=1e-3)

@@ -1,0 +1,87 @@
+"""How large gradients, weights and logits are, by kind of weight, at logging points (`trainer.log_statistics`).
+
+A step that ends a logging interval is watched: the norms of its gradients are taken before clipping, and the logits of
+up to 256 of its predicted tokens are computed once more, from the hidden states that the step has anyway. All of it
+stays on the device until the log line is written, and no weight, gradient or random number is touched.
+
+The logsumexp of the logits is what a z-loss keeps small: where it drifts, the vocabulary projection is about to become
+unstable (PaLM, arXiv 2204.02311, section 5). It is taken over the tokens of this process; gradients and weights are
+equal on all of them.
+"""
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from neobert.objectives.mlm import MaskedLM
+from neobert.types import IGNORE_INDEX, PackedBatch
+
+MOST_TOKENS = 256
+"""Predicted tokens whose logits are looked at."""
+
+
+def group_of(name: str, parameter: nn.Parameter) -> str:
+    """The kind of a weight: `vectors`, or the last part of a matrix's name (`embedding`, `qkv`, `down`, ...)."""
+    return "vectors" if parameter.ndim < 2 else name.removesuffix(".weight").rsplit(".", 1)[-1]
+
+
+class Statistics:
+    """Watches steps of one model."""
+
+    def __init__(self, module: MaskedLM) -> None:
+        self._module = module
+        self._groups: dict[str, list[nn.Parameter]] = {}
+        for name, parameter in module.named_parameters():
+            self._groups.setdefault(group_of(name, parameter), []).append(parameter)
+        self._found: dict[str, Tensor] = {}
+
+    @contextmanager
+    def watching(self, batch: PackedBatch) -> Iterator[Callable[[], None]]:
+        """Gives the function to call when the gradients of a step are complete, whose last micro-batch is `batch`."""
+        hidden: list[Tensor] = []
+
+        def keep(module: nn.Module, args: Any, output: Tensor) -> None:
+            hidden[:] = [output.detach()]
+
+        def observe() -> None:
+            self._found = self._gradient_norms() | self._logits(hidden[0], batch)
+            hidden.clear()
+
+        handle = self._module.encoder.register_forward_hook(keep)
+        try:
+            yield observe
+        finally:
+            handle.remove()
+
+    def read(self) -> dict[str, float]:
+        """Figures of the step that was watched last, and of the weights as they are now; waits for the device."""
+        found = self._found | {
+            f"weight_norm/{group}": _norm([p.detach() for p in members]) for group, members in self._groups.items()
+        }
+        self._found = {}
+        return dict(zip(found, torch.stack(list(found.values())).tolist()))
+
+    def _gradient_norms(self) -> dict[str, Tensor]:
+        gradients = {group: [p.grad for p in members if p.grad is not None] for group, members in self._groups.items()}
+        return {f"grad_norm/{group}": _norm(members) for group, members in gradients.items() if members}
+
+    @torch.no_grad()
+    def _logits(self, hidden_TH: Tensor, batch: PackedBatch) -> dict[str, Tensor]:
+        stride = -(-len(batch.targets) // MOST_TOKENS)
+        index, targets = (x[::stride].to(hidden_TH.device) for x in (batch.masked_index, batch.targets))
+        counted = targets != IGNORE_INDEX
+        logits_MV = self._module.logits(hidden_TH.index_select(0, index)).float()
+        logsumexp_M = logits_MV.logsumexp(dim=-1)
+        lowest = -torch.inf
+        return {
+            "logsumexp/mean": torch.where(counted, logsumexp_M, 0).sum() / counted.sum().clamp(min=1),
+            "logsumexp/max": torch.where(counted, logsumexp_M, lowest).max(),
+            "logit/max": torch.where(counted, logits_MV.amax(dim=-1), lowest).max(),
+        }
+
+
+def _norm(tensors: list[Tensor]) -> Tensor:
+    return torch.linalg.vector_norm(torch.stack(torch._foreach_norm(tensors)))
