@@ -18,8 +18,18 @@ from neobert.train.loop import pretrain
         ((), 2),
         (("model.local_attention=8", "model.global_attention_every=2"), 4),
         (("trainer.gradient_checkpointing=true",), 2),
+        (
+            (
+                "trainer.global_batch_size=12",
+                "trainer.batch_size_warmup_start=4",
+                "trainer.batch_size_warmup_steps=5",
+                "datacollator.mlm_probability_final=0.1",
+                "datacollator.mask_units=spans",
+            ),
+            2,
+        ),
     ],
-    ids=["plain", "windows", "checkpointing"],
+    ids=["plain", "windows", "checkpointing", "growing batch, falling share of masks"],
 )
 def test_zero_recompiles_after_the_first_step_and_evaluation(
     tiny: Callable[..., Config], tmp_path: Path, extra: tuple[str, ...], num_graphs: int
