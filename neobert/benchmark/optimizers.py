@@ -59,8 +59,11 @@ class Orthogonality:
     """To U V^T, as a share of its size."""
 
 
-def measure_times(settings: StepSettings) -> OptimizerTimes:
-    """Rounds of one gradient and a step of every optimizer; `settings.warmup` rounds are not counted."""
+def measure_times(settings: StepSettings, *, cpu_time: bool = False) -> OptimizerTimes:
+    """Rounds of one gradient and a step of every optimizer; `settings.warmup` rounds are not counted.
+
+    With `cpu_time` the seconds are those that the process spent on a CPU, in one thread: for a machine that is busy.
+    """
     device = torch.device(settings.device)
     dtype = torch.bfloat16 if settings.precision == "bf16" else torch.float32
     model = _build_model(settings, device, dtype)
@@ -70,14 +73,16 @@ def measure_times(settings: StepSettings) -> OptimizerTimes:
     batches = [batch.to(device) for batch in make_batches(settings, min(8, settings.steps))]
     seconds: dict[str, list[float]] = {name: [] for name in ("passes", "measured", *optimizers)}
     keep = torch.zeros((), dtype=torch.bool, device=device)
+    measure = partial(_time, device=device, clock=time.process_time if cpu_time else time.perf_counter)
+    torch.set_num_threads(1 if cpu_time else torch.get_num_threads())
     for number in range(settings.warmup + settings.steps):
         batch = batches[number % len(batches)]
         with clip.measuring(0, 1):
-            found = {"measured": _time(partial(_make_gradient, model, batch), device)}
+            found = {"measured": measure(partial(_make_gradient, model, batch))}
         model.zero_grad(set_to_none=True)
-        found["passes"] = _time(partial(_make_gradient, model, batch), device)
+        found["passes"] = measure(partial(_make_gradient, model, batch))
         for name, optimizer in optimizers.items():
-            found[name] = _time(partial(step_unless, optimizer, keep), device)
+            found[name] = measure(partial(step_unless, optimizer, keep))
         model.zero_grad(set_to_none=True)
         if number >= settings.warmup:
             for name, value in found.items():
@@ -95,12 +100,12 @@ def _make_gradient(model: Autocast, batch: PackedBatch) -> None:
     torch.nn.utils.clip_grad_norm_([p for p in model.parameters() if p.grad is not None], 1.0)
 
 
-def _time(work: Callable[[], None], device: torch.device) -> float:
-    start = time.perf_counter()
+def _time(work: Callable[[], None], *, device: torch.device, clock: Callable[[], float]) -> float:
+    start = clock()
     work()
     if device.type == "cuda":
         torch.cuda.synchronize(device)
-    return time.perf_counter() - start
+    return clock() - start
 
 
 def _build_model(settings: StepSettings, device: torch.device, dtype: torch.dtype) -> Autocast:

@@ -127,7 +127,7 @@ def build_mask_policy(tokenizer: Tokenizer, probability: float, *, mask_all: boo
 
 
 def build_train_masks(config: Config, tokenizer: Tokenizer) -> MaskPolicy:
-    """The masks of training. Where their share ends with the run, `schedule_masks` adds the run's length.
+    """The masks of training. Where their share ends with the run, its length is still to be added.
 
     Raises:
         DataError: masks follow words, and the tokenizer does not tell where they begin.
@@ -143,14 +143,6 @@ def build_train_masks(config: Config, tokenizer: Tokenizer) -> MaskPolicy:
         span_max_words=section.span_max_words,
         edges=None if section.mask_units == "tokens" else build_word_edges(tokenizer),
     )
-
-
-def schedule_masks(config: Config, data: DataPipeline, num_steps: int) -> DataPipeline:
-    """The same data with a share of masked tokens that is right for a run of `num_steps`, which the data may decide."""
-    policy = data.collate.policy
-    assert isinstance(policy, MaskPolicy), "build_config_data made it"
-    policy = replace(policy, final_step=choose_mask_end(config, num_steps))
-    return replace(data, collate=replace(data.collate, policy=policy))
 
 
 def choose_mask_end(config: Config, num_steps: int) -> int | None:
@@ -170,15 +162,17 @@ def build_config_data(
     main_first: Callable[[], AbstractContextManager[Any]] = nullcontext,
     pin_memory: bool = False,
 ) -> DataPipeline:
-    """What one process of a run with this config reads, masked as the config says for step 0; see `build_data`.
+    """What one process of a run with this config reads, masked as the config says; see `build_data`.
 
     Raises:
         DataError: the data cannot be used as configured.
+        StartupError: the share of masked tokens changes until the end of the run, whose length cannot be known.
     """
-    return build_data(
+    masks = build_train_masks(config, tokenizer)
+    data = build_data(
         config,
         tokenizer,
-        train_masks=build_train_masks(config, tokenizer),
+        train_masks=masks,
         eval_masks=build_mask_policy(tokenizer, config.datacollator.eval_mlm_probability, mask_all=False),
         rank=rank,
         world=world,
@@ -187,6 +181,10 @@ def build_config_data(
         main_first=main_first,
         pin_memory=pin_memory,
     )
+    if masks.final_probability is None or masks.final_step is not None:
+        return data
+    masks = replace(masks, final_step=choose_mask_end(config, choose_num_steps(config, data)))
+    return replace(data, collate=replace(data.collate, policy=masks))
 
 
 def build_run_optimizer(config: Config, module: MaskedLM) -> Optimizer:

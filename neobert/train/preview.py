@@ -28,7 +28,9 @@ def preview(config: Config) -> str:
         StartupError: the batch cannot be built as configured.
     """
     section = replace(config.dataset, pre_tokenize=False, num_workers=0, num_proc=None, eval_split=None)
-    config = replace(config, dataset=replace(section, streaming=section.streaming or None))
+    # The first step alone has no use for the length of the run, which a stream may not tell.
+    masks = replace(config.datacollator, mlm_probability_final=None, mlm_probability_final_step=None)
+    config = replace(config, dataset=replace(section, streaming=section.streaming or None), datacollator=masks)
     rows_per_step = choose_rows_per_step(config, world=1)
     with tempfile.TemporaryDirectory() as folder:
         tokenizer = build_tokenizer(config, None, Path(folder))

@@ -14,7 +14,7 @@ from neobert.data.collate import Collator
 from neobert.data.loader import Loader
 from neobert.data.pipeline import DataPipeline, build_tokenizer
 from neobert.data.tokenizer import Tokenizer
-from neobert.train.build import build_config_data, schedule_masks
+from neobert.train.build import build_config_data
 from neobert.train.runtime import StartupError
 from neobert.train.start import read_checkpoint_config, read_train_state
 from neobert.types import IGNORE_INDEX, PackedBatch, PackedRow
@@ -130,7 +130,7 @@ def _build_pipeline(checkpoint: Path, saved: dict[str, Any]) -> tuple[DataPipeli
             "trainer.enforce_full_packed_batches: false packs each micro-batch by itself, so a row has no number of "
             "its own; only runs with full rows, or without packing, can be replayed"
         )
-    return schedule_masks(config, data, saved.get("num_steps", 0)), tokenizer
+    return data, tokenizer
 
 
 def _nearest_state(checkpoint: Path, saved: dict[str, Any], row: int) -> dict[str, Any] | None:

@@ -28,7 +28,6 @@ from neobert.train.build import (
     build_sinks,
     choose_num_steps,
     choose_rows_per_step,
-    schedule_masks,
 )
 from neobert.train.commit import Committer
 from neobert.train.console import Reporter
@@ -140,7 +139,6 @@ def build_run(config: Config) -> Run:
         pin_memory=runtime.device.type == "cuda" and config.dataset.pin_memory is not False,
     )
     num_steps = choose_num_steps(config, data)
-    data = schedule_masks(config, data, num_steps)
     module = build_module(config, model_config, attention, runtime)
     if initial is not None:
         reporter.say(copy_initial_weights(module, initial, tokenizer, tile=config.model.init_tile))

@@ -7,12 +7,7 @@ python scripts/benchmarks/optimizers.py --preset neobert --length 1024 --rows 64
 import argparse
 import sys
 
-from neobert.benchmark.optimizers import (
-    describe_orthogonality,
-    describe_times,
-    measure_orthogonality,
-    measure_times,
-)
+from neobert.benchmark.optimizers import describe_orthogonality, describe_times, measure_orthogonality, measure_times
 from neobert.benchmark.step import PRESETS, StepSettings
 
 
@@ -24,9 +19,10 @@ def main() -> int:
         parser.add_argument(flag, type=int, default=default, help="default: %(default)s")
     parser.add_argument("--device", default="cpu", help="default: %(default)s")
     parser.add_argument("--width", type=int, default=256, help="side of the matrices made orthogonal")
+    parser.add_argument("--cpu-time", action="store_true", help="CPU time of one thread, for a busy machine")
     values = vars(parser.parse_args())
-    width = values.pop("width")
-    print(describe_times(measure_times(StepSettings(**values))))
+    width, cpu_time = values.pop("width"), values.pop("cpu_time")
+    print(describe_times(measure_times(StepSettings(**values), cpu_time=cpu_time)))
     print(describe_orthogonality(measure_orthogonality(rows=width, columns=width)))
     return 0
 

@@ -8,6 +8,7 @@ import pytest
 import torch
 from torch import nn
 
+from neobert.optim.gating import step_unless
 from neobert.optim.muon import NORM_FACTORS, MuonSettings, equalize_rows, reference_muon, split_matrices
 from neobert.optim.optimizers import build_optimizer
 from neobert.optim.orthogonal import ORTHOGONALIZATIONS, orthogonalize, polar_express, reference_orthogonal
@@ -117,6 +118,20 @@ def test_a_saved_state_continues_to_the_bit() -> None:
     make_steps(other, again, range(3, 6))
     for name, weight in module.state_dict().items():
         assert torch.equal(weight, other.state_dict()[name]), name
+
+
+@pytest.mark.parametrize("name", ["muonclip", "normuon"])
+def test_a_step_that_is_left_out_keeps_every_bit_with_nesterov_and_decay(name: str) -> None:
+    module, optimizer = build(name, weights=torch.float32, muon=MuonSettings(nesterov=True))
+    make_steps(module, optimizer, range(2))
+    weights = {key: value.clone() for key, value in module.state_dict().items()}
+    state = copy.deepcopy(optimizer.state_dict()["state"])
+    for p, grad in zip(module.parameters(), gradients(module, 2)):
+        p.grad = grad * torch.nan
+    step_unless(optimizer, torch.tensor(True))
+    assert all(torch.equal(value, weights[key]) for key, value in module.state_dict().items())
+    for place, values in optimizer.state_dict()["state"].items():
+        assert all(torch.equal(value, state[place][key]) for key, value in values.items())
 
 
 def test_the_fused_weights_are_split_from_top_to_bottom() -> None:

@@ -21,8 +21,26 @@ from neobert.train.loop import pretrain
         (("optimizer.name=muonclip", "optimizer.muon_config.clipping_interval=2"), 2),
         (("model.ngpt=true", "optimizer.weight_decay=0"), 2),
         (("trainer.ema_decay=0.9",), 2),
+        (
+            (
+                "trainer.global_batch_size=12",
+                "trainer.batch_size_warmup_start=4",
+                "trainer.batch_size_warmup_steps=5",
+                "datacollator.mlm_probability_final=0.1",
+                "datacollator.mask_units=spans",
+            ),
+            2,
+        ),
     ],
-    ids=["plain", "windows", "checkpointing", "measured logits", "normalised", "averaged weights"],
+    ids=[
+        "plain",
+        "windows",
+        "checkpointing",
+        "measured logits",
+        "normalised",
+        "averaged weights",
+        "growing batch, falling share of masks",
+    ],
 )
 def test_zero_recompiles_after_the_first_step_and_evaluation(
     tiny: Callable[..., Config], tmp_path: Path, extra: tuple[str, ...], num_graphs: int

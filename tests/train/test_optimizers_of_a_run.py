@@ -13,6 +13,13 @@ from safetensors.torch import load_file
 
 from neobert.config.load import config_to_yaml
 from neobert.config.schema import Config
+from neobert.kernels.linear_cross_entropy import KERNELS
+from neobert.model.attention import ATTENTION
+from neobert.model.config import ModelConfig
+from neobert.model.encoder import Encoder
+from neobert.objectives.mlm import MaskedLM
+from neobert.optim.groups import OwnSettings, build_parameter_groups
+from neobert.train.identity import describe_groups
 from neobert.train.loop import pretrain
 from neobert.train.runtime import StartupError
 
@@ -54,6 +61,25 @@ def test_clipping_is_logged_and_changes_what_is_trained(tiny: Tiny, tmp_path: Pa
     assert exact_steps(alone) == exact_steps(off)
     assert exact_steps(clipped)[:4] == exact_steps(off)[:4]
     assert exact_steps(clipped)[4:] != exact_steps(off)[4:]
+
+
+@pytest.mark.parametrize("own", [{}, {"vectors": OwnSettings(lr=1.0), "matrices": OwnSettings()}])
+def test_checkpoints_of_two_groups_are_recognised_however_the_groups_are_divided(own: dict[str, OwnSettings]) -> None:
+    config = ModelConfig(
+        hidden_size=16,
+        num_hidden_layers=1,
+        num_attention_heads=2,
+        intermediate_size=24,
+        max_position_embeddings=8,
+        vocab_size=20,
+        pad_token_id=0,
+        rope=False,
+        tie_word_embeddings=False,
+    )
+    module = MaskedLM(Encoder(config, ATTENTION["sdpa"]), kernel=KERNELS["torch"])
+    groups = build_parameter_groups(module, weight_decay=0.1, own=own)
+    # As the first version wrote it into train_state.json.
+    assert describe_groups(groups) == "5+5 tensors, 090f24167a8d43f9"
 
 
 def test_a_resumed_run_may_divide_its_groups_anew(tiny: Tiny, tmp_path: Path) -> None:

@@ -1,0 +1,39 @@
+"""The benchmark of the optimizers, on a small model."""
+
+import torch
+
+from neobert.benchmark.optimizers import (
+    describe_orthogonality,
+    describe_times,
+    make_matrices,
+    measure_orthogonality,
+    measure_times,
+)
+from neobert.benchmark.step import StepSettings
+from neobert.optim.optimizers import OPTIMIZERS
+
+
+def test_every_optimizer_has_a_time() -> None:
+    settings = StepSettings(preset="tiny", vocab_size=64, length=32, rows=2, mean_document=12.0, steps=2, warmup=1)
+    times = measure_times(settings, cpu_time=True)
+    assert list(times.optimizers) == list(OPTIMIZERS)
+    assert min(times.passes, *times.optimizers.values()) > 0
+    table = describe_times(times)
+    assert all(f"| {name} | " in table for name in OPTIMIZERS)
+
+
+def test_deviations_are_those_of_the_svd() -> None:
+    found = {(f.kind, f.method, f.dtype, f.num_steps): f for f in measure_orthogonality(rows=24, columns=32, count=2)}
+    assert len(found) == 2 * 2 * 2 * 5
+    good, coarse = (found["gaussian", "polar_express", "float32", n] for n in (8, 3))
+    assert good.worst_value < 0.01
+    assert good.distance < 0.01
+    assert coarse.worst_value > 10 * good.worst_value
+    # Values of newton_schulz never settle: about 0.7 to 1.2.
+    assert 0.1 < found["gaussian", "newton_schulz", "float32", 8].worst_value < 0.4
+    assert "| gaussian | polar_express | float32 | " in describe_orthogonality(list(found.values()))
+
+
+def test_singular_values_of_the_decaying_matrices() -> None:
+    values = torch.linalg.svdvals(make_matrices("decaying", rows=4, columns=6, count=1))[0]
+    torch.testing.assert_close(values, torch.tensor([1.0, 0.1, 0.01, 0.001], dtype=torch.float64))
