@@ -48,7 +48,7 @@ def _choose_file(others: Sequence[str], usage: str) -> str:
     if len(others) > 1:
         _stop(f"{usage}\none config file is expected, got {len(others)}: {', '.join(others)}")
     if not others:
-        shipped = sorted(str(path) for path in Path("configs").glob("*/*.yaml"))
+        shipped = sorted(str(p) for p in Path("configs").glob("*/*.yaml") if p.parent.name != "pipelines")
         hint = f"; for example {', '.join(shipped)}" if shipped else ""
         _stop(f"{usage}\nno config file was given{hint}")
     return others[0]
