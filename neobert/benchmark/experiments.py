@@ -19,6 +19,7 @@ run that was killed goes on from its newest checkpoint. The table and the pictur
 import dataclasses
 import json
 import os
+import re
 import shutil
 import sys
 from collections.abc import Iterator, Sequence
@@ -130,6 +131,8 @@ def load_plan(path: Path) -> Plan:
 
 def _parse_variant(path: Path, name: str, entry: Tree) -> Variant:
     where = f"{path}: runs.{name}"
+    if not re.fullmatch(r"[\w.]+", name):
+        raise PlanError(f"{where}: the name becomes part of a folder's; use letters, digits, _ and .")
     if isinstance(entry, Leaf) and entry.is_null:
         entry = {}
     if not isinstance(entry, dict):

@@ -66,6 +66,7 @@ def test_a_plan_becomes_runs(folder: Path) -> None:
         ("config: base.yaml\nruns: {a: {lr: 3}}", "runs.a has the unknown key 'lr'"),
         ("config: base.yaml\nruns: {a: {learning_rates: 1e-3}}", "runs.a.learning_rates: write a list"),
         ("config: base.yaml\nseeds_at_best: -1\nruns: {a: {}}", "seeds_at_best"),
+        ("config: base.yaml\nruns: {a/b: {}}", "runs.a/b: the name becomes part of a folder"),
         ("config: [", "plan.yaml"),
     ],
 )
