@@ -85,23 +85,35 @@ def read_docs(owner: type) -> dict[str, str]:
 
 
 def list_fields(owner: type, prefix: str = "") -> list[Field]:
-    """The fields of a dataclass that holds no section."""
+    """The fields of a dataclass, and below those that are sections, the fields of the sections."""
     hints, docs = get_type_hints(owner), read_docs(owner)
     found = []
     for f in dataclasses.fields(owner):
         kind, nullable = _split_optional(hints[f.name])
-        doc = docs.get(f.name, "")  # A field that is a section has its text in the section's class.
+        if dataclasses.is_dataclass(kind):
+            found += list_fields(hints[f.name], f"{prefix}{f.name}.")
+            continue
+        doc = docs.get(f.name, "")
         found.append(Field(key=prefix + f.name, kind=kind, nullable=nullable, default=f.default, doc=doc))
     return found
 
 
+def _list_sections(owner: type, prefix: str = "") -> dict[str, str]:
+    """Dotted name and description of every section below `owner`; a section comes before those inside of it."""
+    found = {}
+    for name, kind in get_type_hints(owner).items():
+        if dataclasses.is_dataclass(kind):
+            assert isinstance(kind, type)
+            found[prefix + name] = (inspect.getdoc(kind) or "").strip()
+            found |= _list_sections(kind, f"{prefix}{name}.")
+    return found
+
+
 def _build_tables() -> tuple[dict[str, Field], dict[str, str]]:
-    sections: dict[str, Any] = {n: t for n, t in get_type_hints(Config).items() if dataclasses.is_dataclass(t)}
-    top = [f for f in list_fields(Config) if f.key not in sections]
-    below = [f for name, section in sections.items() for f in list_fields(section, f"{name}.")]
-    about = {name: (inspect.getdoc(section) or "").strip() for name, section in sections.items()}
-    return {f.key: f for f in [*top, *below]}, about
+    fields = list_fields(Config)
+    # Keys outside of sections come first.
+    return {f.key: f for f in sorted(fields, key=lambda f: "." in f.key)}, _list_sections(Config)
 
 
 FIELDS, SECTIONS = _build_tables()
-"""Every key of the schema in file order, and every section with its one-line description."""
+"""Every key of the schema in file order, and every section with its description. Sections can hold sections."""

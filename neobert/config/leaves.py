@@ -2,7 +2,7 @@
 
 A text field takes the value as it was typed. A word of a choice is matched whatever its case, and a YAML false stands
 for `no` or `off` where that is a choice. An integer may be written `1e5` when it is whole. null, none and an empty
-value are null where the field allows it.
+value are null where the field allows it, unless none is one of its words.
 """
 
 import difflib
@@ -44,7 +44,7 @@ def parse_value(field: Field, value: Tree) -> Any:
             raise LeafError(REFUSED_VALUES[field.key][word])
         if not value.quoted and word in SPELLINGS.get(field.key, {}):
             return SPELLINGS[field.key][word]
-        if value.is_null and get_origin(field.kind) is not tuple:
+        if value.is_null and word not in field.choices and get_origin(field.kind) is not tuple:
             if field.nullable:
                 return None
             raise LeafError(f"may not be null, expected {field.type_name}; remove it for the default {field.default!r}")

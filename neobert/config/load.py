@@ -15,7 +15,7 @@ import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, get_type_hints
 
 import yaml
 
@@ -71,22 +71,29 @@ def parse_config(text: str, overrides: Sequence[str] = (), *, source: str = "the
 
 def build_config(values: dict[str, Any]) -> Config:
     """A `Config` from values by dotted key; keys that are not given take their defaults. Nothing is checked."""
-    sections = {f.name: f.default_factory for f in dataclasses.fields(Config) if f.name in SECTIONS}
-    arguments: dict[str, dict[str, Any]] = {name: {} for name in sections}
-    top: dict[str, Any] = {}
-    for key, value in values.items():
-        section, _, name = key.rpartition(".")
-        (arguments[section] if section else top)[name] = value
-    built: dict[str, Any] = {name: make(**arguments[name]) for name, make in sections.items()}  # type: ignore[misc,operator]
-    return Config(**top, **built)
+    config: Config = _build_section(Config, values, "")
+    return config
+
+
+def _build_section(kind: Any, values: dict[str, Any], prefix: str) -> Any:
+    arguments = {}
+    for name, hint in get_type_hints(kind).items():
+        key = prefix + name
+        if key in SECTIONS:
+            arguments[name] = _build_section(hint, values, f"{key}.")
+        elif key in values:
+            arguments[name] = values[key]
+    return kind(**arguments)
 
 
 def config_to_yaml(config: Config) -> str:
     """All keys of `config` as YAML, which `load_config` reads back to an equal `Config`."""
     tree: dict[str, Any] = {}
     for key, entry in FIELDS.items():
-        section, _, name = key.rpartition(".")
-        place = tree.setdefault(section, {}) if section else tree
+        *path, name = key.split(".")
+        place = tree
+        for section in path:
+            place = place.setdefault(section, {})
         place[name] = _to_plain(entry.value_in(config))
     return yaml.dump(tree, Dumper=_Dumper, sort_keys=False, allow_unicode=True, width=120)
 

@@ -15,8 +15,10 @@ from neobert.config.leaves import LeafError, parse_value
 from neobert.config.load import ConfigError, parse_config
 from neobert.config.reference import show_value
 from neobert.config.refused import RENAMED, find_refusal
+from neobert.config.schema_optimizer import MUON
 from neobert.config.source import Leaf, Tree, YamlError, parse_yaml
 from neobert.config.validate import BUDGETS
+from neobert.config.validate_optimizer import CLIPPING
 from neobert.config.variables import VariableError, substitute
 
 _DEFAULTS: dict[str, Any] = {
@@ -43,7 +45,7 @@ _ATTENTION_FLAGS = ("model.flash_attention", "model.use_flash_attention", "model
 
 _OTHER_WORDS: dict[str, dict[str, str]] = {
     "model.attn_backend": {"flash": "flash_attn_varlen", "flash_attn": "flash_attn_varlen"},
-    "optimizer.name": {"muon": "adamw", "muonclip": "adamw"},
+    "optimizer.name": {"muon": "muonclip"},
     "trainer.eval_strategy": {"epoch": "steps"},
     "trainer.save_strategy": {"epoch": "steps", "best": "steps"},
 }
@@ -70,7 +72,7 @@ def migrate(text: str) -> tuple[str, list[str]]:
         raise MigrationError(f"task: {task.text} is not part of this version: only pretraining files are migrated")
     draft = _Draft(variables=variables if isinstance(variables, dict) else {})
     _rename(draft, _flatten(tree, ""))
-    for edit in (_edit_words, _edit_source, _edit_lengths, _choose_budget, _write_defaults):
+    for edit in (_edit_words, _edit_optimizer, _edit_source, _edit_lengths, _choose_budget, _write_defaults):
         edit(draft)
     result = _to_yaml(draft)
     try:
@@ -125,6 +127,7 @@ def _rename(draft: _Draft, old: dict[str, Tree]) -> None:
     for key, value in old.items():
         text = value.text.lower() if isinstance(value, Leaf) else ""
         empty = isinstance(value, Leaf) and (value.is_null or not value.text)
+        empty = empty and not (key in FIELDS and text in FIELDS[key].choices)
         new, refusal = RENAMED.get(key), find_refusal(key)
         if new is not None and (new in old or empty):
             draft.remove(key, f"{new} is in the file" if new in old else "it was null")
@@ -150,8 +153,20 @@ def _edit_words(draft: _Draft) -> None:
     for key, words in _OTHER_WORDS.items():
         old = draft.word(key)
         if old in words:
-            hint = "; choose optimizer.lr for it" if key == "optimizer.name" else ""
-            draft.write(key, words[old], f"changed {key} from {old} to {words[old]}{hint}")
+            draft.write(key, words[old], f"changed {key} from {old} to {words[old]}")
+
+
+def _edit_optimizer(draft: _Draft) -> None:
+    """That code read `muon_config` with Muon only, and said nothing about it otherwise."""
+    name, prefix = draft.read("optimizer.name"), "optimizer.muon_config."
+    reason = f"it has no effect with optimizer.name: {name}"
+    leaves = [key for key in draft.values if key in FIELDS and key.startswith(prefix)]
+    if name in MUON:
+        reason = "it has no effect with enable_clipping: false"
+        off = not draft.read(f"{prefix}enable_clipping")
+        leaves = [key for key in leaves if off and key.removeprefix(prefix) in CLIPPING]
+    for key in leaves:
+        draft.remove(key, reason)
 
 
 def _edit_source(draft: _Draft) -> None:

@@ -98,8 +98,9 @@ def build_markdown() -> str:
     for section, about in [("", "Keys outside of sections."), *SECTIONS.items()]:
         rows = [_markdown_row(f) for f in FIELDS.values() if f.key.rpartition(".")[0] == section]
         title = f"`{section}`" if section else "Top level"
-        parts.append(f"\n## {title}\n\n{about}\n\n| key | type | default | meaning |\n|---|---|---|---|\n")
-        parts += rows
+        parts.append(f"\n## {title}\n\n{about}\n")
+        if rows:
+            parts += ["\n| key | type | default | meaning |\n|---|---|---|---|\n", *rows]
     parts += [_RENAMED, *(f"| `{old}` | `{new}` |\n" for old, new in sorted(RENAMED.items()))]
     parts += [_REFUSED, *(f"| `{key}` | {_escape(text)} |\n" for key, text in sorted(REFUSED.items()))]
     parts += [_LATER, *(f"| `{key}` | {_escape(text)} |\n" for key, text in sorted(LATER.items()))]

@@ -14,6 +14,7 @@ RENAMED: dict[str, str] = {
     "optimizer.hparams.eps": "optimizer.eps",
     "optimizer.hparams.lr": "optimizer.lr",
     "optimizer.hparams.weight_decay": "optimizer.weight_decay",
+    "optimizer.muon_config.detect_anomalies": "trainer.detect_anomaly",
     "tokenizer.tokenizer_name_or_path": "tokenizer.name",
     "trainer.bf16": "trainer.mixed_precision",
     "trainer.dir": "trainer.output_dir",
@@ -44,8 +45,9 @@ REFUSED: dict[str, str] = {
     "model.pretrained_model_path": "is written model.init_from: the folder of the run or checkpoint",
     "model.use_flash_attention": "is written model.attn_backend: flash_attn_varlen (or sdpa)",
     "model.xformers_attention": "is written model.attn_backend: flash_attn_varlen (or sdpa)",
-    "optimizer.muon_config.algorithm": "is an old name, and Muon is not part of this version: write adamw",
-    "optimizer.muon_config.polar_express": "is an old name, and Muon is not part of this version: write adamw",
+    "optimizer.muon_config.algorithm": "is an old name: write optimizer.muon_config.orthogonalization",
+    "optimizer.muon_config.clipping_layers_mapping": "is not needed: the layers of this model are known; remove it",
+    "optimizer.muon_config.polar_express": "is an old name: write optimizer.muon_config.orthogonalization",
     "pretraining_metadata": "is not a key: a run reads what it needs from the checkpoint it starts from",
     "scheduler.num_cycles": "has no effect: the cosine has one half period; remove it",
     "tokenizer.padding": "has no effect: rows are packed, or padded as datacollator.pad_to_multiple_of says; remove it",
@@ -75,7 +77,6 @@ LATER: dict[str, str] = {
     "mteb_batch_size": "MTEB is not available yet",
     "mteb_pooling": "MTEB is not available yet",
     "mteb_task_type": "MTEB is not available yet",
-    "optimizer.muon_config": "Muon is not available yet: write optimizer.name: adamw",
     "pretrained_checkpoint": "evaluation of a checkpoint on benchmarks is not available yet",
     "scheduler.cooldown_percent": "write scheduler.decay_percent, the end of a cosine or linear decay",
     "scheduler.cooldown_steps": "write scheduler.decay_steps, the end of a cosine or linear decay",
@@ -84,17 +85,13 @@ LATER: dict[str, str] = {
 }
 """Key of a feature that is not there -> what to do without it. A key covers everything below it."""
 
-_MUON = "Muon is not part of this version: write adamw"
-
 REFUSED_VALUES: dict[str, dict[str, str]] = {
     "model.attn_backend": {
         "flash": "'flash' is written flash_attn_varlen",
         "flash_attn": "'flash_attn' is written flash_attn_varlen",
     },
     "optimizer.name": {
-        "adam": "'adam' is not part of this version: write adamw",
-        "muon": _MUON,
-        "muonclip": _MUON,
+        "muon": "'muon' is written muonclip; optimizer.muon_config.enable_clipping: false is plain Muon",
     },
     "scheduler.name": {
         "constant": "'constant' is not part of this version: write linear with scheduler.final_lr_ratio: 1",

@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 from typing import Literal
 
 from neobert.config.schema_data import DatacollatorSection, DatasetSection, TokenizerSection
+from neobert.config.schema_optimizer import OptimizerSection
 from neobert.config.schema_trainer import TrainerSection
 
 
@@ -88,26 +89,6 @@ class ModelSection:
 
     global_attention_every: int = 3
     """With `local_attention`: layers 0, k, 2k, ... attend to whole documents all the same."""
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class OptimizerSection:
-    """The optimizer. The defaults are those of the NeoBERT paper."""
-
-    name: Literal["adamw"] = "adamw"
-    """AdamW. Embeddings, norms and biases have no weight decay."""
-
-    lr: float = 6e-4
-    """Peak learning rate."""
-
-    weight_decay: float = 0.1
-    """Decay per step is `lr * weight_decay`."""
-
-    betas: tuple[float, float] = (0.9, 0.95)
-    """Decay of the running means of the gradient and of its square."""
-
-    eps: float = 1e-8
-    """Added to the root of the second moment."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -12,6 +12,7 @@ from neobert.config.fields import FIELDS
 from neobert.config.resume_rules import ALLOWED, FIXED
 from neobert.config.schema import Config
 from neobert.config.validate_data import check_dataset, check_rows, check_tokenizer
+from neobert.config.validate_optimizer import check_optimizer
 
 BUDGETS = ("trainer.max_steps", "trainer.max_tokens", "trainer.num_train_epochs")
 """Exactly one of these is set."""
@@ -36,6 +37,9 @@ _RANGES: tuple[tuple[str, _Test, tuple[str, ...]], ...] = (
             "dataset.window_documents",
             "dataset.max_document_chars",
             "dataset.prefetch_factor",
+            "optimizer.muon_config.ns_steps",
+            "optimizer.muon_config.clipping_interval",
+            "optimizer.muon_config.clipping_qk_chunk_size",
             "tokenizer.train_documents",
             "datacollator.pad_to_multiple_of",
             "scheduler.decay_steps",
@@ -64,6 +68,12 @@ _RANGES: tuple[tuple[str, _Test, tuple[str, ...]], ...] = (
             "dataset.num_workers",
             "dataset.shuffle_buffer_size",
             "optimizer.weight_decay",
+            "optimizer.groups.matrices.weight_decay",
+            "optimizer.groups.head.weight_decay",
+            "optimizer.groups.embeddings.weight_decay",
+            "optimizer.groups.vectors.weight_decay",
+            "optimizer.muon_config.muon_decay",
+            "optimizer.muon_config.clipping_warmup_steps",
             "scheduler.warmup_steps",
             "trainer.save_steps",
             "trainer.save_total_limit",
@@ -82,21 +92,34 @@ _RANGES: tuple[tuple[str, _Test, tuple[str, ...]], ...] = (
             "model.embedding_init_range",
             "model.decoder_init_range",
             "optimizer.lr",
+            "optimizer.groups.matrices.lr",
+            "optimizer.groups.head.lr",
+            "optimizer.groups.embeddings.lr",
+            "optimizer.groups.vectors.lr",
             "optimizer.eps",
+            "optimizer.muon_config.clipping_threshold",
             "trainer.num_train_epochs",
             "trainer.skip_spikes",
             "trainer.max_hours",
         ),
     ),
     ("must be greater than 0 (null never clips)", lambda x: x > 0, ("trainer.gradient_clipping",)),
-    ("must be at least 0 and less than 1", lambda x: 0 <= x < 1, ("model.dropout_prob",)),
+    (
+        "must be at least 0 and less than 1",
+        lambda x: 0 <= x < 1,
+        ("model.dropout_prob", "optimizer.muon_config.muon_beta", "optimizer.muon_config.normuon_beta2"),
+    ),
     ("must be greater than 0 and less than 1", lambda x: 0 < x < 1, ("dataset.validation_split",)),
     (
         "must be greater than 0 and at most 1",
         lambda x: 0 < x <= 1,
         ("datacollator.mlm_probability", "datacollator.eval_mlm_probability"),
     ),
-    ("must be from 0 to 1", lambda x: 0 <= x <= 1, ("scheduler.final_lr_ratio",)),
+    (
+        "must be from 0 to 1",
+        lambda x: 0 <= x <= 1,
+        ("scheduler.final_lr_ratio", "optimizer.muon_config.clipping_alpha"),
+    ),
     (
         "must be a percentage from 0 to 100",
         lambda x: 0 <= x <= 100,
@@ -341,6 +364,7 @@ _RULES = (
     check_dataset,
     check_tokenizer,
     check_rows,
+    check_optimizer,
     _check_budget,
     _check_batch,
     _check_saving,

@@ -1,26 +1,134 @@
-"""Parameter groups: which weights decay.
+"""Parameter groups: which weights decay, and which have a learning rate of their own.
 
-Weight decay pulls matrices of linear layers towards zero. Norm weights and other vectors are left alone, and so are
-embeddings: a rare token's row would decay at every step and be updated at few. A tied vocabulary projection is an
-embedding, an untied one is a linear layer.
+Every weight has one role:
+
+| role | weights | decay |
+|---|---|---|
+| matrices | of the encoder's blocks | yes |
+| head | every other matrix, an untied vocabulary projection for one | yes |
+| embeddings | tables of tokens and positions; a tied vocabulary projection too | no |
+| vectors | norm weights and whatever has less than two dimensions | no |
+
+Weight decay pulls matrices towards zero. Vectors are left alone, and so are embeddings: a rare token's row would decay
+at every step and be updated at few.
+
+A group holds `params`, their `names`, its `roles`, and `weight_decay`. Its learning rate is `lr_factor` times the one
+of the schedule, so that the rate of every group is a function of the step. Where nothing else is asked for there are
+two groups, decayed and not. A resumed run may group its weights in another way: `regroup_state` goes by their names.
 """
 
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
+
+ROLES = ("matrices", "head", "embeddings", "vectors")
+DECAYED = ("matrices", "head")
+"""Roles with weight decay."""
 
 
-def build_parameter_groups(module: nn.Module, *, weight_decay: float) -> list[dict[str, Any]]:
-    """Two groups, decayed and not, in the order of `named_parameters`; every trainable parameter is in exactly one.
+@dataclass(frozen=True, kw_only=True, slots=True)
+class OwnSettings:
+    """What a role has of its own; None is what the optimizer has for it."""
 
-    Each group holds `params`, `names` and `weight_decay`. A shared parameter appears once. Empty groups are left out.
+    lr: float | None = None
+    """Peak learning rate."""
+
+    weight_decay: float | None = None
+
+
+def choose_role(name: str, parameter: Tensor, *, is_embedding: bool) -> str:
+    """The role of a parameter with this dotted name."""
+    if is_embedding:
+        return "embeddings"
+    if parameter.ndim < 2:
+        return "vectors"
+    return "matrices" if "layers" in name.split(".") else "head"
+
+
+def build_parameter_groups(
+    module: nn.Module,
+    *,
+    weight_decay: float,
+    lr: float = 1.0,
+    own: Mapping[str, OwnSettings] | None = None,
+    apart: Collection[str] = (),
+    decoupled: bool = False,
+) -> list[dict[str, Any]]:
+    """Groups of all trainable parameters, each parameter in exactly one, in the order of `named_parameters`.
+
+    A shared parameter appears once. Empty groups are left out.
+
+    Args:
+        lr: peak learning rate.
+        own: settings by role; such a role has a group of its own.
+        apart: further roles that have one.
+        decoupled: decay `weight_decay * lr / peak lr` in a step instead of `weight_decay * lr`.
     """
     embeddings = {id(p) for m in module.modules() if isinstance(m, nn.Embedding) for p in m.parameters(recurse=False)}
-    trainable = [(name, p) for name, p in module.named_parameters() if p.requires_grad]
-    decayed = [(name, p) for name, p in trainable if p.ndim >= 2 and id(p) not in embeddings]
-    others = [(name, p) for name, p in trainable if p.ndim < 2 or id(p) in embeddings]
-    return [
-        {"params": [p for _, p in members], "names": [name for name, _ in members], "weight_decay": decay}
-        for members, decay in ((decayed, weight_decay), (others, 0.0))
-        if members
-    ]
+    own = own or {}
+    members: dict[tuple[str, ...], list[tuple[str, nn.Parameter]]] = {}
+    for roles in _partition({*own, *apart}):
+        members[roles] = []
+    for name, parameter in module.named_parameters():
+        if parameter.requires_grad:
+            role = choose_role(name, parameter, is_embedding=id(parameter) in embeddings)
+            next(found for roles, found in members.items() if role in roles).append((name, parameter))
+    groups = []
+    for roles, found in members.items():
+        settings = own.get(roles[0], OwnSettings())
+        peak = lr if settings.lr is None else settings.lr
+        decay = settings.weight_decay
+        if decay is None:
+            decay = weight_decay if roles[0] in DECAYED else 0.0
+        if found:
+            groups.append(
+                {
+                    "params": [parameter for _, parameter in found],
+                    "names": [name for name, _ in found],
+                    "roles": list(roles),
+                    "weight_decay": decay / peak if decoupled else decay,
+                    "lr": peak,
+                    "lr_factor": peak / lr,
+                }
+            )
+    return groups
+
+
+def _partition(apart: set[str]) -> list[tuple[str, ...]]:
+    """The roles of each group: those `apart` alone, the decayed and the others of the rest together."""
+    alone = [(role,) for role in ROLES if role in apart]
+    together = (
+        tuple(role for role in ROLES if role not in apart and (role in DECAYED) == decayed) for decayed in (True, False)
+    )
+    parts = [*alone, *(roles for roles in together if roles)]
+    return sorted(parts, key=lambda roles: ROLES.index(roles[0]))
+
+
+def list_decayed(groups: Sequence[Mapping[str, Any]]) -> tuple[list[str], list[str]]:
+    """Names of the weights whose role decays, and of the others."""
+    names: tuple[list[str], list[str]] = ([], [])
+    for group in groups:
+        names[0 if group["roles"][0] in DECAYED else 1].extend(group["names"])
+    return names
+
+
+def regroup_state(saved: Mapping[str, Any], groups: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    """A saved state dict as one of an optimizer of the same kind with `groups`: state follows the names of weights."""
+    old = {
+        name: saved["state"][place]
+        for group in saved["param_groups"]
+        for name, place in zip(group["names"], group["params"], strict=True)
+        if place in saved["state"]
+    }
+    state: dict[int, Any] = {}
+    described = []
+    place = 0
+    for group in groups:
+        names = group["names"]
+        state |= {place + i: old[name] for i, name in enumerate(names) if name in old}
+        others = {key: value for key, value in group.items() if key != "params"}
+        described.append({**others, "params": list(range(place, place + len(names)))})
+        place += len(names)
+    return {"state": state, "param_groups": described}

@@ -1,33 +1,92 @@
-"""Optimizers by name. The learning rate they are built with is the base; the train step sets it anew at every step."""
+"""Optimizers by name. The learning rate they are built with is the peak; the train step sets it anew at every step."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import nn
 
-from neobert.optim.groups import build_parameter_groups
+from neobert.config.schema_optimizer import MUON
+from neobert.optim.groups import OwnSettings, build_parameter_groups
+from neobert.optim.muon import Muon, MuonSettings
+from neobert.optim.stable_adamw import StableAdamW
 
 Groups = list[dict[str, Any]]
 
 
-def build_adamw(groups: Groups, *, lr: float, betas: tuple[float, float], eps: float) -> torch.optim.Optimizer:
+@dataclass(frozen=True, kw_only=True, slots=True)
+class OptimizerSettings:
+    """What an optimizer of OPTIMIZERS is built from, beside its groups."""
+
+    lr: float
+    betas: tuple[float, float]
+    eps: float
+    muon: MuonSettings = field(default_factory=MuonSettings)
+
+
+def build_adamw(groups: Groups, settings: OptimizerSettings) -> torch.optim.Optimizer:
     """AdamW with decoupled weight decay (Loshchilov & Hutter, arXiv 1711.05101), one fused kernel per step.
 
     Fused on the CPU too: it is three times faster there, and the other implementations read a scalar at each step.
     """
-    return torch.optim.AdamW(groups, lr=lr, betas=betas, eps=eps, fused=True)
+    return torch.optim.AdamW(groups, lr=settings.lr, betas=settings.betas, eps=settings.eps, fused=True)
+
+
+def build_adam(groups: Groups, settings: OptimizerSettings) -> torch.optim.Optimizer:
+    """Adam (Kingma & Ba, arXiv 1412.6980); weight decay is added to the gradient, as the gradient of an L2 penalty."""
+    return torch.optim.Adam(groups, lr=settings.lr, betas=settings.betas, eps=settings.eps, fused=True)
+
+
+def build_stable_adamw(groups: Groups, settings: OptimizerSettings) -> torch.optim.Optimizer:
+    """AdamW with update clipping."""
+    return StableAdamW(groups, lr=settings.lr, betas=settings.betas, eps=settings.eps)
+
+
+def build_muon(groups: Groups, settings: OptimizerSettings) -> torch.optim.Optimizer:
+    """Muon on the matrices of the blocks and AdamW on the rest."""
+    return Muon(groups, settings.muon, equal_rows=False, lr=settings.lr, betas=settings.betas, eps=settings.eps)
+
+
+def build_normuon(groups: Groups, settings: OptimizerSettings) -> torch.optim.Optimizer:
+    """NorMuon on the matrices of the blocks and AdamW on the rest."""
+    return Muon(groups, settings.muon, equal_rows=True, lr=settings.lr, betas=settings.betas, eps=settings.eps)
 
 
 def build_optimizer(
-    module: nn.Module, *, name: str, lr: float, weight_decay: float, betas: tuple[float, float], eps: float
+    module: nn.Module,
+    *,
+    name: str,
+    lr: float,
+    weight_decay: float,
+    betas: tuple[float, float],
+    eps: float,
+    own: Mapping[str, OwnSettings] | None = None,
+    decoupled_weight_decay: bool = False,
+    muon: MuonSettings | None = None,
 ) -> torch.optim.Optimizer:
-    """The optimizer called `name` over the parameter groups of `module`. Raises ValueError for an unknown name."""
+    """The optimizer called `name` over the parameter groups of `module`; `own` are settings of single roles.
+
+    Raises ValueError for an unknown name.
+    """
     if name not in OPTIMIZERS:
         raise ValueError(f"optimizer.name: {name!r} is unknown; write one of {', '.join(OPTIMIZERS)}")
-    groups = build_parameter_groups(module, weight_decay=weight_decay)
-    return OPTIMIZERS[name](groups, lr=lr, betas=betas, eps=eps)
+    groups = build_parameter_groups(
+        module,
+        lr=lr,
+        weight_decay=weight_decay,
+        own=own,
+        apart=("matrices",) if name in MUON else (),
+        decoupled=decoupled_weight_decay,
+    )
+    return OPTIMIZERS[name](groups, OptimizerSettings(lr=lr, betas=betas, eps=eps, muon=muon or MuonSettings()))
 
 
-OPTIMIZERS: dict[str, Callable[..., torch.optim.Optimizer]] = {"adamw": build_adamw}
-"""Builders `fn(groups, *, lr, betas, eps)`."""
+OPTIMIZERS: dict[str, Callable[[Groups, OptimizerSettings], torch.optim.Optimizer]] = {
+    "adamw": build_adamw,
+    "adam": build_adam,
+    "stable_adamw": build_stable_adamw,
+    "muonclip": build_muon,
+    "normuon": build_normuon,
+}
+"""Builders `fn(groups, settings)`; every optimizer of the table can leave out a step on the device."""

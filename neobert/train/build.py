@@ -10,6 +10,7 @@ import torch
 from torch.optim import Optimizer
 
 from neobert.config.schema import Config
+from neobert.config.schema_optimizer import MUON, GroupSection
 from neobert.data.order import key
 from neobert.data.pipeline import DataPipeline, build_data
 from neobert.data.tokenizer import Tokenizer, padded_vocab_size
@@ -18,6 +19,8 @@ from neobert.model.attention import AttentionBackend, choose_attention
 from neobert.model.config import ModelConfig
 from neobert.model.encoder import Encoder
 from neobert.objectives.mlm import MaskedLM, MaskPolicy
+from neobert.optim.groups import ROLES, OwnSettings
+from neobert.optim.muon import MuonSettings
 from neobert.optim.optimizers import build_optimizer
 from neobert.optim.schedule import Schedule, build_schedule
 from neobert.train.console import Reporter
@@ -131,8 +134,12 @@ def build_config_data(
 
 
 def build_run_optimizer(config: Config, module: MaskedLM) -> Optimizer:
-    """The optimizer over all weights."""
-    section = config.optimizer
+    """The optimizer over all weights. Orthogonal factors are computed in the type of all matrix products."""
+    section, muon = config.optimizer, config.optimizer.muon_config
+    roles = {role: getattr(section.groups, role) for role in ROLES}
+    own = {role: OwnSettings(lr=x.lr, weight_decay=x.weight_decay) for role, x in roles.items() if x != GroupSection()}
+    if section.name in MUON:
+        own["matrices"] = OwnSettings(lr=section.groups.matrices.lr, weight_decay=muon.muon_decay)
     return build_optimizer(
         module,
         name=section.name,
@@ -140,6 +147,17 @@ def build_run_optimizer(config: Config, module: MaskedLM) -> Optimizer:
         weight_decay=section.weight_decay,
         betas=section.betas,
         eps=section.eps,
+        own=own,
+        decoupled_weight_decay=section.decoupled_weight_decay,
+        muon=MuonSettings(
+            beta=muon.muon_beta,
+            nesterov=muon.nesterov,
+            orthogonalization=muon.orthogonalization,
+            num_steps=muon.ns_steps,
+            norm_factor=muon.norm_factor,
+            row_beta=muon.normuon_beta2,
+            dtype=compute_dtype(config),
+        ),
     )
 
 

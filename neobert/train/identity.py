@@ -24,6 +24,7 @@ from neobert.config.resume_rules import DECLARED, FIXED, HELD_OUT, ORDER, SOURCE
 from neobert.config.schema import Config
 from neobert.data.loader import ORDER_KEYS, OrderIdentity
 from neobert.model.config import ModelConfig
+from neobert.optim.groups import list_decayed
 from neobert.train.runtime import StartupError
 
 Kind = Literal["fixed", "needs declaring", "declared", "source", "free"]
@@ -215,8 +216,8 @@ def check_comparison(comparison: Comparison, where: str, *, advice_on_batch: str
 
 
 def describe_groups(groups: Sequence[Mapping[str, Any]]) -> str:
-    """Which weights are in which parameter group, as a short digest with the number of tensors of each."""
-    names = [list(group["names"]) for group in groups]
+    """Which weights decay and which do not, as a short digest with the number of tensors of each."""
+    names = [part for part in list_decayed(groups) if part]
     digest = hashlib.sha256(json.dumps(names).encode()).hexdigest()[:16]
     return f"{'+'.join(str(len(group)) for group in names)} tensors, {digest}"
 

@@ -18,6 +18,7 @@ from safetensors.torch import load_file
 from neobert.config.schema import Config
 from neobert.data.tokenizer import load_tokenizer
 from neobert.model.config import ModelConfig
+from neobert.optim.groups import regroup_state
 from neobert.train.checkpoint import estimate_bytes
 from neobert.train.identity import (
     Comparison,
@@ -154,7 +155,8 @@ def load_optimizer(run: Run, checkpoint: Path) -> None:
     """
     # The checkpoint's groups bring their weight decay, betas and eps along; those of the config hold.
     wanted = [{k: v for k, v in group.items() if k != "params"} for group in run.optimizer.param_groups]
-    run.optimizer.load_state_dict(load_pickle(checkpoint / "optimizer.bin", run.runtime.device))
+    saved = load_pickle(checkpoint / "optimizer.bin", run.runtime.device)
+    run.optimizer.load_state_dict(regroup_state(saved, run.optimizer.param_groups))
     for group, values in zip(run.optimizer.param_groups, wanted, strict=True):
         group.update(values)
 

@@ -63,7 +63,7 @@ def train_step(
         model: returns `LossSum` for a `PackedBatch`.
         optimizer: one that can leave out a step on the device, see `neobert.optim.gating`.
         micro_batches: this rank's share of the step, on the model's device.
-        lr: learning rate of this step.
+        lr: learning rate of this step; a group with an `lr_factor` has that many times as much.
         scale: what a loss sum is multiplied with before backward: `world / number of targets over all ranks`, since
             DistributedDataParallel averages gradients over ranks.
         gradient_clipping: largest global L2 norm of the scaled gradient; None leaves it alone.
@@ -71,7 +71,7 @@ def train_step(
         no_sync: context for every micro-batch but the last, in which gradients stay on their rank.
     """
     for group in optimizer.param_groups:
-        group["lr"] = lr
+        group["lr"] = lr * group.get("lr_factor", 1.0)
     batches = list(micro_batches)
     losses: list[LossSum] = []
     for number, batch in enumerate(batches, start=1):

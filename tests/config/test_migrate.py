@@ -8,6 +8,7 @@ import pytest
 
 from neobert.config.load import ConfigError, parse_config
 from neobert.config.migrate import MigrationError, migrate
+from neobert.config.schema_optimizer import MuonSection
 
 ROOT = Path(__file__).parents[2]
 
@@ -33,7 +34,7 @@ tokenizer: {name: bert-base-uncased, max_length: 512, padding: max_length, trunc
 optimizer:
   name: muonclip
   lr: 1e-4
-  muon_config: {muon_beta: 0.95}
+  muon_config: {muon_beta: 0.9, enable_clipping: false, clipping_threshold: 30, algorithm: polar_express}
 scheduler: {name: cosine, warmup_percent: 2, decay_percent: 90}
 trainer:
   max_steps: 100000
@@ -59,7 +60,8 @@ def test_a_file_with_many_old_keys():
     assert (config.dataset.name, config.dataset.path) == ("tiiuae/falcon-refinedweb", None)
     assert (config.dataset.revision, config.dataset.train_split) == ("012e4", "train[:90%]")
     assert config.tokenizer.max_length is None
-    assert (config.optimizer.name, config.optimizer.lr, config.optimizer.weight_decay) == ("adamw", 1e-4, 0.01)
+    assert (config.optimizer.name, config.optimizer.lr, config.optimizer.weight_decay) == ("muonclip", 1e-4, 0.01)
+    assert config.optimizer.muon_config == MuonSection(muon_beta=0.9, enable_clipping=False)
     trainer = config.trainer
     assert (trainer.max_steps, trainer.num_train_epochs) == (100_000, None)
     assert (trainer.per_device_train_batch_size, trainer.gradient_clipping, trainer.logging_steps) == (32, 1.0, 50)
@@ -75,7 +77,8 @@ def test_a_file_with_many_old_keys():
         "removed model.ngpt: is not part of this version",
         "removed tokenizer.padding: has no effect",
         "removed trainer.num_train_epochs: trainer.max_steps is the budget",
-        "changed optimizer.name from muonclip to adamw",
+        "removed optimizer.muon_config.algorithm: is an old name",
+        "removed optimizer.muon_config.clipping_threshold: it has no effect with enable_clipping: false",
         "wrote optimizer.weight_decay: 0.01, the default there (here 0.1)",
     ]:
         assert sentence in listed
@@ -95,6 +98,18 @@ def test_a_file_of_this_code_changes_only_where_defaults_differ():
     once, _ = migrate(OLD)
     twice, edits = migrate(once)
     assert (twice, edits) == (once, [])
+
+
+def test_settings_of_muon_beside_another_optimizer_are_removed():
+    text, edits = migrate("optimizer: {name: adamw, muon_config: {ns_steps: 4, norm_factor: none}}")
+    assert parse_config(text).optimizer.muon_config == MuonSection()
+    assert "removed optimizer.muon_config.ns_steps: it has no effect with optimizer.name: adamw" in edits
+    text, edits = migrate("optimizer: {name: muon, muon_config: {norm_factor: none}}")
+    assert (parse_config(text).optimizer.name, parse_config(text).optimizer.muon_config.norm_factor) == (
+        "muonclip",
+        "none",
+    )
+    assert "changed optimizer.name from muon to muonclip" in edits
 
 
 def test_epochs_alone_stay_the_budget():
@@ -135,7 +150,7 @@ OTHER_KEYS = [
     "dataset.force_redownload",
     "dataset.alpha",
     "tokenizer.padding",
-    "optimizer.muon_config",
+    "optimizer.muon_config.polar_express",
     "trainer.early_stopping",
     "trainer.metric_for_best_model",
     "trainer.greater_is_better",
@@ -160,7 +175,8 @@ OTHER_KEYS = [
     "pretraining_metadata",
     "debug",
     "config_path",
-    "optimizer.muon_config.muon_beta",
+    "optimizer.muon_config.clipping_layers_mapping",
+    "optimizer.muon_config.detect_anomalies",
     "optimizer.muon_config.algorithm",
 ]
 """Keys that files of other NeoBERT code hold and that are no keys here."""

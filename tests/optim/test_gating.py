@@ -12,7 +12,8 @@ from neobert.optim.optimizers import OPTIMIZERS, build_optimizer
 
 def build(name: str) -> tuple[nn.Module, torch.optim.Optimizer]:
     torch.manual_seed(0)
-    module = nn.Sequential(nn.Embedding(7, 5), nn.Linear(5, 3))
+    block = nn.ModuleDict({"qkv": nn.Linear(5, 15), "down": nn.Linear(8, 5)})
+    module = nn.ModuleDict({"0": nn.Embedding(7, 5), "1": nn.Linear(5, 3), "layers": nn.ModuleList([block])})
     return module, build_optimizer(module, name=name, lr=0.1, weight_decay=0.1, betas=(0.9, 0.95), eps=1e-8)
 
 

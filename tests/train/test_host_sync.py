@@ -12,7 +12,8 @@ from neobert.model.config import ModelConfig
 from neobert.model.encoder import Encoder
 from neobert.model.segments import Segments
 from neobert.objectives.mlm import MaskedLM
-from neobert.optim.optimizers import build_optimizer
+from neobert.optim.gating import step_unless
+from neobert.optim.optimizers import OPTIMIZERS, build_optimizer
 from neobert.types import IGNORE_INDEX, PackedBatch
 
 WAITING = ("_local_scalar_dense", "nonzero", "item", "equal", "masked_select", "unique")
@@ -71,16 +72,16 @@ def model_and_batch(**options: Any) -> tuple[MaskedLM, PackedBatch]:
     )
 
 
-def waits(module: MaskedLM, batch: PackedBatch, *, autocast: bool) -> WaitsForTheDevice:
+def waits(module: MaskedLM, batch: PackedBatch, *, autocast: bool, name: str = "adamw") -> WaitsForTheDevice:
     """One step as the trainer makes it, after one that builds the optimizer's state."""
-    optimizer = build_optimizer(module, name="adamw", lr=1e-3, weight_decay=0.1, betas=(0.9, 0.95), eps=1e-8)
+    optimizer = build_optimizer(module, name=name, lr=1e-3, weight_decay=0.1, betas=(0.9, 0.95), eps=1e-8)
 
     def step() -> None:
         with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
             loss = module(batch)
         (loss.loss_sum * (1 / batch.num_targets)).backward()
         torch.nn.utils.clip_grad_norm_([p for p in module.parameters() if p.grad is not None], 1.0)
-        optimizer.step()
+        step_unless(optimizer, torch.tensor(False))
         optimizer.zero_grad(set_to_none=True)
 
     step()
@@ -99,6 +100,11 @@ def test_a_step_never_waits_for_the_device(options: dict[str, Any], autocast: bo
     mode = waits(*model_and_batch(**options), autocast=autocast)
     assert mode.num_operators > 100
     assert mode.found == []
+
+
+@pytest.mark.parametrize("name", OPTIMIZERS)
+def test_no_optimizer_waits_for_the_device(name: str) -> None:
+    assert waits(*model_and_batch(), autocast=True, name=name).found == []
 
 
 def test_the_check_sees_a_wait() -> None:
