@@ -61,6 +61,27 @@ def test_the_first_two_steps(path: Path, corpus: Path, tokenizer_folder: Path, t
     assert [0 < line["loss"] < 12 for line in lines if line["kind"] == "step"] == [True, True]
 
 
+VARIANTS = [(path, variant.name) for path in PLANS for variant in load_plan(path).variants]
+
+
+@pytest.mark.parametrize(("path", "name"), VARIANTS, ids=lambda value: value if isinstance(value, str) else value.stem)
+def test_the_first_two_steps_of_a_plan(
+    path: Path, name: str, corpus: Path, tokenizer_folder: Path, tmp_path: Path
+) -> None:
+    plan = load_plan(path)
+    overrides = (*TINY, f"dataset.path={corpus}", f"tokenizer.path={tokenizer_folder}")
+    place = Place(output=tmp_path, data=corpus, overrides=overrides)
+    (variant,) = (variant for variant in plan.variants if variant.name == name)
+    assert pretrain(build_job_config(plan, grid(variant)[0], place)).state.step == 2
+
+
+def test_the_optimizers_are_compared_as_the_plan_says() -> None:
+    plan = load_plan(EXPERIMENTS / "optimizers.yaml")
+    assert {"adamw", "muonclip", "normuon"} <= {variant.name for variant in plan.variants}
+    assert all(len(variant.learning_rates) >= 3 for variant in plan.variants)
+    assert plan.seeds_at_best == 2
+
+
 @pytest.mark.parametrize("path", PLANS, ids=lambda p: p.stem)
 def test_the_configs_of_a_plan_load_and_differ(path: Path, tmp_path: Path) -> None:
     plan = load_plan(path)
@@ -90,6 +111,37 @@ def test_the_paper_config_names_the_paper_setting() -> None:
     assert config.trainer.output_dir == "outputs/neobert_pretrain"
     assert (config.model.num_hidden_layers, config.model.hidden_size) == (28, 768)
     assert "vocab_size: null" in config_to_yaml(config)
+
+
+def test_the_config_of_the_training_guide_has_its_facts() -> None:
+    config = load_config(ROOT / "configs/pretraining/pretrain_neobert100m_smollm2data_muonclip.yaml")
+    assert config.dataset.streaming is True
+    assert config.dataset.name == "EleutherAI/SmolLM2-1.7B-stage-4-100B"
+    assert config.dataset.max_seq_length == 1024
+    assert config.tokenizer.name == "BEE-spoke-data/wordpiece-tokenizer-32k-en_code-msp"
+    assert config.trainer.max_steps == 100_000
+    assert config.trainer.output_dir == "outputs/neobert-100m-wordpc_msp_32k_tok-muonclip"
+    assert config.trainer.save_steps < 69_420, "there is a checkpoint before the crash that the guide recovers from"
+    assert config.optimizer.name == "muonclip"
+    assert config.optimizer.muon_config.enable_clipping
+    assert (config.optimizer.muon_config.clipping_threshold, config.optimizer.muon_config.clipping_interval) == (
+        50.0,
+        10,
+    )
+
+
+def test_the_smollm2_configs_differ_where_their_names_do() -> None:
+    names = ("neobert100m_smollm2data", "neobert250m_smollm2data", "neobert100m_smollm2data_muonclip")
+    small, large, muon = (load_config(ROOT / f"configs/pretraining/pretrain_{name}.yaml") for name in names)
+    assert (small.model.num_hidden_layers, large.model.num_hidden_layers) == (12, 28)
+    assert small.dataset == large.dataset == muon.dataset
+    assert small.optimizer == large.optimizer
+    assert (small.scheduler, small.trainer.max_steps, small.seed) == (muon.scheduler, muon.trainer.max_steps, 69)
+    rows = {
+        config.trainer.per_device_train_batch_size * (config.trainer.gradient_accumulation_steps or 1)
+        for config in (small, large, muon)
+    }
+    assert rows == {64}
 
 
 CORPORA = sorted((ROOT / "configs/pretraining/corpora").glob("*.yaml"))
