@@ -5,7 +5,7 @@ The held-out loss is always the same question: the first 512 tokens of the first
 that the training masks, packs or batches.
 
 Seconds of training are those that the run's log counts, without start-up, evaluation and saving. The first logging
-interval is left out too, because a model is compiled in it: the others are scaled up to all steps.
+interval is left out too, because a model is compiled and the data opened in it: the others are scaled up to all steps.
 """
 
 import argparse
