@@ -266,6 +266,7 @@ def write_results(plan: Plan, place: Place, outcomes: Sequence[Outcome]) -> str:
     """`results.json`, `results.md` and `results.svg` in the plan's folder; the table."""
     results: dict[str, Any] = {
         "plan": plan.name,
+        "settings": place.overrides,
         **describe_machine(),
         "held_out": dataclasses.asdict(HELD_OUT),
         "best": {name: best.learning_rate for name, best in best_outcomes(outcomes).items()},

@@ -55,9 +55,9 @@ def main(argv: Sequence[str], description: str | None = None) -> int:
     except Stopped as stopped:
         print(f"error: the run stopped early ({stopped.reason})", file=sys.stderr)
         return EXIT_CODES[stopped.reason]
-    print(
-        json.dumps({"config": str(options.file), "budget_seconds": None if options.steps else options.seconds} | result)
-    )
+    budget = None if options.steps else options.seconds
+    given = {"config": str(options.file), "settings": overrides, "budget_seconds": budget}
+    print(json.dumps(given | result))
     return 0
 
 

@@ -37,6 +37,7 @@ def test_one_json_line(words: list[str], capsys: pytest.CaptureFixture[str], mon
     (line,) = capsys.readouterr().out.splitlines()
     result = json.loads(line)
     assert result["budget_seconds"] == 0.2
+    assert result["settings"][-2:] == ["--optimizer.lr", "3e-3"]
     assert result["num_documents"] == 20
     assert 3 < result["loss"] < 7
     assert result["tokens_per_second"] == pytest.approx(result["num_tokens"] / result["training_seconds"])
