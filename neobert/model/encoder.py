@@ -10,6 +10,8 @@ Initialisation: embeddings uniform in (-embedding_init_range, +embedding_init_ra
 Legend: T tokens of the flat stream, H hidden size.
 """
 
+from collections.abc import Callable
+
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
@@ -19,6 +21,9 @@ from neobert.model.config import ModelConfig
 from neobert.model.layers import EncoderBlock, build_norm
 from neobert.model.rotary import rotary_table
 from neobert.model.segments import Segments
+
+Observe = Callable[[int, Tensor, tuple[Tensor, Tensor] | None, Tensor, Segments], None]
+"""`fn(layer, x_TH, rotation, positions_BS, segments)`: what the block of a layer is about to read."""
 
 
 class Encoder(nn.Module):
@@ -44,6 +49,9 @@ class Encoder(nn.Module):
         self.attention = attention
         self.gradient_checkpointing = gradient_checkpointing
         self.gradient_checkpointing_every = gradient_checkpointing_every
+        self.observe: Observe | None = None
+        """Called before each block, for measurements; it must not change what it is given."""
+
         self.windows = tuple(config.window_of_layer(layer) for layer in range(config.num_hidden_layers))
         self.embedding = nn.Embedding(config.vocab_size, config.hidden_size)
         if not config.rope:
@@ -72,6 +80,8 @@ class Encoder(nn.Module):
         else:
             x_TH = x_TH + F.embedding(positions_T, self.position_embedding.weight)
         for layer, (block, window) in enumerate(zip(self.layers, self.windows)):
+            if self.observe is not None:
+                self.observe(layer, x_TH, rotation, positions, segments)
             if self.gradient_checkpointing and self.training and layer % self.gradient_checkpointing_every == 0:
                 x_TH = checkpoint(block, x_TH, rotation, prepared[window], use_reentrant=False)
             else:

@@ -107,12 +107,17 @@ class EncoderBlock(nn.Module):
         x_TH = x_TH + self._drop(self._attention(self.attention_norm(x_TH), rotation, prepared))
         return x_TH + self._drop(self._feed_forward(self.ffn_norm(x_TH)))
 
-    def _attention(self, x_TH: Tensor, rotation: tuple[Tensor, Tensor] | None, prepared: Any) -> Tensor:
+    def project(self, x_TH: Tensor, rotation: tuple[Tensor, Tensor] | None) -> tuple[Tensor, Tensor, Tensor]:
+        """Queries, keys and values `[T, N, D]` of the normalised input, as the attention takes them."""
         qkv = self.qkv(x_TH).view(-1, 3 * self.num_heads, self.head_dim)
         qk, v_TND = qkv.split((2 * self.num_heads, self.num_heads), dim=1)
         if rotation is not None:
             qk = apply_rotary(qk, *rotation)
         q_TND, k_TND = qk.chunk(2, dim=1)
+        return q_TND, k_TND, v_TND
+
+    def _attention(self, x_TH: Tensor, rotation: tuple[Tensor, Tensor] | None, prepared: Any) -> Tensor:
+        q_TND, k_TND, v_TND = self.project(x_TH, rotation)
         return self.out(self.attend(q_TND, k_TND, v_TND, prepared, scale=self.scale).flatten(1))
 
     def _feed_forward(self, x_TH: Tensor) -> Tensor:

@@ -22,6 +22,7 @@ from neobert.objectives.mlm import MaskedLM, MaskPolicy
 from neobert.optim.groups import ROLES, OwnSettings
 from neobert.optim.muon import MuonSettings
 from neobert.optim.optimizers import build_optimizer
+from neobert.optim.qk_clip import ClipSettings, QKClip
 from neobert.optim.schedule import Schedule, build_schedule
 from neobert.train.console import Reporter
 from neobert.train.runtime import Runtime, StartupError, choose_device_type, compute_dtype
@@ -159,6 +160,24 @@ def build_run_optimizer(config: Config, module: MaskedLM) -> Optimizer:
             dtype=compute_dtype(config),
         ),
     )
+
+
+def build_clip(config: Config, module: MaskedLM, optimizer: Optimizer, runtime: Runtime) -> QKClip | None:
+    """What clips attention logits after the steps of `optimizer`, None where nothing does."""
+    muon = config.optimizer.muon_config
+    if config.optimizer.name not in MUON or not muon.enable_clipping:
+        return None
+    settings = ClipSettings(
+        threshold=muon.clipping_threshold,
+        alpha=muon.clipping_alpha,
+        warmup_steps=muon.clipping_warmup_steps,
+        interval=muon.clipping_interval,
+        chunk_size=muon.clipping_qk_chunk_size,
+        last_micro_batch_only=muon.capture_last_microbatch_only,
+    )
+    clip = QKClip(module.encoder, settings, largest=runtime.max_on_device)
+    clip.clip_after(optimizer)
+    return clip
 
 
 def build_run_schedule(config: Config, num_steps: int) -> Schedule:

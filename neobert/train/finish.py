@@ -17,7 +17,7 @@ SHOWN = 3
 def finish(run: Run, state: TrainState) -> None:
     """Brings the record up to `state`, unless this step was evaluated and saved already, and closes the run."""
     if run.logging_steps:
-        run.tracker.log(state)
+        run.tracker.log(state, run.clip.read() if run.clip else {})
     if run.checkpoint is not None and not run.tracker.trained:
         run.tracker.say(f"nothing left to do: step {state.step:,} of {run.num_steps:,}")
     elif not run.tracker.evaluated(state.step):

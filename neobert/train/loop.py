@@ -56,7 +56,7 @@ def pretrain(config: Config) -> RunResult:
             if run.stop_requested():
                 break
             if due(state.step, run.logging_steps):
-                run.tracker.log(state)
+                run.tracker.log(state, run.clip.read() if run.clip else {})
             if due(state.step, run.eval_steps):
                 run.tracker.log_eval(state, evaluate(run))
             if save_is_due(run, state.step):
@@ -176,7 +176,8 @@ def take_step(run: Run, state: TrainState, given: GivenBatch) -> tuple[TrainStat
     runtime, batch = run.runtime, given.batch
     torch.manual_seed(step_seed(run.config.seed, state.step, runtime.rank))
     lr = run.schedule(state.step)
-    with memory_explained(run, batch.micro_batches[0], "train"):
+    measuring = run.clip.measuring(state.step, len(batch.micro_batches)) if run.clip else nullcontext()
+    with memory_explained(run, batch.micro_batches[0], "train"), measuring:
         result = train_step(
             run.model,
             run.optimizer,

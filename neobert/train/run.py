@@ -13,9 +13,11 @@ from neobert.data.tokenizer import Tokenizer
 from neobert.model.attention import AttentionBackend
 from neobert.model.config import ModelConfig
 from neobert.objectives.mlm import MaskedLM
+from neobert.optim.qk_clip import QKClip
 from neobert.optim.schedule import Schedule
 from neobert.train.build import (
     build_attention,
+    build_clip,
     build_config_data,
     build_model_config,
     build_module,
@@ -60,6 +62,9 @@ class Run:
     """`module` as it is called: under autocast, and wrapped when there are several processes."""
 
     optimizer: Optimizer
+    clip: QKClip | None
+    """Clips attention logits after the optimizer's steps."""
+
     schedule: Schedule
     tracker: Tracker
     reporter: Reporter
@@ -122,6 +127,7 @@ def build_run(config: Config) -> Run:
     module = build_module(config, model_config, attention, runtime)
     if initial is not None:
         reporter.say(copy_initial_weights(module, initial, tokenizer))
+    optimizer = build_run_optimizer(config, module)
     return Run(
         config=config,
         runtime=runtime,
@@ -135,7 +141,8 @@ def build_run(config: Config) -> Run:
         attention=attention,
         module=module,
         model=runtime.prepare_model(module),
-        optimizer=build_run_optimizer(config, module),
+        optimizer=optimizer,
+        clip=build_clip(config, module, optimizer, runtime),
         schedule=build_run_schedule(config, num_steps),
         tracker=Tracker(
             runtime=runtime,

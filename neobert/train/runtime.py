@@ -69,6 +69,12 @@ class Runtime:
             dist.all_reduce(values)
         return values
 
+    def max_on_device(self, values: Tensor) -> Tensor:
+        """The elementwise maximum of a tensor over all ranks."""
+        if self.world > 1:
+            dist.all_reduce(values, op=dist.ReduceOp.MAX)
+        return values
+
     def gather_objects(self, value: Any) -> list[Any]:
         """Every rank's picklable value, in rank order, on every rank."""
         if self.world == 1:

@@ -1,12 +1,12 @@
 """Before a run touches anything: what its output folder holds, and which checkpoint it continues from."""
 
-import dataclasses
 import json
 import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, TypeVar
 
+from neobert.config.fields import FIELDS, SECTIONS
 from neobert.config.load import ConfigError, config_to_yaml, load_config, without_secrets
 from neobert.config.schema import Config
 from neobert.train.console import Reporter
@@ -212,14 +212,14 @@ def check_free_space(output_dir: Path, checkpoint_bytes: int) -> None:
 
 
 def describe_config(reporter: Reporter, config: Config) -> None:
-    """Prints every setting that is not null, one line a section."""
-    lines = [f"[run] task={config.task} seed={config.seed}"]
-    for section in dataclasses.fields(config):
-        value: Any = getattr(config, section.name)
-        if dataclasses.is_dataclass(value):
-            pairs = ((f.name, getattr(value, f.name)) for f in dataclasses.fields(value))
-            lines.append(f"[{section.name}] " + " ".join(f"{k}={v}" for k, v in pairs if v not in (None, ())))
-    reporter.say("\n".join(lines), style="dim")
+    """Prints every setting that is not null, one line a section; of a section in a section what is not the default."""
+    lines: dict[str, list[str]] = {"": [], **{name: [] for name in SECTIONS if "." not in name}}
+    for key, field in FIELDS.items():
+        section, _, name = key.partition(".")
+        value = field.value_in(config)
+        if value not in (None, ()) and ("." not in name or value != field.default):
+            lines[section if name else ""].append(f"{name or key}={value}")
+    reporter.say("\n".join(f"[{section or 'run'}] {' '.join(x)}" for section, x in lines.items()), style="dim")
 
 
 def write_config(config: Config, runtime: Runtime, output_dir: Path) -> None:

@@ -8,10 +8,11 @@ import json
 import math
 import os
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any, Protocol
 
 import torch
@@ -183,8 +184,9 @@ class Tracker:
             self._write_steps()
         self._reporter.advance(state.step)
 
-    def log(self, state: TrainState) -> None:
-        """Ends a logging interval: one console line, one `log` line, one record to every tracker."""
+    def log(self, state: TrainState, statistics: Mapping[str, float] = MappingProxyType({})) -> None:
+        """Ends a logging interval: one console line, one `log` line, one record to every tracker. `statistics` go into
+        the two latter."""
         self._write_steps()
         records, seconds = self._window.restart()
         if not records:
@@ -234,13 +236,14 @@ class Tracker:
             "tokens": state.tokens,
             "source_tokens": by_source,
             "seconds": seconds,
+            **statistics,
         }
         self._append(self._log, [line])
         self._reporter.say(self._describe(state.step, values))
         if by_source is not None:
             shares = ", ".join(f"{count / tokens:.1%} {label}" for label, count in by_source.items())
             self._reporter.say(f"      tokens by source: {shares}")
-        self._send(values, state.step)
+        self._send(values | {f"train/{name}": value for name, value in statistics.items()}, state.step)
 
     def log_eval(self, state: TrainState, metrics: EvalMetrics | None) -> None:
         """Records an evaluation; None (no evaluation data) records nothing."""

@@ -9,7 +9,7 @@ from neobert.model.attention import ATTENTION
 from neobert.model.config import ModelConfig
 from neobert.model.encoder import Encoder
 from neobert.objectives.mlm import MaskedLM
-from neobert.optim.groups import build_parameter_groups
+from neobert.optim.groups import OwnSettings, build_parameter_groups, regroup_state
 from neobert.optim.optimizers import OPTIMIZERS, build_optimizer
 
 
@@ -83,6 +83,56 @@ def test_adamw_by_hand() -> None:
     optimizer.step()
     # Bias correction makes the first update the sign of the gradient; decay is lr * weight_decay of the weight.
     assert module.weight.item() == pytest.approx(2.0 - 0.1 * 0.5 * 2.0 - 0.1)
+
+
+def test_adam_adds_the_decay_to_the_gradient() -> None:
+    module = nn.Linear(1, 1, bias=False)
+    nn.init.constant_(module.weight, 2.0)
+    optimizer = build_optimizer(module, name="adam", lr=0.1, weight_decay=0.5, betas=(0.9, 0.95), eps=1.0)
+    module.weight.grad = torch.tensor([[3.0]])
+    optimizer.step()
+    assert module.weight.item() == pytest.approx(2.0 - 0.1 * 4.0 / (4.0 + 1.0)), "gradient 3 + 0.5 * 2"
+
+
+def test_a_role_of_its_own_has_a_group_of_its_own() -> None:
+    own = {"head": OwnSettings(lr=0.02), "vectors": OwnSettings(weight_decay=0.3)}
+    groups = build_parameter_groups(model(tied=False), lr=0.1, weight_decay=0.2, own=own)
+    assert [g["roles"] for g in groups] == [["matrices"], ["head"], ["embeddings"], ["vectors"]]
+    assert [g["weight_decay"] for g in groups] == [0.2, 0.2, 0.0, 0.3]
+    assert [g["lr"] for g in groups] == [0.1, 0.02, 0.1, 0.1]
+    assert [g["lr_factor"] for g in groups] == pytest.approx([1.0, 0.2, 1.0, 1.0])
+    assert groups[1]["names"] == ["decoder.weight"]
+    assert groups[2]["names"] == ["encoder.embedding.weight", "encoder.position_embedding.weight"]
+    apart = build_parameter_groups(model(tied=False), lr=0.1, weight_decay=0.2, apart=("matrices",))
+    assert [g["roles"] for g in apart] == [["matrices"], ["head"], ["embeddings", "vectors"]]
+
+
+def test_a_decay_of_its_own_speed_is_the_same_at_every_peak() -> None:
+    for lr in (0.01, 0.5):
+        module = nn.Linear(1, 1, bias=False)
+        nn.init.constant_(module.weight, 2.0)
+        settings = {"weight_decay": 0.25, "betas": (0.9, 0.95), "eps": 1e-8, "decoupled_weight_decay": True}
+        optimizer = build_optimizer(module, name="adamw", lr=lr, **settings)  # type: ignore[arg-type]
+        optimizer.param_groups[0]["lr"] = lr / 2  # Half-way down the schedule.
+        module.weight.grad = torch.zeros(1, 1)
+        optimizer.step()
+        assert module.weight.item() == pytest.approx(2.0 * (1 - 0.25 / 2))
+
+
+def test_state_follows_the_names_into_other_groups() -> None:
+    module = model(tied=False)
+    settings = {"name": "adamw", "lr": 0.1, "weight_decay": 0.1, "betas": (0.9, 0.95), "eps": 1e-8}
+    optimizer = build_optimizer(module, **settings)  # type: ignore[arg-type]
+    for number, p in enumerate(module.parameters()):
+        p.grad = torch.full_like(p, float(number))
+    optimizer.step()
+    own = {"vectors": OwnSettings(lr=1.0), "matrices": OwnSettings(lr=2.0)}
+    other = build_optimizer(module, own=own, **settings)  # type: ignore[arg-type]
+    other.load_state_dict(regroup_state(optimizer.state_dict(), other.param_groups))
+    assert [g["lr"] for g in other.param_groups] == [2.0, 0.1, 0.1, 1.0]
+    for p in module.parameters():
+        assert torch.equal(other.state[p]["exp_avg"], optimizer.state[p]["exp_avg"])
+        assert torch.equal(other.state[p]["step"], optimizer.state[p]["step"])
 
 
 def test_an_unknown_optimizer_is_an_error() -> None:

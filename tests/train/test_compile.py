@@ -18,8 +18,9 @@ from neobert.train.loop import pretrain
         ((), 2),
         (("model.local_attention=8", "model.global_attention_every=2"), 4),
         (("trainer.gradient_checkpointing=true",), 2),
+        (("optimizer.name=muonclip", "optimizer.muon_config.clipping_interval=2"), 2),
     ],
-    ids=["plain", "windows", "checkpointing"],
+    ids=["plain", "windows", "checkpointing", "measured logits"],
 )
 def test_zero_recompiles_after_the_first_step_and_evaluation(
     tiny: Callable[..., Config], tmp_path: Path, extra: tuple[str, ...], num_graphs: int

@@ -14,6 +14,7 @@ from neobert.model.segments import Segments
 from neobert.objectives.mlm import MaskedLM
 from neobert.optim.gating import step_unless
 from neobert.optim.optimizers import OPTIMIZERS, build_optimizer
+from neobert.optim.qk_clip import ClipSettings, QKClip
 from neobert.types import IGNORE_INDEX, PackedBatch
 
 WAITING = ("_local_scalar_dense", "nonzero", "item", "equal", "masked_select", "unique")
@@ -105,6 +106,24 @@ def test_a_step_never_waits_for_the_device(options: dict[str, Any], autocast: bo
 @pytest.mark.parametrize("name", OPTIMIZERS)
 def test_no_optimizer_waits_for_the_device(name: str) -> None:
     assert waits(*model_and_batch(), autocast=True, name=name).found == []
+
+
+def test_measuring_and_clipping_attention_logits_never_wait() -> None:
+    module, batch = model_and_batch()
+    optimizer = build_optimizer(module, name="muonclip", lr=1e-3, weight_decay=0.1, betas=(0.9, 0.95), eps=1e-8)
+    clip = QKClip(module.encoder, ClipSettings(interval=1, threshold=1e-6))
+    clip.clip_after(optimizer)
+
+    def step() -> None:
+        with clip.measuring(0, 1):
+            module(batch).loss_sum.backward()
+            step_unless(optimizer, torch.tensor(False))
+
+    step()
+    with WaitsForTheDevice() as mode:
+        step()
+    assert mode.found == []
+    assert clip.read()["clipped_heads"] == 6
 
 
 def test_the_check_sees_a_wait() -> None:

@@ -30,6 +30,22 @@ VARIANTS = {
     "indexed": ["dataset.streaming=false", "dataset.num_workers=3"],
     "one document a row": ["datacollator.pack_sequences=false", "model.dropout_prob=0.1"],
     "batches that are not full": ["trainer.enforce_full_packed_batches=false"],
+    "muonclip, clipping": [
+        "optimizer.name=muonclip",
+        "optimizer.muon_config.clipping_interval=3",
+        "optimizer.muon_config.clipping_threshold=0.02",
+        "trainer.gradient_accumulation_steps=2",
+        "model.dropout_prob=0.1",
+    ],
+    "normuon, bf16, groups": [
+        "optimizer.name=normuon",
+        "optimizer.groups.matrices.lr=2e-2",
+        "optimizer.groups.vectors.weight_decay=0.1",
+        "optimizer.decoupled_weight_decay=true",
+        "trainer.mixed_precision=bf16",
+        "trainer.gradient_checkpointing=true",
+    ],
+    "stable_adamw": ["optimizer.name=stable_adamw"],
 }
 
 

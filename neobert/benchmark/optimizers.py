@@ -1,0 +1,178 @@
+"""What optimizers cost, and how orthogonal their updates are. Torch and numpy suffice.
+
+Time: one model, one gradient a round; every optimizer makes its step on it in turn, so that all see the same machine. A
+share is the optimizer's time over that of forward, backward, clipping and the optimizer. Measuring attention logits is
+the forward and backward pass of a step that does, less that of a step that does not, over the interval.
+
+Orthogonality: the factor O of a matrix G = U S V^T against the SVD in double precision: the largest deviation of a
+singular value of O from 1, and the distance to U V^T over its Frobenius norm. Two kinds of matrices: Gaussian ones, and
+ones whose singular values fall evenly on a logarithmic scale from 1 to 0.001, which is harder.
+"""
+
+import statistics
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+
+import torch
+from torch import Tensor
+
+from neobert.benchmark.step import PRESETS, Autocast, StepSettings, make_batches
+from neobert.kernels.linear_cross_entropy import KERNELS, choose_kernel
+from neobert.model.attention import choose_attention
+from neobert.model.config import ModelConfig
+from neobert.model.encoder import Encoder
+from neobert.objectives.mlm import MaskedLM
+from neobert.optim.gating import step_unless
+from neobert.optim.muon import MuonSettings
+from neobert.optim.optimizers import OPTIMIZERS, build_optimizer
+from neobert.optim.orthogonal import ORTHOGONALIZATIONS, orthogonalize
+from neobert.optim.qk_clip import ClipSettings, QKClip
+from neobert.types import PackedBatch
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class OptimizerTimes:
+    """Medians over the rounds, in seconds."""
+
+    passes: float
+    """Forward, backward and clipping."""
+
+    optimizers: dict[str, float]
+    measuring: float
+    """What measuring the attention logits of a step adds to it."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Orthogonality:
+    """How far a factor is from orthogonal."""
+
+    kind: str
+    method: str
+    num_steps: int
+    dtype: str
+    worst_value: float
+    """Largest deviation of a singular value from 1."""
+
+    distance: float
+    """To U V^T, as a share of its size."""
+
+
+def measure_times(settings: StepSettings) -> OptimizerTimes:
+    """Rounds of one gradient and a step of every optimizer; `settings.warmup` rounds are not counted."""
+    device = torch.device(settings.device)
+    dtype = torch.bfloat16 if settings.precision == "bf16" else torch.float32
+    model = _build_model(settings, device, dtype)
+    build = partial(build_optimizer, model, lr=1e-6, weight_decay=0.1, betas=(0.9, 0.95), eps=1e-8)
+    optimizers = {name: build(name=name, muon=MuonSettings(dtype=dtype)) for name in OPTIMIZERS}
+    clip = QKClip(model.module.encoder, ClipSettings(interval=1, threshold=1e9))
+    batches = [batch.to(device) for batch in make_batches(settings, min(8, settings.steps))]
+    seconds: dict[str, list[float]] = {name: [] for name in ("passes", "measured", *optimizers)}
+    keep = torch.zeros((), dtype=torch.bool, device=device)
+    for number in range(settings.warmup + settings.steps):
+        batch = batches[number % len(batches)]
+        with clip.measuring(0, 1):
+            found = {"measured": _time(partial(_make_gradient, model, batch), device)}
+        model.zero_grad(set_to_none=True)
+        found["passes"] = _time(partial(_make_gradient, model, batch), device)
+        for name, optimizer in optimizers.items():
+            found[name] = _time(partial(step_unless, optimizer, keep), device)
+        model.zero_grad(set_to_none=True)
+        if number >= settings.warmup:
+            for name, value in found.items():
+                seconds[name].append(value)
+    medians = {name: statistics.median(values) for name, values in seconds.items()}
+    return OptimizerTimes(
+        passes=medians["passes"],
+        optimizers={name: medians[name] for name in optimizers},
+        measuring=statistics.median(m - p for m, p in zip(seconds["measured"], seconds["passes"])),
+    )
+
+
+def _make_gradient(model: Autocast, batch: PackedBatch) -> None:
+    (model(batch).loss_sum / batch.num_targets).backward()
+    torch.nn.utils.clip_grad_norm_([p for p in model.parameters() if p.grad is not None], 1.0)
+
+
+def _time(work: Callable[[], None], device: torch.device) -> float:
+    start = time.perf_counter()
+    work()
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+    return time.perf_counter() - start
+
+
+def _build_model(settings: StepSettings, device: torch.device, dtype: torch.dtype) -> Autocast:
+    config = ModelConfig(
+        **PRESETS[settings.preset],
+        max_position_embeddings=settings.length,
+        vocab_size=settings.vocab_size,
+        pad_token_id=0,
+        tie_word_embeddings=settings.tied,
+    )
+    torch.manual_seed(0)
+    attention = choose_attention(settings.attention, device=device, dtype=dtype, head_dim=config.head_dim)
+    kernel = KERNELS[choose_kernel(settings.kernel, device=device)]
+    module = MaskedLM(Encoder(config, attention), kernel=kernel).to(device)
+    return Autocast(module, device, settings.precision == "bf16")
+
+
+def make_matrices(kind: str, *, rows: int, columns: int, count: int) -> Tensor:
+    """`[count, rows, columns]` in double precision, equal for equal arguments: `gaussian`, or `decaying` values."""
+    generator = torch.Generator().manual_seed(0)
+    matrices = torch.randn(count, rows, columns, generator=generator, dtype=torch.float64)
+    if kind == "gaussian":
+        return matrices
+    u, _, v = torch.linalg.svd(matrices, full_matrices=False)
+    return u * torch.logspace(0, -3, min(rows, columns), dtype=torch.float64) @ v
+
+
+def measure_orthogonality(
+    *, rows: int = 256, columns: int = 256, count: int = 4, steps: tuple[int, ...] = (3, 4, 5, 6, 8)
+) -> list[Orthogonality]:
+    """Every method, number of steps and type of products, on both kinds of matrices."""
+    found = []
+    for kind in ("gaussian", "decaying"):
+        matrices = make_matrices(kind, rows=rows, columns=columns, count=count)
+        u, _, v = torch.linalg.svd(matrices, full_matrices=False)
+        wanted = u @ v
+        for method in ORTHOGONALIZATIONS:
+            for dtype in (torch.float32, torch.bfloat16):
+                for num_steps in steps:
+                    factor = orthogonalize(matrices.float(), method=method, num_steps=num_steps, dtype=dtype).double()
+                    found.append(
+                        Orthogonality(
+                            kind=kind,
+                            method=method,
+                            num_steps=num_steps,
+                            dtype=str(dtype).removeprefix("torch."),
+                            worst_value=(torch.linalg.svdvals(factor) - 1).abs().max().item(),
+                            distance=((factor - wanted).norm() / wanted.norm()).item(),
+                        )
+                    )
+    return found
+
+
+def describe_times(times: OptimizerTimes, interval: int = 10) -> str:
+    """The times as a table."""
+    rows = [
+        f"| {name} | {seconds * 1e3:,.1f} ms | {seconds / (times.passes + seconds):.1%} |"
+        for name, seconds in times.optimizers.items()
+    ]
+    share = times.measuring / interval
+    rows.append(
+        f"| attention logits, every {interval} steps | {share * 1e3:,.1f} ms | {share / (times.passes + share):.1%} |"
+    )
+    return "\n".join([f"| | a step (passes: {times.passes * 1e3:,.0f} ms) | share of it |", "|---|---|---|", *rows])
+
+
+def describe_orthogonality(figures: list[Orthogonality]) -> str:
+    """The deviations as a table, one line for each kind of matrix, method and type."""
+    steps = sorted({f.num_steps for f in figures})
+    cells: dict[tuple[str, str, str], list[str]] = {}
+    for f in figures:
+        cells.setdefault((f.kind, f.method, f.dtype), []).append(f"{f.worst_value:.3f}, {f.distance:.3f}")
+    head = "| matrices | method | products | " + " | ".join(f"{n} steps" for n in steps) + " |"
+    lines = ["| " + " | ".join([*key, *values]) + " |" for key, values in cells.items()]
+    return "\n".join([head, "|" + "---|" * (3 + len(steps)), *lines])

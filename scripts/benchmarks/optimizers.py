@@ -1,0 +1,33 @@
+"""Time of every optimizer's step as a share of the training step, and how orthogonal Muon's updates are.
+
+python scripts/benchmarks/optimizers.py --steps 10
+python scripts/benchmarks/optimizers.py --preset neobert --length 1024 --rows 64 --device cuda
+"""
+
+import argparse
+
+from neobert.benchmark.optimizers import (
+    describe_orthogonality,
+    describe_times,
+    measure_orthogonality,
+    measure_times,
+)
+from neobert.benchmark.step import PRESETS, StepSettings
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--preset", choices=list(PRESETS), default="small")
+    parser.add_argument("--precision", choices=["bf16", "fp32"], default="bf16")
+    for flag, default in (("--length", 512), ("--rows", 8), ("--steps", 10), ("--warmup", 2)):
+        parser.add_argument(flag, type=int, default=default, help="default: %(default)s")
+    parser.add_argument("--device", default="cpu", help="default: %(default)s")
+    parser.add_argument("--width", type=int, default=256, help="side of the matrices made orthogonal")
+    values = vars(parser.parse_args())
+    width = values.pop("width")
+    print(describe_times(measure_times(StepSettings(**values))))
+    print(describe_orthogonality(measure_orthogonality(rows=width, columns=width)))
+
+
+if __name__ == "__main__":
+    main()

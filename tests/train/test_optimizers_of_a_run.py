@@ -1,0 +1,107 @@
+"""Optimizers in a run: clipping is logged, groups can be divided anew on a resume, replicas stay equal."""
+
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from ports import free_port
+from records import exact_steps, log_lines
+from safetensors.torch import load_file
+
+from neobert.config.load import config_to_yaml
+from neobert.config.schema import Config
+from neobert.train.loop import pretrain
+from neobert.train.runtime import StartupError
+
+ROOT = Path(__file__).parents[2]
+Tiny = Callable[..., Config]
+MUON = "optimizer.name=muonclip"
+CLIPPING = (MUON, "optimizer.muon_config.clipping_interval=2", "optimizer.muon_config.clipping_threshold=0.02")
+
+KEEPING_EVERY_RANK = """
+import sys
+from safetensors.torch import save_file
+from neobert.config.load import load_config
+from neobert.train import loop
+
+finish = loop.finish
+
+def keep(run, state):
+    weights = {name: tensor.contiguous() for name, tensor in run.module.state_dict().items()}
+    save_file(weights, f"{sys.argv[2]}/rank-{run.runtime.rank}.safetensors")
+    finish(run, state)
+
+loop.finish = keep
+loop.pretrain(load_config(sys.argv[1]))
+"""
+
+
+def test_clipping_is_logged_and_changes_what_is_trained(tiny: Tiny, tmp_path: Path) -> None:
+    clipped, alone, off = tmp_path / "clipped", tmp_path / "alone", tmp_path / "off"
+    pretrain(tiny(clipped, *CLIPPING))
+    lines = log_lines(clipped, "log")
+    assert [line["step"] for line in lines] == [3, 6, 9, 12]
+    assert [line["clipped_heads"] > 0 for line in lines] == [line["max_attention_logit"] > 0.02 for line in lines]
+    assert sum(line["clipped_heads"] for line in lines) > 0
+    # Measuring alone changes nothing, to the bit.
+    pretrain(tiny(alone, MUON, "optimizer.muon_config.clipping_interval=1"))
+    pretrain(tiny(off, MUON, "optimizer.muon_config.enable_clipping=false"))
+    assert all(line["clipped_heads"] == 0 for line in log_lines(alone, "log"))
+    assert "clipped_heads" not in log_lines(off, "log")[0]
+    assert exact_steps(alone) == exact_steps(off)
+    assert exact_steps(clipped)[:4] == exact_steps(off)[:4]
+    assert exact_steps(clipped)[4:] != exact_steps(off)[4:]
+
+
+def test_a_resumed_run_may_divide_its_groups_anew(tiny: Tiny, tmp_path: Path) -> None:
+    whole, divided = tmp_path / "whole", tmp_path / "divided"
+    pretrain(tiny(whole))
+    resume = f"trainer.resume_from_checkpoint={whole / 'checkpoints' / '4'}"
+    same = ["optimizer.groups.vectors.lr=1e-2", "optimizer.groups.matrices.lr=1e-2"]
+    pretrain(tiny(divided, resume, *same))
+    groups = torch.load(divided / "checkpoints/8/optimizer.bin", weights_only=True)["param_groups"]
+    assert [group["roles"] for group in groups] == [["matrices"], ["embeddings"], ["vectors"]]
+    assert exact_steps(divided) == exact_steps(whole, after=4)
+    other = tmp_path / "other"
+    pretrain(tiny(other, resume, "optimizer.groups.embeddings.lr=1e-3"))
+    assert exact_steps(other) != exact_steps(whole, after=4)
+    assert [x["lr"] for x in log_lines(other, "step")] == [x["lr"] for x in log_lines(whole, "step")[4:]]
+
+
+def test_another_optimizer_is_refused_on_resume_and_its_settings_are_declared(tiny: Tiny, tmp_path: Path) -> None:
+    out = tmp_path / "run"
+    pretrain(tiny(out, MUON, "trainer.max_steps=4"))
+    latest = "trainer.resume_from_checkpoint=latest"
+    with pytest.raises(StartupError, match=r'optimizer.name +fixed +"muonclip" -> "adamw"'):
+        pretrain(tiny(out, latest))
+    beta = "optimizer.muon_config.muon_beta"
+    with pytest.raises(StartupError, match=rf"{beta} +needs declaring +0.95 -> 0.9"):
+        pretrain(tiny(out, MUON, latest, f"{beta}=0.9"))
+    longer = [MUON, latest, "trainer.max_steps=6"]
+    assert pretrain(tiny(out, *longer, f"{beta}=0.9", f"trainer.resume_allow=[{beta}]")).state.step == 6
+
+
+def test_replicas_stay_equal_with_muonclip_and_clipping(tiny: Tiny, tmp_path: Path) -> None:
+    one = tmp_path / "one"
+    options = [*CLIPPING, "trainer.global_batch_size=8", "trainer.max_steps=20", "trainer.eval_steps=0"]
+    options += ["optimizer.muon_config.muon_decay=0.01"]
+    pretrain(tiny(one, *options))
+    script, config_file = tmp_path / "script.py", tmp_path / "run.yaml"
+    script.write_text(KEEPING_EVERY_RANK)
+    config_file.write_text(config_to_yaml(tiny(tmp_path / "two", *options, "trainer.per_device_train_batch_size=2")))
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2"]
+    command = [*torchrun, "--master_port", str(free_port()), str(script), str(config_file), str(tmp_path)]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stdout + done.stderr
+    first, second = (load_file(tmp_path / f"rank-{rank}.safetensors") for rank in (0, 1))
+    alone = load_file(one / "checkpoints/20/model.safetensors")
+    assert sum(line["clipped_heads"] for line in log_lines(tmp_path / "two", "log")) > 0
+    for name, weight in first.items():
+        assert torch.equal(weight, second[name]), name
+        torch.testing.assert_close(weight, alone[name], rtol=1e-3, atol=1e-4)
+    for a, b in zip(log_lines(one, "log"), log_lines(tmp_path / "two", "log"), strict=True):
+        assert a["max_attention_logit"] == pytest.approx(b["max_attention_logit"], rel=1e-3)
+        assert a["clipped_heads"] == b["clipped_heads"]
