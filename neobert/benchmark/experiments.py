@@ -208,16 +208,17 @@ def finished(plan: Plan, place: Place) -> list[Outcome]:
         for first in grid(variant):
             for seed in range(plan.seeds_at_best + 1):
                 job = dataclasses.replace(first, seed=seed)
-                outcome = read_outcome(job, place.run_dir(job), build_job_config(plan, job, place))
-                found += [] if outcome is None else [outcome]
+                if (place.run_dir(job) / SCORE).is_file():
+                    found.append(read_outcome(job, place.run_dir(job), build_job_config(plan, job, place)))
     return found
 
 
 def run_job(plan: Plan, job: Job, place: Place) -> Outcome:
     """One run, trained and scored. A run whose numbers went bad has no loss."""
     config, run = build_job_config(plan, job, place), place.run_dir(job)
-    outcome = read_outcome(job, run, config)
-    if outcome is None:
+    if (run / SCORE).is_file():
+        outcome = read_outcome(job, run, config)
+    else:
         outcome = _make(job, config, run, place.data)
         temporary = run / f".{SCORE}.tmp"
         temporary.write_text(json.dumps(dataclasses.asdict(outcome), indent=1) + "\n")
@@ -245,10 +246,8 @@ def _make(job: Job, config: Config, run: Path, data: Path) -> Outcome:
     )
 
 
-def read_outcome(job: Job, run: Path, config: Config) -> Outcome | None:
-    """What a finished run left behind, None when it is not finished. Raises PlanError when it is another run's."""
-    if not (run / SCORE).is_file():
-        return None
+def read_outcome(job: Job, run: Path, config: Config) -> Outcome:
+    """What a finished run left behind. Raises PlanError when it was made with other settings."""
     # The file is read anew, not compared as text: keys that came later have their defaults in it.
     if _what_is_made(load_config(run / "config.yaml")) != _what_is_made(without_secrets(config)):
         raise PlanError(f"{run} holds a finished run with other settings than {job.name}; give another --output")
@@ -292,7 +291,7 @@ def main(argv: Sequence[str], description: str | None = None) -> int:
     try:
         plan = load_plan(options.file)
         chosen = _choose(plan, options.only)
-        check_plan(plan, place)
+        check_plan(chosen, place)
         check_data(place.data)
         if options.check:
             print("\n".join(job.name for variant in chosen.variants for job in grid(variant)))
