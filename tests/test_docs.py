@@ -75,6 +75,9 @@ def workplace(tmp_path_factory: pytest.TempPathFactory) -> Path:
         (folder / name).symlink_to(ROOT / name)
     lines = [json.dumps({"text": text}) + "\n" for text in make_texts(120)]
     (folder / "my_text.jsonl").write_text("".join(lines))
+    (folder / "my_texts").mkdir()
+    (folder / "my_texts" / "train.jsonl").write_text("".join(lines[:100]))
+    (folder / "my_texts" / "validation.jsonl").write_text("".join(lines[100:]))
     (folder / "OLD.yaml").write_text(
         "dataset: {name: x}\ntokenizer: {name: y}\ntrainer: {max_steps: 5, report_to: []}\n"
     )
@@ -103,6 +106,10 @@ def run(line: str, workplace: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         words, target = words[: words.index(">")], words[-1]
     if any(script in line for script in ("pretrain.py", "preprocess.py", "longer_seq.py", "pipeline.py")):
         words += tiny_overrides(words)
+    if "scripts/experiments/" in line:
+        tiny = list(zip(TINY[::2], TINY[1::2]))
+        words += ["--threads", "1", *(word for pair in tiny if pair[0] != "--dataset.path" for word in pair)]
+        words += ["--seconds", "0.1", "--speed-steps", "2"] if "yardstick.py" in line else []
     if "save_cost.py" in line:
         words += ["--hidden-size", "64", "--num-layers", "1", "--vocab-size", "512", "--repeats", "1"]
     monkeypatch.chdir(workplace)
@@ -133,7 +140,7 @@ def test_the_commands_of_a_page_run_in_order(page: Path, workplace: Path, monkey
 
 def test_the_pages_have_commands() -> None:
     assert len(own_commands()) > 10
-    pages = {"README", "training", "evaluation", "inference", "prepare", "data-and-resume", "export"}
+    pages = {"README", "training", "evaluation", "inference", "prepare", "data-and-resume", "export", "recipes"}
     assert {page for page, _ in own_commands()} >= {f"{name}.md" for name in pages}
 
 

@@ -53,6 +53,10 @@ class LossSettings:
     max_length: int | None = None
     """Tokens of a piece, [CLS] and [SEP] included; None is the model's length."""
 
+    truncate: bool = False
+    """Score the first `max_length` tokens of a document and leave out the rest, instead of cutting it in pieces. Not by
+    words, whose pieces are of characters."""
+
     min_length: int = 5
     """Documents and tails with fewer tokens are left out."""
 
@@ -68,6 +72,8 @@ class LossSettings:
             raise ValueError(f"--mlm-probability: {self.mlm_probability} is outside (0, 1]; write a share such as 0.15")
         if self.max_length is not None and self.max_length < 3:
             raise ValueError(f"--max-length: {self.max_length}; write 3 or more, [CLS] and [SEP] included")
+        if self.truncate and self.whole_words:
+            raise ValueError("--truncate: cuts by tokens, and --whole-words is to see the same text for every model")
         for name in ("piece_chars", "batch_tokens", "max_documents"):
             if (value := getattr(self, name)) is not None and value < 1:
                 raise ValueError(f"--{name.replace('_', '-')}: {value}; write a positive number")
@@ -267,7 +273,8 @@ def _check_piece(num_tokens: int, limit: int, settings: LossSettings) -> None:
 
 def _batches(scorer: Scorer, block: _Block, settings: LossSettings, limit: int) -> Iterator[PackedBatch]:
     lengths = np.array([len(ids) for ids in block.tokens], dtype=np.int64)
-    pieces, _ = split_documents(lengths, limit, 1 if block.masked is not None else settings.min_length)
+    shortest = 1 if block.masked is not None else settings.min_length
+    pieces, _ = split_documents(lengths, limit, shortest, truncate=settings.truncate)
     slots = [piece.length + 2 for piece in pieces]
     if scorer.packed:
         plan = best_fit(slots, limit, max_segments_per_row(limit, packed=True))

@@ -20,6 +20,9 @@ def main() -> None:
     parser.add_argument("--mlm-probability", type=float, default=LossSettings().mlm_probability, help="default 0.15")
     parser.add_argument("--mask-all", action="store_true", help="always [MASK], instead of 80%% [MASK] and 10%% random")
     parser.add_argument("--eval-seed", dest="seed", type=int, default=0, help="seed of the masks (default 0)")
+    parser.add_argument(
+        "--truncate", action="store_true", help="score the first --max-length tokens of a document only"
+    )
     parser.add_argument("--min-length", type=int, default=LossSettings().min_length, help="default %(default)s tokens")
     parser.add_argument("--whole-words", action="store_true", help="mask words, and report bits per byte")
     parser.add_argument("--piece-chars", type=int, default=LossSettings().piece_chars, help="default %(default)s")

@@ -98,6 +98,23 @@ def test_the_same_model_through_transformers_has_the_same_loss(loaded: Model, na
         assert theirs.num_words == ours.num_words
 
 
+def test_truncated_documents_are_scored_to_the_limit(loaded: Model, tmp_path: Path, texts: list[str]) -> None:
+    """As if the text ended there: the same masks, whatever stands behind the limit."""
+    limit = 20
+    (ids,) = loaded.tokenizer.encode_batch([text for text in texts if len(text) > 400][:1])
+    short = loaded.tokenizer.decode(ids[: limit - 2].tolist())
+    assert np.array_equal(loaded.tokenizer.encode_batch([short])[0], ids[: limit - 2])
+    losses = []
+    for name, text in (("long", loaded.tokenizer.decode(ids.tolist())), ("short", short)):
+        (tmp_path / f"{name}.jsonl").write_text(json.dumps({"text": text}) + "\n")
+        losses.append(run(OwnScorer(loaded), tmp_path / f"{name}.jsonl", max_length=limit, truncate=True))
+    assert losses[0].num_tokens == losses[1].num_tokens == limit
+    assert losses[0].loss == losses[1].loss
+    assert run(OwnScorer(loaded), tmp_path / "long.jsonl", max_length=limit).num_tokens > 3 * limit
+    with pytest.raises(ValueError, match="--truncate"):
+        LossSettings(truncate=True, whole_words=True)
+
+
 def test_batches_do_not_change_the_loss(loaded: Model, native: Path, jsonl: Path) -> None:
     for scorer in (OwnScorer(loaded), load_scorer(str(native))):
         losses = [run(scorer, jsonl, batch_tokens=tokens).loss for tokens in (1, 100, 8192)]

@@ -1,0 +1,152 @@
+"""One run of an experiment: train a config, then score its weights on held-out documents.
+
+The held-out loss is always the same question: the first 512 tokens of the first 400 documents of the validation split,
+15% of their tokens predicted, each replaced by [MASK], chosen by a hash of document and position. It depends on nothing
+that the training masks, packs or batches.
+
+Seconds of training are those that the run's log counts, without start-up, evaluation and saving. The first logging
+interval is left out too, because a model is compiled and the data opened in it: the others are scaled up to all steps.
+"""
+
+import argparse
+import contextlib
+import json
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+
+from neobert.config.schema import Config
+from neobert.data.encode import limit_threads
+from neobert.inference.load import load
+from neobert.inference.mlm_loss import LossSettings, MlmLoss, mlm_loss
+from neobert.inference.scorer import OwnScorer
+from neobert.inference.texts import open_texts
+from neobert.train.loop import pretrain
+
+HELD_OUT = LossSettings(mlm_probability=0.15, mask_all=True, max_length=512, truncate=True, max_documents=400)
+"""What is asked of every model."""
+
+VALIDATION = "validation"
+
+FINISHED = ("finished", "complete")
+
+
+class Stopped(Exception):
+    """A run ended before its budget was spent; `reason` is a key of EXIT_CODES."""
+
+    def __init__(self, reason: str) -> None:
+        super().__init__(reason)
+        self.reason = reason
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Speed:
+    """What a run's log says of its time."""
+
+    num_steps: int
+    num_tokens: int
+    """Real tokens, without padding."""
+
+    training_seconds: float
+    tokens_per_second: float
+
+    @property
+    def steps_per_second(self) -> float:
+        return self.num_steps / self.training_seconds
+
+
+class Arguments(NamedTuple):
+    """The command line of an experiment."""
+
+    options: argparse.Namespace
+    overrides: list[str]
+    """What lies over every config: data, tokenizer, and the user's own settings, which win."""
+
+
+def build_parser(description: str | None, *, file_help: str) -> argparse.ArgumentParser:
+    """The arguments that experiments share; `parse_arguments` reads them."""
+    parser = argparse.ArgumentParser(
+        description=description,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+        epilog="Behind these, settings as for pretrain.py: --section.key value. They hold for every run.",
+    )
+    parser.add_argument("file", type=Path, help=file_help)
+    parser.add_argument("--data", required=True, type=Path, help="folder with files called train* and validation*")
+    parser.add_argument("--tokenizer", type=Path, help="tokenizer folder (default: the one that the config names)")
+    parser.add_argument("--output", type=Path, help="folder of the runs (default: outputs/experiments/NAME)")
+    parser.add_argument("--threads", type=int, default=2, help="threads that compute (default %(default)s)")
+    return parser
+
+
+def parse_arguments(parser: argparse.ArgumentParser, argv: Sequence[str]) -> Arguments:
+    """Options, and settings in the spellings of every training script. Sets the number of threads."""
+    options, settings = parser.parse_known_args(argv)
+    if options.threads < 1:
+        parser.error(f"--threads: {options.threads}; write 1 or more")
+    use_threads(options.threads)
+    options.output = (options.output or Path("outputs/experiments") / options.file.stem).absolute()
+    options.data = options.data.absolute()
+    overrides = [f"dataset.path={options.data}"]
+    if options.tokenizer is not None:
+        overrides += ["tokenizer.name=null", f"tokenizer.path={options.tokenizer.absolute()}"]
+    return Arguments(options, [*overrides, *settings])
+
+
+def use_threads(count: int) -> None:
+    """Threads of torch and of the tokenizer, in this process."""
+    torch.set_num_threads(count)
+    limit_threads(count)
+
+
+def check_data(data: Path) -> None:
+    """Raises DataError when there are no held-out documents in `data`."""
+    with open_texts(str(data), split=VALIDATION):
+        pass
+
+
+def train(config: Config) -> None:
+    """`pretrain` to the end of the budget; may be called again in one process. It speaks on the error output.
+
+    Raises:
+        Stopped: the run ended before.
+    """
+    torch.compiler.reset()  # Graphs of earlier models count, and beyond a limit torch compiles no more.
+    with contextlib.redirect_stdout(sys.stderr):
+        result = pretrain(config)
+    if result.reason not in FINISHED:
+        raise Stopped(result.reason)
+
+
+def score(run: Path, data: Path, *, device: str = "auto") -> MlmLoss:
+    """The held-out loss of a run's newest checkpoint, in fp32."""
+    with open_texts(str(data), split=VALIDATION) as texts:
+        return mlm_loss(OwnScorer(load(run, device=device)), texts, HELD_OUT)
+
+
+def read_speed(run: Path) -> Speed:
+    """Steps, tokens and seconds of training, from `log.jsonl`; zeros for a run that stopped before it logged."""
+    lines = [json.loads(line) for line in (run / "log.jsonl").read_text().splitlines()]
+    intervals: list[dict[str, Any]] = [line for line in lines if line["kind"] == "log"]
+    if not intervals:
+        return Speed(num_steps=0, num_tokens=0, training_seconds=0.0, tokens_per_second=0.0)
+    first, last = intervals[0], intervals[-1]
+    seconds: float = sum(line["seconds"] for line in intervals)
+    if len(intervals) > 1:
+        seconds = (seconds - first["seconds"]) * last["step"] / (last["step"] - first["step"])
+    return Speed(
+        num_steps=last["step"],
+        num_tokens=last["tokens"],
+        training_seconds=seconds,
+        tokens_per_second=last["tokens"] / seconds,
+    )
+
+
+def describe_machine() -> dict[str, Any]:
+    """What the numbers were measured on."""
+    device = torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu"
+    return {"device": device, "threads": torch.get_num_threads(), "torch": torch.__version__}
