@@ -79,8 +79,6 @@ LATER: dict[str, str] = {
     "pretrained_checkpoint": "evaluation of a checkpoint on benchmarks is not available yet",
     "scheduler.cooldown_percent": "write scheduler.decay_percent, the end of a cosine or linear decay",
     "scheduler.cooldown_steps": "write scheduler.decay_steps, the end of a cosine or linear decay",
-    "trainer.profiler_steps": "profiling is not available yet",
-    "trainer.profiler_steps_start": "profiling is not available yet",
 }
 """Key of a feature that is not there -> what to do without it. A key covers everything below it."""
 

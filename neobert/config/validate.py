@@ -12,6 +12,7 @@ from neobert.config.fields import FIELDS
 from neobert.config.resume_rules import ALLOWED, FIXED
 from neobert.config.schema import Config
 from neobert.config.validate_data import check_dataset, check_rows, check_tokenizer
+from neobert.config.validate_measuring import check_automatic_batch, check_profiler, late_profiler
 
 BUDGETS = ("trainer.max_steps", "trainer.max_tokens", "trainer.num_train_epochs")
 """Exactly one of these is set."""
@@ -51,6 +52,7 @@ _RANGES: tuple[tuple[str, _Test, tuple[str, ...]], ...] = (
             "trainer.max_bad_steps",
             "trainer.rollback_steps",
             "trainer.gradient_checkpointing_every",
+            "trainer.profiler_steps_start",
         ),
     ),
     (
@@ -70,6 +72,7 @@ _RANGES: tuple[tuple[str, _Test, tuple[str, ...]], ...] = (
             "trainer.eval_steps",
             "trainer.eval_seed",
             "trainer.logging_steps",
+            "trainer.profiler_steps",
             "trainer.z_loss",
         ),
     ),
@@ -147,6 +150,7 @@ def warnings(config: Config, *, total_steps: int | None = None) -> list[str]:
             "trainer.detect_anomaly: true checks every operation of the backward pass, which takes several times as"
             " long; write false when the operation is found"
         )
+    found += late_profiler(config, total_steps)
     return found + list(_schedule_warnings(config, total_steps or config.trainer.max_steps))
 
 
@@ -176,7 +180,7 @@ def _check_ranges(config: Config) -> Iterator[str]:
     for rule, test, keys in _RANGES:
         for key in keys:
             value = FIELDS[key].value_in(config)
-            if value is not None and not test(value):
+            if value not in (None, "auto") and not test(value):
                 yield f"{key}: {list(value) if isinstance(value, tuple) else value} {rule}"
 
 
@@ -240,14 +244,14 @@ def _check_budget(config: Config) -> Iterator[str]:
 def _check_batch(config: Config) -> Iterator[str]:
     trainer = config.trainer
     total, rows = trainer.global_batch_size, trainer.per_device_train_batch_size
-    if total is None or total < 1 or rows < 1:
+    if total is None or total < 1 or (rows != "auto" and rows < 1):
         return
     if trainer.gradient_accumulation_steps is not None:
         yield (
             f"trainer.gradient_accumulation_steps: {trainer.gradient_accumulation_steps} is set beside"
             f" trainer.global_batch_size = {total}, which derives it; write null for one of the two"
         )
-    if total % rows:
+    if rows != "auto" and total % rows:
         below, above = total // rows * rows, math.ceil(total / rows) * rows
         yield (
             f"trainer.global_batch_size: {total} is not a multiple of trainer.per_device_train_batch_size = {rows};"
@@ -343,6 +347,8 @@ _RULES = (
     check_rows,
     _check_budget,
     _check_batch,
+    check_automatic_batch,
+    check_profiler,
     _check_saving,
     _check_resume_allow,
     _check_schedule,

@@ -33,6 +33,8 @@ def choose_rows_per_step(config: Config, world: int) -> int:
         StartupError: `trainer.global_batch_size` is no multiple of micro-batch x processes.
     """
     trainer = config.trainer
+    if trainer.per_device_train_batch_size == "auto":
+        return _check_shared_evenly(trainer.global_batch_size, world)
     per_micro_step = trainer.per_device_train_batch_size * world
     if trainer.global_batch_size is None:
         return per_micro_step * (trainer.gradient_accumulation_steps or 1)
@@ -43,6 +45,16 @@ def choose_rows_per_step(config: Config, world: int) -> int:
             f"the next one that is: {math.ceil(trainer.global_batch_size / per_micro_step) * per_micro_step}"
         )
     return trainer.global_batch_size
+
+
+def _check_shared_evenly(rows_per_step: int | None, world: int) -> int:
+    assert rows_per_step is not None, "auto is valid beside trainer.global_batch_size only"
+    if rows_per_step % world:
+        raise StartupError(
+            f"trainer.global_batch_size: {rows_per_step} cannot be shared evenly by {world} processes; write "
+            f"{math.ceil(rows_per_step / world) * world}"
+        )
+    return rows_per_step
 
 
 def build_attention(config: Config) -> AttentionBackend:

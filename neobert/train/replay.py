@@ -114,7 +114,7 @@ def _build_pipeline(checkpoint: Path, saved: dict[str, Any]) -> tuple[DataPipeli
         config,
         tokenizer,
         prepared_dir=run / "tokenized",
-        rows_per_step=config.trainer.per_device_train_batch_size,
+        rows_per_step=config.trainer.micro_batch_rows,
     )
     if data.fingerprint != saved["data_fingerprint"]:
         raise StartupError(
