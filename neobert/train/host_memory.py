@@ -1,7 +1,7 @@
 """Memory of this process and of this machine on a CPU, as Linux tells it, and the errors that end in the lack of it.
 
-What a control group leaves (containers, batch systems) counts when it is less than what the machine has free. Page cache
-that can be dropped counts as free.
+What a control group leaves (containers, batch systems) counts when it is less than what the machine has free. Page
+cache that can be dropped counts as free.
 """
 
 from collections.abc import Iterator

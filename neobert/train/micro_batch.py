@@ -5,12 +5,12 @@ once is chosen, among the numbers that divide the rows of one process. Full rows
 (the dearest kind for attention), make a whole step on a model and an optimizer that are thrown away afterwards.
 
 - On a GPU, ascending numbers are tried until one runs out of memory or passes `GPU_SHARE` of what was free.
-- On a CPU nothing may run out of memory, since the system would end the process: the peak of the two smallest numbers is
-  measured, a straight line through them tells the others, and the largest below `CPU_SHARE` of what is available is
+- On a CPU nothing may run out of memory, since the system would end the process: the peak of the two smallest numbers
+  is measured, a straight line through them tells the others, and the largest below `CPU_SHARE` of what is available is
   taken, up to `MOST_CPU_SLOTS` slots: more are no faster there.
 
-With several processes the smallest answer holds for all. The number is part of what makes a run exact (sums are added in
-the order of the micro-batches), so the run's config holds it and a run that continues keeps it, as long as its rows,
+With several processes the smallest answer holds for all. The number is part of what makes a run exact (sums are added
+in the order of the micro-batches), so the run's config holds it and a run that continues keeps it, as long as its rows,
 their length and the number of processes stay.
 """
 

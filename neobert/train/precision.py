@@ -1,12 +1,12 @@
 """Which precision `trainer.mixed_precision: auto` means on this machine.
 
-On a GPU the answer is in its capabilities: bf16 where it has it. On a CPU it is not: without instructions for it bf16 is
-several times slower than fp32, with them several times faster, and libraries decide which of them are used. So two matrix
-products of the model's shape are timed, one in each precision. bf16 also converts weights and activations back and
-forth, so it is taken only when its product is clearly faster.
+On a GPU the answer is in its capabilities: bf16 where it has it. On a CPU it is not: without instructions for it bf16
+is several times slower than fp32, with them several times faster, and libraries decide which of them are used. So two
+matrix products of the model's shape are timed, one in each precision. bf16 also converts weights and activations back
+and forth, so it is taken only when its product is clearly faster.
 
-The choice is part of what makes a run exact: rank 0 makes it for all, the run's config holds it, and a run that continues
-from a checkpoint keeps the checkpoint's.
+The choice is part of what makes a run exact: rank 0 makes it for all, the run's config holds it, and a run that
+continues from a checkpoint keeps the checkpoint's.
 """
 
 import time

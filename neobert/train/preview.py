@@ -30,6 +30,8 @@ def preview(config: Config) -> str:
     section = replace(config.dataset, pre_tokenize=False, num_workers=0, num_proc=None, eval_split=None)
     config = replace(config, dataset=replace(section, streaming=section.streaming or None))
     rows_per_step = choose_rows_per_step(config, world=1)
+    if config.trainer.per_device_train_batch_size == "auto":  # The rows of a step do not depend on the choice.
+        config = replace(config, trainer=replace(config.trainer, per_device_train_batch_size=rows_per_step))
     with tempfile.TemporaryDirectory() as folder:
         tokenizer = build_tokenizer(config, None, Path(folder))
         data = build_config_data(

@@ -1,9 +1,9 @@
 """A few steps under torch's profiler: `trainer.profiler_steps_start` and `trainer.profiler_steps`.
 
-The window is a range of step numbers, so a resumed run profiles what is left of it, and a run resumed behind it nothing.
-Every profiled step is one `ProfilerStep#N` in the trace; what lies between two of them is logging, evaluating and saving.
-A run that ends inside the window, in whatever way, writes the steps that it made. The profiler watches and changes no
-number: losses are those of a run without it, to the last bit.
+The window is a range of step numbers, so a resumed run profiles what is left of it, and a run resumed behind it
+nothing. Every profiled step is one `ProfilerStep#N` in the trace; what lies between two of them is logging, evaluating
+and saving. A run that ends inside the window, in whatever way, writes the steps that it made. The profiler watches and
+changes no number: losses are those of a run without it, to the last bit.
 
 Process 0 alone is profiled. On CUDA the history of the allocator is recorded over the same steps.
 """

@@ -170,7 +170,7 @@ def settle_determinism(deterministic: bool) -> None:
 
 
 def _build_accelerator(device_type: str, mixed_precision: str) -> Accelerator:
-    # The precision is state of the whole process; a start before this one may have left another. Its process group stays.
+    # The precision is state of the process, and an earlier start may have left another; the process group stays.
     AcceleratorState._reset_state()
     return Accelerator(
         cpu=device_type == "cpu",
