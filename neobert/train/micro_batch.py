@@ -170,13 +170,9 @@ def cpu_limit() -> int:
 def build_measure(
     config: Config, runtime: Runtime, model_config: ModelConfig, attention: AttentionBackend, tokenizer: Tokenizer
 ) -> Measure:
-    """The peak of a training step with this config, as a function of its rows.
-
-    On a CPU ask for ascending rows: memory that was freed may stay with the process, and counts.
-    """
+    """The peak of a training step with this config, as a function of its rows."""
     eager = replace(config, trainer=replace(config.trainer, torch_compile=False))
     on_gpu, dtype = runtime.device.type == "cuda", compute_dtype(config)
-    before = 0 if on_gpu else current_bytes()
 
     def make_step(rows: int) -> None:
         module = build_module(eager, model_config, attention, runtime)
@@ -201,6 +197,7 @@ def build_measure(
     def measure_cpu(rows: int) -> int | None:
         gc.collect()
         forget_peak()
+        before = current_bytes()
         fits = _survives(make_step, rows)
         gc.collect()
         return peak_bytes() - before if fits else None
