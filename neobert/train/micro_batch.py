@@ -7,7 +7,7 @@ once is chosen, among the numbers that divide the rows of one process. Full rows
 - On a GPU, ascending numbers are tried until one runs out of memory or passes `GPU_SHARE` of what was free.
 - On a CPU nothing may run out of memory, since the system would end the process: the peak of the two smallest numbers
   is measured, a straight line through them tells the others, and the largest below `CPU_SHARE` of what is available is
-  taken, up to `MOST_CPU_SLOTS` slots: more are no faster there.
+  taken, up to `MOST_CPU_SLOTS` slots, which keep the cores of a CPU busy.
 
 With several processes the smallest answer holds for all. The number is part of what makes a run exact (sums are added
 in the order of the micro-batches), so the run's config holds it and a run that continues keeps it, as long as its rows,
@@ -128,7 +128,8 @@ def choose_by_line(candidates: Sequence[int], measure: Measure, limit: int) -> t
     """The largest of the ascending `candidates` whose peak should be within `limit` bytes (0: none), and the reason.
 
     Only the first two are measured, the second only when the first leaves room for it; the others are told by the
-    straight line through both.
+    straight line through both. The first is measured twice: libraries take memory for good in the first step of a
+    process, which is needed but does not grow with the rows.
     """
     first = candidates[0]
     peak = measure(first)
@@ -140,10 +141,11 @@ def choose_by_line(candidates: Sequence[int], measure: Measure, limit: int) -> t
     if len(candidates) == 1 or peak * candidates[1] / first > limit:
         return first, reason
     second = candidates[1]
-    second_peak = measure(second)
-    if second_peak is None or second_peak > limit:
+    again, second_peak = measure(first), measure(second)
+    if again is None or second_peak is None or second_peak > limit:
         return first, reason
-    per_row = max(0.0, (second_peak - peak) / (second - first))
+    per_row = max(0.0, (second_peak - again) / (second - first))
+    second_peak = max(peak, second_peak)
     needs = {rows: second_peak + per_row * (rows - second) for rows in candidates[1:]}
     chosen = max(rows for rows, bytes_ in needs.items() if bytes_ <= limit)
     return chosen, (

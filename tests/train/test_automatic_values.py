@@ -152,12 +152,12 @@ def test_the_most_rows_by_trial(measure: Callable[[int], int | None], limit: flo
 @pytest.mark.parametrize(
     ("measure", "limit", "chosen", "tried"),
     [
-        (line(1, 1), 100, 12, [1, 2]),
-        (line(1, 1), 12.9, 6, [1, 2]),
-        (line(1, 1), 5, 4, [1, 2]),
+        (line(1, 1), 100, 12, [1, 1, 2]),
+        (line(1, 1), 12.9, 6, [1, 1, 2]),
+        (line(1, 1), 5, 4, [1, 1, 2]),
         (line(1, 1), 3.9, 1, [1]),  # Two rows might need twice as much, and nobody tries what might be too much.
         (line(1, 1), 1.9, 0, [1]),
-        (line(1, 0), 3, 12, [1, 2]),
+        (line(1, 0), 3, 12, [1, 1, 2]),
         (line(0, 0, most=0), 3, 0, [1]),
     ],
 )
@@ -173,6 +173,11 @@ def test_the_most_rows_by_two_measurements(
     assert choose_by_line([1, 2, 3, 4, 6, 12], spy, int(limit * GIB))[0] == chosen
     assert asked == tried
     assert choose_by_line([1], line(1, 1), 3 * GIB) == (1, "1 rows need 2.00 of 3.00 GiB")
+
+
+def test_what_the_first_step_takes_for_good_does_not_hide_what_a_row_needs() -> None:
+    peaks = iter([int(3 * GIB), int(2 * GIB), int(3 * GIB)])  # Of 1, 1 and 2 rows; 2 GiB of the first stay.
+    assert choose_by_line([1, 2, 4, 8], lambda rows: next(peaks), int(5.5 * GIB))[0] == 4
 
 
 def test_the_reason_has_the_numbers() -> None:
