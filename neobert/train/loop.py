@@ -53,7 +53,7 @@ def pretrain(config: Config) -> RunResult:
         reason = "finished" if state.step < run.num_steps else "complete"
         if evaluation_missing(run, state):
             run.tracker.log_eval(state, evaluate(run))
-        for state, metrics in profiled(run, state, training_steps(run, state)):  # noqa: B020 (the generator takes the first state only)
+        for state, metrics in profiled(run, state, training_steps(run, state)):  # noqa: B020 (of `state`, the first only)
             run.tracker.add(state, metrics)
             if run.stop_requested():
                 break
