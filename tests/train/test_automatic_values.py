@@ -177,7 +177,7 @@ def test_the_most_rows_by_two_measurements(
 
 def test_what_the_first_step_takes_for_good_does_not_hide_what_a_row_needs() -> None:
     peaks = iter([int(3 * GIB), int(2 * GIB), int(3 * GIB)])  # Of 1, 1 and 2 rows; 2 GiB of the first stay.
-    assert choose_by_line([1, 2, 4, 8], lambda rows: next(peaks), int(5.5 * GIB))[0] == 4
+    assert choose_by_line([1, 2, 4, 8], lambda rows: next(peaks), int(6.5 * GIB))[0] == 4
 
 
 def test_the_reason_has_the_numbers() -> None:
