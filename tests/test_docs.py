@@ -86,10 +86,11 @@ def workplace(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def tiny_overrides(words: list[str]) -> list[str]:
     """`TINY`, which wins over a command's own words; but tokenised data, its tokenizer, and the budget of a run that is
-    only prepared stay those of the command."""
+    only prepared or profiled stay those of the command."""
     own = [key for key in TOKENIZER_KEYS if "--tokenizer.path" in words]
     own += ["--dataset.path"] if any(word.startswith("tokenized_data/") for word in words) else []
-    own += ["--trainer.max_steps"] if "--prepare-only" in words or "scripts/pipeline.py" in words else []
+    keeps_budget = {"--prepare-only", "--trainer.profiler_steps", "scripts/pipeline.py"} & {*words}
+    own += ["--trainer.max_steps"] if keeps_budget else []
     pairs = dict(zip(TINY[::2], TINY[1::2]))
     if "--dataset.mixture" in words:  # Goes on from a run of two steps.
         own.append("--dataset.path")

@@ -27,6 +27,7 @@ BARE = [
     "objectives.mlm",
     "optim.optimizers",
     "benchmark.step",
+    "benchmark.profile_analysis",
 ]
 STACK = ["omegaconf", "datasets", "accelerate", "transformers", "pyarrow", "rich"]
 

@@ -53,7 +53,7 @@ def measure(batches: Generator[tuple[int, int], None, None], num_batches: int) -
 
 def our_batches(config: Config, tokenizer: Tokenizer, folder: Path) -> Generator[tuple[int, int], None, None]:
     """Steps of one micro-batch each from the real pipeline, with its threads."""
-    rows = config.trainer.per_device_train_batch_size
+    rows = config.trainer.micro_batch_rows
     data = build_config_data(config, tokenizer, rows_per_step=rows, prepared_dir=folder)
     loader = data.loader()
     try:
@@ -75,7 +75,7 @@ def plain_batches(
 
     extra = {} if streaming else {"keep_in_memory": False}
     tokenised = dataset.map(encode, batched=True, remove_columns=list(next(iter(dataset))), **extra)
-    rows, length = config.trainer.per_device_train_batch_size, config.dataset.max_seq_length
+    rows, length = config.trainer.micro_batch_rows, config.dataset.max_seq_length
     waiting: list[list[int]] = []
     while True:
         for example in tokenised:

@@ -24,7 +24,7 @@ def build(config: Config, tokenizer: Tokenizer, folder: Path) -> DataPipeline:
     return build_config_data(
         replace(config, dataset=replace(config.dataset, num_workers=0)),
         tokenizer,
-        rows_per_step=config.trainer.per_device_train_batch_size,
+        rows_per_step=config.trainer.micro_batch_rows,
         prepared_dir=folder,
     )
 

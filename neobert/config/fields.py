@@ -25,7 +25,7 @@ class Field:
     """Dotted key, for example `trainer.max_steps`."""
 
     kind: Any
-    """The annotation without `None`: bool, int, float, str, a Literal, a tuple type, or `str | tuple[str, ...]`."""
+    """The annotation without `None`: bool, int, float, str, a Literal, a tuple type, `TEXTS` or `COUNT_OR_AUTO`."""
 
     nullable: bool
     default: Any
@@ -50,11 +50,16 @@ class Field:
 TEXTS = str | tuple[str, ...]
 """A text or a list of texts."""
 
+COUNT_OR_AUTO = int | Literal["auto"]
+"""A number of things, or `auto`: the run chooses it."""
+
 
 def describe_type(kind: Any) -> str:
     """A type in words, without articles: `integer`, `number`, `true or false`, `text`, `a | b`, `list of 2 numbers`."""
     if kind == TEXTS:
         return "text or list of texts"
+    if kind == COUNT_OR_AUTO:
+        return "integer or auto"
     if get_origin(kind) is Literal:
         return " | ".join(get_args(kind))
     if get_origin(kind) is tuple:

@@ -11,7 +11,7 @@ import re
 from dataclasses import is_dataclass
 from typing import Any, get_args, get_origin
 
-from neobert.config.fields import TEXTS, Field, describe_type, list_fields
+from neobert.config.fields import COUNT_OR_AUTO, TEXTS, Field, describe_type, list_fields
 from neobert.config.refused import REFUSED_VALUES
 from neobert.config.source import Leaf, Tree, parse_yaml_list
 
@@ -61,12 +61,14 @@ def parse_value(field: Field, value: Tree) -> Any:
     return _parse_scalar(field.kind, value.text)
 
 
-def _parse_scalar(kind: type, text: str) -> Any:
+def _parse_scalar(kind: Any, text: str) -> Any:
     if kind is str:
         return text
     if kind is bool and text.lower() in TRUE + FALSE:
         return text.lower() in TRUE
-    if kind is int:
+    if kind == COUNT_OR_AUTO and text.lower() == "auto":
+        return "auto"
+    if kind in (int, COUNT_OR_AUTO):
         number = _number(text)
         if re.fullmatch(r"[+-]?\d[\d_]*", text):
             return int(text)

@@ -75,8 +75,6 @@ LATER: dict[str, str] = {
     "mteb_pooling": "MTEB is not available yet",
     "mteb_task_type": "MTEB is not available yet",
     "pretrained_checkpoint": "evaluation of a checkpoint on benchmarks is not available yet",
-    "trainer.profiler_steps": "profiling is not available yet",
-    "trainer.profiler_steps_start": "profiling is not available yet",
 }
 """Key of a feature that is not there -> what to do without it. A key covers everything below it."""
 

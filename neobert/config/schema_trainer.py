@@ -17,8 +17,9 @@ class TrainerSection:
     num_train_epochs: float | None = None
     """Budget in passes over the data; the source's number of tokens must be known."""
 
-    per_device_train_batch_size: int = 16
-    """Rows of one micro-batch on one device."""
+    per_device_train_batch_size: int | Literal["auto"] = 16
+    """Rows of one micro-batch on one device. auto: the most that fit in memory and divide `global_batch_size`, which
+    must be given; the run writes the number into its config."""
 
     per_device_eval_batch_size: int = 32
     """Rows of one evaluation batch on one device."""
@@ -118,9 +119,10 @@ class TrainerSection:
     gradient_clipping: float | None = 1.0
     """Clip the gradient's L2 norm to this; null never clips."""
 
-    mixed_precision: Literal["no", "bf16"] = "bf16"
+    mixed_precision: Literal["no", "bf16", "auto"] = "bf16"
     """bf16 computes in bfloat16 and keeps weights in float32; no computes in float32. fp32 and false are read as no,
-    true as bf16."""
+    true as bf16. auto: bf16 where the GPU has it; on a CPU, where its matrix products are measured to be faster. The
+    run writes the choice into its config, and a resumed run keeps it."""
 
     tf32: bool = True
     """Allow TF32 in float32 matrix products on CUDA."""
@@ -180,5 +182,24 @@ class TrainerSection:
     deterministic: bool = False
     """Use only operations that give the same bits every time; slower on a GPU, already so on a CPU."""
 
+    profiler_steps_start: int | None = None
+    """First step (from 1, as in the log) that torch's profiler records; with `profiler_steps`. Leave it some steps to
+    warm up."""
+
+    profiler_steps: int = 0
+    """Steps to profile; 0 profiles nothing. Process 0 writes `profiler_trace.json` into `output_dir`, and on CUDA
+    `snapshot.pickle`, the history of the allocator."""
+
     fill_mask_texts: tuple[str, ...] = ()
     """Texts with [MASK] that the model completes at the end of the run."""
+
+    @property
+    def micro_batch_rows(self) -> int:
+        """`per_device_train_batch_size` as a number.
+
+        Raises:
+            ValueError: it is auto still; the config of a run holds the number that was chosen.
+        """
+        if self.per_device_train_batch_size == "auto":
+            raise ValueError("trainer.per_device_train_batch_size: auto is not chosen yet; write a number")
+        return self.per_device_train_batch_size

@@ -12,6 +12,7 @@ from neobert.config.fields import FIELDS
 from neobert.config.resume_rules import ALLOWED, FIXED
 from neobert.config.schema import Config
 from neobert.config.validate_data import check_dataset, check_rows, check_tokenizer
+from neobert.config.validate_measuring import check_automatic_batch, check_profiler, late_profiler
 from neobert.config.validate_optimizer import check_optimizer
 from neobert.config.validate_schedule import check_batch_warmup, check_masks, check_schedule, schedule_warnings
 from neobert.model.config import variant_problems
@@ -62,6 +63,7 @@ _RANGES: tuple[tuple[str, _Test, tuple[str, ...]], ...] = (
             "trainer.max_bad_steps",
             "trainer.rollback_steps",
             "trainer.gradient_checkpointing_every",
+            "trainer.profiler_steps_start",
         ),
     ),
     (
@@ -87,6 +89,7 @@ _RANGES: tuple[tuple[str, _Test, tuple[str, ...]], ...] = (
             "trainer.eval_steps",
             "trainer.eval_seed",
             "trainer.logging_steps",
+            "trainer.profiler_steps",
             "trainer.z_loss",
             "trainer.ema_start_step",
         ),
@@ -194,6 +197,7 @@ def warnings(config: Config, *, total_steps: int | None = None) -> list[str]:
         key = "scheduler.warmup_steps" if config.scheduler.warmup_percent is None else "scheduler.warmup_percent"
         if value := FIELDS[key].value_in(config):
             found.append(f"{key}: {value}, but the normalised model (model.ngpt: true) needs no warm-up; write 0")
+    found += late_profiler(config, total_steps)
     return found + list(schedule_warnings(config, total_steps or config.trainer.max_steps))
 
 
@@ -201,7 +205,7 @@ def _check_ranges(config: Config) -> Iterator[str]:
     for rule, test, keys in _RANGES:
         for key in keys:
             value = FIELDS[key].value_in(config)
-            if value is not None and not test(value):
+            if value not in (None, "auto") and not test(value):
                 yield f"{key}: {list(value) if isinstance(value, tuple) else value} {rule}"
 
 
@@ -277,14 +281,14 @@ def _check_budget(config: Config) -> Iterator[str]:
 def _check_batch(config: Config) -> Iterator[str]:
     trainer = config.trainer
     total, rows = trainer.global_batch_size, trainer.per_device_train_batch_size
-    if total is None or total < 1 or rows < 1:
+    if total is None or total < 1 or (rows != "auto" and rows < 1):
         return
     if trainer.gradient_accumulation_steps is not None:
         yield (
             f"trainer.gradient_accumulation_steps: {trainer.gradient_accumulation_steps} is set beside"
             f" trainer.global_batch_size = {total}, which derives it; write null for one of the two"
         )
-    if total % rows:
+    if rows != "auto" and total % rows:
         below, above = total // rows * rows, math.ceil(total / rows) * rows
         yield (
             f"trainer.global_batch_size: {total} is not a multiple of trainer.per_device_train_batch_size = {rows};"
@@ -384,6 +388,8 @@ _RULES = (
     check_optimizer,
     _check_budget,
     _check_batch,
+    check_automatic_batch,
+    check_profiler,
     _check_saving,
     _check_resume_allow,
     check_schedule,

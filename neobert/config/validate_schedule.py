@@ -125,9 +125,9 @@ def check_batch_warmup(config: Config) -> Iterator[str]:
             f"trainer.batch_size_warmup_{given}: {start if steps is None else steps} needs"
             f" trainer.batch_size_warmup_{missing} beside it; set both, or neither"
         )
-    if start is None or start < 1 or rows < 1:
+    if start is None or start < 1:
         return
-    if start % rows:
+    if rows != "auto" and rows >= 1 and start % rows:
         yield (
             f"trainer.batch_size_warmup_start: {start} is not a multiple of trainer.per_device_train_batch_size ="
             f" {rows}; write {-(-start // rows) * rows}"

@@ -169,7 +169,7 @@ def build_data(
     collate = replace(_build_collate(config, tokenizer, train_masks), num_sources=len(sources))
     loader_settings = LoaderSettings(
         batch=build_batch_schedule(config, rows_per_step),
-        micro_batch_rows=config.trainer.per_device_train_batch_size,
+        micro_batch_rows=config.trainer.micro_batch_rows,
         rank=rank,
         world=world,
         num_workers=choose_num_workers(world) if section.num_workers is None else section.num_workers,

@@ -12,6 +12,7 @@ from torch.optim import Optimizer
 
 from neobert.config.schema import Config
 from neobert.config.schema_optimizer import MUON, GroupSection
+from neobert.config.schema_trainer import TrainerSection
 from neobert.data.order import key
 from neobert.data.pipeline import DataPipeline, build_data
 from neobert.data.tokenizer import Tokenizer, padded_vocab_size
@@ -43,6 +44,8 @@ def choose_rows_per_step(config: Config, world: int) -> int:
             processes, or the second is no smaller than the full batch.
     """
     trainer = config.trainer
+    if trainer.per_device_train_batch_size == "auto":
+        return _check_shared_evenly(trainer, world)
     per_micro_step = trainer.per_device_train_batch_size * world
     for name, rows in (
         ("global_batch_size", trainer.global_batch_size),
@@ -62,6 +65,21 @@ def choose_rows_per_step(config: Config, world: int) -> int:
             "it, raise trainer.gradient_accumulation_steps, or remove the warm-up"
         )
     return full
+
+
+def _check_shared_evenly(trainer: TrainerSection, world: int) -> int:
+    rows_per_step = trainer.global_batch_size
+    assert rows_per_step is not None, "auto is valid beside trainer.global_batch_size only"
+    for name, rows in (
+        ("global_batch_size", rows_per_step),
+        ("batch_size_warmup_start", trainer.batch_size_warmup_start),
+    ):
+        if rows is not None and rows % world:
+            raise StartupError(
+                f"trainer.{name}: {rows} cannot be shared evenly by {world} processes; write "
+                f"{math.ceil(rows / world) * world}"
+            )
+    return rows_per_step
 
 
 def build_attention(config: Config) -> AttentionBackend:

@@ -179,7 +179,7 @@ def _count(run: Run, state: TrainState, data_state: dict[str, Any]) -> dict[str,
     lanes = data_state.get("lanes", {})
     all_opened = len(lanes) == data_state.get("num_lanes", 0)
     epochs = min((lane.get("epoch", 0) for lane in lanes.values()), default=0) if all_opened else 0
-    per_batch = run.config.trainer.per_device_train_batch_size * run.runtime.world
+    per_batch = run.config.trainer.micro_batch_rows * run.runtime.world
     batches = data_state.get("next_row", 0) // per_batch
     in_epoch = batches
     if epochs and (run.data.num_rows or run.data.num_tokens):

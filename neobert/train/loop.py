@@ -7,6 +7,7 @@ from dataclasses import dataclass, replace
 from functools import partial
 
 import torch
+from torch.profiler import record_function
 
 from neobert.config.schema import Config
 from neobert.data.errors import DataError
@@ -18,6 +19,7 @@ from neobert.train.evaluate import log_evaluation
 from neobert.train.finish import finish
 from neobert.train.identity import as_int64, check_next_batch
 from neobert.train.memory import memory_explained
+from neobert.train.profiling import DATA_WAIT, profiled
 from neobert.train.report import announce
 from neobert.train.resume import resume_or_start
 from neobert.train.rollback import roll_back
@@ -51,7 +53,7 @@ def pretrain(config: Config) -> RunResult:
         reason = "finished" if state.step < run.num_steps else "complete"
         if evaluation_missing(run, state):
             log_evaluation(run, state)
-        for state, metrics in training_steps(run, state):  # noqa: B020 (the generator takes the first state only)
+        for state, metrics in profiled(run, state, training_steps(run, state)):  # noqa: B020 (of `state`, the first only)
             run.tracker.add(state, metrics)
             if run.stop_requested():
                 break
@@ -142,7 +144,8 @@ def next_batch(run: Run, loader: Loader) -> GivenBatch | None:
     """
     batch, failure, start = None, None, time.perf_counter()
     try:
-        batch = loader.next_unless(run.stop.wanted)
+        with record_function(DATA_WAIT):
+            batch = loader.next_unless(run.stop.wanted)
     except Exception as error:  # Raised again below, when the other ranks know.
         failure = error
     data_wait = time.perf_counter() - start

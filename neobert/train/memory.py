@@ -4,8 +4,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Literal
 
-import torch
-
+from neobert.train.host_memory import is_out_of_memory
 from neobert.train.run import Run
 from neobert.types import PackedBatch
 
@@ -42,8 +41,3 @@ _REMEDIES = {
     "or a smaller dataset.max_seq_length",
     "eval": ", which changes no result",
 }
-
-
-def is_out_of_memory(error: BaseException) -> bool:
-    """Whether an allocator gave up: torch's on a GPU, torch's on a CPU, or Python's."""
-    return isinstance(error, MemoryError | torch.OutOfMemoryError) or "can't allocate memory" in str(error)

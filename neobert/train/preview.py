@@ -15,6 +15,7 @@ from neobert.config.schema import Config
 from neobert.data.pipeline import build_tokenizer
 from neobert.data.tokenizer import Tokenizer
 from neobert.train.build import build_config_data, choose_rows_per_step
+from neobert.train.micro_batch import shared_rows
 from neobert.types import IGNORE_INDEX, PackedBatch, StepBatch
 
 NUM_ROWS = 3
@@ -32,6 +33,9 @@ def preview(config: Config) -> str:
     masks = replace(config.datacollator, mlm_probability_final=None, mlm_probability_final_step=None)
     config = replace(config, dataset=replace(section, streaming=section.streaming or None), datacollator=masks)
     rows_per_step = choose_rows_per_step(config, world=1)
+    if config.trainer.per_device_train_batch_size == "auto":  # The rows of a step do not depend on the choice.
+        rows = shared_rows(config, rows_per_step)
+        config = replace(config, trainer=replace(config.trainer, per_device_train_batch_size=rows))
     with tempfile.TemporaryDirectory() as folder:
         tokenizer = build_tokenizer(config, None, Path(folder))
         data = build_config_data(

@@ -17,7 +17,7 @@ def announce(run: Run) -> None:
     embeddings = sum(p.numel() for name, p in module.named_parameters() if name in VOCABULARY_TENSORS)
     flops = module.encoder.flops_per_token(attended_length=length, predicted_fraction=rate)
     slots, total_slots = run.rows_per_step * length, batch.rows_before(run.num_steps) * length
-    accumulation = run.rows_per_step // (config.trainer.per_device_train_batch_size * run.runtime.world)
+    accumulation = run.rows_per_step // (config.trainer.micro_batch_rows * run.runtime.world)
     budget = f"{run.num_steps:,} steps, {total_slots:,} row slots"
     if run.data.num_tokens:
         budget += f", {total_slots / run.data.num_tokens:.2f} epochs of {run.data.num_tokens:,} tokens"
@@ -30,7 +30,7 @@ def announce(run: Run) -> None:
         f"loss kernel {choose_kernel(config.model.kernel_backend, device=run.runtime.device)}, "
         f"{run.runtime.world} process(es)",
         f"tokens    vocabulary {run.tokenizer.size:,}, embedding rows {model.vocab_size:,}",
-        f"batch     {config.trainer.per_device_train_batch_size} rows x {accumulation} micro-batches x "
+        f"batch     {config.trainer.micro_batch_rows} rows x {accumulation} micro-batches x "
         f"{run.runtime.world} process(es) = {run.rows_per_step} rows of {length} = {slots:,} slots a step",
         f"budget    {budget}",
     ]

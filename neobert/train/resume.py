@@ -97,7 +97,7 @@ def compare_with_checkpoint(run: Run) -> Comparison:
         groups=saved.get("optimizer_groups"),
     )
     trainer, before = run.config.trainer, config.trainer
-    same_micro_batch = trainer.per_device_train_batch_size == before.per_device_train_batch_size
+    same_micro_batch = trainer.micro_batch_rows == before.micro_batch_rows
     return compare(
         theirs,
         describe_run(run),
@@ -130,7 +130,7 @@ def _digest_of_named_tokenizer(config: Config) -> str | None:
 
 
 def _advise_on_batch(run: Run, saved: Mapping[str, Any]) -> str:
-    rows, per_micro_step = saved["rows_per_step"], run.config.trainer.per_device_train_batch_size * run.runtime.world
+    rows, per_micro_step = saved["rows_per_step"], run.config.trainer.micro_batch_rows * run.runtime.world
     accumulation, rest = divmod(rows, per_micro_step)
     advice = (
         f"write trainer.gradient_accumulation_steps: {accumulation}"

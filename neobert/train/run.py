@@ -32,7 +32,9 @@ from neobert.train.build import (
 from neobert.train.commit import Committer
 from neobert.train.console import Reporter
 from neobert.train.initial import copy_initial_weights, load_initial_weights
+from neobert.train.micro_batch import bind_micro_batch, choose_kept
 from neobert.train.numerics import Guard
+from neobert.train.precision import bind_precision
 from neobert.train.preempt import StopRequest
 from neobert.train.runtime import Runtime, build_runtime, check_runtime
 from neobert.train.start import agree_on_start, open_output_dir, read_checkpoint_config, read_train_state
@@ -45,6 +47,8 @@ class Run:
     """What `build_run` wired. Training changes the weights, the optimizer, the record and the two that watch it."""
 
     config: Config
+    """As it was given, with what was chosen in the place of `auto`."""
+
     runtime: Runtime
     output_dir: Path
     checkpoint: Path | None
@@ -115,12 +119,15 @@ def build_run(config: Config) -> Run:
         StartupError: the run cannot start as configured; the message names the key and the remedy.
     """
     check_runtime(config)
-    attention = build_attention(config)
     runtime = build_runtime(config)
     stop = StopRequest(max_hours=config.trainer.max_hours, is_main=runtime.is_main)
     rows_per_step = choose_rows_per_step(config, runtime.world)
     start = agree_on_start(config, runtime)
     checkpoint = start.path
+    checkpoint_config = None if checkpoint is None else read_checkpoint_config(checkpoint)
+    config, chosen = bind_precision(config, checkpoint_config, runtime)
+    runtime = runtime.with_precision(config.trainer.mixed_precision)
+    attention = build_attention(config)
     reporter = Reporter(active=runtime.is_main, show_progress=not config.trainer.disable_tqdm)
     output_dir = open_output_dir(config, runtime, reporter, start)
     saved = None if checkpoint is None else read_train_state(checkpoint)
@@ -128,6 +135,17 @@ def build_run(config: Config) -> Run:
         initial = load_initial_weights(config) if checkpoint is None else None
         tokenizer = build_tokenizer(config, checkpoint, output_dir)
     model_config = build_model_config(config, tokenizer)
+    config, more = bind_micro_batch(
+        config,
+        runtime,
+        rows_per_step=rows_per_step,
+        kept=choose_kept(config, checkpoint_config, saved, rows_per_step=rows_per_step, world=runtime.world),
+        model_config=model_config,
+        attention=attention,
+        tokenizer=tokenizer,
+    )
+    for sentence in (*chosen, *more):
+        reporter.say(sentence)
     data = build_config_data(
         config,
         tokenizer,
@@ -148,7 +166,7 @@ def build_run(config: Config) -> Run:
         runtime=runtime,
         output_dir=output_dir,
         checkpoint=checkpoint,
-        checkpoint_config=None if checkpoint is None else read_checkpoint_config(checkpoint),
+        checkpoint_config=checkpoint_config,
         saved=saved,
         tokenizer=tokenizer,
         data=data,

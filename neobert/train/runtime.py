@@ -10,9 +10,9 @@ import resource
 import shutil
 from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import timedelta
-from typing import Any
+from typing import Any, Self
 
 import torch
 import torch.distributed as dist
@@ -46,6 +46,10 @@ class Runtime:
     @property
     def is_main(self) -> bool:
         return self.rank == 0
+
+    def with_precision(self, mixed_precision: str) -> Self:
+        """This runtime, computing in another precision: `no` or `bf16`. Call it before `prepare_model`."""
+        return replace(self, accelerator=_build_accelerator(self.device.type, mixed_precision))
 
     def prepare_model(self, module: nn.Module) -> nn.Module:
         """`module` on the device, under autocast, and wrapped by DistributedDataParallel in several processes."""
@@ -113,7 +117,8 @@ PATIENCE = timedelta(days=7)
 
 
 def compute_dtype(config: Config) -> torch.dtype:
-    """Type of the matrix products."""
+    """Type of the matrix products; `trainer.mixed_precision` must be bound."""
+    assert config.trainer.mixed_precision != "auto"
     return torch.bfloat16 if config.trainer.mixed_precision == "bf16" else torch.float32
 
 
@@ -170,6 +175,17 @@ def settle_determinism(deterministic: bool) -> None:
     torch.use_deterministic_algorithms(deterministic)
 
 
+def _build_accelerator(device_type: str, mixed_precision: str) -> Accelerator:
+    # The precision is state of the process, and an earlier start may have left another; the process group stays.
+    AcceleratorState._reset_state()
+    return Accelerator(
+        cpu=device_type == "cpu",
+        mixed_precision=mixed_precision,
+        gradient_accumulation_steps=1,
+        kwargs_handlers=[DistributedDataParallelKwargs(broadcast_buffers=False, gradient_as_bucket_view=True)],
+    )
+
+
 def build_runtime(config: Config) -> Runtime:
     """Joins the process group that the launcher describes, or runs alone.
 
@@ -179,12 +195,9 @@ def build_runtime(config: Config) -> Runtime:
     settle_determinism(config.trainer.deterministic)
     if config.trainer.tf32 and torch.cuda.is_available():
         torch.set_float32_matmul_precision("high")
-    accelerator = Accelerator(
-        cpu=choose_device_type(config) == "cpu",
-        mixed_precision=config.trainer.mixed_precision,
-        gradient_accumulation_steps=1,
-        kwargs_handlers=[DistributedDataParallelKwargs(broadcast_buffers=False, gradient_as_bucket_view=True)],
-    )
+    # `auto` is bound when the process group is there, since all processes take one choice.
+    precision = config.trainer.mixed_precision
+    accelerator = _build_accelerator(choose_device_type(config), "no" if precision == "auto" else precision)
     expected = int(os.environ.get("WORLD_SIZE", "1"))
     if accelerator.num_processes != expected:
         # Accelerate starts independent processes in silence under some launchers on a CPU.

@@ -116,7 +116,7 @@ class Tracker:
         self._reporter, self._sinks = reporter, sinks
         self._log, self._events = JsonLines(output_dir / "log.jsonl"), JsonLines(output_dir / "events.jsonl")
         self._window = MetricWindow(runtime=runtime)
-        self._layout = Layout(processes=runtime.world, micro_batch_rows=config.trainer.per_device_train_batch_size)
+        self._layout = Layout(processes=runtime.world, micro_batch_rows=config.trainer.micro_batch_rows)
         self._layout_before = self._layout
         if runtime.is_main:
             events = self._events.read()
@@ -125,6 +125,7 @@ class Tracker:
         self._audit: ReplayAudit | None = None
         self._evaluated_step: int | None = None
         self._eval_loss: float | None = None
+        self._num_profiled = 0
         self.step = 0
         """The last step that was added."""
 
@@ -184,6 +185,10 @@ class Tracker:
             self._write_steps()
         self._reporter.advance(state.step)
 
+    def note_profiled_step(self) -> None:
+        """The step that comes next was profiled: the log line of its interval says so, since it was slowed."""
+        self._num_profiled += 1
+
     def log(self, state: TrainState, statistics: Mapping[str, float] = MappingProxyType({})) -> None:
         """Ends a logging interval: one console line, one `log` line, one record to every tracker. `statistics` go into
         the two latter."""
@@ -216,6 +221,8 @@ class Tracker:
             values["train/grad_norm"] = counted[-1].grad_norm
         if num_skipped:
             values["train/skipped_steps"] = num_skipped
+        if self._num_profiled:
+            values["train/profiled_steps"] = self._num_profiled
         if self._config.trainer.log_weight_norms:
             values["train/weight_norm"] = self._weight_norm()
         if self._config.trainer.log_train_accuracy:
@@ -239,7 +246,9 @@ class Tracker:
             "seconds": seconds,
             **statistics,
         }
-        self._append(self._log, [line])
+        profiled = {"profiled_steps": self._num_profiled} if self._num_profiled else {}
+        self._num_profiled = 0
+        self._append(self._log, [line | profiled])
         self._reporter.say(self._describe(state.step, values))
         if by_source is not None:
             shares = ", ".join(f"{count / tokens:.1%} {label}" for label, count in by_source.items())
@@ -381,7 +390,10 @@ class Tracker:
             parts.append(f"accuracy {values['train/accuracy']:.2%}")
         if "train/skipped_steps" in values:
             parts.append(f"skipped {values['train/skipped_steps']}")
-        parts.append(f"{values['train/tokens_per_sec']:,.0f} tokens/s")
+        slowed = (
+            f" (slowed: {values['train/profiled_steps']} steps profiled)" if "train/profiled_steps" in values else ""
+        )
+        parts.append(f"{values['train/tokens_per_sec']:,.0f} tokens/s{slowed}")
         if "train/mfu" in values:
             parts.append(f"mfu {values['train/mfu']:.1%}")
         parts.append(f"data wait {values['train/data_wait']:.1%}")

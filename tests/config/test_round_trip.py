@@ -5,7 +5,7 @@ from typing import Any, get_args, get_origin
 
 import pytest
 
-from neobert.config.fields import FIELDS, TEXTS, Field
+from neobert.config.fields import COUNT_OR_AUTO, FIELDS, TEXTS, Field
 from neobert.config.load import build_config, config_to_yaml, load_config, parse_config, save_config
 from neobert.config.resume_rules import ALLOWED
 from neobert.config.schema import Config
@@ -67,6 +67,8 @@ def random_value(field: Field, rng: random.Random) -> Any:
         return None
     if field.choices:
         return rng.choice(field.choices)
+    if field.kind == COUNT_OR_AUTO:
+        return rng.choice(["auto", 1, 8, 64])
     if field.kind == TEXTS:
         return rng.choice([rng.choice(NASTY), tuple(rng.choices(NASTY, k=rng.randint(1, 3)))])
     if field.key == "dataset.mixture":

@@ -159,6 +159,43 @@ ERRORS = [
         {"trainer__global_batch_size": 64, "trainer__gradient_accumulation_steps": 4},
         "trainer.gradient_accumulation_steps: 4 is set beside trainer.global_batch_size = 64, which derives it",
     ),
+    (
+        {"trainer__per_device_train_batch_size": "auto"},
+        "trainer.per_device_train_batch_size: auto needs trainer.global_batch_size, or the memory of the machine",
+    ),
+    (
+        {
+            "trainer__per_device_train_batch_size": "auto",
+            "trainer__global_batch_size": 64,
+            "trainer__enforce_full_packed_batches": False,
+        },
+        "trainer.per_device_train_batch_size: auto needs trainer.enforce_full_packed_batches: true",
+    ),
+    (
+        {
+            "trainer__per_device_train_batch_size": "auto",
+            "trainer__global_batch_size": 64,
+            "trainer__gradient_accumulation_steps": 2,
+        },
+        "trainer.gradient_accumulation_steps: 2 is set beside trainer.global_batch_size = 64, which derives it",
+    ),
+    (
+        {"trainer__profiler_steps": 3},
+        "trainer.profiler_steps_start: is needed with trainer.profiler_steps = 3; give both, or none",
+    ),
+    (
+        {"trainer__profiler_steps_start": 3},
+        "trainer.profiler_steps: is needed with trainer.profiler_steps_start = 3; give both, or none",
+    ),
+    (
+        {"trainer__profiler_steps_start": 10_001, "trainer__profiler_steps": 1},
+        "trainer.profiler_steps_start: 10001 is after the last step, trainer.max_steps = 10000; choose an earlier one",
+    ),
+    (
+        {"trainer__profiler_steps_start": 0, "trainer__profiler_steps": 1},
+        "trainer.profiler_steps_start: 0 must be at least 1",
+    ),
+    ({"trainer__profiler_steps": -1}, "trainer.profiler_steps: -1 must not be negative"),
     ({"trainer__save_steps": -1}, "trainer.save_steps: -1 must not be negative"),
     ({"trainer__eval_steps": -1}, "trainer.eval_steps: -1 must not be negative"),
     ({"trainer__logging_steps": -1}, "trainer.logging_steps: -1 must not be negative"),

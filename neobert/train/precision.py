@@ -1,0 +1,82 @@
+"""Which precision `trainer.mixed_precision: auto` means on this machine.
+
+On a GPU the answer is in its capabilities: bf16 where it has it. On a CPU it is not: without instructions for it bf16
+is several times slower than fp32, with them several times faster, and libraries decide which of them are used. So two
+matrix products of the model's shape are timed, one in each precision. bf16 also converts weights and activations back
+and forth, so it is taken only when its product is clearly faster.
+
+The choice is part of what makes a run exact: rank 0 makes it for all, the run's config holds it, and a run that
+continues from a checkpoint keeps the checkpoint's.
+"""
+
+import time
+from dataclasses import replace
+
+import torch
+
+from neobert.config.schema import Config
+from neobert.train.runtime import Runtime, StartupError, choose_device_type
+
+LEAST_GAIN = 1.2
+"""How many times faster the bf16 product must be on a CPU."""
+
+_ROWS = 2048
+_REPEATS = 5
+_MOST_SECONDS = 0.5
+"""Of one precision, beyond its first product."""
+
+
+def bind_precision(config: Config, checkpoint_config: Config | None, runtime: Runtime) -> tuple[Config, list[str]]:
+    """The config with a precision in the place of `auto`, and what to say about it; collective.
+
+    Raises:
+        StartupError: the checkpoint's precision is bf16, and this GPU does not have it.
+    """
+    if config.trainer.mixed_precision != "auto":
+        return config, []
+    if checkpoint_config is None:
+        answer = choose_precision(config) if runtime.is_main else None
+        precision, reason = runtime.gather_objects(answer)[0]
+    else:
+        precision, reason = checkpoint_config.trainer.mixed_precision, "the checkpoint's"
+        if precision == "bf16" and runtime.device.type == "cuda" and not torch.cuda.is_bf16_supported():
+            raise StartupError(
+                "trainer.mixed_precision: auto keeps the checkpoint's bf16, but this GPU has no bfloat16; "
+                "write trainer.mixed_precision: no to go on in float32"
+            )
+    bound = replace(config, trainer=replace(config.trainer, mixed_precision=precision))
+    return bound, [f"trainer.mixed_precision: auto is {precision}: {reason}"]
+
+
+def choose_precision(config: Config) -> tuple[str, str]:
+    """`bf16` or `no`, and the reason, with the numbers that were measured."""
+    if choose_device_type(config) == "cuda":
+        supported = torch.cuda.is_bf16_supported(including_emulation=False)
+        return ("bf16", "this GPU has bfloat16") if supported else ("no", "this GPU has no bfloat16")
+    inner, outer = config.model.hidden_size, config.model.intermediate_size
+    fp32, bf16 = (measure_product(_ROWS, inner, outer, dtype) for dtype in (torch.float32, torch.bfloat16))
+    return choose_faster(fp32=fp32, bf16=bf16), (
+        f"products of {_ROWS} x {inner} x {outer} make {bf16 / 1e9:,.1f} GFLOP/s in bf16 and {fp32 / 1e9:,.1f} in fp32 "
+        f"on this CPU (bf16 is taken from {LEAST_GAIN} times as many)"
+    )
+
+
+def choose_faster(*, fp32: float, bf16: float) -> str:
+    """The precision for two rates in FLOP/s."""
+    return "bf16" if bf16 >= LEAST_GAIN * fp32 else "no"
+
+
+def measure_product(rows: int, inner: int, outer: int, dtype: torch.dtype) -> float:
+    """FLOP/s of `[rows, inner] x [inner, outer]` on the CPU: the best of a few, after one to warm up."""
+    a, b = torch.ones(rows, inner, dtype=dtype), torch.ones(inner, outer, dtype=dtype)
+    best, spent = float("inf"), 0.0
+    with torch.no_grad():
+        torch.mm(a, b)
+        for _ in range(_REPEATS):
+            start = time.perf_counter()
+            torch.mm(a, b)
+            seconds = time.perf_counter() - start
+            best, spent = min(best, seconds), spent + seconds
+            if spent > _MOST_SECONDS:
+                break
+    return 2 * rows * inner * outer / best
