@@ -5,8 +5,9 @@ share is the optimizer's time over that of forward, backward, clipping and the o
 the forward and backward pass of a step that does, less that of a step that does not, over the interval.
 
 Orthogonality: the factor O of a matrix G = U S V^T against the SVD in double precision: the largest deviation of a
-singular value of O from 1, and the distance to U V^T over its Frobenius norm. Two kinds of matrices: Gaussian ones, and
-ones whose singular values fall evenly on a logarithmic scale from 1 to 0.001, which is harder.
+singular value of O from 1, and the distance to U V^T over its Frobenius norm. Three kinds of matrices: `wide` Gaussian
+ones, `square` Gaussian ones, which have a few singular values near 0, and `decaying` ones, square, whose singular
+values fall evenly on a logarithmic scale from 1 to 0.001.
 """
 
 import statistics
@@ -123,23 +124,24 @@ def _build_model(settings: StepSettings, device: torch.device, dtype: torch.dtyp
     return Autocast(module, device, settings.precision == "bf16")
 
 
-def make_matrices(kind: str, *, rows: int, columns: int, count: int) -> Tensor:
-    """`[count, rows, columns]` in double precision, equal for equal arguments: `gaussian`, or `decaying` values."""
+def make_matrices(kind: str, *, width: int, count: int) -> Tensor:
+    """`[count, width, columns]` in double precision, equal for equal arguments; wide ones have 2.75 times `width`."""
     generator = torch.Generator().manual_seed(0)
-    matrices = torch.randn(count, rows, columns, generator=generator, dtype=torch.float64)
-    if kind == "gaussian":
+    columns = width * 11 // 4 if kind == "wide" else width
+    matrices = torch.randn(count, width, columns, generator=generator, dtype=torch.float64)
+    if kind != "decaying":
         return matrices
-    u, _, v = torch.linalg.svd(matrices, full_matrices=False)
-    return u * torch.logspace(0, -3, min(rows, columns), dtype=torch.float64) @ v
+    u, _, v = torch.linalg.svd(matrices)
+    return u * torch.logspace(0, -3, width, dtype=torch.float64) @ v
 
 
 def measure_orthogonality(
-    *, rows: int = 256, columns: int = 256, count: int = 4, steps: tuple[int, ...] = (3, 4, 5, 6, 8)
+    *, width: int = 256, count: int = 4, steps: tuple[int, ...] = (3, 4, 5, 6, 8)
 ) -> list[Orthogonality]:
     """Every method, number of steps and type of products, on both kinds of matrices."""
     found = []
-    for kind in ("gaussian", "decaying"):
-        matrices = make_matrices(kind, rows=rows, columns=columns, count=count)
+    for kind in ("wide", "square", "decaying"):
+        matrices = make_matrices(kind, width=width, count=count)
         u, _, v = torch.linalg.svd(matrices, full_matrices=False)
         wanted = u @ v
         for method in ORTHOGONALIZATIONS:

@@ -143,7 +143,7 @@ class Muon(Optimizer):
         """What is subtracted from the weights of a batch, for a learning rate of 1; zeros where the step is skipped."""
         settings = self.settings
         stack = torch.stack(batch.directions)
-        if skip is not None:
+        if skip is not None and settings.nesterov:  # A gradient that is not finite is no part of the means.
             stack = torch.where(skip, 0.0, stack)
         updates = orthogonalize(
             stack, method=settings.orthogonalization, num_steps=settings.num_steps, dtype=settings.dtype
@@ -154,7 +154,8 @@ class Muon(Optimizer):
             for old, new in zip(batch.squares, squares):
                 _write(old, new, skip)
             updates = equalize_rows(updates, squares)
-        return updates.mul_(NORM_FACTORS[settings.norm_factor](*stack.shape[1:]))
+        factor = NORM_FACTORS[settings.norm_factor](*stack.shape[1:])
+        return updates.mul_(factor if skip is None else torch.where(skip, 0.0, factor))
 
 
 def equalize_rows(updates: Tensor, squares: Tensor) -> Tensor:

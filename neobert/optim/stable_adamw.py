@@ -8,7 +8,8 @@ Per tensor, with the debiased means m and v of AdamW (Wortsman et al., arXiv 230
 RMS is about 1 while gradients are as large as they used to be, and large when v lags behind a sudden growth. It makes
 clipping of the gradient norm superfluous; both together are allowed.
 
-Nothing waits for the device. Where `found_inf` is set, weights, means and counts keep every bit.
+The update itself is torch's fused AdamW with that learning rate. Nothing waits for the device. Where `found_inf` is
+set, weights, means and counts keep every bit.
 """
 
 from collections.abc import Iterable
@@ -17,6 +18,10 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.optim import Optimizer
+from torch.optim.adamw import adamw
+
+_PIECE = 2**17
+"""Weights that are looked at together on a CPU: what is computed of them stays in its cache."""
 
 
 class StableAdamW(Optimizer):
@@ -32,28 +37,43 @@ class StableAdamW(Optimizer):
         """One update of all weights that have a gradient; none where `found_inf` is set."""
         # Written by `step_unless` and by gradient scalers; a plain call has none.
         found_inf: Tensor | None = getattr(self, "found_inf", None)
-        skip = None if found_inf is None else found_inf != 0
         for group in self.param_groups:
             for p in group["params"]:
                 if p.grad is not None:
-                    self._update(p, p.grad, group, skip)
+                    self._update(p, p.grad, group, found_inf)
 
-    def _update(self, p: Tensor, grad: Tensor, group: dict[str, Any], skip: Tensor | None) -> None:
+    def _update(self, p: Tensor, grad: Tensor, group: dict[str, Any], found_inf: Tensor | None) -> None:
         state, (beta1, beta2), eps = self.state[p], group["betas"], group["eps"]
         if not state:
             # "fused" in the groups has a loaded count stay on the device, in fp32.
             state["step"] = torch.zeros((), dtype=torch.float32, device=p.device)
             state["exp_avg"], state["exp_avg_sq"] = torch.zeros_like(p), torch.zeros_like(p)
-        step = state["step"] + 1
-        mean = torch.lerp(state["exp_avg"], grad, 1 - beta1)
-        square = (state["exp_avg_sq"] * beta2).addcmul_(grad, grad, value=1 - beta2)
-        debiased = square / (1 - beta2**step)
-        rms = (grad.square() / debiased.clamp_min(eps**2)).mean().sqrt()
-        lr = group["lr"] / rms.clamp_min(1.0)
-        update = (mean / debiased.sqrt_().add_(eps)).mul_(lr / (1 - beta1**step))
-        new = p * (1 - lr * group["weight_decay"]) - update
-        for old, value in ((state["step"], step), (state["exp_avg"], mean), (state["exp_avg_sq"], square), (p, new)):
-            if skip is None:
-                old.copy_(value)
-            else:
-                torch.where(skip, old, value, out=old)
+        excess = relative_size(grad, state["exp_avg_sq"], state["step"] + 1, beta2=beta2, eps=eps)
+        adamw(
+            [p],
+            [grad],
+            [state["exp_avg"]],
+            [state["exp_avg_sq"]],
+            [],
+            [state["step"]],
+            fused=True,
+            found_inf=found_inf,
+            amsgrad=False,
+            beta1=beta1,
+            beta2=beta2,
+            lr=group["lr"] / excess.clamp_min(1.0),
+            weight_decay=group["weight_decay"],
+            eps=eps,
+            maximize=False,
+        )
+
+
+def relative_size(grad: Tensor, old_square: Tensor, step: Tensor, *, beta2: float, eps: float) -> Tensor:
+    """RMS as above, a scalar: v is made of `old_square`, the mean before this step, and the gradient."""
+    debias = 1 - beta2**step
+    total = torch.zeros_like(debias)
+    size = _PIECE if grad.device.type == "cpu" else grad.numel()
+    for g, old in zip(grad.flatten().split(size), old_square.flatten().split(size)):
+        ratio = g.square()
+        total += ratio.div_(torch.lerp(old, ratio, 1 - beta2).clamp_min_(eps**2 * debias)).sum()
+    return (total * debias / grad.numel()).sqrt()

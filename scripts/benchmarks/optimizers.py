@@ -23,7 +23,7 @@ def main() -> int:
     values = vars(parser.parse_args())
     width, cpu_time = values.pop("width"), values.pop("cpu_time")
     print(describe_times(measure_times(StepSettings(**values), cpu_time=cpu_time)))
-    print(describe_orthogonality(measure_orthogonality(rows=width, columns=width)))
+    print(describe_orthogonality(measure_orthogonality(width=width)))
     return 0
 
 

@@ -23,17 +23,17 @@ def test_every_optimizer_has_a_time() -> None:
 
 
 def test_deviations_are_those_of_the_svd() -> None:
-    found = {(f.kind, f.method, f.dtype, f.num_steps): f for f in measure_orthogonality(rows=24, columns=32, count=2)}
-    assert len(found) == 2 * 2 * 2 * 5
-    good, coarse = (found["gaussian", "polar_express", "float32", n] for n in (8, 3))
+    found = {(f.kind, f.method, f.dtype, f.num_steps): f for f in measure_orthogonality(width=24, count=2)}
+    assert len(found) == 3 * 2 * 2 * 5
+    good, coarse = (found["wide", "polar_express", "float32", n] for n in (8, 3))
     assert good.worst_value < 0.01
     assert good.distance < 0.01
     assert coarse.worst_value > 10 * good.worst_value
     # Values of newton_schulz never settle: about 0.7 to 1.2.
-    assert 0.1 < found["gaussian", "newton_schulz", "float32", 8].worst_value < 0.4
-    assert "| gaussian | polar_express | float32 | " in describe_orthogonality(list(found.values()))
+    assert 0.1 < found["wide", "newton_schulz", "float32", 8].worst_value < 0.4
+    assert "| wide | polar_express | float32 | " in describe_orthogonality(list(found.values()))
 
 
 def test_singular_values_of_the_decaying_matrices() -> None:
-    values = torch.linalg.svdvals(make_matrices("decaying", rows=4, columns=6, count=1))[0]
+    values = torch.linalg.svdvals(make_matrices("decaying", width=4, count=1))[0]
     torch.testing.assert_close(values, torch.tensor([1.0, 0.1, 0.01, 0.001], dtype=torch.float64))
