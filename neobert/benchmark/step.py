@@ -26,6 +26,7 @@ from neobert.model.encoder import Encoder
 from neobert.model.peak import peak_flops
 from neobert.objectives.mlm import MaskedLM, MaskPolicy
 from neobert.optim.optimizers import build_optimizer
+from neobert.train.allocator import keep_freed_memory
 from neobert.train.step import train_step
 from neobert.types import LossSum, PackedBatch, PackedRow
 
@@ -140,6 +141,8 @@ def measure_step(settings: StepSettings) -> StepFigures:
         ValueError: an attention backend or a kernel that cannot run on the device.
     """
     device = torch.device(settings.device)
+    if device.type == "cpu":
+        keep_freed_memory()
     dtype = torch.bfloat16 if settings.precision == "bf16" else torch.float32
     model, attention, kernel = _build_model(settings, device, dtype)
     encoder = model.module.encoder
