@@ -1,8 +1,8 @@
 """Batches go to the device while it still computes the step before.
 
 The host runs ahead of a GPU: when a batch is handed over, the kernels of earlier steps are still queued. A copy in
-their stream would wait behind them and the step behind the copy. So batches are copied from pinned memory in a stream of
-their own, which starts at once, and the compute stream waits for that copy alone. Its memory belongs to the copying
+their stream would wait behind them, and the step behind the copy. So batches are copied from pinned memory in a stream
+of their own, which starts at once, and the compute stream waits for that copy alone. Memory belongs to the copying
 stream, hence the allocator is told that the compute stream reads it too and hands it out again only after that.
 """
 
