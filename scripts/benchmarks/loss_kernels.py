@@ -1,4 +1,7 @@
-"""Time and memory of the loss kernels, forward and backward: `python scripts/benchmarks/loss_kernels.py --device cuda`."""
+"""Time and memory of the loss kernels, forward and backward.
+
+python scripts/benchmarks/loss_kernels.py --device cuda
+"""
 
 import argparse
 
