@@ -13,7 +13,7 @@ def test_a_table_of_two_kernels(monkeypatch: pytest.MonkeyPatch) -> None:
     lines = loss_kernels.table(["torch", "reference", "triton"], ["small"], "fp32", "cpu", 1).splitlines()
     assert [line.split("|")[2].strip() for line in lines[2:]] == ["torch", "reference", "triton"]
     assert lines[4].endswith("| - | cannot run here |")
-    megabytes = [float(line.split("|")[4].split()[0]) for line in lines[2:4]]
+    megabytes = [float(line.split("|")[4].split()[0].replace(",", "")) for line in lines[2:4]]
     assert 0 < megabytes[0] < megabytes[1]
 
 
