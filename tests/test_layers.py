@@ -27,6 +27,8 @@ BARE = [
     "objectives.mlm",
     "optim.optimizers",
     "benchmark.step",
+    "benchmark.step_command",
+    "benchmark.loss_kernels",
 ]
 STACK = ["omegaconf", "datasets", "accelerate", "transformers", "pyarrow", "rich"]
 

@@ -19,7 +19,6 @@ import json
 import statistics
 import subprocess
 import sys
-import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
@@ -28,7 +27,7 @@ import torch
 from transformers import EuroBertConfig, EuroBertForMaskedLM
 
 from neobert.benchmark.rows import RowShape, Tokens, make_batches
-from neobert.benchmark.step import PRESETS, RowSource, StepSettings, measure_step, peak_memory_bytes
+from neobert.benchmark.step import PRESETS, RowSource, StepSettings, choose_clock, measure_step, peak_memory_bytes
 from neobert.config.schema_data import TokenizerSection
 from neobert.data.tokenizer import Tokenizer, load_tokenizer, padded_vocab_size
 from neobert.model.config import ModelConfig
@@ -146,11 +145,11 @@ def run_transformers(settings: AgainstSettings, given: Prepared) -> Outcome:
     model = EuroBertForMaskedLM(_describe(given)).train()
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4, betas=(0.9, 0.95), weight_decay=0.1)
     batches = itertools.cycle(given.batches(settings, packed=False))
-    tokens, seconds = 0, 0.0
+    tokens, seconds, clock = 0, 0.0, choose_clock(torch.device("cpu"))
     for number in range(settings.warmup + settings.steps):
         batch = next(batches)
         inputs = padded_inputs(batch)
-        start = time.perf_counter()
+        start = clock()
         with torch.autocast("cpu", torch.bfloat16, enabled=settings.precision == "bf16"):
             loss = model(**inputs).loss
         loss.backward()
@@ -158,7 +157,7 @@ def run_transformers(settings: AgainstSettings, given: Prepared) -> Outcome:
         optimizer.step()
         optimizer.zero_grad()
         if number >= settings.warmup:
-            seconds += time.perf_counter() - start
+            seconds += clock() - start
             tokens += batch.num_tokens
     return Outcome(tokens_per_second=tokens / seconds, peak_memory_bytes=peak_memory_bytes(torch.device("cpu")))
 

@@ -1,8 +1,7 @@
 """Time and memory of the loss kernels alone: forward and backward of one vocabulary projection with its cross entropy.
 
 Memory is what a call needs beyond its inputs, at the peak: by the allocator on a GPU, by the high-water mark of the
-process on a CPU, where each measurement has a process of its own. On one CPU thread the time is that of the process,
-which other work on the machine hardly lengthens; else it is the clock's. Weights are fp32, products in the dtype asked for.
+process on a CPU, where each measurement has a process of its own. Weights are fp32, products in the dtype asked for.
 `reference` is what one writes without a kernel: all logits at once, in fp32 for the cross entropy.
 """
 
@@ -11,12 +10,12 @@ import resource
 import statistics
 import subprocess
 import sys
-import time
 from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
 
+from neobert.benchmark.step import choose_clock
 from neobert.kernels.linear_cross_entropy import KERNELS, kernel_obstacle
 from neobert.train.allocator import keep_freed_memory
 
@@ -49,8 +48,7 @@ def measure(case: Case, repeats: int) -> tuple[float, int]:
     hidden = torch.randn(case.rows, case.hidden, device=device, requires_grad=True)
     weight = (torch.randn(case.vocabulary, case.hidden, device=device) * 0.02).requires_grad_()
     targets = torch.randint(case.vocabulary, (case.rows,), device=device)
-    alone = device.type == "cpu" and torch.get_num_threads() == 1
-    clock = time.process_time if alone else time.perf_counter
+    clock = choose_clock(device)
     before, seconds = _memory(device), []
     for _ in range(repeats + 1):
         start = clock()
