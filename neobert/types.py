@@ -89,6 +89,12 @@ class PackedBatch:
         """A copy in page-locked host memory, so that `to(..., non_blocking=True)` overlaps with compute."""
         return self._with_tensors(lambda x: x.pin_memory())
 
+    def record_stream(self, stream: Any) -> None:
+        """Keeps the memory of tensors on a GPU until what is queued in `stream` now has read it."""
+        for x in (self.input_ids, self.positions, self.masked_index, self.targets):
+            x.record_stream(stream)
+        self.segments.record_stream(stream)
+
     def _with_tensors(self, move: Any) -> Self:
         values = {f.name: getattr(self, f.name) for f in fields(self)}
         for name in ("input_ids", "positions", "segments", "masked_index", "targets"):

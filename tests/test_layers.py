@@ -28,6 +28,8 @@ BARE = [
     "optim.optimizers",
     "benchmark.step",
     "benchmark.profile_analysis",
+    "benchmark.step_command",
+    "benchmark.loss_kernels",
 ]
 STACK = ["omegaconf", "datasets", "accelerate", "transformers", "pyarrow", "rich"]
 

@@ -10,6 +10,7 @@ ones, `square` Gaussian ones, which have a few singular values near 0, and `deca
 values fall evenly on a logarithmic scale from 1 to 0.001.
 """
 
+import itertools
 import statistics
 import time
 from collections.abc import Callable
@@ -19,12 +20,7 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from neobert.benchmark.step import PRESETS, Autocast, StepSettings, make_batches
-from neobert.kernels.linear_cross_entropy import KERNELS, choose_kernel
-from neobert.model.attention import choose_attention
-from neobert.model.config import ModelConfig
-from neobert.model.encoder import Encoder
-from neobert.objectives.mlm import MaskedLM
+from neobert.benchmark.step import Autocast, StepSettings, build_model, made_up_rows
 from neobert.optim.gating import step_unless
 from neobert.optim.muon import MuonSettings
 from neobert.optim.optimizers import OPTIMIZERS, build_optimizer
@@ -67,11 +63,12 @@ def measure_times(settings: StepSettings, *, cpu_time: bool = False) -> Optimize
     """
     device = torch.device(settings.device)
     dtype = torch.bfloat16 if settings.precision == "bf16" else torch.float32
-    model = _build_model(settings, device, dtype)
+    source = made_up_rows(settings)
+    model, _, _ = build_model(settings, source.model, device, dtype)
     build = partial(build_optimizer, model, lr=1e-6, weight_decay=0.1, betas=(0.9, 0.95), eps=1e-8)
     optimizers = {name: build(name=name, muon=MuonSettings(dtype=dtype)) for name in OPTIMIZERS}
     clip = QKClip(model.module.encoder, ClipSettings(interval=1, threshold=1e9))
-    batches = [batch.to(device) for batch in make_batches(settings, min(8, settings.steps))]
+    batches = [batch.to(device) for batch in itertools.islice(source.batches, min(8, settings.steps))]
     seconds: dict[str, list[float]] = {name: [] for name in ("passes", "measured", *optimizers)}
     keep = torch.zeros((), dtype=torch.bool, device=device)
     measure = partial(_time, device=device, clock=time.process_time if cpu_time else time.perf_counter)
@@ -107,21 +104,6 @@ def _time(work: Callable[[], None], *, device: torch.device, clock: Callable[[],
     if device.type == "cuda":
         torch.cuda.synchronize(device)
     return clock() - start
-
-
-def _build_model(settings: StepSettings, device: torch.device, dtype: torch.dtype) -> Autocast:
-    config = ModelConfig(
-        **PRESETS[settings.preset],
-        max_position_embeddings=settings.length,
-        vocab_size=settings.vocab_size,
-        pad_token_id=0,
-        tie_word_embeddings=settings.tied,
-    )
-    torch.manual_seed(0)
-    attention = choose_attention(settings.attention, device=device, dtype=dtype, head_dim=config.head_dim)
-    kernel = KERNELS[choose_kernel(settings.kernel, device=device)]
-    module = MaskedLM(Encoder(config, attention), kernel=kernel).to(device)
-    return Autocast(module, device, settings.precision == "bf16")
 
 
 def make_matrices(kind: str, *, width: int, count: int) -> Tensor:

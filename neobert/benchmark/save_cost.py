@@ -154,7 +154,7 @@ def _measure_resume(run: Run, checkpoint: Path, cost: SaveCost, repeats: int) ->
 
 
 def main(argv: Sequence[str]) -> int:
-    """The command line of `scripts/benchmark/save_cost.py`."""
+    """The command line of `scripts/benchmarks/save_cost.py`."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--hidden-size", type=int, default=768)
     parser.add_argument("--num-layers", type=int, default=32, help="32 of width 768 are 252 million parameters")

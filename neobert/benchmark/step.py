@@ -1,34 +1,38 @@
-"""The training step alone: rows of random tokens, forward, backward, clipping, optimizer. Torch and numpy suffice.
+"""The training step alone: forward, backward, clipping, optimizer. Torch and numpy suffice for rows of random tokens.
 
-    tokens/s        real tokens of the timed steps over their time
+    tokens/s        real tokens of the timed steps over their time, waiting for rows included
     MFU             tokens/s x FLOP per token / data-sheet peak of the device (bf16, dense), where that is known
     GEMM fraction   tokens/s x FLOP per token / rate of a large matrix product measured in this process
+    data wait       share of the time that the step stood still for its rows, where they come from a loader
 
 FLOP per token: `Encoder.flops_per_token`, forward and backward, with the documents and masks of the rows themselves.
-Document lengths are log-normal, cut and packed by best fit, so rows are nearly full as in training.
+Lengths of made-up documents are log-normal, cut and packed by best fit, so rows are nearly full as in training.
 """
 
+import itertools
 import resource
 import time
+from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor, nn
+from torch.optim import Optimizer
 
-from neobert.data.collate import Collator
-from neobert.data.packing import best_fit, max_segments_per_row
+from neobert.benchmark.plain import MASKED_ATTENTION, build_plain_adamw
+from neobert.benchmark.rows import RowShape, made_up_policy, make_batches, make_documents
 from neobert.kernels.linear_cross_entropy import KERNELS, choose_kernel
 from neobert.model.attention import choose_attention
 from neobert.model.config import ModelConfig
 from neobert.model.encoder import Encoder
 from neobert.model.peak import peak_flops
-from neobert.objectives.masking import MaskPolicy
 from neobert.objectives.mlm import MaskedLM
 from neobert.optim.optimizers import build_optimizer
+from neobert.train.allocator import keep_freed_memory
 from neobert.train.step import train_step
-from neobert.types import LossSum, PackedBatch, PackedRow
+from neobert.types import LossSum, PackedBatch
 
 PRESETS: dict[str, dict[str, Any]] = {
     "tiny": {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 48},
@@ -37,7 +41,6 @@ PRESETS: dict[str, dict[str, Any]] = {
 }
 """Shapes by name; `neobert` is that of the paper, `small` the one of docs/performance.md."""
 
-_SPECIALS = 5
 _GEMM_SIZE = {"cpu": 1024, "cuda": 8192}
 
 
@@ -56,9 +59,26 @@ class StepSettings:
     probability: float = 0.2
     precision: str = "bf16"
     attention: str = "auto"
+    """A backend, or `masked`: one product over whole rows with a mask."""
+
     kernel: str = "auto"
     compile: bool = False
     gradient_checkpointing: bool = False
+    checkpointing_every: int = 1
+    """With gradient_checkpointing: every k-th block is computed again."""
+
+    all_positions: bool = False
+    """Logits of every slot, not of the predicted ones alone."""
+
+    padded: bool = False
+    """One document to a row."""
+
+    plain_adamw: bool = False
+    """AdamW one tensor at a time."""
+
+    default_allocator: bool = False
+    """Freed memory goes back to the kernel."""
+
     steps: int = 20
     warmup: int = 5
     device: str = "cpu"
@@ -75,11 +95,16 @@ class StepFigures:
     flops_per_token: float
     seconds_p50: float
     seconds_p95: float
+    data_wait: float | None
+    """None for made-up rows, which are ready before."""
+
     first_step_seconds: float
-    """Compilation included."""
+    compile_seconds: float | None
+    """The first step less the median one; None without compilation."""
 
     peak_memory_bytes: int
     fill: float
+    rows: str
     attention: str
     kernel: str
     device: str
@@ -99,140 +124,174 @@ class Autocast(nn.Module):
         return loss
 
 
-def make_batches(settings: StepSettings, count: int) -> list[PackedBatch]:
-    """Packed batches of random documents, equal for equal settings."""
-    rng = np.random.default_rng(0)
-    needed = 2 * settings.rows * settings.length * (count + 1)
-    lengths = np.exp(rng.normal(np.log(settings.mean_document) - 0.5, 1.0, size=4 + needed // 8)).astype(int)
-    lengths = np.clip(lengths, 8, settings.length - 2)
-    lengths = lengths[: int(np.searchsorted(np.cumsum(lengths), needed)) + 1]
-    most = max_segments_per_row(settings.length, packed=True)
-    plan = best_fit((lengths + 2).tolist(), settings.length, most)
-    order = rng.permutation(len(plan))[: settings.rows * count]
-    policy = MaskPolicy(
-        probability=settings.probability,
-        mask_all=False,
-        mask_token_id=4,
-        special_ids=tuple(range(_SPECIALS)),
-        random_ids=np.arange(_SPECIALS, settings.vocab_size, dtype=np.int32),
-    )
-    collate = Collator(policy=policy, seed=0, draw="row", max_seq_length=settings.length, max_segments=most, pad_id=0)
-    rows = [_make_row([int(lengths[i]) for i in plan[n]], key, settings, rng) for key, n in enumerate(order)]
-    return [collate(rows[at : at + settings.rows]) for at in range(0, settings.rows * count, settings.rows)]
+@dataclass(frozen=True, kw_only=True, slots=True, eq=False)
+class RowSource:
+    """Batches without end, and the model that they are for."""
+
+    model: ModelConfig
+    batches: Iterator[PackedBatch]
+    name: str
+    real: bool
+    """Whether they come from a loader, which the step may have to wait for."""
 
 
-def _make_row(lengths: list[int], key: int, settings: StepSettings, rng: np.random.Generator) -> PackedRow:
-    parts = [np.concatenate([[2], rng.integers(_SPECIALS, settings.vocab_size, n), [3]]) for n in lengths]
-    count = len(lengths)
-    return PackedRow(
-        tokens=np.concatenate(parts).astype(np.int32),
-        lengths=tuple(n + 2 for n in lengths),
-        documents=(0,) * count,
-        offsets=(0,) * count,
-        sources=(0,) * count,
-        key=key,
-    )
-
-
-def measure_step(settings: StepSettings) -> StepFigures:
-    """Builds the model, makes the steps, measures.
-
-    Raises:
-        ValueError: an attention backend or a kernel that cannot run on the device.
-    """
-    device = torch.device(settings.device)
-    dtype = torch.bfloat16 if settings.precision == "bf16" else torch.float32
-    model, attention, kernel = _build_model(settings, device, dtype)
-    encoder = model.module.encoder
-    optimizer = build_optimizer(model, name="adamw", lr=1e-4, weight_decay=0.1, betas=(0.9, 0.95), eps=1e-8)
-    batches = make_batches(settings, min(8, settings.steps))
-    seconds, tokens = [], 0
-    for number in range(settings.warmup + settings.steps):
-        batch = batches[number % len(batches)]
-        start = time.perf_counter()
-        train_step(
-            model,
-            optimizer,
-            [batch.to(device, non_blocking=True)],
-            lr=1e-4,
-            scale=1 / batch.num_targets,
-            gradient_clipping=1.0,
-        )
-        _wait(device)
-        seconds.append(time.perf_counter() - start)
-        tokens += batch.num_tokens if number >= settings.warmup else 0
-    timed = seconds[settings.warmup :]
-    real = sum(b.num_tokens for b in batches)
-    flops = encoder.flops_per_token(
-        attended_length=sum(b.attended_tokens for b in batches) / real,
-        predicted_fraction=sum(b.num_targets for b in batches) / real,
-    )
-    rate, gemm, peak = tokens / sum(timed), measure_gemm(device, dtype), peak_flops(device)
-    return StepFigures(
-        tokens_per_second=rate,
-        mfu=None if peak is None else rate * flops / peak,
-        gemm_fraction=rate * flops / gemm,
-        gemm_flops=gemm,
-        flops_per_token=flops,
-        seconds_p50=float(np.percentile(timed, 50)),
-        seconds_p95=float(np.percentile(timed, 95)),
-        first_step_seconds=seconds[0],
-        peak_memory_bytes=_peak_memory(device),
-        fill=real / sum(b.input_ids.numel() for b in batches),
-        attention=attention,
-        kernel=kernel,
-        device=_describe_device(device),
-        torch_version=torch.__version__,
-    )
-
-
-def _build_model(settings: StepSettings, device: torch.device, dtype: torch.dtype) -> tuple[Autocast, str, str]:
-    """The model, and the names of its attention and of its loss kernel."""
-    config = ModelConfig(
+def made_up_rows(settings: StepSettings) -> RowSource:
+    """Random documents, equal for equal settings; eight batches in turns."""
+    model = ModelConfig(
         **PRESETS[settings.preset],
         max_position_embeddings=settings.length,
         vocab_size=settings.vocab_size,
         pad_token_id=0,
         tie_word_embeddings=settings.tied,
     )
-    attention = choose_attention(settings.attention, device=device, dtype=dtype, head_dim=config.head_dim)
+    count = min(8, settings.steps)
+    documents = make_documents(
+        2 * settings.rows * settings.length * (count + 1),
+        mean=settings.mean_document,
+        longest=settings.length,
+        vocab_size=settings.vocab_size,
+    )
+    shape = RowShape(rows=settings.rows, length=settings.length, packed=not settings.padded)
+    batches = make_batches(documents, shape, made_up_policy(settings.vocab_size, settings.probability))[:count]
+    name = f"{settings.rows} rows of {settings.length}, made up"
+    return RowSource(model=model, batches=itertools.cycle(batches), name=name, real=False)
+
+
+def measure_step(settings: StepSettings, source: RowSource | None = None) -> StepFigures:
+    """Builds the model, makes the steps, measures.
+
+    Raises:
+        ValueError: an attention backend or a kernel that cannot run on the device.
+    """
+    device = torch.device(settings.device)
+    if device.type == "cpu" and not settings.default_allocator:
+        keep_freed_memory()
+    dtype = torch.bfloat16 if settings.precision == "bf16" else torch.float32
+    source = made_up_rows(settings) if source is None else source
+    model, attention, kernel = build_model(settings, source.model, device, dtype)
+    optimizer = _build_optimizer(model, settings)
+    # Threads of a loader count in the time of the process.
+    clock = time.perf_counter if source.real else choose_clock(device)
+    seconds, waits, timed, begun = [], [], [], time.perf_counter()
+    for number in range(settings.warmup + settings.steps):
+        start = clock()
+        batch = next(source.batches)
+        waits.append(clock() - start)
+        train_step(
+            model,
+            optimizer,
+            [batch.to(device, non_blocking=True)],
+            lr=1e-4,
+            scale=1 / max(batch.num_targets, 1),
+            gradient_clipping=1.0,
+        )
+        _wait(device)
+        seconds.append(clock() - start)
+        if number == 0:
+            first = time.perf_counter() - begun
+        if number >= settings.warmup:
+            timed.append(batch)
+    seconds, waits = seconds[settings.warmup :], waits[settings.warmup :]
+    real = sum(b.num_tokens for b in timed)
+    flops = model.module.encoder.flops_per_token(
+        attended_length=sum(b.attended_tokens for b in timed) / real,
+        predicted_fraction=sum(b.num_targets for b in timed) / real,
+    )
+    rate, gemm, peak = real / sum(seconds), measure_gemm(device, dtype, clock), peak_flops(device)
+    median = float(np.percentile(seconds, 50))
+    return StepFigures(
+        tokens_per_second=rate,
+        mfu=None if peak is None else rate * flops / peak,
+        gemm_fraction=rate * flops / gemm,
+        gemm_flops=gemm,
+        flops_per_token=flops,
+        seconds_p50=median,
+        seconds_p95=float(np.percentile(seconds, 95)),
+        data_wait=sum(waits) / sum(seconds) if source.real else None,
+        first_step_seconds=first,
+        compile_seconds=first - median if settings.compile else None,
+        peak_memory_bytes=peak_memory_bytes(device),
+        fill=real / sum(b.input_ids.numel() for b in timed),
+        rows=source.name,
+        attention=attention,
+        kernel=kernel,
+        device=_describe_device(device) + ("" if clock is time.perf_counter else ", CPU time"),
+        torch_version=torch.__version__,
+    )
+
+
+def _build_optimizer(model: nn.Module, settings: StepSettings) -> Optimizer:
+    if settings.plain_adamw:
+        return build_plain_adamw(model, lr=1e-4, weight_decay=0.1)
+    return build_optimizer(model, name="adamw", lr=1e-4, weight_decay=0.1, betas=(0.9, 0.95), eps=1e-8)
+
+
+def build_model(
+    settings: StepSettings, config: ModelConfig, device: torch.device, dtype: torch.dtype
+) -> tuple[Autocast, str, str]:
+    """The model, and the names of its attention and of its loss kernel."""
+    attention = MASKED_ATTENTION
+    if settings.attention != MASKED_ATTENTION.name:
+        attention = choose_attention(settings.attention, device=device, dtype=dtype, head_dim=config.head_dim)
     kernel = choose_kernel(settings.kernel, device=device)
     torch.manual_seed(0)
-    encoder = Encoder(config, attention, gradient_checkpointing=settings.gradient_checkpointing)
-    model = Autocast(MaskedLM(encoder, kernel=KERNELS[kernel]).to(device), device, settings.precision == "bf16")
+    encoder = Encoder(
+        config,
+        attention,
+        gradient_checkpointing=settings.gradient_checkpointing,
+        gradient_checkpointing_every=settings.checkpointing_every,
+    )
+    module = MaskedLM(encoder, kernel=KERNELS[kernel], all_positions=settings.all_positions).to(device)
     if settings.compile:
         for block in encoder.layers:
             block.compile()
-    return model, attention.name, kernel
+    return Autocast(module, device, settings.precision == "bf16"), attention.name, kernel
 
 
-def measure_gemm(device: torch.device, dtype: torch.dtype, repeats: int = 10) -> float:
+def choose_clock(device: torch.device) -> Callable[[], float]:
+    """The time of the process where one CPU thread does all the work, which other work on the machine hardly lengthens;
+    else the clock's."""
+    if device.type == "cpu" and torch.get_num_threads() == 1:
+        return time.process_time
+    return time.perf_counter
+
+
+def measure_gemm(
+    device: torch.device, dtype: torch.dtype, clock: Callable[[], float] = time.perf_counter, repeats: int = 10
+) -> float:
     """FLOP/s of a square matrix product, the best of some."""
     size = _GEMM_SIZE[device.type]
     a, b = (torch.randn(size, size, device=device, dtype=dtype) for _ in range(2))
     best = float("inf")
     for _ in range(repeats):
-        start = time.perf_counter()
+        start = clock()
         out: Tensor = a @ b
         _wait(device)
-        best = min(best, time.perf_counter() - start)
+        best = min(best, clock() - start)
         del out
     return 2 * size**3 / best
 
 
 def describe(settings: StepSettings, figures: StepFigures) -> str:
     """The result as a table."""
-    utilisation = "no data-sheet peak is known" if figures.mfu is None else f"{figures.mfu:.1%}"
+    utilisation = "no data-sheet peak is known"
+    if figures.mfu is not None:
+        peak = figures.tokens_per_second * figures.flops_per_token / figures.mfu
+        utilisation = f"{figures.mfu:.1%} = tokens/s x FLOP per token / {peak / 1e12:,.0f} TFLOP/s"
+    wait = "rows are made up" if figures.data_wait is None else f"{figures.data_wait:.2%} of the time"
+    compiled = "" if figures.compile_seconds is None else f", of which compilation {figures.compile_seconds:,.2f} s"
     rows = {
         "settings": ", ".join(f"{name} {value}" for name, value in asdict(settings).items()),
         "machine": f"{figures.device}, torch {figures.torch_version}",
+        "rows": figures.rows,
         "attention, loss kernel": f"{figures.attention}, {figures.kernel}",
         "tokens/s": f"{figures.tokens_per_second:,.0f} real ({figures.fill:.1%} of the slots)",
         "MFU": utilisation,
         "GEMM fraction": f"{figures.gemm_fraction:.1%} of {figures.gemm_flops / 1e9:,.0f} GFLOP/s measured here",
         "FLOP per token": f"{figures.flops_per_token / 1e6:,.1f} M",
         "step": f"p50 {figures.seconds_p50 * 1e3:,.1f} ms, p95 {figures.seconds_p95 * 1e3:,.1f} ms",
-        "first step": f"{figures.first_step_seconds:,.2f} s",
+        "data wait": wait,
+        "first step": f"{figures.first_step_seconds:,.2f} s{compiled}",
         "peak memory": f"{figures.peak_memory_bytes / 1e9:,.2f} GB",
     }
     return "\n".join(["| | |", "|---|---|", *(f"| {name} | {value} |" for name, value in rows.items())])
@@ -249,7 +308,8 @@ def _wait(device: torch.device) -> None:
         torch.cuda.synchronize(device)
 
 
-def _peak_memory(device: torch.device) -> int:
+def peak_memory_bytes(device: torch.device) -> int:
+    """Of the device's allocator on a GPU, of the process on a CPU."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device)
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024

@@ -85,6 +85,35 @@ def build_norm(config: ModelConfig) -> nn.Module:
     return (RMSNorm if config.rms_norm else LayerNorm)(config.hidden_size, config.norm_eps)
 
 
+def swiglu(gate_up_TF: Tensor) -> Tensor:
+    """silu(gate) * up of fused `[T, 2F]`, to `[T, F]` (Shazeer, arXiv 2002.05202)."""
+    if gate_up_TF.is_cuda or torch.compiler.is_compiling():  # The compiler fuses the plain formula.
+        gate_TF, up_TF = gate_up_TF.chunk(2, dim=-1)
+        return F.silu(gate_TF) * up_TF
+    return _SwiGLUCPU.apply(gate_up_TF)
+
+
+class _SwiGLUCPU(torch.autograd.Function):
+    """Keeps nothing but its input, and writes both halves of the gradient where the fused product reads them."""
+
+    @staticmethod
+    def forward(ctx: FunctionCtx, gate_up_TF: Tensor) -> Tensor:
+        ctx.save_for_backward(gate_up_TF)
+        gate_TF, up_TF = gate_up_TF.chunk(2, dim=-1)
+        return F.silu(gate_TF).mul_(up_TF)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: FunctionCtx, grad_TF: Tensor) -> Tensor:
+        (gate_up_TF,) = ctx.saved_tensors  # type: ignore[attr-defined]
+        gate_TF, up_TF = gate_up_TF.chunk(2, dim=-1)
+        grad_gate_up_TF = torch.empty_like(gate_up_TF)
+        grad_gate_TF, grad_up_TF = grad_gate_up_TF.chunk(2, dim=-1)
+        torch.mul(grad_TF, F.silu(gate_TF), out=grad_up_TF)
+        torch.ops.aten.silu_backward(grad_TF * up_TF, gate_TF, grad_input=grad_gate_TF)
+        return grad_gate_up_TF
+
+
 class EncoderBlock(nn.Module):
     """One pre-norm block; see the head of this module for the formula and the layout of the weights."""
 
@@ -138,8 +167,7 @@ class EncoderBlock(nn.Module):
 
     def _feed_forward(self, x_TH: Tensor) -> Tensor:
         if self.swiglu:
-            gate_TF, up_TF = self.gate_up(x_TH).chunk(2, dim=-1)
-            return self.down(F.silu(gate_TF) * up_TF)
+            return self.down(swiglu(self.gate_up(x_TH)))
         return self.down(F.gelu(self.up(x_TH)))
 
     def _drop(self, x_TH: Tensor) -> Tensor:

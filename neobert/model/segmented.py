@@ -20,7 +20,8 @@ Legend: T tokens of the flat stream, N heads, D head size, Q queries and K keys 
 its length.
 """
 
-from collections.abc import Iterator
+import math
+from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -165,10 +166,13 @@ def _forward_by_document(
 ) -> Tensor:
     out_TND = torch.zeros(q_TND.shape, dtype=q_TND.dtype, device=q_TND.device)
     q, k, v, out = (x.transpose(0, 1) for x in (q_TND, k_TND, v_TND, out_TND))
+    scratch = _Scratch(q, 2)
     for document in _documents(borders, q, reach):
-        q_own, k_own, v_own, out_own = (x[:, document.slots] for x in (q, k, v, out))
+        q_own, k_own, v_own = (x[:, document.slots].contiguous() for x in (q, k, v))
+        out_own = out[:, document.slots]
         for tile in document.tiles:
-            attended = torch.bmm(_probabilities(q_own, k_own, tile, scale, reach), v_own[:, tile.keys])
+            probs = _probabilities(q_own, k_own, tile, scale, reach, scratch)
+            attended = torch.bmm(probs, v_own[:, tile.keys])
             out_own[:, tile.queries][:, : tile.own] = attended[:, : tile.own]
     return out_TND
 
@@ -180,18 +184,22 @@ def _backward_by_document(
     q, k, v, grad = (x.transpose(0, 1) for x in (q_TND, k_TND, v_TND, grad_TND))
     grad_q, grad_k, grad_v = (x.transpose(0, 1) for x in grads_TND)
     wide = torch.promote_types(q.dtype, torch.float32)
+    scratch = _Scratch(q, 3)
     for document in _documents(borders, q, reach):
         length = document.length
-        q_own, k_own, v_own, grad_own, grad_q_own = (x[:, document.slots] for x in (q, k, v, grad, grad_q))
+        q_own, k_own, v_own, grad_own = (x[:, document.slots].contiguous() for x in (q, k, v, grad))
+        grad_q_own = grad_q[:, document.slots]
         sums = None
         if len(document.tiles) > 1:  # sums over tiles are fp32 at least
             sums = [torch.zeros(k_own.shape, dtype=wide, device=k.device) for _ in "kv"]
         for tile in document.tiles:
             queries, keys = tile.queries, tile.keys
-            probs = _probabilities(q_own, k_own, tile, scale, reach)
+            probs = _probabilities(q_own, k_own, tile, scale, reach, scratch)
             probs[:, tile.own :] = 0
-            grad_probs = torch.bmm(grad_own[:, queries], v_own[:, keys].transpose(1, 2))
-            grad_scores = torch.ops.aten._softmax_backward_data(grad_probs, probs, -1, probs.dtype)
+            grad_probs = scratch.matrices(2, probs.shape)
+            torch.bmm(grad_own[:, queries], v_own[:, keys].transpose(1, 2), out=grad_probs)
+            grad_scores = scratch.matrices(0, probs.shape)  # the scores are not needed any more
+            torch.ops.aten._softmax_backward_data(grad_probs, probs, -1, probs.dtype, grad_input=grad_scores)
             part_q = _scaled_product(grad_scores, k_own[:, keys], scale)
             grad_q_own[:, queries][:, : tile.own] = part_q[:, : tile.own]
             part_k = _scaled_product(grad_scores.transpose(1, 2), q_own[:, queries], scale)
@@ -207,22 +215,45 @@ def _backward_by_document(
     return grads_TND[0], grads_TND[1], grads_TND[2]
 
 
-def _scaled_product(a: Tensor, b: Tensor, scale: float) -> Tensor:
+class _Scratch:
+    """Memory for the scores of one tile and what is made of them, used again from tile to tile: it stays in the cache,
+    and fresh pages cost more than the arithmetic on them."""
+
+    def __init__(self, q_NTD: Tensor, count: int) -> None:
+        self._like = q_NTD
+        self._flat: list[Tensor | None] = [None] * count
+
+    def matrices(self, number: int, shape: Sequence[int]) -> Tensor:
+        """A contiguous tensor of `shape` in the dtype of the queries. Its content is whatever was there."""
+        size, flat = math.prod(shape), self._flat[number]
+        if flat is None or len(flat) < size:
+            flat = self._flat[number] = self._like.new_empty(max(size, _TILE))
+        return flat[:size].view(shape)
+
+
+def _scaled_product(a: Tensor, b: Tensor, scale: float, out: Tensor | None = None) -> Tensor:
     """scale * a b of batches of matrices; the factor costs nothing inside the product."""
-    unused = torch.empty((1, 1, 1), dtype=a.dtype, device=a.device)
-    return torch.baddbmm(unused, a, b, beta=0, alpha=scale)
+    if out is None:
+        out = a.new_empty((a.shape[0], a.shape[1], b.shape[2]))
+    return torch.baddbmm(out, a, b, beta=0, alpha=scale, out=out)
 
 
-def _probabilities(q_NTD: Tensor, k_NTD: Tensor, tile: _Tile, scale: float, reach: int) -> Tensor:
-    """Softmax over the scores of a tile, `[N, Q, K]`; sums and maxima are fp32 inside."""
-    scores_NQK = _scaled_product(q_NTD[:, tile.queries], k_NTD[:, tile.keys].transpose(1, 2), scale)
-    scores_NQK[:, :, tile.own_keys :] = float("-inf")
+def _probabilities(q_NTD: Tensor, k_NTD: Tensor, tile: _Tile, scale: float, reach: int, scratch: _Scratch) -> Tensor:
+    """Softmax over the scores of a tile, `[N, Q, K]`, in scratch 1, with scratch 0 used on the way.
+
+    Sums and maxima are fp32 inside.
+    """
+    q_NQD, k_NKD = q_NTD[:, tile.queries], k_NTD[:, tile.keys]
+    shape = (q_NQD.shape[0], q_NQD.shape[1], k_NKD.shape[1])
+    scores_NQK = _scaled_product(q_NQD, k_NKD.transpose(1, 2), scale, out=scratch.matrices(0, shape))
+    if tile.own_keys < shape[2]:
+        scores_NQK[:, :, tile.own_keys :] = float("-inf")
     if tile.banded:
         num_queries, num_keys = scores_NQK.shape[1:]
         queries = torch.arange(tile.queries.start - tile.keys.start, tile.queries.stop - tile.keys.start)
         distance_QK = queries[:num_queries, None] - torch.arange(num_keys)
         scores_NQK.masked_fill_(distance_QK.abs_() > reach, float("-inf"))
-    return torch.softmax(scores_NQK, dim=-1)
+    return torch.softmax(scores_NQK, dim=-1, out=scratch.matrices(1, shape))
 
 
 # --- in buckets of about one length -------------------------------------------------------------------------------

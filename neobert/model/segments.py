@@ -1,6 +1,7 @@
 """Segments: where each document of a packed batch begins and ends."""
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -34,6 +35,11 @@ class Segments:
             cu_seqlens_cpu=self.cu_seqlens_cpu,
             max_seqlen=self.max_seqlen,
         )
+
+    def record_stream(self, stream: Any) -> None:
+        """Keeps the memory of tensors on a GPU until what is queued in `stream` now has read it."""
+        for x in (self.ids, self.cu_seqlens):
+            x.record_stream(stream)
 
     def pin_memory(self) -> "Segments":
         """A copy in page-locked host memory."""

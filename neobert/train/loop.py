@@ -1,5 +1,6 @@
 """The training loop: `pretrain` is the whole story on one screen, `training_steps` turns batches into steps."""
 
+import gc
 import time
 from collections.abc import Iterator
 from contextlib import nullcontext
@@ -15,6 +16,7 @@ from neobert.data.loader import Loader
 from neobert.data.order import step_seed
 from neobert.testing.faults import fault_point
 from neobert.train.checkpoint import complete_save, save_checkpoint, save_is_due
+from neobert.train.copies import BatchCopier
 from neobert.train.evaluate import log_evaluation
 from neobert.train.finish import finish
 from neobert.train.identity import as_int64, check_next_batch
@@ -91,6 +93,7 @@ def training_steps(run: Run, state: TrainState) -> Iterator[tuple[TrainState, St
         return
     loader = run.data.loader(state.data or None, skip=state.skip_rows, step=state.step)
     expected: str | None = state.data.get("next_batch_digest")
+    copier, frozen = BatchCopier(run.runtime.device), False
     anomalies = torch.autograd.detect_anomaly if run.config.trainer.detect_anomaly else nullcontext
     try:
         while state.step < run.num_steps:
@@ -101,7 +104,10 @@ def training_steps(run: Run, state: TrainState) -> Iterator[tuple[TrainState, St
                 if expected is not None:
                     check_next_batch(expected, run.runtime.sum_on_host([as_int64(given.batch.digest)])[0])
                     expected = None
-                state, metrics = take_step(run, state, given)
+                state, metrics = take_step(run, state, replace(given, batch=copier.copy(given.batch)))
+            if not frozen:
+                freeze_what_lives()
+                frozen = True
             if state.step == run.num_steps:
                 run.guard.settle()  # No later step will read its flag.
             if run.guard.verdict is not None:
@@ -121,6 +127,17 @@ def training_steps(run: Run, state: TrainState) -> Iterator[tuple[TrainState, St
                 loader = run.data.loader(state.data, skip=state.skip_rows, step=state.step)
     finally:
         loader.close()
+        gc.unfreeze()
+
+
+def freeze_what_lives() -> None:
+    """Takes all objects of now out of the garbage collector's sight, so that it passes over what a step makes only.
+
+    Called after the first step, when model, optimizer state and compiled code are there: a full collection walks
+    hundreds of thousands of objects of the libraries and holds up the step that happens to trigger it.
+    """
+    gc.collect()
+    gc.freeze()
 
 
 @dataclass(frozen=True, kw_only=True, slots=True, eq=False)
@@ -175,7 +192,7 @@ def next_batch(run: Run, loader: Loader) -> GivenBatch | None:
 
 
 def take_step(run: Run, state: TrainState, given: GivenBatch) -> tuple[TrainState, StepMetrics]:
-    """One optimizer step: the state after it, and its figures, which stay on the device."""
+    """One optimizer step on a batch of the device: the state after it, and its figures, which stay there."""
     runtime, batch = run.runtime, given.batch
     torch.manual_seed(step_seed(run.config.seed, state.step, runtime.rank))
     lr = run.schedule(state.step)
@@ -186,7 +203,7 @@ def take_step(run: Run, state: TrainState, given: GivenBatch) -> tuple[TrainStat
         result = train_step(
             run.model,
             run.optimizer,
-            [micro.to(runtime.device, non_blocking=True) for micro in batch.micro_batches],
+            batch.micro_batches,
             lr=lr,
             scale=runtime.world / max(given.num_targets, 1),
             gradient_clipping=run.config.trainer.gradient_clipping,

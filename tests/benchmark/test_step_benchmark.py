@@ -1,28 +1,41 @@
 """The step benchmark measures what it says, on rows as training has them."""
 
+import itertools
 import json
 import runpy
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+import torch
 
-from neobert.benchmark.step import StepSettings, make_batches, measure_step
+from neobert.benchmark.plain import MASKED_ATTENTION
+from neobert.benchmark.step import StepSettings, made_up_rows, measure_step
+from neobert.config.load import config_to_yaml
+from neobert.config.schema import Config
+from neobert.model.attention import reference_attention
 
-SCRIPT = Path(__file__).parents[2] / "scripts" / "benchmark" / "step.py"
+SCRIPT = Path(__file__).parents[2] / "scripts" / "benchmark.py"
 TINY = {"preset": "tiny", "vocab_size": 300, "length": 64, "rows": 4, "mean_document": 25.0, "steps": 3, "warmup": 1}
 
 
 def test_rows_are_nearly_full_and_equal_for_equal_settings() -> None:
-    settings = StepSettings(**TINY)  # type: ignore[arg-type]
-    batches = make_batches(settings, 4)
-    assert len(batches) == 4
+    settings = StepSettings(**{**TINY, "steps": 4})  # type: ignore[arg-type]
+    batches = list(itertools.islice(made_up_rows(settings).batches, 4))
     assert all(batch.input_ids.shape == (4, 64) for batch in batches)
     assert sum(b.num_tokens for b in batches) > 0.9 * 4 * 4 * 64
-    assert [b.digest for b in batches] == [b.digest for b in make_batches(settings, 4)]
+    again = itertools.islice(made_up_rows(settings).batches, 8)
+    assert [b.digest for b in again] == 2 * [b.digest for b in batches], "the same batches in turns"
     assert sum(b.num_targets for b in batches) / sum(b.num_tokens - 2 * b.num_documents for b in batches) == (
         pytest.approx(0.2, abs=0.02)
     )
+
+
+def test_padded_rows_hold_one_document() -> None:
+    settings = StepSettings(**TINY, padded=True)  # type: ignore[arg-type]
+    batch = next(made_up_rows(settings).batches)
+    assert (batch.input_ids.shape, batch.num_documents) == ((4, 64), 4)
 
 
 def test_figures_belong_together() -> None:
@@ -38,7 +51,7 @@ def test_figures_belong_together() -> None:
 def test_the_script_prints_a_table_or_json(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
     flags = [word for name, value in TINY.items() for word in (f"--{name.replace('_', '-')}", str(value))]
     for extra, check in (([], lambda out: "| tokens/s |" in out), (["--json"], json.loads)):
-        monkeypatch.setattr(sys, "argv", ["step.py", *flags, *extra])
+        monkeypatch.setattr(sys, "argv", ["benchmark.py", *flags, *extra])
         with pytest.raises(SystemExit) as ended:
             runpy.run_path(str(SCRIPT), run_name="__main__")
         assert ended.value.code == 0
@@ -48,8 +61,46 @@ def test_the_script_prints_a_table_or_json(capsys: pytest.CaptureFixture[str], m
 def test_a_backend_that_cannot_run_is_one_sentence(
     capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(sys, "argv", ["step.py", "--preset", "tiny", "--attention", "flash_attn_varlen"])
+    monkeypatch.setattr(sys, "argv", ["benchmark.py", "--preset", "tiny", "--attention", "flash_attn_varlen"])
     with pytest.raises(SystemExit) as ended:
         runpy.run_path(str(SCRIPT), run_name="__main__")
     assert ended.value.code == 2
     assert "model.attn_backend" in capsys.readouterr().err
+
+
+def run_script(monkeypatch: pytest.MonkeyPatch, *flags: str) -> int:
+    monkeypatch.setattr(sys, "argv", ["benchmark.py", *flags])
+    with pytest.raises(SystemExit) as ended:
+        runpy.run_path(str(SCRIPT), run_name="__main__")
+    assert isinstance(ended.value.code, int)
+    return ended.value.code
+
+
+def test_rows_of_a_config_come_through_the_loader(
+    tiny: Callable[..., Config], tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    file = tmp_path / "run.yaml"
+    file.write_text(config_to_yaml(tiny(tmp_path / "run")))
+    flags = ("--config", str(file), "dataset.max_seq_length=32", "--steps", "3", "--warmup", "1", "--json")
+    assert run_script(monkeypatch, *flags) == 0
+    figures = json.loads(capsys.readouterr().out)
+    assert figures["rows"] == f"4 rows of 32 of {file}"
+    assert 0 <= figures["data_wait"] < 1
+    assert run_script(monkeypatch, "--config", str(file), "--rows", "3") == 2
+    assert "--config: it decides --rows too" in capsys.readouterr().err
+    assert run_script(monkeypatch, "dataset.max_seq_length=32") == 2
+    assert "an override needs --config FILE" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("switch", ["all_positions", "plain_adamw", "default_allocator", "gradient_checkpointing"])
+def test_every_switch_of_the_comparison_runs(switch: str) -> None:
+    figures = measure_step(StepSettings(**{**TINY, switch: True, "steps": 1}))  # type: ignore[arg-type]
+    assert figures.tokens_per_second > 0
+
+
+def test_masked_attention_is_the_same_attention() -> None:
+    batch = next(made_up_rows(StepSettings(**TINY)).batches)  # type: ignore[arg-type]
+    q, k, v = torch.randn(3, 4 * 64, 2, 16).unbind()
+    got = MASKED_ATTENTION.attend(q, k, v, MASKED_ATTENTION.prepare(batch.segments), scale=0.25)
+    real = batch.segments.ids.flatten() > 0
+    torch.testing.assert_close(got[real], reference_attention(q, k, v, batch.segments, scale=0.25)[real])

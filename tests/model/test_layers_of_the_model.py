@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from neobert.model.layers import LayerNorm, RMSNorm
+from neobert.model.layers import LayerNorm, RMSNorm, swiglu
 from neobert.model.rotary import apply_rotary, rotary_table
 
 
@@ -43,6 +43,23 @@ def test_norm_takes_bf16_with_fp32_weights(kind: type[RMSNorm] | type[LayerNorm]
     assert norm.weight.grad is not None
     assert norm.weight.grad.dtype == torch.float32
     torch.testing.assert_close(out, definition(norm, x.float()).bfloat16())
+
+
+def test_swiglu_and_its_gradient() -> None:
+    gate_up = torch.randn(7, 24, dtype=torch.float64, requires_grad=True)
+    gate, up = gate_up.chunk(2, dim=-1)
+    torch.testing.assert_close(swiglu(gate_up), gate * torch.sigmoid(gate) * up)
+    assert torch.autograd.gradcheck(swiglu, (gate_up,))
+
+
+def test_swiglu_in_bf16_is_the_plain_formula_bit_for_bit() -> None:
+    gate_up = torch.randn(33, 24).bfloat16().requires_grad_()
+    grad = torch.randn(33, 12).bfloat16()
+    gate, up = gate_up.chunk(2, dim=-1)
+    want = F.silu(gate) * up
+    got = swiglu(gate_up)
+    assert got.equal(want)
+    assert torch.autograd.grad(got, gate_up, grad)[0].equal(torch.autograd.grad(want, gate_up, grad)[0])
 
 
 def test_rotation_by_hand() -> None:

@@ -1,11 +1,14 @@
 """Nothing in a step reads a value back from the device: not the model, the loss, the clipping, the optimizer."""
 
+from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from neobert.config.schema import Config
 from neobert.kernels.linear_cross_entropy import KERNELS
 from neobert.model.attention import ATTENTION
 from neobert.model.config import ModelConfig
@@ -16,7 +19,10 @@ from neobert.optim.gating import step_unless
 from neobert.optim.optimizers import OPTIMIZERS, build_optimizer
 from neobert.optim.qk_clip import ClipSettings, QKClip
 from neobert.optim.unit_length import keep_unit_length
-from neobert.types import IGNORE_INDEX, PackedBatch
+from neobert.train.loop import training_steps
+from neobert.train.numerics import LateFlag
+from neobert.train.run import build_run
+from neobert.types import IGNORE_INDEX, PackedBatch, TrainState
 
 WAITING = ("_local_scalar_dense", "nonzero", "item", "equal", "masked_select", "unique")
 """Operators whose result, or the shape of it, has to be known on the host before anything can go on."""
@@ -153,4 +159,26 @@ def test_preparing_attention_reads_the_device_never(name: str) -> None:
     batch = model_and_batch()[1]
     with WaitsForTheDevice() as mode:
         ATTENTION[name].prepare(batch.segments, 4)
+    assert mode.found == []
+
+
+@pytest.mark.parametrize("autocast", ["no", "bf16"])
+def test_between_two_logging_points_nothing_waits(
+    tiny: Callable[..., Config], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, autocast: str
+) -> None:
+    """The real loop: batches, copies, steps, the watch over bad numbers, the record.
+
+    The flag of a skipped step is read a step late from a copy on the host; that read is left out here.
+    """
+    monkeypatch.setattr(LateFlag, "read", lambda flag: False)
+    keys = ("trainer.max_steps=8", "trainer.logging_steps=8", "trainer.eval_steps=0", "trainer.save_steps=0")
+    run = build_run(tiny(tmp_path / "run", *keys, f"trainer.mixed_precision={autocast}"))
+    steps = training_steps(run, TrainState())
+    run.tracker.add(*next(steps))
+    with WaitsForTheDevice() as mode:
+        for _ in range(6):
+            run.tracker.add(*next(steps))
+    steps.close()
+    run.runtime.close()
+    assert mode.num_operators > 1000
     assert mode.found == []

@@ -1,6 +1,6 @@
 """Seconds to the first batch of a resumed run at 1%, 50% and 99% of an epoch, streamed and indexed.
 
-python scripts/benchmark/resume_cost.py FILES --tokenizer FOLDER
+python scripts/benchmarks/resume_cost.py FILES --tokenizer FOLDER
 """
 
 from neobert.benchmark.arguments import build_data_parser, read_data_config

@@ -1,4 +1,4 @@
-"""What a checkpoint costs to save and to load: `python scripts/benchmark/save_cost.py` (250 million parameters)."""
+"""What a checkpoint costs to save and to load: `python scripts/benchmarks/save_cost.py` (250 million parameters)."""
 
 import sys
 

@@ -1,6 +1,6 @@
 """Tokens per second of a model, packed, against the same weights in transformers with padded batches.
 
-python scripts/benchmark/inference.py MODEL INPUT
+python scripts/benchmarks/inference.py MODEL INPUT
 """
 
 import sys

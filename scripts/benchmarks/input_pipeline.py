@@ -1,6 +1,6 @@
 """Tokens per second and packing fill of the input pipeline, against `datasets.map` with a greedy collator.
 
-python scripts/benchmark/input_pipeline.py FILES --tokenizer FOLDER
+python scripts/benchmarks/input_pipeline.py FILES --tokenizer FOLDER
 """
 
 from neobert.benchmark.arguments import build_data_parser, read_data_config

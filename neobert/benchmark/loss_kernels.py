@@ -1,0 +1,95 @@
+"""Time and memory of the loss kernels alone: forward and backward of one vocabulary projection with its cross entropy.
+
+Memory is what a call needs beyond its inputs, at the peak: by the allocator on a GPU, by the high-water mark of the
+process on a CPU, where each measurement has a process of its own. Weights are fp32, products in the dtype asked for.
+`reference` is what one writes without a kernel: all logits at once, in fp32 for the cross entropy.
+"""
+
+import json
+import resource
+import statistics
+import subprocess
+import sys
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import torch
+
+from neobert.benchmark.step import choose_clock
+from neobert.kernels.linear_cross_entropy import KERNELS, kernel_obstacle
+from neobert.train.allocator import keep_freed_memory
+
+
+class Case(NamedTuple):
+    """One measurement: rows, hidden size, vocabulary."""
+
+    kernel: str
+    rows: int
+    hidden: int
+    vocabulary: int
+    precision: str
+    device: str
+
+
+SHAPES = {
+    "13k,768,30592": (13312, 768, 30592),
+    "13k,768,50k": (13312, 768, 50304),
+    "4k,1024,256k": (4096, 1024, 256000),
+}
+"""M, D, V: BERT-like vocabularies at 64 rows of 1,024 with 20% masks, and one of 256,000."""
+
+
+def measure(case: Case, repeats: int) -> tuple[float, int]:
+    """Median seconds of forward and backward, and bytes beyond the inputs at the peak."""
+    device = torch.device(case.device)
+    if device.type == "cpu":
+        keep_freed_memory()
+    torch.manual_seed(0)
+    hidden = torch.randn(case.rows, case.hidden, device=device, requires_grad=True)
+    weight = (torch.randn(case.vocabulary, case.hidden, device=device) * 0.02).requires_grad_()
+    targets = torch.randint(case.vocabulary, (case.rows,), device=device)
+    clock = choose_clock(device)
+    before, seconds = _memory(device), []
+    for _ in range(repeats + 1):
+        start = clock()
+        with torch.autocast(device.type, torch.bfloat16, enabled=case.precision == "bf16"):
+            loss, _ = KERNELS[case.kernel](hidden, weight, targets)
+        loss.backward()
+        if device.type == "cuda":
+            torch.cuda.synchronize(device)
+        seconds.append(clock() - start)
+        hidden.grad = weight.grad = None
+    return statistics.median(seconds[1:]), _memory(device) - before
+
+
+def _memory(device: torch.device) -> int:
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+
+
+def table(kernels: Sequence[str], shapes: Sequence[str], precision: str, device: str, repeats: int) -> str:
+    """Every kernel at every shape, each in a process of its own; `-` where it cannot run or runs out of memory."""
+    lines = ["| M, D, V | kernel | ms | memory |", "|---|---|---|---|"]
+    for shape in shapes:
+        for kernel in kernels:
+            rows, hidden, vocabulary = SHAPES[shape]
+            case = Case(kernel, rows, hidden, vocabulary, precision, device)
+            lines.append(f"| {shape} | {kernel} | {_in_a_process(case, repeats)} |")
+    return "\n".join(lines)
+
+
+def _in_a_process(case: Case, repeats: int) -> str:
+    if kernel_obstacle(case.kernel, torch.device(case.device)) is not None:
+        return "- | cannot run here"
+    command = [sys.executable, "-m", __name__, json.dumps(case), str(repeats)]
+    done = subprocess.run(command, capture_output=True, text=True)
+    if done.returncode:
+        reason = done.stderr.strip().splitlines()[-1] if done.stderr.strip() else f"ended with {done.returncode}"
+        return f"- | {reason}"
+    seconds, size = json.loads(done.stdout)
+    return f"{seconds * 1e3:,.1f} | {size / 1e6:,.0f} MB"
+
+
+if __name__ == "__main__":
+    print(json.dumps(measure(Case(*json.loads(sys.argv[1])), int(sys.argv[2]))))

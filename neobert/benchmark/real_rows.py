@@ -1,0 +1,38 @@
+"""Rows of a run's own data for the step benchmark, through the loader that training has."""
+
+import tempfile
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+
+from neobert.benchmark.step import RowSource
+from neobert.config.load import load_config
+from neobert.data.pipeline import build_tokenizer
+from neobert.train.build import build_config_data, build_model_config
+
+
+@contextmanager
+def open_rows(path: str, overrides: Sequence[str], *, pin_memory: bool) -> Iterator[RowSource]:
+    """The micro-batches of the config at `path`, from its first row on, and the model that belongs to them.
+
+    Raises:
+        ConfigError: of the config and the overrides.
+        DataError: the data cannot be used as configured.
+    """
+    config = load_config(path, overrides)
+    rows = config.trainer.micro_batch_rows
+    with tempfile.TemporaryDirectory() as folder:
+        tokenizer = build_tokenizer(config, None, Path(folder))
+        data = build_config_data(
+            config, tokenizer, rows_per_step=rows, prepared_dir=Path(folder) / "tokenized", pin_memory=pin_memory
+        )
+        loader = data.loader()
+        try:
+            yield RowSource(
+                model=build_model_config(config, tokenizer),
+                batches=(step.micro_batches[0] for step in loader),
+                name=f"{rows} rows of {config.dataset.max_seq_length} of {path}",
+                real=True,
+            )
+        finally:
+            loader.close()

@@ -1,0 +1,51 @@
+"""The command line of the step benchmark. The training stack is imported only where rows of a config are asked for."""
+
+import argparse
+import dataclasses
+from contextlib import AbstractContextManager, nullcontext
+
+from neobert.benchmark.step import PRESETS, RowSource, StepSettings
+
+_OF_THE_ROWS = ("preset", "vocab_size", "tied", "length", "rows", "mean_document", "probability", "padded")
+"""Settings that a config decides."""
+
+
+def build_parser(description: str | None) -> argparse.ArgumentParser:
+    """One flag for every setting, and what reads rows from a config."""
+    parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--json", action="store_true", help="print one JSON object")
+    parser.add_argument("--config", help="YAML of a run: its model, and its rows through the loader")
+    parser.add_argument("overrides", nargs="*", help="with --config: section.key=value laid over it")
+    for field in dataclasses.fields(StepSettings):
+        flag, default = f"--{field.name.replace('_', '-')}", field.default
+        if isinstance(default, bool):
+            parser.add_argument(flag, action="store_true", default=None)
+        else:
+            choices = {"preset": list(PRESETS), "precision": ["bf16", "fp32"]}.get(field.name)
+            parser.add_argument(flag, type=type(default), choices=choices, help=f"default: {default}")
+    return parser
+
+
+def read_settings(args: argparse.Namespace) -> StepSettings:
+    """The settings of the flags that were given.
+
+    Raises:
+        ValueError: flags that contradict one another.
+    """
+    names = [field.name for field in dataclasses.fields(StepSettings)]
+    given = {name: value for name, value in vars(args).items() if name in names and value is not None}
+    both = [f"--{name.replace('_', '-')}" for name in given if name in _OF_THE_ROWS]
+    if args.config and both:
+        raise ValueError(f"--config: it decides {', '.join(both)} too; leave these out and override keys of the config")
+    if args.overrides and not args.config:
+        raise ValueError(f"{args.overrides[0]}: an override needs --config FILE; flags begin with --")
+    return StepSettings(**given)
+
+
+def opened_rows(args: argparse.Namespace) -> AbstractContextManager[RowSource | None]:
+    """The rows of `--config`; None without it."""
+    if not args.config:
+        return nullcontext()
+    from neobert.benchmark.real_rows import open_rows  # Needs the whole stack, which made-up rows do not.
+
+    return open_rows(args.config, args.overrides, pin_memory=args.device == "cuda")

@@ -1,0 +1,31 @@
+"""Tokens per second, utilisation and memory of the training step, on made-up rows or on those of a config.
+
+python scripts/benchmark.py --preset small --precision bf16
+python scripts/benchmark.py --preset neobert --length 1024 --rows 64 --device cuda --compile
+python scripts/benchmark.py --config configs/pretraining/quickstart.yaml dataset.max_seq_length=128
+"""
+
+import dataclasses
+import json
+import sys
+
+from neobert.benchmark.step import describe, measure_step
+from neobert.benchmark.step_command import build_parser, opened_rows, read_settings
+
+
+def main() -> int:
+    args = build_parser(__doc__).parse_args()
+    try:
+        settings = read_settings(args)
+        with opened_rows(args) as source:
+            figures = measure_step(settings, source)
+    except ValueError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    both = {"settings": dataclasses.asdict(settings), **dataclasses.asdict(figures)}
+    print(json.dumps(both) if args.json else describe(settings, figures))
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,33 @@
+"""Our training step against a plain loop on transformers and against our own reference paths, on real text (CPU).
+
+python scripts/benchmarks/against_transformers.py TEXT.jsonl --tokenizer FOLDER
+"""
+
+import argparse
+import dataclasses
+import sys
+
+from neobert.benchmark.against import CONTESTANTS, AgainstSettings, compare
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("text", help="JSONL file (or .gz) with a field `text`")
+    parser.add_argument("--tokenizer", required=True, help="tokenizer folder")
+    parser.add_argument("--rounds", type=int, default=3, help="turns of each, of which the median counts")
+    parser.add_argument("--only", nargs="+", default=list(CONTESTANTS), choices=list(CONTESTANTS))
+    for field in dataclasses.fields(AgainstSettings)[2:]:
+        kind = type(field.default)
+        parser.add_argument(f"--{field.name}", type=kind, default=field.default, help="default: %(default)s")
+    values = vars(parser.parse_args())
+    rounds, names = values.pop("rounds"), values.pop("only")
+    try:
+        print(compare(AgainstSettings(**values), names, rounds))
+    except ValueError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

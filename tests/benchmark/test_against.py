@@ -1,0 +1,54 @@
+"""The comparison gives everybody the same tokens and masks, and its table says who is faster."""
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+
+from neobert.benchmark.against import AgainstSettings, Outcome, compare, describe, padded_inputs, prepare
+from neobert.types import IGNORE_INDEX
+
+
+@pytest.fixture
+def settings(tmp_path: Path, texts: list[str], tokenizer_folder: Path) -> AgainstSettings:
+    text = tmp_path / "text.jsonl"
+    text.write_text("".join(json.dumps({"text": one}) + "\n" for one in texts))
+    shape = {"preset": "tiny", "length": 64, "rows": 2, "steps": 2, "warmup": 1}
+    return AgainstSettings(text=str(text), tokenizer=str(tokenizer_folder), precision="fp32", **shape)  # type: ignore[arg-type]
+
+
+def test_padding_shows_the_same_tokens_and_targets(settings: AgainstSettings) -> None:
+    batch = prepare(settings).batches(settings, packed=False)[0]
+    inputs = padded_inputs(batch)
+    assert int(inputs["attention_mask"].sum()) == batch.num_tokens
+    assert inputs["attention_mask"].sum(dim=1).max() == inputs["input_ids"].shape[1]
+    labels = inputs["labels"][inputs["labels"] != IGNORE_INDEX]
+    assert sorted(labels.tolist()) == sorted(batch.targets[batch.targets != IGNORE_INDEX].tolist())
+    assert len(labels) == batch.num_targets
+
+
+def test_packed_and_padded_steps_hold_about_as_many_tokens(settings: AgainstSettings) -> None:
+    given = prepare(settings)
+    packed, padded = (given.batches(settings, packed=way) for way in (True, False))
+    mean = [sum(b.num_tokens for b in batches) / len(batches) for batches in (packed, padded)]
+    assert mean[0] == pytest.approx(mean[1], rel=0.2)
+
+
+def test_a_round_of_two(settings: AgainstSettings) -> None:
+    table = compare(settings, ["ours", "transformers"], rounds=1)
+    assert [line.split("|")[1].strip() for line in table.splitlines()[2:]] == ["ours", "transformers"]
+    assert "| ours | " in table
+    assert torch.get_num_threads() == 1
+
+
+def test_ratios_are_to_the_first() -> None:
+    slow = [Outcome(tokens_per_second=50.0, peak_memory_bytes=4 * 10**9)]
+    table = describe({"ours": [Outcome(tokens_per_second=100.0, peak_memory_bytes=10**9)], "other": slow}, base="ours")
+    assert table.splitlines()[-1] == "| other | 50 | 50 - 50 | 0.50 | 4.00 GB | 4.00 |"
+
+
+def test_too_little_text_is_one_sentence(settings: AgainstSettings) -> None:
+    Path(settings.text).write_text(json.dumps({"text": "short"}) + "\n")
+    with pytest.raises(ValueError, match="give more text or ask for fewer steps"):
+        prepare(settings)

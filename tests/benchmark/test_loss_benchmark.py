@@ -1,0 +1,23 @@
+"""The table of loss kernels."""
+
+import pytest
+import torch
+
+from neobert.benchmark import loss_kernels
+
+
+def test_a_table_of_two_kernels(monkeypatch: pytest.MonkeyPatch) -> None:
+    """All logits of 4,096 rows and 12,288 words are 200 MB several times over, a chunk of them is 64 MB."""
+    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
+    monkeypatch.setitem(loss_kernels.SHAPES, "small", (4096, 16, 12288))
+    lines = loss_kernels.table(["torch", "reference", "triton"], ["small"], "fp32", "cpu", 1).splitlines()
+    assert [line.split("|")[2].strip() for line in lines[2:]] == ["torch", "reference", "triton"]
+    assert lines[4].endswith("| - | cannot run here |")
+    megabytes = [float(line.split("|")[4].split()[0].replace(",", "")) for line in lines[2:4]]
+    assert 0 < megabytes[0] < megabytes[1]
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="needs a machine without a GPU")
+def test_a_kernel_that_fails_leaves_its_reason() -> None:
+    table = loss_kernels.table(["torch"], ["13k,768,30592"], "fp32", "cuda", 1)
+    assert "CUDA" in table.splitlines()[-1]
