@@ -2,6 +2,7 @@
 
 import torch
 
+from neobert.data.pipeline import DataPipeline
 from neobert.train.memory import memory_explained
 from neobert.train.metrics import EvalMetrics
 from neobert.train.run import Run
@@ -15,6 +16,7 @@ def evaluate(run: Run) -> EvalMetrics | None:
     packing, batch size and the number of processes do not matter beyond rounding. All ranks have equally many batches
     and agree before each of them, so that they leave together.
     """
+    assert isinstance(run.data, DataPipeline), "the data of pretraining"
     if not run.data.has_eval:
         return None
     sums = torch.zeros(2, dtype=torch.float64, device=run.runtime.device)

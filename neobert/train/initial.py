@@ -69,7 +69,7 @@ def copy_initial_weights(module: MaskedLM, weights: EncoderWeights, tokenizer: T
     module.load_state_dict(tensors, strict=True)
     module.check_tied()
     trained = f" after {weights.step:,} steps" if weights.step is not None else ""
-    return f"initial weights from {weights.folder} ({weights.layout} layout{trained}); {note}"
+    return f"initial weights from {weights.folder} ({weights.layout} layout{trained}): {len(tensors)} tensors; {note}"
 
 
 def _with_vocabulary(weights: EncoderWeights, tokenizer: Tokenizer, num_rows: int) -> tuple[dict[str, Tensor], str]:

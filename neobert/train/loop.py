@@ -1,7 +1,7 @@
-"""The training loop: `pretrain` is the whole story on one screen, `training_steps` turns batches into steps."""
+"""The training loop: `train` is the whole story on one screen, `training_steps` turns batches into steps."""
 
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from functools import partial
@@ -15,13 +15,15 @@ from neobert.data.order import step_seed
 from neobert.testing.faults import fault_point
 from neobert.train.checkpoint import complete_save, save_checkpoint, save_is_due
 from neobert.train.evaluate import evaluate
-from neobert.train.finish import finish
+from neobert.train.finish import finish, pretraining_commands
 from neobert.train.identity import as_int64, check_next_batch
 from neobert.train.memory import memory_explained
+from neobert.train.metrics import Evaluation
 from neobert.train.report import announce
 from neobert.train.resume import resume_or_start
 from neobert.train.rollback import roll_back
 from neobert.train.run import Run, build_run
+from neobert.train.runtime import StartupError
 from neobert.train.step import train_step
 from neobert.train.stopping import stop_early
 from neobert.types import StepBatch, StepMetrics, TrainState
@@ -42,15 +44,37 @@ def due(step: int, every: int) -> bool:
     return every > 0 and step % every == 0
 
 
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Job:
+    """What one task does beside making steps."""
+
+    announce: Callable[[Run], None]
+    """Says what the run is and writes its config."""
+
+    evaluate: Callable[[Run], Evaluation | None]
+    next_commands: Callable[[Run], list[str]]
+    """What to type when the run is over."""
+
+
 def pretrain(config: Config) -> RunResult:
-    """Trains until the budget is spent: build, announce, resume, then step, log, evaluate and save when due."""
-    run = build_run(config)
-    announce(run)
+    """Pretraining with masked language modelling.
+
+    Raises:
+        StartupError: the run cannot start as configured; the message names the key and the remedy.
+    """
+    if config.task != "pretraining":
+        raise StartupError(f"task: {config.task} is for scripts/{config.task}/finetune.py; this script pretrains")
+    return train(build_run(config), PRETRAINING)
+
+
+def train(run: Run, job: Job) -> RunResult:
+    """Trains until the budget is spent: announce, resume, then step, log, evaluate and save when due."""
+    job.announce(run)
     with run.stop.listening():  # From here on a signal saves and stops.
         state = resume_or_start(run)
         reason = "finished" if state.step < run.num_steps else "complete"
         if evaluation_missing(run, state):
-            run.tracker.log_eval(state, evaluate(run))
+            run.tracker.log_eval(state, job.evaluate(run))
         for state, metrics in training_steps(run, state):  # noqa: B020 (the generator takes the first state only)
             run.tracker.add(state, metrics)
             if run.stop_requested():
@@ -58,7 +82,7 @@ def pretrain(config: Config) -> RunResult:
             if due(state.step, run.logging_steps):
                 run.tracker.log(state)
             if due(state.step, run.eval_steps):
-                run.tracker.log_eval(state, evaluate(run))
+                run.tracker.log_eval(state, job.evaluate(run))
             if save_is_due(run, state.step):
                 save_checkpoint(run, state)
             complete_save(run)  # Of a save in the background that is written by now.
@@ -68,7 +92,7 @@ def pretrain(config: Config) -> RunResult:
         if run.stop_requested():
             stop_early(run, state)
         else:
-            finish(run, state)
+            finish(run, state, evaluate=job.evaluate, next_commands=job.next_commands)
     return RunResult(state=state, reason="disk" if run.committer.failed else run.stop.reason or reason)
 
 
@@ -213,3 +237,7 @@ def take_step(run: Run, state: TrainState, given: GivenBatch) -> tuple[TrainStat
         lr=lr,
         data_wait=given.data_wait,
     )
+
+
+PRETRAINING = Job(announce=announce, evaluate=evaluate, next_commands=pretraining_commands)
+"""The job of `pretrain`; other tasks give `train` one of their own."""

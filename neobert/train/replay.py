@@ -92,7 +92,7 @@ def replay_row(path: Path, row: int) -> ReplayedRow:
         data.train.lane_opener(),
         identity=data.identity,
         settings=settings,
-        collate=spy,  # type: ignore[arg-type]
+        collate=spy,
         cls_id=tokenizer.cls_id,
         sep_id=tokenizer.sep_id,
         state=_nearest_state(checkpoint, saved, row),
@@ -102,6 +102,7 @@ def replay_row(path: Path, row: int) -> ReplayedRow:
         batch = next(batch for batch in batches if int(batch.row_keys[0]) == row)
     finally:
         loader.close()
+    assert isinstance(batch, PackedBatch), "made by the collator of pretraining"
     step_number = saved["step"] - (saved["data"]["next_row"] - 1 - row) // saved["rows_per_step"]
     return ReplayedRow(row=spy.rows[row], batch=batch, tokenizer=tokenizer, step=step_number)
 

@@ -2,6 +2,7 @@
 
 from neobert.config.schema import Config
 from neobert.config.validate import warnings
+from neobert.data.pipeline import DataPipeline
 from neobert.kernels.linear_cross_entropy import choose_kernel
 from neobert.train.run import Run
 from neobert.train.start import write_config
@@ -9,6 +10,7 @@ from neobert.train.start import write_config
 
 def announce(run: Run) -> None:
     """Prints the model, the batch, the budget, what was found in the data and what is odd; saves the bound config."""
+    assert isinstance(run.data, DataPipeline), "the data of pretraining"
     config, model, module = run.config, run.model_config, run.module
     length, rate = config.dataset.max_seq_length, config.datacollator.mlm_probability
     total = sum(p.numel() for p in module.parameters())

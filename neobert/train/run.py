@@ -1,14 +1,17 @@
 """A run: every object that training needs, wired once from a frozen config."""
 
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 from torch import nn
 from torch.optim import Optimizer
 
 from neobert.config.schema import Config
-from neobert.data.pipeline import DataPipeline, build_tokenizer
+from neobert.data.lanes import State
+from neobert.data.loader import Loader, OrderIdentity
+from neobert.data.pipeline import build_tokenizer
 from neobert.data.tokenizer import Tokenizer
 from neobert.model.attention import AttentionBackend
 from neobert.model.config import ModelConfig
@@ -35,6 +38,32 @@ from neobert.train.start import agree_on_start, open_output_dir, read_checkpoint
 from neobert.train.tracking import Tracker
 
 
+class RunData(Protocol):
+    """What a run reads: `DataPipeline` in pretraining."""
+
+    @property
+    def identity(self) -> OrderIdentity: ...
+
+    @property
+    def fingerprint(self) -> str: ...
+
+    @property
+    def labels(self) -> tuple[str, ...]: ...
+
+    @property
+    def notes(self) -> tuple[str, ...]: ...
+
+    @property
+    def num_rows(self) -> int | None: ...
+
+    @property
+    def num_tokens(self) -> int | None: ...
+
+    def loader(self, state: State | None = None, skip: Sequence[tuple[int, int]] = ()) -> Loader: ...
+
+    def counters(self, state: State) -> dict[str, int]: ...
+
+
 @dataclass(frozen=True, kw_only=True, slots=True, eq=False)
 class Run:
     """What `build_run` wired. Training changes the weights, the optimizer, the record and the two that watch it."""
@@ -50,7 +79,7 @@ class Run:
     """The checkpoint's `train_state.json`."""
 
     tokenizer: Tokenizer
-    data: DataPipeline
+    data: RunData
     model_config: ModelConfig
     attention: AttentionBackend
     module: MaskedLM
@@ -88,8 +117,18 @@ class Run:
         return 0 if self.config.trainer.save_strategy == "no" else self.config.trainer.save_steps
 
 
-def build_run(config: Config) -> Run:
+def build_run(
+    config: Config,
+    *,
+    build_data: Callable[..., RunData] = build_config_data,
+    build_module: Callable[..., MaskedLM] = build_module,
+) -> Run:
     """Checks the machine, opens the output folder, and builds tokenizer, data, model, optimizer and record.
+
+    Args:
+        build_data: takes the arguments of `build_config_data`.
+        build_module: takes the arguments of `neobert.train.build.build_module`; its weights are those of a `MaskedLM`
+            and more.
 
     Raises:
         StartupError: the run cannot start as configured; the message names the key and the remedy.
@@ -108,7 +147,7 @@ def build_run(config: Config) -> Run:
         initial = load_initial_weights(config) if checkpoint is None else None
         tokenizer = build_tokenizer(config, checkpoint, output_dir)
     model_config = build_model_config(config, tokenizer)
-    data = build_config_data(
+    data = build_data(
         config,
         tokenizer,
         rows_per_step=rows_per_step,
@@ -144,7 +183,7 @@ def build_run(config: Config) -> Run:
             reporter=reporter,
             module=module,
             num_steps=num_steps,
-            source_labels=data.train.labels,
+            source_labels=data.labels,
             sinks=build_sinks(config, runtime, output_dir, module, reporter),
         ),
         reporter=reporter,

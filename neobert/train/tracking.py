@@ -22,7 +22,7 @@ from neobert.model.peak import peak_flops
 from neobert.objectives.mlm import MaskedLM
 from neobert.train.audit import Layout, ReplayAudit, ReplayDiverged, is_first_attempt, read_layout
 from neobert.train.console import Reporter
-from neobert.train.metrics import EvalMetrics, MetricWindow, StepRecord, perplexity
+from neobert.train.metrics import Evaluation, MetricWindow, StepRecord, perplexity
 from neobert.train.numerics import SkippedStep, build_skipped_step
 from neobert.train.runtime import Runtime
 from neobert.types import StepMetrics, TrainState
@@ -242,24 +242,15 @@ class Tracker:
             self._reporter.say(f"      tokens by source: {shares}")
         self._send(values, state.step)
 
-    def log_eval(self, state: TrainState, metrics: EvalMetrics | None) -> None:
+    def log_eval(self, state: TrainState, metrics: Evaluation | None) -> None:
         """Records an evaluation; None (no evaluation data) records nothing."""
         self._evaluated_step = state.step
         self._eval_loss = None if metrics is None else metrics.loss
         if metrics is None:
             return
-        self._append(self._log, [{"kind": "eval", "step": state.step, **asdict(metrics)}])
-        self._reporter.say(
-            f"eval  step {state.step:>7,} | loss {metrics.loss:.4f} | ppl {perplexity(metrics.loss):.2f} | "
-            f"accuracy {metrics.accuracy:.2%} | {metrics.num_targets:,} masked tokens of "
-            f"{metrics.num_documents:,} documents"
-        )
-        values = {
-            "eval/loss": metrics.loss,
-            "eval/perplexity": perplexity(metrics.loss),
-            "eval/accuracy": metrics.accuracy,
-        }
-        self._send(values, state.step)
+        self._append(self._log, [{"kind": "eval", "step": state.step, **metrics.as_line()}])
+        self._reporter.say(f"eval  step {state.step:>7,} | {metrics.describe()}")
+        self._send(metrics.as_values(), state.step)
 
     def evaluated(self, step: int) -> bool:
         """Whether this process evaluated at `step`."""
@@ -345,8 +336,9 @@ class Tracker:
         peak = peak_flops(self._runtime.device)
         if peak is None:
             return None
+        share = self._config.datacollator.mlm_probability if self._config.task == "pretraining" else 0.0
         flops_per_token = self._module.encoder.flops_per_token(
-            attended_length=attended_length, predicted_fraction=self._config.datacollator.mlm_probability
+            attended_length=attended_length, predicted_fraction=share
         )
         return tokens_per_second * flops_per_token / (peak * self._runtime.world)
 
