@@ -19,6 +19,7 @@ FIXED = (
     "model.local_attention",
     "model.global_attention_every",
     "optimizer.name",
+    "task",
 )
 """Never change on resume."""
 
@@ -47,6 +48,19 @@ DECLARED = (
     "optimizer.weight_decay",
     "optimizer.betas",
     "optimizer.eps",
+    "dataset.alpha",
+    "contrastive.num_hard_negatives",
+    "contrastive.pretraining_prob",
+    "contrastive.loss_type",
+    "contrastive.temperature",
+    "contrastive.hard_negative_weight",
+    "contrastive.both_directions",
+    "contrastive.false_negative_margin",
+    "contrastive.matryoshka_dims",
+    "contrastive.pooling",
+    "contrastive.anchor_prefix",
+    "contrastive.positive_prefix",
+    "contrastive.pretraining_objective",
 )
 """Change when declared in `trainer.resume_allow`. `trainer.global_batch_size` stands for the rows of a step, however
 they are written."""
@@ -60,6 +74,9 @@ SOURCE = (
     "dataset.streaming",
     "dataset.pre_tokenize",
     "dataset.train_split",
+    "dataset.load_all_from_disk",
+    "contrastive.sets",
+    "contrastive.pretraining_dataset",
 )
 """Choose the data: naming another one starts the order of rows at the first row of the new source."""
 

@@ -11,6 +11,7 @@ from typing import Any
 from neobert.config.fields import FIELDS
 from neobert.config.resume_rules import ALLOWED, FIXED
 from neobert.config.schema import Config
+from neobert.config.validate_contrastive import check_contrastive
 from neobert.config.validate_data import check_dataset, check_rows, check_tokenizer
 
 BUDGETS = ("trainer.max_steps", "trainer.max_tokens", "trainer.num_train_epochs")
@@ -191,6 +192,8 @@ def _check_texts(config: Config) -> Iterator[str]:
         "trainer.output_dir",
         "dataset.cache_dir",
         "wandb.dir",
+        "contrastive.pretrained_checkpoint_dir",
+        "contrastive.pretraining_dataset",
     ):
         value = FIELDS[key].value_in(config)
         if any("${" in text for text in ([value] if isinstance(value, str) else value or ())):
@@ -348,4 +351,5 @@ _RULES = (
     _check_schedule,
     _check_rollback,
     _check_device,
+    check_contrastive,
 )

@@ -42,7 +42,18 @@ _ORDER_FACTS = {name: key for name, key in ORDER_KEYS.items() if name != "packin
 _FULL_ROWS = "trainer.enforce_full_packed_batches"
 _OF_THE_START = ("trainer.resume_from_checkpoint", "trainer.resume_allow", "trainer.overwrite_output_dir")
 _FOLLOW_THE_SOURCE = ("dataset.num_lanes", "dataset.window_documents")
-_MASKING = ("datacollator.mlm_probability", "datacollator.mask_all")
+_IN_THE_ROWS = (
+    "datacollator.mlm_probability",
+    "datacollator.mask_all",
+    "dataset.alpha",
+    "contrastive.num_hard_negatives",
+    "contrastive.pretraining_prob",
+    "contrastive.pretraining_objective",
+    "contrastive.loss_type",
+    "contrastive.anchor_prefix",
+    "contrastive.positive_prefix",
+)
+"""Change what is in the next rows, and not which rows they are."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -147,7 +158,7 @@ def compare(saved: Facts, now: Facts, allow: Sequence[str], *, same_ranks: bool)
     )
     used = {d.key for d in differences if d.kind == "declared"}
     next_fit = now["datacollator.pack_sequences"] and not now[_FULL_ROWS]
-    moved = changed & {*ORDER, *_MASKING, BATCH, FINGERPRINT}
+    moved = changed & {*ORDER, *_IN_THE_ROWS, BATCH, FINGERPRINT}
     return Comparison(
         differences=differences,
         unneeded=tuple(key for key in allow if key not in used),

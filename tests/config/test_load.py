@@ -155,7 +155,7 @@ def test_lists_are_tuples():
         ("trainer.output_dir=none", "remove it for the default 'outputs/neobert'"),
         ("trainer.mixed_precision=fp16", "trainer.mixed_precision: fp16 is refused: its small range overflows"),
         ("optimizer.name=muonclip", "optimizer.name: Muon is not part of this version: write adamw"),
-        ("task=glue", "task: GLUE is not part of this version: only pretraining is"),
+        ("task=glue", "task: GLUE is not part of this version: only pretraining and contrastive are"),
         ("model.attn_backend=flash", "model.attn_backend: 'flash' is written flash_attn_varlen"),
     ],
 )
@@ -210,7 +210,7 @@ def test_keys_below_values_and_sections_as_values():
         ("trainer: {max_steps: 10, learning_rate: 1e-3}", "trainer.learning_rate: is written optimizer.lr here"),
         ("optimizer: {hparams: {lr: 1}}", "optimizer.hparams.lr: is written optimizer.lr here"),
         ("optimizer: {muon_config: {ns_steps: 5}}", "optimizer.muon_config: is not part of this version; Muon is not"),
-        ("contrastive: {temperature: 1}", "contrastive: is not part of this version; contrastive fine-tuning is not"),
+        ("mteb_pooling: cls", "mteb_pooling: is not part of this version; MTEB is not"),
         ("glue: {}", "glue: is not part of this version"),
         ("model: {pad_token_id: 0}", "model.pad_token_id: comes from the tokenizer: remove it"),
         ("tokenizer: {padding: true, train: true}", "tokenizer.padding: has no effect"),
@@ -227,7 +227,7 @@ def test_refused_keys_in_a_file(text, message):
 
 def test_refused_keys_on_the_command_line():
     assert "model.qk_norm: is not part of this version" in error_of(BASE, "--model.qk_norm", "true")
-    assert "contrastive: is not part of this version" in error_of(BASE, "contrastive.pooling=mean")
+    assert "glue: is not part of this version" in error_of(BASE, "glue.task_name=cola")
     assert error_of(BASE, "--variables.x=3") == "variables: are set in the config file only, under `variables:`"
 
 
