@@ -17,6 +17,7 @@ from neobert.config.command_line import parse_command_line
 from neobert.config.schema import Config
 from neobert.config.schema_contrastive import PairSource
 from neobert.contrastive.reading import HubRows, describes_columns, open_source, read_hub
+from neobert.contrastive.rows import FORM_WORDS
 from neobert.contrastive.sets import SETS, choose_set
 from neobert.contrastive.store import SetInfo, list_sets, read_info, sets_folder, write_manifest, write_set
 from neobert.data.errors import DataError
@@ -153,7 +154,9 @@ def run_preprocess(argv: list[str], description: str) -> int:
     for info, fresh in done:
         negatives = f", up to {info.max_negatives} negatives" if info.max_negatives else ""
         word = "written" if fresh else "there already"
-        print(f"{sets_folder(str(config.dataset.path)) / info.key}: {info.num_rows:,} {info.form}{negatives} ({word})")
+        print(
+            f"{sets_folder(str(config.dataset.path)) / info.key}: {info.num_rows:,} {FORM_WORDS[info.form]}{negatives} ({word})"
+        )
     print("train on it with:")
     print(shlex.join(["python", "scripts/contrastive/finetune.py", *argv]))
     return 0

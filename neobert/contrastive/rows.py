@@ -20,6 +20,14 @@ from neobert.data.errors import DataError
 Form = Literal["pairs", "scored", "labelled", "texts"]
 RawRow = Mapping[str, Any]
 
+FORM_WORDS: dict[Form, str] = {
+    "pairs": "pairs",
+    "scored": "scored pairs",
+    "labelled": "labelled texts",
+    "texts": "texts",
+}
+"""The forms for people."""
+
 ANCHORS = ("anchor", "query", "question", "sentence1", "text1", "sentence", "text", "content")
 POSITIVES = ("positive", "pos", "answer", "document", "passage", "sentence2", "text2")
 NEGATIVES = ("negatives", "negative", "neg")

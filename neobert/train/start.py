@@ -216,6 +216,8 @@ def describe_config(reporter: Reporter, config: Config) -> None:
     lines = [f"[run] task={config.task} seed={config.seed}"]
     for section in dataclasses.fields(config):
         value: Any = getattr(config, section.name)
+        if section.name == "contrastive" and config.task != "contrastive":
+            continue  # Another task's: nothing of it takes effect.
         if dataclasses.is_dataclass(value):
             pairs = ((f.name, getattr(value, f.name)) for f in dataclasses.fields(value))
             lines.append(f"[{section.name}] " + " ".join(f"{k}={v}" for k, v in pairs if v not in (None, ())))

@@ -201,12 +201,13 @@ class Tracker:
         mfu = self._mfu(tokens_per_second, attended)
         values: dict[str, float] = {
             "train/loss": loss,
-            "train/perplexity": perplexity(loss),
             "train/learning_rate": last.lr,
             "train/tokens_per_sec": tokens_per_second,
             "train/data_wait": sum(r.metrics.data_wait for r in records) / max(seconds, 1e-9),
             "train/packing_fill": tokens / slots,
         }
+        if self._config.task == "pretraining":
+            values["train/perplexity"] = perplexity(loss)
         if mfu is not None:
             values["train/mfu"] = mfu
         if counted and self._config.trainer.log_grad_norm:
@@ -354,12 +355,10 @@ class Tracker:
         return torch.linalg.vector_norm(torch.stack(norms)).item()
 
     def _describe(self, step: int, values: dict[str, float]) -> str:
-        parts = [
-            f"train step {step:>7,}",
-            f"loss {values['train/loss']:.4f}",
-            f"ppl {values['train/perplexity']:.2f}",
-            f"lr {values['train/learning_rate']:.2e}",
-        ]
+        parts = [f"train step {step:>7,}", f"loss {values['train/loss']:.4f}"]
+        if "train/perplexity" in values:
+            parts.append(f"ppl {values['train/perplexity']:.2f}")
+        parts.append(f"lr {values['train/learning_rate']:.2e}")
         if "train/grad_norm" in values:
             parts.append(f"grad {values['train/grad_norm']:.3f}")
         if "train/accuracy" in values:
