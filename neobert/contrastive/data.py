@@ -240,8 +240,8 @@ def _choose_kind(config: Config, info: SetInfo) -> Kind:
         return _KINDS[info.form]
     if wanted != "simcse" and _KINDS.get(info.form) != wanted:
         raise DataError(
-            f"contrastive.loss_type: {wanted} needs {FORMS[wanted]}, but {info.key} holds {FORM_WORDS[info.form]}; write auto, or"
-            " name other columns in contrastive.sets"
+            f"contrastive.loss_type: {wanted} needs {FORMS[wanted]}, but {info.key} holds {FORM_WORDS[info.form]};"
+            " write auto, or name other columns in contrastive.sets"
         )
     return wanted
 
@@ -307,9 +307,8 @@ def _notes(sets: Sequence[TrainSet], order: PairOrder, held_out: Sequence[HeldOu
     notes = []
     for item, share in zip(sets, describe_shares(sets, order)):
         negatives = f", {item.num_negatives} hard negatives each" if item.num_negatives else ""
-        notes.append(
-            f"{share:.1%} of the steps: {item.key}, {len(item):,} {FORM_WORDS[item.store.info.form]}{negatives}: {item.kind}"
-        )
+        size = f"{len(item):,} {FORM_WORDS[item.store.info.form]}"
+        notes.append(f"{share:.1%} of the steps: {item.key}, {size}{negatives}: {item.kind}")
     notes += [
         f"evaluation on {part.last - part.first:,} {FORM_WORDS[part.store.info.form]} of {part.key}"
         for part in held_out

@@ -58,7 +58,7 @@ def sup_con(
         own_N: place of each anchor among `all_MD`.
     """
     logits_NM = scale * (anchors_ND @ all_MD.T)
-    itself_NM = F.one_hot(own_N, len(all_MD)).bool()
+    itself_NM = own_N[:, None] == torch.arange(len(all_MD), device=own_N.device)
     log_shares_NM = F.log_softmax(logits_NM.masked_fill(itself_NM, float("-inf")), dim=1)
     same_NM = (labels_N[:, None] == labels_M) & ~itself_NM
     sums_N = torch.where(same_NM, log_shares_NM, 0.0).sum(dim=1)

@@ -154,9 +154,8 @@ def run_preprocess(argv: list[str], description: str) -> int:
     for info, fresh in done:
         negatives = f", up to {info.max_negatives} negatives" if info.max_negatives else ""
         word = "written" if fresh else "there already"
-        print(
-            f"{sets_folder(str(config.dataset.path)) / info.key}: {info.num_rows:,} {FORM_WORDS[info.form]}{negatives} ({word})"
-        )
+        size = f"{info.num_rows:,} {FORM_WORDS[info.form]}"
+        print(f"{sets_folder(str(config.dataset.path)) / info.key}: {size}{negatives} ({word})")
     print("train on it with:")
     print(shlex.join(["python", "scripts/contrastive/finetune.py", *argv]))
     return 0
