@@ -32,6 +32,7 @@ LARGEST_SCALE = 100.0
 """A learned temperature stays at or above 0.01, as in CLIP (Radford et al., arXiv 2103.00020, section 2.5)."""
 
 TEMPERATURE = "log_scale"
+"""Name of its logarithm, negated, among the weights; see `neobert.weights.load.TRAINING_ONLY`."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -10,15 +10,19 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file
+from transformers import AutoModel, AutoTokenizer
 
 from neobert.config.load import config_to_yaml, load_config
 from neobert.config.schema import Config
 from neobert.contrastive.data import NotPrepared
 from neobert.contrastive.finetune import finetune
+from neobert.contrastive.metrics import spearman
 from neobert.data.errors import DataError
+from neobert.export.write import ExportRequest, export
 from neobert.inference.load import load
 from neobert.train.loop import pretrain
 from neobert.train.runtime import StartupError
@@ -162,6 +166,17 @@ def test_it_starts_from_a_pretrained_run_and_takes_its_architecture(
     assert load(tmp_path / "moved").embed(["a text"]).shape == (1, 32), "loaded like any checkpoint"
 
 
+def test_a_learned_temperature_is_kept_and_stays_out_of_the_encoder(contrastive: Contrastive, tmp_path: Path) -> None:
+    first = tmp_path / "first"
+    finetune(contrastive(first, "contrastive.learn_temperature=true", "trainer.max_steps=4"))
+    saved = load_file(first / "checkpoints/4/model.safetensors")
+    assert saved["log_scale"].exp().item() != pytest.approx(20, abs=1e-3)
+    assert load(first).embed(["a text"]).shape == (1, 32)
+    start = [f"contrastive.pretrained_checkpoint_dir={first}", "tokenizer.path=null", "trainer.max_steps=1"]
+    finetune(contrastive(tmp_path / "second", *start))
+    assert "log_scale" not in load_file(tmp_path / "second/checkpoints/1/model.safetensors")
+
+
 def test_an_older_step_can_be_named(contrastive: Contrastive, pretrained: Path, tmp_path: Path) -> None:
     start = [f"contrastive.pretrained_checkpoint_dir={pretrained}", "tokenizer.path=null", "trainer.max_steps=1"]
     finetune(contrastive(tmp_path / "a", *start, "contrastive.pretrained_checkpoint=4"))
@@ -210,3 +225,42 @@ def test_the_best_checkpoint_is_kept(contrastive: Contrastive, tmp_path: Path) -
     assert 24 in kept
     assert kept - {24} <= {step for step, score in scores.items() if score == max(scores.values())}
     assert max(scores, key=lambda step: (scores[step], -step)) in kept or scores[24] == max(scores.values())
+
+
+@pytest.mark.parametrize("pooling", ["mean", "cls"])
+def test_an_exported_folder_gives_the_same_figure(
+    contrastive: Contrastive, tmp_path: Path, pair_files: Path, pooling: str
+) -> None:
+    """By hand as sentence-transformers does it: the files say how; transformers computes."""
+    out, folder = tmp_path / "run", tmp_path / "exported"
+    sets = f"contrastive.eval_sets=[{{name: {pair_files}/scored.jsonl}}]"
+    prefixes = ["contrastive.anchor_prefix=about: ", "contrastive.positive_prefix=text: "]
+    finetune(contrastive(out, sets, "dataset.eval_samples=null", f"contrastive.pooling={pooling}", *prefixes))
+    export(ExportRequest(source=str(out), output=folder))
+    modes = json.loads((folder / "1_Pooling/config.json").read_text())
+    assert [name for name, value in modes.items() if value is True] == [
+        {"mean": "pooling_mode_mean_tokens", "cls": "pooling_mode_cls_token"}[pooling]
+    ]
+    prompts = json.loads((folder / "config_sentence_transformers.json").read_text())["prompts"]
+    assert prompts == {"query": "about: ", "document": "text: "}
+    longest = json.loads((folder / "sentence_bert_config.json").read_text())["max_seq_length"]
+    assert longest == 32
+    tokenizer, model = AutoTokenizer.from_pretrained(folder), AutoModel.from_pretrained(folder).eval()
+
+    def encode(texts: list[str]) -> torch.Tensor:
+        inputs = tokenizer(texts, padding=True, truncation=True, max_length=longest, return_tensors="pt")
+        with torch.no_grad():
+            hidden = model(**inputs).last_hidden_state
+        mask = inputs["attention_mask"][..., None]
+        vectors = hidden[:, 0] if pooling == "cls" else (hidden * mask).sum(dim=1) / mask.sum(dim=1)
+        return torch.nn.functional.normalize(vectors, dim=1)
+
+    rows = [json.loads(line) for line in (pair_files / "scored.jsonl").read_text().splitlines()]
+    queries = encode([prompts["query"] + row["sentence1"] for row in rows])
+    documents = encode([prompts["document"] + row["sentence2"] for row in rows])
+    found = spearman((queries * documents).sum(dim=1).numpy(), np.array([row["score"] for row in rows]))
+    last = log_lines(out, "eval")[-1]
+    assert found == pytest.approx(last["sets"]["scored"]["spearman"], abs=2e-4)  # type: ignore[index]
+    card = (folder / "README.md").read_text()
+    assert f"scored at step 12: spearman {last['sets']['scored']['spearman']:.4f}" in card  # type: ignore[index]
+    assert "compare them by their cosine" in card
