@@ -6,7 +6,9 @@ answer it. Texts are embedded as `scripts/embed.py` and an exported model would 
 `dataset.max_seq_length`. Processes share the texts out and put the vectors together, so their number does not matter.
 """
 
-from collections.abc import Sequence
+import argparse
+import sys
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -14,12 +16,20 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
+from neobert.config.schema_contrastive import PairSource
 from neobert.contrastive.data import ContrastiveData, HeldOut
 from neobert.contrastive.metrics import TOP, retrieval, spearman
-from neobert.contrastive.rows import Form
+from neobert.contrastive.reading import open_source
+from neobert.contrastive.rows import Example, Form
+from neobert.data.errors import DataError
+from neobert.inference.load import load
 from neobert.inference.model import Model
 from neobert.inference.packed import BATCH_TOKENS
+from neobert.inference.pooling import POOLING
 from neobert.train.run import Run
+from neobert.weights.describe import WeightsError
+
+Embed = Callable[[Sequence[str]], NDArray[np.float32]]
 
 MAIN: dict[Form, str] = {"scored": "spearman", "pairs": f"ndcg@{TOP}"}
 """The figure that counts in `score`, by the form of the set."""
@@ -59,31 +69,45 @@ def evaluate_sets(run: Run) -> ContrastiveMetrics | None:
     assert isinstance(data, ContrastiveData), "the data of contrastive fine-tuning"
     if not data.held_out:
         return None
-    figures, main = {}, []
+    found: dict[str, dict[str, float]] = {}
+    main = []
     with run.tracker.paused():
         for part in data.held_out:
             if run.stop.agree(*run.runtime.sum_on_host(run.stop.wishes())):
                 return None
-            figures[part.key] = _evaluate_set(run, part)
-            main.append(figures[part.key][MAIN[part.store.info.form]])
-    return ContrastiveMetrics(sets=figures, score=float(np.mean(main)))
+            found[part.key] = _evaluate_set(run, part)
+            main.append(found[part.key][MAIN[part.store.info.form]])
+    return ContrastiveMetrics(sets=found, score=float(np.mean(main)))
 
 
 def _evaluate_set(run: Run, part: HeldOut) -> dict[str, float]:
     numbers = range(part.first, part.last)
-    anchors = [part.anchor_prefix + text for text in part.store.column("anchor", numbers)]
-    positives = [part.positive_prefix + text for text in part.store.column("positive", numbers)]
-    if part.store.info.form == "scored":
-        vectors = embed_shared(run, [*anchors, *positives])
+    examples = [
+        Example(
+            anchor=part.anchor_prefix + row["anchor"],
+            positive=part.positive_prefix + row["positive"],
+            negatives=tuple(part.positive_prefix + text for text in row["negatives"] or ()),
+            score=row["score"],
+        )
+        for row in map(part.store.get, numbers)
+    ]
+    return figures(part.store.info.form, examples, lambda texts: embed_shared(run, texts))
+
+
+def figures(form: Form, examples: Sequence[Example], embed: Embed) -> dict[str, float]:
+    """Figures of merit of `embed` (texts to vectors of length 1) on pairs or scored pairs."""
+    anchors, positives = [x.anchor for x in examples], [str(x.positive) for x in examples]
+    if form == "scored":
+        vectors = embed([*anchors, *positives])
         cosines = (vectors[: len(anchors)] * vectors[len(anchors) :]).sum(axis=1)
-        return {"spearman": spearman(cosines, np.array(part.store.column("score", numbers)))}
-    negatives = [part.positive_prefix + t for texts in part.store.column("negatives", numbers) for t in texts or ()]
+        return {"spearman": spearman(cosines, np.array([x.score for x in examples], dtype=np.float64))}
+    negatives = [text for x in examples for text in x.negatives]
     queries, documents = list(dict.fromkeys(anchors)), list(dict.fromkeys([*positives, *negatives]))
     place = {text: number for number, text in enumerate(documents)}
     answers: dict[str, dict[int, None]] = {query: {} for query in queries}
     for anchor, positive in zip(anchors, positives):
         answers[anchor][place[positive]] = None
-    vectors = embed_shared(run, [*queries, *documents])
+    vectors = embed([*queries, *documents])
     relevant = [list(answers[query]) for query in queries]
     return retrieval(vectors[: len(queries)], vectors[len(queries) :], relevant)
 
@@ -107,3 +131,40 @@ def embed_cut(model: Model, texts: Sequence[str], *, pooling: str, max_length: i
     documents = [np.array([cls_id, *ids[: max_length - 2], sep_id], dtype=np.int32) for ids in tokens]
     vectors = model.embed_tokens(documents, pooling=pooling, normalize=True, batch_tokens=BATCH_TOKENS)
     return vectors.numpy()
+
+
+def run_evaluate(argv: list[str], description: str) -> int:
+    """The script: figures of any model on any set, without a config."""
+    parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("model", help="run folder, checkpoint, exported folder or name of the hub")
+    parser.add_argument("pairs", help="file, folder, known set or hub dataset of pairs or scored pairs")
+    parser.add_argument("--split", help="split to read")
+    parser.add_argument("--pooling", default="mean", help=f"{', '.join(POOLING)} (default mean)")
+    parser.add_argument("--anchor-prefix", default="", help="put before anchors")
+    parser.add_argument("--positive-prefix", default="", help="put before positives and negatives")
+    parser.add_argument("--max-length", type=int, help="cut texts at so many tokens; default: the model's length")
+    parser.add_argument("--device", default="auto", help="auto, cpu or cuda")
+    args = parser.parse_args(argv)
+    try:
+        opened = open_source(PairSource(name=args.pairs, split=args.split))
+        if opened.form not in MAIN:
+            raise DataError(f"{opened.label} has neither pairs nor scored pairs to evaluate on")
+        model = load(args.model, device=args.device)
+        length = min(args.max_length or model.max_length, model.max_length)
+        examples = [
+            Example(
+                anchor=args.anchor_prefix + x.anchor,
+                positive=args.positive_prefix + str(x.positive),
+                negatives=tuple(args.positive_prefix + text for text in x.negatives),
+                score=x.score,
+            )
+            for x in opened.examples
+        ]
+        found = figures(
+            opened.form, examples, lambda texts: embed_cut(model, texts, pooling=args.pooling, max_length=length)
+        )
+    except (DataError, WeightsError, ValueError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    print(f"{opened.label}, {len(examples):,} rows: " + ", ".join(f"{name} {x:.4f}" for name, x in found.items()))
+    return 0

@@ -109,6 +109,8 @@ def replay_row(path: Path, row: int) -> ReplayedRow:
 
 def _build_pipeline(checkpoint: Path, saved: dict[str, Any]) -> tuple[DataPipeline, Tokenizer]:
     config = read_checkpoint_config(checkpoint)
+    if config.task != "pretraining":
+        raise StartupError(f"{checkpoint} is of task: {config.task}; only rows of pretraining can be shown again")
     run = checkpoint.parent.parent if checkpoint.parent.name == "checkpoints" else Path(config.trainer.output_dir)
     tokenizer = build_tokenizer(config, checkpoint, run)
     data = build_config_data(

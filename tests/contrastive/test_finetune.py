@@ -19,6 +19,7 @@ from transformers import AutoModel, AutoTokenizer
 from neobert.config.load import config_to_yaml, load_config
 from neobert.config.schema import Config
 from neobert.contrastive.data import NotPrepared
+from neobert.contrastive.evaluate import run_evaluate
 from neobert.contrastive.finetune import finetune
 from neobert.contrastive.metrics import spearman
 from neobert.data.errors import DataError
@@ -229,7 +230,7 @@ def test_the_best_checkpoint_is_kept(contrastive: Contrastive, tmp_path: Path) -
 
 @pytest.mark.parametrize("pooling", ["mean", "cls"])
 def test_an_exported_folder_gives_the_same_figure(
-    contrastive: Contrastive, tmp_path: Path, pair_files: Path, pooling: str
+    contrastive: Contrastive, tmp_path: Path, pair_files: Path, pooling: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """By hand as sentence-transformers does it: the files say how; transformers computes."""
     out, folder = tmp_path / "run", tmp_path / "exported"
@@ -261,6 +262,12 @@ def test_an_exported_folder_gives_the_same_figure(
     found = spearman((queries * documents).sum(dim=1).numpy(), np.array([row["score"] for row in rows]))
     last = log_lines(out, "eval")[-1]
     assert found == pytest.approx(last["sets"]["scored"]["spearman"], abs=2e-4)  # type: ignore[index]
+    capsys.readouterr()
+    words = ["--anchor-prefix", "about: ", "--positive-prefix", "text: ", "--pooling", pooling, "--max-length", "32"]
+    assert run_evaluate([str(folder), str(pair_files / "scored.jsonl"), *words], "about") == 0
+    assert capsys.readouterr().out == (
+        f"{pair_files}/scored.jsonl, 60 rows: spearman {last['sets']['scored']['spearman']:.4f}\n"  # type: ignore[index]
+    )
     card = (folder / "README.md").read_text()
     assert f"scored at step 12: spearman {last['sets']['scored']['spearman']:.4f}" in card  # type: ignore[index]
     assert "compare them by their cosine" in card
