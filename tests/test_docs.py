@@ -75,6 +75,14 @@ def workplace(tmp_path_factory: pytest.TempPathFactory) -> Path:
         (folder / name).symlink_to(ROOT / name)
     lines = [json.dumps({"text": text}) + "\n" for text in make_texts(120)]
     (folder / "my_text.jsonl").write_text("".join(lines))
+    pairs = [{"anchor": text, "positive": text[::-1]} for text in make_texts(120, seed=1)]
+    (folder / "my_pairs.jsonl").write_text("".join(json.dumps(pair) + "\n" for pair in pairs))
+    recipe = re.search(
+        r"^```yaml\n(task: contrastive.*?)^```", (ROOT / "docs" / "contrastive.md").read_text(), re.S | re.M
+    )
+    assert recipe is not None
+    assert recipe[1].count("\n") == 10, "ten lines"
+    (folder / "my_embedder.yaml").write_text(recipe[1])
     (folder / "OLD.yaml").write_text(
         "dataset: {name: x}\ntokenizer: {name: y}\ntrainer: {max_steps: 5, report_to: []}\n"
     )
@@ -99,7 +107,11 @@ def run(line: str, workplace: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     target = None
     if ">" in words:
         words, target = words[: words.index(">")], words[-1]
-    if any(script in line for script in ("pretrain.py", "preprocess.py", "longer_seq.py")):
+    if "contrastive/finetune.py" in line and words[0] == "python":
+        steps = "4" if "latest" in words else "2"
+        words += ["--trainer.max_steps", steps, "--trainer.use_cpu", "true", "--trainer.mixed_precision", "no"]
+        words += ["--trainer.global_batch_size", "null", "--trainer.per_device_train_batch_size", "8"]
+    elif "contrastive/" not in line and any(s in line for s in ("pretrain.py", "preprocess.py", "longer_seq.py")):
         words += tiny_overrides(words)
     if "save_cost.py" in line:
         words += ["--hidden-size", "64", "--num-layers", "1", "--vocab-size", "512", "--repeats", "1"]
@@ -131,7 +143,7 @@ def test_the_commands_of_a_page_run_in_order(page: Path, workplace: Path, monkey
 
 def test_the_pages_have_commands() -> None:
     assert len(own_commands()) > 10
-    pages = {"README", "training", "evaluation", "inference", "prepare", "data-and-resume", "export"}
+    pages = {"README", "training", "evaluation", "inference", "prepare", "data-and-resume", "export", "contrastive"}
     assert {page for page, _ in own_commands()} >= {f"{name}.md" for name in pages}
 
 
