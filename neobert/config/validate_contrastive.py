@@ -6,10 +6,10 @@ from neobert.config.fields import FIELDS
 from neobert.config.schema import Config
 from neobert.config.schema_contrastive import PairSource
 
-_OF_CONTRASTIVE = ("dataset.alpha", "dataset.load_all_from_disk", "dataset.force_redownload")
+OF_CONTRASTIVE = ("dataset.alpha", "dataset.load_all_from_disk", "dataset.force_redownload")
 """Keys outside of its section that nothing else reads."""
 
-_WITHOUT_EFFECT = (
+WITHOUT_EFFECT = (
     "model.init_drop_decoder_bias",
     "dataset.config",
     "dataset.revision",
@@ -47,12 +47,12 @@ def check_contrastive(config: Config) -> Iterator[str]:
     """Keys that belong to the other task, and everything about pairs."""
     if config.task != "contrastive":
         for key, field in FIELDS.items():
-            if key.startswith("contrastive.") or key in _OF_CONTRASTIVE:
+            if key.startswith("contrastive.") or key in OF_CONTRASTIVE:
                 default = () if key in ("contrastive.sets", "contrastive.eval_sets") else field.default
                 if field.value_in(config) != default:
                     yield f"{key}: is read with task: contrastive only; write that, or remove the key"
         return
-    for key in _WITHOUT_EFFECT:
+    for key in WITHOUT_EFFECT:
         if FIELDS[key].value_in(config) != FIELDS[key].default:
             yield f"{key}: {FIELDS[key].value_in(config)} has no effect with task: contrastive; remove it"
     yield from _check_place(config)
