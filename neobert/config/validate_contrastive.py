@@ -27,17 +27,28 @@ WITHOUT_EFFECT = (
     "dataset.window_documents",
     "dataset.shuffle_buffer_size",
     "dataset.max_document_chars",
+    "dataset.max_bad_records",
+    "dataset.on_bad_shard",
+    "dataset.network_retries",
+    "dataset.num_proc",
+    "dataset.cache_dir",
     "tokenizer.train",
     "tokenizer.truncation",
     "datacollator.pack_sequences",
     "datacollator.pad_to_multiple_of",
+    "datacollator.eval_mlm_probability",
     "trainer.max_tokens",
     "trainer.enforce_full_packed_batches",
     "trainer.eval_max_batches",
+    "trainer.eval_seed",
+    "trainer.per_device_eval_batch_size",
     "trainer.log_train_accuracy",
     "trainer.masked_logits_only_loss",
 )
 """Keys of pretraining that contrastive fine-tuning does not read."""
+
+_OF_MASKING = ("datacollator.mlm_probability", "datacollator.mask_all", "trainer.z_loss")
+"""Keys of pretraining that steps of `contrastive.pretraining_objective: mlm` read."""
 
 FORMS = {"infonce": "pairs", "cosent": "scored pairs", "supcon": "labelled texts"}
 """What a loss needs, of those that do not take everything."""
@@ -133,6 +144,18 @@ def _check_objective(config: Config) -> Iterator[str]:
             f"contrastive.pretraining_dataset: {section.pretraining_dataset} is never read with"
             " contrastive.pretraining_prob: 0; raise that, or remove this key"
         )
+    if not mixed and section.pretraining_objective != "simcse":
+        yield (
+            f"contrastive.pretraining_objective: {section.pretraining_objective} has no effect with"
+            " contrastive.pretraining_prob: 0; raise that, or remove this key"
+        )
+    if not (mixed and section.pretraining_objective == "mlm"):
+        for key in _OF_MASKING:
+            if FIELDS[key].value_in(config) != FIELDS[key].default:
+                yield (
+                    f"{key}: {FIELDS[key].value_in(config)} has no effect without steps of"
+                    " contrastive.pretraining_objective: mlm; remove it"
+                )
     simcse = section.loss_type == "simcse" or (mixed and section.pretraining_objective == "simcse")
     if simcse and config.model.dropout_prob == 0:
         key = "loss_type" if section.loss_type == "simcse" else "pretraining_objective"
@@ -157,5 +180,10 @@ def _check_source(place: str, source: PairSource) -> Iterator[str]:
         yield f"{place} names no set; give it a name"
     if source.score_column is not None and source.label_column is not None:
         yield f"{place}.score_column: {source.score_column!r} is set beside label_column; a set has one of them"
+    for key in ("positive_column", "negative_columns"):
+        beside = "label_column" if source.label_column is not None else "score_column"
+        takes_it = source.label_column is None and (key == "positive_column" or source.score_column is None)
+        if getattr(source, key) is not None and not takes_it:
+            yield f"{place}.{key}: {getattr(source, key)} has no effect beside {beside}; remove one of them"
     if source.max_pairs is not None and source.max_pairs < 1:
         yield f"{place}.max_pairs: {source.max_pairs} must be at least 1"

@@ -136,6 +136,13 @@ def choose_columns(source: PairSource, names: Sequence[str], place: str) -> Colu
     label = source.label_column
     positive = source.positive_column or (_first(POSITIVES, [n for n in names if n != anchor]) if not label else None)
     score = source.score_column or (_first(SCORES, names) if positive is not None else None)
+    unread = _first(LABELS, names) if label is None and score is None else None
+    if positive is not None and source.positive_column is None and unread is not None:
+        raise DataError(
+            f"{place}: it has two texts ({anchor}, {positive}) and a column {unread!r}, so it is not clear whether"
+            f" every row is a pair; in contrastive.sets write score_column: {unread} where it says how similar they are, or"
+            f" positive_column: {positive} to take every row as a pair"
+        )
     if label is None and positive is None and source.score_column is None:
         label = _first(LABELS, names)
     if negatives is None:

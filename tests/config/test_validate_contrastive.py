@@ -46,6 +46,16 @@ def test_a_short_config_is_enough_and_comes_back_equal() -> None:
         ("datacollator.pack_sequences=false", "datacollator.pack_sequences: False has no effect"),
         ("trainer.max_tokens=100", "trainer.max_tokens: 100 has no effect"),
         ("trainer.torch_compile=true", "trainer.torch_compile_dynamic: the length of a batch is that of its texts"),
+        ("trainer.z_loss=0.1", "trainer.z_loss: 0.1 has no effect without steps of"),
+        ("contrastive.pretraining_objective=mlm", "pretraining_objective: mlm has no effect with"),
+        (
+            "contrastive.sets=[{name: x, label_column: a, positive_column: b}]",
+            "contrastive.sets: [0].positive_column: b has no effect beside label_column",
+        ),
+        (
+            "contrastive.sets=[{name: x, score_column: a, negative_columns: b}]",
+            "contrastive.sets: [0].negative_columns: b has no effect beside score_column",
+        ),
         ("contrastive.sets=[{split: train}]", "contrastive.sets: [0] names no set"),
         ("contrastive.sets=[{name: x, score_column: a, label_column: b}]", "contrastive.sets: [0].score_column: 'a'"),
         ("contrastive.eval_sets=[{name: x, max_pairs: 0}]", "contrastive.eval_sets: [0].max_pairs: 0 must be"),

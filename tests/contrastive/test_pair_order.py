@@ -227,7 +227,14 @@ def test_masks_are_drawn_anew_in_every_step(
     contrastive: Contrastive, tokenizer_folder: Path, tmp_path: Path, pair_files: Path
 ) -> None:
     mixed = [f"contrastive.pretraining_dataset={pair_files}/texts.jsonl", "contrastive.pretraining_prob=0.99"]
-    data = build(contrastive, tokenizer_folder, tmp_path, *mixed, "contrastive.pretraining_objective=mlm")
+    data = build(
+        contrastive,
+        tokenizer_folder,
+        tmp_path,
+        *mixed,
+        "contrastive.pretraining_objective=mlm",
+        "datacollator.mlm_probability=0.3",
+    )
     loader, places = data.loader(), {}
     try:
         for _ in range(17):  # 60 texts: some come twice.

@@ -82,6 +82,17 @@ def test_columns_that_are_not_there_are_named(tmp_path: Path) -> None:
         open_source(PairSource(name=file, anchor_column="left", positive_column="wrong"))
 
 
+def test_two_texts_with_a_label_are_not_taken_for_pairs_in_silence(tmp_path: Path) -> None:
+    file = str(write(tmp_path / "rows.jsonl", {"sentence1": "a", "sentence2": "b", "label": 0}))
+    with pytest.raises(
+        DataError, match=r"write score_column: label .* or positive_column: sentence2 to take every row"
+    ):
+        open_source(PairSource(name=file))
+    assert open_source(PairSource(name=file, score_column="label")).form == "scored"
+    assert open_source(PairSource(name=file, positive_column="sentence2")).form == "pairs"
+    assert open_source(PairSource(name=file, label_column="label")).form == "labelled"
+
+
 def test_files_of_every_kind_give_the_same_examples(tmp_path: Path) -> None:
     rows = [{"anchor": f"a{n}", "positive": f"p{n}"} for n in range(3)]
     expected = [Example(anchor=f"a{n}", positive=f"p{n}") for n in range(3)]
