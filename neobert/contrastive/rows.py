@@ -140,8 +140,8 @@ def choose_columns(source: PairSource, names: Sequence[str], place: str) -> Colu
     if positive is not None and source.positive_column is None and unread is not None:
         raise DataError(
             f"{place}: it has two texts ({anchor}, {positive}) and a column {unread!r}, so it is not clear whether"
-            f" every row is a pair; in contrastive.sets write score_column: {unread} where it says how similar they are, or"
-            f" positive_column: {positive} to take every row as a pair"
+            f" every row is a pair; in contrastive.sets write score_column: {unread} where it says how similar they"
+            f" are, or positive_column: {positive} to take every row as a pair"
         )
     if label is None and positive is None and source.score_column is None:
         label = _first(LABELS, names)

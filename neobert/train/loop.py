@@ -64,7 +64,8 @@ def pretrain(config: Config) -> RunResult:
     """
     if config.task != "pretraining":
         raise StartupError(f"task: {config.task} is for scripts/{config.task}/finetune.py; this script pretrains")
-    return train(build_run(config), PRETRAINING)
+    job = Job(announce=announce, evaluate=evaluate, next_commands=pretraining_commands)
+    return train(build_run(config), job)
 
 
 def train(run: Run, job: Job) -> RunResult:
@@ -237,7 +238,3 @@ def take_step(run: Run, state: TrainState, given: GivenBatch) -> tuple[TrainStat
         lr=lr,
         data_wait=given.data_wait,
     )
-
-
-PRETRAINING = Job(announce=announce, evaluate=evaluate, next_commands=pretraining_commands)
-"""The job of `pretrain`; other tasks give `train` one of their own."""

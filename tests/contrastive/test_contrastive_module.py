@@ -160,7 +160,9 @@ def test_the_loss_is_the_definition_with_negatives_that_are_missing() -> None:
     own_negatives = {0: [2], 1: [], 2: [7, 8]}
     total = 0.0
     for row, (anchor, positive) in enumerate(((0, 1), (3, 4), (5, 6))):
-        logits = [10 * float(texts[anchor] @ texts[c].detach()) + 0.7 * (c in own_negatives[row]) for c in candidates]
+        logits = [
+            10 * float(texts[anchor].detach() @ texts[c].detach()) + 0.7 * (c in own_negatives[row]) for c in candidates
+        ]
         total -= logits[candidates.index(positive)] - float(torch.logsumexp(torch.tensor(logits).double(), dim=0))
     assert module(batch).loss_sum.item() == pytest.approx(total, rel=1e-6)
     assert batch.num_targets == 3
@@ -232,12 +234,12 @@ def test_an_untied_projection_is_trained_only_where_some_steps_mask() -> None:
 
 def test_a_learned_temperature_moves_and_has_a_floor() -> None:
     module = model(learn_temperature=True, temperature=0.2)
-    assert float(module.scale) == pytest.approx(5)
+    assert torch.as_tensor(module.scale).item() == pytest.approx(5)
     assert gradients(module, collate(make_rows(2, 2, 2)))[1]["log_scale"].abs() > 0
     with torch.no_grad():
         assert module.log_scale is not None
         module.log_scale.fill_(9.0)
-    assert float(module.scale) == pytest.approx(100)
+    assert torch.as_tensor(module.scale).item() == pytest.approx(100)
     plain = model().state_dict()
     module.load_state_dict(plain, strict=True)
     assert module.log_scale.item() == 9.0, "a pretrained encoder has no temperature of its own"
