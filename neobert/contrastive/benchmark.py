@@ -130,7 +130,8 @@ def build_module(args: argparse.Namespace, vocab_size: int, pad_id: int, *, padd
     attention = choose_attention("auto", device=device, dtype=DTYPES[args.dtype])
     if args.model is not None:
         loaded = load(args.model, device="cpu").masked_lm
-        module = kind(Encoder(loaded.encoder.config, attention), Objective(), kernel=KERNELS["torch"])
+        config = replace(loaded.encoder.config, dropout_prob=0.0)  # Variants are to have one and the same loss.
+        module = kind(Encoder(config, attention), Objective(), kernel=KERNELS["torch"])
         module.load_state_dict(loaded.state_dict())
         return module.to(device)
     config = ModelConfig(
