@@ -1,7 +1,7 @@
 """The types that cross the borders between packages. Frozen; they hold data and no behaviour beyond moving it."""
 
 from dataclasses import dataclass, field, fields
-from typing import Any, Self
+from typing import Any, Protocol, Self
 
 import numpy as np
 import torch
@@ -81,6 +81,14 @@ class PackedBatch:
     digest: int
     """Sum modulo 2**64 of one 64-bit hash a row (tokens, borders, mask): equal batches have equal digests."""
 
+    @property
+    def num_rows(self) -> int:
+        return self.input_ids.shape[0]
+
+    @property
+    def num_slots(self) -> int:
+        return self.input_ids.numel()
+
     def to(self, device: torch.device, *, non_blocking: bool = False) -> Self:
         """A copy with its tensors on `device`; `row_keys` stays on the host."""
         return self._with_tensors(lambda x: x.to(device, non_blocking=non_blocking))
@@ -102,11 +110,50 @@ class PackedBatch:
         return type(self)(**values)
 
 
+class MicroBatch(Protocol):
+    """What a model computes a loss from: `PackedBatch` in pretraining. Counts are of this rank."""
+
+    @property
+    def row_keys(self) -> Tensor:
+        """int64 `[B]`: global row numbers, on the host."""
+
+    @property
+    def source_tokens(self) -> tuple[int, ...]: ...
+
+    @property
+    def num_rows(self) -> int: ...
+
+    @property
+    def num_slots(self) -> int: ...
+
+    @property
+    def num_tokens(self) -> int: ...
+
+    @property
+    def num_targets(self) -> int:
+        """Terms of the loss sum."""
+
+    @property
+    def num_documents(self) -> int: ...
+
+    @property
+    def attended_tokens(self) -> int: ...
+
+    @property
+    def digest(self) -> int: ...
+
+    def to(self, device: torch.device, *, non_blocking: bool = False) -> Self: ...
+
+    def pin_memory(self) -> Self: ...
+
+    def record_stream(self, stream: Any) -> None: ...
+
+
 @dataclass(frozen=True, kw_only=True, slots=True, eq=False)
 class StepBatch:
     """What one rank consumes in one optimizer step, and the loader's state after it: state travels with the data."""
 
-    micro_batches: tuple[PackedBatch, ...]
+    micro_batches: tuple[MicroBatch, ...]
     state: dict[str, Any]
     """JSON-ready positions of the data order after these rows; save this, never the loader's live state."""
 
@@ -129,7 +176,7 @@ class StepBatch:
 
     @property
     def num_slots(self) -> int:
-        return sum(b.input_ids.numel() for b in self.micro_batches)
+        return sum(b.num_slots for b in self.micro_batches)
 
     @property
     def attended_tokens(self) -> int:

@@ -78,6 +78,14 @@ def workplace(tmp_path_factory: pytest.TempPathFactory) -> Path:
     (folder / "my_texts").mkdir()
     (folder / "my_texts" / "train.jsonl").write_text("".join(lines[:100]))
     (folder / "my_texts" / "validation.jsonl").write_text("".join(lines[100:]))
+    pairs = [{"anchor": text, "positive": text[::-1]} for text in make_texts(120, seed=1)]
+    (folder / "my_pairs.jsonl").write_text("".join(json.dumps(pair) + "\n" for pair in pairs))
+    recipe = re.search(
+        r"^```yaml\n(task: contrastive.*?)^```", (ROOT / "docs" / "contrastive.md").read_text(), re.S | re.M
+    )
+    assert recipe is not None
+    assert recipe[1].count("\n") == 10, "ten lines"
+    (folder / "my_embedder.yaml").write_text(recipe[1])
     (folder / "OLD.yaml").write_text(
         "dataset: {name: x}\ntokenizer: {name: y}\ntrainer: {max_steps: 5, report_to: []}\n"
     )
@@ -105,7 +113,13 @@ def run(line: str, workplace: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     target = None
     if ">" in words:
         words, target = words[: words.index(">")], words[-1]
-    if any(script in line for script in ("pretrain.py", "preprocess.py", "longer_seq.py", "pipeline.py")):
+    if "contrastive/finetune.py" in line and words[0] == "python":
+        steps = "4" if "latest" in words else "2"
+        words += ["--trainer.max_steps", steps, "--trainer.use_cpu", "true", "--trainer.mixed_precision", "no"]
+        words += ["--trainer.global_batch_size", "null", "--trainer.per_device_train_batch_size", "8"]
+    elif "contrastive/" not in line and any(
+        s in line for s in ("pretrain.py", "preprocess.py", "longer_seq.py", "pipeline.py")
+    ):
         words += tiny_overrides(words)
     if "scripts/experiments/" in line:
         tiny = list(zip(TINY[::2], TINY[1::2]))
@@ -141,7 +155,8 @@ def test_the_commands_of_a_page_run_in_order(page: Path, workplace: Path, monkey
 
 def test_the_pages_have_commands() -> None:
     assert len(own_commands()) > 10
-    pages = {"README", "training", "evaluation", "inference", "prepare", "data-and-resume", "export", "recipes"}
+    pages = {"README", "training", "evaluation", "inference", "prepare", "data-and-resume", "export", "contrastive"}
+    pages |= {"recipes"}
     assert {page for page, _ in own_commands()} >= {f"{name}.md" for name in pages}
 
 

@@ -9,6 +9,7 @@ from neobert.benchmark.step import RowSource
 from neobert.config.load import load_config
 from neobert.data.pipeline import build_tokenizer
 from neobert.train.build import build_config_data, build_model_config
+from neobert.types import PackedBatch
 
 
 @contextmanager
@@ -30,7 +31,7 @@ def open_rows(path: str, overrides: Sequence[str], *, pin_memory: bool) -> Itera
         try:
             yield RowSource(
                 model=build_model_config(config, tokenizer),
-                batches=(step.micro_batches[0] for step in loader),
+                batches=(batch for step in loader for batch in step.micro_batches if isinstance(batch, PackedBatch)),
                 name=f"{rows} rows of {config.dataset.max_seq_length} of {path}",
                 real=True,
             )

@@ -19,6 +19,7 @@ TRUE = ("true", "yes", "on", "1")
 FALSE = ("false", "no", "off", "0")
 
 SPELLINGS: dict[str, dict[str, str | None]] = {
+    "contrastive.pooling": {"avg": "mean"},
     "trainer.mixed_precision": {"fp32": "no", "true": "bf16"},
     "trainer.resume_from_checkpoint": {
         **dict.fromkeys(("true", "yes", "on", "auto", "latest"), "latest"),

@@ -5,6 +5,7 @@ The names are those of the fork whose training guide this project follows. Keys 
 that the file trains the same thing. Values stay as they were typed, `variables:` and references too; comments are lost.
 """
 
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -18,6 +19,7 @@ from neobert.config.refused import RENAMED, find_refusal
 from neobert.config.schema_optimizer import MUON
 from neobert.config.source import Leaf, Tree, YamlError, parse_yaml
 from neobert.config.validate import BUDGETS
+from neobert.config.validate_contrastive import OF_CONTRASTIVE, WITHOUT_EFFECT
 from neobert.config.validate_optimizer import CLIPPING
 from neobert.config.variables import VariableError, substitute
 
@@ -68,12 +70,14 @@ def migrate(text: str) -> tuple[str, list[str]]:
         raise MigrationError(f"not valid YAML: {error}") from error
     variables = tree.pop("variables", {})
     task = tree.get("task", Leaf("pretraining"))
-    if isinstance(task, Leaf) and task.text.lower() != "pretraining":
-        raise MigrationError(f"task: {task.text} is not part of this version: only pretraining files are migrated")
+    word = task.text.lower() if isinstance(task, Leaf) else ""
+    if word not in ("pretraining", "contrastive"):
+        raise MigrationError(
+            f"task: {word} is not part of this version: only pretraining and contrastive files are migrated"
+        )
     draft = _Draft(variables=variables if isinstance(variables, dict) else {})
     _rename(draft, _flatten(tree, ""))
-    edits = (_edit_words, _edit_optimizer, _edit_source, _edit_ngpt, _edit_lengths, _choose_budget, _write_defaults)
-    for edit in edits:
+    for edit in _EDITS[word]:
         edit(draft)
     result = _to_yaml(draft)
     try:
@@ -189,6 +193,28 @@ def _edit_ngpt(draft: _Draft) -> None:
     draft.write(key, new, f"changed {key} from {old} to {new}: 2/3 of it are used here, all of it there")
 
 
+def _leave_other_task(draft: _Draft) -> None:
+    for key in [key for key in draft.values if key.startswith("contrastive.") or key in OF_CONTRASTIVE]:
+        draft.remove(key, "it is read in contrastive fine-tuning only")
+
+
+def _edit_contrastive(draft: _Draft) -> None:
+    """What that code called simcse has in-batch and hard negatives; its tokenizer was named apart from the weights."""
+    if draft.word("contrastive.loss_type") in ("", "simcse"):
+        draft.write("contrastive.loss_type", "infonce", "wrote contrastive.loss_type: infonce, which is simcse there")
+    if draft.read("contrastive.pretrained_checkpoint_dir") is not None:
+        for key in [key for key in draft.values if key.startswith("tokenizer.")]:
+            draft.remove(key, "the tokenizer is the checkpoint's")
+    if draft.read("contrastive.pretraining_dataset") is None and "contrastive.pretraining_prob" in draft.values:
+        draft.remove("contrastive.pretraining_prob", "it needs contrastive.pretraining_dataset here")
+    for key in [key for key in WITHOUT_EFFECT if key in draft.values and draft.read(key) != FIELDS[key].default]:
+        draft.remove(key, "it has no effect on contrastive fine-tuning")
+
+
+def _write_contrastive_defaults(draft: _Draft) -> None:
+    _write_defaults(draft, [key for key in _DEFAULTS if key.startswith(("optimizer.", "scheduler.", "trainer."))])
+
+
 def _edit_lengths(draft: _Draft) -> None:
     length, longest = draft.read("dataset.max_seq_length"), draft.read("model.max_position_embeddings")
     for key in ("tokenizer.max_length", "datacollator.max_length"):
@@ -214,8 +240,9 @@ def _choose_budget(draft: _Draft) -> None:
         draft.write(BUDGETS[0], 1_000_000, f"wrote {BUDGETS[0]}: 1000000, the default there")
 
 
-def _write_defaults(draft: _Draft) -> None:
-    for key, default in _DEFAULTS.items():
+def _write_defaults(draft: _Draft, keys: Iterable[str] = _DEFAULTS) -> None:
+    for key in keys:
+        default = _DEFAULTS[key]
         replacement = {"tokenizer.name": "tokenizer.path", "scheduler.warmup_steps": "scheduler.warmup_percent"}.get(
             key
         )
@@ -223,6 +250,30 @@ def _write_defaults(draft: _Draft) -> None:
             continue
         here = show_value(FIELDS[key].default)
         draft.write(key, default, f"wrote {key}: {show_value(default)}, the default there (here {here})")
+
+
+_EDITS: dict[str, tuple[Callable[[_Draft], None], ...]] = {
+    "pretraining": (
+        _leave_other_task,
+        _edit_words,
+        _edit_optimizer,
+        _edit_source,
+        _edit_ngpt,
+        _edit_lengths,
+        _choose_budget,
+        _write_defaults,
+    ),
+    "contrastive": (
+        _edit_words,
+        _edit_optimizer,
+        _edit_ngpt,
+        _edit_contrastive,
+        _edit_lengths,
+        _choose_budget,
+        _write_contrastive_defaults,
+    ),
+}
+"""The edits of a task's file, in order."""
 
 
 class _Dumper(yaml.SafeDumper):

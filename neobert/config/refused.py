@@ -7,6 +7,7 @@ Nothing here parses to nothing: an old name, a key without effect and a feature 
 RENAMED: dict[str, str] = {
     "dataset.column": "dataset.text_column",
     "dataset.path_to_disk": "dataset.path",
+    "dataset.pretraining_prob": "contrastive.pretraining_prob",
     "dataset.tokenizer_name": "tokenizer.name",
     "mixed_precision": "trainer.mixed_precision",
     "model.name_or_path": "model.name",
@@ -64,11 +65,6 @@ REFUSED: dict[str, str] = {
 """Key -> the rest of a sentence that begins with it. A key covers everything below it."""
 
 LATER: dict[str, str] = {
-    "contrastive": "contrastive fine-tuning is not available yet",
-    "dataset.alpha": "contrastive fine-tuning is not available yet",
-    "dataset.force_redownload": "delete the data in dataset.cache_dir to fetch it again",
-    "dataset.load_all_from_disk": "contrastive fine-tuning is not available yet",
-    "dataset.pretraining_prob": "contrastive fine-tuning is not available yet",
     "glue": "GLUE is not available yet",
     "model.classifier_init_range": "classification is not available yet",
     "mteb_batch_size": "MTEB is not available yet",
@@ -87,9 +83,8 @@ REFUSED_VALUES: dict[str, dict[str, str]] = {
         "muon": "'muon' is written muonclip; optimizer.muon_config.enable_clipping: false is plain Muon",
     },
     "task": {
-        "contrastive": "contrastive fine-tuning is not part of this version: only pretraining is",
-        "glue": "GLUE is not part of this version: only pretraining is",
-        "mteb": "MTEB is not part of this version: only pretraining is",
+        "glue": "GLUE is not part of this version: only pretraining and contrastive are",
+        "mteb": "MTEB is not part of this version: only pretraining and contrastive are",
     },
     "trainer.mixed_precision": {
         "fp16": "fp16 is refused: its small range overflows without loss scaling, which is not done here; write bf16"

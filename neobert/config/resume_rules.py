@@ -24,6 +24,7 @@ FIXED = (
     "model.ngpt",
     "model.base_scale",
     "optimizer.name",
+    "task",
 )
 """Never change on resume."""
 
@@ -87,6 +88,19 @@ DECLARED = (
     "optimizer.muon_config.capture_last_microbatch_only",
     "trainer.ema_decay",
     "trainer.ema_start_step",
+    "dataset.alpha",
+    "contrastive.num_hard_negatives",
+    "contrastive.pretraining_prob",
+    "contrastive.loss_type",
+    "contrastive.temperature",
+    "contrastive.hard_negative_weight",
+    "contrastive.both_directions",
+    "contrastive.false_negative_margin",
+    "contrastive.matryoshka_dims",
+    "contrastive.pooling",
+    "contrastive.anchor_prefix",
+    "contrastive.positive_prefix",
+    "contrastive.pretraining_objective",
 )
 """Change when declared in `trainer.resume_allow`. `trainer.global_batch_size` stands for the rows of a step, however
 they are written."""
@@ -100,6 +114,9 @@ SOURCE = (
     "dataset.streaming",
     "dataset.pre_tokenize",
     "dataset.train_split",
+    "dataset.load_all_from_disk",
+    "contrastive.sets",
+    "contrastive.pretraining_dataset",
 )
 """Choose the data: naming another one starts the order of rows at the first row of the new source."""
 

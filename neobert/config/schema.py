@@ -8,6 +8,7 @@ which is frozen: a value derived from it lives in the object that derived it.
 from dataclasses import dataclass, field
 from typing import Literal
 
+from neobert.config.schema_contrastive import ContrastiveSection
 from neobert.config.schema_data import DatacollatorSection, DatasetSection, TokenizerSection
 from neobert.config.schema_optimizer import OptimizerSection
 from neobert.config.schema_trainer import TrainerSection
@@ -200,8 +201,8 @@ class WandbSection:
 class Config:
     """A whole run."""
 
-    task: Literal["pretraining"] = "pretraining"
-    """What to do with this file."""
+    task: Literal["pretraining", "contrastive"] = "pretraining"
+    """What to do with this file: `scripts/pretraining/pretrain.py` or `scripts/contrastive/finetune.py`."""
 
     seed: int = 0
     """Seed of initial weights, data order, masks and dropout."""
@@ -214,3 +215,4 @@ class Config:
     scheduler: SchedulerSection = field(default_factory=SchedulerSection)
     trainer: TrainerSection = field(default_factory=TrainerSection)
     wandb: WandbSection = field(default_factory=WandbSection)
+    contrastive: ContrastiveSection = field(default_factory=ContrastiveSection)

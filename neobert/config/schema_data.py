@@ -143,6 +143,16 @@ class DatasetSection:
     pin_memory: bool | None = None
     """Put batches into page-locked memory, so that copies to the GPU overlap with work; null: yes on CUDA."""
 
+    alpha: float = 1.0
+    """Contrastive: a step takes its pairs from one set, drawn with a chance in proportion to (its pairs) ** alpha. 0
+    draws all sets equally often."""
+
+    load_all_from_disk: bool = False
+    """Contrastive: use every set that is prepared in `path`, whatever `name` says; `preprocess.py` fetches nothing."""
+
+    force_redownload: bool = False
+    """Contrastive: `preprocess.py` prepares sets anew that are there already."""
+
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class TokenizerSection:

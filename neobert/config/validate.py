@@ -11,6 +11,7 @@ from typing import Any
 from neobert.config.fields import FIELDS
 from neobert.config.resume_rules import ALLOWED, FIXED
 from neobert.config.schema import Config
+from neobert.config.validate_contrastive import check_contrastive
 from neobert.config.validate_data import check_dataset, check_rows, check_tokenizer
 from neobert.config.validate_measuring import check_automatic_batch, check_profiler, late_profiler
 from neobert.config.validate_optimizer import check_optimizer
@@ -220,6 +221,8 @@ def _check_texts(config: Config) -> Iterator[str]:
         "trainer.output_dir",
         "dataset.cache_dir",
         "wandb.dir",
+        "contrastive.pretrained_checkpoint_dir",
+        "contrastive.pretraining_dataset",
     ):
         value = FIELDS[key].value_in(config)
         if any("${" in text for text in ([value] if isinstance(value, str) else value or ())):
@@ -399,4 +402,5 @@ _RULES = (
     _check_logging,
     _check_average,
     _check_device,
+    check_contrastive,
 )

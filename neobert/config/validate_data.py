@@ -9,6 +9,8 @@ from neobert.config.schema import Config
 def check_dataset(config: Config) -> Iterator[str]:
     """What is read, and how."""
     data = config.dataset
+    if config.task == "contrastive":
+        return  # See validate_contrastive.
     if data.name is None and data.path is None and not data.mixture:
         yield (
             "dataset.name: nothing to train on; name a dataset of the hub, python_stdlib, or a local file or folder"
@@ -82,7 +84,8 @@ def check_tokenizer(config: Config) -> Iterator[str]:
             if value is not None:
                 yield f"{key}: {value!r} names a tokenizer, but tokenizer.train is true; write null for one of the two"
     else:
-        if all(value is None for _, value in named):
+        from_checkpoint = config.task == "contrastive" and config.contrastive.pretrained_checkpoint_dir is not None
+        if all(value is None for _, value in named) and not from_checkpoint:
             yield (
                 "tokenizer.name: no tokenizer; name one of the hub, a folder with tokenizer.path, or write"
                 " tokenizer.train: true"

@@ -9,6 +9,11 @@ def check_automatic_batch(config: Config) -> Iterator[str]:
     """The machine may decide about micro-batches, never about what is trained on."""
     if config.trainer.per_device_train_batch_size != "auto":
         return
+    if config.task == "contrastive":
+        yield (
+            "trainer.per_device_train_batch_size: auto measures steps of pretraining; write the rows that go through the"
+            " encoder at once with task: contrastive"
+        )
     if config.trainer.global_batch_size is None:
         yield (
             "trainer.per_device_train_batch_size: auto needs trainer.global_batch_size, or the memory of the machine"

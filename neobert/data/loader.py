@@ -16,14 +16,22 @@ from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import asdict, dataclass, replace
-from typing import Literal
+from typing import Literal, Protocol
 
 from neobert.data.batch_size import BatchSchedule
-from neobert.data.collate import Collator, build_row, join_rows
+from neobert.data.collate import build_row, join_rows
 from neobert.data.errors import DataError
 from neobert.data.lanes import Lane, State, Window
 from neobert.data.packing import Piece, max_segments_per_row, next_fit
-from neobert.types import PackedBatch, PackedRow, StepBatch
+from neobert.types import MicroBatch, PackedRow, StepBatch
+
+
+class Collate(Protocol):
+    """Rows to a micro-batch, purely: `neobert.data.collate.Collator` in pretraining."""
+
+    def __call__(self, rows: Sequence[PackedRow], *, step: int) -> MicroBatch:
+        """The rows as they are trained on at `step`."""
+
 
 VERSION = 2
 """Of the state; raised when the order of rows or masks changes."""
@@ -212,7 +220,7 @@ class _Assembler:
         open_lane: Callable[[int], Lane],
         identity: OrderIdentity,
         settings: LoaderSettings,
-        collate: Collator,
+        collate: Collate,
         cls_id: int,
         sep_id: int,
         state: State | None,
@@ -264,7 +272,7 @@ class _Assembler:
     def _is_mine(self, row: int) -> bool:
         return (row // self._unit) % self._settings.world == self._settings.rank
 
-    def _micro_batch(self, rows: list[PackedRow]) -> PackedBatch:
+    def _micro_batch(self, rows: list[PackedRow]) -> MicroBatch:
         if self._identity.packing == "next_fit":
             length = self._identity.max_seq_length
             limit = max_segments_per_row(length, packed=True)
@@ -290,7 +298,7 @@ class Loader:
         *,
         identity: OrderIdentity,
         settings: LoaderSettings,
-        collate: Collator,
+        collate: Collate,
         cls_id: int,
         sep_id: int,
         state: State | None = None,

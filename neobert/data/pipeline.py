@@ -56,6 +56,11 @@ class DataPipeline:
         return self.eval_set is not None
 
     @property
+    def labels(self) -> tuple[str, ...]:
+        """Names of the sources, in the order of their numbers."""
+        return self.train.labels
+
+    @property
     def num_documents(self) -> int | None:
         """Training documents; None when unknown."""
         return self.train.num_documents

@@ -21,7 +21,7 @@ inputs = tokenizer("some text with a {mask} in it", return_tensors="pt")
 logits = model(**inputs).logits
 ```
 
-Embeddings, the mean over the tokens of a text (the model was not trained for similarity; fine-tune it for that):
+Embeddings{note}:
 
 ```python
 from sentence_transformers import SentenceTransformer
@@ -39,9 +39,17 @@ def model_card(
     if training:
         sections.append("## Training\n\n" + training)
     mask = next(word for word, number in tokenizer.special_tokens.items() if number == tokenizer.mask_id)
+    note = ", the mean over the tokens of a text (the model was not trained for similarity; fine-tune it for that)"
+    if _is_embedding_model(weights):
+        note = " (compare them by their cosine)"
     trust = "" if form == "native" else ", trust_remote_code=True"
-    sections.append("## Use\n\n" + _USAGE.format(name=name, trust=trust, mask=mask))
+    sections.append("## Use\n\n" + _USAGE.format(name=name, trust=trust, mask=mask, note=note))
     return "\n\n".join(sections) + "\n"
+
+
+def _is_embedding_model(weights: EncoderWeights) -> bool:
+    file = weights.folder / "config.yaml"
+    return weights.layout == "checkpoint" and file.is_file() and load_config(file).task == "contrastive"
 
 
 def _front_matter() -> str:
@@ -98,6 +106,8 @@ def _training(weights: EncoderWeights) -> str:
 
 
 def _recipe(config: Config) -> list[str]:
+    if config.task == "contrastive":
+        return _contrastive_recipe(config)
     data, masks = config.dataset, config.datacollator
     named = [x.name or x.path for x in data.mixture] or [data.path or data.name]
     # A path of the machine it was trained on tells readers nothing but the name of the folder.
@@ -125,6 +135,19 @@ def _mix(masks: DatacollatorSection) -> str:
     return f"{masked:.0%} as masks, {drawn:.0%} as random tokens, {max(0.0, 1 - masked - drawn):.0%} unchanged"
 
 
+def _contrastive_recipe(config: Config) -> list[str]:
+    section, names = config.contrastive, config.dataset.name
+    listed = [x.name for x in section.sets] or (
+        [names] if isinstance(names, str) else list(names or ["all known sets"])
+    )
+    return [
+        f"- fine-tuned on pairs of {', '.join(str(x).rstrip('/').split('/')[-1] for x in listed)}",
+        f"- texts of at most {config.dataset.max_seq_length} tokens, {section.pooling} pooling",
+        f"- loss {section.loss_type}, temperature {section.temperature:g}",
+        f"- {config.optimizer.name}, peak learning rate {config.optimizer.lr:g}, {config.scheduler.name} schedule",
+    ]
+
+
 def _figures(weights: EncoderWeights) -> list[str]:
     log = weights.folder.parent.parent / "log.jsonl"
     if weights.folder.parent.name != "checkpoints" or not log.is_file() or weights.step is None:
@@ -133,7 +156,12 @@ def _figures(weights: EncoderWeights) -> list[str]:
     tokens = sum(r["num_tokens"] for r in records if r["kind"] == "step")
     lines = [f"- tokens seen: {tokens:,}"] if tokens else []
     evaluations = [r for r in records if r["kind"] == _EVALUATIONS[weights.kind]]
-    if evaluations:
+    if evaluations and "sets" in evaluations[-1]:
+        last = evaluations[-1]
+        for key, figures in last["sets"].items():
+            values = ", ".join(f"{name} {value:.4f}" for name, value in figures.items())
+            lines.append(f"- {key} at step {last['step']:,}: {values}")
+    elif evaluations:
         last = evaluations[-1]
         lines.append(
             f"- held-out loss at step {last['step']:,}: {last['loss']:.4f} nats per masked token, "

@@ -1,30 +1,70 @@
-"""The files that make `SentenceTransformer(folder)` work: the encoder, then the mean over the tokens of a text.
+"""The files that make `SentenceTransformer(folder)` work: the encoder, then one vector for the tokens of a text.
 
-The names of the modules are the short ones that every version of sentence-transformers reads, and text-embeddings-
-inference takes the pooling from the same files.
+A model of contrastive fine-tuning keeps the pooling, the length and the prefixes it was trained with; for others the
+vector is the mean over the tokens. The names of the modules are the short ones that every version of
+sentence-transformers reads, and text-embeddings-inference takes the pooling from the same files.
 """
 
 import json
+from dataclasses import dataclass
 from pathlib import Path
 
+from neobert.config.load import load_config
 from neobert.model.config import ModelConfig
+from neobert.weights.load import EncoderWeights
+
+_POOLING = Path("1_Pooling") / "config.json"
+_MODES = {"cls": "pooling_mode_cls_token", "mean": "pooling_mode_mean_tokens", "max": "pooling_mode_max_tokens"}
 
 
-def write_sentence_files(output: Path, config: ModelConfig) -> None:
-    """Writes modules.json, sentence_bert_config.json and 1_Pooling/config.json."""
+@dataclass(frozen=True, kw_only=True, slots=True)
+class SentenceSettings:
+    """How the exported model makes a vector of a text."""
+
+    max_length: int
+    """Longer texts are cut here, in tokens, [CLS] and [SEP] included."""
+
+    pooling: str = "mean"
+    prompts: tuple[tuple[str, str], ...] = ()
+    """Names and texts of what may be put before a text."""
+
+
+def choose_sentence_settings(weights: EncoderWeights) -> SentenceSettings:
+    """As the model was fine-tuned; else the mean over texts of any length that it can read."""
+    longest, file = weights.config.max_position_embeddings, weights.folder / "config.yaml"
+    if weights.layout == "checkpoint" and file.is_file():
+        config = load_config(file)
+        if config.task == "contrastive":
+            section = config.contrastive
+            prompts = {"query": section.anchor_prefix, "document": section.positive_prefix}
+            return SentenceSettings(
+                max_length=config.dataset.max_seq_length,
+                pooling=section.pooling,
+                prompts=tuple((name, text) for name, text in prompts.items() if text is not None),
+            )
+    if (weights.folder / _POOLING).is_file():  # An exported folder that is exported again.
+        modes = json.loads((weights.folder / _POOLING).read_text())
+        return SentenceSettings(max_length=longest, pooling=next(n for n, key in _MODES.items() if modes.get(key)))
+    return SentenceSettings(max_length=longest)
+
+
+def write_sentence_files(output: Path, config: ModelConfig, settings: SentenceSettings) -> None:
+    """Writes modules.json, sentence_bert_config.json, 1_Pooling/config.json, and the prompts where there are any."""
     modules = [
         {"idx": 0, "name": "0", "path": "", "type": "sentence_transformers.models.Transformer"},
         {"idx": 1, "name": "1", "path": "1_Pooling", "type": "sentence_transformers.models.Pooling"},
     ]
-    pooling = {
-        "word_embedding_dimension": config.hidden_size,
-        "pooling_mode_cls_token": False,
-        "pooling_mode_mean_tokens": True,
-        "pooling_mode_max_tokens": False,
-        "pooling_mode_mean_sqrt_len_tokens": False,
-    }
+    pooling: dict[str, int | bool] = {"word_embedding_dimension": config.hidden_size}
+    pooling |= {key: name == settings.pooling for name, key in _MODES.items()}
+    pooling["pooling_mode_mean_sqrt_len_tokens"] = False
     (output / "1_Pooling").mkdir()
-    (output / "1_Pooling" / "config.json").write_text(json.dumps(pooling, indent=2) + "\n")
-    (output / "modules.json").write_text(json.dumps(modules, indent=2) + "\n")
-    transformer = {"max_seq_length": config.max_position_embeddings, "do_lower_case": False}
-    (output / "sentence_bert_config.json").write_text(json.dumps(transformer, indent=2) + "\n")
+    _write(output / _POOLING, pooling)
+    _write(output / "modules.json", modules)
+    _write(output / "sentence_bert_config.json", {"max_seq_length": settings.max_length, "do_lower_case": False})
+    if settings.prompts:
+        names = {"prompts": dict(settings.prompts), "default_prompt_name": None, "similarity_fn_name": "cosine"}
+        _write(output / "config_sentence_transformers.json", names)
+
+
+def _write(file: Path, values: object) -> None:
+    file.write_text(json.dumps(values, indent=2, ensure_ascii=False) + "\n")

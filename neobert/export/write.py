@@ -26,7 +26,7 @@ from neobert.export.card import model_card
 from neobert.export.choose import ExportError, Form, choose_form
 from neobert.export.compare import build_model, layer_errors, our_states, random_documents
 from neobert.export.remote_code import code_files, remote_config, remote_tensors
-from neobert.export.sentence_files import write_sentence_files
+from neobert.export.sentence_files import choose_sentence_settings, write_sentence_files
 from neobert.export.tokenizer_files import save_tokenizer
 from neobert.export.transformers_native import native_config, native_tensors
 from neobert.objectives.mlm import MaskedLM
@@ -181,7 +181,7 @@ def _write(plan: _Plan, request: ExportRequest, folder: Path) -> list[str]:
         for name, source in code_files().items():
             (folder / name).write_text(source)
     save_file(make_tensors(config, tensors), folder / "model.safetensors", metadata={"format": "pt"})
-    write_sentence_files(folder, config)
+    write_sentence_files(folder, config, choose_sentence_settings(plan.weights))
     name = request.push_to_hub or request.output.name
     card = model_card(plan.weights, config, plan.tokenizer, form=plan.form, dtype=dtype, name=name)
     (folder / "README.md").write_text(card)

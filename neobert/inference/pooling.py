@@ -2,6 +2,7 @@
 
 Each function takes fp32 hidden states `[T, H]` of texts side by side and the lengths `[N]` of the texts, none of them
 0, and returns `[N, H]`. [CLS] and [SEP] count like every other token, as in the mean pooling of sentence-transformers.
+The lengths are not checked (`unsafe`): a check would wait for the device in training.
 """
 
 from collections.abc import Callable
@@ -14,12 +15,12 @@ Pool = Callable[[Tensor, Tensor], Tensor]
 
 def pool_mean(hidden_TH: Tensor, lengths_N: Tensor) -> Tensor:
     """Mean over the tokens of each text."""
-    return torch.segment_reduce(hidden_TH, "mean", lengths=lengths_N)
+    return torch.segment_reduce(hidden_TH, "mean", lengths=lengths_N, unsafe=True)
 
 
 def pool_max(hidden_TH: Tensor, lengths_N: Tensor) -> Tensor:
     """Maximum over the tokens of each text, coordinate by coordinate."""
-    return torch.segment_reduce(hidden_TH, "max", lengths=lengths_N)
+    return torch.segment_reduce(hidden_TH, "max", lengths=lengths_N, unsafe=True)
 
 
 def pool_cls(hidden_TH: Tensor, lengths_N: Tensor) -> Tensor:

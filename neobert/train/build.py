@@ -5,7 +5,7 @@ from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch.optim import Optimizer
@@ -13,6 +13,7 @@ from torch.optim import Optimizer
 from neobert.config.schema import Config
 from neobert.config.schema_optimizer import MUON, GroupSection
 from neobert.config.schema_trainer import TrainerSection
+from neobert.data.batch_size import BatchSchedule
 from neobert.data.order import key
 from neobert.data.pipeline import DataPipeline, build_data
 from neobert.data.tokenizer import Tokenizer, padded_vocab_size
@@ -283,29 +284,41 @@ def build_run_schedule(config: Config, num_steps: int) -> Schedule:
 
 def build_module(config: Config, model_config: ModelConfig, attention: AttentionBackend, runtime: Runtime) -> MaskedLM:
     """The model with its initial weights, which depend on `seed` alone, on the device, compiled if asked for."""
-    torch.manual_seed(key(config.seed, "init") % 2**63)
-    encoder = Encoder(
-        model_config,
-        attention,
-        gradient_checkpointing=config.trainer.gradient_checkpointing,
-        gradient_checkpointing_every=config.trainer.gradient_checkpointing_every,
-    )
     module = MaskedLM(
-        encoder,
+        build_encoder(config, model_config, attention),
         kernel=KERNELS[choose_kernel(config.model.kernel_backend, device=runtime.device)],
         z_loss=config.trainer.z_loss,
         all_positions=not config.trainer.masked_logits_only_loss,
         count_correct=config.trainer.log_train_accuracy,
     ).to(runtime.device)
-    if config.trainer.torch_compile:
-        # One block at a time: all blocks share one compiled graph, so the start is fast; in place, so that names stay.
-        for block in encoder.layers:
-            block.compile(
-                backend=config.trainer.torch_compile_backend,
-                dynamic=bool(config.trainer.torch_compile_dynamic),
-                options=choose_compile_options(config),
-            )
+    compile_blocks(config, module.encoder)
     return module
+
+
+def build_encoder(config: Config, model_config: ModelConfig, attention: AttentionBackend) -> Encoder:
+    """An encoder with its initial weights; what is made after it, with the same generator, depends on `seed` too."""
+    torch.manual_seed(key(config.seed, "init") % 2**63)
+    return Encoder(
+        model_config,
+        attention,
+        gradient_checkpointing=config.trainer.gradient_checkpointing,
+        gradient_checkpointing_every=config.trainer.gradient_checkpointing_every,
+    )
+
+
+def compile_blocks(config: Config, encoder: Encoder) -> None:
+    """Compiles the blocks if `trainer.torch_compile` says so.
+
+    One at a time: all blocks share one compiled graph, so the start is fast; in place, so that names stay.
+    """
+    if not config.trainer.torch_compile:
+        return
+    for block in encoder.layers:
+        block.compile(
+            backend=config.trainer.torch_compile_backend,
+            dynamic=bool(config.trainer.torch_compile_dynamic),
+            options=choose_compile_options(config),
+        )
 
 
 def choose_compile_options(config: Config) -> dict[str, str | int | bool] | None:
@@ -315,7 +328,20 @@ def choose_compile_options(config: Config) -> dict[str, str | int | bool] | None
     return None
 
 
-def choose_num_steps(config: Config, data: DataPipeline) -> int:
+class Sized(Protocol):
+    """Data whose size may be known."""
+
+    @property
+    def batch(self) -> BatchSchedule: ...
+
+    @property
+    def num_rows(self) -> int | None: ...
+
+    @property
+    def num_tokens(self) -> int | None: ...
+
+
+def choose_num_steps(config: Config, data: Sized) -> int:
     """The budget in optimizer steps; `max_tokens` and epochs count row slots, those of smaller first steps too.
 
     Raises:

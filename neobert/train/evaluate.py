@@ -1,14 +1,17 @@
 """Evaluation: the same documents and masks every time, whatever the training did and however many ranks help."""
 
+from collections.abc import Callable
+
 import torch
 
+from neobert.data.pipeline import DataPipeline
 from neobert.train.memory import memory_explained
-from neobert.train.metrics import EvalMetrics
+from neobert.train.metrics import EvalMetrics, Evaluation
 from neobert.train.run import Run
 from neobert.types import TrainState
 
 
-def log_evaluation(run: Run, state: TrainState) -> None:
+def log_evaluation(run: Run, state: TrainState, evaluate: Callable[[Run], Evaluation | None]) -> None:
     """Evaluates the weights, and their average where there is one, and records both. Collective.
 
     When the second of the two is interrupted, neither is recorded: the next start makes both.
@@ -29,6 +32,7 @@ def evaluate(run: Run) -> EvalMetrics | None:
     packing, batch size and the number of processes do not matter beyond rounding. All ranks have equally many batches
     and agree before each of them, so that they leave together.
     """
+    assert isinstance(run.data, DataPipeline), "the data of pretraining"
     if not run.data.has_eval:
         return None
     sums = torch.zeros(2, dtype=torch.float64, device=run.runtime.device)

@@ -1,10 +1,13 @@
 """The end of a run: the last evaluation and checkpoint, a few completed texts, and what to type next."""
 
+from collections.abc import Callable
+
 from neobert.data.loader import merge_states
 from neobert.inference.fill_mask import fill_mask
 from neobert.train.checkpoint import save_checkpoint
-from neobert.train.evaluate import log_evaluation
+from neobert.train.evaluate import evaluate, log_evaluation
 from neobert.train.lock import release_lock
+from neobert.train.metrics import Evaluation
 from neobert.train.run import Run
 from neobert.types import TrainState
 
@@ -14,14 +17,29 @@ SHOWN = 3
 """Guesses shown for each mask."""
 
 
-def finish(run: Run, state: TrainState) -> None:
+def pretraining_commands(run: Run) -> list[str]:
+    """What to type after pretraining."""
+    return [
+        f'python scripts/predict.py {run.output_dir} "The capital of France is [MASK]."',
+        f"python scripts/pretraining/pretrain.py {run.output_dir}/config.yaml "
+        f"--trainer.resume_from_checkpoint latest --trainer.max_steps {2 * run.num_steps}",
+    ]
+
+
+def finish(
+    run: Run,
+    state: TrainState,
+    *,
+    evaluate: Callable[[Run], Evaluation | None] = evaluate,
+    next_commands: Callable[[Run], list[str]] = pretraining_commands,
+) -> None:
     """Brings the record up to `state`, unless this step was evaluated and saved already, and closes the run."""
     if run.logging_steps:
-        run.tracker.log(state, run.clip.read() if run.clip else {})
+        run.tracker.log(state, run.read_figures())
     if run.checkpoint is not None and not run.tracker.trained:
         run.tracker.say(f"nothing left to do: step {state.step:,} of {run.num_steps:,}")
     elif not run.tracker.evaluated(state.step):
-        log_evaluation(run, state)
+        log_evaluation(run, state, evaluate)
     passed_over = run.data.counters(merge_states(run.runtime.gather_objects(state.data)))
     if any(passed_over.values()):
         run.tracker.say(f"passed over: {DESCRIPTION.format(**passed_over)}")
@@ -31,12 +49,7 @@ def finish(run: Run, state: TrainState) -> None:
         filled = fill_mask(run.module, run.tokenizer, texts, top_k=SHOWN)
         run.tracker.say("\n".join(["predictions:", *(text.describe() for text in filled)]))
     if saved is not None:
-        run.tracker.say(
-            "next:\n"
-            f'  python scripts/predict.py {run.output_dir} "The capital of France is [MASK]."\n'
-            f"  python scripts/pretraining/pretrain.py {run.output_dir}/config.yaml "
-            f"--trainer.resume_from_checkpoint latest --trainer.max_steps {2 * run.num_steps}"
-        )
+        run.tracker.say("\n  ".join(["next:", *next_commands(run)]))
     run.tracker.close()
     run.reporter.close()
     if run.runtime.is_main:

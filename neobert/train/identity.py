@@ -44,6 +44,18 @@ _FULL_ROWS = "trainer.enforce_full_packed_batches"
 _OF_THE_START = ("trainer.resume_from_checkpoint", "trainer.resume_allow", "trainer.overwrite_output_dir")
 _FOLLOW_THE_SOURCE = ("dataset.num_lanes", "dataset.window_documents")
 MASK_END = "datacollator.mlm_probability_final_step"
+_IN_THE_ROWS = (
+    *MASKING,
+    MASK_END,
+    "dataset.alpha",
+    "contrastive.num_hard_negatives",
+    "contrastive.pretraining_prob",
+    "contrastive.pretraining_objective",
+    "contrastive.loss_type",
+    "contrastive.anchor_prefix",
+    "contrastive.positive_prefix",
+)
+"""Change what is in the next rows, and not which rows they are."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -150,7 +162,7 @@ def compare(saved: Facts, now: Facts, allow: Sequence[str], *, same_ranks: bool)
     )
     used = {d.key for d in differences if d.kind == "declared"}
     next_fit = now["datacollator.pack_sequences"] and not now[_FULL_ROWS]
-    moved = changed & {*ORDER, *MASKING, MASK_END, *BATCH_WARMUP, BATCH, FINGERPRINT}
+    moved = changed & {*ORDER, *_IN_THE_ROWS, *BATCH_WARMUP, BATCH, FINGERPRINT}
     return Comparison(
         differences=differences,
         unneeded=tuple(key for key in allow if key not in used),

@@ -97,7 +97,8 @@ def copy_initial_weights(module: MaskedLM, weights: EncoderWeights, tokenizer: T
     trained = f" after {weights.step:,} steps" if weights.step is not None else ""
     config = weights.config
     tiled = f"; tiled to {config.num_hidden_layers} layers x {config.hidden_size}" if tile else ""
-    return f"initial weights from {weights.folder} ({weights.layout} layout{trained}){tiled}; {note}"
+    source = f"{weights.folder} ({weights.layout} layout{trained})"
+    return f"initial weights from {source}: {len(tensors)} tensors{tiled}; {note}"
 
 
 def _with_vocabulary(weights: EncoderWeights, tokenizer: Tokenizer, num_rows: int) -> tuple[dict[str, Tensor], str]:

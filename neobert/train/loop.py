@@ -1,8 +1,8 @@
-"""The training loop: `pretrain` is the whole story on one screen, `training_steps` turns batches into steps."""
+"""The training loop: `train` is the whole story on one screen, `training_steps` turns batches into steps."""
 
 import gc
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from functools import partial
@@ -17,15 +17,17 @@ from neobert.data.order import step_seed
 from neobert.testing.faults import fault_point
 from neobert.train.checkpoint import complete_save, save_checkpoint, save_is_due
 from neobert.train.copies import BatchCopier
-from neobert.train.evaluate import log_evaluation
-from neobert.train.finish import finish
+from neobert.train.evaluate import evaluate, log_evaluation
+from neobert.train.finish import finish, pretraining_commands
 from neobert.train.identity import as_int64, check_next_batch
 from neobert.train.memory import memory_explained
+from neobert.train.metrics import Evaluation
 from neobert.train.profiling import DATA_WAIT, profiled
 from neobert.train.report import announce
 from neobert.train.resume import resume_or_start
 from neobert.train.rollback import roll_back
 from neobert.train.run import Run, build_run
+from neobert.train.runtime import StartupError
 from neobert.train.step import train_step
 from neobert.train.stopping import stop_early
 from neobert.types import StepBatch, StepMetrics, TrainState
@@ -46,15 +48,38 @@ def due(step: int, every: int) -> bool:
     return every > 0 and step % every == 0
 
 
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Job:
+    """What one task does beside making steps."""
+
+    announce: Callable[[Run], None]
+    """Says what the run is and writes its config."""
+
+    evaluate: Callable[[Run], Evaluation | None]
+    next_commands: Callable[[Run], list[str]]
+    """What to type when the run is over."""
+
+
 def pretrain(config: Config) -> RunResult:
-    """Trains until the budget is spent: build, announce, resume, then step, log, evaluate and save when due."""
-    run = build_run(config)
-    announce(run)
+    """Pretraining with masked language modelling.
+
+    Raises:
+        StartupError: the run cannot start as configured; the message names the key and the remedy.
+    """
+    if config.task != "pretraining":
+        raise StartupError(f"task: {config.task} is for scripts/{config.task}/finetune.py; this script pretrains")
+    job = Job(announce=announce, evaluate=evaluate, next_commands=pretraining_commands)
+    return train(build_run(config), job)
+
+
+def train(run: Run, job: Job) -> RunResult:
+    """Trains until the budget is spent: announce, resume, then step, log, evaluate and save when due."""
+    job.announce(run)
     with run.stop.listening():  # From here on a signal saves and stops.
         state = resume_or_start(run)
         reason = "finished" if state.step < run.num_steps else "complete"
         if evaluation_missing(run, state):
-            log_evaluation(run, state)
+            log_evaluation(run, state, job.evaluate)
         for state, metrics in profiled(run, state, training_steps(run, state)):  # noqa: B020 (of `state`, the first only)
             run.tracker.add(state, metrics)
             if run.stop_requested():
@@ -62,7 +87,7 @@ def pretrain(config: Config) -> RunResult:
             if due(state.step, run.logging_steps):
                 run.tracker.log(state, run.read_figures())
             if due(state.step, run.eval_steps):
-                log_evaluation(run, state)
+                log_evaluation(run, state, job.evaluate)
             if save_is_due(run, state.step):
                 save_checkpoint(run, state)
             complete_save(run)  # Of a save in the background that is written by now.
@@ -72,7 +97,7 @@ def pretrain(config: Config) -> RunResult:
         if run.stop_requested():
             stop_early(run, state)
         else:
-            finish(run, state)
+            finish(run, state, evaluate=job.evaluate, next_commands=job.next_commands)
     return RunResult(state=state, reason="disk" if run.committer.failed else run.stop.reason or reason)
 
 

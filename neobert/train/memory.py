@@ -6,7 +6,7 @@ from typing import Literal
 
 from neobert.train.host_memory import is_out_of_memory
 from neobert.train.run import Run
-from neobert.types import PackedBatch
+from neobert.types import MicroBatch
 
 
 class OutOfMemory(Exception):
@@ -14,7 +14,7 @@ class OutOfMemory(Exception):
 
 
 @contextmanager
-def memory_explained(run: Run, batch: PackedBatch, task: Literal["train", "eval"]) -> Iterator[None]:
+def memory_explained(run: Run, batch: MicroBatch, task: Literal["train", "eval"]) -> Iterator[None]:
     """Raises OutOfMemory, with the allocator's error as its cause, when the block runs out of memory.
 
     The run ends there: a smaller batch tried in silence would be another run.
@@ -24,7 +24,7 @@ def memory_explained(run: Run, batch: PackedBatch, task: Literal["train", "eval"
     except (MemoryError, RuntimeError) as error:
         if not is_out_of_memory(error):
             raise
-        rows, slots = batch.input_ids.shape
+        rows, slots = batch.num_rows, batch.num_slots // batch.num_rows
         peak = run.runtime.peak_memory_bytes() / 2**30
         message = (
             f"out of memory after step {run.tracker.step} in {_WORDS[task]} of {rows} rows of {slots} slots on "

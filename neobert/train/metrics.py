@@ -8,8 +8,8 @@ import math
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field
-from typing import Any
+from dataclasses import asdict, dataclass, field
+from typing import Any, Protocol
 
 import numpy as np
 import torch
@@ -23,6 +23,23 @@ def perplexity(loss: float) -> float:
     return math.exp(loss) if loss < 700 else math.inf
 
 
+class Evaluation(Protocol):
+    """The figures of one evaluation."""
+
+    @property
+    def loss(self) -> float:
+        """What `trainer.save_best` compares: the lower the better."""
+
+    def as_line(self) -> dict[str, Any]:
+        """Its fields in `log.jsonl`."""
+
+    def as_values(self) -> dict[str, float]:
+        """What trackers get."""
+
+    def describe(self) -> str:
+        """One line for people."""
+
+
 @dataclass(frozen=True, kw_only=True, slots=True)
 class EvalMetrics:
     """Figures over every masked token of the evaluation documents."""
@@ -34,6 +51,22 @@ class EvalMetrics:
     num_targets: int
     num_tokens: int
     num_documents: int
+
+    def as_line(self) -> dict[str, Any]:
+        return asdict(self)
+
+    def as_values(self) -> dict[str, float]:
+        return {
+            "eval/loss": self.loss,
+            "eval/perplexity": perplexity(self.loss),
+            "eval/accuracy": self.accuracy,
+        }
+
+    def describe(self) -> str:
+        return (
+            f"loss {self.loss:.4f} | ppl {perplexity(self.loss):.2f} | accuracy {self.accuracy:.2%} | "
+            f"{self.num_targets:,} masked tokens of {self.num_documents:,} documents"
+        )
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -5,7 +5,7 @@ has to be tokenised first; what cannot be streamed is tokenised into a temporary
 """
 
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -16,7 +16,7 @@ from neobert.data.pipeline import build_tokenizer
 from neobert.data.tokenizer import Tokenizer
 from neobert.train.build import build_config_data, choose_rows_per_step
 from neobert.train.micro_batch import shared_rows
-from neobert.types import IGNORE_INDEX, PackedBatch, StepBatch
+from neobert.types import IGNORE_INDEX, PackedBatch
 
 NUM_ROWS = 3
 
@@ -49,9 +49,10 @@ def preview(config: Config) -> str:
             step = next(loader)
         finally:
             loader.close()
+    batches = [batch for batch in step.micro_batches if isinstance(batch, PackedBatch)]
     lines = list(data.notes)
-    lines += describe_rows(step.micro_batches[0], tokenizer)
-    return "\n".join([*lines, *describe_mix(step, config, tokenizer)])
+    lines += describe_rows(batches[0], tokenizer)
+    return "\n".join([*lines, *describe_mix(batches, config, tokenizer)])
 
 
 def describe_rows(batch: PackedBatch, tokenizer: Tokenizer, num_rows: int = NUM_ROWS) -> Iterator[str]:
@@ -86,10 +87,10 @@ def choose_mix(config: Config) -> tuple[float, float, float]:
     return masks.mask_fraction, masks.random_fraction, max(0.0, 1 - masks.mask_fraction - masks.random_fraction)
 
 
-def describe_mix(step: StepBatch, config: Config, tokenizer: Tokenizer) -> list[str]:
+def describe_mix(batches: Sequence[PackedBatch], config: Config, tokenizer: Tokenizer) -> list[str]:
     """Shares of what stands in the place of predicted tokens, and the share of tokens that are predicted."""
     num_masked = num_kept = num_predicted = num_ordinary = 0
-    for batch in step.micro_batches:
+    for batch in batches:
         kept = (batch.targets != IGNORE_INDEX).numpy()
         slots, targets = batch.masked_index.numpy()[kept], batch.targets.numpy()[kept]
         fed = batch.input_ids.numpy().reshape(-1).copy()

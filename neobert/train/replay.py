@@ -97,7 +97,7 @@ def replay_row(path: Path, row: int) -> ReplayedRow:
         data.train.lane_opener(),
         identity=data.identity,
         settings=settings,
-        collate=spy,  # type: ignore[arg-type]
+        collate=spy,
         cls_id=tokenizer.cls_id,
         sep_id=tokenizer.sep_id,
         state=_nearest_state(checkpoint, saved, row),
@@ -107,11 +107,14 @@ def replay_row(path: Path, row: int) -> ReplayedRow:
         batch = next(batch for batch in batches if int(batch.row_keys[0]) == row)
     finally:
         loader.close()
+    assert isinstance(batch, PackedBatch), "made by the collator of pretraining"
     return ReplayedRow(row=spy.rows[row], batch=batch, tokenizer=tokenizer, step=step)
 
 
 def _build_pipeline(checkpoint: Path, saved: dict[str, Any]) -> tuple[DataPipeline, Tokenizer]:
     config = read_checkpoint_config(checkpoint)
+    if config.task != "pretraining":
+        raise StartupError(f"{checkpoint} is of task: {config.task}; only rows of pretraining can be shown again")
     run = checkpoint.parent.parent if checkpoint.parent.name == "checkpoints" else Path(config.trainer.output_dir)
     tokenizer = build_tokenizer(config, checkpoint, run)
     data = build_config_data(

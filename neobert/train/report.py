@@ -2,6 +2,7 @@
 
 from neobert.config.schema import Config
 from neobert.config.validate import warnings
+from neobert.data.pipeline import DataPipeline
 from neobert.kernels.linear_cross_entropy import choose_kernel
 from neobert.train.run import Run
 from neobert.train.start import write_config
@@ -10,6 +11,7 @@ from neobert.weights.vocabulary import VOCABULARY_TENSORS
 
 def announce(run: Run) -> None:
     """Prints the model, the batch, the budget, what was found in the data and what is odd; saves the bound config."""
+    assert isinstance(run.data, DataPipeline), "the data of pretraining"
     config, model, module = run.config, run.model_config, run.module
     length, masks, batch = config.dataset.max_seq_length, config.datacollator, run.data.batch
     rate = max(masks.mlm_probability, masks.mlm_probability_final or 0.0)

@@ -1,14 +1,18 @@
 """A run: every object that training needs, wired once from a frozen config."""
 
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 from torch import nn
 from torch.optim import Optimizer
 
 from neobert.config.schema import Config
-from neobert.data.pipeline import DataPipeline, build_tokenizer
+from neobert.data.batch_size import BatchSchedule
+from neobert.data.lanes import State
+from neobert.data.loader import Loader, OrderIdentity
+from neobert.data.pipeline import build_tokenizer
 from neobert.data.tokenizer import Tokenizer
 from neobert.model.attention import AttentionBackend
 from neobert.model.config import ModelConfig
@@ -42,6 +46,35 @@ from neobert.train.statistics import Statistics
 from neobert.train.tracking import Tracker
 
 
+class RunData(Protocol):
+    """What a run reads: `DataPipeline` in pretraining."""
+
+    @property
+    def identity(self) -> OrderIdentity: ...
+
+    @property
+    def fingerprint(self) -> str: ...
+
+    @property
+    def labels(self) -> tuple[str, ...]: ...
+
+    @property
+    def notes(self) -> tuple[str, ...]: ...
+
+    @property
+    def batch(self) -> BatchSchedule: ...
+
+    @property
+    def num_rows(self) -> int | None: ...
+
+    @property
+    def num_tokens(self) -> int | None: ...
+
+    def loader(self, state: State | None = None, skip: Sequence[tuple[int, int]] = (), step: int = 0) -> Loader: ...
+
+    def counters(self, state: State) -> dict[str, int]: ...
+
+
 @dataclass(frozen=True, kw_only=True, slots=True, eq=False)
 class Run:
     """What `build_run` wired. Training changes the weights, the optimizer, the record and the two that watch it."""
@@ -59,7 +92,7 @@ class Run:
     """The checkpoint's `train_state.json`."""
 
     tokenizer: Tokenizer
-    data: DataPipeline
+    data: RunData
     model_config: ModelConfig
     attention: AttentionBackend
     module: MaskedLM
@@ -112,8 +145,18 @@ class Run:
         return 0 if self.config.trainer.save_strategy == "no" else self.config.trainer.save_steps
 
 
-def build_run(config: Config) -> Run:
+def build_run(
+    config: Config,
+    *,
+    build_data: Callable[..., RunData] = build_config_data,
+    build_module: Callable[..., MaskedLM] = build_module,
+) -> Run:
     """Checks the machine, opens the output folder, and builds tokenizer, data, model, optimizer and record.
+
+    Args:
+        build_data: takes the arguments of `build_config_data`.
+        build_module: takes the arguments of `neobert.train.build.build_module`; its weights are those of a `MaskedLM`
+            and more.
 
     Raises:
         StartupError: the run cannot start as configured; the message names the key and the remedy.
@@ -146,7 +189,7 @@ def build_run(config: Config) -> Run:
     )
     for sentence in (*chosen, *more):
         reporter.say(sentence)
-    data = build_config_data(
+    data = build_data(
         config,
         tokenizer,
         rows_per_step=rows_per_step,
@@ -186,7 +229,7 @@ def build_run(config: Config) -> Run:
             reporter=reporter,
             module=module,
             num_steps=num_steps,
-            source_labels=data.train.labels,
+            source_labels=data.labels,
             sinks=build_sinks(config, runtime, output_dir, module, reporter),
         ),
         reporter=reporter,

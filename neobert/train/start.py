@@ -219,8 +219,12 @@ def check_free_space(output_dir: Path, checkpoint_bytes: int) -> None:
 def describe_config(reporter: Reporter, config: Config) -> None:
     """Prints every setting that is not null, one line a section; of a section in a section what is not the default."""
     lines: dict[str, list[str]] = {"": [], **{name: [] for name in SECTIONS if "." not in name}}
+    if config.task != "contrastive":  # Another task's: nothing of it takes effect.
+        del lines["contrastive"]
     for key, field in FIELDS.items():
         section, _, name = key.partition(".")
+        if section not in lines and name:
+            continue
         value = field.value_in(config)
         if value not in (None, ()) and ("." not in name or value != field.default):
             lines[section if name else ""].append(f"{name or key}={value}")

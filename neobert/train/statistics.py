@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from neobert.objectives.mlm import MaskedLM
-from neobert.types import IGNORE_INDEX, PackedBatch
+from neobert.types import IGNORE_INDEX, MicroBatch, PackedBatch
 
 MOST_TOKENS = 256
 """Predicted tokens whose logits are looked at."""
@@ -39,8 +39,9 @@ class Statistics:
         self._found: dict[str, Tensor] = {}
 
     @contextmanager
-    def watching(self, batch: PackedBatch) -> Iterator[Callable[[], None]]:
+    def watching(self, batch: MicroBatch) -> Iterator[Callable[[], None]]:
         """Gives the function to call when the gradients of a step are complete, whose last micro-batch is `batch`."""
+        assert isinstance(batch, PackedBatch), "the config refuses statistics of another task"
         hidden: list[Tensor] = []
 
         def keep(module: nn.Module, args: Any, output: Tensor) -> None:

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from neobert.optim.gating import step_unless
-from neobert.types import LossSum, PackedBatch
+from neobert.types import LossSum, MicroBatch
 
 Judge = Callable[[Tensor, Tensor], Tensor]
 """`fn(loss_sum of this rank, grad_norm) -> bool scalar on the device`: whether to skip the step, equal on all ranks."""
@@ -49,7 +49,7 @@ def not_finite(loss_sum: Tensor, grad_norm: Tensor) -> Tensor:
 def train_step(
     model: nn.Module,
     optimizer: Optimizer,
-    micro_batches: Iterable[PackedBatch],
+    micro_batches: Iterable[MicroBatch],
     *,
     lr: float,
     scale: float,
@@ -61,7 +61,7 @@ def train_step(
     """Forward and backward over the micro-batches, clip, update unless `judge` says to skip.
 
     Args:
-        model: returns `LossSum` for a `PackedBatch`.
+        model: returns `LossSum` for a micro-batch.
         optimizer: one that can leave out a step on the device, see `neobert.optim.gating`.
         micro_batches: this rank's share of the step, on the model's device.
         lr: learning rate of this step; a group with an `lr_factor` has that many times as much.

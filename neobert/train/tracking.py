@@ -23,7 +23,7 @@ from neobert.model.peak import peak_flops
 from neobert.objectives.mlm import MaskedLM
 from neobert.train.audit import Layout, ReplayAudit, ReplayDiverged, is_first_attempt, read_layout
 from neobert.train.console import Reporter
-from neobert.train.metrics import EvalMetrics, MetricWindow, StepRecord, perplexity
+from neobert.train.metrics import Evaluation, MetricWindow, StepRecord, perplexity
 from neobert.train.numerics import SkippedStep, build_skipped_step
 from neobert.train.runtime import Runtime
 from neobert.types import StepMetrics, TrainState
@@ -205,16 +205,18 @@ class Tracker:
         loss = sum(r.loss_sum for r in counted) / targets if counted else math.nan
         attended = sum(r.metrics.attended_tokens for r in records) / tokens
         tokens_per_second = tokens / max(seconds, 1e-9)
-        predicted = sum(r.metrics.num_targets for r in records) / tokens
+        # Of masked language modelling: pairs are no tokens that are projected onto the vocabulary.
+        predicted = sum(r.metrics.num_targets for r in records) / tokens if self._config.task == "pretraining" else 0.0
         mfu = self._mfu(tokens_per_second, attended, predicted)
         values: dict[str, float] = {
             "train/loss": loss,
-            "train/perplexity": perplexity(loss),
             "train/learning_rate": last.lr,
             "train/tokens_per_sec": tokens_per_second,
             "train/data_wait": sum(r.metrics.data_wait for r in records) / max(seconds, 1e-9),
             "train/packing_fill": tokens / slots,
         }
+        if self._config.task == "pretraining":
+            values["train/perplexity"] = perplexity(loss)
         if mfu is not None:
             values["train/mfu"] = mfu
         if counted and self._config.trainer.log_grad_norm:
@@ -255,7 +257,7 @@ class Tracker:
             self._reporter.say(f"      tokens by source: {shares}")
         self._send(values | {f"train/{name}": value for name, value in statistics.items()}, state.step)
 
-    def log_eval(self, state: TrainState, metrics: EvalMetrics | None, averaged: EvalMetrics | None = None) -> None:
+    def log_eval(self, state: TrainState, metrics: Evaluation | None, averaged: Evaluation | None = None) -> None:
         """Records an evaluation of the weights and, if given, of their moving average, in lines of kind `eval` and
         `eval_ema`; None (no evaluation data) records nothing."""
         self._evaluated_step = state.step
@@ -264,18 +266,10 @@ class Tracker:
             return
         found = {"eval": metrics} if averaged is None else {"eval": metrics, "eval_ema": averaged}
         # Both lines in one write: an evaluation that is in the file is not made again.
-        self._append(self._log, [{"kind": kind, "step": state.step, **asdict(m)} for kind, m in found.items()])
+        self._append(self._log, [{"kind": kind, "step": state.step, **m.as_line()} for kind, m in found.items()])
         for label, (kind, m) in zip(("eval ", "ema  "), found.items()):
-            self._reporter.say(
-                f"{label} step {state.step:>7,} | loss {m.loss:.4f} | ppl {perplexity(m.loss):.2f} | "
-                f"accuracy {m.accuracy:.2%} | {m.num_targets:,} masked tokens of {m.num_documents:,} documents"
-            )
-            values = {
-                f"{kind}/loss": m.loss,
-                f"{kind}/perplexity": perplexity(m.loss),
-                f"{kind}/accuracy": m.accuracy,
-            }
-            self._send(values, state.step)
+            self._reporter.say(f"{label} step {state.step:>7,} | {m.describe()}")
+            self._send({f"{kind}/{name}": value for name, value in m.as_values().items()}, state.step)
 
     def evaluated(self, step: int) -> bool:
         """Whether this process evaluated at `step`."""
@@ -378,12 +372,10 @@ class Tracker:
         return torch.linalg.vector_norm(torch.stack(norms)).item()
 
     def _describe(self, step: int, values: dict[str, float]) -> str:
-        parts = [
-            f"train step {step:>7,}",
-            f"loss {values['train/loss']:.4f}",
-            f"ppl {values['train/perplexity']:.2f}",
-            f"lr {values['train/learning_rate']:.2e}",
-        ]
+        parts = [f"train step {step:>7,}", f"loss {values['train/loss']:.4f}"]
+        if "train/perplexity" in values:
+            parts.append(f"ppl {values['train/perplexity']:.2f}")
+        parts.append(f"lr {values['train/learning_rate']:.2e}")
         if "train/grad_norm" in values:
             parts.append(f"grad {values['train/grad_norm']:.3f}")
         if "train/accuracy" in values:

@@ -19,6 +19,7 @@ TRACKED_SECTIONS = (
     "optimizer",
     "scheduler",
     "trainer",
+    "contrastive",
 )
 """What a tracker may know of a config; a section that is not listed is not sent."""
 

@@ -36,6 +36,9 @@ from neobert.weights.manifest import CheckpointError
 REMOTE_CODE_TYPE = "neobert_encoder"
 """`model_type` of models that we export with their code."""
 
+TRAINING_ONLY = ("log_scale",)
+"""Weights of a checkpoint of ours that belong to the loss and not to the encoder: a learned temperature."""
+
 STEPS_KEY = "pretraining_steps"
 """In config.json of models that we export: a second key in the header of the weights would make its bytes random."""
 
@@ -152,6 +155,8 @@ def _fetch(name: str) -> Path:
 def _read_folder(folder: Path, drop_decoder_bias: bool, weights: str) -> EncoderWeights:
     tensors = _read_tensors(folder, WEIGHTS[weights])
     layout, raw = _recognise(folder, tensors)
+    if layout.name == "checkpoint":
+        tensors = {name: tensor for name, tensor in tensors.items() if name not in TRAINING_ONLY}
     config = layout.describe(raw, tensors)
     if drop_decoder_bias:
         config = replace(config, decoder_bias=False)

@@ -157,7 +157,7 @@ def test_lists_are_tuples():
         ("optimizer.name=muon", "optimizer.name: 'muon' is written muonclip"),
         ("optimizer.muon_config=3", "optimizer.muon_config: is a section; set its keys one by one"),
         ("optimizer.muon_config.ns_step=3", "unknown key. Did you mean optimizer.muon_config.ns_steps?"),
-        ("task=glue", "task: GLUE is not part of this version: only pretraining is"),
+        ("task=glue", "task: GLUE is not part of this version: only pretraining and contrastive are"),
         ("model.attn_backend=flash", "model.attn_backend: 'flash' is written flash_attn_varlen"),
     ],
 )
@@ -212,7 +212,7 @@ def test_keys_below_values_and_sections_as_values():
         ("trainer: {max_steps: 10, learning_rate: 1e-3}", "trainer.learning_rate: is written optimizer.lr here"),
         ("optimizer: {hparams: {lr: 1}}", "optimizer.hparams.lr: is written optimizer.lr here"),
         ("optimizer: {muon_config: {algorithm: x}}", "optimizer.muon_config.algorithm: is an old name: write"),
-        ("contrastive: {temperature: 1}", "contrastive: is not part of this version; contrastive fine-tuning is not"),
+        ("mteb_pooling: cls", "mteb_pooling: is not part of this version; MTEB is not"),
         ("glue: {}", "glue: is not part of this version"),
         ("model: {pad_token_id: 0}", "model.pad_token_id: comes from the tokenizer: remove it"),
         ("tokenizer: {padding: true, train: true}", "tokenizer.padding: has no effect"),
@@ -229,7 +229,7 @@ def test_refused_keys_in_a_file(text, message):
 
 def test_refused_keys_on_the_command_line():
     assert "model.classifier_init_range: is not" in error_of(BASE, "--model.classifier_init_range", "1")
-    assert "contrastive: is not part of this version" in error_of(BASE, "contrastive.pooling=mean")
+    assert "glue: is not part of this version" in error_of(BASE, "glue.task_name=cola")
     assert error_of(BASE, "--variables.x=3") == "variables: are set in the config file only, under `variables:`"
 
 

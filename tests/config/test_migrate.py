@@ -8,6 +8,7 @@ import pytest
 
 from neobert.config.load import ConfigError, parse_config
 from neobert.config.migrate import MigrationError, migrate
+from neobert.config.schema import Config
 from neobert.config.schema_optimizer import MuonSection
 
 ROOT = Path(__file__).parents[2]
@@ -144,9 +145,6 @@ OTHER_KEYS = [
     "model.pad_token_id",
     "model.from_hub",
     "dataset.trust_remote_code",
-    "dataset.load_all_from_disk",
-    "dataset.force_redownload",
-    "dataset.alpha",
     "tokenizer.padding",
     "optimizer.muon_config.polar_express",
     "trainer.early_stopping",
@@ -159,10 +157,9 @@ OTHER_KEYS = [
     "trainer.train_batch_size",
     "trainer.eval_batch_size",
     "wandb.log_interval",
+    "dataset.pretraining_prob",
     "glue.task_name",
     "glue.num_labels",
-    "contrastive.temperature",
-    "contrastive.pooling",
     "accelerate_config_file",
     "mteb_task_type",
     "mteb_batch_size",
@@ -222,3 +219,28 @@ def test_the_script(tmp_path):
     done = subprocess.run([*command, str(old)], cwd=ROOT, capture_output=True, text=True, env={"PYTHONPATH": str(ROOT)})
     assert (done.returncode, done.stdout) == (2, "")
     assert "task: glue is not part of this version" in done.stderr
+
+
+def test_a_contrastive_file_is_migrated():
+    text, edits = migrate(
+        "task: contrastive\n"
+        "model: {hidden_size: 768, dropout_prob: 0.1}\n"
+        "dataset: {name: ALL, path: data/pairs, alpha: 0.5, streaming: true, pretraining_prob: 0.3}\n"
+        "tokenizer: {name: bert-base-uncased, padding: max_length}\n"
+        "trainer: {num_train_epochs: 1}\n"
+        "contrastive: {temperature: 0.05, pooling: avg, loss_type: simcse, pretrained_checkpoint_dir: outputs/x}\n"
+    )
+    config = parse_config(text)
+    assert (config.contrastive.loss_type, config.contrastive.pooling) == ("infonce", "mean")
+    assert (config.dataset.alpha, config.dataset.streaming, config.tokenizer.name) == (0.5, None, None)
+    assert "renamed dataset.pretraining_prob to contrastive.pretraining_prob" in edits
+    assert "removed contrastive.pretraining_prob: it needs contrastive.pretraining_dataset here" in edits
+    assert "wrote contrastive.loss_type: infonce, which is simcse there" in edits
+
+
+def test_keys_of_contrastive_fine_tuning_leave_a_pretraining_file():
+    old = "dataset: {name: x, alpha: 2}\ntrainer: {max_steps: 3}\ncontrastive: {temperature: 1, pooling: cls}\n"
+    text, edits = migrate(old)
+    assert parse_config(text).contrastive == Config().contrastive
+    for key in ("dataset.alpha", "contrastive.temperature", "contrastive.pooling"):
+        assert f"removed {key}: it is read in contrastive fine-tuning only" in edits

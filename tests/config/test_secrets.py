@@ -61,6 +61,7 @@ def test_a_config_keeps_every_key_and_loses_secrets_in_values() -> None:
     assert set(clean) == {"task", "seed", "model", "dataset", "tokenizer", "datacollator", "optimizer", "scheduler"} | {
         "trainer",
         "wandb",
+        "contrastive",
     }
     assert clean["wandb"]["tags"] == ["a", "https://***@h/x"]
     assert len(clean["trainer"]) == len(config.trainer.__dataclass_fields__)

@@ -1,0 +1,218 @@
+"""Rows of a step -> one batch: every text a document of its own, side by side, nothing padded.
+
+A row is a pair with its negatives (or whatever its set holds), its segments are the texts. A process gets all its rows
+of a step in one batch, since all of them are compared with each other. They are cut into chunks of
+`trainer.per_device_train_batch_size` rows, and only a chunk goes through the encoder at once. The texts of a chunk
+stand in one row of slots, filled up to a multiple of 64:
+
+    chunk 0    [CLS] a0 [SEP] [CLS] p0 [SEP] [CLS] n0 [SEP] [CLS] a1 [SEP] [CLS] p1 [SEP] [PAD]     rows 0 and 1
+    texts            0              1              2              3              4
+    anchors    0 3        positives   1 4        negatives   2 -        (- : row 1 has none)
+"""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, fields, replace
+from typing import Any, Self
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from neobert.contrastive.order import Kind, TrainSet
+from neobert.data.collate import Collator, MaskPolicy, join_rows
+from neobert.data.lanes import IntArray
+from neobert.data.order import Words, extend_keys, key, mask_words, mix
+from neobert.types import PackedBatch, PackedRow
+
+SLOTS_MULTIPLE = 64
+"""Slots of a chunk are a multiple of this: fewer different shapes for libraries that keep code for each."""
+
+
+class NoMasks:
+    """The mask policy of texts that are read as they are."""
+
+    def corrupt(
+        self, tokens: IntArray, words: Words, offset: float, *, step: int
+    ) -> tuple[IntArray, NDArray[np.int64]]:
+        return tokens, np.empty(0, dtype=np.int64)
+
+    def max_targets(self, num_slots: int) -> int:
+        return 0
+
+
+@dataclass(frozen=True, kw_only=True, slots=True, eq=False)
+class PairBatch:
+    """The rows of one process in one step."""
+
+    kind: Kind
+    chunks: tuple[PackedBatch, ...]
+    """Stretches of the texts that go through the encoder one after the other."""
+
+    lengths: tuple[Tensor, ...]
+    """int64 `[texts]` of each chunk: tokens of every text."""
+
+    anchors: Tensor
+    """int64 `[N]`: place of each row's first text among all texts."""
+
+    positives: Tensor
+    """int64 `[N]`: of its second text; equal to `anchors` where rows have one."""
+
+    negatives: Tensor
+    """int64 `[N, K]`: of its negatives; 0 where there is none."""
+
+    has_negative: Tensor
+    """bool `[N, K]`."""
+
+    text_ids: Tensor
+    """int64 `[texts]`: equal for equal texts."""
+
+    scores: Tensor
+    """fp32 `[N]`: similarity of scored pairs, number of the class of labelled texts, else 0."""
+
+    row_keys: Tensor
+    """int64 `[N]`: global row numbers, on the host."""
+
+    source_tokens: tuple[int, ...]
+    num_targets: int
+    """Rows; for `mlm` the masked tokens."""
+
+    digest: int
+
+    @property
+    def num_rows(self) -> int:
+        return len(self.row_keys)
+
+    @property
+    def num_slots(self) -> int:
+        return sum(chunk.num_slots for chunk in self.chunks)
+
+    @property
+    def num_tokens(self) -> int:
+        return sum(chunk.num_tokens for chunk in self.chunks)
+
+    @property
+    def num_documents(self) -> int:
+        return sum(chunk.num_documents for chunk in self.chunks)
+
+    @property
+    def attended_tokens(self) -> int:
+        return sum(chunk.attended_tokens for chunk in self.chunks)
+
+    def to(self, device: torch.device, *, non_blocking: bool = False) -> Self:
+        """A copy with its tensors on `device`; `row_keys` stays on the host."""
+        return self._moved(
+            lambda x: x.to(device, non_blocking=non_blocking), lambda x: x.to(device, non_blocking=non_blocking)
+        )
+
+    def pin_memory(self) -> Self:
+        """A copy in page-locked host memory."""
+        return self._moved(lambda x: x.pin_memory(), lambda x: x.pin_memory())
+
+    def record_stream(self, stream: Any) -> None:
+        """Keeps the memory of tensors on a GPU until what is queued in `stream` now has read it."""
+        for chunk in self.chunks:
+            chunk.record_stream(stream)
+        own = (self.anchors, self.positives, self.negatives, self.has_negative, self.text_ids, self.scores)
+        for tensor in (*self.lengths, *own):
+            tensor.record_stream(stream)
+
+    def _moved(self, chunk: Callable[[PackedBatch], PackedBatch], tensor: Callable[[Tensor], Tensor]) -> Self:
+        values = {f.name: getattr(self, f.name) for f in fields(self)}
+        values["chunks"] = tuple(map(chunk, self.chunks))
+        values["lengths"] = tuple(map(tensor, self.lengths))
+        for name in ("anchors", "positives", "negatives", "has_negative", "text_ids", "scores"):
+            values[name] = tensor(values[name])
+        return type(self)(**values)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True, eq=False)
+class PairCollator:
+    """Turns the rows of a step into a `PairBatch`; a pure function of the rows and of these settings."""
+
+    sets: Sequence[TrainSet]
+    chunk_rows: int
+    max_seq_length: int
+    pad_id: int
+    seed: int
+    masks: MaskPolicy
+    """Of `mlm`."""
+
+    def __call__(self, rows: Sequence[PackedRow], *, step: int = 0) -> PairBatch:
+        """Rows of one set; masks of `mlm` are drawn anew for every step."""
+        pairs = self.sets[rows[0].sources[0]]
+        collate = self._collator(pairs.kind, step)
+        parts = [rows[start : start + self.chunk_rows] for start in range(0, len(rows), self.chunk_rows)]
+        chunks = tuple(self._chunk(part, collate) for part in parts)
+        counts = np.array([len(row.lengths) for row in rows], dtype=np.int64)
+        anchors = np.cumsum(counts) - counts
+        steps = np.arange(1, pairs.num_negatives + 1)
+        negatives = anchors[:, None] + 1 + steps
+        has_negative = 1 + steps < counts[:, None]
+        return PairBatch(
+            kind=pairs.kind,
+            chunks=chunks,
+            lengths=tuple(torch.tensor([length for row in part for length in row.lengths]) for part in parts),
+            anchors=torch.from_numpy(anchors),
+            positives=torch.from_numpy(np.where(counts > 1, anchors + 1, anchors)),
+            negatives=torch.from_numpy(np.where(has_negative, negatives, 0)),
+            has_negative=torch.from_numpy(has_negative),
+            text_ids=torch.from_numpy(_text_ids(rows)),
+            scores=torch.tensor(self._scores(pairs, rows), dtype=torch.float32),
+            row_keys=torch.tensor([row.key for row in rows], dtype=torch.int64),
+            source_tokens=tuple(map(sum, zip(*(chunk.source_tokens for chunk in chunks)))),
+            num_targets=sum(c.num_targets for c in chunks) if pairs.kind == "mlm" else len(rows),
+            digest=self._digest(rows, chunks) if pairs.kind == "mlm" else digest_rows(rows),
+        )
+
+    def _collator(self, kind: Kind, step: int) -> Collator:
+        return Collator(
+            policy=self.masks if kind == "mlm" else NoMasks(),
+            seed=key(self.seed, "step", step),
+            draw="document",
+            max_seq_length=2**31 - SLOTS_MULTIPLE,
+            max_segments=1,
+            pad_id=self.pad_id,
+            pad_to_multiple_of=SLOTS_MULTIPLE,
+            num_sources=len(self.sets),
+        )
+
+    def _chunk(self, rows: Sequence[PackedRow], collate: Collator) -> PackedBatch:
+        joined = join_rows(rows)
+        batch = replace(collate, max_segments=len(joined.lengths))([joined])
+        longest = max(self.max_seq_length, SLOTS_MULTIPLE)
+        return replace(batch, segments=replace(batch.segments, max_seqlen=longest))
+
+    def _scores(self, pairs: TrainSet, rows: Sequence[PackedRow]) -> list[float]:
+        column = {"cosent": "score", "supcon": "label"}.get(pairs.kind)
+        if column is None:
+            return [0.0] * len(rows)
+        return [float(value) for value in pairs.store.column(column, [row.documents[0] for row in rows])]
+
+    def _digest(self, rows: Sequence[PackedRow], chunks: Sequence[PackedBatch]) -> int:
+        """Of rows with masks: their targets are drawn from (step, document), whatever the chunks."""
+        targets = [int(t) + 1 for chunk in chunks for t in chunk.targets[: chunk.num_targets].tolist()]
+        words = mix(np.array(targets, dtype=np.uint64)).sum(dtype=np.uint64) if targets else 0
+        return (digest_rows(rows) + int(words)) % 2**64
+
+
+def digest_rows(rows: Sequence[PackedRow]) -> int:
+    """Sum over rows of one 64-bit hash of (row number; token and number of its text in every place), modulo 2**64."""
+    total = 0
+    for row in rows:
+        numbers = np.repeat(np.arange(1, len(row.lengths) + 1, dtype=np.uint64), row.lengths)
+        words = row.tokens.astype(np.uint64) | (numbers << np.uint64(24))
+        sums = mask_words(words, np.arange(len(words))).sum(dtype=np.uint64)
+        total += int(extend_keys(mix(np.array([sums])), [row.key])[0])
+    return total % 2**64
+
+
+def _text_ids(rows: Sequence[PackedRow]) -> NDArray[np.int64]:
+    """A 63-bit hash of the tokens of every text."""
+    found = []
+    for row in rows:
+        ends = np.cumsum(row.lengths)
+        words = row.tokens.astype(np.uint64)
+        for start, end in zip(ends - row.lengths, ends):
+            found.append(mask_words(words[start:end], np.arange(end - start)).sum(dtype=np.uint64))
+    return (mix(np.array(found, dtype=np.uint64)) >> np.uint64(1)).astype(np.int64)

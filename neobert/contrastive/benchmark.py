@@ -1,0 +1,226 @@
+"""What packing and cached gradients are worth: pairs per second and peak memory of whole training steps.
+
+| variant | a step |
+|---|---|
+| `unpadded` | `--batch-size` pairs at once, texts side by side, as in training |
+| `padded` | the same pairs, one text a row, every row as long as the longest text |
+| `cached` | `--cached-batch-size` pairs, `--batch-size` of them at a time through the encoder (GradCache) |
+| `whole` | `--cached-batch-size` pairs at once |
+
+Every variant runs in a process of its own, so that its peak is its own: of the allocator on a GPU, of the resident
+memory beyond model, optimizer and data on a CPU. Losses are printed too: unpadded and padded, cached and whole agree.
+"""
+
+import argparse
+import multiprocessing
+import resource
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from neobert.config.schema_contrastive import PairSource
+from neobert.contrastive.batches import NoMasks, PairBatch, PairCollator
+from neobert.contrastive.module import ContrastiveEncoder, Objective
+from neobert.contrastive.order import TrainSet
+from neobert.contrastive.reading import open_source
+from neobert.data.collate import Collator
+from neobert.data.packing import SPECIALS_PER_SEGMENT
+from neobert.inference.load import DTYPES, choose_device, load
+from neobert.kernels.linear_cross_entropy import KERNELS
+from neobert.model.attention import choose_attention
+from neobert.model.config import ModelConfig
+from neobert.model.encoder import Encoder
+from neobert.train.step import train_step
+from neobert.types import PackedBatch, PackedRow
+
+VARIANTS = ("unpadded", "padded", "cached", "whole")
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Measurement:
+    """One variant."""
+
+    variant: str
+    pairs_per_second: float
+    peak_mib: float
+    loss: float
+    slots_per_token: float
+
+
+class PaddedEncoder(ContrastiveEncoder):
+    """The same on padded rows: what unpadded training is compared with."""
+
+    def _embed_chunk(self, chunk: PackedBatch, lengths: Tensor) -> Tensor:
+        hidden = self.encoder(chunk.input_ids, chunk.positions, chunk.segments)
+        real = torch.arange(chunk.input_ids.shape[1], device=lengths.device) < lengths[:, None]
+        slots = torch.arange(real.numel(), device=lengths.device).view(real.shape)[real]
+        return self.pool(hidden.index_select(0, slots).float(), lengths)
+
+
+def make_rows(args: argparse.Namespace, count: int) -> tuple[list[PackedRow], int, int]:
+    """Rows of two texts each, the size of the vocabulary and the padding id."""
+    if args.pairs is None:
+        rng = np.random.default_rng(0)
+        lengths = np.clip(rng.lognormal(np.log(args.median_length), 0.6, 2 * count), 2, args.max_length - 2).astype(int)
+        texts = [rng.integers(5, args.vocab_size, length, dtype=np.int32) for length in lengths]
+        return [_row(number, texts[2 * number : 2 * number + 2], 1, 2) for number in range(count)], args.vocab_size, 0
+    tokenizer = load(args.model, device="cpu").tokenizer
+    examples = list(islice(open_source(PairSource(name=args.pairs)).examples, count))
+    if len(examples) < count:
+        raise SystemExit(f"error: --pairs: {args.pairs} has {len(examples)} pairs, {count} are needed for a step")
+    tokens = tokenizer.encode_batch([text for x in examples for text in (x.anchor, str(x.positive))])
+    tokens = [ids[: args.max_length - SPECIALS_PER_SEGMENT] for ids in tokens]
+    ids = (tokenizer.cls_id, tokenizer.sep_id)
+    return [_row(n, tokens[2 * n : 2 * n + 2], *ids) for n in range(count)], tokenizer.size, tokenizer.pad_id
+
+
+def _row(number: int, texts: Sequence[NDArray[np.int32]], cls_id: int, sep_id: int) -> PackedRow:
+    return PackedRow(
+        tokens=np.concatenate([np.array([cls_id, *text, sep_id], dtype=np.int32) for text in texts]),
+        lengths=tuple(len(text) + SPECIALS_PER_SEGMENT for text in texts),
+        documents=(number,) * len(texts),
+        offsets=(0,) * len(texts),
+        sources=(0,) * len(texts),
+        key=number,
+    )
+
+
+def build_batch(rows: list[PackedRow], *, chunk_rows: int, pad_id: int, max_length: int, padded: bool) -> PairBatch:
+    """The batch of a step; padded ones hold one text a row."""
+    store: Any = None  # Pairs of `infonce` are read from their rows alone.
+    pairs = TrainSet(
+        key="", store=store, kind="infonce", first=0, anchor_prefix="", positive_prefix="", num_negatives=0
+    )
+    collate = PairCollator(
+        sets=[pairs],
+        chunk_rows=chunk_rows,
+        max_seq_length=max_length,
+        pad_id=pad_id,
+        seed=0,
+        masks=NoMasks(),
+    )
+    batch = collate(rows)
+    if not padded:
+        return batch
+    texts = [
+        replace(row, tokens=tokens, lengths=(len(tokens),), documents=(row.key,), offsets=(0,), sources=(0,))
+        for row in rows
+        for tokens in np.split(row.tokens, np.cumsum(row.lengths)[:-1])
+    ]
+    longest = max(len(text.tokens) for text in texts)
+    one_a_row = Collator(
+        policy=NoMasks(), seed=0, draw="document", max_seq_length=longest, max_segments=1, pad_id=pad_id
+    )
+    return replace(batch, chunks=(one_a_row(texts),))
+
+
+def build_module(args: argparse.Namespace, vocab_size: int, pad_id: int, *, padded: bool) -> ContrastiveEncoder:
+    """The model of `--model`, or one of the sizes given with random weights."""
+    device = choose_device(args.device)
+    kind = PaddedEncoder if padded else ContrastiveEncoder
+    attention = choose_attention("auto", device=device, dtype=DTYPES[args.dtype])
+    if args.model is not None:
+        loaded = load(args.model, device="cpu").masked_lm
+        config = replace(loaded.encoder.config, dropout_prob=0.0)  # Variants are to have one and the same loss.
+        module = kind(Encoder(config, attention), Objective(), kernel=KERNELS["torch"])
+        module.load_state_dict(loaded.state_dict())
+        return module.to(device)
+    config = ModelConfig(
+        hidden_size=args.hidden_size,
+        num_hidden_layers=args.num_layers,
+        num_attention_heads=args.hidden_size // 64 or 1,
+        intermediate_size=3 * args.hidden_size,
+        max_position_embeddings=args.max_length,
+        vocab_size=vocab_size,
+        pad_token_id=pad_id,
+    )
+    torch.manual_seed(0)
+    return kind(Encoder(config, attention), Objective(), kernel=KERNELS["torch"]).to(device)
+
+
+def measure(args: argparse.Namespace, variant: str) -> Measurement:
+    """Steps of one variant; call it in a process of its own."""
+    if args.threads:
+        torch.set_num_threads(args.threads)
+    count = args.cached_batch_size if variant in ("cached", "whole") else args.batch_size
+    rows, vocab_size, pad_id = make_rows(args, count)
+    padded = variant == "padded"
+    chunk = count if variant == "whole" else args.batch_size
+    batch = build_batch(rows, chunk_rows=chunk, pad_id=pad_id, max_length=args.max_length, padded=padded)
+    module = build_module(args, vocab_size, pad_id, padded=padded)
+    device = next(module.parameters()).device
+    optimizer = torch.optim.AdamW(module.parameters(), lr=0.0, fused=True)
+    seconds, losses = [], []
+    small = build_batch(rows[:2], chunk_rows=2, pad_id=pad_id, max_length=args.max_length, padded=padded)
+    train_step(module, optimizer, [small.to(device)], lr=0.0, scale=1.0)  # Makes room for the optimizer's state.
+    before = _resident_mib()
+    for _ in range(args.steps + 1):  # The first one warms up.
+        start = time.perf_counter()
+        with torch.autocast(device.type, torch.bfloat16, enabled=args.dtype == "bf16"):
+            result = train_step(module, optimizer, [batch.to(device)], lr=0.0, scale=1 / count)
+        losses.append(float(result.loss_sum) / count)  # Waits for the device.
+        seconds.append(time.perf_counter() - start)
+    if device.type == "cuda":
+        peak = torch.cuda.max_memory_allocated(device) / 2**20
+    else:
+        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024 - before
+    return Measurement(
+        variant=variant,
+        pairs_per_second=count / float(np.median(seconds[1:])),
+        peak_mib=peak,
+        loss=losses[0],
+        slots_per_token=batch.num_slots / batch.num_tokens,
+    )
+
+
+def _resident_mib() -> float:
+    pages = int(Path("/proc/self/statm").read_text().split()[1])
+    return pages * resource.getpagesize() / 2**20
+
+
+def run_benchmark(argv: list[str], description: str) -> int:
+    """The script: one line for each variant."""
+    args = _parse(argv, description)
+    where = "of the allocator" if choose_device(args.device).type == "cuda" else "beyond model, optimizer and data"
+    print(f"{'variant':<10} {'pairs/s':>9} {'peak MiB':>9} {'slots/token':>12} {'loss':>9}   (peak {where})")
+    context = multiprocessing.get_context("spawn")
+    for variant in args.variants:
+        with context.Pool(1) as pool:
+            found = pool.apply(measure, (args, variant))
+        print(
+            f"{found.variant:<10} {found.pairs_per_second:>9.1f} {found.peak_mib:>9.0f} {found.slots_per_token:>12.2f} "
+            f"{found.loss:>9.5f}"
+        )
+    return 0
+
+
+def _parse(argv: list[str], description: str) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument(
+        "--model", help="run, checkpoint or exported folder; default: random weights of the sizes below"
+    )
+    parser.add_argument("--pairs", help="file or folder of pairs (needs --model); default: random texts")
+    parser.add_argument("--variants", nargs="+", default=list(VARIANTS), choices=VARIANTS)
+    parser.add_argument("--batch-size", type=int, default=32, help="pairs (default %(default)s)")
+    parser.add_argument("--cached-batch-size", type=int, default=1024, help="pairs (default %(default)s)")
+    parser.add_argument("--steps", type=int, default=5, help="timed steps; the median counts (default %(default)s)")
+    parser.add_argument("--max-length", type=int, default=128, help="tokens of a text (default %(default)s)")
+    parser.add_argument("--median-length", type=float, default=16.0, help="of random texts (default %(default)s)")
+    parser.add_argument("--hidden-size", type=int, default=256)
+    parser.add_argument("--num-layers", type=int, default=4)
+    parser.add_argument("--vocab-size", type=int, default=30592)
+    parser.add_argument("--dtype", default="fp32", choices=sorted(DTYPES))
+    parser.add_argument("--device", default="auto")
+    parser.add_argument("--threads", type=int, default=0, help="of a CPU; default: torch's choice")
+    args = parser.parse_args(argv)
+    if args.pairs is not None and args.model is None:
+        parser.error("--pairs needs --model, whose tokenizer reads them")
+    return args

@@ -1,0 +1,170 @@
+"""Evaluation on held-out sets: the same examples every time, all of them, whatever the training did.
+
+Scored pairs give Spearman's correlation between cosine and score. Other pairs are a retrieval task: every different
+anchor is a query, the collection is every different positive and negative of the set, and the positives of an anchor
+answer it. Texts are embedded as `scripts/embed.py` and an exported model would embed them, cut at
+`dataset.max_seq_length`. Processes share the texts out and put the vectors together, so their number does not matter.
+"""
+
+import argparse
+import sys
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from neobert.config.schema_contrastive import PairSource
+from neobert.contrastive.data import ContrastiveData, HeldOut
+from neobert.contrastive.metrics import TOP, retrieval, spearman
+from neobert.contrastive.reading import open_source
+from neobert.contrastive.rows import Example, Form
+from neobert.data.errors import DataError
+from neobert.inference.load import load
+from neobert.inference.model import Model
+from neobert.inference.packed import BATCH_TOKENS
+from neobert.inference.pooling import POOLING
+from neobert.train.run import Run
+from neobert.weights.describe import WeightsError
+
+Embed = Callable[[Sequence[str]], NDArray[np.float32]]
+
+MAIN: dict[Form, str] = {"scored": "spearman", "pairs": f"ndcg@{TOP}"}
+"""The figure that counts in `score`, by the form of the set."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class ContrastiveMetrics:
+    """Figures by set."""
+
+    sets: dict[str, dict[str, float]]
+    score: float
+    """Mean over the sets of the figure that counts."""
+
+    @property
+    def loss(self) -> float:
+        """1 - score: what `trainer.save_best` compares."""
+        return 1 - self.score
+
+    def as_line(self) -> dict[str, Any]:
+        return {"loss": self.loss, "score": self.score, "sets": self.sets}
+
+    def as_values(self) -> dict[str, float]:
+        values = {f"contrastive/{key}/{name}": x for key, figures in self.sets.items() for name, x in figures.items()}
+        return {"contrastive/score": self.score, **values}
+
+    def describe(self) -> str:
+        parts = [f"score {self.score:.4f}"]
+        for key, figures in self.sets.items():
+            parts.append(f"{key}: " + ", ".join(f"{name} {x:.4f}" for name, x in figures.items()))
+        return " | ".join(parts)
+
+
+@torch.no_grad()
+def evaluate_sets(run: Run) -> ContrastiveMetrics | None:
+    """Figures of all held-out sets; None when there are none, or when the run is asked to stop."""
+    data = run.data
+    assert isinstance(data, ContrastiveData), "the data of contrastive fine-tuning"
+    if not data.held_out:
+        return None
+    found: dict[str, dict[str, float]] = {}
+    main = []
+    with run.tracker.paused():
+        for part in data.held_out:
+            if run.stop.agree(*run.runtime.sum_on_host(run.stop.wishes())):
+                return None
+            found[part.key] = _evaluate_set(run, part)
+            main.append(found[part.key][MAIN[part.store.info.form]])
+    return ContrastiveMetrics(sets=found, score=float(np.mean(main)))
+
+
+def _evaluate_set(run: Run, part: HeldOut) -> dict[str, float]:
+    numbers = range(part.first, part.last)
+    examples = [
+        Example(
+            anchor=part.anchor_prefix + row["anchor"],
+            positive=part.positive_prefix + row["positive"],
+            negatives=tuple(part.positive_prefix + text for text in row["negatives"] or ()),
+            score=row["score"],
+        )
+        for row in map(part.store.get, numbers)
+    ]
+    return figures(part.store.info.form, examples, lambda texts: embed_shared(run, texts))
+
+
+def figures(form: Form, examples: Sequence[Example], embed: Embed) -> dict[str, float]:
+    """Figures of merit of `embed` (texts to vectors of length 1) on pairs or scored pairs."""
+    anchors, positives = [x.anchor for x in examples], [str(x.positive) for x in examples]
+    if form == "scored":
+        vectors = embed([*anchors, *positives])
+        cosines = (vectors[: len(anchors)] * vectors[len(anchors) :]).sum(axis=1)
+        return {"spearman": spearman(cosines, np.array([x.score for x in examples], dtype=np.float64))}
+    negatives = [text for x in examples for text in x.negatives]
+    queries, documents = list(dict.fromkeys(anchors)), list(dict.fromkeys([*positives, *negatives]))
+    place = {text: number for number, text in enumerate(documents)}
+    answers: dict[str, dict[int, None]] = {query: {} for query in queries}
+    for anchor, positive in zip(anchors, positives):
+        answers[anchor][place[positive]] = None
+    vectors = embed([*queries, *documents])
+    relevant = [list(answers[query]) for query in queries]
+    return retrieval(vectors[: len(queries)], vectors[len(queries) :], relevant)
+
+
+def embed_shared(run: Run, texts: Sequence[str]) -> NDArray[np.float32]:
+    """Vectors of length 1, `[texts, H]`, on every process; each embeds its share. Collective."""
+    model = Model(masked_lm=run.module, tokenizer=run.tokenizer)
+    config, runtime = run.config, run.runtime
+    mine = texts[runtime.rank :: runtime.world]
+    vectors = embed_cut(model, mine, pooling=config.contrastive.pooling, max_length=config.dataset.max_seq_length)
+    result = np.empty((len(texts), model.hidden_size), dtype=np.float32)
+    for rank, part in enumerate(runtime.gather_objects(vectors)):
+        result[rank :: runtime.world] = part
+    return result
+
+
+def embed_cut(model: Model, texts: Sequence[str], *, pooling: str, max_length: int) -> NDArray[np.float32]:
+    """Vectors of length 1 of texts cut at `max_length` tokens, [CLS] and [SEP] included."""
+    cls_id, sep_id = model.tokenizer.cls_id, model.tokenizer.sep_id
+    tokens = model.tokenizer.encode_batch(texts)
+    documents = [np.array([cls_id, *ids[: max_length - 2], sep_id], dtype=np.int32) for ids in tokens]
+    vectors = model.embed_tokens(documents, pooling=pooling, normalize=True, batch_tokens=BATCH_TOKENS)
+    return vectors.numpy()
+
+
+def run_evaluate(argv: list[str], description: str) -> int:
+    """The script: figures of any model on any set, without a config."""
+    parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("model", help="run folder, checkpoint, exported folder or name of the hub")
+    parser.add_argument("pairs", help="file, folder, known set or hub dataset of pairs or scored pairs")
+    parser.add_argument("--split", help="split to read")
+    parser.add_argument("--pooling", default="mean", help=f"{', '.join(POOLING)} (default mean)")
+    parser.add_argument("--anchor-prefix", default="", help="put before anchors")
+    parser.add_argument("--positive-prefix", default="", help="put before positives and negatives")
+    parser.add_argument("--max-length", type=int, help="cut texts at so many tokens; default: the model's length")
+    parser.add_argument("--device", default="auto", help="auto, cpu or cuda")
+    args = parser.parse_args(argv)
+    try:
+        opened = open_source(PairSource(name=args.pairs, split=args.split))
+        if opened.form not in MAIN:
+            raise DataError(f"{opened.label} has neither pairs nor scored pairs to evaluate on")
+        model = load(args.model, device=args.device)
+        length = min(args.max_length or model.max_length, model.max_length)
+        examples = [
+            Example(
+                anchor=args.anchor_prefix + x.anchor,
+                positive=args.positive_prefix + str(x.positive),
+                negatives=tuple(args.positive_prefix + text for text in x.negatives),
+                score=x.score,
+            )
+            for x in opened.examples
+        ]
+        found = figures(
+            opened.form, examples, lambda texts: embed_cut(model, texts, pooling=args.pooling, max_length=length)
+        )
+    except (DataError, WeightsError, ValueError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    print(f"{opened.label}, {len(examples):,} rows: " + ", ".join(f"{name} {x:.4f}" for name, x in found.items()))
+    return 0

@@ -1,0 +1,74 @@
+"""Losses over the embeddings of a step. Pure functions; all similarities are cosines.
+
+Each returns the sum over this process's rows, so that the sum over processes, divided by the rows of all of them, is
+the loss of the step. Embeddings that come from other processes take part with their gradients.
+
+Legend: N rows of this process, M rows or candidates of all processes, D width.
+"""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+
+def info_nce(
+    anchors_ND: Tensor,
+    candidates_MD: Tensor,
+    own_N: Tensor,
+    excluded_NM: Tensor,
+    *,
+    scale: Tensor | float,
+    bonus_NM: Tensor | None = None,
+    margin: float | None = None,
+) -> Tensor:
+    """-log softmax of the own candidate's similarity among all (van den Oord et al., arXiv 1807.03748, equation 4).
+
+    Args:
+        anchors_ND: of length 1, as the candidates.
+        own_N: the candidate that belongs to each anchor.
+        excluded_NM: candidates that are no negatives of an anchor; never its own one.
+        scale: 1 / temperature.
+        bonus_NM: added to the logits (hard negatives of SimCSE, Gao et al., arXiv 2104.08821, equation 8).
+        margin: also excludes candidates more similar to the anchor than its own one by more than this.
+    """
+    similarity_NM = anchors_ND @ candidates_MD.T
+    if margin is not None:
+        limit_N1 = similarity_NM.detach().gather(1, own_N[:, None]) + margin
+        excluded_NM = excluded_NM | (similarity_NM.detach() > limit_N1)
+    logits_NM = scale * similarity_NM
+    if bonus_NM is not None:
+        logits_NM = logits_NM + bonus_NM
+    logits_NM = logits_NM.masked_fill(excluded_NM, float("-inf"))
+    return F.cross_entropy(logits_NM, own_N, reduction="sum")
+
+
+def sup_con(
+    anchors_ND: Tensor,
+    all_MD: Tensor,
+    labels_N: Tensor,
+    labels_M: Tensor,
+    own_N: Tensor,
+    *,
+    scale: Tensor | float,
+) -> Tensor:
+    """Supervised contrastive loss (Khosla et al., arXiv 2004.11362, equation 2): every other text of an anchor's class
+    among all other texts. An anchor without another one of its class counts 0.
+
+    Args:
+        own_N: place of each anchor among `all_MD`.
+    """
+    logits_NM = scale * (anchors_ND @ all_MD.T)
+    itself_NM = own_N[:, None] == torch.arange(len(all_MD), device=own_N.device)
+    log_shares_NM = F.log_softmax(logits_NM.masked_fill(itself_NM, float("-inf")), dim=1)
+    same_NM = (labels_N[:, None] == labels_M) & ~itself_NM
+    sums_N = torch.where(same_NM, log_shares_NM, 0.0).sum(dim=1)
+    return -(sums_N / same_NM.sum(dim=1).clamp(min=1)).sum()
+
+
+def cosent(similarity_M: Tensor, scores_M: Tensor, *, scale: Tensor | float) -> Tensor:
+    """log(1 + sum of exp(scale * (similarity_j - similarity_i)) over all pairs i, j with a higher score of i): pairs of
+    texts ranked by their scores (CoSENT, Su 2022, https://kexue.fm/archives/8847). A mean, not a sum."""
+    differences_MM = scale * (similarity_M[None, :] - similarity_M[:, None])
+    ordered_MM = scores_M[:, None] > scores_M[None, :]
+    terms = differences_MM.masked_fill(~ordered_MM, float("-inf")).flatten()
+    return torch.logsumexp(torch.cat([terms.new_zeros(1), terms]), dim=0)

@@ -1,0 +1,148 @@
+"""Hard negatives: for every anchor, texts that an encoder takes for its positive although they are not.
+
+All anchors and all different positives of a set are embedded, and every anchor is compared with every positive. Its
+negatives are the most similar ones, without
+
+- its own positives, and texts that are equal to the anchor,
+- the first `skip` of the rest: the very nearest ones are often answers that nobody marked,
+- those whose similarity is above that of the positive, less `margin` (Moreira et al., arXiv 2407.15831, name this and
+  the share of the positive's similarity as the filters that work).
+"""
+
+import argparse
+import json
+import sys
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+from numpy.typing import NDArray
+
+from neobert.config.schema_contrastive import PairSource
+from neobert.contrastive.evaluate import embed_cut
+from neobert.contrastive.reading import open_source
+from neobert.contrastive.rows import Example
+from neobert.data.errors import DataError
+from neobert.inference.load import load
+from neobert.inference.pooling import POOLING
+from neobert.weights.describe import WeightsError
+
+_ANCHORS = 256
+"""Anchors compared with the whole collection at once."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class MineSettings:
+    """What counts as a hard negative."""
+
+    num_negatives: int = 5
+    margin: float = 0.05
+    """A negative is less similar to the anchor than its positive by at least this."""
+
+    skip: int = 0
+
+
+def mine(
+    anchors_ND: NDArray[np.float32],
+    positives_ND: NDArray[np.float32],
+    documents_CD: NDArray[np.float32],
+    excluded: Sequence[set[int]],
+    settings: MineSettings,
+) -> Iterator[list[int]]:
+    """Numbers of the documents that are negatives of each anchor, the hardest first; vectors are of length 1.
+
+    Args:
+        positives_ND: the positive of each anchor.
+        excluded: documents that are never negatives of an anchor.
+    """
+    for start in range(0, len(anchors_ND), _ANCHORS):
+        block = slice(start, start + _ANCHORS)
+        similarity = anchors_ND[block] @ documents_CD.T
+        limits = (anchors_ND[block] * positives_ND[block]).sum(axis=1) - settings.margin
+        for row, limit, own in zip(similarity, limits, excluded[block]):
+            row = row.copy()
+            row[list(own)] = -np.inf
+            order = np.argsort(-row, kind="stable")[: settings.skip + settings.num_negatives + len(row[row > limit])]
+            rest = [number for number in order.tolist() if np.isfinite(row[number])][settings.skip :]
+            yield [number for number in rest if row[number] <= limit][: settings.num_negatives]
+
+
+def mine_examples(
+    examples: Sequence[Example],
+    embed_anchors: NDArray[np.float32],
+    embed_positives: NDArray[np.float32],
+    documents: Sequence[str],
+    settings: MineSettings,
+) -> Iterator[Example]:
+    """Examples with the negatives found in place of those they had.
+
+    Args:
+        embed_anchors: vectors of the examples' anchors.
+        embed_positives: vectors of `documents`, the different positives of all examples.
+    """
+    place = {text: number for number, text in enumerate(documents)}
+    answers: dict[str, set[int]] = {}
+    for example in examples:
+        own = answers.setdefault(example.anchor, {place[example.anchor]} if example.anchor in place else set())
+        own.add(place[str(example.positive)])
+    positives = embed_positives[[place[str(example.positive)] for example in examples]]
+    excluded = [answers[example.anchor] for example in examples]
+    for example, found in zip(examples, mine(embed_anchors, positives, embed_positives, excluded, settings)):
+        yield Example(
+            anchor=example.anchor, positive=example.positive, negatives=tuple(documents[number] for number in found)
+        )
+
+
+def run_mine(argv: list[str], description: str) -> int:
+    """The script: reads pairs, writes them with their negatives as JSON lines."""
+    parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("model", help="run folder, checkpoint, exported folder or name of the hub")
+    parser.add_argument("pairs", help="file, folder, known set or hub dataset of pairs")
+    parser.add_argument("--output", required=True, type=Path, help="file to write (.jsonl); must not exist")
+    parser.add_argument("--split", help="split to read")
+    parser.add_argument("--num-negatives", type=int, default=MineSettings().num_negatives, help="default %(default)s")
+    parser.add_argument("--margin", type=float, default=MineSettings().margin, help="default %(default)s")
+    parser.add_argument("--skip", type=int, default=MineSettings().skip, help="nearest texts passed over; default 0")
+    parser.add_argument("--pooling", default="mean", help=f"{', '.join(POOLING)} (default mean)")
+    parser.add_argument("--anchor-prefix", default="", help="put before anchors")
+    parser.add_argument("--positive-prefix", default="", help="put before positives")
+    parser.add_argument("--max-length", type=int, help="cut texts at so many tokens; default: the model's length")
+    parser.add_argument("--device", default="auto", help="auto, cpu or cuda")
+    args = parser.parse_args(argv)
+    try:
+        written, total = _mine_file(args)
+    except (DataError, WeightsError, ValueError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    print(f"{args.output}: {total:,} pairs, {written / total:.1f} negatives each")
+    return 0
+
+
+def _mine_file(args: argparse.Namespace) -> tuple[int, int]:
+    if args.output.exists():
+        raise DataError(f"--output: {args.output} exists already; choose another name, or remove it")
+    if args.num_negatives < 1 or args.skip < 0:
+        raise DataError("--num-negatives must be at least 1, and --skip not negative")
+    opened = open_source(PairSource(name=args.pairs, split=args.split))
+    if opened.form != "pairs":
+        raise DataError(f"{opened.label} has no pairs; name a set with anchors and positives")
+    examples, model = list(opened.examples), load(args.model, device=args.device)
+    documents = list(dict.fromkeys(str(example.positive) for example in examples))
+    length = min(args.max_length or model.max_length, model.max_length)
+    anchors = embed_cut(
+        model, [args.anchor_prefix + x.anchor for x in examples], pooling=args.pooling, max_length=length
+    )
+    vectors = embed_cut(
+        model, [args.positive_prefix + text for text in documents], pooling=args.pooling, max_length=length
+    )
+    settings = MineSettings(num_negatives=args.num_negatives, margin=args.margin, skip=args.skip)
+    written = total = 0
+    temporary = args.output.with_name(f".tmp-{args.output.name}")
+    with temporary.open("w", encoding="utf-8") as out:
+        for example in mine_examples(examples, anchors, vectors, documents, settings):
+            row = {"anchor": example.anchor, "positive": example.positive, "negatives": list(example.negatives)}
+            out.write(json.dumps(row, ensure_ascii=False) + "\n")
+            written, total = written + len(example.negatives), total + 1
+    temporary.rename(args.output)
+    return written, total

@@ -1,0 +1,241 @@
+"""Where the rows of a set come from: the hub, files, folders, and relevance judgements between two collections.
+
+A local folder is one of three things: what `save_to_disk` wrote; `queries.jsonl`, `corpus.jsonl` and `qrels/SPLIT.tsv`
+(the layout of BEIR, Thakur et al., arXiv 2104.08663), which are joined to pairs; or files whose names begin with their
+split. Files are JSON lines, CSV, TSV (.gz and .zst too) or Parquet. Nothing is skipped in silence: a line that cannot
+be read stops the work and is named.
+"""
+
+import csv
+import io
+import itertools
+import json
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pyarrow.parquet as pq
+from datasets import Dataset, DatasetDict, load_dataset, load_from_disk
+
+from neobert.config.schema_contrastive import PairSource
+from neobert.contrastive.rows import Example, Form, RawRow, as_number, as_text, choose_columns
+from neobert.contrastive.sets import SETS, HubSet, choose_set
+from neobert.data.decompress import DAMAGED, open_decompressed
+from neobert.data.errors import DataError
+
+SPLITS = ("train", "validation", "valid", "eval", "test", "dev")
+_KINDS = (".jsonl", ".json", ".csv", ".tsv", ".parquet")
+
+HubRows = Callable[[str, str | None, str, str | None], Iterable[RawRow]]
+"""`fn(name, config, split, revision)`: the rows of a hub dataset."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True, eq=False)
+class Opened:
+    """A source that can be read."""
+
+    form: Form
+    examples: Iterator[Example]
+    label: str
+    """What it is, for people."""
+
+
+def read_hub(name: str, config: str | None, split: str, revision: str | None) -> Iterable[RawRow]:
+    """The rows of a hub dataset, streamed.
+
+    Raises:
+        DataError: the hub does not give it.
+    """
+    try:
+        rows: Iterable[RawRow] = load_dataset(name, config, split=split, revision=revision, streaming=True)
+    except Exception as error:  # The library raises many kinds: names, network, permissions.
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0].rstrip(".")
+        raise DataError(
+            f"{name} (configuration {config}, split {split}) cannot be read from the hub: {reason}. Check the spelling"
+            " and the connection, or name a local file or folder"
+        ) from error
+    return rows
+
+
+def open_source(source: PairSource, hub: HubRows = read_hub) -> Opened:
+    """The examples of one entry of `contrastive.sets`.
+
+    A name is a local path where there is one, else a known set (unless columns, a split or a configuration are given,
+    which describe the dataset of the hub itself), else a dataset of the hub.
+
+    Raises:
+        DataError: it is not there, or has no usable columns.
+    """
+    assert source.name is not None, "validated"
+    path = Path(source.name)
+    if path.exists():
+        return _open_local(source, path)
+    if looks_local(source.name):
+        raise DataError(f"{source.name} is not there: name a file or folder that exists, a known set or a hub dataset")
+    key = choose_set(source.name)
+    if key is not None and not describes_columns(source):
+        return _open_known(SETS[key], source.revision, hub)
+    if key is None and "/" not in source.name:
+        known = ", ".join(SETS)
+        raise DataError(f"{source.name} is neither a file, nor a hub dataset (owner/name), nor one of {known}")
+    name = source.name if key is None else SETS[key].hub_name
+    rows = hub(name, source.config, source.split or "train", source.revision)
+    return _by_columns(source, rows, f"{name} of the hub")
+
+
+def looks_local(name: str) -> bool:
+    """Whether a name can only be a path."""
+    return name.startswith(("/", ".", "~")) or name.removesuffix(".gz").removesuffix(".zst").endswith(_KINDS)
+
+
+def describes_columns(source: PairSource) -> bool:
+    """Whether an entry says itself what to read of a known set."""
+    columns = (source.anchor_column, source.positive_column, source.negative_columns)
+    others = (source.score_column, source.label_column, source.config, source.split)
+    return any(value is not None for value in (*columns, *others))
+
+
+# ---- the hub ----
+
+
+def _open_known(known: HubSet, revision: str | None, hub: HubRows) -> Opened:
+    if known.joined:
+        examples = join(
+            hub(known.hub_name, "default", "train", revision),
+            hub(known.hub_name, "queries", "queries", revision),
+            hub(known.hub_name, "corpus", "corpus", revision),
+        )
+    else:
+        examples = (
+            example
+            for part in known.parts
+            for row in hub(known.hub_name, part.config, part.split, revision)
+            for example in part.examples(row)
+        )
+    return Opened(form="pairs", examples=examples, label=f"{known.hub_name} of the hub")
+
+
+def join(judgements: Iterable[RawRow], queries: Iterable[RawRow], corpus: Iterable[RawRow]) -> Iterator[Example]:
+    """A pair for every judgement above 0, in their order, of the texts that they name. Only these are kept."""
+    wanted = [
+        (str(row["query-id"]), str(row["corpus-id"])) for row in judgements if (as_number(row.get("score", 1)) or 0) > 0
+    ]
+    anchors = _texts(queries, {query for query, _ in wanted})
+    positives = _texts(corpus, {document for _, document in wanted})
+    for query, document in wanted:
+        if anchors.get(query) and positives.get(document):
+            yield Example(anchor=anchors[query], positive=positives[document])
+
+
+def _texts(rows: Iterable[RawRow], wanted: set[str]) -> dict[str, str]:
+    found = {}
+    for row in rows:
+        name = str(row.get("_id", row.get("id")))
+        if name in wanted:
+            found[name] = as_text(row.get("text"))
+    return found
+
+
+# ---- files ----
+
+
+def _open_local(source: PairSource, path: Path) -> Opened:
+    label = str(path)
+    if path.is_file():
+        return _by_columns(source, read_file(path), label)
+    if (path / "qrels").is_dir():
+        split = source.split or "train"
+        judgements = path / "qrels" / f"{split}.tsv"
+        if not judgements.is_file():
+            raise DataError(f"{judgements} is not there; name a split that is with split in contrastive.sets")
+        queries, corpus = (read_file(_find(path, name)) for name in ("queries", "corpus"))
+        return Opened(form="pairs", examples=join(read_file(judgements), queries, corpus), label=label)
+    if any((path / name).is_file() for name in ("dataset_dict.json", "state.json")):
+        return _by_columns(source, _read_saved(path, source.split), label)
+    files = _files_of_split(path, source.split)
+    return _by_columns(source, (row for file in files for row in read_file(file)), label)
+
+
+def _find(folder: Path, stem: str) -> Path:
+    found = sorted(file for file in folder.glob(f"{stem}.*") if _kind(file))
+    if not found:
+        raise DataError(f"{folder} has qrels/ but no {stem}.jsonl; put it there")
+    return found[0]
+
+
+def _files_of_split(folder: Path, split: str | None) -> list[Path]:
+    files = sorted(file for file in folder.iterdir() if file.is_file() and _kind(file))
+    if not files:
+        raise DataError(f"{folder} has no files ending in {', '.join(_KINDS)} (also .gz, .zst)")
+    by_split = {word: [file for file in files if file.name.startswith(word)] for word in SPLITS}
+    if split is None:
+        return by_split["train"] or files
+    chosen = [file for file in files if file.name.startswith(split)]
+    if not chosen:
+        there = ", ".join(word for word, members in by_split.items() if members) or "no splits"
+        raise DataError(f"{folder} has no files whose names begin with {split}; there: {there}")
+    return chosen
+
+
+def _read_saved(folder: Path, split: str | None) -> Iterable[RawRow]:
+    data = load_from_disk(str(folder))
+    if isinstance(data, DatasetDict):
+        name = split or "train"
+        if name not in data:
+            raise DataError(f"{folder} has no split {name}; there: {', '.join(data)}")
+        data = data[name]
+    assert isinstance(data, Dataset)
+    return data
+
+
+def _kind(path: Path) -> str | None:
+    name = path.name.removesuffix(".gz").removesuffix(".zst")
+    return next((kind for kind in _KINDS if name.endswith(kind)), None)
+
+
+def read_file(path: Path) -> Iterator[RawRow]:
+    """The rows of a file.
+
+    Raises:
+        DataError: it is of no known kind, or a line of it cannot be read.
+    """
+    kind = _kind(path)
+    if kind is None:
+        raise DataError(f"{path} ends in none of {', '.join(_KINDS)} (also .gz, .zst)")
+    try:
+        if kind == ".parquet":
+            for batch in pq.ParquetFile(path).iter_batches():
+                yield from batch.to_pylist()
+        elif kind in (".csv", ".tsv"):
+            with path.open("rb") as raw, open_decompressed(raw, path.name) as file:
+                lines = io.TextIOWrapper(file, encoding="utf-8", newline="")
+                yield from csv.DictReader(lines, delimiter="\t" if kind == ".tsv" else ",")
+        else:
+            yield from _read_jsonl(path)
+    except (OSError, UnicodeDecodeError, *DAMAGED) as error:
+        raise DataError(f"{path} cannot be read ({error}); mend the file") from error
+
+
+def _read_jsonl(path: Path) -> Iterator[RawRow]:
+    with path.open("rb") as raw, open_decompressed(raw, path.name) as file:
+        for number, line in enumerate(file, start=1):
+            if not line.strip():
+                continue
+            try:
+                row: Any = json.loads(line)
+            except ValueError as error:
+                raise DataError(f"{path}, line {number} is no JSON ({error}); mend it or remove it") from error
+            if not isinstance(row, dict):
+                raise DataError(f"{path}, line {number} is no JSON object; write one object with named texts a line")
+            yield row
+
+
+def _by_columns(source: PairSource, rows: Iterable[RawRow], label: str) -> Opened:
+    iterator = iter(rows)
+    first = next(iterator, None)
+    if first is None:
+        raise DataError(f"{label} has no rows")
+    columns = choose_columns(source, list(first), label)
+    examples = (example for row in itertools.chain([first], iterator) for example in columns.examples(row))
+    return Opened(form=columns.form, examples=examples, label=label)

@@ -1,0 +1,26 @@
+"""The benchmark compares ways of computing the same step."""
+
+import pytest
+
+from neobert.contrastive.benchmark import _parse, measure
+
+
+def test_padded_and_cached_steps_are_the_same_steps() -> None:
+    words = [
+        "--batch-size",
+        "4",
+        "--cached-batch-size",
+        "8",
+        "--steps",
+        "1",
+        "--hidden-size",
+        "64",
+        "--num-layers",
+        "1",
+    ]
+    args = _parse([*words, "--device", "cpu", "--vocab-size", "100"], "about")
+    found = {variant: measure(args, variant) for variant in args.variants}
+    assert found["padded"].loss == pytest.approx(found["unpadded"].loss, rel=1e-4)
+    assert found["cached"].loss == pytest.approx(found["whole"].loss, rel=1e-4)
+    assert found["cached"].loss != pytest.approx(found["unpadded"].loss, rel=1e-2)
+    assert found["padded"].slots_per_token > 1.5

@@ -1,0 +1,65 @@
+"""Two processes train on the pairs one process would, against the same negatives, and agree with it."""
+
+import json
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+from ports import free_port
+
+from neobert.config.load import config_to_yaml
+from neobert.config.schema import Config
+from neobert.contrastive.finetune import finetune
+
+ROOT = Path(__file__).parents[2]
+
+
+def lines(folder: Path, kind: str) -> list[dict[str, Any]]:
+    found = map(json.loads, (folder / "log.jsonl").read_text().splitlines())
+    return [line for line in found if line["kind"] == kind]
+
+
+def launch(folder: Path, config: Config) -> None:
+    config_file = folder / "run.yaml"
+    config_file.write_text(config_to_yaml(config))
+    port = ["--nproc_per_node", "2", "--master_port", str(free_port())]
+    command = [
+        sys.executable,
+        "-m",
+        "torch.distributed.run",
+        *port,
+        "scripts/contrastive/finetune.py",
+        str(config_file),
+    ]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert done.stdout.count("budget") == 1, "only one process speaks"
+
+
+def test_two_processes_equal_one(contrastive: Callable[..., Config], tmp_path: Path, all_sets: str) -> None:
+    one, two, on = tmp_path / "one", tmp_path / "two", tmp_path / "on"
+    batch = ["trainer.global_batch_size=8", "trainer.max_steps=8", "dataset.name=null", all_sets, "dataset.alpha=0"]
+    batch += ["contrastive.both_directions=true", "contrastive.learn_temperature=true"]
+    batch += ["contrastive.hard_negative_weight=0.5", "contrastive.num_hard_negatives=2", "optimizer.lr=1e-3"]
+    # Embeddings that are apart from each other: among nearly equal ones rounding grows from step to step.
+    batch += ["model.embedding_init_range=0.5", "model.decoder_init_range=0.2", "optimizer.eps=1e-4"]
+    finetune(contrastive(one, *batch))
+    launch(tmp_path, contrastive(two, *batch, "trainer.per_device_train_batch_size=2"))
+    check_equal(one, two, after=0)
+    resume = f"trainer.resume_from_checkpoint={two / 'checkpoints' / '4'}"
+    finetune(contrastive(on, *batch, resume))
+    check_equal(one, on, after=4)
+    kinds = {x["num_tokens"] for x in lines(one, "step")}
+    assert len(kinds) > 2, "several sets were drawn"
+
+
+def check_equal(one: Path, other: Path, *, after: int) -> None:
+    for a, b in zip(lines(one, "step")[after:], lines(other, "step"), strict=True):
+        for exact in ("step", "num_tokens", "num_targets", "batch_digest"):
+            assert a[exact] == b[exact]
+        assert a["loss"] == pytest.approx(b["loss"], abs=1e-4)
+        assert a["grad_norm"] == pytest.approx(b["grad_norm"], rel=1e-3)
+    assert lines(one, "eval")[-1]["score"] == pytest.approx(lines(other, "eval")[-1]["score"], abs=1e-3)
