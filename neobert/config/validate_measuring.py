@@ -11,8 +11,8 @@ def check_automatic_batch(config: Config) -> Iterator[str]:
         return
     if config.task == "contrastive":
         yield (
-            "trainer.per_device_train_batch_size: auto measures steps of pretraining; write the rows that go through the"
-            " encoder at once with task: contrastive"
+            "trainer.per_device_train_batch_size: auto measures steps of pretraining; write the rows that go through"
+            " the encoder at once with task: contrastive"
         )
     if config.trainer.global_batch_size is None:
         yield (

@@ -34,7 +34,7 @@ class Evaluation(Protocol):
         """Its fields in `log.jsonl`."""
 
     def as_values(self) -> dict[str, float]:
-        """What trackers get."""
+        """What trackers get, by names with a section in front, such as `eval/loss`."""
 
     def describe(self) -> str:
         """One line for people."""

@@ -58,7 +58,10 @@ class Statistics:
             handle.remove()
 
     def read(self) -> dict[str, float]:
-        """Figures of the step that was watched last, and of the weights as they are now; waits for the device."""
+        """Figures of the step that was watched last, and of the weights as they are now; empty when none was watched
+        since the last call. Waits for the device."""
+        if not self._found:
+            return {}
         found = self._found | {
             f"weight_norm/{group}": _norm([p.detach() for p in members]) for group, members in self._groups.items()
         }

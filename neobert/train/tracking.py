@@ -269,7 +269,8 @@ class Tracker:
         self._append(self._log, [{"kind": kind, "step": state.step, **m.as_line()} for kind, m in found.items()])
         for label, (kind, m) in zip(("eval ", "ema  "), found.items()):
             self._reporter.say(f"{label} step {state.step:>7,} | {m.describe()}")
-            self._send({f"{kind}/{name}": value for name, value in m.as_values().items()}, state.step)
+            mark = kind.removeprefix("eval")
+            self._send({name.replace("/", f"{mark}/", 1): x for name, x in m.as_values().items()}, state.step)
 
     def evaluated(self, step: int) -> bool:
         """Whether this process evaluated at `step`."""

@@ -9,6 +9,7 @@ from neobert.config.fields import COUNT_OR_AUTO, FIELDS, TEXTS, Field
 from neobert.config.load import build_config, config_to_yaml, load_config, parse_config, save_config
 from neobert.config.resume_rules import ALLOWED
 from neobert.config.schema import Config
+from neobert.config.schema_contrastive import PairSource
 from neobert.config.schema_data import MixtureSource
 from neobert.config.validate import BUDGETS, validate
 
@@ -61,6 +62,16 @@ NASTY += [
 
 VALID = {"dataset.name": "python_stdlib", "tokenizer.train": True, "trainer.max_steps": 1000}
 
+CONTRASTIVE = {
+    "task": "contrastive",
+    "dataset.path": "tokenized_data/contrastive",
+    "trainer.max_steps": 1000,
+    "contrastive.pretrained_checkpoint_dir": "outputs/x",
+    "contrastive.pretraining_prob": 0.2,
+    "contrastive.pretraining_dataset": "texts.jsonl",
+    "model.dropout_prob": 0.1,
+}
+
 
 def random_value(field: Field, rng: random.Random) -> Any:
     if field.nullable and rng.random() < 0.2:
@@ -74,6 +85,12 @@ def random_value(field: Field, rng: random.Random) -> Any:
     if field.key == "dataset.mixture":
         return tuple(
             MixtureSource(path=rng.choice(NASTY) or "a", weight=0.5 + rng.random(), max_documents=rng.choice([None, 7]))
+            for _ in range(rng.randint(0, 3))
+        )
+    if field.key in ("contrastive.sets", "contrastive.eval_sets"):
+        columns = rng.choice([None, "negative", ("a", "b")])
+        return tuple(
+            PairSource(name=rng.choice(NASTY) or "a", negative_columns=columns, max_pairs=rng.choice([None, 7]))
             for _ in range(rng.randint(0, 3))
         )
     if get_origin(field.kind) is tuple:
@@ -102,8 +119,9 @@ def assert_round_trip(config: Config) -> None:
 def test_random_valid_configs_round_trip():
     rng = random.Random(0)
     accepted = set()
-    for _ in range(40):
-        values = {**VALID, "optimizer.name": rng.choice(FIELDS["optimizer.name"].choices)}
+    for number in range(50):
+        start = CONTRASTIVE if number % 5 == 0 else VALID
+        values = {**start, "optimizer.name": rng.choice(FIELDS["optimizer.name"].choices)}
         for key in rng.sample(sorted(FIELDS), 50):
             value = random_value(FIELDS[key], rng)
             if key not in BUDGETS and not validate(build_config({**values, key: value})):

@@ -19,7 +19,7 @@ from neobert.kernels.linear_cross_entropy import KERNELS
 from neobert.model.attention import ATTENTION
 from neobert.model.config import ModelConfig
 from neobert.model.encoder import Encoder
-from neobert.objectives.mlm import MaskPolicy
+from neobert.objectives.masking import MaskPolicy
 from neobert.train.step import train_step
 from neobert.types import PackedRow
 
