@@ -1,12 +1,11 @@
 """Time and memory of the loss kernels alone: forward and backward of one vocabulary projection with its cross entropy.
 
-Memory is what a call needs beyond its inputs, at the peak: by the allocator on a GPU, by the high-water mark of the
-process on a CPU, where each measurement has a process of its own. Weights are fp32, products in the dtype asked for.
+Memory is what a call needs beyond its inputs, at the peak: by the allocator on a GPU, by the resident set on a CPU
+(Linux), where each measurement has a process of its own. Weights are fp32, products in the dtype asked for.
 `reference` is what one writes without a kernel: all logits at once, in fp32 for the cross entropy.
 """
 
 import json
-import resource
 import statistics
 import subprocess
 import sys
@@ -18,6 +17,7 @@ import torch
 from neobert.benchmark.step import choose_clock
 from neobert.kernels.linear_cross_entropy import KERNELS, kernel_obstacle
 from neobert.train.allocator import keep_freed_memory
+from neobert.train.host_memory import forget_peak, peak_bytes
 
 
 class Case(NamedTuple):
@@ -49,7 +49,9 @@ def measure(case: Case, repeats: int) -> tuple[float, int]:
     weight = (torch.randn(case.vocabulary, case.hidden, device=device) * 0.02).requires_grad_()
     targets = torch.randint(case.vocabulary, (case.rows,), device=device)
     clock = choose_clock(device)
-    before, seconds = _memory(device), []
+    if device.type == "cpu":
+        forget_peak()
+    before, seconds = _peak(device), []
     for _ in range(repeats + 1):
         start = clock()
         with torch.autocast(device.type, torch.bfloat16, enabled=case.precision == "bf16"):
@@ -59,13 +61,13 @@ def measure(case: Case, repeats: int) -> tuple[float, int]:
             torch.cuda.synchronize(device)
         seconds.append(clock() - start)
         hidden.grad = weight.grad = None
-    return statistics.median(seconds[1:]), _memory(device) - before
+    return statistics.median(seconds[1:]), _peak(device) - before
 
 
-def _memory(device: torch.device) -> int:
+def _peak(device: torch.device) -> int:
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device)
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    return peak_bytes()
 
 
 def table(kernels: Sequence[str], shapes: Sequence[str], precision: str, device: str, repeats: int) -> str:

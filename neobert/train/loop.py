@@ -161,7 +161,6 @@ def freeze_what_lives() -> None:
     Called after the first step, when model, optimizer state and compiled code are there: a full collection walks
     hundreds of thousands of objects of the libraries and holds up the step that happens to trigger it.
     """
-    gc.collect()
     gc.freeze()
 
 

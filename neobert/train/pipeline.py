@@ -125,7 +125,8 @@ def _find_problems(stage: Stage, before: Sequence[Stage]) -> list[str]:
         found.append(f"{where}config: name the config file")
     else:
         try:
-            load_config(stage.config, stage.overrides)
+            start = [f"{kind.source_key}={UNKNOWN}"] if kind.source_key and before else []
+            load_config(stage.config, [*stage.overrides, *start])
         except ConfigError as error:
             found.append(f"{where}{error}")
     return found

@@ -167,13 +167,13 @@ def build_run(
     rows_per_step = choose_rows_per_step(config, runtime.world)
     start = agree_on_start(config, runtime)
     checkpoint = start.path
+    saved = None if checkpoint is None else read_train_state(checkpoint)
     checkpoint_config = None if checkpoint is None else read_checkpoint_config(checkpoint)
     config, chosen = bind_precision(config, checkpoint_config, runtime)
     runtime = runtime.with_precision(config.trainer.mixed_precision)
     attention = build_attention(config)
     reporter = Reporter(active=runtime.is_main, show_progress=not config.trainer.disable_tqdm)
     output_dir = open_output_dir(config, runtime, reporter, start)
-    saved = None if checkpoint is None else read_train_state(checkpoint)
     with runtime.main_first():
         initial = load_initial_weights(config) if checkpoint is None else None
         tokenizer = build_tokenizer(config, checkpoint, output_dir)

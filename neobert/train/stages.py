@@ -65,6 +65,9 @@ class Kind:
     """What the next stage reads; None while there is nothing in the folder that could be gone on with."""
 
     has_config: bool = False
+    source_key: str | None = None
+    """Config key that names what the stage before made, where a config without it may be incomplete."""
+
     follows: tuple[str, ...] | None = None
     """Kinds that must stand before it; None: any, or none at all."""
 
@@ -150,6 +153,27 @@ def _go_on_training(
     return KINDS[stage.run].script, [*words, *stage.arguments]
 
 
+_PRETRAINED = "contrastive.pretrained_checkpoint_dir"
+
+
+def _begin_contrastive(stage: Stage, folder: Path, source: Path | None) -> list[str]:
+    start = [] if source is None else [f"{_PRETRAINED}={source}"]
+    return [*_set(stage, folder, *start, "trainer.resume_from_checkpoint=latest"), *stage.arguments]
+
+
+def _go_on_contrastive(stage: Stage, folder: Path, source: Path | None) -> tuple[str, list[str]] | None:
+    checkpoint = _newest(folder)
+    assert checkpoint is not None, "asked only where there is a result"
+    before, words = read_checkpoint_config(checkpoint), _begin_contrastive(stage, folder, source)
+    if source is not None:
+        _check_origin(folder, before.model.init_from, source)
+    overrides = words[1 : len(words) - len(stage.arguments)]
+    # The script completes its config with what the checkpoint says of the model.
+    if is_complete(read_train_state(checkpoint)) and _same_budget(load_config(words[0], overrides), before):
+        return None
+    return KINDS[stage.run].script, words
+
+
 def _begin_longer(stage: Stage, folder: Path, source: Path | None) -> list[str]:
     data = [] if "--output" in stage.arguments else ["--output", f"{folder}-data"]
     return [*_set(stage, folder, *_overwrite(folder)), "--checkpoint", str(source), *data, *stage.arguments]
@@ -225,7 +249,7 @@ def _folder_with(name: str) -> Callable[[Path], Path | None]:
     return lambda folder: folder if (folder / name).is_file() else None
 
 
-RUNS = ("pretrain", "longer_seq")
+RUNS = ("pretrain", "longer_seq", "contrastive")
 """Kinds whose folder is a run with checkpoints that can be gone on with."""
 
 KINDS: dict[str, Kind] = {
@@ -242,7 +266,15 @@ KINDS: dict[str, Kind] = {
         go_on=_go_on_longer,
         result=_newest,
         has_config=True,
-        follows=RUNS,
+        follows=("pretrain", "longer_seq"),
+    ),
+    "contrastive": Kind(
+        script="contrastive/finetune.py",
+        begin=_begin_contrastive,
+        go_on=_go_on_contrastive,
+        result=_newest,
+        has_config=True,
+        source_key=_PRETRAINED,
     ),
     "average": Kind(
         script="average_checkpoints.py",

@@ -158,7 +158,7 @@ def test_a_larger_model_starts_far_below_a_random_one(tiny: Tiny, tmp_path: Path
     assert random - learned > 1
     assert tiled - learned < 0.2 * (random - learned)
     said = (tmp_path / "tiled" / "training.log").read_text()
-    assert "(checkpoint layout after 6 steps); tiled to 3 layers x 80; the tokenizer is the same" in said
+    assert "(checkpoint layout after 6 steps): 20 tensors; tiled to 3 layers x 80; the tokenizer is the same" in said
     config = json.loads((tmp_path / "tiled" / "checkpoints" / "1" / "model_config.json").read_text())
     assert (config["hidden_size"], config["num_hidden_layers"]) == (80, 3)
 

@@ -36,10 +36,10 @@ from neobert.train import loop
 
 finish = loop.finish
 
-def keep(run, state):
+def keep(run, state, **job):
     weights = {name: tensor.contiguous() for name, tensor in run.module.state_dict().items()}
     save_file(weights, f"{sys.argv[2]}/rank-{run.runtime.rank}.safetensors")
-    finish(run, state)
+    finish(run, state, **job)
 
 loop.finish = keep
 loop.pretrain(load_config(sys.argv[1]))

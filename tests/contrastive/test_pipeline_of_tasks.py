@@ -1,0 +1,59 @@
+"""A pipeline that fine-tunes what it pretrained."""
+
+import json
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+import pytest
+import yaml
+
+from neobert.config.load import config_to_yaml, load_config
+from neobert.config.schema import Config
+from neobert.contrastive.finetune import finetune
+from neobert.train import pipeline
+from neobert.train.exit_codes import EXIT_CODES
+from neobert.train.loop import pretrain
+from neobert.train.pipeline import PipelineError, load_pipeline, run_pipeline
+
+SCRIPTS = Path("scripts")
+
+
+def test_the_contrastive_stage_starts_from_the_stage_before(
+    tiny: Callable[..., Config],
+    contrastive: Callable[..., Config],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    calls: list[str] = []
+
+    def run(words: Sequence[str]) -> int:
+        calls.append(Path(words[1]).name)
+        config = load_config(words[2], list(words[3:]))
+        return EXIT_CODES[(pretrain if config.task == "pretraining" else finetune)(config).reason]
+
+    monkeypatch.setattr(pipeline, "run_command", run)
+    (tmp_path / "pretrain.yaml").write_text(config_to_yaml(tiny(tmp_path / "unused", "trainer.eval_steps=0")))
+    # As a user writes it: nothing about the model, and no checkpoint, which is that of the stage before.
+    random = yaml.safe_load(config_to_yaml(contrastive(tmp_path / "unused")))
+    del random["model"], random["tokenizer"], random["contrastive"]
+    (tmp_path / "pairs.yaml").write_text(yaml.safe_dump(random))
+    stages = [
+        {"name": "base", "run": "pretrain", "config": str(tmp_path / "pretrain.yaml")},
+        {"name": "pairs", "run": "contrastive", "config": str(tmp_path / "pairs.yaml")},
+    ]
+    file, out = tmp_path / "pipeline.yaml", tmp_path / "out"
+    file.write_text(yaml.safe_dump({"output": str(out), "overrides": ["trainer.max_steps=4"], "stages": stages}))
+    assert run_pipeline(load_pipeline(file), SCRIPTS, dry_run=False) == 0
+    assert calls == ["pretrain.py", "finetune.py"]
+    assert f"initial weights from {out}/base/checkpoints/4 " in (out / "pairs" / "training.log").read_text()
+    state = json.loads((out / "pairs" / "checkpoints" / "4" / "train_state.json").read_text())
+    assert state["step"] == state["num_steps"] == 4
+
+    calls.clear()
+    assert run_pipeline(load_pipeline(file), SCRIPTS, dry_run=False) == 0
+    assert calls == []
+    assert run_pipeline(load_pipeline(file, ["trainer.max_steps=6"]), SCRIPTS, dry_run=True) == 0
+
+    file.write_text(yaml.safe_dump({"output": str(out), "stages": stages[1:]}))
+    with pytest.raises(PipelineError, match="leaves the encoder at random weights"):
+        load_pipeline(file)
