@@ -30,7 +30,7 @@ import yaml
 
 from neobert.config.load import ConfigError, load_config
 from neobert.train.exit_codes import EXIT_CODES
-from neobert.train.stages import KINDS, RUNS, UNKNOWN, PipelineError, Stage, choose_command, is_complete
+from neobert.train.stages import KINDS, PRETRAINING, RUNS, UNKNOWN, PipelineError, Stage, choose_command, is_complete
 from neobert.train.start import read_train_state
 
 
@@ -116,8 +116,8 @@ def _find_problems(stage: Stage, before: Sequence[Stage]) -> list[str]:
         found.append(f"{where}run: {stage.run} must come right after one of {', '.join(kind.follows)}")
     if stage.takes not in ("weights", "state"):
         found.append(f"{where}takes: {stage.takes!r} is unknown; write weights or state")
-    elif stage.takes == "state" and not (stage.run == "pretrain" and before and before[-1].run in RUNS):
-        found.append(f"{where}takes: state is for a pretrain right after one of {', '.join(RUNS)}")
+    elif stage.takes == "state" and not (stage.run == "pretrain" and before and before[-1].run in PRETRAINING):
+        found.append(f"{where}takes: state is for a pretrain right after one of {', '.join(PRETRAINING)}")
     if not kind.has_config:
         if stage.config is not None or stage.overrides:
             found.append(f"{where}config, overrides: {stage.run} takes neither; write `arguments`")

@@ -249,7 +249,10 @@ def _folder_with(name: str) -> Callable[[Path], Path | None]:
     return lambda folder: folder if (folder / name).is_file() else None
 
 
-RUNS = ("pretrain", "longer_seq", "contrastive")
+PRETRAINING = ("pretrain", "longer_seq")
+"""Kinds whose state another pretraining can go on with."""
+
+RUNS = (*PRETRAINING, "contrastive")
 """Kinds whose folder is a run with checkpoints that can be gone on with."""
 
 KINDS: dict[str, Kind] = {
@@ -266,7 +269,7 @@ KINDS: dict[str, Kind] = {
         go_on=_go_on_longer,
         result=_newest,
         has_config=True,
-        follows=("pretrain", "longer_seq"),
+        follows=PRETRAINING,
     ),
     "contrastive": Kind(
         script="contrastive/finetune.py",
