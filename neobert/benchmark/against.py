@@ -135,7 +135,7 @@ def run_ours(settings: AgainstSettings, given: Prepared, **changes: bool | str) 
 
 def run_reference(settings: AgainstSettings, given: Prepared) -> Outcome:
     """Our model without what makes it fast."""
-    plain = {"all_positions": True, "plain_adamw": True, "default_allocator": True}
+    plain = {"all_positions": True, "plain_adamw": True}
     return run_ours(settings, given, attention="masked", kernel="reference", **plain)
 
 

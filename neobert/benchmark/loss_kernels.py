@@ -16,7 +16,6 @@ import torch
 
 from neobert.benchmark.step import choose_clock
 from neobert.kernels.linear_cross_entropy import KERNELS, kernel_obstacle
-from neobert.train.allocator import keep_freed_memory
 from neobert.train.host_memory import forget_peak, peak_bytes
 
 
@@ -42,8 +41,6 @@ SHAPES = {
 def measure(case: Case, repeats: int) -> tuple[float, int]:
     """Median seconds of forward and backward, and bytes beyond the inputs at the peak."""
     device = torch.device(case.device)
-    if device.type == "cpu":
-        keep_freed_memory()
     torch.manual_seed(0)
     hidden = torch.randn(case.rows, case.hidden, device=device, requires_grad=True)
     weight = (torch.randn(case.vocabulary, case.hidden, device=device) * 0.02).requires_grad_()

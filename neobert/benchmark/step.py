@@ -30,7 +30,6 @@ from neobert.model.encoder import Encoder
 from neobert.model.peak import peak_flops
 from neobert.objectives.mlm import MaskedLM
 from neobert.optim.optimizers import build_optimizer
-from neobert.train.allocator import keep_freed_memory
 from neobert.train.step import train_step
 from neobert.types import LossSum, PackedBatch
 
@@ -75,9 +74,6 @@ class StepSettings:
 
     plain_adamw: bool = False
     """AdamW one tensor at a time."""
-
-    default_allocator: bool = False
-    """Freed memory goes back to the kernel."""
 
     steps: int = 20
     warmup: int = 5
@@ -164,8 +160,6 @@ def measure_step(settings: StepSettings, source: RowSource | None = None) -> Ste
         ValueError: an attention backend or a kernel that cannot run on the device.
     """
     device = torch.device(settings.device)
-    if device.type == "cpu" and not settings.default_allocator:
-        keep_freed_memory()
     dtype = torch.bfloat16 if settings.precision == "bf16" else torch.float32
     source = made_up_rows(settings) if source is None else source
     model, attention, kernel = build_model(settings, source.model, device, dtype)

@@ -361,6 +361,11 @@ def _check_average(config: Config) -> Iterator[str]:
         yield (
             f"trainer.ema_start_step: {start} is not before the end of the run at trainer.max_steps = {steps}; lower it"
         )
+    if trainer.ema_decay is not None and config.model.ngpt:
+        yield (
+            f"trainer.ema_decay: {trainer.ema_decay}, but the mean of vectors of length 1 is shorter, and those of"
+            " model.ngpt: true must have length 1; remove it"
+        )
 
 
 def _check_device(config: Config) -> Iterator[str]:

@@ -78,6 +78,7 @@ def average_checkpoints(request: AverageRequest) -> Averaged:
             check_contents(folder)
         except CheckpointError as error:
             raise CheckpointError(f"{folder} is damaged: {error}; name others with --steps") from error
+    _check_variant(folders[-1])
     _check_alike(folders)
     name = WEIGHTS[request.weights][0]
     tensors = average_files([folder / name for folder in folders], plan.shares)
@@ -125,6 +126,15 @@ def _make_plan(request: AverageRequest) -> Averaged:
     total = sum(map(Fraction, shares))
     exact = tuple(float(Fraction(share) / total) for share in shares)
     return Averaged(run=str(request.run), steps=steps, shares=exact, weights=request.weights)
+
+
+def _check_variant(folder: Path) -> None:
+    config = json.loads((folder / "model_config.json").read_text())
+    if config.get("ngpt"):
+        raise CheckpointError(
+            f"{folder} is of model.ngpt: true, whose vectors have length 1, and the mean of such vectors is shorter; "
+            "take its last checkpoint as it is"
+        )
 
 
 def _check_alike(folders: Sequence[Path]) -> None:

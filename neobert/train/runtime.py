@@ -23,7 +23,6 @@ from torch import Tensor, nn
 
 from neobert.config.schema import Config
 from neobert.kernels.linear_cross_entropy import choose_kernel
-from neobert.train.allocator import keep_freed_memory
 
 
 class StartupError(Exception):
@@ -194,8 +193,6 @@ def build_runtime(config: Config) -> Runtime:
         StartupError: the launcher asked for several processes and they did not find each other.
     """
     settle_determinism(config.trainer.deterministic)
-    if choose_device_type(config) == "cpu":
-        keep_freed_memory()
     if config.trainer.tf32 and torch.cuda.is_available():
         torch.set_float32_matmul_precision("high")
     # `auto` is bound when the process group is there, since all processes take one choice.

@@ -92,7 +92,7 @@ def test_rows_of_a_config_come_through_the_loader(
     assert "an override needs --config FILE" in capsys.readouterr().err
 
 
-@pytest.mark.parametrize("switch", ["all_positions", "plain_adamw", "default_allocator", "gradient_checkpointing"])
+@pytest.mark.parametrize("switch", ["all_positions", "plain_adamw", "gradient_checkpointing"])
 def test_every_switch_of_the_comparison_runs(switch: str) -> None:
     figures = measure_step(StepSettings(**{**TINY, switch: True, "steps": 1}))  # type: ignore[arg-type]
     assert figures.tokens_per_second > 0

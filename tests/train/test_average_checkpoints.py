@@ -13,6 +13,7 @@ from records import log_lines
 from safetensors.torch import load_file, save_file
 
 from neobert import load
+from neobert.config.load import ConfigError
 from neobert.config.schema import Config
 from neobert.export.write import ExportRequest, export
 from neobert.train.averaging import AverageRequest, average_checkpoints, average_files
@@ -138,3 +139,12 @@ def test_damaged_and_different_checkpoints_are_refused(tiny: Tiny, tmp_path: Pat
     pretrain(tiny(plain, "trainer.max_steps=1"))
     with pytest.raises(CheckpointError, match=r"ema.safetensors is missing: only runs with trainer.ema_decay"):
         average_checkpoints(AverageRequest(run=plain, output=tmp_path / "mean", last=1, weights="ema"))
+
+
+def test_vectors_of_length_one_have_no_mean(tiny: Tiny, tmp_path: Path) -> None:
+    given = ("model.ngpt=true", "optimizer.weight_decay=0", "scheduler.warmup_steps=0", "trainer.max_steps=2")
+    pretrain(tiny(tmp_path / "run", *given, "trainer.save_steps=1", "trainer.eval_steps=0"))
+    with pytest.raises(CheckpointError, match=r"whose vectors have length 1, .* take its last checkpoint as it is"):
+        average_checkpoints(AverageRequest(run=tmp_path / "run", output=tmp_path / "mean", last=2))
+    with pytest.raises(ConfigError, match=r"trainer.ema_decay: 0.9, but the mean of vectors of length 1 is shorter"):
+        tiny(tmp_path / "other", *given, "trainer.ema_decay=0.9")
