@@ -6,19 +6,20 @@
 | `padded` | the same pairs, one text a row, every row as long as the longest text |
 | `cached` | `--cached-batch-size` pairs, `--batch-size` of them at a time through the encoder (GradCache) |
 | `whole` | `--cached-batch-size` pairs at once |
+| `accumulated` | the same pairs, `--batch-size` at a time and compared with each other only: gradients add up |
 
-Every variant runs in a process of its own, so that its peak is its own: of the allocator on a GPU, of the resident
-memory beyond model, optimizer and data on a CPU. Losses are printed too: unpadded and padded, cached and whole agree.
+Every variant runs in a process of its own, so that its peak is its own: what a step takes beyond model, optimizer and
+data, of the allocator on a GPU, of resident memory on a CPU. That is more than tensors: freed memory that the C library
+has not found a use for counts too. Losses are printed too: unpadded and padded, cached and whole agree. `accumulated`
+is what `cached` is to be compared with: gradients of all weights stand beside the activations of a chunk in both.
 """
 
 import argparse
 import multiprocessing
-import resource
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from itertools import islice
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -39,10 +40,11 @@ from neobert.kernels.linear_cross_entropy import KERNELS
 from neobert.model.attention import choose_attention
 from neobert.model.config import ModelConfig
 from neobert.model.encoder import Encoder
+from neobert.train.host_memory import current_bytes, forget_peak, peak_bytes
 from neobert.train.step import train_step
 from neobert.types import PackedBatch, PackedRow
 
-VARIANTS = ("unpadded", "padded", "cached", "whole")
+VARIANTS = ("unpadded", "padded", "cached", "whole", "accumulated")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -151,53 +153,59 @@ def measure(args: argparse.Namespace, variant: str) -> Measurement:
     """Steps of one variant; call it in a process of its own."""
     if args.threads:
         torch.set_num_threads(args.threads)
-    count = args.cached_batch_size if variant in ("cached", "whole") else args.batch_size
+    count = args.batch_size if variant in ("unpadded", "padded") else args.cached_batch_size
     rows, vocab_size, pad_id = make_rows(args, count)
     padded = variant == "padded"
     chunk = count if variant == "whole" else args.batch_size
-    batch = build_batch(rows, chunk_rows=chunk, pad_id=pad_id, max_length=args.max_length, padded=padded)
+    step = chunk if variant == "accumulated" else count
+    batches = [
+        build_batch(rows[n : n + step], chunk_rows=chunk, pad_id=pad_id, max_length=args.max_length, padded=padded)
+        for n in range(0, count, step)
+    ]
     module = build_module(args, vocab_size, pad_id, padded=padded)
     device = next(module.parameters()).device
+    batches = [batch.to(device) for batch in batches]
     optimizer = torch.optim.AdamW(module.parameters(), lr=0.0, fused=True)
     seconds, losses = [], []
     small = build_batch(rows[:2], chunk_rows=2, pad_id=pad_id, max_length=args.max_length, padded=padded)
     train_step(module, optimizer, [small.to(device)], lr=0.0, scale=1.0)  # Makes room for the optimizer's state.
-    before = _resident_mib()
+    before = _forget_peak(device)
     for _ in range(args.steps + 1):  # The first one warms up.
         start = time.perf_counter()
         with torch.autocast(device.type, torch.bfloat16, enabled=args.dtype == "bf16"):
-            result = train_step(module, optimizer, [batch.to(device)], lr=0.0, scale=1 / count)
+            result = train_step(module, optimizer, batches, lr=0.0, scale=1 / count)
         losses.append(float(result.loss_sum) / count)  # Waits for the device.
         seconds.append(time.perf_counter() - start)
-    if device.type == "cuda":
-        peak = torch.cuda.max_memory_allocated(device) / 2**20
-    else:
-        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024 - before
+    peak = torch.cuda.max_memory_allocated(device) if device.type == "cuda" else peak_bytes()
     return Measurement(
         variant=variant,
         pairs_per_second=count / float(np.median(seconds[1:])),
-        peak_mib=peak,
+        peak_mib=(peak - before) / 2**20,
         loss=losses[0],
-        slots_per_token=batch.num_slots / batch.num_tokens,
+        slots_per_token=sum(batch.num_slots for batch in batches) / sum(batch.num_tokens for batch in batches),
     )
 
 
-def _resident_mib() -> float:
-    pages = int(Path("/proc/self/statm").read_text().split()[1])
-    return pages * resource.getpagesize() / 2**20
+def _forget_peak(device: torch.device) -> int:
+    """Bytes in use; peaks count from here."""
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(device)
+        return torch.cuda.memory_allocated(device)
+    forget_peak()
+    return current_bytes()
 
 
 def run_benchmark(argv: list[str], description: str) -> int:
     """The script: one line for each variant."""
     args = _parse(argv, description)
-    where = "of the allocator" if choose_device(args.device).type == "cuda" else "beyond model, optimizer and data"
-    print(f"{'variant':<10} {'pairs/s':>9} {'peak MiB':>9} {'slots/token':>12} {'loss':>9}   (peak {where})")
+    where = "beyond model, optimizer and data"
+    print(f"{'variant':<11} {'pairs/s':>9} {'peak MiB':>9} {'slots/token':>12} {'loss':>9}   (peak {where})")
     context = multiprocessing.get_context("spawn")
     for variant in args.variants:
         with context.Pool(1) as pool:
             found = pool.apply(measure, (args, variant))
         print(
-            f"{found.variant:<10} {found.pairs_per_second:>9.1f} {found.peak_mib:>9.0f} {found.slots_per_token:>12.2f} "
+            f"{found.variant:<11} {found.pairs_per_second:>9.1f} {found.peak_mib:>9.0f} {found.slots_per_token:>12.2f} "
             f"{found.loss:>9.5f}"
         )
     return 0

@@ -3,12 +3,21 @@
 Each returns the sum over this process's rows, so that the sum over processes, divided by the rows of all of them, is
 the loss of the step. Embeddings that come from other processes take part with their gradients.
 
+The similarities of some rows at a time are kept, see `sum_over_blocks`, and the memory of a step is linear in its rows.
+Only `cosent`, which compares all pairs with each other at once, takes their square.
+
 Legend: N rows of this process, M rows or candidates of all processes, D width.
 """
+
+from collections.abc import Callable
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.utils.checkpoint import checkpoint
+
+ROWS_AT_ONCE = 256
+"""Rows of a block: with all candidates enough for a full matrix product."""
 
 
 def info_nce(
@@ -72,3 +81,13 @@ def cosent(similarity_M: Tensor, scores_M: Tensor, *, scale: Tensor | float) -> 
     ordered_MM = scores_M[:, None] > scores_M[None, :]
     terms = differences_MM.masked_fill(~ordered_MM, float("-inf")).flatten()
     return torch.logsumexp(torch.cat([terms.new_zeros(1), terms]), dim=0)
+
+
+def sum_over_blocks(loss: Callable[..., Tensor], *rows: Tensor) -> Tensor:
+    """`loss` of tensors `[N, ...]`, a sum over rows, block by block: the backward computes the similarities of a block
+    again, a product that is small beside the encoder's."""
+    if len(rows[0]) <= ROWS_AT_ONCE:
+        return loss(*rows)
+    blocks = zip(*(x.split(ROWS_AT_ONCE) for x in rows))
+    sums = [checkpoint(loss, *block, use_reentrant=False, preserve_rng_state=False) for block in blocks]
+    return torch.stack(sums).sum()

@@ -22,7 +22,7 @@ from torch.utils.checkpoint import checkpoint
 from neobert.contrastive.batches import PairBatch
 from neobert.contrastive.gather import first_row, gather
 from neobert.contrastive.lookup import Lookup, share_lookup
-from neobert.contrastive.losses import cosent, info_nce, sup_con
+from neobert.contrastive.losses import cosent, info_nce, sum_over_blocks, sup_con
 from neobert.inference.pooling import choose_pooling
 from neobert.kernels.linear_cross_entropy import LinearCrossEntropy
 from neobert.model.encoder import Encoder
@@ -130,15 +130,20 @@ class ContrastiveEncoder(MaskedLM):
         anchors = units[batch.anchors]
         if batch.kind == "supcon":
             own = _own_places(batch, len(anchors))
-            return sup_con(anchors, gather(anchors), batch.scores, gather(batch.scores), own, scale=self.scale)
+            everything, classes = gather(anchors), gather(batch.scores)
+
+            def loss(anchors: Tensor, own_classes: Tensor, own: Tensor) -> Tensor:
+                return sup_con(anchors, everything, own_classes, classes, own, scale=self.scale)
+
+            return sum_over_blocks(loss, anchors, batch.scores, own)
         positives = units[batch.positives]
         if batch.kind == "cosent":
             similarities, scores = gather((anchors * positives).sum(dim=1)), gather(batch.scores)
             return len(anchors) * cosent(similarities, scores, scale=self.scale)
-        loss = self._find_positives(units, anchors, positives, batch)
+        total = self._find_positives(units, anchors, positives, batch)
         if self.objective.both_directions:
-            loss = (loss + self._find_anchors(anchors, positives, batch)) / 2
-        return loss
+            total = (total + self._find_anchors(anchors, positives, batch)) / 2
+        return total
 
     def _find_positives(self, units: Tensor, anchors: Tensor, positives: Tensor, batch: PairBatch) -> Tensor:
         """Every anchor against the positives of all rows, then the negatives of all rows."""
@@ -152,30 +157,39 @@ class ContrastiveEncoder(MaskedLM):
             absent = torch.cat([absent, ~batch.has_negative.flatten()])
         begin = first_row(len(candidates))
         own = begin + torch.arange(num_rows, device=units.device)
-        all_ids, all_absent = gather(ids), gather(absent.to(torch.uint8)).bool()
-        excluded = all_absent | _same_text(all_ids, batch.text_ids[batch.anchors], batch.text_ids[batch.positives])
-        bonus = None
-        if num_negatives and self.objective.hard_negative_weight:
-            bonus = units.new_zeros(num_rows, len(all_ids))
-            places = begin + num_rows + torch.arange(num_rows * num_negatives, device=units.device)
-            bonus.scatter_(1, places.view(num_rows, num_negatives), self.objective.hard_negative_weight)
-        return info_nce(
-            anchors,
-            gather(candidates),
-            own,
-            excluded.scatter(1, own[:, None], False),
-            scale=self.scale,
-            bonus_NM=bonus,
-            margin=self.objective.false_negative_margin,
-        )
+        places = begin + num_rows + torch.arange(num_rows * num_negatives, device=units.device)
+        everything, all_ids, all_absent = gather(candidates), gather(ids), gather(absent.to(torch.uint8)).bool()
+        weight = self.objective.hard_negative_weight
+
+        def loss(anchors: Tensor, own: Tensor, anchor_ids: Tensor, positive_ids: Tensor, places: Tensor) -> Tensor:
+            bonus = None
+            if num_negatives and weight:
+                bonus = anchors.new_zeros(len(anchors), len(all_ids)).scatter_(1, places, weight)
+            return info_nce(
+                anchors,
+                everything,
+                own,
+                (all_absent | _same_text(all_ids, anchor_ids, positive_ids)).scatter(1, own[:, None], False),
+                scale=self.scale,
+                bonus_NM=bonus,
+                margin=self.objective.false_negative_margin,
+            )
+
+        anchor_ids, positive_ids = batch.text_ids[batch.anchors], batch.text_ids[batch.positives]
+        return sum_over_blocks(loss, anchors, own, anchor_ids, positive_ids, places.view(num_rows, num_negatives))
 
     def _find_anchors(self, anchors: Tensor, positives: Tensor, batch: PairBatch) -> Tensor:
         """Every positive against the anchors of all rows."""
         own = _own_places(batch, len(anchors))
         ids, positive_ids = batch.text_ids[batch.anchors], batch.text_ids[batch.positives]
-        excluded = _same_text(gather(ids), positive_ids, ids).scatter(1, own[:, None], False)
-        margin = self.objective.false_negative_margin
-        return info_nce(positives, gather(anchors), own, excluded, scale=self.scale, margin=margin)
+        everything, all_ids = gather(anchors), gather(ids)
+
+        def loss(positives: Tensor, own: Tensor, ids: Tensor, positive_ids: Tensor) -> Tensor:
+            excluded = _same_text(all_ids, positive_ids, ids).scatter(1, own[:, None], False)
+            margin = self.objective.false_negative_margin
+            return info_nce(positives, everything, own, excluded, scale=self.scale, margin=margin)
+
+        return sum_over_blocks(loss, positives, own, ids, positive_ids)
 
 
 def _own_places(batch: PairBatch, num_rows: int) -> Tensor:

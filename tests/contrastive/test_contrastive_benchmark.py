@@ -23,4 +23,5 @@ def test_padded_and_cached_steps_are_the_same_steps() -> None:
     assert found["padded"].loss == pytest.approx(found["unpadded"].loss, rel=1e-4)
     assert found["cached"].loss == pytest.approx(found["whole"].loss, rel=1e-4)
     assert found["cached"].loss != pytest.approx(found["unpadded"].loss, rel=1e-2)
+    assert found["accumulated"].loss != pytest.approx(found["whole"].loss, rel=1e-2)
     assert found["padded"].slots_per_token > 1.5
