@@ -116,6 +116,14 @@ def test_cached_gradients_take_what_accumulated_ones_take() -> None:
     assert cached.peak < 1.1 * alone.peak
 
 
+def test_memory_is_linear_in_rows_and_small(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(losses, "ROWS_AT_ONCE", 8)
+    module = model()
+    at_256, at_512 = (live_of_step(module, [batch_of(rows, chunk=CHUNK)]).peak for rows in (256, 512))
+    texts = 3 * WIDTH * 4  # fp32 vectors of the texts of a row
+    assert (at_512 - at_256) / 256 < 7 * texts
+
+
 @pytest.mark.parametrize("kind", ["infonce", "supcon"])
 def test_no_similarities_of_all_rows(monkeypatch: pytest.MonkeyPatch, kind: str) -> None:
     monkeypatch.setattr(losses, "ROWS_AT_ONCE", 8)
