@@ -72,9 +72,12 @@ def replay_row(path: Path, row: int) -> ReplayedRow:
     """Row `row` of a run, by the settings of its newest valid checkpoint (or of the checkpoint that `path` is).
 
     Raises:
-        StartupError: the run's rows cannot be planned again: its data changed, or rows have no numbers.
+        StartupError: there is no such row, or the run's rows cannot be planned again: its data changed, or rows have
+            no numbers.
         CheckpointError: there is no valid checkpoint.
     """
+    if row < 0:
+        raise StartupError(f"--row: {row}; rows are counted from 0")
     checkpoint = choose_checkpoint(path).path
     if checkpoint is None:
         raise CheckpointError(f"{path} holds no checkpoint: give a run folder, or one of its checkpoints")
