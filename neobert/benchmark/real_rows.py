@@ -8,6 +8,7 @@ from pathlib import Path
 from neobert.benchmark.step import RowSource
 from neobert.config.load import ConfigError, load_config
 from neobert.data.pipeline import build_tokenizer
+from neobert.data.reader import Reader
 from neobert.train.build import build_config_data, build_model_config
 from neobert.train.runtime import StartupError
 from neobert.types import PackedBatch
@@ -27,9 +28,8 @@ def open_rows(path: str, overrides: Sequence[str], *, pin_memory: bool) -> Itera
                 raise ValueError(f"{path}: task: {config.task}; rows of pretraining only can be measured")
             rows = config.trainer.micro_batch_rows
             tokenizer = build_tokenizer(config, None, Path(folder))
-            data = build_config_data(
-                config, tokenizer, rows_per_step=rows, prepared_dir=Path(folder) / "tokenized", pin_memory=pin_memory
-            )
+            reader = Reader(rows_per_step=rows, prepared_dir=Path(folder) / "tokenized", pin_memory=pin_memory)
+            data = build_config_data(config, tokenizer, reader)
         except (ConfigError, StartupError) as error:
             raise ValueError(str(error)) from error
         loader = data.loader()

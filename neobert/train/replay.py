@@ -13,6 +13,7 @@ from neobert.data.batch_size import constant_batch
 from neobert.data.collate import Collator
 from neobert.data.loader import Loader
 from neobert.data.pipeline import DataPipeline, build_tokenizer
+from neobert.data.reader import Reader
 from neobert.data.tokenizer import Tokenizer
 from neobert.train.build import build_config_data
 from neobert.train.runtime import StartupError
@@ -120,12 +121,8 @@ def _build_pipeline(checkpoint: Path, saved: dict[str, Any]) -> tuple[DataPipeli
         raise StartupError(f"{checkpoint} is of task: {config.task}; only rows of pretraining can be shown again")
     run = checkpoint.parent.parent if checkpoint.parent.name == "checkpoints" else Path(config.trainer.output_dir)
     tokenizer = build_tokenizer(config, checkpoint, run)
-    data = build_config_data(
-        config,
-        tokenizer,
-        prepared_dir=run / "tokenized",
-        rows_per_step=saved["rows_per_step"],
-    )
+    reader = Reader(rows_per_step=saved["rows_per_step"], prepared_dir=run / "tokenized")
+    data = build_config_data(config, tokenizer, reader)
     if data.fingerprint != saved["data_fingerprint"]:
         raise StartupError(
             f"the data under this run changed: {checkpoint} was trained on a source with fingerprint "

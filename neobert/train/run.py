@@ -13,6 +13,7 @@ from neobert.data.batch_size import BatchSchedule
 from neobert.data.lanes import State
 from neobert.data.loader import Loader, OrderIdentity
 from neobert.data.pipeline import build_tokenizer
+from neobert.data.reader import Reader
 from neobert.data.tokenizer import Tokenizer
 from neobert.model.attention import AttentionBackend
 from neobert.model.config import ModelConfig
@@ -192,12 +193,14 @@ def build_run(
     data = build_data(
         config,
         tokenizer,
-        rows_per_step=rows_per_step,
-        prepared_dir=output_dir / "tokenized",
-        rank=runtime.rank,
-        world=runtime.world,
-        main_first=runtime.main_first,
-        pin_memory=runtime.device.type == "cuda" and config.dataset.pin_memory is not False,
+        Reader(
+            rows_per_step=rows_per_step,
+            prepared_dir=output_dir / "tokenized",
+            rank=runtime.rank,
+            world=runtime.world,
+            main_first=runtime.main_first,
+            pin_memory=runtime.device.type == "cuda" and config.dataset.pin_memory is not False,
+        ),
     )
     num_steps = choose_num_steps(config, data)
     module = build_module(config, model_config, attention, runtime)

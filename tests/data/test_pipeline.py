@@ -15,6 +15,7 @@ from neobert.config.schema import Config, DatasetSection, TokenizerSection
 from neobert.data import prepare
 from neobert.data.errors import DataError
 from neobert.data.pipeline import build_data, build_tokenizer
+from neobert.data.reader import Reader
 from neobert.data.sources import list_splits
 from neobert.data.spec import SourceSpec, describe_source
 from neobert.data.stdlib import StdlibSource
@@ -222,13 +223,9 @@ def test_rank_0_tokenises_and_the_others_wait(tmp_path, corpora, tokenizer, poli
         found[number] = build_data(
             make_config(path=str(corpora["jsonl"]), streaming=False),
             tokenizer,
+            Reader(rows_per_step=24, prepared_dir=tmp_path / "shared", rank=number, world=2, main_first=main_first),
             train_masks=policy,
             eval_masks=policy,
-            rank=number,
-            world=2,
-            prepared_dir=tmp_path / "shared",
-            rows_per_step=24,
-            main_first=main_first,
         )
 
     threads = [threading.Thread(target=rank, args=(n,), name=f"rank{n}") for n in (1, 0)]
