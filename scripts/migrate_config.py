@@ -4,6 +4,7 @@ import sys
 from pathlib import Path
 
 from neobert.config.migrate import MigrationError, migrate
+from neobert.config.source import YamlError, read_yaml_text
 
 
 def main() -> int:
@@ -11,8 +12,8 @@ def main() -> int:
         print(f"{__doc__}\nThe new file goes to stdout, the list of edits to stderr.", file=sys.stderr)
         return 0 if sys.argv[1:] in (["--help"], ["-h"]) else 2
     try:
-        text, edits = migrate(Path(sys.argv[1]).read_text(encoding="utf-8"))
-    except (MigrationError, OSError, UnicodeDecodeError) as error:
+        text, edits = migrate(read_yaml_text(Path(sys.argv[1])))
+    except (MigrationError, YamlError) as error:
         print(f"{sys.argv[1]}: {error}", file=sys.stderr)
         return 2
     print(text, end="")

@@ -21,6 +21,7 @@ import subprocess
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 
 import numpy as np
 import torch
@@ -195,7 +196,14 @@ def _describe(given: Prepared) -> EuroBertConfig:
 
 
 def compare(settings: AgainstSettings, names: Sequence[str], rounds: int) -> str:
-    """Runs the contestants in turns, each time in a fresh process; the medians as a table."""
+    """Runs the contestants in turns, each time in a fresh process; the medians as a table.
+
+    Raises:
+        ValueError: there is no text or no tokenizer there, or a contestant failed.
+    """
+    load_tokenizer(TokenizerSection(path=settings.tokenizer))
+    if not Path(settings.text).is_file():
+        raise ValueError(f"{settings.text}: there is no such file; give JSONL (or .gz) with a field `text`")
     found: dict[str, list[Outcome]] = {name: [] for name in names}
     for _ in range(rounds):
         for name in names:

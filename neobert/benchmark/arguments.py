@@ -1,10 +1,15 @@
 """The command line that the benchmarks of the data share."""
 
 import argparse
+import sys
+from collections.abc import Callable
 
-from neobert.config.load import parse_config
+from neobert.benchmark.flags import count
+from neobert.config.load import ConfigError, parse_config
 from neobert.config.schema import Config
+from neobert.data.errors import DataError
 from neobert.data.tokenizer import Tokenizer, load_tokenizer
+from neobert.train.runtime import StartupError
 
 
 def build_data_parser(description: str | None, *, rows: int, repeats: int) -> argparse.ArgumentParser:
@@ -14,7 +19,7 @@ def build_data_parser(description: str | None, *, rows: int, repeats: int) -> ar
     parser.add_argument("--tokenizer", required=True, help="tokenizer folder")
     parser.add_argument("--max-seq-length", type=int, default=512, help="default: %(default)s")
     parser.add_argument("--rows", type=int, default=rows, help="rows of a batch (default: %(default)s)")
-    parser.add_argument("--repeats", type=int, default=repeats, help="default: %(default)s")
+    parser.add_argument("--repeats", type=count, default=repeats, help="default: %(default)s")
     return parser
 
 
@@ -32,3 +37,13 @@ def read_data_config(args: argparse.Namespace) -> tuple[Config, Tokenizer]:
         ],
     )
     return config, load_tokenizer(config.tokenizer)
+
+
+def run_on_data(args: argparse.Namespace, work: Callable[[Config, Tokenizer], object]) -> int:
+    """Calls `work` with what the arguments describe; what the user can mend becomes one sentence and exit code 2."""
+    try:
+        work(*read_data_config(args))
+    except (ConfigError, DataError, StartupError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    return 0

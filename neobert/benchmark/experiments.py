@@ -41,7 +41,7 @@ from neobert.benchmark.trial import (
 )
 from neobert.config.load import ConfigError, load_config, split_arguments, without_secrets
 from neobert.config.schema import Config
-from neobert.config.source import Leaf, Tree, YamlError, parse_yaml
+from neobert.config.source import Leaf, Tree, YamlError, parse_yaml, read_yaml_text
 from neobert.data.errors import DataError
 from neobert.train.exit_codes import EXIT_CODES
 from neobert.train.runtime import StartupError
@@ -110,8 +110,8 @@ class Place:
 def load_plan(path: Path) -> Plan:
     """The plan in a file. Raises PlanError."""
     try:
-        tree = parse_yaml(path.read_text())
-    except (OSError, YamlError) as error:
+        tree = parse_yaml(read_yaml_text(path, "the plan"))
+    except YamlError as error:
         raise PlanError(f"{path}: {error}") from error
     _check_keys(path, "the plan", tree, {"config", "runs", "seeds_at_best"})
     config, runs, seeds = tree.get("config"), tree.get("runs"), tree.get("seeds_at_best", Leaf("0"))

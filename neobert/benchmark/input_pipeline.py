@@ -26,6 +26,7 @@ from datasets import disable_progress_bars, load_dataset
 
 from neobert.config.schema import Config
 from neobert.data.lanes import IntArray
+from neobert.data.reader import Reader
 from neobert.data.tokenizer import Tokenizer
 from neobert.train.build import build_config_data
 
@@ -53,8 +54,8 @@ def measure(batches: Generator[tuple[int, int], None, None], num_batches: int) -
 
 def our_batches(config: Config, tokenizer: Tokenizer, folder: Path) -> Generator[tuple[int, int], None, None]:
     """Steps of one micro-batch each from the real pipeline, with its threads."""
-    rows = config.trainer.micro_batch_rows
-    data = build_config_data(config, tokenizer, rows_per_step=rows, prepared_dir=folder)
+    reader = Reader(rows_per_step=config.trainer.micro_batch_rows, prepared_dir=folder)
+    data = build_config_data(config, tokenizer, reader)
     loader = data.loader()
     try:
         for step in loader:

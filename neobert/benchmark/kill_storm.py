@@ -12,6 +12,7 @@ import os
 import random
 import shutil
 import signal
+import sys
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -19,7 +20,9 @@ from hashlib import sha256
 from pathlib import Path
 from typing import Any
 
+from neobert.benchmark.flags import count
 from neobert.benchmark.lives import Lives
+from neobert.config.load import ConfigError, parse_config
 
 SETTINGS = """
 seed: 11
@@ -35,6 +38,10 @@ trainer: {max_steps: 300, per_device_train_batch_size: 2, gradient_accumulation_
 """
 
 EXACT = ("step", "loss_hex", "grad_norm_hex", "lr", "num_tokens", "num_targets", "batch_digest")
+
+
+class StormError(Exception):
+    """A start that ended by itself; the message names its output."""
 
 
 @dataclass(kw_only=True, slots=True)
@@ -92,6 +99,9 @@ def run_storm(
     Args:
         max_kills: after this many the run is left alone.
         life: longest life in seconds; each one's is drawn evenly from 0 to this.
+
+    Raises:
+        StormError: a start failed.
     """
     rng, storm, started = random.Random(seed), Storm(), time.perf_counter()
     words = [*overrides, f"trainer.output_dir={out}", "trainer.resume_from_checkpoint=latest"]
@@ -110,29 +120,38 @@ def run_storm(
             storm.seconds = time.perf_counter() - started
             return storm
         else:
-            raise RuntimeError(f"a start ended with code {code}; see {output}")
+            raise StormError(f"a start ended with code {code}; see {output}")
 
 
 def main(argv: Sequence[str]) -> int:
     """The command line of `scripts/kill_storm.py`; 1 when a storm differs from the peaceful run."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("folder", type=Path, help="an empty or new folder to work in")
-    parser.add_argument("--kills", type=int, default=200)
+    parser.add_argument("--kills", type=count, default=200)
     parser.add_argument("--life", type=float, help="longest life in seconds (default: half of the peaceful run)")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("overrides", nargs="*", help="further settings, for example trainer.async_save=true")
     arguments = parser.parse_intermixed_args(argv)
     folder: Path = arguments.folder.absolute()
+    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+        parser.error(f"{folder} is not an empty folder")
+    if arguments.life is not None and not arguments.life > 0:
+        parser.error(f"--life: {arguments.life} must be greater than 0")
+    overrides = [f"dataset.path={folder / 'corpus'}", *arguments.overrides]
+    try:
+        parse_config(SETTINGS, overrides)
+    except ConfigError as error:
+        parser.error(str(error))
     folder.mkdir(parents=True, exist_ok=True)
-    if any(folder.iterdir()):
-        parser.error(f"{folder} is not empty")
     write_corpus(folder / "corpus", seed=arguments.seed)
     config_file = folder / "storm.yaml"
     config_file.write_text(SETTINGS)
-    overrides = [f"dataset.path={folder / 'corpus'}", *arguments.overrides]
     lives = Lives()
     try:
         return _compare(lives, config_file, overrides, folder, arguments)
+    except StormError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
     finally:
         lives.close()
 
@@ -142,7 +161,7 @@ def _compare(lives: Lives, config_file: Path, overrides: list[str], folder: Path
     lives.start(config_file, [*overrides, f"trainer.output_dir={peace}"], folder / "peace.log")
     started = time.perf_counter()  # The first answer comes when everything is imported.
     if lives.wait() != [0]:
-        raise RuntimeError(f"the run that was left alone failed; see {folder / 'peace.log'}")
+        raise StormError(f"the run that was left alone failed; see {folder / 'peace.log'}")
     seconds = time.perf_counter() - started
     expected, weights = read_steps(peace), digest_of_weights(peace)
     life = arguments.life or seconds / 2

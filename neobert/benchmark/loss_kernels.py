@@ -15,7 +15,7 @@ from typing import NamedTuple
 import torch
 
 from neobert.benchmark.step import choose_clock
-from neobert.kernels.linear_cross_entropy import KERNELS, kernel_obstacle
+from neobert.kernels.linear_cross_entropy import KERNELS, PACKAGES, kernel_obstacle
 from neobert.train.host_memory import forget_peak, peak_bytes
 
 
@@ -68,7 +68,15 @@ def _peak(device: torch.device) -> int:
 
 
 def table(kernels: Sequence[str], shapes: Sequence[str], precision: str, device: str, repeats: int) -> str:
-    """Every kernel at every shape, each in a process of its own; `-` where it cannot run or runs out of memory."""
+    """Every kernel at every shape, each in a process of its own; `-` where it cannot run or runs out of memory.
+
+    Raises:
+        ValueError: a kernel that is none.
+    """
+    known = list(dict.fromkeys((*KERNELS, *PACKAGES)))
+    unknown = [name for name in kernels if name not in known]
+    if unknown:
+        raise ValueError(f"--kernels: {', '.join(map(repr, unknown))} is unknown; known are {', '.join(known)}")
     lines = ["| M, D, V | kernel | ms | memory |", "|---|---|---|---|"]
     for shape in shapes:
         for kernel in kernels:

@@ -6,9 +6,11 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from neobert.benchmark.step import RowSource
-from neobert.config.load import load_config
+from neobert.config.load import ConfigError, load_config
 from neobert.data.pipeline import build_tokenizer
+from neobert.data.reader import Reader
 from neobert.train.build import build_config_data, build_model_config
+from neobert.train.runtime import StartupError
 from neobert.types import PackedBatch
 
 
@@ -17,16 +19,19 @@ def open_rows(path: str, overrides: Sequence[str], *, pin_memory: bool) -> Itera
     """The micro-batches of the config at `path`, from its first row on, and the model that belongs to them.
 
     Raises:
-        ConfigError: of the config and the overrides.
-        DataError: the data cannot be used as configured.
+        ValueError: the config, or the data that it names, cannot be used; a DataError also while the rows are read.
     """
-    config = load_config(path, overrides)
-    rows = config.trainer.micro_batch_rows
     with tempfile.TemporaryDirectory() as folder:
-        tokenizer = build_tokenizer(config, None, Path(folder))
-        data = build_config_data(
-            config, tokenizer, rows_per_step=rows, prepared_dir=Path(folder) / "tokenized", pin_memory=pin_memory
-        )
+        try:
+            config = load_config(path, overrides)
+            if config.task != "pretraining":
+                raise ValueError(f"{path}: task: {config.task}; rows of pretraining only can be measured")
+            rows = config.trainer.micro_batch_rows
+            tokenizer = build_tokenizer(config, None, Path(folder))
+            reader = Reader(rows_per_step=rows, prepared_dir=Path(folder) / "tokenized", pin_memory=pin_memory)
+            data = build_config_data(config, tokenizer, reader)
+        except (ConfigError, StartupError) as error:
+            raise ValueError(str(error)) from error
         loader = data.loader()
         try:
             yield RowSource(

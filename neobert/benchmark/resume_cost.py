@@ -15,17 +15,16 @@ from pathlib import Path
 from neobert.config.schema import Config
 from neobert.data.lanes import State
 from neobert.data.pipeline import DataPipeline
+from neobert.data.reader import Reader
 from neobert.data.tokenizer import Tokenizer
 from neobert.train.build import build_config_data
 
 
 def build(config: Config, tokenizer: Tokenizer, folder: Path) -> DataPipeline:
     """The data of one process, read in the calling thread."""
+    alone = replace(config, dataset=replace(config.dataset, num_workers=0))
     return build_config_data(
-        replace(config, dataset=replace(config.dataset, num_workers=0)),
-        tokenizer,
-        rows_per_step=config.trainer.micro_batch_rows,
-        prepared_dir=folder,
+        alone, tokenizer, Reader(rows_per_step=config.trainer.micro_batch_rows, prepared_dir=folder)
     )
 
 

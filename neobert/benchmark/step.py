@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from neobert.benchmark.plain import MASKED_ATTENTION, build_plain_adamw
-from neobert.benchmark.rows import RowShape, made_up_policy, make_batches, make_documents
+from neobert.benchmark.rows import SPECIALS, RowShape, made_up_policy, make_batches, make_documents
 from neobert.kernels.linear_cross_entropy import KERNELS, choose_kernel
 from neobert.model.attention import choose_attention
 from neobert.model.config import ModelConfig
@@ -132,7 +132,18 @@ class RowSource:
 
 
 def made_up_rows(settings: StepSettings) -> RowSource:
-    """Random documents, equal for equal settings; eight batches in turns."""
+    """Random documents, equal for equal settings; eight batches in turns.
+
+    Raises:
+        ValueError: settings that no document fits.
+    """
+    for flag, value, least in (
+        ("--length", settings.length, 3),
+        ("--vocab-size", settings.vocab_size, SPECIALS + 1),
+        ("--mean-document", settings.mean_document, 1),
+    ):
+        if value < least:
+            raise ValueError(f"{flag}: {value}; write at least {least}")
     model = ModelConfig(
         **PRESETS[settings.preset],
         max_position_embeddings=settings.length,

@@ -2,12 +2,22 @@
 
 import argparse
 import dataclasses
+from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
+from typing import Any
 
+from neobert.benchmark.flags import count, count_or_zero, device
 from neobert.benchmark.step import PRESETS, RowSource, StepSettings
 
 _OF_THE_ROWS = ("preset", "vocab_size", "tied", "length", "rows", "mean_document", "probability", "padded")
 """Settings that a config decides."""
+
+_KINDS: dict[str, Callable[[str], Any]] = {
+    **dict.fromkeys(("vocab_size", "length", "rows", "steps", "checkpointing_every"), count),
+    "warmup": count_or_zero,
+    "device": device,
+}
+"""Types of flags that are more than the type of their default."""
 
 
 def build_parser(description: str | None) -> argparse.ArgumentParser:
@@ -22,7 +32,8 @@ def build_parser(description: str | None) -> argparse.ArgumentParser:
             parser.add_argument(flag, action="store_true", default=None)
         else:
             choices = {"preset": list(PRESETS), "precision": ["bf16", "fp32"]}.get(field.name)
-            parser.add_argument(flag, type=type(default), choices=choices, help=f"default: {default}")
+            kind = _KINDS.get(field.name, type(default))
+            parser.add_argument(flag, type=kind, choices=choices, help=f"default: {default}")
     return parser
 
 

@@ -14,6 +14,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from neobert.benchmark.flags import count
 from neobert.benchmark.trial import (
     HELD_OUT,
     Stopped,
@@ -40,8 +41,8 @@ def main(argv: Sequence[str], description: str | None = None) -> int:
     """The command line of `scripts/experiments/yardstick.py`: one JSON object on the standard output."""
     parser = build_parser(description, file_help="config of the run")
     parser.add_argument("--seconds", type=float, default=SECONDS, help="of training (default %(default)s)")
-    parser.add_argument("--steps", type=int, help="make so many steps, whatever the time: repeats an earlier run")
-    parser.add_argument("--speed-steps", type=int, default=SPEED_STEPS, help="of the throw-away run (default 50)")
+    parser.add_argument("--steps", type=count, help="make so many steps, whatever the time: repeats an earlier run")
+    parser.add_argument("--speed-steps", type=count, default=SPEED_STEPS, help="of the throw-away run (default 50)")
     options, overrides = parse_arguments(parser, argv)
     try:
         check_data(options.data)

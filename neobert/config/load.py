@@ -24,7 +24,7 @@ from neobert.config.leaves import LeafError, parse_value
 from neobert.config.refused import RENAMED, find_refusal, is_below_known_name
 from neobert.config.schema import Config
 from neobert.config.secrets import scrub
-from neobert.config.source import Leaf, Tree, YamlError, parse_yaml
+from neobert.config.source import Leaf, Tree, YamlError, parse_yaml, read_yaml_text
 from neobert.config.validate import BUDGETS, validate
 from neobert.config.variables import VariableError, escape_variables, substitute
 
@@ -48,9 +48,13 @@ def load_config(path: str | Path | None, overrides: Sequence[str] = ()) -> Confi
     Raises:
         ConfigError: the file is missing or not YAML, or anything in it or in the overrides is wrong.
     """
-    text = "" if path is None else _read(Path(path))
-    source = "the overrides" if path is None else f"{path}"
-    return parse_config(text, overrides, source=source)
+    if path is None:
+        return parse_config("", overrides, source="the overrides")
+    try:
+        text = read_yaml_text(Path(path), "the config file")
+    except YamlError as error:
+        raise ConfigError([str(error)], f"{path}") from error
+    return parse_config(text, overrides, source=f"{path}")
 
 
 def parse_config(text: str, overrides: Sequence[str] = (), *, source: str = "the config") -> Config:
@@ -270,32 +274,6 @@ def _parse_leaves(draft: _Draft) -> dict[str, Any]:
 
 def _show(value: Tree) -> str:
     return repr(value.text) if isinstance(value, Leaf) else "a list"
-
-
-def _read(path: Path) -> str:
-    try:
-        return path.read_text(encoding="utf-8")
-    except UnicodeDecodeError as error:
-        raise ConfigError([f"not a UTF-8 text file: {error}"], str(path)) from error
-    except OSError as error:
-        reason = "is a folder" if path.is_dir() else "does not exist" if not path.exists() else str(error.strerror)
-        raise ConfigError([f"the config file {reason}{_list_nearby(path)}"], str(path)) from error
-
-
-def _list_nearby(path: Path) -> str:
-    """The YAML files closest by name in the nearest folder above `path` that has any."""
-    for folder in (path, *path.parents):
-        if folder.is_dir():
-            found = sorted(str(p) for pattern in ("*.yaml", "*.yml") for p in _walk(folder, pattern))
-            if found:
-                close = difflib.get_close_matches(str(path), found, 8, 0.0)
-                return "; YAML files nearby: " + ", ".join(close)
-    return "; there are no YAML files nearby"
-
-
-def _walk(folder: Path, pattern: str) -> list[Path]:
-    """Files two folders deep at most, so that a mistyped path does not search a whole disk."""
-    return [*folder.glob(pattern), *folder.glob(f"*/{pattern}"), *folder.glob(f"*/*/{pattern}")]
 
 
 def _to_plain(value: Any) -> Any:

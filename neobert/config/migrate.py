@@ -252,6 +252,15 @@ def _write_defaults(draft: _Draft, keys: Iterable[str] = _DEFAULTS) -> None:
         draft.write(key, default, f"wrote {key}: {show_value(default)}, the default there (here {here})")
 
 
+def _write_clipping_default(draft: _Draft) -> None:
+    """There the last micro-batch of a step was measured unless the file said otherwise; here all of them are."""
+    muon = "optimizer.muon_config."
+    key = f"{muon}capture_last_microbatch_only"
+    clips = draft.read("optimizer.name") in MUON and draft.read(f"{muon}enable_clipping")
+    if clips and key not in draft.values:
+        draft.write(key, True, f"wrote {key}: true, the default there (here false)")
+
+
 _EDITS: dict[str, tuple[Callable[[_Draft], None], ...]] = {
     "pretraining": (
         _leave_other_task,
@@ -262,6 +271,7 @@ _EDITS: dict[str, tuple[Callable[[_Draft], None], ...]] = {
         _edit_lengths,
         _choose_budget,
         _write_defaults,
+        _write_clipping_default,
     ),
     "contrastive": (
         _edit_words,

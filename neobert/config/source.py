@@ -5,7 +5,9 @@ twice. A second, plain parse gives each scalar as it was typed, because YAML rea
 `1234e5` as a number, and only the field's own type can say what was meant.
 """
 
+import difflib
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import yaml
@@ -35,7 +37,38 @@ Tree = Leaf | list[Any] | dict[str, Any]
 
 
 class YamlError(Exception):
-    """Text that is not YAML, or not a mapping; the message says where."""
+    """A file that is not there, or text that is not YAML or not a mapping; the message says where."""
+
+
+def read_yaml_text(path: Path, name: str = "the file") -> str:
+    """The text of a YAML file, which errors call `name`.
+
+    Raises:
+        YamlError: it cannot be read; of a file that is not there, with those nearby whose names are similar.
+    """
+    try:
+        return path.read_text(encoding="utf-8")
+    except UnicodeDecodeError as error:
+        raise YamlError(f"not a UTF-8 text file: {error}") from error
+    except OSError as error:
+        reason = "is a folder" if path.is_dir() else "does not exist" if not path.exists() else str(error.strerror)
+        raise YamlError(f"{name} {reason}{_list_nearby(path)}") from error
+
+
+def _list_nearby(path: Path) -> str:
+    """The YAML files closest by name in the nearest folder above `path` that has any."""
+    for folder in (path, *path.parents):
+        if folder.is_dir():
+            found = sorted(str(p) for pattern in ("*.yaml", "*.yml") for p in _walk(folder, pattern))
+            if found:
+                close = difflib.get_close_matches(str(path), found, 8, 0.0)
+                return "; YAML files nearby: " + ", ".join(close)
+    return "; there are no YAML files nearby"
+
+
+def _walk(folder: Path, pattern: str) -> list[Path]:
+    """Files two folders deep at most, so that a mistyped path does not search a whole disk."""
+    return [*folder.glob(pattern), *folder.glob(f"*/{pattern}"), *folder.glob(f"*/*/{pattern}")]
 
 
 def parse_yaml(text: str) -> dict[str, Tree]:

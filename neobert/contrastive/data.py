@@ -2,10 +2,8 @@
 
 import hashlib
 import json
-from collections.abc import Callable, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 from neobert.config.schema import Config
@@ -20,7 +18,7 @@ from neobert.data.batch_size import BatchSchedule, constant_batch
 from neobert.data.errors import DataError
 from neobert.data.lanes import State
 from neobert.data.loader import Loader, LoaderSettings, OrderIdentity, sum_counters
-from neobert.data.pipeline import PREFETCH_STEPS, choose_num_workers
+from neobert.data.reader import Reader
 from neobert.data.tokenizer import Tokenizer
 from neobert.train.build import build_train_masks
 
@@ -96,27 +94,17 @@ class ContrastiveData:
         return sum_counters(state)
 
 
-def build_contrastive_data(
-    config: Config,
-    tokenizer: Tokenizer,
-    *,
-    rows_per_step: int,
-    prepared_dir: Path,
-    rank: int = 0,
-    world: int = 1,
-    main_first: Callable[[], AbstractContextManager[Any]] = nullcontext,
-    pin_memory: bool = False,
-) -> ContrastiveData:
+def build_contrastive_data(config: Config, tokenizer: Tokenizer, reader: Reader) -> ContrastiveData:
     """What one process of a run with this config reads; arguments as of `neobert.train.build.build_config_data`.
 
     Raises:
         NotPrepared: a set is not there, or was made from another source.
         DataError: a set cannot be used as configured.
     """
-    if rows_per_step < 2:
+    if reader.rows_per_step < 2:
         raise DataError(
-            f"trainer.per_device_train_batch_size: a step of {rows_per_step} row has nothing to compare it with; raise"
-            " it, or trainer.global_batch_size"
+            f"trainer.per_device_train_batch_size: a step of {reader.rows_per_step} row has nothing to compare it with;"
+            " raise it, or trainer.global_batch_size"
         )
     section, data = config.contrastive, config.dataset
     chosen = choose_sets(config)
@@ -125,12 +113,12 @@ def build_contrastive_data(
         sets = (*sets, _build_train_set(config, *chosen.pretraining, pretraining=True))
     order = PairOrder(
         seed=config.seed,
-        rows_per_step=rows_per_step,
+        rows_per_step=reader.rows_per_step,
         alpha=data.alpha,
         max_seq_length=data.max_seq_length,
         pretraining_prob=section.pretraining_prob,
-        rank=rank,
-        world=world,
+        rank=reader.rank,
+        world=reader.world,
     )
     held_out = _held_out(config, chosen)
     return ContrastiveData(
@@ -139,14 +127,9 @@ def build_contrastive_data(
         held_out=held_out,
         order=order,
         identity=_build_identity(config),
-        loader_settings=LoaderSettings(
-            batch=constant_batch(rows_per_step),
-            micro_batch_rows=rows_per_step // world,  # All rows of a process are compared with each other.
-            rank=rank,
-            world=world,
-            num_workers=choose_num_workers(world) if data.num_workers is None else data.num_workers,
-            prefetch_steps=data.prefetch_factor or PREFETCH_STEPS,
-            pin_memory=pin_memory,
+        # All rows of a process are compared with each other.
+        loader_settings=reader.loader_settings(
+            data, batch=constant_batch(reader.rows_per_step), micro_batch_rows=reader.rows_per_step // reader.world
         ),
         collate=PairCollator(
             sets=sets,

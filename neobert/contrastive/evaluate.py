@@ -133,6 +133,12 @@ def embed_cut(model: Model, texts: Sequence[str], *, pooling: str, max_length: i
     return vectors.numpy()
 
 
+def check_max_length(value: int | None) -> None:
+    """Raises DataError for a `--max-length` that leaves no token of a text."""
+    if value is not None and value < 3:
+        raise DataError(f"--max-length: {value}; write 3 or more, [CLS] and [SEP] included")
+
+
 def run_evaluate(argv: list[str], description: str) -> int:
     """The script: figures of any model on any set, without a config."""
     parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -146,6 +152,7 @@ def run_evaluate(argv: list[str], description: str) -> int:
     parser.add_argument("--device", default="auto", help="auto, cpu or cuda")
     args = parser.parse_args(argv)
     try:
+        check_max_length(args.max_length)
         opened = open_source(PairSource(name=args.pairs, split=args.split))
         if opened.form not in MAIN:
             raise DataError(f"{opened.label} has neither pairs nor scored pairs to evaluate on")

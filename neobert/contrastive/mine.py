@@ -20,13 +20,12 @@ import numpy as np
 from numpy.typing import NDArray
 
 from neobert.config.schema_contrastive import PairSource
-from neobert.contrastive.evaluate import embed_cut
+from neobert.contrastive.evaluate import check_max_length, embed_cut
 from neobert.contrastive.reading import open_source
 from neobert.contrastive.rows import Example
 from neobert.data.errors import DataError
 from neobert.inference.load import load
 from neobert.inference.pooling import POOLING
-from neobert.weights.describe import WeightsError
 
 _ANCHORS = 256
 """Anchors compared with the whole collection at once."""
@@ -112,7 +111,7 @@ def run_mine(argv: list[str], description: str) -> int:
     args = parser.parse_args(argv)
     try:
         written, total = _mine_file(args)
-    except (DataError, WeightsError, ValueError) as error:
+    except (OSError, ValueError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
     print(f"{args.output}: {total:,} pairs, {written / total:.1f} negatives each")
@@ -124,6 +123,11 @@ def _mine_file(args: argparse.Namespace) -> tuple[int, int]:
         raise DataError(f"--output: {args.output} exists already; choose another name, or remove it")
     if args.num_negatives < 1 or args.skip < 0:
         raise DataError("--num-negatives must be at least 1, and --skip not negative")
+    check_max_length(args.max_length)
+    try:
+        args.output.parent.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise DataError(f"--output: {args.output} cannot be made ({error.strerror})") from error
     opened = open_source(PairSource(name=args.pairs, split=args.split))
     if opened.form != "pairs":
         raise DataError(f"{opened.label} has no pairs; name a set with anchors and positives")

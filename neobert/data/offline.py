@@ -16,7 +16,8 @@ from neobert.data.arrow import TokenStore
 from neobert.data.errors import DataError
 from neobert.data.hub import HubSource
 from neobert.data.opening import locate_slice
-from neobert.data.prepare import Origin, PrepareSettings, TextTokens, TokenSource, choose_settings, write_tokens
+from neobert.data.prepare import TextTokens, TokenSource, write_tokens
+from neobert.data.prepare_settings import Origin, PrepareSettings, choose_settings
 from neobert.data.sources import Documents, OpenSplit, list_splits
 from neobert.data.spec import SourceSpec, describe_sources, name_folders
 from neobert.data.splits import (

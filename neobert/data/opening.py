@@ -19,7 +19,8 @@ from neobert.config.schema import DatasetSection
 from neobert.data.arrow import TokenStore
 from neobert.data.errors import DataError
 from neobert.data.lanes import State
-from neobert.data.prepare import choose_settings, prepare_tokens
+from neobert.data.prepare import prepare_tokens
+from neobert.data.prepare_settings import choose_settings
 from neobert.data.sources import OpenSplit, StreamedText, list_splits
 from neobert.data.spec import SourceSpec, describe_sources, name_folders
 from neobert.data.splits import SplitSlice, choose_eval_split, choose_train_split, parse_split, slice_bounds

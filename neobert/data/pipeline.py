@@ -3,10 +3,8 @@
 import hashlib
 import json
 import math
-import os
 import shutil
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
@@ -22,6 +20,7 @@ from neobert.data.lanes import State
 from neobert.data.loader import Loader, LoaderSettings, OrderIdentity, sum_counters
 from neobert.data.opening import Place, Source, View, list_sources, open_training_texts
 from neobert.data.packing import max_segments_per_row
+from neobert.data.reader import Reader
 from neobert.data.spec import describe_sources
 from neobert.data.tokenizer import Tokenizer, load_tokenizer, train_tokenizer
 from neobert.data.training import TrainData, TrainPart, build_lane_settings, build_train
@@ -29,9 +28,6 @@ from neobert.types import PackedBatch
 
 _ENTROPY_TOKENS = 50_000_000
 _ENTROPY_WINDOWS = 4
-
-PREFETCH_STEPS = 4
-"""Steps kept ready when `dataset.prefetch_factor` is null."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True, eq=False)
@@ -141,48 +137,32 @@ class DataPipeline:
 def build_data(
     config: Config,
     tokenizer: Tokenizer,
+    reader: Reader,
     *,
     train_masks: MaskPolicy,
     eval_masks: MaskPolicy,
-    rank: int,
-    world: int,
-    prepared_dir: Path,
-    rows_per_step: int,
-    main_first: Callable[[], AbstractContextManager[Any]] = nullcontext,
-    pin_memory: bool = False,
 ) -> DataPipeline:
     """Finds source and splits, tokenises what is to be tokenised once, and sets evaluation documents apart.
-
-    Args:
-        prepared_dir: where text that is not streamed is tokenised to, unless `dataset.pre_tokenize_output` says; used
-            again when it fits.
-        rows_per_step: global batch in rows, after a warm-up of the batch.
-        main_first: a context in which rank 0 runs before the others, put around the tokenising.
-        pin_memory: batches go to page-locked memory as they are made.
 
     Raises:
         DataError: the data cannot be used as configured.
     """
     section = config.dataset
     limit_threads(section.num_proc)
-    to = prepared_dir if section.pre_tokenize_output is None else Path(section.pre_tokenize_output)
-    sources = list_sources(section, tokenizer, to, main_first)
+    to = reader.prepared_dir if section.pre_tokenize_output is None else Path(section.pre_tokenize_output)
+    sources = list_sources(section, tokenizer, to, reader.main_first)
     views = [source.open(source.train_split, source.spec.max_documents) for source in sources]
     evaluation = choose_evaluation(config, sources, views, build_lane_settings(config, views))
     parts = [_build_part(source, view, held_out) for source, view, held_out in zip(sources, views, evaluation.held_out)]
     train = build_train(parts, tokenizer, build_lane_settings(config, views), section)
     collate = replace(_build_collate(config, tokenizer, train_masks), num_sources=len(sources))
-    loader_settings = LoaderSettings(
-        batch=build_batch_schedule(config, rows_per_step),
+    loader_settings = reader.loader_settings(
+        section,
+        batch=build_batch_schedule(config, reader.rows_per_step),
         micro_batch_rows=config.trainer.micro_batch_rows,
-        rank=rank,
-        world=world,
-        num_workers=choose_num_workers(world) if section.num_workers is None else section.num_workers,
-        prefetch_steps=section.prefetch_factor or PREFETCH_STEPS,
-        pin_memory=pin_memory,
     )
     found = [note for source, view in zip(sources, views) for note in _note_source(source, view)]
-    threads = _note_threads(section, loader_settings, pin_memory)
+    threads = _note_threads(section, loader_settings)
     return DataPipeline(
         tokenizer=tokenizer,
         train=train,
@@ -195,7 +175,7 @@ def build_data(
             section.sample_by,
             [(part.view.fingerprint, part.view.begin, part.view.end, part.weight) for part in parts],
         ),
-        notes=(*found, *train.notes, *_note_shared_lanes(train, world), *evaluation.notes, threads),
+        notes=(*found, *train.notes, *_note_shared_lanes(train, reader.world), *evaluation.notes, threads),
     )
 
 
@@ -220,23 +200,15 @@ def _build_identity(config: Config, train: TrainData) -> OrderIdentity:
     )
 
 
-def choose_num_workers(world: int) -> int:
-    """Threads that open windows when `dataset.num_workers` is null: a quarter of this process's share of the cores,
-    from 1 to 4. The tokenizer uses the other cores by itself."""
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    local = min(world, int(os.environ.get("LOCAL_WORLD_SIZE", "1")))
-    return max(1, min(4, cores // local // 4))
-
-
 def _note_source(source: Source, view: View) -> list[str]:
     found = f"training on split {str(source.train_split)!r} of {source.spec.label}"
     return [f"{found}; splits found: {', '.join(source.splits)}", *view.notes]
 
 
-def _note_threads(section: DatasetSection, settings: LoaderSettings, pin_memory: bool) -> str:
+def _note_threads(section: DatasetSection, settings: LoaderSettings) -> str:
     workers = f"{settings.num_workers} thread(s) open windows" + (" (chosen)" if section.num_workers is None else "")
     ahead = f"{settings.prefetch_steps} steps ahead" + (" (chosen)" if section.prefetch_factor is None else "")
-    return f"{workers}, {ahead}, {'pinned' if pin_memory else 'pageable'} memory"
+    return f"{workers}, {ahead}, {'pinned' if settings.pin_memory else 'pageable'} memory"
 
 
 def _build_collate(config: Config, tokenizer: Tokenizer, masks: MaskPolicy) -> Collator:

@@ -11,7 +11,8 @@ from typing import Any
 
 from neobert.data.arrow import read_manifest
 from neobert.data.errors import DataError
-from neobert.data.prepare import PrepareSettings, describe_differences, make_identity, read_progress, work_folder
+from neobert.data.prepare import read_progress, work_folder
+from neobert.data.prepare_settings import PrepareSettings, describe_differences, make_identity
 from neobert.data.token_writer import write_description
 from neobert.data.tokenizer import Tokenizer
 

@@ -12,7 +12,8 @@ from neobert.data.encode import limit_threads
 from neobert.data.errors import DataError
 from neobert.data.offline import TextSplit, describe_origin, describe_tokenizer, name_tokenizer, open_text_split
 from neobert.data.packing import SPECIALS_PER_SEGMENT
-from neobert.data.prepare import PrepareSettings, prepare_tokens
+from neobert.data.prepare import prepare_tokens
+from neobert.data.prepare_settings import PrepareSettings
 from neobert.data.report import list_folders, write_report
 from neobert.data.spec import describe_source
 from neobert.data.text import WHOLE, Span

@@ -8,12 +8,15 @@ sentence-transformers reads, and text-embeddings-inference takes the pooling fro
 import json
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from neobert.config.load import load_config
 from neobert.model.config import ModelConfig
 from neobert.weights.load import EncoderWeights
 
 _POOLING = Path("1_Pooling") / "config.json"
+_LENGTH = "sentence_bert_config.json"
+_PROMPTS = "config_sentence_transformers.json"
 _MODES = {"cls": "pooling_mode_cls_token", "mean": "pooling_mode_mean_tokens", "max": "pooling_mode_max_tokens"}
 
 
@@ -42,10 +45,21 @@ def choose_sentence_settings(weights: EncoderWeights) -> SentenceSettings:
                 pooling=section.pooling,
                 prompts=tuple((name, text) for name, text in prompts.items() if text is not None),
             )
-    if (weights.folder / _POOLING).is_file():  # An exported folder that is exported again.
-        modes = json.loads((weights.folder / _POOLING).read_text())
-        return SentenceSettings(max_length=longest, pooling=next(n for n, key in _MODES.items() if modes.get(key)))
-    return SentenceSettings(max_length=longest)
+    # An exported folder that is exported again stays what it is.
+    return read_sentence_settings(weights.folder) or SentenceSettings(max_length=longest)
+
+
+def read_sentence_settings(folder: Path) -> SentenceSettings | None:
+    """What `write_sentence_files` wrote into a folder; None where there is nothing of it."""
+    if not (folder / _POOLING).is_file():
+        return None
+    modes, lengths = _read(folder / _POOLING), _read(folder / _LENGTH)
+    prompts = _read(folder / _PROMPTS)["prompts"] if (folder / _PROMPTS).is_file() else {}
+    return SentenceSettings(
+        max_length=lengths["max_seq_length"],
+        pooling=next(name for name, key in _MODES.items() if modes.get(key)),
+        prompts=tuple(prompts.items()),
+    )
 
 
 def write_sentence_files(output: Path, config: ModelConfig, settings: SentenceSettings) -> None:
@@ -60,10 +74,15 @@ def write_sentence_files(output: Path, config: ModelConfig, settings: SentenceSe
     (output / "1_Pooling").mkdir()
     _write(output / _POOLING, pooling)
     _write(output / "modules.json", modules)
-    _write(output / "sentence_bert_config.json", {"max_seq_length": settings.max_length, "do_lower_case": False})
+    _write(output / _LENGTH, {"max_seq_length": settings.max_length, "do_lower_case": False})
     if settings.prompts:
         names = {"prompts": dict(settings.prompts), "default_prompt_name": None, "similarity_fn_name": "cosine"}
-        _write(output / "config_sentence_transformers.json", names)
+        _write(output / _PROMPTS, names)
+
+
+def _read(file: Path) -> dict[str, Any]:
+    content: dict[str, Any] = json.loads(file.read_text())
+    return content
 
 
 def _write(file: Path, values: object) -> None:

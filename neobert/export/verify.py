@@ -25,8 +25,10 @@ from neobert.config.schema import TokenizerSection
 from neobert.data.tokenizer import Tokenizer, load_tokenizer
 from neobert.export.choose import ExportError
 from neobert.export.compare import TOLERANCE, build_model, layer_errors, our_states, random_documents
+from neobert.export.sentence_files import read_sentence_settings
 from neobert.export.write import cut_vocabulary, pad
 from neobert.inference.fill_mask import MASK_TEXT, fill_mask
+from neobert.inference.pooling import choose_pooling
 from neobert.objectives.mlm import MaskedLM
 from neobert.weights.load import EncoderWeights, load_encoder_weights
 
@@ -268,11 +270,15 @@ def _check_fill_mask(subject: _Subject, facts: dict[str, Any]) -> Check:
 
 
 def _check_sentences(subject: _Subject, theirs: Tensor) -> Check:
-    tokenizer = subject.tokenizer
-    plain = tokenizer.encode_batch(list(TEXTS))
-    documents = [[tokenizer.cls_id, *ids.tolist(), tokenizer.sep_id] for ids in plain]
-    ours = [states[-2].mean(0) for states in our_states(subject.model, documents)]
-    return _compare("sentence-transformers, mean over tokens", ours, list(theirs))
+    tokenizer, settings = subject.tokenizer, read_sentence_settings(subject.folder)
+    if settings is None:
+        return Check(name="sentence-transformers", passed=False, detail="the folder has no 1_Pooling/config.json")
+    plain = [ids.tolist()[: settings.max_length - 2] for ids in tokenizer.encode_batch(list(TEXTS))]
+    documents = [[tokenizer.cls_id, *ids, tokenizer.sep_id] for ids in plain]
+    pool = choose_pooling(settings.pooling)
+    hidden = [states[-2] for states in our_states(subject.model, documents)]
+    ours = [pool(states, torch.tensor([len(states)]))[0] for states in hidden]
+    return _compare(f"sentence-transformers, {settings.pooling} pooling", ours, list(theirs))
 
 
 def _mask_word(tokenizer: Tokenizer) -> str:

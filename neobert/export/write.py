@@ -91,7 +91,10 @@ def export(request: ExportRequest) -> Exported:
     temporary = request.output.with_name(f".tmp-{request.output.name}")
     if temporary.exists():
         shutil.rmtree(temporary)
-    temporary.mkdir(parents=True)
+    try:
+        temporary.mkdir(parents=True)
+    except OSError as refused:
+        raise ExportError(f"--output: {request.output} cannot be made ({refused.strerror})") from refused
     try:
         changes = _write(plan, request, temporary)
         error = _check(plan, temporary)

@@ -51,7 +51,11 @@ def run_script(main: Callable[[], None]) -> int:
     """Runs a script; what the user can mend becomes one sentence and exit code 2."""
     try:
         main()
-    except (OSError, ValueError) as error:
+    except OSError as error:
+        where = f"{error.filename}: {error.strerror}" if error.filename and error.strerror else error
+        print(f"error: {where}", file=sys.stderr)
+        return 2
+    except ValueError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
     return 0

@@ -84,7 +84,10 @@ def average_checkpoints(request: AverageRequest) -> Averaged:
     tensors = average_files([folder / name for folder in folders], plan.shares)
     temporary = request.output.with_name(f".tmp-{request.output.name}")
     shutil.rmtree(temporary, ignore_errors=True)
-    temporary.mkdir(parents=True)
+    try:
+        temporary.mkdir(parents=True)
+    except OSError as error:
+        raise CheckpointError(f"--output: {request.output} cannot be made ({error.strerror})") from error
     try:
         _write(temporary, folders[-1], tensors, plan)
         temporary.rename(request.output)
@@ -99,8 +102,13 @@ def _make_plan(request: AverageRequest) -> Averaged:
         raise CheckpointError(f"--output: {request.output} exists already; choose another folder, or remove it")
     if request.weights not in WEIGHTS:
         raise CheckpointError(f"--weights: {request.weights!r} is unknown; write {' or '.join(WEIGHTS)}")
+    if not request.run.is_dir():
+        reason = "is not a folder" if request.run.exists() else "does not exist"
+        raise CheckpointError(f"{request.run} {reason}; give the folder of a run, which has checkpoints/ in it")
     there, steps = valid_steps(request.run), request.steps
-    known = ", ".join(map(str, there)) or "none"
+    if not there:
+        raise CheckpointError(f"{request.run} holds no whole checkpoint; give the folder of a run")
+    known = ", ".join(map(str, there))
     if steps is None:
         last = 5 if request.last is None else request.last
         if not 1 <= last <= len(there):

@@ -1,11 +1,9 @@
 """The parts of a run that are derived from the config and from each other; `run.build_run` puts them together."""
 
 import math
-from collections.abc import Callable
-from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Protocol
 
 import torch
 from torch.optim import Optimizer
@@ -16,6 +14,7 @@ from neobert.config.schema_trainer import TrainerSection
 from neobert.data.batch_size import BatchSchedule
 from neobert.data.order import key
 from neobert.data.pipeline import DataPipeline, build_data
+from neobert.data.reader import Reader
 from neobert.data.tokenizer import Tokenizer, padded_vocab_size
 from neobert.data.words import build_word_edges
 from neobert.kernels.linear_cross_entropy import KERNELS, choose_kernel
@@ -170,17 +169,7 @@ def choose_mask_end(config: Config, num_steps: int) -> int | None:
     return None if section.mlm_probability_final is None else section.mlm_probability_final_step or num_steps
 
 
-def build_config_data(
-    config: Config,
-    tokenizer: Tokenizer,
-    *,
-    rows_per_step: int,
-    prepared_dir: Path,
-    rank: int = 0,
-    world: int = 1,
-    main_first: Callable[[], AbstractContextManager[Any]] = nullcontext,
-    pin_memory: bool = False,
-) -> DataPipeline:
+def build_config_data(config: Config, tokenizer: Tokenizer, reader: Reader) -> DataPipeline:
     """What one process of a run with this config reads, masked as the config says; see `build_data`.
 
     Raises:
@@ -191,14 +180,9 @@ def build_config_data(
     data = build_data(
         config,
         tokenizer,
+        reader,
         train_masks=masks,
         eval_masks=build_mask_policy(tokenizer, config.datacollator.eval_mlm_probability, mask_all=False),
-        rank=rank,
-        world=world,
-        rows_per_step=rows_per_step,
-        prepared_dir=prepared_dir,
-        main_first=main_first,
-        pin_memory=pin_memory,
     )
     if masks.final_probability is None or masks.final_step is not None:
         return data

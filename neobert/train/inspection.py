@@ -143,9 +143,11 @@ def prune_run(run: Path, *, keep: int | None, dry_run: bool) -> list[str]:
     """Applies the retention of the run's newest valid checkpoint (with `keep` newest ones instead, if given).
 
     Raises:
-        CheckpointError: there is no valid checkpoint.
+        CheckpointError: there is no valid checkpoint, or `keep` is negative.
         StartupError: the run is going on.
     """
+    if keep is not None and keep < 0:
+        raise CheckpointError(f"--keep: {keep}; write how many checkpoints stay, 0 for all")
     steps = valid_steps(run)
     if not steps:
         raise CheckpointError(f"{run} has no valid checkpoint: nothing is deleted")

@@ -58,6 +58,9 @@ def run_longer(argv: Sequence[str], description: str) -> int:
     except (DataError, StartupError, ConfigError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
+    except OSError as error:
+        print(f"error: {error}; mend that, and the same command goes on where it was", file=sys.stderr)
+        return 2
     return 0
 
 

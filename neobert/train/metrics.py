@@ -103,6 +103,56 @@ class StepRecord:
         return {**line, "skipped": True} if self.skipped else line
 
 
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Interval:
+    """What the steps of a logging interval come to; those that were skipped count in time and tokens only."""
+
+    loss: float
+    """Mean in nats per predicted token, over all ranks; NaN where every step was skipped."""
+
+    accuracy: float
+    """Share of the predictions that are right; meant only where they were counted."""
+
+    grad_norm: float | None
+    """Of the last step that was not skipped."""
+
+    lr: float
+    num_tokens: int
+    num_skipped: int
+    tokens_per_second: float
+    data_wait: float
+    """Share of the time."""
+
+    packing_fill: float
+    """Share of the slots that hold real tokens."""
+
+    attended_length: float
+    """Mean length of the document of a token."""
+
+    predicted_fraction: float
+    """Predicted tokens to all."""
+
+
+def summarise(records: list[StepRecord], seconds: float) -> Interval:
+    """The figures of at least one step and its seconds of training."""
+    tokens = sum(r.metrics.num_tokens for r in records)
+    counted = [r for r in records if not r.skipped]
+    targets = max(sum(r.metrics.num_targets for r in counted), 1)
+    return Interval(
+        loss=sum(r.loss_sum for r in counted) / targets if counted else math.nan,
+        accuracy=sum(r.num_correct or 0 for r in counted) / targets,
+        grad_norm=counted[-1].grad_norm if counted else None,
+        lr=records[-1].metrics.lr,
+        num_tokens=tokens,
+        num_skipped=len(records) - len(counted),
+        tokens_per_second=tokens / max(seconds, 1e-9),
+        data_wait=sum(r.metrics.data_wait for r in records) / max(seconds, 1e-9),
+        packing_fill=tokens / sum(r.metrics.num_slots for r in records),
+        attended_length=sum(r.metrics.attended_tokens for r in records) / tokens,
+        predicted_fraction=sum(r.metrics.num_targets for r in records) / tokens,
+    )
+
+
 @dataclass(kw_only=True, slots=True)
 class MetricWindow:
     """Collects steps; `read` turns those not yet read into records, `restart` begins the next logging interval."""

@@ -29,6 +29,7 @@ from typing import Any
 import yaml
 
 from neobert.config.load import ConfigError, load_config
+from neobert.config.source import YamlError, read_yaml_text
 from neobert.train.exit_codes import EXIT_CODES
 from neobert.train.stages import KINDS, PRETRAINING, RUNS, UNKNOWN, PipelineError, Stage, choose_command, is_complete
 from neobert.train.start import read_train_state
@@ -56,8 +57,8 @@ def load_pipeline(path: Path, more_overrides: Sequence[str] = ()) -> Pipeline:
         PipelineError: the file or anything in it is wrong; all problems in one message.
     """
     try:
-        tree = yaml.safe_load(path.read_text())
-    except (OSError, yaml.YAMLError) as error:
+        tree = yaml.safe_load(read_yaml_text(path))
+    except (YamlError, yaml.YAMLError) as error:
         raise PipelineError(f"{path} cannot be read: {error}") from error
     if not isinstance(tree, dict) or not isinstance(tree.get("stages"), list) or not tree["stages"]:
         raise PipelineError(f"{path}: write `output`, and `stages` with at least one entry")

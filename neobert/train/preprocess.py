@@ -26,6 +26,9 @@ def run_preprocess(argv: Sequence[str], description: str) -> int:
     """Does what the words of the command line say; returns the exit code."""
     words = [word for word in argv if word not in _FLAGS]
     config = parse_command_line(words, description=description)
+    if config.task != "pretraining":
+        print(f"error: task: {config.task} is for scripts/{config.task}/preprocess.py", file=sys.stderr)
+        return 2
     try:
         if "--debug" in argv:
             print(preview(config))

@@ -13,6 +13,7 @@ import numpy as np
 
 from neobert.config.schema import Config
 from neobert.data.pipeline import build_tokenizer
+from neobert.data.reader import Reader
 from neobert.data.tokenizer import Tokenizer
 from neobert.train.build import build_config_data, choose_rows_per_step
 from neobert.train.micro_batch import shared_rows
@@ -38,12 +39,8 @@ def preview(config: Config) -> str:
         config = replace(config, trainer=replace(config.trainer, per_device_train_batch_size=rows))
     with tempfile.TemporaryDirectory() as folder:
         tokenizer = build_tokenizer(config, None, Path(folder))
-        data = build_config_data(
-            config,
-            tokenizer,
-            rows_per_step=rows_per_step,
-            prepared_dir=Path(folder) / "tokenized",
-        )
+        reader = Reader(rows_per_step=rows_per_step, prepared_dir=Path(folder) / "tokenized")
+        data = build_config_data(config, tokenizer, reader)
         loader = data.loader()
         try:
             step = next(loader)

@@ -13,6 +13,7 @@ from neobert.data.batch_size import constant_batch
 from neobert.data.collate import Collator
 from neobert.data.loader import Loader
 from neobert.data.pipeline import DataPipeline, build_tokenizer
+from neobert.data.reader import Reader
 from neobert.data.tokenizer import Tokenizer
 from neobert.train.build import build_config_data
 from neobert.train.runtime import StartupError
@@ -72,9 +73,12 @@ def replay_row(path: Path, row: int) -> ReplayedRow:
     """Row `row` of a run, by the settings of its newest valid checkpoint (or of the checkpoint that `path` is).
 
     Raises:
-        StartupError: the run's rows cannot be planned again: its data changed, or rows have no numbers.
+        StartupError: there is no such row, or the run's rows cannot be planned again: its data changed, or rows have
+            no numbers.
         CheckpointError: there is no valid checkpoint.
     """
+    if row < 0:
+        raise StartupError(f"--row: {row}; rows are counted from 0")
     checkpoint = choose_checkpoint(path).path
     if checkpoint is None:
         raise CheckpointError(f"{path} holds no checkpoint: give a run folder, or one of its checkpoints")
@@ -117,12 +121,8 @@ def _build_pipeline(checkpoint: Path, saved: dict[str, Any]) -> tuple[DataPipeli
         raise StartupError(f"{checkpoint} is of task: {config.task}; only rows of pretraining can be shown again")
     run = checkpoint.parent.parent if checkpoint.parent.name == "checkpoints" else Path(config.trainer.output_dir)
     tokenizer = build_tokenizer(config, checkpoint, run)
-    data = build_config_data(
-        config,
-        tokenizer,
-        prepared_dir=run / "tokenized",
-        rows_per_step=saved["rows_per_step"],
-    )
+    reader = Reader(rows_per_step=saved["rows_per_step"], prepared_dir=run / "tokenized")
+    data = build_config_data(config, tokenizer, reader)
     if data.fingerprint != saved["data_fingerprint"]:
         raise StartupError(
             f"the data under this run changed: {checkpoint} was trained on a source with fingerprint "

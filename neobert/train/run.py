@@ -12,7 +12,7 @@ from neobert.config.schema import Config
 from neobert.data.batch_size import BatchSchedule
 from neobert.data.lanes import State
 from neobert.data.loader import Loader, OrderIdentity
-from neobert.data.pipeline import build_tokenizer
+from neobert.data.reader import Reader
 from neobert.data.tokenizer import Tokenizer
 from neobert.model.attention import AttentionBackend
 from neobert.model.config import ModelConfig
@@ -21,27 +21,22 @@ from neobert.optim.averaging import WeightAverage
 from neobert.optim.qk_clip import QKClip
 from neobert.optim.schedule import Schedule
 from neobert.train.build import (
-    build_attention,
     build_average,
     build_clip,
     build_config_data,
-    build_model_config,
     build_module,
     build_run_optimizer,
     build_run_schedule,
     build_sinks,
     choose_num_steps,
-    choose_rows_per_step,
 )
 from neobert.train.commit import Committer
 from neobert.train.console import Reporter
-from neobert.train.initial import copy_initial_weights, load_initial_weights
-from neobert.train.micro_batch import bind_micro_batch, choose_kept
+from neobert.train.initial import copy_initial_weights
 from neobert.train.numerics import Guard
-from neobert.train.precision import bind_precision
+from neobert.train.opening import Opened, open_run
 from neobert.train.preempt import StopRequest
-from neobert.train.runtime import Runtime, build_runtime, check_runtime
-from neobert.train.start import agree_on_start, open_output_dir, read_checkpoint_config, read_train_state
+from neobert.train.runtime import Runtime
 from neobert.train.statistics import Statistics
 from neobert.train.tracking import Tracker
 
@@ -148,73 +143,44 @@ class Run:
 def build_run(
     config: Config,
     *,
-    build_data: Callable[..., RunData] = build_config_data,
+    build_data: Callable[[Config, Tokenizer, Reader], RunData] = build_config_data,
     build_module: Callable[..., MaskedLM] = build_module,
 ) -> Run:
     """Checks the machine, opens the output folder, and builds tokenizer, data, model, optimizer and record.
 
     Args:
-        build_data: takes the arguments of `build_config_data`.
+        build_data: what this process reads.
         build_module: takes the arguments of `neobert.train.build.build_module`; its weights are those of a `MaskedLM`
             and more.
 
     Raises:
         StartupError: the run cannot start as configured; the message names the key and the remedy.
     """
-    check_runtime(config)
-    runtime = build_runtime(config)
-    stop = StopRequest(max_hours=config.trainer.max_hours, is_main=runtime.is_main)
-    rows_per_step = choose_rows_per_step(config, runtime.world)
-    start = agree_on_start(config, runtime)
-    checkpoint = start.path
-    saved = None if checkpoint is None else read_train_state(checkpoint)
-    checkpoint_config = None if checkpoint is None else read_checkpoint_config(checkpoint)
-    config, chosen = bind_precision(config, checkpoint_config, runtime)
-    runtime = runtime.with_precision(config.trainer.mixed_precision)
-    attention = build_attention(config)
-    reporter = Reporter(active=runtime.is_main, show_progress=not config.trainer.disable_tqdm)
-    output_dir = open_output_dir(config, runtime, reporter, start)
-    with runtime.main_first():
-        initial = load_initial_weights(config) if checkpoint is None else None
-        tokenizer = build_tokenizer(config, checkpoint, output_dir)
-    model_config = build_model_config(config, tokenizer)
-    config, more = bind_micro_batch(
-        config,
-        runtime,
-        rows_per_step=rows_per_step,
-        kept=choose_kept(config, checkpoint_config, saved, rows_per_step=rows_per_step, world=runtime.world),
-        model_config=model_config,
-        attention=attention,
-        tokenizer=tokenizer,
-    )
-    for sentence in (*chosen, *more):
-        reporter.say(sentence)
-    data = build_data(
-        config,
-        tokenizer,
-        rows_per_step=rows_per_step,
-        prepared_dir=output_dir / "tokenized",
-        rank=runtime.rank,
-        world=runtime.world,
-        main_first=runtime.main_first,
-        pin_memory=runtime.device.type == "cuda" and config.dataset.pin_memory is not False,
-    )
+    opened = open_run(config)
+    config, tokenizer = opened.config, opened.tokenizer
+    data = build_data(config, tokenizer, opened.reader)
     num_steps = choose_num_steps(config, data)
-    module = build_module(config, model_config, attention, runtime)
-    if initial is not None:
-        reporter.say(copy_initial_weights(module, initial, tokenizer, tile=config.model.init_tile))
+    module = build_module(config, opened.model_config, opened.attention, opened.runtime)
+    if opened.initial is not None:
+        opened.reporter.say(copy_initial_weights(module, opened.initial, tokenizer, tile=config.model.init_tile))
+    return _wire(opened, data, module, num_steps)
+
+
+def _wire(opened: Opened, data: RunData, module: MaskedLM, num_steps: int) -> Run:
+    """Everything that trains `module` on `data` and records it."""
+    config, runtime, output_dir, reporter = opened.config, opened.runtime, opened.output_dir, opened.reporter
     optimizer = build_run_optimizer(config, module)
     return Run(
         config=config,
         runtime=runtime,
         output_dir=output_dir,
-        checkpoint=checkpoint,
-        checkpoint_config=checkpoint_config,
-        saved=saved,
-        tokenizer=tokenizer,
+        checkpoint=opened.checkpoint,
+        checkpoint_config=opened.checkpoint_config,
+        saved=opened.saved,
+        tokenizer=opened.tokenizer,
         data=data,
-        model_config=model_config,
-        attention=attention,
+        model_config=opened.model_config,
+        attention=opened.attention,
         module=module,
         model=runtime.prepare_model(module),
         optimizer=optimizer,
@@ -235,7 +201,7 @@ def build_run(
         reporter=reporter,
         committer=Committer(runtime, output_dir),
         guard=Guard(runtime, max_bad_steps=config.trainer.max_bad_steps, skip_spikes=config.trainer.skip_spikes),
-        stop=stop,
-        rows_per_step=rows_per_step,
+        stop=opened.stop,
+        rows_per_step=opened.rows_per_step,
         num_steps=num_steps,
     )

@@ -23,7 +23,7 @@ from neobert.model.peak import peak_flops
 from neobert.objectives.mlm import MaskedLM
 from neobert.train.audit import Layout, ReplayAudit, ReplayDiverged, is_first_attempt, read_layout
 from neobert.train.console import Reporter
-from neobert.train.metrics import Evaluation, MetricWindow, StepRecord, perplexity
+from neobert.train.metrics import Evaluation, Interval, MetricWindow, StepRecord, perplexity, summarise
 from neobert.train.numerics import SkippedStep, build_skipped_step
 from neobert.train.runtime import Runtime
 from neobert.types import StepMetrics, TrainState
@@ -196,50 +196,19 @@ class Tracker:
         records, seconds = self._window.restart()
         if not records:
             return
-        last = records[-1].metrics
-        tokens = sum(r.metrics.num_tokens for r in records)
-        counted = [r for r in records if not r.skipped]
-        num_skipped = len(records) - len(counted)
-        targets = max(sum(r.metrics.num_targets for r in counted), 1)
-        slots = sum(r.metrics.num_slots for r in records)
-        loss = sum(r.loss_sum for r in counted) / targets if counted else math.nan
-        attended = sum(r.metrics.attended_tokens for r in records) / tokens
-        tokens_per_second = tokens / max(seconds, 1e-9)
-        # Of masked language modelling: pairs are no tokens that are projected onto the vocabulary.
-        predicted = sum(r.metrics.num_targets for r in records) / tokens if self._config.task == "pretraining" else 0.0
-        mfu = self._mfu(tokens_per_second, attended, predicted)
-        values: dict[str, float] = {
-            "train/loss": loss,
-            "train/learning_rate": last.lr,
-            "train/tokens_per_sec": tokens_per_second,
-            "train/data_wait": sum(r.metrics.data_wait for r in records) / max(seconds, 1e-9),
-            "train/packing_fill": tokens / slots,
-        }
-        if self._config.task == "pretraining":
-            values["train/perplexity"] = perplexity(loss)
-        if mfu is not None:
-            values["train/mfu"] = mfu
-        if counted and self._config.trainer.log_grad_norm:
-            values["train/grad_norm"] = counted[-1].grad_norm
-        if num_skipped:
-            values["train/skipped_steps"] = num_skipped
-        if self._num_profiled:
-            values["train/profiled_steps"] = self._num_profiled
-        if self._config.trainer.log_weight_norms:
-            values["train/weight_norm"] = self._weight_norm()
-        if self._config.trainer.log_train_accuracy:
-            values["train/accuracy"] = sum(r.num_correct or 0 for r in counted) / targets
+        interval = summarise(records, seconds)
+        values = self._choose_values(interval)
         peak = max(self._runtime.gather_objects(self._runtime.peak_memory_bytes()))
         by_source = self._tokens_by_source(records)
         line = {
             "kind": "log",
             "step": state.step,
-            "loss": loss,
-            "skipped": num_skipped,
-            "tokens_per_second": tokens_per_second,
-            "mfu": mfu,
-            "data_wait": values["train/data_wait"],
-            "packing_fill": values["train/packing_fill"],
+            "loss": interval.loss,
+            "skipped": interval.num_skipped,
+            "tokens_per_second": interval.tokens_per_second,
+            "mfu": values.get("train/mfu"),
+            "data_wait": interval.data_wait,
+            "packing_fill": interval.packing_fill,
             "peak_memory_bytes": peak,
             "weight_norm": values.get("train/weight_norm"),
             "accuracy": values.get("train/accuracy"),
@@ -253,9 +222,38 @@ class Tracker:
         self._append(self._log, [line | profiled])
         self._reporter.say(self._describe(state.step, values))
         if by_source is not None:
-            shares = ", ".join(f"{count / tokens:.1%} {label}" for label, count in by_source.items())
+            shares = ", ".join(f"{count / interval.num_tokens:.1%} {label}" for label, count in by_source.items())
             self._reporter.say(f"      tokens by source: {shares}")
         self._send(values | {f"train/{name}": value for name, value in statistics.items()}, state.step)
+
+    def _choose_values(self, interval: Interval) -> dict[str, float]:
+        """What console and trackers show of an interval: the figures that this run has, by the trackers' names."""
+        trainer, pretraining = self._config.trainer, self._config.task == "pretraining"
+        values: dict[str, float] = {
+            "train/loss": interval.loss,
+            "train/learning_rate": interval.lr,
+            "train/tokens_per_sec": interval.tokens_per_second,
+            "train/data_wait": interval.data_wait,
+            "train/packing_fill": interval.packing_fill,
+        }
+        if pretraining:
+            values["train/perplexity"] = perplexity(interval.loss)
+        # Of masked language modelling: pairs are no tokens that are projected onto the vocabulary.
+        predicted = interval.predicted_fraction if pretraining else 0.0
+        mfu = self._mfu(interval.tokens_per_second, interval.attended_length, predicted)
+        if mfu is not None:
+            values["train/mfu"] = mfu
+        if interval.grad_norm is not None and trainer.log_grad_norm:
+            values["train/grad_norm"] = interval.grad_norm
+        if interval.num_skipped:
+            values["train/skipped_steps"] = interval.num_skipped
+        if self._num_profiled:
+            values["train/profiled_steps"] = self._num_profiled
+        if trainer.log_weight_norms:
+            values["train/weight_norm"] = self._weight_norm()
+        if trainer.log_train_accuracy:
+            values["train/accuracy"] = interval.accuracy
+        return values
 
     def log_eval(self, state: TrainState, metrics: Evaluation | None, averaged: Evaluation | None = None) -> None:
         """Records an evaluation of the weights and, if given, of their moving average, in lines of kind `eval` and

@@ -8,17 +8,22 @@ import dataclasses
 import sys
 
 from neobert.benchmark.against import CONTESTANTS, AgainstSettings, compare
+from neobert.benchmark.flags import count, count_or_zero
+from neobert.benchmark.step import PRESETS
 
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("text", help="JSONL file (or .gz) with a field `text`")
     parser.add_argument("--tokenizer", required=True, help="tokenizer folder")
-    parser.add_argument("--rounds", type=int, default=3, help="turns of each, of which the median counts")
+    parser.add_argument("--rounds", type=count, default=3, help="turns of each, of which the median counts")
     parser.add_argument("--only", nargs="+", default=list(CONTESTANTS), choices=list(CONTESTANTS))
     for field in dataclasses.fields(AgainstSettings)[2:]:
-        kind = type(field.default)
-        parser.add_argument(f"--{field.name}", type=kind, default=field.default, help="default: %(default)s")
+        kind = {"length": count, "rows": count, "steps": count, "warmup": count_or_zero}.get(field.name, str)
+        choices = {"preset": list(PRESETS), "precision": ["bf16", "fp32"]}.get(field.name)
+        parser.add_argument(
+            f"--{field.name}", type=kind, choices=choices, default=field.default, help="default: %(default)s"
+        )
     values = vars(parser.parse_args())
     rounds, names = values.pop("rounds"), values.pop("only")
     try:

@@ -7,5 +7,14 @@ import sys
 
 from neobert.contrastive.benchmark import run_benchmark
 
+
+def main() -> int:
+    try:
+        return run_benchmark(sys.argv[1:], str(__doc__))
+    except ValueError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+
+
 if __name__ == "__main__":
-    sys.exit(run_benchmark(sys.argv[1:], str(__doc__)))
+    sys.exit(main())

@@ -8,6 +8,7 @@ from itertools import islice
 
 import torch
 
+from neobert.benchmark.flags import count
 from neobert.benchmark.inference import compare
 from neobert.inference.command_line import add_input, model_parser, run_script
 from neobert.inference.load import load
@@ -18,10 +19,10 @@ from neobert.inference.texts import open_texts
 def main() -> None:
     parser = model_parser(__doc__)
     add_input(parser)
-    parser.add_argument("--documents", type=int, default=512, help="texts to use (default %(default)s)")
-    parser.add_argument("--batch-tokens", type=int, default=BATCH_TOKENS, help="packed (default %(default)s)")
-    parser.add_argument("--rows", type=int, default=32, help="texts of a padded batch (default %(default)s)")
-    parser.add_argument("--repeats", type=int, default=5, help="measurements, of which the median counts")
+    parser.add_argument("--documents", type=count, default=512, help="texts to use (default %(default)s)")
+    parser.add_argument("--batch-tokens", type=count, default=BATCH_TOKENS, help="packed (default %(default)s)")
+    parser.add_argument("--rows", type=count, default=32, help="texts of a padded batch (default %(default)s)")
+    parser.add_argument("--repeats", type=count, default=5, help="measurements, of which the median counts")
     args = parser.parse_args()
     if args.dtype != "fp32":
         raise ValueError("--dtype: the two are compared in fp32; leave it out")

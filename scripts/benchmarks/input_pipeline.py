@@ -3,11 +3,19 @@
 python scripts/benchmarks/input_pipeline.py FILES --tokenizer FOLDER
 """
 
-from neobert.benchmark.arguments import build_data_parser, read_data_config
+import sys
+
+from neobert.benchmark.arguments import build_data_parser, run_on_data
+from neobert.benchmark.flags import count
 from neobert.benchmark.input_pipeline import compare
 
-if __name__ == "__main__":
+
+def main() -> int:
     parser = build_data_parser(__doc__, rows=8, repeats=3)
-    parser.add_argument("--batches", type=int, default=2000, help="batches of one measurement (default: %(default)s)")
+    parser.add_argument("--batches", type=count, default=2000, help="batches of one measurement (default: %(default)s)")
     args = parser.parse_args()
-    compare(*read_data_config(args), args.files, args.batches, args.repeats)
+    return run_on_data(args, lambda *given: compare(*given, args.files, args.batches, args.repeats))
+
+
+if __name__ == "__main__":
+    sys.exit(main())

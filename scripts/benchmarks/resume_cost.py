@@ -3,9 +3,16 @@
 python scripts/benchmarks/resume_cost.py FILES --tokenizer FOLDER
 """
 
-from neobert.benchmark.arguments import build_data_parser, read_data_config
+import sys
+
+from neobert.benchmark.arguments import build_data_parser, run_on_data
 from neobert.benchmark.resume_cost import measure
 
-if __name__ == "__main__":
+
+def main() -> int:
     args = build_data_parser(__doc__, rows=16, repeats=5).parse_args()
-    measure(*read_data_config(args), (0.01, 0.5, 0.99), args.repeats)
+    return run_on_data(args, lambda *given: measure(*given, (0.01, 0.5, 0.99), args.repeats))
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -25,13 +25,14 @@ def main() -> int:
     parser.add_argument("--documents", type=int, help="read only the first documents, this many")
     args = parser.parse_args()
     try:
-        training = open_training_texts(
-            [describe_source(args.input, text_column=args.text_column)], DatasetSection(), args.documents
-        )
+        if args.output.exists() and not args.output.is_dir():
+            raise DataError(f"--output: {args.output} is not a folder; choose another name")
+        source = describe_source(args.input, text_column=args.text_column)
+        training = open_training_texts([source], DatasetSection(), args.documents)
         tokenizer = train_tokenizer(training.texts, args.algorithm, args.vocab_size)
     except DataError as error:
         print(f"error: {error}", file=sys.stderr)
-        return 1
+        return 2
     tokenizer.save(args.output)
     print(f"{tokenizer.size:,} tokens ({tokenizer.model_name}) saved to {args.output}/; use it as tokenizer.path")
     return 0

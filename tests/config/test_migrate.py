@@ -112,6 +112,25 @@ def test_settings_of_muon_beside_another_optimizer_are_removed():
     assert "changed optimizer.name from muon to muonclip" in edits
 
 
+@pytest.mark.parametrize(
+    ("optimizer", "measured"),
+    [
+        ("{name: muonclip}", True),
+        ("{name: muonclip, muon_config: {capture_last_microbatch_only: false}}", False),
+        ("{name: muonclip, muon_config: {enable_clipping: false}}", None),
+        ("{name: adamw}", None),
+    ],
+)
+def test_attention_logits_are_measured_where_they_were(optimizer, measured):
+    """There the last micro-batch alone was the default; None: the key has no effect and is not written."""
+    text, edits = migrate(f"optimizer: {optimizer}\n")
+    key = "optimizer.muon_config.capture_last_microbatch_only"
+    assert ("capture_last_microbatch_only" in text) is (measured is not None)
+    assert parse_config(text).optimizer.muon_config.capture_last_microbatch_only is (measured or False)
+    assert (f"wrote {key}: true, the default there (here false)" in edits) is (measured is True)
+    assert migrate(text) == (text, [])
+
+
 def test_epochs_alone_stay_the_budget():
     text, _ = migrate("trainer: {num_train_epochs: 3}\ndataset: {path: data}\n")
     assert parse_config(text).trainer.num_train_epochs == 3.0

@@ -23,6 +23,7 @@ from neobert.contrastive.evaluate import run_evaluate
 from neobert.contrastive.finetune import finetune
 from neobert.contrastive.metrics import spearman
 from neobert.data.errors import DataError
+from neobert.export.verify import verify
 from neobert.export.write import ExportRequest, export
 from neobert.inference.load import load
 from neobert.train.loop import pretrain
@@ -238,6 +239,9 @@ def test_an_exported_folder_gives_the_same_figure(
     prefixes = ["contrastive.anchor_prefix=about: ", "contrastive.positive_prefix=text: "]
     finetune(contrastive(out, sets, "dataset.eval_samples=null", f"contrastive.pooling={pooling}", *prefixes))
     export(ExportRequest(source=str(out), output=folder))
+    again = export(ExportRequest(source=str(folder), output=tmp_path / "again")).folder
+    for file in ("1_Pooling/config.json", "sentence_bert_config.json", "config_sentence_transformers.json"):
+        assert (again / file).read_bytes() == (folder / file).read_bytes()
     modes = json.loads((folder / "1_Pooling/config.json").read_text())
     assert [name for name, value in modes.items() if value is True] == [
         {"mean": "pooling_mode_mean_tokens", "cls": "pooling_mode_cls_token"}[pooling]
@@ -271,3 +275,26 @@ def test_an_exported_folder_gives_the_same_figure(
     card = (folder / "README.md").read_text()
     assert f"scored at step 12: spearman {last['sets']['scored']['spearman']:.4f}" in card  # type: ignore[index]
     assert "compare them by their cosine" in card
+
+
+@pytest.mark.parametrize("pooling", ["mean", "cls", "max"])
+def test_an_exported_folder_in_sentence_transformers(
+    contrastive: Contrastive, tmp_path: Path, pair_files: Path, pooling: str
+) -> None:
+    """The package itself, where it is installed."""
+    package = pytest.importorskip("sentence_transformers")
+    out, folder = tmp_path / "run", tmp_path / "exported"
+    sets = f"contrastive.eval_sets=[{{name: {pair_files}/scored.jsonl}}]"
+    prefixes = ["contrastive.anchor_prefix=about: ", "contrastive.positive_prefix=text: "]
+    finetune(contrastive(out, sets, "dataset.eval_samples=null", f"contrastive.pooling={pooling}", *prefixes))
+    export(ExportRequest(source=str(out), output=folder))
+    model = package.SentenceTransformer(str(folder), device="cpu", model_kwargs={"dtype": torch.float32})
+    rows = [json.loads(line) for line in (pair_files / "scored.jsonl").read_text().splitlines()]
+    queries = model.encode([row["sentence1"] for row in rows], prompt_name="query", normalize_embeddings=True)
+    documents = model.encode([row["sentence2"] for row in rows], prompt_name="document", normalize_embeddings=True)
+    found = spearman((queries * documents).sum(axis=1), np.array([row["score"] for row in rows]))
+    last = log_lines(out, "eval")[-1]
+    assert found == pytest.approx(last["sets"]["scored"]["spearman"], abs=2e-4)  # type: ignore[index]
+    (verdict,) = verify([(folder, str(out))])
+    assert verdict.passed, verdict.describe()
+    assert any(check.name == f"sentence-transformers, {pooling} pooling" for check in verdict.checks)

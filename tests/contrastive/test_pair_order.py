@@ -15,6 +15,7 @@ from neobert.contrastive.order import PairLane, PairOrder, TrainSet, describe_sh
 from neobert.contrastive.rows import Example
 from neobert.contrastive.store import PairStore, write_set
 from neobert.data.lanes import State, Window
+from neobert.data.reader import Reader
 from neobert.data.tokenizer import load_tokenizer
 from neobert.types import PackedRow
 
@@ -152,7 +153,7 @@ def test_a_changed_global_batch_goes_on_with_the_next_pair(sets: list[TrainSet])
 def build(contrastive: Contrastive, tokenizer_folder: Path, folder: Path, *overrides: str) -> ContrastiveData:
     config = contrastive(folder, "dataset.num_workers=0", *overrides)
     tokenizer = load_tokenizer(config.tokenizer)
-    return build_contrastive_data(config, tokenizer, rows_per_step=8, prepared_dir=folder)
+    return build_contrastive_data(config, tokenizer, Reader(rows_per_step=8, prepared_dir=folder))
 
 
 def first_batch(data: ContrastiveData) -> PairBatch:

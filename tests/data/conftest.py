@@ -24,6 +24,7 @@ from neobert.config.schema import (
     TrainerSection,
 )
 from neobert.data.pipeline import DataPipeline, build_data
+from neobert.data.reader import Reader
 from neobert.data.tokenizer import SPECIAL_TOKENS, Tokenizer
 
 disable_progress_bars()
@@ -155,12 +156,9 @@ def make_data(tmp_path: Path, tokenizer: Tokenizer, policy: PlainPolicy) -> Call
         return build_data(
             config,
             tokenizer,
+            Reader(rows_per_step=rows_per_step, prepared_dir=tmp_path / "prepared", rank=rank, world=world),
             train_masks=policy,
             eval_masks=policy,
-            rank=rank,
-            world=world,
-            prepared_dir=tmp_path / "prepared",
-            rows_per_step=rows_per_step,
         )
 
     return make

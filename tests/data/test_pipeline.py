@@ -15,6 +15,8 @@ from neobert.config.schema import Config, DatasetSection, TokenizerSection
 from neobert.data import prepare
 from neobert.data.errors import DataError
 from neobert.data.pipeline import build_data, build_tokenizer
+from neobert.data.prepare_settings import PrepareSettings
+from neobert.data.reader import Reader
 from neobert.data.sources import list_splits
 from neobert.data.spec import SourceSpec, describe_source
 from neobert.data.stdlib import StdlibSource
@@ -222,13 +224,9 @@ def test_rank_0_tokenises_and_the_others_wait(tmp_path, corpora, tokenizer, poli
         found[number] = build_data(
             make_config(path=str(corpora["jsonl"]), streaming=False),
             tokenizer,
+            Reader(rows_per_step=24, prepared_dir=tmp_path / "shared", rank=number, world=2, main_first=main_first),
             train_masks=policy,
             eval_masks=policy,
-            rank=number,
-            world=2,
-            prepared_dir=tmp_path / "shared",
-            rows_per_step=24,
-            main_first=main_first,
         )
 
     threads = [threading.Thread(target=rank, args=(n,), name=f"rank{n}") for n in (1, 0)]
@@ -392,7 +390,7 @@ def test_tokenised_data_cannot_train_a_tokenizer(tmp_path, corpora):
 def test_documents_stored_in_pieces_are_held_out_whole(tmp_path, corpora, texts, tokenizer, make_config, make_data):
     """Cut before they were stored, the same documents are held out, and slices and caps count documents."""
     source = list_splits(SourceSpec(path=(str(corpora["jsonl"]),)))["train"](None)
-    settings = prepare.PrepareSettings(max_document_chars=10**6, max_bad_records=0, special_tokens=True, max_length=12)
+    settings = PrepareSettings(max_document_chars=10**6, max_bad_records=0, special_tokens=True, max_length=12)
     prepare.prepare_tokens(source, tokenizer, tmp_path / "pieces", settings)
     encoded = [tokens.tolist() for tokens in tokenizer.encode_batch(texts)]
     data = make_data(make_config(path=str(tmp_path / "pieces"), eval_samples=25, train_split="train[5:]"))

@@ -18,7 +18,8 @@ from neobert.data import disk, prepare, token_writer
 from neobert.data.arrow import TokenStore, read_manifest
 from neobert.data.encode import EncodedDocument
 from neobert.data.errors import DataError
-from neobert.data.prepare import Origin, PrepareSettings, cut_tokens, prepare_tokens, work_folder, write_tokens
+from neobert.data.prepare import cut_tokens, prepare_tokens, work_folder, write_tokens
+from neobert.data.prepare_settings import Origin, PrepareSettings
 from neobert.data.sources import list_splits
 from neobert.data.spec import describe_source
 from neobert.data.text import Record

@@ -14,7 +14,8 @@ from neobert.data import meter, token_writer
 from neobert.data.encode import EncodedDocument
 from neobert.data.errors import DataError
 from neobert.data.meter import Meter
-from neobert.data.prepare import PrepareSettings, write_tokens
+from neobert.data.prepare import write_tokens
+from neobert.data.prepare_settings import PrepareSettings
 from neobert.data.report import write_report
 
 SETTINGS = PrepareSettings(max_document_chars=100, max_bad_records=0, file_tokens=3000)
