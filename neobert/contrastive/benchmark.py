@@ -29,7 +29,6 @@ from torch import Tensor
 
 from neobert.config.schema_contrastive import PairSource
 from neobert.contrastive.batches import NoMasks, PairBatch, PairCollator
-from neobert.contrastive.lookup import Lookup
 from neobert.contrastive.module import ContrastiveEncoder, Objective
 from neobert.contrastive.order import TrainSet
 from neobert.contrastive.reading import open_source
@@ -61,8 +60,8 @@ class Measurement:
 class PaddedEncoder(ContrastiveEncoder):
     """The same on padded rows: what unpadded training is compared with."""
 
-    def _embed_chunk(self, chunk: PackedBatch, lengths: Tensor, lookup: Lookup | None = None) -> Tensor:
-        hidden = self.encoder(chunk.input_ids, chunk.positions, chunk.segments, lookup=lookup)
+    def _embed_chunk(self, chunk: PackedBatch, lengths: Tensor) -> Tensor:
+        hidden = self.encoder(chunk.input_ids, chunk.positions, chunk.segments)
         real = torch.arange(chunk.input_ids.shape[1], device=lengths.device) < lengths[:, None]
         slots = torch.arange(real.numel(), device=lengths.device).view(real.shape)[real]
         return self.pool(hidden.index_select(0, slots).float(), lengths)

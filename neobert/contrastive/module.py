@@ -21,7 +21,6 @@ from torch.utils.checkpoint import checkpoint
 
 from neobert.contrastive.batches import PairBatch
 from neobert.contrastive.gather import first_row, gather
-from neobert.contrastive.lookup import Lookup, share_lookup
 from neobert.contrastive.losses import cosent, info_nce, sum_over_blocks, sup_con
 from neobert.inference.pooling import choose_pooling
 from neobert.kernels.linear_cross_entropy import LinearCrossEntropy
@@ -90,16 +89,17 @@ class ContrastiveEncoder(MaskedLM):
 
     def embed(self, batch: PairBatch) -> Tensor:
         """The vectors of all texts of a batch, fp32 `[texts, H]`, one chunk after the other."""
-        parts = zip(batch.chunks, batch.lengths)
-        if len(batch.chunks) > 1 and torch.is_grad_enabled():
-            lookup = share_lookup(self.encoder.embedding.weight)
-            vectors = [checkpoint(self._embed_chunk, *part, lookup, use_reentrant=False) for part in parts]
-        else:
-            vectors = [self._embed_chunk(*part) for part in parts]
+        again = len(batch.chunks) > 1 and torch.is_grad_enabled()
+        vectors = [
+            checkpoint(self._embed_chunk, chunk, lengths, use_reentrant=False)
+            if again
+            else self._embed_chunk(chunk, lengths)
+            for chunk, lengths in zip(batch.chunks, batch.lengths)
+        ]
         return torch.cat(vectors)
 
-    def _embed_chunk(self, chunk: PackedBatch, lengths: Tensor, lookup: Lookup | None = None) -> Tensor:
-        hidden = self.encoder(chunk.input_ids, chunk.positions, chunk.segments, lookup=lookup)
+    def _embed_chunk(self, chunk: PackedBatch, lengths: Tensor) -> Tensor:
+        hidden = self.encoder(chunk.input_ids, chunk.positions, chunk.segments)
         return self.pool(hidden[: chunk.num_tokens].float(), lengths)
 
     def _masked_loss(self, batch: PairBatch) -> Tensor:

@@ -74,23 +74,14 @@ class Encoder(nn.Module):
         """The matrices whose vectors have length 1 along a dimension, after every optimizer step too: with `ngpt`."""
         return [(self.embedding.weight, 1), *unit_matrices(self.layers)] if self.config.ngpt else []
 
-    def forward(
-        self,
-        input_ids: Tensor,
-        positions: Tensor,
-        segments: Segments,
-        *,
-        lookup: Callable[[Tensor], Tensor] | None = None,
-    ) -> Tensor:
+    def forward(self, input_ids: Tensor, positions: Tensor, segments: Segments) -> Tensor:
         """Hidden states `[B * S, H]` of tokens `[B, S]` at `positions` `[B, S]` of their documents.
 
-        The dtype is the embedding's (fp32 under autocast). Hidden states of padding mean nothing. `lookup` gives rows
-        `[T, H]` of the embedding for tokens `[T]`, in place of the plain lookup.
+        The dtype is the embedding's (fp32 under autocast). Hidden states of padding mean nothing.
         """
         prepared = {window: self.attention.prepare(segments, window) for window in dict.fromkeys(self.windows)}
         positions_T = positions.flatten()
-        ids_T = input_ids.flatten()
-        x_TH = F.embedding(ids_T, self.embedding.weight) if lookup is None else lookup(ids_T)
+        x_TH = F.embedding(input_ids.flatten(), self.embedding.weight)
         rotation = None
         if self.config.rope:
             rotation = rotary_table(positions_T, self.config.head_dim, self.config.rope_theta)

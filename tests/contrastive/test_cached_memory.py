@@ -12,7 +12,6 @@ from torch.utils._pytree import tree_leaves
 
 from neobert.contrastive import losses
 from neobert.contrastive.batches import NoMasks, PairBatch, PairCollator
-from neobert.contrastive.lookup import share_lookup
 from neobert.contrastive.module import ContrastiveEncoder, Objective
 from neobert.contrastive.order import TrainSet
 from neobert.kernels.linear_cross_entropy import KERNELS
@@ -155,23 +154,3 @@ def test_blocks_of_rows_have_the_loss_and_the_gradients_of_all(monkeypatch: pyte
         found.append((loss.detach(), *torch.autograd.grad(loss, (vectors, module.log_scale))))
     for blocks in found[1:]:
         torch.testing.assert_close(blocks, found[0], rtol=1e-12, atol=1e-12)
-
-
-def test_chunks_make_one_gradient_of_the_vocabulary() -> None:
-    step = live_of_step(model(), [batch_of(16 * CHUNK, chunk=CHUNK)])
-    assert step.shapes.count((VOCABULARY, WIDTH)) == 1
-
-
-def test_a_shared_lookup_has_the_gradient_of_plain_ones() -> None:
-    weight = torch.randn(7, 3, dtype=torch.float64, requires_grad=True)
-    parts = [torch.tensor([1, 2, 1], dtype=torch.int32), torch.tensor([2, 6], dtype=torch.int32)]
-    factors = [torch.randn(3, 3, dtype=torch.float64), torch.randn(2, 3, dtype=torch.float64)]
-    tied = weight.exp().sum()  # Another way to the same weight.
-    plain = sum(((weight[ids.long()] * f).sum() for ids, f in zip(parts, factors)), tied)
-    (expected,) = torch.autograd.grad(plain, weight, retain_graph=True)
-    lookup = share_lookup(weight)
-    shared = sum(((lookup(ids) * f).sum() for ids, f in zip(parts, factors)), tied)
-    for _ in range(2):  # Nothing is left for the next backward.
-        (found,) = torch.autograd.grad(shared, weight, retain_graph=True)
-        torch.testing.assert_close(found, expected)
-    assert lookup(parts[0]).tolist() == weight[parts[0].long()].tolist()
