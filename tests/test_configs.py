@@ -81,7 +81,7 @@ def test_the_optimizers_are_compared_as_the_plan_says() -> None:
     plan = load_plan(EXPERIMENTS / "optimizers.yaml")
     assert [variant.name for variant in plan.variants] == ["adamw", "muonclip", "normuon", "ngpt"]
     assert all(len(variant.learning_rates) >= 3 for variant in plan.variants)
-    assert plan.seeds_at_best == 2
+    assert plan.seeds_at_best == 1  # With seed 0 two seeds at the best rate.
 
 
 @pytest.mark.parametrize("path", PLANS, ids=lambda p: p.stem)
