@@ -139,6 +139,9 @@ def test_a_wrong_call_is_one_sentence(
     words: str, said: str, folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     script, *rest = shlex.split(words)
+    # What a script sets for its own process must not outlive this test.
+    monkeypatch.setattr("torch.set_num_threads", lambda count: None)
+    monkeypatch.setattr("neobert.benchmark.trial.limit_threads", lambda count: None)
     monkeypatch.chdir(folder)
     monkeypatch.setattr(sys, "argv", [f"scripts/{script}", *rest])
     with pytest.raises(SystemExit) as ended:
