@@ -1,10 +1,9 @@
 """The command line that the benchmarks of the data share."""
 
 import argparse
-import sys
 from collections.abc import Callable
 
-from neobert.benchmark.flags import count
+from neobert.benchmark.flags import count, exit_code
 from neobert.config.load import ConfigError, parse_config
 from neobert.config.schema import Config
 from neobert.data.errors import DataError
@@ -40,10 +39,5 @@ def read_data_config(args: argparse.Namespace) -> tuple[Config, Tokenizer]:
 
 
 def run_on_data(args: argparse.Namespace, work: Callable[[Config, Tokenizer], object]) -> int:
-    """Calls `work` with what the arguments describe; what the user can mend becomes one sentence and exit code 2."""
-    try:
-        work(*read_data_config(args))
-    except (ConfigError, DataError, StartupError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    return 0
+    """The exit code of `work` with what the arguments describe."""
+    return exit_code(lambda: work(*read_data_config(args)), mendable=(ConfigError, DataError, StartupError))

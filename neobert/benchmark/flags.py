@@ -1,6 +1,9 @@
-"""Types of command-line flags: a wrong value is refused by the parser, before anything is measured. Torch suffices."""
+"""What the command lines of benchmarks share: types of flags, so that a wrong value is refused by the parser before
+anything is measured, and the end of a command that cannot measure. Torch suffices."""
 
 import argparse
+import sys
+from collections.abc import Callable
 
 import torch
 
@@ -30,3 +33,13 @@ def device(text: str) -> str:
     if kind == "cuda" and not torch.cuda.is_available():
         raise argparse.ArgumentTypeError(f"{text} is not here (torch sees no GPU); write cpu")
     return text
+
+
+def exit_code(work: Callable[[], object], *, mendable: tuple[type[Exception], ...] = (ValueError,)) -> int:
+    """0 after `work`; what the user can mend becomes one sentence and 2."""
+    try:
+        work()
+    except mendable as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    return 0

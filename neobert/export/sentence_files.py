@@ -8,9 +8,9 @@ sentence-transformers reads, and text-embeddings-inference takes the pooling fro
 import json
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from neobert.config.load import load_config
+from neobert.export.choose import ExportError
 from neobert.model.config import ModelConfig
 from neobert.weights.load import EncoderWeights
 
@@ -33,7 +33,11 @@ class SentenceSettings:
 
 
 def choose_sentence_settings(weights: EncoderWeights) -> SentenceSettings:
-    """As the model was fine-tuned; else the mean over texts of any length that it can read."""
+    """As the model was fine-tuned; else the mean over texts of any length that it can read.
+
+    Raises:
+        ExportError: an exported folder says that texts are pooled in a way that is none of ours.
+    """
     longest, file = weights.config.max_position_embeddings, weights.folder / "config.yaml"
     if weights.layout == "checkpoint" and file.is_file():
         config = load_config(file)
@@ -45,20 +49,23 @@ def choose_sentence_settings(weights: EncoderWeights) -> SentenceSettings:
                 pooling=section.pooling,
                 prompts=tuple((name, text) for name, text in prompts.items() if text is not None),
             )
-    # An exported folder that is exported again stays what it is.
-    return read_sentence_settings(weights.folder) or SentenceSettings(max_length=longest)
+    if (weights.folder / _POOLING).is_file():  # An exported folder stays what it is when it is exported again.
+        return _read_settings(weights.folder, longest)
+    return SentenceSettings(max_length=longest)
 
 
-def read_sentence_settings(folder: Path) -> SentenceSettings | None:
-    """What `write_sentence_files` wrote into a folder; None where there is nothing of it."""
-    if not (folder / _POOLING).is_file():
-        return None
-    modes, lengths = _read(folder / _POOLING), _read(folder / _LENGTH)
-    prompts = _read(folder / _PROMPTS)["prompts"] if (folder / _PROMPTS).is_file() else {}
+def _read_settings(folder: Path, longest: int) -> SentenceSettings:
+    modes, lengths, prompts = (
+        json.loads(file.read_text()) if file.is_file() else {}
+        for file in (folder / _POOLING, folder / _LENGTH, folder / _PROMPTS)
+    )
+    pooling = [name for name, key in _MODES.items() if modes.get(key)]
+    if len(pooling) != 1:
+        raise ExportError(f"{folder / _POOLING}: names none of {', '.join(_MODES.values())}, or several; keep one")
     return SentenceSettings(
-        max_length=lengths["max_seq_length"],
-        pooling=next(name for name, key in _MODES.items() if modes.get(key)),
-        prompts=tuple(prompts.items()),
+        max_length=lengths.get("max_seq_length") or longest,
+        pooling=pooling[0],
+        prompts=tuple(prompts.get("prompts", {}).items()),
     )
 
 
@@ -78,11 +85,6 @@ def write_sentence_files(output: Path, config: ModelConfig, settings: SentenceSe
     if settings.prompts:
         names = {"prompts": dict(settings.prompts), "default_prompt_name": None, "similarity_fn_name": "cosine"}
         _write(output / _PROMPTS, names)
-
-
-def _read(file: Path) -> dict[str, Any]:
-    content: dict[str, Any] = json.loads(file.read_text())
-    return content
 
 
 def _write(file: Path, values: object) -> None:

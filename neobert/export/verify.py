@@ -25,7 +25,7 @@ from neobert.config.schema import TokenizerSection
 from neobert.data.tokenizer import Tokenizer, load_tokenizer
 from neobert.export.choose import ExportError
 from neobert.export.compare import TOLERANCE, build_model, layer_errors, our_states, random_documents
-from neobert.export.sentence_files import read_sentence_settings
+from neobert.export.sentence_files import SentenceSettings, choose_sentence_settings
 from neobert.export.write import cut_vocabulary, pad
 from neobert.inference.fill_mask import MASK_TEXT, fill_mask
 from neobert.inference.pooling import choose_pooling
@@ -80,6 +80,7 @@ class _Subject:
     weights: EncoderWeights
     model: MaskedLM
     tokenizer: Tokenizer
+    sentences: SentenceSettings
     documents: list[list[int]]
     work: Path
 
@@ -126,6 +127,7 @@ def _prepare(folder: Path, against: str | None, work: Path, kind: str) -> _Subje
         weights=weights,
         model=build_model(weights),
         tokenizer=tokenizer,
+        sentences=choose_sentence_settings(exported),
         documents=documents,
         work=work,
     )
@@ -270,9 +272,7 @@ def _check_fill_mask(subject: _Subject, facts: dict[str, Any]) -> Check:
 
 
 def _check_sentences(subject: _Subject, theirs: Tensor) -> Check:
-    tokenizer, settings = subject.tokenizer, read_sentence_settings(subject.folder)
-    if settings is None:
-        return Check(name="sentence-transformers", passed=False, detail="the folder has no 1_Pooling/config.json")
+    tokenizer, settings = subject.tokenizer, subject.sentences
     plain = [ids.tolist()[: settings.max_length - 2] for ids in tokenizer.encode_batch(list(TEXTS))]
     documents = [[tokenizer.cls_id, *ids, tokenizer.sep_id] for ids in plain]
     pool = choose_pooling(settings.pooling)

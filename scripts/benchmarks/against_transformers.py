@@ -8,7 +8,7 @@ import dataclasses
 import sys
 
 from neobert.benchmark.against import CONTESTANTS, AgainstSettings, compare
-from neobert.benchmark.flags import count, count_or_zero
+from neobert.benchmark.flags import count, count_or_zero, exit_code
 from neobert.benchmark.step import PRESETS
 
 
@@ -26,12 +26,7 @@ def main() -> int:
         )
     values = vars(parser.parse_args())
     rounds, names = values.pop("rounds"), values.pop("only")
-    try:
-        print(compare(AgainstSettings(**values), names, rounds))
-    except ValueError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    return 0
+    return exit_code(lambda: print(compare(AgainstSettings(**values), names, rounds)))
 
 
 if __name__ == "__main__":

@@ -6,7 +6,7 @@ python scripts/benchmarks/loss_kernels.py --device cuda
 import argparse
 import sys
 
-from neobert.benchmark.flags import count, device
+from neobert.benchmark.flags import count, device, exit_code
 from neobert.benchmark.loss_kernels import SHAPES, table
 
 
@@ -18,12 +18,7 @@ def main() -> int:
     parser.add_argument("--device", type=device, default="cpu", help="default: %(default)s")
     parser.add_argument("--repeats", type=count, default=3, help="default: %(default)s")
     args = parser.parse_args()
-    try:
-        print(table(args.kernels, args.shapes, args.precision, args.device, args.repeats))
-    except ValueError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    return 0
+    return exit_code(lambda: print(table(args.kernels, args.shapes, args.precision, args.device, args.repeats)))
 
 
 if __name__ == "__main__":

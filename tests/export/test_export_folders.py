@@ -1,6 +1,7 @@
 """What an export writes, and that everything wrong is said before anything is written."""
 
 import json
+import shutil
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass, replace
@@ -105,6 +106,20 @@ def test_the_files_of_sentence_transformers(exports: dict[str, Exported]) -> Non
     assert pooling["word_embedding_dimension"] == 32
     assert [key for key, value in pooling.items() if value is True] == ["pooling_mode_mean_tokens"]
     assert json.loads((folder / "sentence_bert_config.json").read_text())["max_seq_length"] == 64
+
+
+def test_an_export_with_other_sentence_files_is_exported_again(exports: dict[str, Exported], tmp_path: Path) -> None:
+    folder = tmp_path / "edited"
+    shutil.copytree(exports["native"].folder, folder)
+    (folder / "sentence_bert_config.json").unlink()
+    (folder / "1_Pooling" / "config.json").write_text('{"pooling_mode_cls_token": true}')
+    again = export(ExportRequest(source=str(folder), output=tmp_path / "again")).folder
+    assert json.loads((again / "sentence_bert_config.json").read_text())["max_seq_length"] == 64
+    pooling = json.loads((again / "1_Pooling" / "config.json").read_text())
+    assert [key for key, value in pooling.items() if value is True] == ["pooling_mode_cls_token"]
+    (folder / "1_Pooling" / "config.json").write_text('{"pooling_mode_lasttoken": true}')
+    with pytest.raises(ExportError, match=r"1_Pooling/config.json: names none of pooling_mode_cls_token, "):
+        export(ExportRequest(source=str(folder), output=tmp_path / "third"))
 
 
 def test_the_card_says_how_the_model_was_trained(exports: dict[str, Exported], runs: dict[str, Path]) -> None:
