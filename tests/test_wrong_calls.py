@@ -89,6 +89,7 @@ CALLS = [
     ("checkpoint.py list none", "none holds no checkpoint"),
     ("checkpoint.py prune run --keep -1", "--keep: -1"),
     ("contrastive/evaluate.py run none.jsonl", "none.jsonl is not there"),
+    ("contrastive/evaluate.py run pairs.jsonl --split test", "pairs.jsonl has no splits, so none is called test"),
     ("contrastive/evaluate.py run pairs.jsonl --max-length 0", "--max-length: 0; write 3 or more"),
     ("contrastive/finetune.py none.yaml", f"the config file {NEARBY}"),
     (
@@ -121,6 +122,10 @@ CALLS = [
     ("pretraining/preprocess.py none.yaml", f"the config file {NEARBY}"),
     ("pretraining/preprocess.py pairs.yaml", "task: contrastive is for scripts/contrastive/preprocess.py"),
     ("pretraining/pretrain.py none.yaml", f"the config file {NEARBY}"),
+    (
+        "pretraining/tokenize_dataset.py --dataset text.jsonl --tokenizer tokenizer --output new --dataset-config en",
+        "--dataset-config: en belongs to a dataset of the hub, which text.jsonl is not; remove it",
+    ),
     ("pretraining/tokenize_dataset.py --dataset ./none --tokenizer tokenizer --output new", "none does not exist"),
     ("pretraining/train_tokenizer.py --input ./none --output new", "none does not exist"),
     ("pretraining/train_tokenizer.py --input text.jsonl --output file", "--output: file is not a folder"),

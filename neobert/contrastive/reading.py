@@ -142,7 +142,10 @@ def _texts(rows: Iterable[RawRow], wanted: set[str]) -> dict[str, str]:
 
 def _open_local(source: PairSource, path: Path) -> Opened:
     label = str(path)
+    if source.config is not None or source.revision is not None:
+        raise DataError(f"{label} is on the disk; config and revision belong to datasets of the hub: remove them")
     if path.is_file():
+        _check_no_split(source.split, label)
         return _by_columns(source, read_file(path), label)
     if (path / "qrels").is_dir():
         split = source.split or "train"
@@ -155,6 +158,11 @@ def _open_local(source: PairSource, path: Path) -> Opened:
         return _by_columns(source, _read_saved(path, source.split), label)
     files = _files_of_split(path, source.split)
     return _by_columns(source, (row for file in files for row in read_file(file)), label)
+
+
+def _check_no_split(split: str | None, label: str) -> None:
+    if split is not None:
+        raise DataError(f"{label} has no splits, so none is called {split}; remove that, or name a folder of splits")
 
 
 def _find(folder: Path, stem: str) -> Path:
@@ -184,8 +192,9 @@ def _read_saved(folder: Path, split: str | None) -> Iterable[RawRow]:
         name = split or "train"
         if name not in data:
             raise DataError(f"{folder} has no split {name}; there: {', '.join(data)}")
-        data = data[name]
+        return data[name]
     assert isinstance(data, Dataset)
+    _check_no_split(split, str(folder))
     return data
 
 

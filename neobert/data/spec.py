@@ -96,9 +96,16 @@ def describe_sources(section: DatasetSection) -> tuple[SourceSpec, ...]:
 
 
 def describe_source(source: str, *, text_column: str | None = None, config: str | None = None) -> SourceSpec:
-    """A source given as one word on a command line: what exists or looks like files is a path, all else a name."""
-    looks_local = Path(source).expanduser().exists() or "*" in source or "://" in source
-    if source != PYTHON_STDLIB and (looks_local or source.startswith((".", "/", "~")) or _has_suffix(source)):
+    """A source given as one word on a command line: what exists or looks like files is a path, all else a name.
+
+    Raises:
+        DataError: `config` of a source that has no configurations, or a name written wrongly.
+    """
+    files = Path(source).expanduser().exists() or "*" in source or "://" in source
+    files = files or source.startswith((".", "/", "~")) or _has_suffix(source)
+    if config is not None and (files or source == PYTHON_STDLIB):
+        raise DataError(f"--dataset-config: {config} belongs to a dataset of the hub, which {source} is not; remove it")
+    if files and source != PYTHON_STDLIB:
         return SourceSpec(path=(source,), text_column=text_column)
     return replace(_parse_name(source, SourceSpec()), text_column=text_column, config=config)
 

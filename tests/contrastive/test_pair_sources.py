@@ -112,6 +112,11 @@ def test_files_of_every_kind_give_the_same_examples(tmp_path: Path) -> None:
     assert read(PairSource(name=str(tmp_path / "dict"), split="dev")) == expected
     with pytest.raises(DataError, match="has no split train; there: dev"):
         read(PairSource(name=str(tmp_path / "dict")))
+    for name in ("x.jsonl", "saved"):
+        with pytest.raises(DataError, match=f"{name} has no splits, so none is called dev; remove that"):
+            read(PairSource(name=str(tmp_path / name), split="dev"))
+    with pytest.raises(DataError, match=r"x\.jsonl is on the disk; config and revision belong to datasets of the hub"):
+        read(PairSource(name=str(tmp_path / "x.jsonl"), config="pair"))
 
 
 def test_a_folder_has_splits(tmp_path: Path) -> None:
