@@ -39,6 +39,9 @@ REMOTE_CODE_TYPE = "neobert_encoder"
 TRAINING_ONLY = ("log_scale",)
 """Weights of a checkpoint of ours that belong to the loss and not to the encoder: a learned temperature."""
 
+_EXPORTED, _ENCODER = ("eurobert", "remote_code"), "model."
+"""Layouts that exported folders have, and what the encoder's tensors begin with where there is a head beside it."""
+
 STEPS_KEY = "pretraining_steps"
 """In config.json of models that we export: a second key in the header of the weights would make its bytes random."""
 
@@ -157,6 +160,9 @@ def _read_folder(folder: Path, drop_decoder_bias: bool, weights: str) -> Encoder
     layout, raw = _recognise(folder, tensors)
     if layout.name == "checkpoint":
         tensors = {name: tensor for name, tensor in tensors.items() if name not in TRAINING_ONLY}
+    elif layout.name in _EXPORTED and not any(name.startswith(_ENCODER) for name in tensors):
+        # AutoModel and sentence-transformers save the encoder alone. The config says whether a tied head can be told.
+        tensors = {f"{_ENCODER}{name}": tensor for name, tensor in tensors.items()}
     config = layout.describe(raw, tensors)
     if drop_decoder_bias:
         config = replace(config, decoder_bias=False)

@@ -13,7 +13,7 @@ import pytest
 import torch
 from safetensors import safe_open
 from safetensors.torch import load_file
-from transformers import AutoModelForMaskedLM, AutoModelForSequenceClassification, AutoTokenizer
+from transformers import AutoModel, AutoModelForMaskedLM, AutoModelForSequenceClassification, AutoTokenizer
 from variants import EXPORTS
 
 import neobert.export.write as write_module
@@ -24,6 +24,7 @@ from neobert.export.remote_code import code_files
 from neobert.export.tokenizer_files import save_tokenizer
 from neobert.export.write import Exported, ExportRequest, export
 from neobert.model.config import ModelConfig
+from neobert.weights.describe import WeightsError
 from neobert.weights.load import load_encoder_weights
 
 Tiny = Callable[..., Config]
@@ -106,6 +107,18 @@ def test_the_files_of_sentence_transformers(exports: dict[str, Exported]) -> Non
     assert pooling["word_embedding_dimension"] == 32
     assert [key for key, value in pooling.items() if value is True] == ["pooling_mode_mean_tokens"]
     assert json.loads((folder / "sentence_bert_config.json").read_text())["max_seq_length"] == 64
+
+
+@pytest.mark.parametrize("name", ["native", "native_untied", "remote", "remote_untied"])
+def test_an_encoder_saved_without_its_head(exports: dict[str, Exported], tmp_path: Path, name: str) -> None:
+    AutoModel.from_pretrained(exports[name].folder, trust_remote_code=True).save_pretrained(tmp_path / "alone")
+    if name.endswith("untied"):
+        with pytest.raises(WeightsError, match=r"layout:\n  (lm_head|decoder).weight is missing, shape \[\d+, \d+\]$"):
+            load_encoder_weights(tmp_path / "alone")
+        return
+    whole, alone = load_encoder_weights(exports[name].folder), load_encoder_weights(tmp_path / "alone")
+    assert alone.tensors.keys() == whole.tensors.keys()
+    assert all(torch.equal(tensor, whole.tensors[key]) for key, tensor in alone.tensors.items())
 
 
 def test_an_export_with_other_sentence_files_is_exported_again(exports: dict[str, Exported], tmp_path: Path) -> None:
