@@ -1,6 +1,6 @@
 """The order of pairs and the batches made of them: literal plans, shares, exact continuation, layout."""
 
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Callable
 from pathlib import Path
 
@@ -77,7 +77,7 @@ def test_windows_are_pinned(sets: list[TrainSet]) -> None:
 
 def test_a_step_takes_one_set_and_an_epoch_takes_every_pair_once(sets: list[TrainSet]) -> None:
     lane = PairLane(sets, order(), encode)
-    state, seen = lane.start(), Counter[tuple[str, int]]()
+    state, seen, orders = lane.start(), Counter[tuple[str, int]](), defaultdict[tuple[int, int], list[str]](list)
     for _ in range(200):
         window = lane.open(state)
         (source,) = set(window.sources.tolist())
@@ -85,11 +85,14 @@ def test_a_step_takes_one_set_and_an_epoch_takes_every_pair_once(sets: list[Trai
         for row in range(4):
             text = texts_of(window, row)[0].removeprefix("q:")
             assert text[0] == "ABC"[source]
-            seen[text, (before + row) // len(sets[source])] += 1
+            epoch = (before + row) // len(sets[source])
+            seen[text, epoch] += 1
+            orders[source, epoch].append(text)
         state = window.next_state
     for source, name in enumerate("ABC"):
         for epoch in range(state["used"][source] // len(sets[source])):
             assert all(seen[f"{name}{n}", epoch] == 1 for n in range(len(sets[source])))
+            assert epoch == 0 or orders[source, epoch] != orders[source, epoch - 1], "every epoch has its own order"
 
 
 def test_sets_are_drawn_in_proportion_to_a_power_of_their_size(sets: list[TrainSet]) -> None:
