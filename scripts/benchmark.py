@@ -9,23 +9,19 @@ import dataclasses
 import json
 import sys
 
+from neobert.benchmark.flags import exit_code
 from neobert.benchmark.step import describe, measure_step
 from neobert.benchmark.step_command import build_parser, opened_rows, read_settings
 
 
-def main() -> int:
+def main() -> None:
     args = build_parser(__doc__).parse_args()
-    try:
-        settings = read_settings(args)
-        with opened_rows(args) as source:
-            figures = measure_step(settings, source)
-    except ValueError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
+    settings = read_settings(args)
+    with opened_rows(args) as source:
+        figures = measure_step(settings, source)
     both = {"settings": dataclasses.asdict(settings), **dataclasses.asdict(figures)}
     print(json.dumps(both) if args.json else describe(settings, figures))
-    return 0
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(exit_code(main))

@@ -194,7 +194,7 @@ def _forget_peak(device: torch.device) -> int:
     return current_bytes()
 
 
-def run_benchmark(argv: list[str], description: str) -> int:
+def run_benchmark(argv: list[str], description: str) -> None:
     """The script: one line for each variant."""
     args = _parse(argv, description)
     where = "beyond model, optimizer and data"
@@ -207,7 +207,6 @@ def run_benchmark(argv: list[str], description: str) -> int:
             f"{found.variant:<11} {found.pairs_per_second:>9.1f} {found.peak_mib:>9.0f} {found.slots_per_token:>12.2f} "
             f"{found.loss:>9.5f}"
         )
-    return 0
 
 
 def _parse(argv: list[str], description: str) -> argparse.Namespace:

@@ -8,6 +8,7 @@ sentence-transformers reads, and text-embeddings-inference takes the pooling fro
 import json
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from neobert.config.load import load_config
 from neobert.export.choose import ExportError
@@ -17,6 +18,7 @@ from neobert.weights.load import EncoderWeights
 _POOLING = Path("1_Pooling") / "config.json"
 _LENGTH = "sentence_bert_config.json"
 _PROMPTS = "config_sentence_transformers.json"
+_TOKENIZER = "tokenizer_config.json"
 _MODES = {"cls": "pooling_mode_cls_token", "mean": "pooling_mode_mean_tokens", "max": "pooling_mode_max_tokens"}
 
 
@@ -36,7 +38,7 @@ def choose_sentence_settings(weights: EncoderWeights) -> SentenceSettings:
     """As the model was fine-tuned; else the mean over texts of any length that it can read.
 
     Raises:
-        ExportError: an exported folder says that texts are pooled in a way that is none of ours.
+        ExportError: an exported folder pools texts in a way that is none of ours, or its files are damaged.
     """
     longest, file = weights.config.max_position_embeddings, weights.folder / "config.yaml"
     if weights.layout == "checkpoint" and file.is_file():
@@ -55,18 +57,27 @@ def choose_sentence_settings(weights: EncoderWeights) -> SentenceSettings:
 
 
 def _read_settings(folder: Path, longest: int) -> SentenceSettings:
-    modes, lengths, prompts = (
-        json.loads(file.read_text()) if file.is_file() else {}
-        for file in (folder / _POOLING, folder / _LENGTH, folder / _PROMPTS)
-    )
-    pooling = [name for name, key in _MODES.items() if modes.get(key)]
+    """From files as they are written here, or as sentence-transformers 6 saves them: its length is the tokenizer's."""
+    modes, ours, prompts, tokenizer = (_read(folder / name) for name in (_POOLING, _LENGTH, _PROMPTS, _TOKENIZER))
+    pooling = [name for name, key in _MODES.items() if modes.get(key) or modes.get("pooling_mode") == name]
     if len(pooling) != 1:
-        raise ExportError(f"{folder / _POOLING}: names none of {', '.join(_MODES.values())}, or several; keep one")
+        raise ExportError(f"{folder / _POOLING}: the pooling must be one of {', '.join(_MODES)}; set it to that")
+    lengths = (ours.get("max_seq_length"), tokenizer.get("model_max_length"), longest)
     return SentenceSettings(
-        max_length=lengths.get("max_seq_length") or longest,
+        max_length=min(int(length) for length in lengths if length),
         pooling=pooling[0],
-        prompts=tuple(prompts.get("prompts", {}).items()),
+        prompts=tuple((name, text) for name, text in prompts.get("prompts", {}).items() if text),
     )
+
+
+def _read(file: Path) -> dict[str, Any]:
+    try:
+        content = json.loads(file.read_text()) if file.is_file() else {}
+    except ValueError as error:
+        raise ExportError(f"{file} cannot be read ({error}); mend it") from error
+    if not isinstance(content, dict):
+        raise ExportError(f"{file} is no JSON object; mend it")
+    return content
 
 
 def write_sentence_files(output: Path, config: ModelConfig, settings: SentenceSettings) -> None:

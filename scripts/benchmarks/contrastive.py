@@ -5,16 +5,8 @@ python scripts/benchmarks/contrastive.py --model outputs/run --pairs my_pairs.js
 
 import sys
 
+from neobert.benchmark.flags import exit_code
 from neobert.contrastive.benchmark import run_benchmark
 
-
-def main() -> int:
-    try:
-        return run_benchmark(sys.argv[1:], str(__doc__))
-    except ValueError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-
-
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(exit_code(lambda: run_benchmark(sys.argv[1:], str(__doc__))))

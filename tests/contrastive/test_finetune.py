@@ -23,11 +23,13 @@ from neobert.contrastive.evaluate import run_evaluate
 from neobert.contrastive.finetune import finetune
 from neobert.contrastive.metrics import spearman
 from neobert.data.errors import DataError
+from neobert.export.sentence_files import choose_sentence_settings
 from neobert.export.verify import verify
 from neobert.export.write import ExportRequest, export
 from neobert.inference.load import load
 from neobert.train.loop import pretrain
 from neobert.train.runtime import StartupError
+from neobert.weights.load import load_encoder_weights
 
 ROOT = Path(__file__).parents[2]
 EXACT = ("step", "loss_hex", "grad_norm_hex", "lr", "num_tokens", "num_targets", "batch_digest")
@@ -298,3 +300,6 @@ def test_an_exported_folder_in_sentence_transformers(
     (verdict,) = verify([(folder, str(out))])
     assert verdict.passed, verdict.describe()
     assert any(check.name == f"sentence-transformers, {pooling} pooling" for check in verdict.checks)
+    model.save(str(tmp_path / "saved"))
+    before, after = (choose_sentence_settings(load_encoder_weights(place)) for place in (folder, tmp_path / "saved"))
+    assert (after.pooling, after.max_length, dict(after.prompts)) == (pooling, before.max_length, dict(before.prompts))

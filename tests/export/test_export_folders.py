@@ -21,6 +21,7 @@ from neobert.config.schema import Config
 from neobert.data.tokenizer import train_tokenizer
 from neobert.export.choose import CARRIED, REQUIRED, ExportError, choose_form
 from neobert.export.remote_code import code_files
+from neobert.export.sentence_files import SentenceSettings, choose_sentence_settings
 from neobert.export.tokenizer_files import save_tokenizer
 from neobert.export.write import Exported, ExportRequest, export
 from neobert.model.config import ModelConfig
@@ -130,9 +131,28 @@ def test_an_export_with_other_sentence_files_is_exported_again(exports: dict[str
     assert json.loads((again / "sentence_bert_config.json").read_text())["max_seq_length"] == 64
     pooling = json.loads((again / "1_Pooling" / "config.json").read_text())
     assert [key for key, value in pooling.items() if value is True] == ["pooling_mode_cls_token"]
-    (folder / "1_Pooling" / "config.json").write_text('{"pooling_mode_lasttoken": true}')
-    with pytest.raises(ExportError, match=r"1_Pooling/config.json: names none of pooling_mode_cls_token, "):
-        export(ExportRequest(source=str(folder), output=tmp_path / "third"))
+    for content, said in (
+        ('{"pooling_mode_lasttoken": true}', r"1_Pooling/config.json: the pooling must be one of cls, mean, max"),
+        ("{", r"1_Pooling/config.json cannot be read \(.*\); mend it"),
+        ("[]", r"1_Pooling/config.json is no JSON object; mend it"),
+    ):
+        (folder / "1_Pooling" / "config.json").write_text(content)
+        with pytest.raises(ExportError, match=said):
+            export(ExportRequest(source=str(folder), output=tmp_path / "third"))
+    assert not (tmp_path / "third").exists()
+
+
+def test_the_files_that_sentence_transformers_6_saves(exports: dict[str, Exported], tmp_path: Path) -> None:
+    folder = tmp_path / "saved"
+    shutil.copytree(exports["native"].folder, folder)
+    (folder / "1_Pooling" / "config.json").write_text('{"embedding_dimension": 32, "pooling_mode": "max"}')
+    (folder / "sentence_bert_config.json").write_text('{"transformer_task": "feature-extraction"}')
+    (folder / "config_sentence_transformers.json").write_text('{"prompts": {"document": "", "query": "q: "}}')
+    tokenizer = json.loads((folder / "tokenizer_config.json").read_text())
+    (folder / "tokenizer_config.json").write_text(json.dumps(tokenizer | {"model_max_length": 32}))
+    assert choose_sentence_settings(load_encoder_weights(folder)) == SentenceSettings(
+        max_length=32, pooling="max", prompts=(("query", "q: "),)
+    )
 
 
 def test_the_card_says_how_the_model_was_trained(exports: dict[str, Exported], runs: dict[str, Path]) -> None:
