@@ -45,7 +45,7 @@ _EXPORTED, _ENCODER = ("eurobert", "remote_code"), "model."
 STEPS_KEY = "pretraining_steps"
 """In config.json of models that we export: a second key in the header of the weights would make its bytes random."""
 
-_HUB_NAME = re.compile(r"[\w.-]+/[\w.-]+(@[\w./-]+)?")
+_HUB_NAME = re.compile(r"\w[\w.-]*/\w[\w.-]*(@[\w./-]+)?")
 _SMALL_FILES = ["*.json", "*.txt", "*.model"]
 
 
@@ -147,7 +147,7 @@ def _fetch(name: str) -> Path:
         if not any(folder.glob("*.safetensors")):
             snapshot_download(repository, revision=revision or None, allow_patterns=[*_SMALL_FILES, "*.bin"])
     except (OSError, HfHubHTTPError, HFValidationError, LocalEntryNotFoundError) as error:
-        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0].rstrip(".")
         raise WeightsError(
             f"{name} is no folder, and the hub did not give it: {reason}. Check the spelling and the connection, or"
             " download it and give the folder"
