@@ -39,11 +39,16 @@ class EvalDocuments(NamedTuple):
     get: Callable[[int], NDArray[Any]]
     """Tokens of the document with this number, without special tokens."""
 
-    num_documents: int
-    """Fewer than lengths where documents were stored in pieces."""
+    document_of: NDArray[np.int64]
+    """Number of the whole document of each, from 0; documents that were stored in pieces repeat theirs."""
 
     rest: Place | None
     """Where the source goes on after them."""
+
+    @property
+    def num_documents(self) -> int:
+        """Whole documents."""
+        return int(self.document_of.max(initial=-1)) + 1
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -71,7 +76,7 @@ def collect_texts(view: View, encode: Encode, settings: LaneSettings, limit: Lim
         if len(tokens) == limit.documents or (limit.slots is not None and num_slots >= limit.slots):
             break
     lengths = np.array([len(t) for t in tokens], dtype=np.int64)
-    return EvalDocuments(lengths, tokens.__getitem__, len(tokens), rest)
+    return EvalDocuments(lengths, tokens.__getitem__, np.arange(len(tokens)), rest)
 
 
 def collect_indexed(view: View, settings: LaneSettings, limit: Limit) -> EvalDocuments:
@@ -80,7 +85,7 @@ def collect_indexed(view: View, settings: LaneSettings, limit: Limit) -> EvalDoc
     assert isinstance(store, TokenStore)
     first, last = view.rows
     rows, lengths = np.empty(0, dtype=np.int64), np.empty(0, dtype=np.int64)
-    num_slots = num_documents = 0
+    ranks, num_slots = rows, 0
     for begin in range(first, last, _SCAN):
         found = np.arange(begin, min(last, begin + _SCAN))
         sizes = store.lengths(found)
@@ -97,12 +102,11 @@ def collect_indexed(view: View, settings: LaneSettings, limit: Limit) -> EvalDoc
             ranks = ranks[kept]
         else:
             is_full = False
-        num_documents = int(ranks.max(initial=-1)) + 1
         num_slots = int(_slots(lengths, settings).sum())
         if is_full or (limit.slots is not None and num_slots >= limit.slots):
             break
     rest = store.row_of(int(store.documents_of(rows[-1:])[0]) + 1) if len(rows) else first
-    return EvalDocuments(lengths, lambda number: store.content(int(rows[number])), num_documents, rest)
+    return EvalDocuments(lengths, lambda number: store.content(int(rows[number])), ranks, rest)
 
 
 def _slots(lengths: NDArray[np.int64], settings: LaneSettings) -> NDArray[np.int64]:
@@ -131,7 +135,6 @@ class EvalSet:
         max_batches: int | None,
     ) -> None:
         self._batch_rows = batch_rows
-        self.num_documents = sum(source.num_documents for source in sources)
         lengths = np.concatenate([source.lengths for source in sources])
         numbers = np.concatenate([np.arange(len(source.lengths)) for source in sources])
         source_of = np.repeat(np.arange(len(sources)), [len(source.lengths) for source in sources])
@@ -140,6 +143,11 @@ class EvalSet:
         # Shuffled rows, so that a cap on the batches cuts long and short documents alike.
         rows = settings.plan(pieces, key(seed, "eval_rows"))
         self._rows = rows if max_batches is None else rows[: max_batches * batch_rows]
+        firsts = np.cumsum([0, *(source.num_documents for source in sources)])
+        document_of = np.concatenate([source.document_of + first for source, first in zip(sources, firsts)])
+        self.num_documents = len(np.unique(document_of[[piece.document for row in self._rows for piece in row]]))
+        """Documents of which at least a piece is evaluated."""
+
         self._window = Window(
             rows=self._rows,
             get=lambda piece: sources[source_of[piece.document]].get(int(numbers[piece.document]))[
@@ -305,7 +313,8 @@ def _choose_limit(config: Config, view: View, share: int | None, num_views: int)
 
 def _collect(view: View, source: Source, settings: LaneSettings, limit: Limit) -> EvalDocuments:
     if limit.documents == 0:
-        return EvalDocuments(np.empty(0, dtype=np.int64), _no_document, 0, None)
+        nothing = np.empty(0, dtype=np.int64)
+        return EvalDocuments(nothing, _no_document, nothing, None)
     if isinstance(view.documents, TokenStore):
         return collect_indexed(view, settings, limit)
     return collect_texts(view, source.tokenizer.encode_batch, settings, limit)

@@ -33,10 +33,10 @@ def evaluate(run: Run) -> EvalMetrics | None:
     and agree before each of them, so that they leave together.
     """
     assert isinstance(run.data, DataPipeline), "the data of pretraining"
-    if not run.data.has_eval:
+    if run.data.eval_set is None:
         return None
     sums = torch.zeros(2, dtype=torch.float64, device=run.runtime.device)
-    counts = [0, 0, 0]
+    counts = [0, 0]
     with run.tracker.paused():
         run.model.eval()
         for batch in run.data.eval_batches():
@@ -46,14 +46,14 @@ def evaluate(run: Run) -> EvalMetrics | None:
             with memory_explained(run, batch, "eval"):
                 loss = run.model(batch.to(run.runtime.device, non_blocking=True))
             sums += torch.stack([loss.loss_sum, loss.num_correct])
-            counts = [a + b for a, b in zip(counts, (batch.num_targets, batch.num_tokens, batch.num_documents))]
+            counts = [a + b for a, b in zip(counts, (batch.num_targets, batch.num_tokens))]
         run.model.train()
         loss_sum, num_correct = run.runtime.sum_on_device(sums).tolist()
-        num_targets, num_tokens, num_documents = run.runtime.sum_on_host(counts)
+        num_targets, num_tokens = run.runtime.sum_on_host(counts)
     return EvalMetrics(
         loss=loss_sum / max(num_targets, 1),
         accuracy=num_correct / max(num_targets, 1),
         num_targets=num_targets,
         num_tokens=num_tokens,
-        num_documents=num_documents,
+        num_documents=run.data.eval_set.num_documents,
     )

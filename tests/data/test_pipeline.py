@@ -401,6 +401,23 @@ def test_documents_stored_in_pieces_are_held_out_whole(tmp_path, corpora, texts,
     assert set(trained_on(data, num_steps=40)) - specials == {t for d in encoded[30:] for t in d}
 
 
+def test_evaluated_documents_are_counted_whole(tmp_path, corpora, texts, tokenizer, make_config, make_data):
+    """Stored in pieces or not, and where `eval_max_batches` leaves out rows: a document counts once, and only when a
+    piece of it is evaluated."""
+    source = list_splits(SourceSpec(path=(str(corpora["jsonl"]),)))["train"](None)
+    settings = PrepareSettings(max_document_chars=10**6, max_bad_records=0, special_tokens=True, max_length=12)
+    prepare.prepare_tokens(source, tokenizer, tmp_path / "pieces", settings)
+    for path in (tmp_path / "pieces", corpora["jsonl"]):
+        for max_batches, rows in ((None, 4), (1, 1), (2, 2)):
+            config = make_config(
+                path=str(path), eval_samples=25, eval_max_batches=max_batches, per_device_eval_batch_size=rows
+            )
+            data = make_data(config)
+            tokens, _ = eval_targets([data])
+            assert data.eval_set.num_documents == len(set(tokens) - set(tokenizer.special_ids)) > 0
+    assert data.eval_set.num_documents < 25
+
+
 def test_a_cap_is_part_of_what_was_tokenised(make_config, make_data):
     for cap in (7, 10):
         assert make_data(make_config(path=None, name=f"python_stdlib:{cap}")).num_documents == cap
