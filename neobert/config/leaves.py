@@ -45,7 +45,7 @@ def parse_value(field: Field, value: Tree) -> Any:
             raise LeafError(REFUSED_VALUES[field.key][word])
         if not value.quoted and word in SPELLINGS.get(field.key, {}):
             return SPELLINGS[field.key][word]
-        if value.is_null and word not in field.choices and get_origin(field.kind) is not tuple:
+        if value.is_null and word not in field.choices and (field.nullable or get_origin(field.kind) is not tuple):
             if field.nullable:
                 return None
             raise LeafError(f"may not be null, expected {field.type_name}; remove it for the default {field.default!r}")

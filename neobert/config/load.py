@@ -26,6 +26,7 @@ from neobert.config.schema import Config
 from neobert.config.secrets import scrub
 from neobert.config.source import Leaf, Tree, YamlError, parse_yaml, read_yaml_text
 from neobert.config.validate import BUDGETS, validate
+from neobert.config.validate_data import OF_HUB_SOURCE, SOURCES
 from neobert.config.variables import VariableError, escape_variables, substitute
 
 
@@ -43,7 +44,8 @@ def load_config(path: str | Path | None, overrides: Sequence[str] = ()) -> Confi
 
     Args:
         path: The file; None starts from the defaults.
-        overrides: In any of the three spellings. A budget among them replaces the file's budget of any kind.
+        overrides: In any of the three spellings. A budget among them replaces the file's budget of any kind, and a
+            source (`dataset.path`, `.mixture`, `.name`) the file's source.
 
     Raises:
         ConfigError: the file is missing or not YAML, or anything in it or in the overrides is wrong.
@@ -190,10 +192,23 @@ def _add_overrides(draft: _Draft, overrides: Sequence[str]) -> None:
         value = _substitute(draft, key, leaf)
         if value is not None:
             given[key] = value
-    if any(key in given and not (isinstance(given[key], Leaf) and given[key].is_null) for key in BUDGETS):  # type: ignore[union-attr]
-        for key in BUDGETS:
-            draft.written.pop(key, None)
+    for chosen, replaced in _choose_replaced(draft.written | given):
+        if any(key in given and not _is_null(given[key]) for key in chosen):
+            for key in replaced:
+                draft.written.pop(key, None)
     draft.written |= given
+
+
+def _choose_replaced(values: dict[str, Tree]) -> Iterator[tuple[tuple[str, ...], tuple[str, ...]]]:
+    """(keys, what one of them replaces of the file when it is an override): a run has one budget and one source."""
+    yield BUDGETS, BUDGETS
+    task = values.get("task")
+    if not (isinstance(task, Leaf) and task.text.lower() == "contrastive"):  # There the set has a name in its folder.
+        yield SOURCES, (*SOURCES, *OF_HUB_SOURCE)
+
+
+def _is_null(value: Tree) -> bool:
+    return isinstance(value, Leaf) and value.is_null
 
 
 def _flatten(draft: _Draft, tree: dict[str, Tree], prefix: str) -> Iterator[tuple[str, Tree]]:

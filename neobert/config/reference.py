@@ -39,7 +39,8 @@ python scripts/pretraining/pretrain.py configs/pretraining/quickstart.yaml \\
   --trainer.max_steps 100 --optimizer.lr=1e-4 seed=0
 ```
 
-- A budget on the command line replaces the file's budget of any kind.
+- A budget on the command line replaces the file's budget of any kind; a source (`dataset.path`, `dataset.mixture`,
+  `dataset.name`) replaces the file's source, with its `dataset.config` and `dataset.revision`.
 - `--trainer.use_cpu` alone means true. Lists are written `--optimizer.betas "[0.9, 0.95]"`.
 - `--print-config` checks everything, prints the whole config and exits; `--help` lists the keys.
 

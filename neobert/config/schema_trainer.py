@@ -190,8 +190,9 @@ class TrainerSection:
     """Steps to profile; 0 profiles nothing. Process 0 writes `profiler_trace.json` into `output_dir`, and on CUDA
     `snapshot.pickle`, the history of the allocator."""
 
-    fill_mask_texts: tuple[str, ...] = ()
-    """Texts with [MASK] that the model completes at the end of the run."""
+    fill_mask_texts: tuple[str, ...] | None = None
+    """Texts with [MASK] that the model completes at the end of the run. null takes the beginnings of the first
+    evaluation documents and hides one token of each; `[]` shows none."""
 
     @property
     def micro_batch_rows(self) -> int:

@@ -227,7 +227,7 @@ def _check_texts(config: Config) -> Iterator[str]:
         value = FIELDS[key].value_in(config)
         if any("${" in text for text in ([value] if isinstance(value, str) else value or ())):
             yield f"{key}: {value!r} holds a reference that is not replaced; only ${{variables.x}} is"
-    for text in config.trainer.fill_mask_texts:
+    for text in config.trainer.fill_mask_texts or ():
         if "[MASK]" not in text:
             yield f"trainer.fill_mask_texts: {text!r} has no [MASK] to fill in"
 

@@ -5,6 +5,12 @@ from collections.abc import Iterator
 from neobert.config.fields import FIELDS
 from neobert.config.schema import Config
 
+SOURCES = ("dataset.path", "dataset.mixture", "dataset.name")
+"""What names the training data; the first that is given decides."""
+
+OF_HUB_SOURCE = ("dataset.config", "dataset.revision")
+"""Details of a `dataset.name`."""
+
 
 def check_dataset(config: Config) -> Iterator[str]:
     """What is read, and how."""
@@ -19,7 +25,7 @@ def check_dataset(config: Config) -> Iterator[str]:
     yield from _check_mixture(config)
     yield from _check_reading(config)
     if data.name == "python_stdlib" and data.path is None and not data.mixture:
-        for key in ("dataset.config", "dataset.revision"):
+        for key in OF_HUB_SOURCE:
             if FIELDS[key].value_in(config) is not None:
                 yield f"{key}: {FIELDS[key].value_in(config)!r} has no meaning for python_stdlib; remove it"
     for key in ("dataset.train_split", "dataset.eval_split"):

@@ -134,7 +134,7 @@ class EvalSet:
         batch_rows: int,
         max_batches: int | None,
     ) -> None:
-        self._batch_rows = batch_rows
+        self._batch_rows, self._sources = batch_rows, sources
         lengths = np.concatenate([source.lengths for source in sources])
         numbers = np.concatenate([np.arange(len(source.lengths)) for source in sources])
         source_of = np.repeat(np.arange(len(sources)), [len(source.lengths) for source in sources])
@@ -157,6 +157,11 @@ class EvalSet:
             sources=source_of,
             next_state={},
         )
+
+    def documents(self) -> Iterator[NDArray[Any]]:
+        """Tokens of the documents in source order, without special tokens; stored pieces one by one."""
+        for source in self._sources:
+            yield from map(source.get, range(len(source.lengths)))
 
     def num_batches(self, world: int) -> int:
         """Batches that every rank makes."""

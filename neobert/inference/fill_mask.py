@@ -5,7 +5,7 @@ other, all from one pass, or jointly: from left to right, each guess made with t
 """
 
 import re
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -18,6 +18,8 @@ from neobert.objectives.mlm import MaskedLM
 
 MASK_TEXT = "[MASK]"
 """Stands for a mask in a text, whatever the tokenizer calls it."""
+
+_BEGINNING_TOKENS = 24
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -44,10 +46,15 @@ class FilledText:
     completed: str | None = None
     """The text with the best guesses in place, where they were made jointly."""
 
+    hidden: str | None = None
+    """The token behind the only mask, where it is known."""
+
     def describe(self) -> str:
-        """The text, then a line for each mask, then the completed text where there is one."""
+        """The text, then a line for each mask, then the completed text or the hidden token where there is one."""
         lines = [", ".join(f"{g.token.strip()!r} {g.probability:.1%}" for g in guesses) for guesses in self.masks]
-        return "\n  ".join([self.text, *lines, *([] if self.completed is None else [f"= {self.completed}"])])
+        lines += [] if self.completed is None else [f"= {self.completed}"]
+        lines += [] if self.hidden is None else [f"hidden: {self.hidden.strip()!r}"]
+        return "\n  ".join([self.text, *lines])
 
 
 def fill_mask(
@@ -82,6 +89,34 @@ def fill_mask(
         FilledText(text=text, masks=tuple(masks), completed=tokenizer.decode(tokens[1:-1]).strip())
         for text, masks, tokens in zip(texts, found, encoded)
     ]
+
+
+def fill_beginnings(
+    model: MaskedLM, tokenizer: Tokenizer, documents: Iterable[IntArray], *, num_texts: int, top_k: int
+) -> list[FilledText]:
+    """Guesses for a hidden token near the middle of the first tokens of documents.
+
+    Args:
+        documents: Token ids without special tokens; those that are too short are skipped.
+        num_texts: Stop after so many documents.
+    """
+    beginnings, hidden = [], []
+    num_tokens = min(_BEGINNING_TOKENS, model.encoder.config.max_position_embeddings - 2)
+    for document in documents:
+        tokens = np.concatenate([[tokenizer.cls_id], document[:num_tokens], [tokenizer.sep_id]], dtype=np.int32)
+        # Nearest to the middle, punctuation and spaces aside; as many tokens before it as behind it tell what it is.
+        places = [n for n in range(1, len(tokens) - 1) if re.search(r"\w", tokenizer.decode_token(int(tokens[n])))]
+        if len(places) < 3:
+            continue
+        place = min(places, key=lambda n: abs(n - len(tokens) // 2))
+        hidden.append(tokenizer.decode_token(int(tokens[place])))
+        tokens[place] = tokenizer.mask_id
+        beginnings.append(tokens)
+        if len(beginnings) == num_texts:
+            break
+    masks = _guess_all(model, tokenizer, beginnings, top_k)
+    texts = [" ".join(tokenizer.decode(tokens[1:-1]).split()) for tokens in beginnings]
+    return [FilledText(text=t, masks=m, hidden=h) for t, m, h in zip(texts, masks, hidden)]
 
 
 def check_lengths(encoded: Sequence[IntArray], texts: Sequence[str], longest: int) -> None:

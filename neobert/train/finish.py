@@ -3,7 +3,8 @@
 from collections.abc import Callable
 
 from neobert.data.loader import merge_states
-from neobert.inference.fill_mask import fill_mask
+from neobert.data.pipeline import DataPipeline
+from neobert.inference.fill_mask import FilledText, fill_beginnings, fill_mask
 from neobert.train.checkpoint import save_checkpoint
 from neobert.train.evaluate import evaluate, log_evaluation
 from neobert.train.lock import release_lock
@@ -16,6 +17,9 @@ DESCRIPTION = "{bad} bad records, {skipped} without text, {dropped} pieces short
 SHOWN = 3
 """Guesses shown for each mask."""
 
+NUM_TEXTS = 4
+"""Evaluation documents that are shown with a mask."""
+
 
 def pretraining_commands(run: Run) -> list[str]:
     """What to type after pretraining."""
@@ -24,6 +28,17 @@ def pretraining_commands(run: Run) -> list[str]:
         f"python scripts/pretraining/pretrain.py {run.output_dir}/config.yaml "
         f"--trainer.resume_from_checkpoint latest --trainer.max_steps {2 * run.num_steps}",
     ]
+
+
+def _predict(run: Run) -> list[FilledText]:
+    """Guesses for the masks of `trainer.fill_mask_texts`, or in the evaluation documents."""
+    texts = run.config.trainer.fill_mask_texts
+    if texts is not None:
+        return fill_mask(run.module, run.tokenizer, texts, top_k=SHOWN)
+    if not isinstance(run.data, DataPipeline) or run.data.eval_set is None:
+        return []
+    documents = run.data.eval_set.documents()
+    return fill_beginnings(run.module, run.tokenizer, documents, num_texts=NUM_TEXTS, top_k=SHOWN)
 
 
 def finish(
@@ -44,9 +59,7 @@ def finish(
     if any(passed_over.values()):
         run.tracker.say(f"passed over: {DESCRIPTION.format(**passed_over)}")
     saved = save_checkpoint(run, state, wait=True)
-    texts = run.config.trainer.fill_mask_texts
-    if run.runtime.is_main and texts:
-        filled = fill_mask(run.module, run.tokenizer, texts, top_k=SHOWN)
+    if run.runtime.is_main and (filled := _predict(run)):
         run.tracker.say("\n".join(["predictions:", *(text.describe() for text in filled)]))
     if saved is not None:
         run.tracker.say("\n  ".join(["next:", *next_commands(run)]))

@@ -311,6 +311,23 @@ def test_a_budget_on_the_command_line_replaces_the_files(in_file, key, value):
     assert budgets.count(None) == 2
 
 
+@pytest.mark.parametrize("in_file", ["name: a/b, config: en, revision: main", "path: old", "mixture: [{name: a/b}]"])
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [("dataset.path", "my.jsonl"), ("dataset.name", "c/d"), ("dataset.mixture", "[{path: my.jsonl}]")],
+)
+def test_a_source_on_the_command_line_replaces_the_files(in_file, key, value):
+    rest = TOKENIZER + "trainer: {max_steps: 1}\n"
+    alone = parse_config(rest, [f"{key}={value}"])
+    assert parse_config(f"dataset: {{{in_file}}}\n{rest}", [f"{key}={value}"]) == alone
+
+
+def test_a_folder_of_sets_on_the_command_line_keeps_their_names():
+    text = "task: contrastive\ndataset: {name: ALLNLI, path: old}\ntrainer: {max_steps: 1}\n"
+    config = parse_config(text, ["dataset.path=new", "contrastive.allow_random_weights=true", "tokenizer.path=tok"])
+    assert (config.dataset.name, config.dataset.path) == ("ALLNLI", "new")
+
+
 def test_a_file_names_exactly_one_budget():
     assert "this config sets none" in error_of(SOURCE + TOKENIZER)
     error = error_of(with_trainer("max_tokens: 1000"))

@@ -169,9 +169,20 @@ def test_learning_rate_of_the_log_is_the_one_that_was_used(tiny: Tiny, tmp_path:
     assert rates[3:] == sorted(rates[3:], reverse=True)
 
 
-def test_predictions_of_a_run(tiny: Tiny, tmp_path: Path) -> None:
+def test_predictions_of_a_run(
+    tiny: Tiny, tmp_path: Path, texts: list[str], capsys: pytest.CaptureFixture[str]
+) -> None:
     out = tmp_path / "run"
     pretrain(tiny(out, "trainer.max_steps=2"))
+    lines = capsys.readouterr().out.partition("predictions:\n")[2].splitlines()
+    for number in range(4):  # The beginnings of the first held-out documents, a word of each hidden.
+        shown, guesses, hidden = lines[3 * number : 3 * number + 3]
+        word = hidden.strip().removeprefix("hidden: '").removesuffix("'")
+        before, mask, after = shown.partition("[MASK]")
+        assert mask and guesses.count("%") == 3
+        assert texts[number].replace(" ", "").startswith(f"{before}{word}{after}".replace(" ", "")[:60])
+    pretrain(tiny(tmp_path / "silent", "trainer.max_steps=1", "trainer.fill_mask_texts=[]"))
+    assert "predictions:" not in capsys.readouterr().out
     model, tokenizer = load_masked_lm(out)
     (result,) = fill_mask(model, tokenizer, ["the [MASK] sees a [MASK] door"], top_k=tokenizer.size)
     assert len(result.masks) == 2
