@@ -1,14 +1,14 @@
 """Embeddings of a whole input, written to one file: a job of bounded memory that goes on where it was killed.
 
-Texts are read in their order, a chunk at a time. A chunk is embedded in batches by length, put back in order and
+Records are read in their order, a chunk at a time. A chunk is embedded in batches by length, put back in order and
 written to `<output>.parts/`; then `progress.json` there says that it is done and where reading goes on. What a chunk
 holds depends on the input alone, so the chunks of a job that was killed are those of one that was not. At the end the
 chunks are put together in a temporary file, which takes the name of the output when it is complete.
 
 | output | holds |
 |---|---|
-| `.npy` | fp32 `[texts, H]`, one row a text, in the order of the input |
-| `.parquet` | `id` (place among all records of the input, from 0), `text_sha256`, `embedding` (H floats) |
+| `.npy` | fp32 `[records, H]`: row i is record i of the input, zeros where it has no text |
+| `.parquet` | `id` (number of the record, from 0), `text_sha256`, `embedding` (H floats); both null without a text |
 """
 
 import hashlib
@@ -28,7 +28,7 @@ from neobert.inference.jobs import JobError, check_absent, load_done, progress_b
 from neobert.inference.model import Model
 from neobert.inference.packed import BATCH_TOKENS
 from neobert.inference.pooling import choose_pooling
-from neobert.inference.texts import Text, Texts
+from neobert.inference.texts import InputRecord, Texts
 
 CHUNK_CHARS = 1 << 24
 """A chunk ends after this many characters even when it has few texts."""
@@ -44,7 +44,7 @@ class EmbedSettings:
     """Tokens that go through the model at once."""
 
     chunk_texts: int = 2048
-    """Texts between two records of progress."""
+    """Records of the input between two notes of progress."""
 
     def __post_init__(self) -> None:
         choose_pooling(self.pooling)
@@ -57,12 +57,17 @@ class EmbedSettings:
 class EmbedReport:
     """What a job wrote."""
 
+    num_records: int
+    """Rows, each of one record of the input."""
+
     num_texts: int
+    """Records with a text; the others have a row of zeros, or null."""
+
     num_truncated: int
     """Texts longer than the model, of which the beginning was embedded."""
 
     num_resumed: int
-    """Texts that an earlier, interrupted start had done."""
+    """Records that an earlier, interrupted start had done."""
 
 
 def embed_to_file(model: Model, texts: Texts, output: Path, settings: EmbedSettings) -> EmbedReport:
@@ -76,24 +81,31 @@ def embed_to_file(model: Model, texts: Texts, output: Path, settings: EmbedSetti
     parts = output.with_name(f"{output.name}.parts")
     parts.mkdir(parents=True, exist_ok=True)
     file = parts / "progress.json"
-    known = {**asdict(settings), "model": model.digest(), "dtype": _dtype(model), "input": texts.fingerprint}
+    known = {**asdict(settings), "model": model.digest(), "dtype": _dtype(model), "input": texts.fingerprint, "rows": "records"}
     done = load_done(file, known) or _nothing_done()
     num_resumed = sum(done["chunks"])
     texts.num_bad, texts.num_skipped, texts.named = done["num_bad"], done["num_skipped"], done["named"]
     with progress_bar("texts", texts.total, done["num_records"]) as show:
-        for chunk in _chunks(texts.read(done["cursor"], done["num_records"]), settings.chunk_texts):
+        for chunk in _chunks(texts.records(done["cursor"], done["num_records"]), settings.chunk_texts):
             num_truncated = _embed_chunk(model, chunk, parts / f"{len(done['chunks']):06d}.npz", settings)
             done["chunks"].append(len(chunk))
             done |= {"cursor": chunk[-1].cursor, "num_records": chunk[-1].number + 1}
             done |= {"num_bad": texts.num_bad, "num_skipped": texts.num_skipped, "named": texts.named}
             done["num_truncated"] += num_truncated
+            done["num_texts"] += sum(record.text is not None for record in chunk)
             save_done(file, known, done)
             show(texts.num_records)
-    if not done["chunks"]:
+    if not done["num_texts"]:
+        shutil.rmtree(parts)
         raise DataError(f"{texts.label} has no text to embed; check the file and --text-column")
     write_whole(output, lambda out: WRITERS[output.suffix](out, parts, done["chunks"], model.hidden_size))
     shutil.rmtree(parts)
-    return EmbedReport(num_texts=sum(done["chunks"]), num_truncated=done["num_truncated"], num_resumed=num_resumed)
+    return EmbedReport(
+        num_records=sum(done["chunks"]),
+        num_texts=done["num_texts"],
+        num_truncated=done["num_truncated"],
+        num_resumed=num_resumed,
+    )
 
 
 def check_output(output: Path) -> None:
@@ -104,7 +116,7 @@ def check_output(output: Path) -> None:
 
 
 def _nothing_done() -> dict[str, Any]:
-    counts = {"num_records": 0, "num_bad": 0, "num_skipped": 0, "num_truncated": 0}
+    counts = {"num_records": 0, "num_texts": 0, "num_bad": 0, "num_skipped": 0, "num_truncated": 0}
     return {"chunks": [], "cursor": None, "named": [], **counts}
 
 
@@ -112,12 +124,12 @@ def _dtype(model: Model) -> str:
     return str(model.masked_lm.encoder.get_parameter("layers.0.qkv.weight").dtype)
 
 
-def _chunks(texts: Iterator[Text], size: int) -> Iterator[list[Text]]:
-    chunk: list[Text] = []
+def _chunks(records: Iterator[InputRecord], size: int) -> Iterator[list[InputRecord]]:
+    chunk: list[InputRecord] = []
     num_chars = 0
-    for text in texts:
-        chunk.append(text)
-        num_chars += len(text.text)
+    for record in records:
+        chunk.append(record)
+        num_chars += len(record.text or "")
         if len(chunk) == size or num_chars >= CHUNK_CHARS:
             yield chunk
             chunk, num_chars = [], 0
@@ -125,15 +137,18 @@ def _chunks(texts: Iterator[Text], size: int) -> Iterator[list[Text]]:
         yield chunk
 
 
-def _embed_chunk(model: Model, chunk: Sequence[Text], file: Path, settings: EmbedSettings) -> int:
-    """Writes the vectors of a chunk; returns how many texts were cut."""
-    documents, num_truncated = model.encode([text.text for text in chunk])
-    vectors = model.embed_tokens(
-        documents, pooling=settings.pooling, normalize=settings.normalize, batch_tokens=settings.batch_tokens
-    )
-    ids = np.array([text.number for text in chunk], dtype=np.int64)
-    hashes = np.array([hashlib.sha256(text.text.encode()).hexdigest() for text in chunk])
-    write_whole(file, lambda out: np.savez(out, vectors=vectors.numpy(), ids=ids, hashes=hashes))
+def _embed_chunk(model: Model, chunk: Sequence[InputRecord], file: Path, settings: EmbedSettings) -> int:
+    """Writes the vectors of a chunk, and an empty hash for records without a text; returns how many texts were cut."""
+    texts = [record.text for record in chunk if record.text is not None]
+    documents, num_truncated = model.encode(texts)
+    vectors = np.zeros((len(chunk), model.hidden_size), dtype=np.float32)
+    if texts:
+        vectors[[record.text is not None for record in chunk]] = model.embed_tokens(
+            documents, pooling=settings.pooling, normalize=settings.normalize, batch_tokens=settings.batch_tokens
+        ).numpy()
+    ids = np.array([record.number for record in chunk], dtype=np.int64)
+    hashes = np.array(["" if r.text is None else hashlib.sha256(r.text.encode()).hexdigest() for r in chunk])
+    write_whole(file, lambda out: np.savez(out, vectors=vectors, ids=ids, hashes=hashes))
     return num_truncated
 
 
@@ -150,10 +165,10 @@ def _write_parquet(out: BinaryIO, parts: Path, chunks: Sequence[int], width: int
     with pq.ParquetWriter(out, pa.schema(fields)) as writer:
         for number in range(len(chunks)):
             with np.load(parts / f"{number:06d}.npz") as chunk:
-                vectors = pa.FixedSizeListArray.from_arrays(pa.array(chunk["vectors"].reshape(-1)), width)
-                writer.write_table(
-                    pa.table([pa.array(chunk["ids"]), pa.array(chunk["hashes"].tolist()), vectors], writer.schema)
-                )
+                empty, values = chunk["hashes"] == "", pa.array(chunk["vectors"].reshape(-1))
+                vectors = pa.FixedSizeListArray.from_arrays(values, width, mask=pa.array(empty))
+                hashes = pa.array(chunk["hashes"].tolist(), pa.string(), mask=empty)
+                writer.write_table(pa.table([pa.array(chunk["ids"]), hashes, vectors], writer.schema))
 
 
 WRITERS = {".npy": _write_npy, ".parquet": _write_parquet}

@@ -46,6 +46,16 @@ class Text(NamedTuple):
     """Where reading goes on after it."""
 
 
+class InputRecord(NamedTuple):
+    """One record of the input; see `Text`."""
+
+    number: int
+    text: str | None
+    """None for a record without text, and for one that cannot be read."""
+
+    cursor: State
+
+
 class Texts:
     """The texts of an input in their order, and what was passed over."""
 
@@ -63,26 +73,31 @@ class Texts:
 
     def read(self, after: State | None = None, num_records: int = 0) -> Iterator[Text]:
         """The texts behind a cursor, which has so many records before it."""
+        for number, text, cursor in self.records(after, num_records):
+            if text is not None:
+                yield Text(number, text, cursor)
+
+    def records(self, after: State | None = None, num_records: int = 0) -> Iterator[InputRecord]:
+        """All records behind a cursor, which has so many records before it, those without a text too."""
         self.num_records = num_records
         try:
             for record in self._source.records(Span(after=after)):
                 self.num_records += 1
-                if record.text is not None:
-                    yield Text(self.num_records - 1, record.text, record.cursor)
-                elif record.problem is None:
-                    self.num_skipped += 1
-                else:
+                if record.problem is not None:
                     self.num_bad += 1
                     if len(self.named) < NAMED_RECORDS:
                         self.named.append(record.problem)
+                elif record.text is None:
+                    self.num_skipped += 1
+                yield InputRecord(self.num_records - 1, record.text, record.cursor)
         except DataError as error:
             raise _reworded(error) from error
 
-    def describe_gaps(self) -> list[str]:
-        """Sentences about records that gave no text; none when there are none."""
-        lines = [f"passed over: {self.num_skipped:,} records without text"] if self.num_skipped else []
+    def describe_gaps(self, what: str = "passed over") -> list[str]:
+        """Sentences about records that gave no text, and `what` became of them; none when there are none."""
+        lines = [f"{what}: {self.num_skipped:,} records without text"] if self.num_skipped else []
         if self.num_bad:
-            lines.append(f"passed over: {self.num_bad:,} records that cannot be read, the first ones:")
+            lines.append(f"{what}: {self.num_bad:,} records that cannot be read, the first ones:")
             lines += [f"  {problem}" for problem in self.named]
         return lines
 

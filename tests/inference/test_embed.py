@@ -22,6 +22,9 @@ from neobert.inference.texts import open_texts
 
 SETTINGS = EmbedSettings(batch_tokens=100, chunk_texts=4)
 
+GAPS = [3, 8, 12]
+"""Records of `jsonl` without text."""
+
 
 def run(model: Model, source: Path | str, output: Path, settings: EmbedSettings = SETTINGS) -> EmbedReport:
     with open_texts(str(source)) as texts:
@@ -43,8 +46,10 @@ def _failing(real: Callable[..., Any], when: int) -> Callable[..., Any]:
 def test_rows_have_the_order_of_the_input(loaded: Model, jsonl: Path, texts: list[str], tmp_path: Path) -> None:
     report = run(loaded, jsonl, tmp_path / "new" / "v.npy")
     expected = loaded.embed(texts[:30]).numpy()
-    np.testing.assert_allclose(np.load(tmp_path / "new" / "v.npy"), expected, rtol=1e-4, atol=1e-5)
-    assert report.num_texts == 30
+    vectors = np.load(tmp_path / "new" / "v.npy")
+    assert not vectors[GAPS].any(), "rows of zeros for records without text"
+    np.testing.assert_allclose(np.delete(vectors, GAPS, axis=0), expected, rtol=1e-4, atol=1e-5)
+    assert (report.num_records, report.num_texts) == (33, 30)
     assert report.num_resumed == 0
     assert report.num_truncated == sum(len(ids) > 38 for ids in loaded.tokenizer.encode_batch(texts[:30])) > 0
     assert [p.name for p in (tmp_path / "new").iterdir()] == ["v.npy"]
@@ -54,10 +59,13 @@ def test_parquet_tells_the_record(loaded: Model, jsonl: Path, texts: list[str], 
     settings = EmbedSettings(pooling="cls", normalize=True, chunk_texts=7)
     run(loaded, jsonl, tmp_path / "v.parquet", settings)
     table = pq.read_table(tmp_path / "v.parquet")
-    gaps = {3, 8, 12}
-    assert table["id"].to_pylist() == [n for n in range(33) if n not in gaps]
-    assert table["text_sha256"].to_pylist() == [hashlib.sha256(t.encode()).hexdigest() for t in texts[:30]]
-    vectors = np.array(table["embedding"].to_pylist(), dtype=np.float32)
+    assert table["id"].to_pylist() == list(range(33))
+    hashes = [hashlib.sha256(t.encode()).hexdigest() for t in texts[:30]]
+    for gap in GAPS:
+        hashes.insert(gap, None)
+    assert table["text_sha256"].to_pylist() == hashes
+    assert [n for n, vector in enumerate(table["embedding"].to_pylist()) if vector is None] == GAPS
+    vectors = np.array(table["embedding"].drop_null().to_pylist(), dtype=np.float32)
     expected = loaded.embed(texts[:30], pooling="cls", normalize=True).numpy()
     np.testing.assert_allclose(vectors, expected, rtol=1e-4, atol=1e-5)
 
@@ -93,7 +101,7 @@ def test_a_killed_job_goes_on_to_the_same_bytes(
     monkeypatch.setitem(embed.WRITERS, suffix, real_write)
     report = run(loaded, jsonl, output)
     assert output.read_bytes() == whole
-    assert report.num_resumed == report.num_texts == 30
+    assert report.num_resumed == report.num_records == 33
 
 
 def test_other_settings_do_not_go_on(
@@ -120,6 +128,7 @@ def test_errors(loaded: Model, jsonl: Path, tmp_path: Path) -> None:
     blank.write_text('{"text": " "}\n')
     with pytest.raises(DataError, match="has no text to embed; check the file and --text-column"):
         run(loaded, blank, tmp_path / "v.npy")
+    assert not (tmp_path / "v.npy.parts").exists()
     with pytest.raises(DataError, match=r"input: .*nothing\.jsonl does not exist"):
         run(loaded, tmp_path / "nothing.jsonl", tmp_path / "v.npy")
     several = tmp_path / "several.jsonl"
@@ -131,10 +140,13 @@ def test_errors(loaded: Model, jsonl: Path, tmp_path: Path) -> None:
 def test_standard_input(loaded: Model, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     wanted = loaded.embed(["the cat", "a dog"]).numpy()
     lines = "".join(json.dumps({"text": text}) + "\n" for text in ("the cat", "a dog"))
-    for number, content in enumerate((lines, "\nthe cat\na dog\n")):
+    for number, content in enumerate((lines, "\nthe cat\na dog\n")):  # An empty line is a line: number 0 has zeros.
         monkeypatch.setattr(sys, "stdin", SimpleNamespace(buffer=io.BytesIO(content.encode())))
         run(loaded, "-", tmp_path / f"{number}.npy")
-        np.testing.assert_allclose(np.load(tmp_path / f"{number}.npy"), wanted, rtol=1e-4, atol=1e-5)
+        vectors = np.load(tmp_path / f"{number}.npy")
+        assert vectors.shape == (2 + number, 32)
+        assert not vectors[:number].any()
+        np.testing.assert_allclose(vectors[number:], wanted, rtol=1e-4, atol=1e-5)
     monkeypatch.setattr(sys, "stdin", SimpleNamespace(buffer=io.BytesIO(b"\n")))
     with pytest.raises(DataError, match="the standard input is empty"):
         run(loaded, "-", tmp_path / "v.npy")
