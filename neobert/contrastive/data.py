@@ -11,7 +11,7 @@ from neobert.config.schema_contrastive import PairSource
 from neobert.config.validate_contrastive import FORMS
 from neobert.contrastive.batches import PairCollator
 from neobert.contrastive.order import Kind, PairLane, PairOrder, TrainSet, describe_shares
-from neobert.contrastive.preprocess import NamedSource, describe, list_wanted
+from neobert.contrastive.preprocess import NamedSource, describe, is_same_source, list_wanted
 from neobert.contrastive.rows import FORM_WORDS, Form
 from neobert.contrastive.store import PairStore, SetInfo, list_sets, sets_folder
 from neobert.data.batch_size import BatchSchedule, constant_batch
@@ -154,7 +154,7 @@ class ChosenSets:
 
 
 def choose_sets(config: Config) -> ChosenSets:
-    """Opens the prepared sets that a config wants.
+    """Opens the prepared sets that a config wants; where it names none to train on, all that are there.
 
     Raises:
         NotPrepared: one is not there, or was made from another source.
@@ -163,18 +163,20 @@ def choose_sets(config: Config) -> ChosenSets:
     wanted, there = list_wanted(config), list_sets(path)
     others = [*wanted.evaluation, *([wanted.pretraining] if wanted.pretraining is not None else [])]
     train = wanted.train
-    if config.dataset.load_all_from_disk:
-        named, taken = {item.key: item for item in wanted.train}, {item.key for item in others}
+    is_named = config.dataset.name is not None or bool(config.contrastive.sets)
+    if config.dataset.load_all_from_disk or not is_named:
+        named = {item.key: item for item in wanted.train} if is_named else {}
+        taken = {item.key for item in others}
         train = tuple(named.get(key) or _as_stored(info) for key, info in there.items() if key not in taken)
         if not train:
-            raise NotPrepared(f"dataset.load_all_from_disk: true, but {sets_folder(path)} holds no set to train on")
+            raise NotPrepared(f"dataset.path: {sets_folder(path)} holds no set to train on")
     missing = dict.fromkeys(item.key for item in (*train, *others) if item.key not in there)
     if missing:
         held = ", ".join(there) or "no set"
         raise NotPrepared(f"dataset.path: {sets_folder(path)} lacks {', '.join(missing)}; it holds {held}")
 
     def open_set(item: NamedSource) -> tuple[NamedSource, PairStore]:
-        if there[item.key].source != describe(item.source):
+        if not is_same_source(there[item.key].source, describe(item.source)):
             raise NotPrepared(
                 f"{sets_folder(path) / item.key} was made from {there[item.key].source}, the config says"
                 f" {describe(item.source)}"

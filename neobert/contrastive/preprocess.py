@@ -68,7 +68,7 @@ def list_wanted(config: Config) -> Wanted:
     seen: dict[str, dict[str, Any]] = {}
     for item in (*wanted.train, *wanted.evaluation, *([wanted.pretraining] if wanted.pretraining else [])):
         described = describe(item.source)
-        if seen.setdefault(item.key, described) != described:
+        if not is_same_source(seen.setdefault(item.key, described), described):
             raise DataError(
                 f"contrastive.sets: two sources would both be stored as {item.key}: {seen[item.key]} and {described};"
                 " rename one of the files or folders"
@@ -101,6 +101,16 @@ def describe(source: PairSource) -> dict[str, Any]:
     return {name: list(value) if isinstance(value, tuple) else value for name, value in values.items()}
 
 
+def is_same_source(one: dict[str, Any], other: dict[str, Any]) -> bool:
+    """Whether two descriptions name one source: a local file or folder may be spelled in several ways."""
+    return _with_real_path(one) == _with_real_path(other)
+
+
+def _with_real_path(described: dict[str, Any]) -> dict[str, Any]:
+    path = Path(described["name"])
+    return {**described, "name": str(path.resolve())} if path.exists() else described
+
+
 def prepare(config: Config, hub: HubRows = read_hub) -> list[tuple[SetInfo, bool]]:
     """Prepares the sets of a config; each with whether it was made now.
 
@@ -121,7 +131,7 @@ def prepare(config: Config, hub: HubRows = read_hub) -> list[tuple[SetInfo, bool
     for item in list_wanted(config).all:
         folder, source = sets_folder(data.path) / item.key, describe(item.source)
         info = read_info(folder)
-        fresh = info is None or info.source != source or data.force_redownload
+        fresh = info is None or not is_same_source(info.source, source) or data.force_redownload
         if fresh:
             opened = open_source(item.source, hub)
             examples = islice(opened.examples, item.source.max_pairs)

@@ -18,7 +18,7 @@ from transformers import AutoModel, AutoTokenizer
 
 from neobert.config.load import config_to_yaml, load_config
 from neobert.config.schema import Config
-from neobert.contrastive.data import NotPrepared
+from neobert.contrastive.data import NotPrepared, choose_sets
 from neobert.contrastive.evaluate import run_evaluate
 from neobert.contrastive.finetune import finetune
 from neobert.contrastive.metrics import spearman
@@ -218,6 +218,18 @@ def test_sets_that_are_not_prepared_are_named(
         NotPrepared, match=r"was made from \{'name': .*pairs.jsonl'\}, the config says .*'max_pairs': 9"
     ):
         finetune(config)
+
+
+def test_without_a_name_the_sets_that_are_there_are_trained_on(
+    contrastive: Contrastive, tmp_path: Path, pair_files: Path, prepared: Path
+) -> None:
+    chosen = choose_sets(contrastive(tmp_path, "dataset.name=null"))
+    assert [item.key for item, _ in chosen.train] == ["labelled", "pairs", "scored", "texts"]
+    scored = f"contrastive.eval_sets=[{{name: {pair_files}/../{pair_files.name}/scored.jsonl}}]"
+    chosen = choose_sets(contrastive(tmp_path, "dataset.name=null", scored))
+    assert [item.key for item, _ in chosen.train] == ["labelled", "pairs", "texts"]
+    with pytest.raises(NotPrepared, match="nothing/all holds no set to train on"):
+        choose_sets(contrastive(tmp_path, "dataset.name=null", f"dataset.path={tmp_path / 'nothing'}"))
 
 
 def test_the_best_checkpoint_is_kept(contrastive: Contrastive, tmp_path: Path) -> None:

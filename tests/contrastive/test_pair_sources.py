@@ -292,6 +292,7 @@ def test_prepare_keeps_what_is_there_and_refreshes_what_changed(
     assert run() == {"first": False, "second": True}
     assert run("dataset.force_redownload=true", f"dataset.name={second}") == {"second": True}
     assert run("dataset.load_all_from_disk=true", "dataset.name=null") == {"first": False, "second": False}
+    assert run(f"dataset.name={first.parent}/../{first.parent.name}/{first.name}") == {"first": False}, "the file is the same"
     more = f"contrastive.sets=[{{name: {first}, max_pairs: 1, anchor_prefix: x}}]"
     assert run("dataset.name=null", more) == {"first": True}, "the source is described differently"
     assert run("dataset.name=null", more.replace("x}", "y}")) == {"first": False}, "prefixes come later"
@@ -305,6 +306,8 @@ def test_all_names_and_collisions(contrastive: Contrastive, tmp_path: Path) -> N
         assert [item.key for item in list_wanted(contrastive(tmp_path, f"dataset.name={name}")).train] == list(SETS)
     write(tmp_path / "a/x.jsonl", {"anchor": "a", "positive": "p"})
     write(tmp_path / "b/x.jsonl", {"anchor": "a", "positive": "p"})
+    twice = contrastive(tmp_path, f"dataset.name=[{tmp_path}/a/x.jsonl, {tmp_path}/b/../a/x.jsonl]")
+    assert [item.key for item in list_wanted(twice).all] == ["x"]
     config = contrastive(tmp_path, f"dataset.name=[{tmp_path}/a/x.jsonl, {tmp_path}/b/x.jsonl]")
     with pytest.raises(DataError, match="two sources would both be stored as x"):
         list_wanted(config)
