@@ -21,7 +21,7 @@ import yaml
 
 from neobert.config.fields import FIELDS, SECTIONS
 from neobert.config.leaves import LeafError, parse_value
-from neobert.config.refused import RENAMED, find_refusal, is_below_known_name
+from neobert.config.refused import explain_word, find_refusal, find_renamed, is_below_known_name
 from neobert.config.schema import Config
 from neobert.config.secrets import scrub
 from neobert.config.source import Leaf, Tree, YamlError, parse_yaml, read_yaml_text
@@ -243,9 +243,9 @@ def _is_known(draft: _Draft, key: str) -> bool:
     """Whether `key` is in the schema; if not, the draft gets the error that explains it."""
     if key in FIELDS:
         return True
-    refusal = find_refusal(key)
+    refusal = find_refusal(key) or explain_word(key)
     if refusal is not None:
-        draft.refuse(key, refusal, RENAMED.get(key))
+        draft.refuse(key, refusal, find_renamed(key))
         return False
     head = key.rpartition(".")[0]
     if key in SECTIONS:

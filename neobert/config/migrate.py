@@ -15,11 +15,11 @@ from neobert.config.fields import FIELDS, SECTIONS
 from neobert.config.leaves import LeafError, parse_value
 from neobert.config.load import ConfigError, parse_config
 from neobert.config.reference import show_value
-from neobert.config.refused import RENAMED, find_refusal
+from neobert.config.refused import find_refusal, find_renamed
 from neobert.config.schema_optimizer import MUON
 from neobert.config.source import Leaf, Tree, YamlError, parse_yaml
 from neobert.config.validate import BUDGETS
-from neobert.config.validate_contrastive import OF_CONTRASTIVE, WITHOUT_EFFECT
+from neobert.config.validate_contrastive import OF_CONTRASTIVE, OF_MASKING, WITHOUT_EFFECT
 from neobert.config.validate_optimizer import CLIPPING
 from neobert.config.variables import VariableError, substitute
 
@@ -133,7 +133,7 @@ def _rename(draft: _Draft, old: dict[str, Tree]) -> None:
         text = value.text.lower() if isinstance(value, Leaf) else ""
         empty = isinstance(value, Leaf) and (value.is_null or not value.text)
         empty = empty and not (key in FIELDS and text in FIELDS[key].choices)
-        new, refusal = RENAMED.get(key), find_refusal(key)
+        new, refusal = None if key in FIELDS else find_renamed(key), find_refusal(key)
         if new is not None and (new in old or empty):
             draft.remove(key, f"{new} is in the file" if new in old else "it was null")
         elif new is not None:
@@ -209,6 +209,10 @@ def _edit_contrastive(draft: _Draft) -> None:
         draft.remove("contrastive.pretraining_prob", "it needs contrastive.pretraining_dataset here")
     for key in [key for key in WITHOUT_EFFECT if key in draft.values and draft.read(key) != FIELDS[key].default]:
         draft.remove(key, "it has no effect on contrastive fine-tuning")
+    mixed = draft.read("contrastive.pretraining_prob") > 0
+    if not (mixed and draft.read("contrastive.pretraining_objective") == "mlm"):
+        for key in [key for key in OF_MASKING if key in draft.values]:
+            draft.remove(key, "it is read in steps of contrastive.pretraining_objective: mlm only")
 
 
 def _write_contrastive_defaults(draft: _Draft) -> None:

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from neobert.config.fields import FIELDS, SECTIONS, Field
-from neobert.config.refused import LATER, REFUSED, RENAMED
+from neobert.config.refused import EXPLAINED, LATER, REFUSED, RENAMED, WORDS
 
 _INTRODUCTION = """\
 # Configuration
@@ -85,6 +85,13 @@ _REFUSED = """
 |---|---|
 """
 
+_WORDS = """
+Words of the configs of transformers and axolotl, alone or in any section, are refused with the key to write.
+
+| written there | written here |
+|---|---|
+"""
+
 _LATER = """
 ## Not part of this version
 
@@ -104,6 +111,8 @@ def build_markdown() -> str:
             parts += ["\n| key | type | default | meaning |\n|---|---|---|---|\n", *rows]
     parts += [_RENAMED, *(f"| `{old}` | `{new}` |\n" for old, new in sorted(RENAMED.items()))]
     parts += [_REFUSED, *(f"| `{key}` | {_escape(text)} |\n" for key, text in sorted(REFUSED.items()))]
+    parts += [_WORDS, *(f"| `{word}` | `{key}` |\n" for word, key in sorted(WORDS.items()))]
+    parts += [f"| `{word}` | {_escape(text)} |\n" for word, text in sorted(EXPLAINED.items())]
     parts += [_LATER, *(f"| `{key}` | {_escape(text)} |\n" for key, text in sorted(LATER.items()))]
     return "".join(parts)
 

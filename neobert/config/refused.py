@@ -17,19 +17,73 @@ RENAMED: dict[str, str] = {
     "optimizer.hparams.weight_decay": "optimizer.weight_decay",
     "optimizer.muon_config.detect_anomalies": "trainer.detect_anomaly",
     "tokenizer.tokenizer_name_or_path": "tokenizer.name",
-    "trainer.bf16": "trainer.mixed_precision",
     "trainer.dir": "trainer.output_dir",
     "trainer.eval_batch_size": "trainer.per_device_eval_batch_size",
-    "trainer.learning_rate": "optimizer.lr",
     "trainer.max_ckpt": "trainer.save_total_limit",
-    "trainer.max_grad_norm": "trainer.gradient_clipping",
-    "trainer.run_name": "wandb.name",
     "trainer.seed": "seed",
     "trainer.train_batch_size": "trainer.per_device_train_batch_size",
     "trainer.warmup_steps": "scheduler.warmup_steps",
     "wandb.log_interval": "trainer.logging_steps",
 }
 """Old key -> new key; the value keeps its meaning."""
+
+WORDS: dict[str, str] = {
+    "adam_epsilon": "optimizer.eps",
+    "bf16": "trainer.mixed_precision",
+    "block_size": "dataset.max_seq_length",
+    "data_seed": "seed",
+    "dataloader_num_workers": "dataset.num_workers",
+    "dataset_config_name": "dataset.config",
+    "dataset_name": "dataset.name",
+    "dataset_path": "dataset.path",
+    "dataset_prepared_path": "dataset.pre_tokenize_output",
+    "dataset_processes": "dataset.num_proc",
+    "evaluation_strategy": "trainer.eval_strategy",
+    "learning_rate": "optimizer.lr",
+    "lr_scheduler": "scheduler.name",
+    "lr_scheduler_type": "scheduler.name",
+    "max_grad_norm": "trainer.gradient_clipping",
+    "max_seq_len": "dataset.max_seq_length",
+    "micro_batch_size": "trainer.per_device_train_batch_size",
+    "mlm_prob": "datacollator.mlm_probability",
+    "num_epochs": "trainer.num_train_epochs",
+    "optim": "optimizer.name",
+    "preprocessing_num_workers": "dataset.num_proc",
+    "run_name": "wandb.name",
+    "sample_packing": "datacollator.pack_sequences",
+    "seq_length": "dataset.max_seq_length",
+    "sequence_len": "dataset.max_seq_length",
+    "sequence_length": "dataset.max_seq_length",
+    "tokenizer_name": "tokenizer.name",
+    "train_file": "dataset.path",
+    "wandb_entity": "wandb.entity",
+    "wandb_name": "wandb.name",
+    "wandb_project": "wandb.project",
+}
+"""Words of transformers' and axolotl's configs, in any section or in none -> key; the value keeps its meaning."""
+
+EXPLAINED: dict[str, str] = {
+    "adam_beta1": "is the first number of optimizer.betas",
+    "adam_beta2": "is the second number of optimizer.betas",
+    "base_model": "is written model.init_from for the weights to start from, tokenizer.name or .path for the tokenizer",
+    "datasets": "is written dataset.path, dataset.name or dataset.mixture",
+    "deepspeed": "is not supported: start with torchrun for several processes; remove it",
+    "do_eval": "is not a key: a run evaluates every trainer.eval_steps steps; remove it",
+    "do_train": "is not a key: the script trains; remove it",
+    "flash_attention": "is written model.attn_backend: flash_attn_varlen (or sdpa)",
+    "fp16": "is refused: write trainer.mixed_precision: bf16 or no",
+    "fsdp": "is not supported: start with torchrun for several processes; remove it",
+    "line_by_line": "is written dataset.sample_by: line",
+    "model_name_or_path": "is written model.init_from for the weights to start from, tokenizer.name or .path for the"
+    " tokenizer",
+    "optimizer_name": "is written optimizer.name",
+    "report_to": "is not a key: trackers have their own sections; write wandb.enabled: true",
+    "val_set_size": "is written dataset.eval_samples (a number of documents) or dataset.validation_split (a fraction)",
+    "validation_file": "is not a key: name the file validation.jsonl and give its folder as dataset.path",
+    "validation_split_percentage": "is written dataset.validation_split, a fraction: 0.05 for 5 percent",
+    "warmup_ratio": "is written scheduler.warmup_percent, in percent: 6 for 0.06",
+}
+"""Words as in `WORDS` whose values are written in another way -> the rest of a sentence that begins with the key."""
 
 REFUSED: dict[str, str] = {
     "accelerate_config_file": "is not read: start the script with torchrun, or with `accelerate launch`",
@@ -52,13 +106,12 @@ REFUSED: dict[str, str] = {
     "pretraining_metadata": "is not a key: a run reads what it needs from the checkpoint it starts from",
     "scheduler.num_cycles": "has no effect: the cosine has one half period; remove it",
     "tokenizer.padding": "has no effect: rows are packed, or padded as datacollator.pad_to_multiple_of says; remove it",
-    "trainer.dataloader_num_workers": "is written dataset.num_workers (threads that read ahead)",
     "trainer.early_stopping": "has no meaning in pretraining: remove it",
     "trainer.greater_is_better": "has no effect: evaluation loss is always better when smaller; remove it",
     "trainer.load_best_model_at_end": "has no effect: every checkpoint of the run is kept apart; remove it",
     "trainer.metric_for_best_model": "has no effect: pretraining is judged by its evaluation loss; remove it",
+    "trainer.report_to": EXPLAINED["report_to"],
     "trainer.remove_unused_columns": "has no effect: only the text column is read; remove it",
-    "trainer.report_to": "is not a key: trackers have their own sections; write wandb.enabled: true",
     "use_deepspeed": "is not supported: start with torchrun for several processes; remove it",
     "variables": "are set in the config file only, under `variables:`",
 }
@@ -94,6 +147,11 @@ REFUSED_VALUES: dict[str, dict[str, str]] = {
 """Key -> refused word -> sentence."""
 
 
+def find_renamed(key: str) -> str | None:
+    """The key that an unknown one is written as here, with the same value; None when there is none."""
+    return RENAMED.get(key) or WORDS.get(key.rpartition(".")[2])
+
+
 def find_refusal(key: str) -> str | None:
     """The sentence that refuses `key`, naming it, or None for a key that is not in a table."""
     parts = key.split(".")
@@ -105,7 +163,13 @@ def find_refusal(key: str) -> str | None:
             return f"{name}: {REFUSED[name]}"
         if name in LATER:
             return f"{name}: is not part of this version; {LATER[name]}"
-    return None
+    return f"{key}: is written {WORDS[parts[-1]]} here" if parts[-1] in WORDS else None
+
+
+def explain_word(key: str) -> str | None:
+    """As `find_refusal`, for the words of other programs whose values cannot be taken over."""
+    word = key.rpartition(".")[2]
+    return f"{key}: {EXPLAINED[word]}" if word in EXPLAINED else None
 
 
 def is_below_known_name(key: str) -> bool:

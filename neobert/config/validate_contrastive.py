@@ -53,7 +53,7 @@ WITHOUT_EFFECT = (
 )
 """Keys of pretraining that contrastive fine-tuning does not read."""
 
-_OF_MASKING = (
+OF_MASKING = (
     "datacollator.mlm_probability",
     "datacollator.mask_all",
     "datacollator.mask_units",
@@ -164,7 +164,7 @@ def _check_objective(config: Config) -> Iterator[str]:
             " contrastive.pretraining_prob: 0; raise that, or remove this key"
         )
     if not (mixed and section.pretraining_objective == "mlm"):
-        for key in _OF_MASKING:
+        for key in OF_MASKING:
             if FIELDS[key].value_in(config) != FIELDS[key].default:
                 yield (
                     f"{key}: {FIELDS[key].value_in(config)} has no effect without steps of"

@@ -81,7 +81,13 @@ def embed_to_file(model: Model, texts: Texts, output: Path, settings: EmbedSetti
     parts = output.with_name(f"{output.name}.parts")
     parts.mkdir(parents=True, exist_ok=True)
     file = parts / "progress.json"
-    known = {**asdict(settings), "model": model.digest(), "dtype": _dtype(model), "input": texts.fingerprint, "rows": "records"}
+    known = {
+        **asdict(settings),
+        "model": model.digest(),
+        "dtype": _dtype(model),
+        "input": texts.fingerprint,
+        "rows": "records",
+    }
     done = load_done(file, known) or _nothing_done()
     num_resumed = sum(done["chunks"])
     texts.num_bad, texts.num_skipped, texts.named = done["num_bad"], done["num_skipped"], done["named"]

@@ -311,6 +311,36 @@ def test_a_budget_on_the_command_line_replaces_the_files(in_file, key, value):
     assert budgets.count(None) == 2
 
 
+@pytest.mark.parametrize(
+    ("word", "value", "key"),
+    [
+        ("learning_rate", "1e-4", "optimizer.lr"),
+        ("sequence_len", "512", "dataset.max_seq_length"),
+        ("micro_batch_size", "8", "trainer.per_device_train_batch_size"),
+        ("warmup_ratio", "0.06", "scheduler.warmup_percent, in percent: 6 for 0.06"),
+        ("num_epochs", "3", "trainer.num_train_epochs"),
+        ("num_train_epochs", "3", "trainer.num_train_epochs"),
+        ("report_to", "wandb", "wandb.enabled: true"),
+        ("bf16", "true", "trainer.mixed_precision"),
+        ("model_name_or_path", "bert-base-uncased", "model.init_from"),
+        ("sample_packing", "true", "datacollator.pack_sequences"),
+        ("per_device_train_batch_size", "8", "trainer.per_device_train_batch_size"),
+        ("weight_decay", "0.1", "optimizer.weight_decay"),
+        ("gradient_accumulation_steps", "2", "trainer.gradient_accumulation_steps"),
+        ("output_dir", "x", "trainer.output_dir"),
+    ],
+)
+def test_words_of_other_programs_get_the_right_key(word, value, key):
+    for text, overrides in [
+        (BASE + f"{word}: {value}\n", ()),
+        (BASE, (f"--{word}={value}",)),
+        (with_trainer(f"{word}: {value}") if not key.startswith("trainer.") else BASE + f"{word}: {value}\n", ()),
+    ]:
+        error = error_of(text, *overrides)
+        assert word in error.partition(":")[0]
+        assert key in error
+
+
 @pytest.mark.parametrize("in_file", ["name: a/b, config: en, revision: main", "path: old", "mixture: [{name: a/b}]"])
 @pytest.mark.parametrize(
     ("key", "value"),

@@ -84,6 +84,16 @@ def test_a_file_with_many_old_keys():
         assert sentence in listed
 
 
+def test_masking_of_a_contrastive_file_without_masked_steps_is_removed():
+    text, edits = migrate(
+        "task: contrastive\ndataset: {path: x}\ndatacollator: {mlm_probability: 0.15, mask_all: true}\n"
+        "contrastive: {pretrained_checkpoint_dir: y}"
+    )
+    assert parse_config(text).datacollator == Config().datacollator
+    for key in ("datacollator.mlm_probability", "datacollator.mask_all"):
+        assert f"removed {key}: it is read in steps of contrastive.pretraining_objective: mlm only" in edits
+
+
 def test_an_empty_file_gets_what_it_meant():
     text, _ = migrate("{}")
     config = parse_config(text)

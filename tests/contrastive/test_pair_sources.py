@@ -292,7 +292,9 @@ def test_prepare_keeps_what_is_there_and_refreshes_what_changed(
     assert run() == {"first": False, "second": True}
     assert run("dataset.force_redownload=true", f"dataset.name={second}") == {"second": True}
     assert run("dataset.load_all_from_disk=true", "dataset.name=null") == {"first": False, "second": False}
-    assert run(f"dataset.name={first.parent}/../{first.parent.name}/{first.name}") == {"first": False}, "the file is the same"
+    assert run(f"dataset.name={first.parent}/../{first.parent.name}/{first.name}") == {"first": False}, (
+        "the file is the same"
+    )
     more = f"contrastive.sets=[{{name: {first}, max_pairs: 1, anchor_prefix: x}}]"
     assert run("dataset.name=null", more) == {"first": True}, "the source is described differently"
     assert run("dataset.name=null", more.replace("x}", "y}")) == {"first": False}, "prefixes come later"

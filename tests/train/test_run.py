@@ -169,9 +169,7 @@ def test_learning_rate_of_the_log_is_the_one_that_was_used(tiny: Tiny, tmp_path:
     assert rates[3:] == sorted(rates[3:], reverse=True)
 
 
-def test_predictions_of_a_run(
-    tiny: Tiny, tmp_path: Path, texts: list[str], capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_predictions_of_a_run(tiny: Tiny, tmp_path: Path, texts: list[str], capsys: pytest.CaptureFixture[str]) -> None:
     out = tmp_path / "run"
     pretrain(tiny(out, "trainer.max_steps=2"))
     lines = capsys.readouterr().out.partition("predictions:\n")[2].splitlines()
@@ -179,7 +177,8 @@ def test_predictions_of_a_run(
         shown, guesses, hidden = lines[3 * number : 3 * number + 3]
         word = hidden.strip().removeprefix("hidden: '").removesuffix("'")
         before, mask, after = shown.partition("[MASK]")
-        assert mask and guesses.count("%") == 3
+        assert mask
+        assert guesses.count("%") == 3
         assert texts[number].replace(" ", "").startswith(f"{before}{word}{after}".replace(" ", "")[:60])
     pretrain(tiny(tmp_path / "silent", "trainer.max_steps=1", "trainer.fill_mask_texts=[]"))
     assert "predictions:" not in capsys.readouterr().out
