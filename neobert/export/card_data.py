@@ -107,16 +107,18 @@ def build_card_data(
         results = list(_results(lineage[0]))
         values["datasets"] = [data for facts in lineage for data in datasets_on_hub(facts)] or None
         values["base_model"] = next(filter(None, map(model_on_hub, lineage)), None)
-        values |= {"eval_results": results, "model_name": name.split("/")[-1]} if results else {}
+        values |= {"eval_results": results, "model_name": name} if results else {}
     if language:
         values["language"] = list(language) if len(language) > 1 else language[0]
-    return ModelCardData(
+    data = ModelCardData(
         library_name=kind.library_name,
         pipeline_tag=kind.pipeline_tag,
         tags=[*kind.tags, *(["custom_code"] if form == "remote_code" else [])],
         ignore_metadata_errors=True,
         **values,
     )
+    data.model_name = name.split("/")[-1] if data.eval_results else None
+    return data
 
 
 def _results(facts: RunFacts) -> Iterator[EvalResult]:

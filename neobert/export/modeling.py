@@ -4,6 +4,8 @@ Texts go through the model without padding: the real tokens of a batch become on
 a packed row) a segment of its own, and the hidden states are put back into their slots. Slots of padding are zero.
 
 Positions are counted within each document, over its real tokens, as in training. So padding may stand on either side.
+
+What a model takes is written out in its `forward`: transformers' Trainer drops every column that does not stand there.
 """
 
 from typing import Any
@@ -159,10 +161,17 @@ class NeobertEncoderForMaskedLM(NeobertEncoderPreTrainedModel):
         return embedding
 
     def forward(
-        self, input_ids: Tensor, labels: Tensor | None = None, return_dict: bool | None = None, **inputs: Any
+        self,
+        input_ids: Tensor,
+        attention_mask: Tensor | None = None,
+        position_ids: Tensor | None = None,
+        segment_ids: Tensor | None = None,
+        labels: Tensor | None = None,
+        return_dict: bool | None = None,
+        **inputs: Any,
     ) -> Any:
         """Logits `[B, S, V]`; with `labels` `[B, S]` (-100 for none) also the mean cross entropy in nats."""
-        states = self.model(input_ids, return_dict=True, **inputs)
+        states = self.model(input_ids, attention_mask, position_ids, segment_ids, return_dict=True, **inputs)
         logits = self.decoder(states.last_hidden_state)
         if self.logit_scale is not None:
             logits = logits * (self.logit_scale / self.model.encoder.config.scale_base)
@@ -220,10 +229,17 @@ class NeobertEncoderForTokenClassification(NeobertEncoderPreTrainedModel):
         self.post_init()
 
     def forward(
-        self, input_ids: Tensor, labels: Tensor | None = None, return_dict: bool | None = None, **inputs: Any
+        self,
+        input_ids: Tensor,
+        attention_mask: Tensor | None = None,
+        position_ids: Tensor | None = None,
+        segment_ids: Tensor | None = None,
+        labels: Tensor | None = None,
+        return_dict: bool | None = None,
+        **inputs: Any,
     ) -> Any:
         """Logits `[B, S, labels]`; with `labels` `[B, S]` (-100 for none) also the mean cross entropy in nats."""
-        states = self.model(input_ids, return_dict=True, **inputs)
+        states = self.model(input_ids, attention_mask, position_ids, segment_ids, return_dict=True, **inputs)
         logits = self.classifier(states.last_hidden_state)
         loss = None if labels is None else F.cross_entropy(logits.flatten(0, 1).float(), labels.flatten())
         output = TokenClassifierOutput(loss=loss, logits=logits, hidden_states=states.hidden_states)
