@@ -1,7 +1,6 @@
 """Every command and every Python block of README.md and docs/ runs, in order, with a small model and a small corpus."""
 
 import ast
-import importlib.util
 import json
 import re
 import runpy
@@ -183,25 +182,38 @@ def needs(block: str) -> set[str]:
     return {name.split(".")[0] for name in plain | {n.module or "" for n in nodes if isinstance(n, ast.ImportFrom)}}
 
 
-def test_the_python_blocks_of_the_export_page_run(
-    workplace: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+EXPORT_BLOCKS = {
+    "transformers": (set(), "torch.Size([2, "),
+    "token classification": (set(), "torch.Size([2, "),
+    "sentence-transformers": ({"sentence_transformers"}, "(2, 16)"),
+    "ONNX": ({"onnx", "onnxruntime", "onnxscript"}, "(2, "),
+    "our import": (set(), "eurobert 2 16 "),
+}
+"""The Python blocks of docs/export.md in their order: optional packages that one takes, and what it prints."""
+
+
+@pytest.mark.parametrize("name", EXPORT_BLOCKS)
+def test_a_python_block_of_the_export_page_runs(
+    name: str, workplace: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
+    blocks = re.findall(r"^```python\n(.*?)^```", (ROOT / "docs" / "export.md").read_text(), re.S | re.M)
+    assert len(blocks) == len(EXPORT_BLOCKS), "a block that is not listed would not be run"
+    block, (packages, printed) = blocks[list(EXPORT_BLOCKS).index(name)], EXPORT_BLOCKS[name]
+    optional = needs(block) & {"sentence_transformers", "onnxruntime"}
+    assert optional <= packages
+    for package in sorted(packages):
+        pytest.importorskip(package)
     monkeypatch.chdir(workplace)
     if not (workplace / "outputs" / "quickstart").exists():
         run("python scripts/pretraining/pretrain.py configs/pretraining/quickstart.yaml", workplace, monkeypatch)
-    if not (workplace / "outputs" / "quickstart_hf").exists():
-        export = "python scripts/export/export_hf.py outputs/quickstart --output outputs/quickstart_hf"
-        run(export, workplace, monkeypatch)
-    blocks = re.findall(r"^```python\n(.*?)^```", (ROOT / "docs" / "export.md").read_text(), re.S | re.M)
-    optional = {"sentence_transformers", "onnxruntime"}
-    here = [b for b in blocks if all(importlib.util.find_spec(name) for name in needs(b) & optional)]
-    assert len(here) >= 2
+    for form in ("native", "remote_code"):
+        output = {"native": "outputs/quickstart_hf", "remote_code": "outputs/quickstart_code"}[form]
+        if output in block and not (workplace / output).exists():
+            export = f"python scripts/export/export_hf.py outputs/quickstart --output {output} --format {form}"
+            run(export, workplace, monkeypatch)
     capsys.readouterr()
-    for block in here:
-        exec(compile(block, "export.md", "exec"), {})
-    shapes = capsys.readouterr().out
-    assert "torch.Size([2, " in shapes
-    assert "eurobert 2 16 " in shapes
+    exec(compile(block, "export.md", "exec"), {})
+    assert printed in capsys.readouterr().out
 
 
 def test_links_between_the_pages_lead_somewhere() -> None:

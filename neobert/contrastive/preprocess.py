@@ -18,12 +18,9 @@ from neobert.config.schema import Config
 from neobert.config.schema_contrastive import PairSource
 from neobert.contrastive.reading import HubRows, describes_columns, open_source, read_hub
 from neobert.contrastive.rows import FORM_WORDS
-from neobert.contrastive.sets import SETS, choose_set
 from neobert.contrastive.store import SetInfo, list_sets, read_info, sets_folder, write_manifest, write_set
 from neobert.data.errors import DataError
-
-ALL = ("all", "refinedweb")
-"""Words of `dataset.name` for every known set; the second is the default of other NeoBERT code."""
+from neobert.data.known_sets import choose_set, list_names
 
 _PREFIXES = ("anchor_prefix", "positive_prefix")
 
@@ -58,7 +55,7 @@ def list_wanted(config: Config) -> Wanted:
         DataError: two sources would have one key.
     """
     section = config.contrastive
-    train = section.sets or tuple(PairSource(name=name) for name in _names(config))
+    train = section.sets or tuple(PairSource(name=name) for name in list_names(config.dataset.name))
     texts = None if section.pretraining_dataset is None else PairSource(name=section.pretraining_dataset)
     wanted = Wanted(
         train=tuple(map(name_source, train)),
@@ -74,14 +71,6 @@ def list_wanted(config: Config) -> Wanted:
                 " rename one of the files or folders"
             )
     return wanted
-
-
-def _names(config: Config) -> list[str]:
-    names = config.dataset.name
-    if names is None:
-        return list(SETS)
-    listed = [names] if isinstance(names, str) else list(names)
-    return [key for name in listed for key in (SETS if name.lower() in ALL else [name])]
 
 
 def name_source(source: PairSource) -> NamedSource:

@@ -20,9 +20,10 @@ from datasets import Dataset, DatasetDict, load_dataset, load_from_disk
 
 from neobert.config.schema_contrastive import PairSource
 from neobert.contrastive.rows import Example, Form, RawRow, as_number, as_text, choose_columns
-from neobert.contrastive.sets import SETS, HubSet, choose_set
+from neobert.contrastive.sets import SETS
 from neobert.data.decompress import DAMAGED, open_decompressed
 from neobert.data.errors import DataError
+from neobert.data.known_sets import KNOWN_SETS, choose_set
 
 SPLITS = ("train", "validation", "valid", "eval", "test", "dev")
 _KINDS = (".jsonl", ".json", ".csv", ".tsv", ".parquet")
@@ -75,11 +76,11 @@ def open_source(source: PairSource, hub: HubRows = read_hub) -> Opened:
         raise DataError(f"{source.name} is not there: name a file or folder that exists, a known set or a hub dataset")
     key = choose_set(source.name)
     if key is not None and not describes_columns(source):
-        return _open_known(SETS[key], source.revision, hub)
+        return _open_known(key, source.revision, hub)
     if key is None and "/" not in source.name:
         known = ", ".join(SETS)
         raise DataError(f"{source.name} is neither a file, nor a hub dataset (owner/name), nor one of {known}")
-    name = source.name if key is None else SETS[key].hub_name
+    name = source.name if key is None else KNOWN_SETS[key]
     rows = hub(name, source.config, source.split or "train", source.revision)
     return _by_columns(source, rows, f"{name} of the hub")
 
@@ -99,21 +100,22 @@ def describes_columns(source: PairSource) -> bool:
 # ---- the hub ----
 
 
-def _open_known(known: HubSet, revision: str | None, hub: HubRows) -> Opened:
+def _open_known(key: str, revision: str | None, hub: HubRows) -> Opened:
+    known, hub_name = SETS[key], KNOWN_SETS[key]
     if known.joined:
         examples = join(
-            hub(known.hub_name, "default", "train", revision),
-            hub(known.hub_name, "queries", "queries", revision),
-            hub(known.hub_name, "corpus", "corpus", revision),
+            hub(hub_name, "default", "train", revision),
+            hub(hub_name, "queries", "queries", revision),
+            hub(hub_name, "corpus", "corpus", revision),
         )
     else:
         examples = (
             example
             for part in known.parts
-            for row in hub(known.hub_name, part.config, part.split, revision)
+            for row in hub(hub_name, part.config, part.split, revision)
             for example in part.examples(row)
         )
-    return Opened(form="pairs", examples=examples, label=f"{known.hub_name} of the hub")
+    return Opened(form="pairs", examples=examples, label=f"{hub_name} of the hub")
 
 
 def join(judgements: Iterable[RawRow], queries: Iterable[RawRow], corpus: Iterable[RawRow]) -> Iterator[Example]:

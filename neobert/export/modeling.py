@@ -4,6 +4,8 @@ Texts go through the model without padding: the real tokens of a batch become on
 a packed row) a segment of its own, and the hidden states are put back into their slots. Slots of padding are zero.
 
 Positions are counted within each document, over its real tokens, as in training. So padding may stand on either side.
+
+What a model takes is written out in its `forward`: transformers' Trainer drops every column that does not stand there.
 """
 
 from typing import Any
@@ -12,7 +14,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import PreTrainedConfig, PreTrainedModel
-from transformers.modeling_outputs import BaseModelOutput, MaskedLMOutput, SequenceClassifierOutput
+from transformers.modeling_outputs import (
+    BaseModelOutput,
+    MaskedLMOutput,
+    SequenceClassifierOutput,
+    TokenClassifierOutput,
+)
 
 from neobert.model.attention import ATTENTION
 from neobert.model.config import ModelConfig
@@ -53,6 +60,7 @@ class NeobertEncoderPreTrainedModel(PreTrainedModel):
 
     config_class = NeobertEncoderConfig
     base_model_prefix = "model"
+    supports_gradient_checkpointing = True  # The encoder has the switch that transformers looks for in all modules.
 
     def _init_weights(self, module: nn.Module) -> None:
         if isinstance(module, nn.Linear):
@@ -153,10 +161,17 @@ class NeobertEncoderForMaskedLM(NeobertEncoderPreTrainedModel):
         return embedding
 
     def forward(
-        self, input_ids: Tensor, labels: Tensor | None = None, return_dict: bool | None = None, **inputs: Any
+        self,
+        input_ids: Tensor,
+        attention_mask: Tensor | None = None,
+        position_ids: Tensor | None = None,
+        segment_ids: Tensor | None = None,
+        labels: Tensor | None = None,
+        return_dict: bool | None = None,
+        **inputs: Any,
     ) -> Any:
         """Logits `[B, S, V]`; with `labels` `[B, S]` (-100 for none) also the mean cross entropy in nats."""
-        states = self.model(input_ids, return_dict=True, **inputs)
+        states = self.model(input_ids, attention_mask, position_ids, segment_ids, return_dict=True, **inputs)
         logits = self.decoder(states.last_hidden_state)
         if self.logit_scale is not None:
             logits = logits * (self.logit_scale / self.model.encoder.config.scale_base)
@@ -200,6 +215,34 @@ class NeobertEncoderForSequenceClassification(NeobertEncoderPreTrainedModel):
         if labels is not None:
             loss = self.loss_function(labels=labels, logits=logits, pooled_logits=logits, config=self.config)
         output = SequenceClassifierOutput(loss=loss, logits=logits, hidden_states=states.hidden_states)
+        return output if return_dict is None or return_dict else output.to_tuple()
+
+
+class NeobertEncoderForTokenClassification(NeobertEncoderPreTrainedModel):
+    """The encoder with a projection of every hidden state to labels, which starts fresh."""
+
+    def __init__(self, config: NeobertEncoderConfig) -> None:
+        super().__init__(config)
+        self.num_labels = int(config.num_labels)  # type: ignore[arg-type]
+        self.model = NeobertEncoderModel(config)
+        self.classifier = nn.Linear(config.hidden_size, self.num_labels)
+        self.post_init()
+
+    def forward(
+        self,
+        input_ids: Tensor,
+        attention_mask: Tensor | None = None,
+        position_ids: Tensor | None = None,
+        segment_ids: Tensor | None = None,
+        labels: Tensor | None = None,
+        return_dict: bool | None = None,
+        **inputs: Any,
+    ) -> Any:
+        """Logits `[B, S, labels]`; with `labels` `[B, S]` (-100 for none) also the mean cross entropy in nats."""
+        states = self.model(input_ids, attention_mask, position_ids, segment_ids, return_dict=True, **inputs)
+        logits = self.classifier(states.last_hidden_state)
+        loss = None if labels is None else F.cross_entropy(logits.flatten(0, 1).float(), labels.flatten())
+        output = TokenClassifierOutput(loss=loss, logits=logits, hidden_states=states.hidden_states)
         return output if return_dict is None or return_dict else output.to_tuple()
 
 

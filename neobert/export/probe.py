@@ -6,6 +6,7 @@ inputs; for each, tensors go to `outputs.safetensors` and everything else to `ou
 """
 
 import importlib.util
+import inspect
 import json
 import sys
 from pathlib import Path
@@ -18,6 +19,7 @@ from transformers import (
     AutoModel,
     AutoModelForMaskedLM,
     AutoModelForSequenceClassification,
+    AutoModelForTokenClassification,
     AutoTokenizer,
     FillMaskPipeline,
 )
@@ -40,6 +42,7 @@ def probe(item: dict[str, Any], inputs: dict[str, Tensor], work: Path) -> tuple[
     model, loading = load(AutoModelForMaskedLM, folder, options)
     base, base_loading = load(AutoModel, folder, options)
     classifier, classifier_loading = load(AutoModelForSequenceClassification, folder, options)
+    tagger, tagger_loading = load(AutoModelForTokenClassification, folder, options)
     ids, mask = inputs["input_ids"], inputs["attention_mask"]
     output = model(input_ids=ids, attention_mask=mask, output_hidden_states=True)
     tensors = {f"layer.{number}": state for number, state in enumerate(output.hidden_states)}
@@ -48,18 +51,28 @@ def probe(item: dict[str, Any], inputs: dict[str, Tensor], work: Path) -> tuple[
     tensors["classifier.padded"] = classifier(input_ids=ids, attention_mask=mask).logits
     short, length = len(mask) - 1, int(mask[-1].sum())
     tensors["classifier.single"] = classifier(input_ids=ids[short:, :length]).logits
+    tensors["tagger.padded"] = tagger(input_ids=ids, attention_mask=mask).logits
+    tensors["tagger.single"] = tagger(input_ids=ids[short:, :length]).logits
     for name, arguments in forms(inputs, packed=item["trust"]).items():
         tensors[f"logits.{name}"] = model(**arguments).logits
     tokenizer = AutoTokenizer.from_pretrained(folder, **options)
     encoded = [tokenizer(text).input_ids for text in item["texts"]]
+    batch = tokenizer(item["texts"], padding=True, truncation=True, return_tensors="pt")
+    tensors["text.mask"], tensors["text.logits"] = batch["attention_mask"], model(**batch).logits
     pipeline = FillMaskPipeline(model=model, tokenizer=tokenizer, top_k=5)  # type: ignore[arg-type]
     with torch.inference_mode(False), torch.no_grad():
         guesses = pipeline(item["fill"])
     facts = {
-        "loading": {"masked": loading, "base": base_loading, "classifier": classifier_loading},
+        "loading": {
+            "masked": loading,
+            "base": base_loading,
+            "classifier": classifier_loading,
+            "tagger": tagger_loading,
+        },
         "dtype": str(next(model.parameters()).dtype),
         "encoded": encoded,
-        "decoded": [tokenizer.decode(x, skip_special_tokens=True) for x in encoded],
+        "decoded": [tokenizer.decode(x[1:-1]) for x in encoded],
+        "not_taken": sorted(set(batch) - set(inspect.signature(model.forward).parameters)),
         "max_length": tokenizer.model_max_length,
         "guesses": [[guess["token"], guess["score"]] for guess in guesses],
         "sentences": "not installed",
@@ -71,7 +84,7 @@ def probe(item: dict[str, Any], inputs: dict[str, Tensor], work: Path) -> tuple[
     if item["trust"]:
         facts["onnx"] = "not for remote code: its attention loops over documents"
     elif all(importlib.util.find_spec(name) is not None for name in ONNX):
-        tensors["logits.ONNX"] = run_onnx(model, inputs, work / "model.onnx")
+        tensors["logits.ONNX"], tensors["text.ONNX"] = run_onnx(model, [inputs, batch], work / "model.onnx")
         facts["onnx"] = "run"
     return tensors, facts
 
@@ -112,8 +125,8 @@ def encode_sentences(folder: str, texts: list[str], options: dict[str, Any]) -> 
         return encoder.encode(texts, convert_to_tensor=True)
 
 
-def run_onnx(model: Any, inputs: dict[str, Tensor], path: Path) -> Tensor:
-    """Logits of onnxruntime for the padded batch, from a graph that was traced with another shape."""
+def run_onnx(model: Any, batches: list[Any], path: Path) -> list[Tensor]:
+    """Logits of onnxruntime for padded batches, from a graph that was traced with a part of the first."""
     import onnxruntime
 
     class Logits(torch.nn.Module):
@@ -124,7 +137,7 @@ def run_onnx(model: Any, inputs: dict[str, Tensor], path: Path) -> Tensor:
         def forward(self, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
             return self.model(input_ids=input_ids, attention_mask=attention_mask).logits
 
-    ids, mask = inputs["input_ids"], inputs["attention_mask"]
+    ids, mask = batches[0]["input_ids"], batches[0]["attention_mask"]
     sizes = {0: torch.export.Dim("batch"), 1: torch.export.Dim("length")}
     with torch.inference_mode(False), torch.no_grad():
         example = (ids[:2].clone(), mask[:2].clone())
@@ -139,8 +152,9 @@ def run_onnx(model: Any, inputs: dict[str, Tensor], path: Path) -> Tensor:
             verbose=False,
         )
     session = onnxruntime.InferenceSession(path, providers=["CPUExecutionProvider"])
-    (logits,) = session.run(["logits"], {"input_ids": ids.numpy(), "attention_mask": mask.numpy()})
-    return torch.from_numpy(logits)
+    taken = [item.name for item in session.get_inputs()]
+    results = [session.run(["logits"], {name: batch[name].numpy() for name in taken})[0] for batch in batches]
+    return [torch.from_numpy(logits) for logits in results]
 
 
 if __name__ == "__main__":

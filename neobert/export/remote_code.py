@@ -63,9 +63,8 @@ def _relocate(name: str, text: str) -> str:
 def remote_config(config: ModelConfig, tokenizer: Tokenizer, dtype: str) -> dict[str, Any]:
     """The contents of config.json; `dtype` is torch's name of the dtype of the weights."""
     classes = {"AutoConfig": "NeobertEncoderConfig"}
-    models = {"AutoModel": "Model", "AutoModelForMaskedLM": "ForMaskedLM"}
-    models["AutoModelForSequenceClassification"] = "ForSequenceClassification"
-    classes |= {auto: f"NeobertEncoder{kind}" for auto, kind in models.items()}
+    for head in ("", "ForMaskedLM", "ForSequenceClassification", "ForTokenClassification"):
+        classes[f"AutoModel{head}"] = f"NeobertEncoder{head or 'Model'}"
     return {
         "architectures": ["NeobertEncoderForMaskedLM"],
         "auto_map": {auto: f"{MODELING}.{kind}" for auto, kind in classes.items()},

@@ -5,18 +5,25 @@ word together with the space before it. Where the saved tokenizer differs, its t
 accordingly; its vocabulary and the way it cuts text stay as they are.
 """
 
+import json
 from pathlib import Path
 from typing import Any
 
 from tokenizers import processors
 from transformers import AddedToken, AutoTokenizer
 
+INPUTS = ["input_ids", "attention_mask"]
+"""What an exported model takes. A tokenizer's class may add token types, which no encoder of ours knows."""
+
+_OF_LOADING = ("is_local", "local_files_only", "name_or_path", "tokenizer_file", "special_tokens_map_file")
+"""Keys that transformers keeps of how a tokenizer was loaded here."""
+
 
 def save_tokenizer(source: Path, output: Path, *, max_length: int) -> list[str]:
     """Writes the tokenizer of `source` into `output`; returns a sentence for each change."""
     hf = AutoTokenizer.from_pretrained(str(source))
     hf.model_max_length = max_length
-    hf.model_input_names = ["input_ids", "attention_mask"]
+    hf.model_input_names = INPUTS
     hf.padding_side = hf.truncation_side = "right"
     changes = []
     if hf("a").input_ids != [hf.cls_token_id, *_plain(hf, "a"), hf.sep_token_id]:
@@ -31,7 +38,16 @@ def save_tokenizer(source: Path, output: Path, *, max_length: int) -> list[str]:
         hf.add_special_tokens({"mask_token": AddedToken(hf.mask_token, lstrip=True, special=True)})
         changes.append(f"{hf.mask_token} takes the space before it along, as in training")
     hf.save_pretrained(str(output))
+    _settle_config(output / "tokenizer_config.json")
     return changes
+
+
+def _settle_config(file: Path) -> None:
+    """Writes down the inputs, which transformers does only where they were given before, and drops what is not about
+    the tokenizer."""
+    values = {key: value for key, value in json.loads(file.read_text()).items() if key not in _OF_LOADING}
+    values["model_input_names"] = INPUTS
+    file.write_text(json.dumps(values, indent=2, sort_keys=True, ensure_ascii=False) + "\n")
 
 
 def _plain(hf: Any, text: str) -> list[int]:

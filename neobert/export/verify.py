@@ -36,6 +36,7 @@ TEXTS = (
     "the old house stands by the river.",
     "A second, longer text: it has a number (1984), a dash - and a question?",
     "x",
+    "Ünïcode: naïve CAFÉ, 東京 and 🙂;\ttabs\nlines  two spaces, don't, 3.14, <b>x_1</b>",
 )
 FILL = f"the old {MASK_TEXT} stands by the river."
 PROBABILITY_TOLERANCE = 1e-5
@@ -166,7 +167,9 @@ def _judge(subject: _Subject) -> Verdict:
     checks = [_check_loading(facts)]
     checks += _check_layers(subject, ours, tensors)
     checks += _check_forms(subject, ours, tensors)
-    checks += [_check_classifier(tensors), _check_tokenizer(subject, facts), _check_fill_mask(subject, facts)]
+    checks += [_check_heads(tensors), _check_tokenizer(subject, facts), _check_inputs(facts)]
+    checks += [_check_text(subject, name, tensors) for name in ("logits", "ONNX") if f"text.{name}" in tensors]
+    checks.append(_check_fill_mask(subject, facts))
     if "sentences" in tensors:
         checks.append(_check_sentences(subject, tensors["sentences"]))
     for name, key in (("sentence-transformers", "sentences"), ("ONNX", "onnx")):
@@ -176,14 +179,14 @@ def _judge(subject: _Subject) -> Verdict:
 
 
 def _check_loading(facts: dict[str, Any]) -> Check:
-    odd = []
+    odd, new = [], (*_HEADS, *_PROJECTION)
     for name, kinds in facts["loading"].items():
         for kind, keys in kinds.items():
             # A base model has no head; a classifier starts with a new one.
-            expected = {"base": _PROJECTION, "classifier": (*_HEADS, *_PROJECTION)}.get(name, ())
+            expected = {"base": _PROJECTION, "classifier": new, "tagger": new}.get(name, ())
             odd += [f"{name}: {kind} {key}" for key in keys if not key.startswith(expected)]
     return Check(
-        name="loads with AutoModel, AutoModelForMaskedLM, AutoModelForSequenceClassification",
+        name="loads with AutoModel, AutoModelForMaskedLM and both AutoModelFor...Classification",
         passed=not odd,
         detail=", ".join(odd) or "no tensor missing, none unexpected",
     )
@@ -235,9 +238,10 @@ def _compare(name: str, ours: Sequence[Tensor], theirs: Sequence[Tensor]) -> Che
     )
 
 
-def _check_classifier(tensors: dict[str, Tensor]) -> Check:
-    padded, single = tensors["classifier.padded"], tensors["classifier.single"]
-    return _compare("a classifier does not see padding", [single[0]], [padded[-1]])
+def _check_heads(tensors: dict[str, Tensor]) -> Check:
+    single = [tensors["classifier.single"][0], *tensors["tagger.single"][0]]
+    padded = [tensors["classifier.padded"][-1], *tensors["tagger.padded"][-1]]
+    return _compare("classifiers of texts and of tokens do not see padding", single, padded[: len(single)])
 
 
 def _check_tokenizer(subject: _Subject, facts: dict[str, Any]) -> Check:
@@ -257,6 +261,34 @@ def _check_tokenizer(subject: _Subject, facts: dict[str, Any]) -> Check:
     )
 
 
+def _check_inputs(facts: dict[str, Any]) -> Check:
+    return Check(
+        name="inputs of the tokenizer",
+        passed=not facts["not_taken"],
+        detail=f"the model does not take {', '.join(facts['not_taken'])}; remove it from model_input_names of "
+        "tokenizer_config.json"
+        if facts["not_taken"]
+        else "the model takes all of them",
+    )
+
+
+def _check_text(subject: _Subject, name: str, tensors: dict[str, Tensor]) -> Check:
+    """Texts through the folder's own tokenizer and `model(**inputs)`, against ours through ours."""
+    ours = our_states(subject.model, _wrap_texts(subject.tokenizer, subject.weights.config.max_position_embeddings))
+    lengths = [len(states[-1]) for states in ours]
+    title = "from text" if name == "logits" else f"from text, {name}"
+    if tensors["text.mask"].sum(1).tolist() != lengths:
+        return Check(name=title, passed=False, detail="other numbers of tokens than in training")
+    theirs = [logits[:n] for logits, n in zip(tensors[f"text.{name}"], lengths)]
+    return _compare(title, [states[-1] for states in ours], theirs)
+
+
+def _wrap_texts(tokenizer: Tokenizer, max_length: int) -> list[list[int]]:
+    """TEXTS as documents of training, cut at `max_length` tokens."""
+    plain = [ids.tolist()[: max_length - 2] for ids in tokenizer.encode_batch(list(TEXTS))]
+    return [[tokenizer.cls_id, *ids, tokenizer.sep_id] for ids in plain]
+
+
 def _check_fill_mask(subject: _Subject, facts: dict[str, Any]) -> Check:
     (filled,) = fill_mask(subject.model, subject.tokenizer, [FILL], top_k=len(facts["guesses"]))
     ours = sorted((guess.token_id, guess.probability) for guess in filled.masks[0])
@@ -272,9 +304,8 @@ def _check_fill_mask(subject: _Subject, facts: dict[str, Any]) -> Check:
 
 
 def _check_sentences(subject: _Subject, theirs: Tensor) -> Check:
-    tokenizer, settings = subject.tokenizer, subject.sentences
-    plain = [ids.tolist()[: settings.max_length - 2] for ids in tokenizer.encode_batch(list(TEXTS))]
-    documents = [[tokenizer.cls_id, *ids, tokenizer.sep_id] for ids in plain]
+    settings = subject.sentences
+    documents = _wrap_texts(subject.tokenizer, settings.max_length)
     pool = choose_pooling(settings.pooling)
     hidden = [states[-2] for states in our_states(subject.model, documents)]
     ours = [pool(states, torch.tensor([len(states)]))[0] for states in hidden]

@@ -23,6 +23,7 @@ from neobert.config.schema import TokenizerSection
 from neobert.data.errors import DataError
 from neobert.data.tokenizer import Tokenizer, load_tokenizer
 from neobert.export.card import model_card
+from neobert.export.card_data import check_language
 from neobert.export.choose import ExportError, Form, choose_form
 from neobert.export.compare import build_model, layer_errors, our_states, random_documents
 from neobert.export.remote_code import code_files, remote_config, remote_tensors
@@ -54,6 +55,9 @@ class ExportRequest:
     drop_decoder_bias: bool = False
     weights: str = "model"
     """`model`, or `ema` for their moving average."""
+
+    language: tuple[str, ...] = ()
+    """Codes of the languages of the text it was trained on, for the model card; nothing is said without them."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -98,6 +102,7 @@ def export(request: ExportRequest) -> Exported:
     try:
         changes = _write(plan, request, temporary)
         error = _check(plan, temporary)
+        _open_to_readers(temporary)
         temporary.rename(request.output)
     except BaseException:
         shutil.rmtree(temporary, ignore_errors=True)
@@ -121,6 +126,7 @@ def _make_plan(request: ExportRequest) -> _Plan:
         problems.append(f"--dtype: {request.dtype!r} is unknown; write {' or '.join(DTYPES)}")
     if request.push_to_hub is not None and len(request.push_to_hub.strip("/").split("/")) != 2:
         problems.append(f"--push-to-hub: {request.push_to_hub!r} is no repository; write owner/name")
+    problems += check_language(request.language)
     weights, tokenizer, form = None, None, None
     try:
         weights = load_encoder_weights(
@@ -184,11 +190,27 @@ def _write(plan: _Plan, request: ExportRequest, folder: Path) -> list[str]:
         for name, source in code_files().items():
             (folder / name).write_text(source)
     save_file(make_tensors(config, tensors), folder / "model.safetensors", metadata={"format": "pt"})
-    write_sentence_files(folder, config, choose_sentence_settings(plan.weights))
-    name = request.push_to_hub or request.output.name
-    card = model_card(plan.weights, config, plan.tokenizer, form=plan.form, dtype=dtype, name=name)
-    (folder / "README.md").write_text(card)
+    sentences = choose_sentence_settings(plan.weights)
+    write_sentence_files(folder, config, sentences)
+    card = model_card(
+        plan.weights,
+        config,
+        plan.tokenizer,
+        sentences,
+        form=plan.form,
+        dtype=dtype,
+        name=request.push_to_hub or request.output.name,
+        source=request.source,
+        language=request.language,
+    )
+    (folder / "README.md").write_text(card, encoding="utf-8")
     return changes
+
+
+def _open_to_readers(folder: Path) -> None:
+    """Modes 0644 and 0755: safetensors makes files that nobody else can read, and a server is often somebody else."""
+    for path in (folder, *folder.rglob("*")):
+        path.chmod(0o755 if path.is_dir() else 0o644)
 
 
 def _write_json(path: Path, values: object) -> None:

@@ -45,7 +45,7 @@ _EXPORTED, _ENCODER = ("eurobert", "remote_code"), "model."
 STEPS_KEY = "pretraining_steps"
 """In config.json of models that we export: a second key in the header of the weights would make its bytes random."""
 
-_HUB_NAME = re.compile(r"\w[\w.-]*/\w[\w.-]*(@[\w./-]+)?")
+HUB_NAME = re.compile(r"\w[\w.-]*/\w[\w.-]*(@[\w./-]+)?")
 _SMALL_FILES = ["*.json", "*.txt", "*.model"]
 
 
@@ -104,7 +104,7 @@ def find_weights(path: str | Path) -> Path:
     """
     folder = Path(path)
     if not folder.is_dir():
-        if _HUB_NAME.fullmatch(str(path)) and not folder.exists():
+        if HUB_NAME.fullmatch(str(path)) and not folder.exists():
             return _fetch(str(path))
         raise WeightsError(
             f"{path} is no folder: give a run, a checkpoint, an exported model, or a name of the hub (owner/model)"

@@ -17,6 +17,13 @@ def main() -> int:
     parser.add_argument("--push-to-hub", metavar="OWNER/NAME", help="upload the folder to this repository")
     parser.add_argument("--drop-decoder-bias", action="store_true", help="leave out a bias of the projection")
     parser.add_argument("--weights", default="model", help="model, or ema for their moving average (default model)")
+    parser.add_argument(
+        "--language",
+        default=(),
+        type=lambda codes: tuple(codes.split(",")),
+        metavar="CODES",
+        help="language of the text it was trained on, for the model card: en, or en,de",
+    )
     request = ExportRequest(**vars(parser.parse_args()))
     try:
         done = export(request)

@@ -13,6 +13,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from huggingface_hub import ModelCard
 from safetensors.torch import load_file
 from transformers import AutoModel, AutoTokenizer
 
@@ -181,10 +182,22 @@ def test_a_learned_temperature_is_kept_and_stays_out_of_the_encoder(contrastive:
     assert "log_scale" not in load_file(tmp_path / "second/checkpoints/1/model.safetensors")
 
 
-def test_an_older_step_can_be_named(contrastive: Contrastive, pretrained: Path, tmp_path: Path) -> None:
+def test_an_older_step_can_be_named_and_the_card_names_it(
+    contrastive: Contrastive, pretrained: Path, tmp_path: Path
+) -> None:
     start = [f"contrastive.pretrained_checkpoint_dir={pretrained}", "tokenizer.path=null", "trainer.max_steps=1"]
     finetune(contrastive(tmp_path / "a", *start, "contrastive.pretrained_checkpoint=4"))
     assert load_config(tmp_path / "a/config.yaml").model.init_from == str(pretrained / "checkpoints/4")
+    card = (export(ExportRequest(source=str(tmp_path / "a"), output=tmp_path / "out")).folder / "README.md").read_text()
+    own, base = card.split("What it started from:")
+    assert "- started from the run run, step 4\n" in own
+    assert "- loss: InfoNCE for pairs, CoSENT for scored pairs" in own
+    assert "- temperature 0.05\n" in own
+    assert "- fine-tuned on pairs of pairs.jsonl\n" in own
+    assert "- optimizer steps: 1\n" in own
+    before = [x for x in log_lines(pretrained, "eval") if x["step"] == 4][-1]
+    assert "- optimizer steps: 4\n" in base
+    assert f"- held-out loss at step 4: {before['loss']:.4f} nats" in base
     with pytest.raises(StartupError, match=r"pretrained_checkpoint: 5 is no checkpoint of .*; steps there: 4, 8"):
         finetune(contrastive(tmp_path / "b", *start, "contrastive.pretrained_checkpoint=5"))
 
@@ -288,7 +301,11 @@ def test_an_exported_folder_gives_the_same_figure(
     )
     card = (folder / "README.md").read_text()
     assert f"scored at step 12: spearman {last['sets']['scored']['spearman']:.4f}" in card  # type: ignore[index]
-    assert "compare them by their cosine" in card
+    assert "Compare the vectors of texts by their cosine" in card
+    data = ModelCard(card).data
+    assert (data.library_name, data.pipeline_tag) == ("sentence-transformers", "sentence-similarity")
+    results = {(r.dataset_name, r.metric_type): r.metric_value for r in data.eval_results}
+    assert results == {(key, name): x for key, found in last["sets"].items() for name, x in found.items()}  # type: ignore[attr-defined]
 
 
 @pytest.mark.parametrize("pooling", ["mean", "cls", "max"])

@@ -17,9 +17,10 @@ from neobert.config.schema_contrastive import PairSource
 from neobert.contrastive.preprocess import list_wanted, name_source, prepare, run_preprocess
 from neobert.contrastive.reading import open_source
 from neobert.contrastive.rows import Example
-from neobert.contrastive.sets import SETS, choose_set
+from neobert.contrastive.sets import SETS
 from neobert.contrastive.store import BATCH_ROWS, PairStore, list_sets, write_set
 from neobert.data.errors import DataError
+from neobert.data.known_sets import KNOWN_SETS, choose_set
 
 Contrastive = Callable[..., Config]
 
@@ -217,7 +218,7 @@ def test_known_sets_map_their_rows(key: str) -> None:
         return [row]
 
     assert read(PairSource(name=key, revision="r"), hub=hub) == expected
-    assert asked[0] == (SETS[key].hub_name, config, "train", "r")
+    assert asked[0] == (KNOWN_SETS[key], config, "train", "r")
 
 
 @pytest.mark.parametrize("key", ["FEVER", "MSMARCO"])
@@ -234,8 +235,9 @@ def test_known_collections_are_joined(key: str) -> None:
 def test_there_are_seventeen_known_sets_and_three_ways_to_name_each() -> None:
     assert len(SETS) == 17
     assert set(HUB) | {"FEVER", "MSMARCO"} == set(SETS)
-    for key, known in SETS.items():
-        for name in (key, key.lower(), known.hub_name, known.hub_name.split("/")[1].upper()):
+    assert list(SETS) == list(KNOWN_SETS)
+    for key, hub_name in KNOWN_SETS.items():
+        for name in (key, key.lower(), hub_name, hub_name.split("/")[1].upper()):
             assert choose_set(name) == key
     assert choose_set("sentence-transformers/other") is None
 

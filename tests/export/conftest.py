@@ -1,14 +1,18 @@
 """Runs of every variant, exported once and verified in one process: starting transformers takes longer than a test."""
 
+import json
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
 import transformers.dynamic_module_utils as dynamic_modules
 from damage import DAMAGES
+from tokenizers import Tokenizer, models, pre_tokenizers, trainers
+from transformers import BertTokenizer, XLMRobertaTokenizer
 from variants import EXPORTS, RUNS
 
 from neobert.config.schema import Config
+from neobert.data.tokenizer import train_tokenizer
 from neobert.export.verify import Verdict, verify
 from neobert.export.write import Exported, ExportRequest, export
 from neobert.train.loop import pretrain
@@ -26,12 +30,30 @@ def own_module_cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]
 
 
 @pytest.fixture(scope="session")
-def runs(tiny: Tiny, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+def tokenizers_of_classes(texts: list[str], tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Tokenizers as published models have them: their classes say on their own what they return."""
+    folder = tmp_path_factory.mktemp("tokenizers")
+    wordpiece = train_tokenizer(iter(texts), "wordpiece", 200)
+    BertTokenizer(vocab=wordpiece.vocabulary).save_pretrained(folder / "wordpiece")
+    unigram = Tokenizer(models.Unigram())
+    unigram.pre_tokenizer = pre_tokenizers.Metaspace()
+    special = ["<s>", "<pad>", "</s>", "<unk>", "<mask>"]
+    unigram.train_from_iterator(
+        texts, trainers.UnigramTrainer(vocab_size=200, special_tokens=special, unk_token="<unk>", show_progress=False)
+    )
+    vocab = [(word, score) for word, score in json.loads(unigram.to_str())["model"]["vocab"]]
+    XLMRobertaTokenizer(vocab=vocab).save_pretrained(folder / "unigram")
+    return folder
+
+
+@pytest.fixture(scope="session")
+def runs(tiny: Tiny, tokenizers_of_classes: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     """Small trained models with weights large enough to make outputs differ."""
     folder = tmp_path_factory.mktemp("runs")
     settings = ["trainer.max_steps=8", "trainer.save_steps=0", "trainer.eval_steps=0"]
     settings += ["model.embedding_init_range=0.3", "model.decoder_init_range=0.3"]
     for name, more in RUNS.items():
+        more = [word.replace("TOKENIZERS", str(tokenizers_of_classes)) for word in more]
         pretrain(tiny(folder / name, *settings, *more))
     return {name: folder / name for name in RUNS}
 

@@ -45,9 +45,16 @@ def leave_the_space(source: Path, target: Path) -> Path:
     return _edit_json(source, target, "tokenizer.json", edit)
 
 
+def return_token_types(source: Path, target: Path) -> Path:
+    return _edit_json(
+        source, target, "tokenizer_config.json", lambda c: c["model_input_names"].append("token_type_ids")
+    )
+
+
 DAMAGES = {
     "swapped": swap_queries_and_keys,
     "epsilon": change_the_epsilon,
     "template": forget_the_template,
     "space": leave_the_space,
+    "types": return_token_types,
 }

@@ -1,7 +1,9 @@
 """What an export writes, and that everything wrong is said before anything is written."""
 
 import json
+import os
 import shutil
+import stat
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass, replace
@@ -13,7 +15,13 @@ import pytest
 import torch
 from safetensors import safe_open
 from safetensors.torch import load_file
-from transformers import AutoModel, AutoModelForMaskedLM, AutoModelForSequenceClassification, AutoTokenizer
+from transformers import (
+    AutoModel,
+    AutoModelForMaskedLM,
+    AutoModelForSequenceClassification,
+    AutoModelForTokenClassification,
+    AutoTokenizer,
+)
 from variants import EXPORTS
 
 import neobert.export.write as write_module
@@ -83,17 +91,44 @@ def test_a_folder_is_complete_and_can_be_read_back(
     back, source = load_encoder_weights(done.folder), load_encoder_weights(runs[run])
     assert {tensor.dtype for tensor in back.tensors.values()} == {stored}
     assert (back.step, back.tokenizer) == (8, done.folder)
-    assert back.config == replace(source.config, vocab_size=360), "384 rows, 360 tokens"
+    size = json.loads((source.folder / "tokenizer_info.json").read_text())["vocab_size"]
+    assert size < source.config.vocab_size, "rows that are no tokens"
+    assert back.config == replace(source.config, vocab_size=size)
     for key, tensor in source.tensors.items():
         vocabulary = ("encoder.embedding.weight", "decoder.weight", "decoder_bias", "logit_scale")
-        rows = 360 if key in vocabulary else len(tensor)
+        rows = size if key in vocabulary else len(tensor)
         assert torch.equal(back.tensors[key], tensor[:rows].to(stored))
+
+
+@pytest.mark.parametrize("name", EXPORTS)
+def test_the_tokenizer_gives_what_the_model_takes_and_files_tell_nothing_of_this_machine(
+    name: str, exports: dict[str, Exported], tmp_path_factory: pytest.TempPathFactory
+) -> None:
+    folder = exports[name].folder
+    values = json.loads((folder / "tokenizer_config.json").read_text())
+    assert values["model_input_names"] == ["input_ids", "attention_mask"]
+    assert not {"is_local", "local_files_only", "name_or_path", "tokenizer_file"} & set(values)
+    assert sorted(AutoTokenizer.from_pretrained(str(folder))("a text")) == ["attention_mask", "input_ids"]
+    for file in (path for path in folder.rglob("*") if path.suffix in (".json", ".md")):
+        assert str(tmp_path_factory.getbasetemp()) not in file.read_text(), file
+
+
+def test_files_can_be_read_by_everybody(runs: dict[str, Path], tmp_path: Path) -> None:
+    umask = os.umask(0o077)
+    try:
+        done = export(ExportRequest(source=str(runs["learned"]), output=tmp_path / "out"))
+    finally:
+        os.umask(umask)
+    for path in (done.folder, *done.folder.rglob("*")):
+        assert stat.S_IMODE(path.stat().st_mode) == (0o755 if path.is_dir() else 0o644), path
+    checkpoint = runs["learned"] / "checkpoints"
+    assert {stat.S_IMODE(path.stat().st_mode) for path in checkpoint.rglob("*") if path.is_file()} == {0o644}
 
 
 def test_export_of_an_export_is_the_same_file(exports: dict[str, Exported], tmp_path: Path) -> None:
     for name in ("native", "learned"):
         again = export(ExportRequest(source=str(exports[name].folder), output=tmp_path / name))
-        for file in ("config.json", "model.safetensors", "tokenizer.json"):
+        for file in ("config.json", "model.safetensors", "tokenizer.json", "tokenizer_config.json", "README.md"):
             assert (again.folder / file).read_bytes() == (exports[name].folder / file).read_bytes()
 
 
@@ -173,6 +208,8 @@ def test_the_card_says_how_the_model_was_trained(exports: dict[str, Exported], r
         assert expected in card
     assert str(runs["tied"].parent) not in card, "no path of this machine"
     assert "trust_remote_code" not in card
+    assert "- weight decay 0.1, seed 3, 4 rows a step" in card
+    assert f"- versions: torch {torch.__version__}, " in card
     remote = (exports["learned"].folder / "README.md").read_text()
     assert 'from_pretrained("learned", trust_remote_code=True)' in remote
     assert "| positions | learned |" in remote
@@ -196,11 +233,22 @@ def test_the_code_in_a_folder_is_that_of_the_model_and_needs_nothing_of_ours() -
 def test_everything_wrong_is_said_together_and_nothing_is_written(runs: dict[str, Path], tmp_path: Path) -> None:
     (tmp_path / "taken").mkdir()
     request = ExportRequest(
-        source=str(runs["learned"]), output=tmp_path / "taken", form="native", dtype="fp16", push_to_hub="name"
+        source=str(runs["learned"]),
+        output=tmp_path / "taken",
+        form="native",
+        dtype="fp16",
+        push_to_hub="name",
+        language=("en", "english"),
     )
     with pytest.raises(ExportError) as caught:
         export(request)
-    for expected in ("--output: ", "--dtype: 'fp16'", "--push-to-hub: 'name'", "--format: native cannot express"):
+    for expected in (
+        "--output: ",
+        "--dtype: 'fp16'",
+        "--push-to-hub: 'name'",
+        "--format: native cannot express",
+        "--language: 'english' is no language code",
+    ):
         assert expected in str(caught.value)
     with pytest.raises(ExportError) as caught:
         export(ExportRequest(source="/nowhere", output=tmp_path / "new", dtype="int8"))
@@ -307,6 +355,53 @@ def test_a_model_with_its_own_code_trains_is_resized_and_saved(
     assert load_encoder_weights(tmp_path / "saved").config.vocab_size == 400
     with pytest.raises(ValueError, match=r"attention_mask: shape \[1, 1, 2, 4\] for tokens \[2, 4\]"):
         model(ids, attention_mask=torch.ones(1, 1, 2, 4))
+
+
+@pytest.mark.parametrize("name", ["native", "gelu_layernorm", "ngpt"])
+def test_a_classifier_of_tokens_trains_and_is_saved(name: str, exports: dict[str, Exported], tmp_path: Path) -> None:
+    options = {"trust_remote_code": name != "native"}
+    model = AutoModelForTokenClassification.from_pretrained(str(exports[name].folder), num_labels=5, **options).eval()
+    ids = torch.tensor([[2, 50, 60, 3], [2, 70, 3, 0]])
+    labels = torch.tensor([[-100, 4, 1, -100], [-100, 0, -100, -100]])
+    output = model(input_ids=ids, attention_mask=(ids != 0).long(), labels=labels)
+    assert output.logits.shape == (2, 4, 5)
+    kept = labels != -100
+    expected = torch.nn.functional.cross_entropy(output.logits[kept], labels[kept])
+    assert output.loss.item() == pytest.approx(expected.item(), abs=1e-6)
+    output.loss.backward()
+    assert model.get_input_embeddings().weight.grad.abs().sum() > 0
+    model.save_pretrained(str(tmp_path / "tagger"))
+    again = AutoModelForTokenClassification.from_pretrained(str(tmp_path / "tagger"), **options).eval()
+    assert again(input_ids=ids, attention_mask=(ids != 0).long()).logits.equal(output.logits)
+
+
+@pytest.mark.filterwarnings("ignore:.*will be removed in v6:FutureWarning")
+@pytest.mark.parametrize("name", ["remote", "gelu_layernorm", "ngpt"])
+def test_gradient_checkpointing_computes_blocks_again_and_the_same_gradients(
+    name: str, exports: dict[str, Exported]
+) -> None:
+    model = AutoModelForMaskedLM.from_pretrained(
+        str(exports[name].folder), trust_remote_code=True, dtype=torch.float32
+    ).train()
+    ids = torch.tensor([[2, 50, 60, 3], [2, 70, 3, 0]])
+    calls: list[int] = []
+    model.model.encoder.layers[0].register_forward_pre_hook(lambda *_: calls.append(1))
+
+    def gradients() -> tuple[list[torch.Tensor], int]:
+        model.zero_grad()
+        calls.clear()
+        labels = torch.where(ids > 3, ids, -100)
+        model(input_ids=ids, attention_mask=(ids != 0).long(), labels=labels).loss.backward()
+        return [p.grad.clone() for p in model.parameters()], len(calls)
+
+    plain, once = gradients()
+    model.gradient_checkpointing_enable()
+    assert model.is_gradient_checkpointing
+    checkpointed, twice = gradients()
+    assert (once, twice) == (1, 2)
+    assert all(a.equal(b) for a, b in zip(plain, checkpointed, strict=True))
+    model.gradient_checkpointing_disable()
+    assert gradients()[1] == 1
 
 
 @pytest.mark.parametrize("name", ["native", "gelu_layernorm"])

@@ -13,12 +13,16 @@ RUNS: dict[str, list[str]] = {
     "biased": ["model.decoder_bias=true"],
     "biased_untied": ["model.decoder_bias=true", "model.tie_word_embeddings=false", "model.qk_norm=true"],
     "ngpt": NGPT,
+    "wordpiece": ["tokenizer.path=TOKENIZERS/wordpiece"],
+    "unigram": ["tokenizer.path=TOKENIZERS/unigram"],
     "ngpt_untied": [*NGPT, "model.tie_word_embeddings=false", "model.base_scale=0.1"],
 }
 EXPORTS = {
     "native": ("tied", "auto", "fp32"),
     "native_untied": ("untied", "native", "fp32"),
     "native_bf16": ("tied", "auto", "bf16"),
+    "native_wordpiece": ("wordpiece", "auto", "fp32"),
+    "native_unigram": ("unigram", "auto", "fp32"),
     "learned": ("learned", "auto", "fp32"),
     "gelu_layernorm": ("gelu_layernorm", "auto", "fp32"),
     "norms": ("norms", "auto", "fp32"),

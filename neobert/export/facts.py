@@ -1,0 +1,143 @@
+"""What is known of the run that made some weights: its config, what it saved beside them, its log up to their step.
+
+Nothing is guessed: a name counts as one of the hub only where it cannot be a path of the machine that trained.
+"""
+
+import json
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from neobert.config.load import load_config
+from neobert.config.schema import Config
+from neobert.data.known_sets import KNOWN_SETS, choose_set, list_names
+from neobert.data.spec import PYTHON_STDLIB, describe_source, describe_sources
+from neobert.weights.load import HUB_NAME
+
+_EVALUATIONS = {"model": "eval", "ema": "eval_ema"}
+"""Kind of weights -> the lines of log.jsonl that are about them."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True, eq=False)
+class RunFacts:
+    """A run, as far as some of its weights know it."""
+
+    config: Config
+    step: int | None
+    state: dict[str, Any]
+    """train_state.json; empty where the folder has none."""
+
+    records: tuple[dict[str, Any], ...]
+    """Lines of log.jsonl up to `step`, in their order."""
+
+    evaluation: dict[str, Any] | None
+    """The last of them that evaluates this kind of weights."""
+
+    @property
+    def start(self) -> str | None:
+        """What the run took its initial weights from, a step of a run or as the config names it; None for random."""
+        source, given = self.config.model.init_from, self.config.contrastive.pretrained_checkpoint_dir
+        return source if given is None or (source and is_step(Path(source))) else given
+
+
+def load_run_facts(folder: Path, step: int | None, kind: str = "model") -> RunFacts | None:
+    """Facts of a checkpoint of ours; None for a folder that is none.
+
+    Raises:
+        ConfigError: its config.yaml cannot be read.
+    """
+    if (folder / "config.json").is_file() or not (folder / "config.yaml").is_file():
+        return None
+    state = folder / "train_state.json"
+    records = _read_records(folder, step)
+    evaluations = [r for r in records if r["kind"] == _EVALUATIONS[kind]]
+    return RunFacts(
+        config=load_config(folder / "config.yaml"),
+        step=step,
+        state=json.loads(state.read_text()) if state.is_file() else {},
+        records=records,
+        evaluation=evaluations[-1] if evaluations else None,
+    )
+
+
+def load_lineage(folder: Path, step: int | None, kind: str) -> list[RunFacts]:
+    """Facts of a run, of the run it started from, and so on, as far as their checkpoints are there."""
+    lineage: list[RunFacts] = []
+    while (facts := load_run_facts(folder, step, kind)) is not None:
+        lineage.append(facts)
+        folder, kind = Path(facts.start or ""), facts.config.model.init_weights
+        if not is_step(folder):
+            break
+        step = int(folder.name)
+    return lineage
+
+
+def is_step(folder: Path) -> bool:
+    """Whether a path is a checkpoint within a run."""
+    return folder.parent.name == "checkpoints" and folder.name.isdecimal()
+
+
+def _read_records(folder: Path, step: int | None) -> tuple[dict[str, Any], ...]:
+    log = folder.parent.parent / "log.jsonl"
+    if not is_step(folder) or not log.is_file() or step is None:
+        return ()
+    records = map(_parse, log.read_text(errors="replace").splitlines())
+    return tuple(r for r in records if r.get("step", step + 1) <= step)
+
+
+def _parse(line: str) -> dict[str, Any]:
+    try:
+        return json.loads(line)
+    except ValueError:  # The line that a run is writing just now.
+        return {}
+
+
+def model_on_hub(facts: RunFacts) -> str | None:
+    """The model of the hub that a run started from; None where there is none, or where it may be a folder."""
+    owner = (facts.start or "").split("/")[0]
+    # `outputs/quickstart` has the form of a name too, and may have been removed since.
+    return None if owner == Path(facts.config.trainer.output_dir).parts[0] else hub_model(facts.start or "")
+
+
+def hub_model(source: str) -> str | None:
+    """`owner/name` of a model of the hub; None for what may be a folder."""
+    named = HUB_NAME.fullmatch(source) is not None and not Path(source.split("/")[0]).exists()
+    return source.split("@")[0] if named else None
+
+
+def name_sources(facts: RunFacts) -> list[str]:
+    """What a run was trained on, as readers know it: names of the hub and of files, without their folders."""
+    if facts.config.task == "contrastive":
+        return [_hub_set(name) or readable(name) for name in _pair_sets(facts)]
+    return [readable(spec.label) for spec in describe_sources(facts.config.dataset)]
+
+
+def datasets_on_hub(facts: RunFacts) -> list[str]:
+    """Those of them that are datasets of the hub."""
+    if facts.config.task == "contrastive":
+        found: Iterable[str | None] = map(_hub_set, _pair_sets(facts))
+    else:
+        found = (spec.name for spec in describe_sources(facts.config.dataset))
+    return list(dict.fromkeys(name for name in found if name not in (None, PYTHON_STDLIB)))
+
+
+def _pair_sets(facts: RunFacts) -> list[str]:
+    """Names of the training sets: those of the config, else (all that are on the disk) those of the log."""
+    section, data = facts.config.contrastive, facts.config.dataset
+    if data.load_all_from_disk:
+        return list(dict.fromkeys(key for r in facts.records for key in r.get("source_tokens") or ()))
+    return [str(item.name) for item in section.sets] or list_names(data.name)
+
+
+def _hub_set(name: str) -> str | None:
+    key = choose_set(name)
+    if key is not None and not Path(name).exists():
+        return KNOWN_SETS[key]
+    return describe_source(name).name if "/" in name else None
+
+
+def readable(name: str) -> str:
+    """A path without the folders of the machine it was on, an address without what signs it."""
+    name = name.split("?")[0].rstrip("/")
+    return name.split("/")[-1] if name.startswith(("/", ".", "~")) else name
