@@ -85,6 +85,8 @@ def open_run(config: Config) -> Opened:
     with runtime.main_first():
         initial = load_initial_weights(config) if checkpoint is None else None
         tokenizer = build_tokenizer(config, checkpoint, output_dir)
+    if tokenizer.note is not None:
+        reporter.warn(tokenizer.note)
     model_config = build_model_config(config, tokenizer)
     config, more = bind_micro_batch(
         config,
