@@ -51,7 +51,7 @@ def load_as_written(place: str, *, revision: str | None = None, trust_remote_cod
     """
     path = _find_file(place, revision)
     written = None if path is None else _read_file(path)
-    options = {"revision": revision, "trust_remote_code": trust_remote_code}
+    options: dict[str, Any] = {"revision": revision, "trust_remote_code": trust_remote_code}
     try:
         built = AutoTokenizer.from_pretrained(place, **options)
     except (OSError, ValueError, KeyError, ImportError):
@@ -166,9 +166,10 @@ def _find_file(place: str, revision: str | None) -> Path | None:
         path = Path(place) / FILE
         return path if path.is_file() else None
     try:
-        return Path(cached_file(place, FILE, revision=revision))
+        found = cached_file(place, FILE, revision=revision)
     except (OSError, ValueError):  # Not there, or nothing can be reached: AutoTokenizer says which.
         return None
+    return None if found is None else Path(found)
 
 
 def _read_file(path: Path) -> tokenizers.Tokenizer:

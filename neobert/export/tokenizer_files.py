@@ -2,8 +2,8 @@
 
 Training wraps every document as `[CLS] text [SEP]`, whatever the tokenizer would do on its own, and a mask stands for a
 word together with the space before it. Where the saved tokenizer differs, its template and its mask token are changed
-accordingly; its vocabulary and the way it cuts text stay as they are. The class that tokenizer_config.json names is kept
-while transformers makes of it what tokenizer.json says.
+accordingly; its vocabulary and the way it cuts text stay as they are. The class that tokenizer_config.json names is
+kept while transformers makes of it what tokenizer.json says.
 """
 
 import json

@@ -11,8 +11,8 @@ from transformers import PreTrainedTokenizerFast
 from neobert.data import arrow, token_writer
 from neobert.data.arrow import ArrowTexts, TokenStore, choose_indexed_lanes, load_table, read_manifest
 from neobert.data.errors import DataError
-from neobert.data.tokenizer import Tokenizer
 from neobert.data.token_writer import TokenWriter, write_description
+from neobert.data.tokenizer import Tokenizer
 
 DOCUMENTS = [[7, 8, 9], [], [10], list(range(20, 60)), [5, 6]]
 

@@ -80,15 +80,18 @@ KINDS = {
     "unigram": unigram,
     "nfkc unigram": lambda: unigram(normalizers.NFKC()),
 }
-CLASSES = (
+CLASSES = ("GPT2TokenizerFast", "BertTokenizerFast", "XLMRobertaTokenizer")
+MORE_CLASSES = (
     None,
     "PreTrainedTokenizerFast",
-    "GPT2TokenizerFast",
     "RobertaTokenizer",
-    "BertTokenizerFast",
-    "XLMRobertaTokenizerFast",
+    "DistilBertTokenizerFast",
     "AlbertTokenizer",
     "MPNetTokenizer",
+    "LlamaTokenizerFast",
+    "T5TokenizerFast",
+    "DebertaV2Tokenizer",
+    "Qwen2Tokenizer",
     "NoSuchTokenizer",
 )
 
@@ -110,7 +113,7 @@ def load(path, **settings):
     return load_tokenizer(TokenizerSection(path=str(path), **settings))
 
 
-@pytest.mark.parametrize("class_name", CLASSES)
+@pytest.mark.parametrize("class_name", [*CLASSES, *(pytest.param(x, marks=pytest.mark.full) for x in MORE_CLASSES)])
 @pytest.mark.parametrize("kind", KINDS)
 def test_ids_are_those_of_the_file_in_training_and_in_an_export(tmp_path, kind, class_name):
     backend = Backend.from_str(train(kind))
