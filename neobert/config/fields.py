@@ -94,6 +94,8 @@ def list_fields(owner: type, prefix: str = "") -> list[Field]:
     hints, docs = get_type_hints(owner), read_docs(owner)
     found = []
     for f in dataclasses.fields(owner):
+        if not f.compare:  # No key, but what is known about the keys.
+            continue
         kind, nullable = _split_optional(hints[f.name])
         if dataclasses.is_dataclass(kind):
             found += list_fields(hints[f.name], f"{prefix}{f.name}.")

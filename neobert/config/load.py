@@ -28,6 +28,7 @@ from neobert.config.source import Leaf, Tree, YamlError, parse_yaml, read_yaml_t
 from neobert.config.validate import BUDGETS, validate
 from neobert.config.validate_data import OF_HUB_SOURCE, SOURCES
 from neobert.config.variables import VariableError, escape_variables, substitute
+from neobert.model.config import ARCHITECTURE
 
 
 class ConfigError(Exception):
@@ -68,7 +69,10 @@ def parse_config(text: str, overrides: Sequence[str] = (), *, source: str = "the
     draft = _Draft()
     _add_file(draft, tree)
     _add_overrides(draft, overrides)
-    config = build_config(_parse_leaves(draft))
+    values = _parse_leaves(draft)
+    config = dataclasses.replace(build_config(values), given=frozenset(values))
+    if config.model.init_from is not None:  # Brings the architecture; the run checks the rules about it.
+        draft.doubtful |= {key for name in ARCHITECTURE if (key := f"model.{name}") not in config.given}
     draft.errors += [error for error in validate(config) if not draft.follows(error)]
     if draft.errors:
         raise ConfigError(draft.errors, source)
@@ -149,7 +153,7 @@ class _Draft:
     variables: dict[str, Tree] = field(default_factory=dict)
     errors: list[str] = field(default_factory=list)
     doubtful: set[str] = field(default_factory=set)
-    """Keys (or sections) whose value is not known because of an error."""
+    """Keys (or sections) whose value is not known: because of an error, or because it is read later."""
 
     def refuse(self, key: str, error: str, meant: str | None = None) -> None:
         """Note an error at `key`, which the user meant for the key or section `meant`."""

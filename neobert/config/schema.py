@@ -23,15 +23,16 @@ class ModelSection:
 
     init_from: str | None = None
     """Initial weights of a fresh run: a run or checkpoint folder, an exported folder, or a model of the hub
-    (`owner/model`, `owner/model@revision`) in the EuroBERT or NeoBERT layout. The architecture must be the same; with
-    another tokenizer, embeddings are copied by the text of the tokens. No effect on a run that is resumed."""
+    (`owner/model`, `owner/model@revision`) in the EuroBERT or NeoBERT layout. Its architecture is taken where the keys
+    of `model` are not given; a key that is given must agree. With another tokenizer, embeddings are copied by the text
+    of the tokens. A run that is resumed has all of it from its checkpoint."""
 
     init_weights: Literal["model", "ema"] = "model"
     """With `init_from`: ema takes the moving average of a checkpoint of ours instead of its weights."""
 
     init_tile: bool = False
     """true: `init_from` may be smaller (fewer layers, narrower, heads of the same width): its weights are repeated to
-    fill this model, see docs/training.md. Everything else of the architecture must still be the same."""
+    fill this model, see docs/training.md. Give the larger sizes; the rest of the architecture is the source's."""
 
     init_drop_decoder_bias: bool = False
     """true: leave out the bias that the vocabulary projection of `init_from` may have (published NeoBERT has one)."""
@@ -216,3 +217,6 @@ class Config:
     trainer: TrainerSection = field(default_factory=TrainerSection)
     wandb: WandbSection = field(default_factory=WandbSection)
     contrastive: ContrastiveSection = field(default_factory=ContrastiveSection)
+
+    given: frozenset[str] = field(default=frozenset(), compare=False, repr=False)
+    """No key: the dotted keys that were written down, in a file or on the command line."""

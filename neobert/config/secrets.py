@@ -46,7 +46,7 @@ def scrub(text: str) -> str:
 
 def scrub_config(config: Any) -> dict[str, Any]:
     """A config (or any dataclass or mapping) as nested plain values, without keys of secret names, texts scrubbed."""
-    items = {f.name: getattr(config, f.name) for f in fields(config)} if is_dataclass(config) else config
+    items = {f.name: getattr(config, f.name) for f in fields(config) if f.compare} if is_dataclass(config) else config
     return {name: _scrub_value(value) for name, value in items.items() if not is_secret_name(name)}
 
 

@@ -116,7 +116,7 @@ def _check_tokenizer(config: Config, theirs: TokenizerSection) -> None:
     section = config.tokenizer
     if section.name is None and section.path is None:
         return
-    if load_tokenizer(section).digest != load_tokenizer(theirs).digest:
+    if not load_tokenizer(section).is_source_of(load_tokenizer(theirs).digest):
         key, value = ("name", section.name) if section.path is None else ("path", section.path)
         raise StartupError(
             f"tokenizer.{key}: {value} is not the tokenizer of the checkpoint ({theirs.path}); remove the key"

@@ -6,7 +6,7 @@ of any size takes the same memory, and reading a document costs about a microsec
 
 import hashlib
 import json
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -61,7 +61,10 @@ def load_table(folder: Path) -> pa.Table:
 
 
 class TokenStore:
-    """Tokenised documents on disk. [CLS] and [SEP] around a document on disk are not part of its content."""
+    """Tokenised documents on disk. [CLS] and [SEP] around a document on disk are not part of its content.
+
+    Every token is compared with the vocabulary when it is read; what is read of a store may raise DataError.
+    """
 
     def __init__(self, folder: Path, tokenizer: Tokenizer) -> None:
         self._folder = folder
@@ -80,11 +83,11 @@ class TokenStore:
             offsets, values = _list_arrays(chunk, folder)
             self._offsets.append(offsets)
             self._values.append(values)
-        self._cls_id, self._sep_id = tokenizer.cls_id, tokenizer.sep_id
+        self._cls_id, self._sep_id, self._num_ids = tokenizer.cls_id, tokenizer.sep_id, tokenizer.size
+        self._documents = table.column("document") if "document" in table.column_names else None
         self._stripped = False
         found = self._check_sample(tokenizer)
         self._stripped = bool(manifest.get("special_tokens", found))
-        self._documents = table.column("document") if "document" in table.column_names else None
         self.fingerprint = self._make_fingerprint()
         self.notes = ["special tokens on disk are passed over"] if self._stripped else []
 
@@ -126,10 +129,18 @@ class TokenStore:
         bounds = [self._bounds(document) for document in documents.tolist()]
         return np.array([end - start for _, start, end in bounds], dtype=np.int64)
 
-    def content(self, document: int) -> NDArray[Any]:
-        """Tokens of a document without special tokens: a view of the file, in the file's integer type."""
-        values, start, end = self._bounds(int(document))
-        return values[start:end]
+    def content(self, document: int, start: int = 0, stop: int | None = None) -> NDArray[Any]:
+        """Tokens [start, stop) of a document without special tokens: a view of the file, in the file's integer type.
+
+        Raises:
+            DataError: one of them is no token of the tokenizer.
+        """
+        values, first, end = self._bounds(int(document))
+        tokens = values[first:end][start:stop]
+        place = self._first_outside(tokens)
+        if place is not None:
+            raise self._refuse(int(tokens[place]), int(document))
+        return tokens
 
     def all_lengths(self) -> NDArray[np.int64]:
         """`lengths` of every document, from the offsets alone: where special tokens were found on disk, each document
@@ -137,14 +148,39 @@ class TokenStore:
         raw = np.concatenate([np.diff(offsets) for offsets in self._offsets]) if self._offsets else np.empty(0, int)
         return np.maximum(0, raw.astype(np.int64) - (2 if self._stripped else 0))
 
-    def token_blocks(self, max_tokens: int) -> list[NDArray[Any]]:
-        """Runs of raw tokens, spread evenly over the store, together at most about `max_tokens`."""
+    def _first_outside(self, tokens: NDArray[Any]) -> int | None:
+        """Where the first number stands that is no token; two passes over the numbers, without a copy."""
+        if not len(tokens) or (tokens.min() >= 0 and tokens.max() < self._num_ids):
+            return None
+        return int(np.flatnonzero((tokens < 0) | (tokens >= self._num_ids))[0])
+
+    def _refuse(self, token: int, row: int) -> DataError:
+        found = f"dataset.path: {self._folder} holds token {token} at document {self.document_at(row)}, but "
+        if token < 0:
+            return DataError(
+                f"{found}tokens begin at 0: labels or marks of padding are in input_ids; write it again without them"
+            )
+        return DataError(
+            f"{found}the tokenizer has only {self._num_ids}: another one made it; name that one with tokenizer.name or "
+            "tokenizer.path, or tokenise again"
+        )
+
+    def token_blocks(self, max_tokens: int) -> Iterator[NDArray[Any]]:
+        """Runs of raw tokens, spread evenly over the store, together at most about `max_tokens`.
+
+        Raises:
+            DataError: one of them is no token of the tokenizer.
+        """
         total = int(sum(int(offsets[-1]) - int(offsets[0]) for offsets in self._offsets))
         share = min(1.0, max_tokens / max(1, total))
-        return [
-            values[int(offsets[0]) : int(offsets[0]) + max(1, int((int(offsets[-1]) - int(offsets[0])) * share))]
-            for offsets, values in zip(self._offsets, self._values)
-        ]
+        for first_row, offsets, values in zip(self._starts, self._offsets, self._values):
+            begin, end = int(offsets[0]), int(offsets[-1])
+            block = values[begin : min(end, begin + max(1, int((end - begin) * share)))]
+            place = self._first_outside(block)
+            if place is not None:
+                row = int(np.searchsorted(offsets, begin + place, side="right")) - 1
+                raise self._refuse(int(block[place]), int(first_row) + row)
+            yield block
 
     def _bounds(self, document: int) -> tuple[NDArray[Any], int, int]:
         chunk = int(np.searchsorted(self._starts, document, side="right")) - 1
@@ -160,13 +196,7 @@ class TokenStore:
         """Looks at documents spread over the store; whether special tokens stand around them."""
         documents = np.unique(np.linspace(0, max(0, len(self) - 1), _SAMPLE).astype(np.int64))[: len(self)]
         sample = [content for d in documents.tolist() if len(content := self.content(d))]
-        largest = max((int(tokens.max()) for tokens in sample), default=0)
-        if largest >= tokenizer.size:
-            raise DataError(
-                f"dataset.path: {self._folder} holds token {largest}, but the tokenizer has only {tokenizer.size}: "
-                "another one made it; name that one with tokenizer.name or tokenizer.path, or tokenise again"
-            )
-        padding = {tokenizer.pad_id} - {tokenizer.cls_id, tokenizer.sep_id}
+        padding = {tokenizer.pad_id} - {tokenizer.cls_id, tokenizer.sep_id, tokenizer.unk_id}
         if any(int(tokens[-1]) in padding for tokens in sample):
             raise DataError(
                 f"dataset.path: {self._folder} holds padded documents; tokenise again without padding, "

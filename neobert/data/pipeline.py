@@ -22,7 +22,7 @@ from neobert.data.opening import Place, Source, View, list_sources, open_trainin
 from neobert.data.packing import max_segments_per_row
 from neobert.data.reader import Reader
 from neobert.data.spec import describe_sources
-from neobert.data.tokenizer import Tokenizer, load_tokenizer, train_tokenizer
+from neobert.data.tokenizer import Tokenizer, check_mask_token, load_tokenizer, train_tokenizer
 from neobert.data.training import TrainData, TrainPart, build_lane_settings, build_train
 from neobert.types import PackedBatch
 
@@ -237,8 +237,14 @@ def build_tokenizer(config: Config, checkpoint: Path | None, output_dir: Path) -
     first checkpoint, has the same one. It is trained anew when its settings or the documents have changed.
 
     Raises:
-        DataError: it cannot be loaded or trained.
+        DataError: it cannot be loaded or trained, or its mask occurs in text.
     """
+    tokenizer = _load_or_train(config, checkpoint, output_dir)
+    check_mask_token(tokenizer)
+    return tokenizer
+
+
+def _load_or_train(config: Config, checkpoint: Path | None, output_dir: Path) -> Tokenizer:
     section = config.tokenizer
     if checkpoint is not None:
         return _load_folder(config, checkpoint / "tokenizer")

@@ -32,8 +32,8 @@ class IndexedTokens(Protocol):
     def lengths(self, documents: NDArray[np.int64]) -> NDArray[np.int64]:
         """Tokens of these documents, special tokens not counted."""
 
-    def content(self, document: int) -> NDArray[Any]:
-        """Tokens of a document without special tokens."""
+    def content(self, document: int, start: int = 0, stop: int | None = None) -> NDArray[Any]:
+        """Tokens [start, stop) of a document without special tokens."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True, eq=False)
@@ -86,7 +86,7 @@ class IndexedStream:
         ended = end == self.num_places
         return Taken(
             lengths=lengths,
-            get=lambda item, start, length: self.store.content(documents[item])[start : start + length],
+            get=lambda item, start, length: self.store.content(documents[item], start, start + length),
             documents=documents,
             sources=np.full(len(lengths), self.source),
             starts=starts,

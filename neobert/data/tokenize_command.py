@@ -18,7 +18,7 @@ from neobert.data.report import list_folders, write_report
 from neobert.data.spec import describe_source
 from neobert.data.text import WHOLE, Span
 from neobert.data.token_parts import check_parts, join_parts, part_folder
-from neobert.data.tokenizer import load_tokenizer
+from neobert.data.tokenizer import check_mask_token, load_tokenizer
 
 
 def run_tokenize(argv: Sequence[str], description: str) -> int:
@@ -105,6 +105,9 @@ def _tokenize(args: argparse.Namespace) -> None:
     spec = describe_source(args.dataset, text_column=args.text_column, config=args.dataset_config)
     section = describe_tokenizer(args.tokenizer)
     tokenizer = load_tokenizer(section)
+    check_mask_token(tokenizer)
+    if tokenizer.note is not None:
+        print(f"warning: {tokenizer.note}", file=sys.stderr)
     split = open_text_split(spec, args.split, tokenizer)
     settings = PrepareSettings(
         max_document_chars=DatasetSection().max_document_chars,

@@ -14,11 +14,12 @@ import numpy as np
 import tokenizers
 from numpy.typing import NDArray
 from tokenizers import decoders, models, normalizers, pre_tokenizers, processors, trainers
-from transformers import AutoTokenizer, PreTrainedTokenizerFast
+from transformers import PreTrainedTokenizerFast
 
 from neobert.config.schema import TokenizerSection
 from neobert.data.errors import DataError
 from neobert.data.lanes import IntArray
+from neobert.data.tokenizer_file import FILE, load_as_written
 
 SPECIAL_TOKENS = {
     "pad_token": "[PAD]",
@@ -38,19 +39,25 @@ VOCAB_MULTIPLE = 128
 class Tokenizer:
     """A Hugging Face fast tokenizer that has [CLS], [SEP], [MASK] and padding tokens.
 
+    Args:
+        note: What transformers would have made of it instead of what its tokenizer.json says.
+        rebuilt: That other tokenizer.
+
     Raises:
         DataError: it lacks one of them.
     """
 
-    def __init__(self, hf: Any) -> None:
+    def __init__(self, hf: Any, *, note: str | None = None, rebuilt: tokenizers.Tokenizer | None = None) -> None:
         missing = [name for name in REQUIRED if getattr(hf, name) is None]
         if missing:
             raise DataError(f"the tokenizer has no {', '.join(missing)}")
         self._hf = hf
         self._backend = tokenizers.Tokenizer.from_str(hf.backend_tokenizer.to_str())
-        self._backend.no_truncation()
-        self._backend.no_padding()
-        canonical = json.dumps(json.loads(self._backend.to_str()), sort_keys=True)
+        self.digest: str = _digest(self._backend)
+        """Of the canonical tokenizer.json: equal digests tokenise equally."""
+        self.note = note
+        self._place = str(hf.name_or_path)
+        self._rebuilt_digest = None if rebuilt is None else _digest(rebuilt)
         self._backend.encode_special_tokens = True
         self.cls_id: int = hf.cls_token_id
         self.sep_id: int = hf.sep_token_id
@@ -63,8 +70,13 @@ class Tokenizer:
         """Smallest vocabulary that holds every id."""
         self.random_ids: IntArray = np.setdiff1d(np.array(ids, dtype=np.int32), np.array(self.special_ids, np.int32))
         """Ids that may stand in for a masked token: all but the special ones."""
-        self.digest: str = "sha256:" + hashlib.sha256(canonical.encode()).hexdigest()
-        """Of the canonical tokenizer.json: equal digests tokenise equally."""
+
+    def is_source_of(self, digest: str) -> bool:
+        """Whether a run that has a tokenizer of this digest can have had it from here.
+
+        Versions before tokenizer.json counted trained with what transformers makes of it; their runs keep that.
+        """
+        return digest in (self.digest, self._rebuilt_digest)
 
     def encode_batch(self, texts: Sequence[str]) -> list[IntArray]:
         """Token ids of whole texts, without special tokens; one call uses all cores."""
@@ -107,12 +119,58 @@ class Tokenizer:
     @property
     def special_tokens(self) -> dict[str, int]:
         """The text and id of every special token."""
-        return {str(self._backend.id_to_token(i)): i for i in self.special_ids}
+        return {self.spell(i): i for i in self.special_ids}
+
+    @property
+    def label(self) -> str:
+        """The tokenizer in words: with the folder or name it was loaded from, where there is one."""
+        return f"the tokenizer {self._place}" if self._place else "the tokenizer"
+
+    def spell(self, token_id: int) -> str:
+        """A token as the vocabulary spells it."""
+        return str(self._backend.id_to_token(token_id))
 
     @property
     def model_name(self) -> str:
         """`BPE`, `WordPiece`, ..."""
         return type(self._backend.model).__name__
+
+
+def _digest(backend: tokenizers.Tokenizer) -> str:
+    """Of what tokenises; leaves the backend without truncation and padding, which are no part of it."""
+    backend.no_truncation()
+    backend.no_padding()
+    canonical = json.dumps(json.loads(backend.to_str()), sort_keys=True)
+    return "sha256:" + hashlib.sha256(canonical.encode()).hexdigest()
+
+
+def check_mask_token(tokenizer: Tokenizer) -> None:
+    """Raises when text holds the mask token: then a word of it looks like a mask that hides nothing.
+
+    Raises:
+        DataError: the mask is another special token too, or a word of ordinary text.
+    """
+    same = [name for name, number in tokenizer.roles.items() if name != "mask" and number == tokenizer.mask_id]
+    token = tokenizer.spell(tokenizer.mask_id)
+    if same:
+        both = " and ".join(f"{name}_token" for name in same)
+        raise DataError(
+            f"mask_token of {tokenizer.label} is {token!r}, which is its {both} too: such tokens would look like masks "
+            f"that hide nothing; {_OWN_MASK}"
+        )
+    word = token.strip("\u2581\u0120#")  # What marks a beginning or a continuation.
+    if word.isalnum() or len(word) == 1:
+        (ids,) = tokenizer.encode_batch([word])
+        if tokenizer.mask_id in ids:
+            raise DataError(
+                f"mask_token of {tokenizer.label} is {token!r}, which is a word of ordinary text; {_OWN_MASK}"
+            )
+
+
+_OWN_MASK = (
+    "name a token of its own in tokenizer_config.json, one that tokenizer.json has, or set "
+    "tokenizer.allow_special_token_rewrite: true for a fresh run to add one"
+)
 
 
 def load_tokenizer(section: TokenizerSection) -> Tokenizer:
@@ -126,32 +184,59 @@ def load_tokenizer(section: TokenizerSection) -> Tokenizer:
             "no tokenizer is named: set tokenizer.name (hub) or tokenizer.path (folder), or tokenizer.train: true"
         )
     where = f"tokenizer.name: {section.name}" if section.path is None else f"tokenizer.path: {section.path}"
-    if section.path is not None and not (Path(section.path) / "tokenizer.json").is_file():
-        raise DataError(
-            f"{where} is no folder with a tokenizer (tokenizer.json is missing); correct tokenizer.path, or use "
-            "tokenizer.name for one from the hub"
-        )
+    if section.path is not None and not (Path(section.path) / FILE).is_file():
+        raise DataError(f"{where} is no folder with a tokenizer ({FILE} is missing); {_write_file(Path(section.path))}")
     try:
-        hf = AutoTokenizer.from_pretrained(
-            section.path or section.name, revision=section.revision, trust_remote_code=section.trust_remote_code
+        loaded = load_as_written(
+            str(section.path or section.name),
+            revision=section.revision,
+            trust_remote_code=section.trust_remote_code,
         )
     except (OSError, ValueError, KeyError, ImportError) as error:
         raise DataError(
             f"{where} cannot be loaded: {_first_line(error)}. Check the spelling and the connection, or save it to a "
             "folder and name that in tokenizer.path"
         ) from error
+    hf = loaded.hf
     if not hf.is_fast:
-        raise DataError(f"{where} has no fast implementation (tokenizer.json); convert it, or choose another one")
+        raise DataError(f"{where} has no fast implementation ({FILE}); convert it, or choose another one")
     missing = [name for name in REQUIRED if getattr(hf, name) is None]
     if missing and not section.allow_special_token_rewrite:
+        named = [
+            f"{name} ({loaded.dropped[name]!r} is named, and {FILE} does not have it)"
+            if name in loaded.dropped
+            else name
+            for name in missing
+        ]
         raise DataError(
-            f"{where} has no {', '.join(missing)}; choose a tokenizer made for masked language modelling, or set "
+            f"{where} has no {', '.join(named)}; choose a tokenizer made for masked language modelling, or set "
             "tokenizer.allow_special_token_rewrite: true to add them"
         )
+    if "mask_token" not in missing and section.allow_special_token_rewrite and _shares_mask(hf):
+        missing.append("mask_token")
     if missing:
-        hf.add_special_tokens({name: SPECIAL_TOKENS[name] for name in missing})
+        hf.add_special_tokens({name: loaded.dropped.get(name, SPECIAL_TOKENS[name]) for name in missing})
         _add_template(hf)
-    return Tokenizer(hf)
+    return Tokenizer(hf, note=None if loaded.note is None else f"{where}: {loaded.note}", rebuilt=loaded.rebuilt)
+
+
+def _shares_mask(hf: Any) -> bool:
+    return any(hf.mask_token == token for name, token in hf.special_tokens_map.items() if name != "mask_token")
+
+
+def _write_file(folder: Path) -> str:
+    """What to do about a folder without tokenizer.json."""
+    older = [name for name in _OLDER_FILES if (folder / name).is_file()]
+    if not older:
+        return "correct tokenizer.path, or use tokenizer.name for one from the hub"
+    return (
+        f"it has {', '.join(older)}: write the file with "
+        f"`AutoTokenizer.from_pretrained({str(folder)!r}).save_pretrained({str(folder)!r})` of transformers"
+    )
+
+
+_OLDER_FILES = ("vocab.txt", "vocab.json", "merges.txt", "spiece.model", "sentencepiece.bpe.model", "tokenizer.model")
+"""What transformers can make a tokenizer.json of."""
 
 
 def _first_line(error: Exception) -> str:

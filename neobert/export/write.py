@@ -21,14 +21,14 @@ from transformers import AutoModelForMaskedLM
 
 from neobert.config.schema import TokenizerSection
 from neobert.data.errors import DataError
-from neobert.data.tokenizer import Tokenizer, load_tokenizer
+from neobert.data.tokenizer import Tokenizer, check_mask_token, load_tokenizer
 from neobert.export.card import model_card
 from neobert.export.card_data import check_language
 from neobert.export.choose import ExportError, Form, choose_form
 from neobert.export.compare import build_model, layer_errors, our_states, random_documents
 from neobert.export.remote_code import code_files, remote_config, remote_tensors
 from neobert.export.sentence_files import choose_sentence_settings, write_sentence_files
-from neobert.export.tokenizer_files import save_tokenizer
+from neobert.export.tokenizer_files import check_class, save_tokenizer
 from neobert.export.transformers_native import native_config, native_tensors
 from neobert.objectives.mlm import MaskedLM
 from neobert.weights.describe import WeightsError
@@ -158,6 +158,7 @@ def _load_tokenizer(weights: EncoderWeights) -> Tokenizer:
     if weights.tokenizer is None:
         raise ExportError(f"{weights.folder} has no tokenizer (tokenizer.json); put it into its folder tokenizer/")
     tokenizer = load_tokenizer(TokenizerSection(path=str(weights.tokenizer)))
+    check_mask_token(tokenizer)
     if tokenizer.size > weights.config.vocab_size:
         raise ExportError(
             f"the tokenizer of {weights.folder} has {tokenizer.size} tokens, its embedding {weights.config.vocab_size} "
@@ -189,6 +190,7 @@ def _write(plan: _Plan, request: ExportRequest, folder: Path) -> list[str]:
     else:
         for name, source in code_files().items():
             (folder / name).write_text(source)
+    changes += check_class(folder)
     save_file(make_tensors(config, tensors), folder / "model.safetensors", metadata={"format": "pt"})
     sentences = choose_sentence_settings(plan.weights)
     write_sentence_files(folder, config, sentences)

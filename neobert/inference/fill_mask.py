@@ -12,7 +12,7 @@ import numpy as np
 import torch
 
 from neobert.data.lanes import IntArray
-from neobert.data.tokenizer import Tokenizer
+from neobert.data.tokenizer import Tokenizer, check_mask_token
 from neobert.inference.packed import BATCH_TOKENS, hidden_states, plan_batches, vocabulary_logits
 from neobert.objectives.mlm import MaskedLM
 
@@ -66,8 +66,9 @@ def fill_mask(
     token in each mask before it.
 
     Raises ValueError for a text without a mask, for a text that is longer than the model's positions, and for a `top_k`
-    outside the vocabulary.
+    outside the vocabulary, or a mask token that occurs in text.
     """
+    check_mask_token(tokenizer)
     if not 1 <= top_k <= tokenizer.size:
         raise ValueError(f"top_k: {top_k} is outside the vocabulary; write a number from 1 to {tokenizer.size}")
     encoded = [_encode(tokenizer, text) for text in texts]

@@ -1,5 +1,6 @@
 """Loading a trained model: a checkpoint folder, or a run folder, which means its newest checkpoint."""
 
+import warnings
 from pathlib import Path
 
 import torch
@@ -57,7 +58,10 @@ def load_masked_lm(
     for module in model.modules():
         if isinstance(module, nn.Linear):  # Embeddings and norms stay fp32, and with them the residual stream.
             module.to(DTYPES[dtype])
-    return model.to(place).eval(), load_tokenizer(TokenizerSection(path=str(found.tokenizer)))
+    tokenizer = load_tokenizer(TokenizerSection(path=str(found.tokenizer)))
+    if tokenizer.note is not None:
+        warnings.warn(tokenizer.note, stacklevel=3)
+    return model.to(place).eval(), tokenizer
 
 
 def choose_device(device: str | torch.device) -> torch.device:

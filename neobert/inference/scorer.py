@@ -1,15 +1,17 @@
 """Masked language models that can be asked for a loss: ours, packed, and others through transformers, padded."""
 
+import warnings
 from pathlib import Path
 from typing import NamedTuple, Protocol
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from transformers import AutoModelForMaskedLM, AutoTokenizer
+from transformers import AutoModelForMaskedLM
 
 from neobert.data.errors import DataError
-from neobert.data.tokenizer import Tokenizer
+from neobert.data.tokenizer import Tokenizer, check_mask_token
+from neobert.data.tokenizer_file import load_as_written
 from neobert.inference.load import DTYPES, choose_device, load
 from neobert.inference.model import Model
 from neobert.inference.packed import evaluating, precision
@@ -50,6 +52,7 @@ class OwnScorer:
 
     def __init__(self, model: Model) -> None:
         self._model = model.masked_lm
+        check_mask_token(model.tokenizer)
         self.tokenizer, self.max_length = model.tokenizer, model.max_length
 
     def batch_rows(self, row_length: int, batch_tokens: int) -> int:
@@ -73,7 +76,7 @@ class TransformersScorer:
 
     def __init__(self, path: str, *, device: torch.device, dtype: torch.dtype, trust_remote_code: bool) -> None:
         try:
-            hf_tokenizer = AutoTokenizer.from_pretrained(path, trust_remote_code=trust_remote_code)
+            loaded = load_as_written(path, trust_remote_code=trust_remote_code)
             model, info = AutoModelForMaskedLM.from_pretrained(
                 path, dtype=dtype, trust_remote_code=trust_remote_code, output_loading_info=True
             )
@@ -89,11 +92,14 @@ class TransformersScorer:
                 f"{path} lacks weights of a masked language model ({names}); name a model that was saved with the head "
                 "it was pretrained with"
             )
-        if hf_tokenizer.mask_token is None:
+        if loaded.hf.mask_token is None:
             raise DataError(f"{path}: its tokenizer has no mask token; name a model that was trained with masks")
         self._model, self._device = model.to(device).eval(), device
-        self.tokenizer = Tokenizer(hf_tokenizer)
-        self.max_length = min(model.config.max_position_embeddings, hf_tokenizer.model_max_length)
+        self.tokenizer = Tokenizer(loaded.hf)
+        check_mask_token(self.tokenizer)
+        if loaded.note is not None:
+            warnings.warn(f"{path}: {loaded.note}", stacklevel=3)
+        self.max_length = min(model.config.max_position_embeddings, loaded.hf.model_max_length)
 
     def batch_rows(self, row_length: int, batch_tokens: int) -> int:
         # These models compute logits for every slot: they bound the batch.

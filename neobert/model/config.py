@@ -203,6 +203,20 @@ _ADDED = (
 )
 """Keys that the first version of `model_config.json` did not have; their defaults are what it did."""
 
+_OF_A_RUN = (
+    "vocab_size",
+    "pad_token_id",
+    "dropout_prob",
+    "embedding_init_range",
+    "decoder_init_range",
+    "init",
+    "init_std",
+    "init_zero_residual",
+)
+
+ARCHITECTURE = tuple(f.name for f in fields(ModelConfig) if f.name not in _OF_A_RUN)
+"""Fields that decide what weights mean. The others follow the tokenizer, or act on nothing but training."""
+
 INITS_WITH_STD = ("truncated_normal", "megatron")
 
 _NOT_IN_NGPT: dict[str, Any] = {

@@ -1,21 +1,25 @@
-"""Initial weights from another model (`model.init_from`): only for a fresh start, and only into the same architecture,
-or with `model.init_tile` into a larger one (`neobert.weights.tiling`).
+"""Initial weights from another model (`model.init_from`), for a fresh start, into the same architecture, or with
+`model.init_tile` into a larger one (`neobert.weights.tiling`).
+
+Keys of the architecture that are not given are the source's; those that are given must agree with it. The config that
+has them all is the run's, and the one that is saved.
 
 With the same tokenizer and as many rows, everything is copied as it is. With another tokenizer, or another number of
 rows, the embedding (and an untied vocabulary projection) follows the texts of the tokens; see
 `neobert.weights.vocabulary`. Optimizer, schedule, step and data begin anew.
 """
 
-from dataclasses import fields, replace
+from dataclasses import replace
 from typing import Any
 
 from torch import Tensor
 
-from neobert.config.schema import Config, TokenizerSection
+from neobert.config.schema import Config, ModelSection, TokenizerSection
+from neobert.config.validate import validate
 from neobert.data.errors import DataError
 from neobert.data.order import key
 from neobert.data.tokenizer import Tokenizer, load_tokenizer
-from neobert.model.config import ModelConfig
+from neobert.model.config import ARCHITECTURE, ModelConfig
 from neobert.model.ngpt import normalise_
 from neobert.objectives.mlm import MaskedLM
 from neobert.train.runtime import StartupError
@@ -24,34 +28,51 @@ from neobert.weights.load import EncoderWeights, load_encoder_weights
 from neobert.weights.tiling import TILED, tile_weights
 from neobert.weights.vocabulary import VOCABULARY_TENSORS, match_tokens, remap_rows
 
-_FREE = (
-    "vocab_size",
-    "pad_token_id",
-    "dropout_prob",
-    "embedding_init_range",
-    "decoder_init_range",
-    "init",
-    "init_std",
-    "init_zero_residual",
-)
-"""Fields of ModelConfig that may differ: they follow the tokenizer, or act on nothing but training."""
+
+def bind_architecture(config: Config, theirs: ModelConfig | ModelSection) -> Config:
+    """The config with the architecture `theirs` in the keys that are not given; nothing is checked.
+
+    A key is given when it was written down, or is not at its default (in a config that was made in Python).
+    """
+    ours, defaults = config.model, ModelSection()
+    taken = {
+        name: getattr(theirs, name)
+        for name in ARCHITECTURE
+        if f"model.{name}" not in config.given and getattr(ours, name) == getattr(defaults, name)
+    }
+    given = config.given | {f"model.{name}" for name in ARCHITECTURE}
+    return replace(config, model=replace(ours, **taken), given=given)
 
 
-def load_initial_weights(config: Config) -> EncoderWeights | None:
-    """What `model.init_from` names, None without it.
+def check_bound(config: Config) -> None:
+    """Raises when a config breaks a rule with the architecture it was given.
 
     Raises:
-        StartupError: it cannot be read, or has another architecture than the config; every difference is named.
+        StartupError: with every rule that is broken.
+    """
+    errors = validate(config)
+    if errors:
+        raise StartupError(
+            "\n  ".join([f"the config does not fit model.init_from: {config.model.init_from}:", *errors])
+        )
+
+
+def load_initial_weights(config: Config) -> tuple[Config, EncoderWeights | None]:
+    """What `model.init_from` names, and the config with its architecture; without it the config as it is, and None.
+
+    Raises:
+        StartupError: it cannot be read, or has another architecture than the config gives; every difference is named.
     """
     source = config.model.init_from
     if source is None:
-        return None
+        return config, None
     try:
         weights = load_encoder_weights(
             source, drop_decoder_bias=config.model.init_drop_decoder_bias, weights=config.model.init_weights
         )
     except WeightsError as error:
         raise StartupError(f"model.init_from: {error}") from error
+    config = bind_architecture(config, weights.config)
     differences = [
         (name, f"model.{name}: the config has {ours!r}, {source} has {theirs!r}")
         for name, ours, theirs in _architectures(config, weights.config)
@@ -61,10 +82,11 @@ def load_initial_weights(config: Config) -> EncoderWeights | None:
         larger = all(name in TILED for name, _ in differences)
         raise StartupError(
             "\n  ".join([f"model.init_from: {source} holds another architecture:", *(text for _, text in differences)])
-            + "\nwrite its values into the config"
-            + (", or model.init_tile: true to make a larger model of it" if larger else "")
+            + "\nremove these keys: what is not given is the source's"
+            + ("; or write model.init_tile: true to make a larger model of it" if larger else "")
         )
-    return _tile(config, weights) if config.model.init_tile else weights
+    check_bound(config)
+    return config, _tile(config, weights) if config.model.init_tile else weights
 
 
 def _tile(config: Config, weights: EncoderWeights) -> EncoderWeights:
@@ -77,10 +99,10 @@ def _tile(config: Config, weights: EncoderWeights) -> EncoderWeights:
 
 def _architectures(config: Config, theirs: ModelConfig) -> list[tuple[str, Any, Any]]:
     """Key, value of the config and value of the source, of everything that shapes the computation."""
-    section, skipped = config.model, {*_FREE, "max_position_embeddings" if theirs.rope else "rope_theta"}
+    section, skipped = config.model, {"max_position_embeddings" if theirs.rope else "rope_theta"}
     if replace(theirs, intermediate_size=section.intermediate_size).ffn_size == theirs.ffn_size:
         skipped.add("intermediate_size")
-    names = [f.name for f in fields(theirs) if f.name not in skipped]
+    names = [name for name in ARCHITECTURE if name not in skipped]
     return [(name, getattr(section, name), getattr(theirs, name)) for name in names]
 
 

@@ -12,7 +12,7 @@ from neobert.model.attention import AttentionBackend
 from neobert.model.config import ModelConfig
 from neobert.train.build import build_attention, build_model_config, choose_rows_per_step
 from neobert.train.console import Reporter
-from neobert.train.initial import load_initial_weights
+from neobert.train.initial import bind_architecture, check_bound, load_initial_weights
 from neobert.train.micro_batch import bind_micro_batch, choose_kept
 from neobert.train.precision import bind_precision
 from neobert.train.preempt import StopRequest
@@ -77,14 +77,17 @@ def open_run(config: Config) -> Opened:
     checkpoint = start.path
     saved = None if checkpoint is None else read_train_state(checkpoint)
     checkpoint_config = None if checkpoint is None else read_checkpoint_config(checkpoint)
+    with runtime.main_first():  # It fetches what is on the hub.
+        config, initial = _bind_initial(config, checkpoint_config)
     config, chosen = bind_precision(config, checkpoint_config, runtime)
     runtime = runtime.with_precision(config.trainer.mixed_precision)
     attention = build_attention(config)
     reporter = Reporter(active=runtime.is_main, show_progress=not config.trainer.disable_tqdm)
     output_dir = open_output_dir(config, runtime, reporter, start)
     with runtime.main_first():
-        initial = load_initial_weights(config) if checkpoint is None else None
         tokenizer = build_tokenizer(config, checkpoint, output_dir)
+    if tokenizer.note is not None:
+        reporter.warn(tokenizer.note)
     model_config = build_model_config(config, tokenizer)
     config, more = bind_micro_batch(
         config,
@@ -112,3 +115,14 @@ def open_run(config: Config) -> Opened:
         attention=attention,
         rows_per_step=rows_per_step,
     )
+
+
+def _bind_initial(config: Config, checkpoint_config: Config | None) -> tuple[Config, EncoderWeights | None]:
+    """The config with the architecture of `model.init_from`, and its weights; a checkpoint has its own of both."""
+    if checkpoint_config is None:
+        return load_initial_weights(config)
+    if config.model.init_from is None:
+        return config, None
+    config = bind_architecture(config, checkpoint_config.model)
+    check_bound(config)
+    return config, None

@@ -65,6 +65,8 @@ def prepare(config: Config, config_name: str) -> tuple[list[PreparedSource], lis
     output, config = choose_output(config, config_name)
     limit_threads(config.dataset.num_proc)
     tokenizer = build_tokenizer(config, None, output)
+    if tokenizer.note is not None:
+        print(f"warning: {tokenizer.note}", file=sys.stderr)
     trained = config.tokenizer.train
     name = "trained" if trained else name_tokenizer(config.tokenizer)
     prepared = prepare_sources(config.dataset, tokenizer, output, tokenizer_name=name)

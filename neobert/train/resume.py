@@ -16,7 +16,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 
 from neobert.config.schema import Config
-from neobert.data.tokenizer import load_tokenizer
+from neobert.data.tokenizer import Tokenizer, load_tokenizer
 from neobert.model.config import ModelConfig
 from neobert.optim.groups import regroup_state
 from neobert.train.build import choose_mask_end
@@ -115,18 +115,19 @@ def describe_run(run: Run) -> Facts:
         rows_per_step=run.rows_per_step,
         mask_end=choose_mask_end(run.config, run.num_steps),
         fingerprint=run.data.fingerprint,
-        tokenizer_digest=_digest_of_named_tokenizer(run.config) or run.tokenizer.digest,
+        tokenizer_digest=_digest_of_named_tokenizer(run.config, run.tokenizer),
         special_ids=run.tokenizer.special_ids,
         groups=describe_groups(run.optimizer.param_groups),
     )
 
 
-def _digest_of_named_tokenizer(config: Config) -> str | None:
+def _digest_of_named_tokenizer(config: Config, used: Tokenizer) -> str:
     """Of the tokenizer that this start's config names, where it is at hand: the run itself uses the checkpoint's."""
     folder = config.tokenizer.path
     if folder is None or not (Path(folder) / "tokenizer.json").is_file():
-        return None
-    return load_tokenizer(config.tokenizer).digest
+        return used.digest
+    named = load_tokenizer(config.tokenizer)
+    return used.digest if named.is_source_of(used.digest) else named.digest
 
 
 def _advise_on_batch(run: Run, saved: Mapping[str, Any]) -> str:

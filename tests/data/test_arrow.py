@@ -4,11 +4,15 @@ import numpy as np
 import pyarrow as pa
 import pytest
 from datasets import Dataset, Features, LargeList, List, Value, concatenate_datasets, load_from_disk
+from tokenizers import Tokenizer as Backend
+from tokenizers import models
+from transformers import PreTrainedTokenizerFast
 
 from neobert.data import arrow, token_writer
 from neobert.data.arrow import ArrowTexts, TokenStore, choose_indexed_lanes, load_table, read_manifest
 from neobert.data.errors import DataError
 from neobert.data.token_writer import TokenWriter, write_description
+from neobert.data.tokenizer import Tokenizer
 
 DOCUMENTS = [[7, 8, 9], [], [10], list(range(20, 60)), [5, 6]]
 
@@ -66,8 +70,51 @@ def test_special_tokens_on_disk_are_passed_over(tmp_path, tokenizer):
 
 
 def test_data_of_another_tokenizer_is_refused(tmp_path, tokenizer):
-    with pytest.raises(DataError, match=r"holds token 9999, but the tokenizer has only 405"):
+    with pytest.raises(DataError, match=r"d holds token 9999 at document 1, but the tokenizer has only 405"):
         TokenStore(save(tmp_path / "d", [[5], [9999]]), tokenizer)
+
+
+@pytest.mark.parametrize("kind", ["int32", "int64", "int16", "int8"])
+def test_negative_tokens_are_refused_by_name(tmp_path, tokenizer, kind):
+    with pytest.raises(DataError, match=r"d holds token -100 at document 1, but tokens begin at 0: .*without them"):
+        TokenStore(save(tmp_path / "d", [[5], [6, 7, -100, 8], [-1]], List(Value(kind))), tokenizer)
+
+
+@pytest.mark.parametrize(
+    ("kind", "bad"),
+    [("int32", -100), ("int32", 405), ("int64", 2**32 + 5), ("int64", -(2**40)), ("uint16", 65535), ("uint64", 2**62)],
+)
+@pytest.mark.parametrize("row", [1, 1500, 2498])
+def test_every_token_is_checked_when_it_is_read(tmp_path, tokenizer, monkeypatch, kind, bad, row):
+    """Not the sample of the start alone: the blocks of the entropy, and each document that a window takes."""
+    monkeypatch.setattr(arrow, "_SAMPLE", 1)
+    documents = [[5 + n % 300] * (1 + n % 4) for n in range(2500)]
+    documents[row] = [*documents[row], bad]
+    store = TokenStore(save(tmp_path / "d", documents, List(Value(kind))), tokenizer)
+    sentence = rf"d holds token {bad} at document {row}, but "
+    with pytest.raises(DataError, match=sentence):
+        sum(len(block) for block in store.token_blocks(10**6))
+    with pytest.raises(DataError, match=sentence):
+        store.content(row)
+    assert store.content(row, 0, 1).tolist() == documents[row][:1]
+    assert store.content(row - 1).tolist() == documents[row - 1]
+
+
+def test_a_token_outside_is_named_with_its_document_where_long_ones_are_stored_in_pieces(
+    tmp_path, tokenizer, monkeypatch
+):
+    monkeypatch.setattr(arrow, "_SAMPLE", 1)
+    pieces = Dataset.from_dict({"input_ids": [[5], [6], [7], [8, 405]], "document": [0, 0, 1, 1]})
+    pieces.save_to_disk(tmp_path / "d", num_shards=2)
+    with pytest.raises(DataError, match=r"d holds token 405 at document 1, but"):
+        list(TokenStore(tmp_path / "d", tokenizer).token_blocks(100))
+
+
+def test_an_unknown_word_at_the_end_is_no_padding(tmp_path):
+    backend = Backend(models.WordLevel({"[UNK]": 0, "[CLS]": 1, "[SEP]": 2, "[MASK]": 3, "a": 4}, unk_token="[UNK]"))
+    roles = {"pad_token": "[UNK]", "unk_token": "[UNK]", "cls_token": "[CLS]", "sep_token": "[SEP]"}
+    tokenizer = Tokenizer(PreTrainedTokenizerFast(tokenizer_object=backend, mask_token="[MASK]", **roles))
+    assert contents(TokenStore(save(tmp_path / "d", [[4, 0]]), tokenizer)) == [[4, 0]]
 
 
 def write_folder(folder, documents, manifest, **settings):

@@ -28,8 +28,8 @@ class ListStore:
     def lengths(self, documents):
         return self._lengths[documents]
 
-    def content(self, document):
-        return 1000 * int(document) + np.arange(self._lengths[document])
+    def content(self, document, start=0, stop=None):
+        return (1000 * int(document) + np.arange(self._lengths[document]))[start:stop]
 
 
 class ListReader:

@@ -7,12 +7,12 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+import transformers
 import yaml
 from rewriting import rewrite_manifest
 
 from neobert.config.load import load_config
 from neobert.config.schema import Config
-from neobert.data import tokenizer as tokenizer_module
 from neobert.inference.load import load_masked_lm
 from neobert.train.loop import pretrain
 from neobert.train.runtime import StartupError
@@ -103,9 +103,9 @@ def test_remote_code_is_this_starts_decision_alone(tiny: Tiny, trained: Path, mo
     assert yaml.safe_load(config.read_text())["tokenizer"]["trust_remote_code"] is True
     rewrite_manifest(checkpoint)
     asked = []
-    real = tokenizer_module.AutoTokenizer.from_pretrained
+    real = transformers.AutoTokenizer.from_pretrained
     monkeypatch.setattr(
-        tokenizer_module.AutoTokenizer,
+        transformers.AutoTokenizer,
         "from_pretrained",
         lambda *args, trust_remote_code, **more: (asked.append(trust_remote_code), real(*args, **more))[1],
     )

@@ -2,17 +2,20 @@
 
 import json
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
+import yaml
 from records import log_lines
 from safetensors.torch import load_file, save_file
 from small_corpus import make_texts
 
-from neobert.config.load import ConfigError
-from neobert.config.schema import Config
+from neobert.config.load import ConfigError, config_to_yaml, load_config, parse_config
+from neobert.config.schema import Config, ModelSection
 from neobert.data.tokenizer import train_tokenizer
+from neobert.model.config import ARCHITECTURE
 from neobert.train.loop import pretrain
 from neobert.train.run import build_run
 from neobert.train.runtime import StartupError
@@ -64,6 +67,73 @@ def test_every_difference_of_architecture_is_named_before_the_data_is_touched(
     assert "model.rms_norm: the config has False" in message
     assert "model.intermediate_size: the config has 100" in message
     assert not (tmp_path / "run" / "config.yaml").exists()
+
+
+SIZES = ("hidden_size", "num_hidden_layers", "num_attention_heads", "intermediate_size", "max_position_embeddings")
+
+
+def without_sizes(config: Config, *overrides: str) -> Config:
+    """The config again, from a file in which the keys of the architecture do not stand."""
+    tree = yaml.safe_load(config_to_yaml(config))
+    tree["model"] = {key: value for key, value in tree["model"].items() if key not in ARCHITECTURE}
+    return parse_config(yaml.safe_dump(tree), overrides)
+
+
+def saved_architecture(run: Path, step: int) -> tuple[list[int], list[int]]:
+    """Sizes in config.yaml and in a checkpoint's model_config.json."""
+    config = load_config(run / "config.yaml")
+    model = json.loads((run / "checkpoints" / str(step) / "model_config.json").read_text())
+    return [getattr(config.model, name) for name in SIZES], [model[name] for name in SIZES]
+
+
+def test_keys_that_are_not_given_are_the_sources(tiny: Tiny, tmp_path: Path, source: Path) -> None:
+    out, init = tmp_path / "run", f"model.init_from={source}"
+    config = without_sizes(tiny(out), init, "trainer.max_steps=1")
+    assert config.model.hidden_size == 768, "nothing is read when a config is loaded"
+    pretrain(config)
+    assert saved_architecture(out, 1) == ([32, 2, 2, 48, 64], [32, 2, 2, 48, 64])
+    assert first_evaluation(out) == pytest.approx(log_lines(source, "eval")[-1]["loss"], abs=1e-6)
+    assert "hidden_size=32" in (out / "training.log").read_text()
+    # The same file resumes, with the source gone; so does the saved one.
+    resume = "trainer.resume_from_checkpoint=latest"
+    pretrain(without_sizes(tiny(out), "model.init_from=/nowhere", resume, "trainer.max_steps=2"))
+    pretrain(load_config(out / "config.yaml", [resume, "trainer.max_steps=3"]))
+    assert saved_architecture(out, 3) == ([32, 2, 2, 48, 64], [32, 2, 2, 48, 64])
+
+
+def test_a_key_that_is_given_at_its_default_contradicts_too(tiny: Tiny, tmp_path: Path, source: Path) -> None:
+    init = f"model.init_from={source}"
+    with pytest.raises(StartupError) as caught:
+        pretrain(without_sizes(tiny(tmp_path / "run"), init, "model.hidden_size=768", "model.rope=true"))
+    assert f"model.hidden_size: the config has 768, {source} has 32" in str(caught.value)
+    assert "remove these keys: what is not given is the source's" in str(caught.value)
+    assert "num_hidden_layers" not in str(caught.value)
+    in_python = replace(
+        tiny(tmp_path / "b"), model=ModelSection(init_from=str(source), hidden_size=48), given=frozenset()
+    )
+    with pytest.raises(StartupError, match=r"model.hidden_size: the config has 48, "):
+        pretrain(in_python)
+
+
+def test_rules_about_the_architecture_wait_for_the_source(tiny: Tiny, tmp_path: Path, source: Path) -> None:
+    init, long = f"model.init_from={source}", "dataset.max_seq_length=2048"
+    with pytest.raises(ConfigError, match=r"model.max_position_embeddings: 1024 is less than dataset.max_seq_length"):
+        without_sizes(tiny(tmp_path / "run"), long)
+    config = without_sizes(tiny(tmp_path / "run"), init, long, "dataset.path=/nowhere")
+    with pytest.raises(StartupError) as caught:
+        pretrain(config)
+    assert f"the config does not fit model.init_from: {source}:" in str(caught.value)
+    assert "model.max_position_embeddings: 64 is less than dataset.max_seq_length = 2048" in str(caught.value)
+    longer = without_sizes(tiny(tmp_path / "longer"), init, "dataset.max_seq_length=96", "trainer.max_steps=1")
+    pretrain(replace(longer, model=replace(longer.model, max_position_embeddings=96)))
+    assert saved_architecture(tmp_path / "longer", 1)[1][-1] == 96, "rotary positions may be more"
+
+
+def test_a_larger_model_needs_its_larger_sizes_alone(tiny: Tiny, tmp_path: Path, source: Path) -> None:
+    out = tmp_path / "run"
+    tile = [f"model.init_from={source}", "model.init_tile=true", "model.num_hidden_layers=3", "trainer.max_steps=1"]
+    pretrain(without_sizes(tiny(out), *tile))
+    assert saved_architecture(out, 1)[1] == [32, 3, 2, 48, 64]
 
 
 def test_what_shapes_nothing_may_differ(tiny: Tiny, tmp_path: Path, source: Path) -> None:
