@@ -27,9 +27,10 @@ from neobert.config.secrets import scrub
 from neobert.config.source import Leaf, Tree, YamlError, parse_yaml, read_yaml_text
 from neobert.config.validate import BUDGETS, validate
 from neobert.config.variables import VariableError, escape_variables, substitute
+from neobert.errors import UserError
 
 
-class ConfigError(Exception):
+class ConfigError(UserError):
     """Everything that is wrong with a config. `str` is a list for people, `errors` its sentences."""
 
     def __init__(self, errors: Sequence[str], source: str) -> None:

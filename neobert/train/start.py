@@ -4,16 +4,19 @@ import json
 import shutil
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from neobert.config.fields import FIELDS, SECTIONS
 from neobert.config.load import ConfigError, config_to_yaml, load_config, without_secrets
 from neobert.config.schema import Config
-from neobert.train.console import Reporter
+from neobert.errors import StartupError
 from neobert.train.lock import acquire_lock, check_shared, release_lock
-from neobert.train.runtime import Runtime, StartupError
 from neobert.weights.folder import AVERAGE_FILE, Choice, checkpoint_steps, choose_checkpoint, choose_newest
 from neobert.weights.manifest import CheckpointError
+
+if TYPE_CHECKING:
+    from neobert.train.console import Reporter
+    from neobert.train.runtime import Runtime
 
 FORMAT_VERSION = 1
 """Of `train_state.json`; a change that old checkpoints cannot follow raises it."""
@@ -124,7 +127,7 @@ def read_checkpoint_config(checkpoint: Path) -> Config:
         raise StartupError(f"the config of {checkpoint} cannot be read: {error}") from error
 
 
-def agree(runtime: Runtime, decide: Callable[[], T]) -> T:
+def agree(runtime: "Runtime", decide: Callable[[], T]) -> T:
     """What rank 0 decides, on every rank.
 
     Raises:
@@ -142,7 +145,7 @@ def agree(runtime: Runtime, decide: Callable[[], T]) -> T:
     return decision
 
 
-def agree_on_start(config: Config, runtime: Runtime) -> Choice:
+def agree_on_start(config: Config, runtime: "Runtime") -> Choice:
     """`choose_start` decided by rank 0 for all ranks, under the lock of the folder and before any of them writes.
 
     Raises:
@@ -167,7 +170,7 @@ def _lock(output_dir: Path) -> None:
         ) from error
 
 
-def open_output_dir(config: Config, runtime: Runtime, reporter: Reporter, start: Choice) -> Path:
+def open_output_dir(config: Config, runtime: "Runtime", reporter: "Reporter", start: Choice) -> Path:
     """Makes the output folder ready for this start and says what was found there.
 
     Raises:
@@ -216,7 +219,7 @@ def check_free_space(output_dir: Path, checkpoint_bytes: int) -> None:
         )
 
 
-def describe_config(reporter: Reporter, config: Config) -> None:
+def describe_config(reporter: "Reporter", config: Config) -> None:
     """Prints every setting that is not null, one line a section; of a section in a section what is not the default."""
     lines: dict[str, list[str]] = {"": [], **{name: [] for name in SECTIONS if "." not in name}}
     if config.task != "contrastive":  # Another task's: nothing of it takes effect.
@@ -231,7 +234,7 @@ def describe_config(reporter: Reporter, config: Config) -> None:
     reporter.say("\n".join(f"[{section or 'run'}] {' '.join(x)}" for section, x in lines.items()), style="dim")
 
 
-def write_config(config: Config, runtime: Runtime, output_dir: Path) -> None:
+def write_config(config: Config, runtime: "Runtime", output_dir: Path) -> None:
     """Writes `config.yaml`, when everything was built: a start that failed leaves no trace of a run."""
     if runtime.is_main:
         temporary = output_dir / ".config.yaml.tmp"
