@@ -3,12 +3,13 @@
 import runpy
 import sys
 from pathlib import Path
+from typing import Any
 from unittest.mock import patch
 
 SCRIPTS = Path(__file__).parents[1] / "scripts"
 
 
-def call(script: str, *words: object) -> object:
+def call(script: str, *words: object) -> Any:
     """The exit code of `scripts/<script>`; what it prints goes where pytest captures it."""
     with patch.object(sys, "argv", [f"scripts/{script}", *map(str, words)]):
         try:

@@ -19,12 +19,10 @@ from neobert.benchmark.experiment_report import Outcome, best_outcomes, describe
 from neobert.benchmark.trial import (
     HELD_OUT,
     Stopped,
-    check_data,
     describe_machine,
     read_speed,
     score,
     train,
-    use_threads,
 )
 from neobert.config.load import load_config, without_secrets
 from neobert.config.schema import Config
@@ -129,14 +127,12 @@ def write_results(plan: Plan, place: Place, outcomes: Sequence[Outcome]) -> str:
     return table
 
 
-def compare(plan: Plan, chosen: Plan, place: Place, threads: int) -> str:
+def compare(plan: Plan, chosen: Plan, place: Place) -> str:
     """Makes the runs of `chosen`, a part of `plan`; the table over all runs of the plan. Progress on the error output.
 
     Raises:
         Stopped: a run was interrupted; the next start goes on with it.
     """
-    use_threads(threads)
-    check_data(place.data)
     for job, outcome in run_plan(chosen, place):
         cli.say(f"{job.name}: {outcome.describe()}")
         table = write_results(plan, place, finished(plan, place))

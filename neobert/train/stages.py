@@ -10,7 +10,8 @@ from neobert.config.load import ConfigError, load_config, without_secrets
 from neobert.config.schema import Config
 from neobert.config.validate import BUDGETS
 from neobert.errors import StartupError, UserError
-from neobert.train.start import holds_run, is_own, read_checkpoint_config, read_train_state
+from neobert.train.run_folder import holds_run
+from neobert.train.start import is_own, read_checkpoint_config, read_train_state
 from neobert.weights.folder import AVERAGE_FILE, STEPS_KEY, choose_newest
 from neobert.weights.manifest import CheckpointError, read_manifest
 

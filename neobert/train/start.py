@@ -11,6 +11,7 @@ from neobert.config.load import ConfigError, config_to_yaml, load_config, withou
 from neobert.config.schema import Config
 from neobert.errors import StartupError
 from neobert.train.lock import acquire_lock, check_shared, release_lock
+from neobert.train.run_folder import check_own, check_unused, holds_run, set_aside
 from neobert.weights.folder import AVERAGE_FILE, Choice, checkpoint_steps, choose_checkpoint, choose_newest
 from neobert.weights.manifest import CheckpointError
 
@@ -36,10 +37,11 @@ def choose_start(config: Config) -> Choice:
     """
     output_dir, resume = Path(config.trainer.output_dir), config.trainer.resume_from_checkpoint
     if resume is None:
-        _check_unused(config, "continue it with trainer.resume_from_checkpoint: latest")
+        check_unused(config, "continue it with trainer.resume_from_checkpoint: latest")
         return Choice(path=None)
     try:
         if resume == "latest":
+            check_own(output_dir)
             return choose_newest(output_dir)
         path = output_dir / "checkpoints" / resume if resume.isdecimal() else Path(resume)
         if resume.isdecimal() and not path.is_dir():
@@ -56,37 +58,13 @@ def choose_start(config: Config) -> Choice:
             "give a step number, a folder, or latest"
         )
     if not is_own(choice.path, output_dir):
-        _check_unused(config, "continue that run with trainer.resume_from_checkpoint: latest")
+        check_unused(config, "continue that run with trainer.resume_from_checkpoint: latest")
     return choice
-
-
-def _check_unused(config: Config, continuing: str) -> None:
-    output_dir = Path(config.trainer.output_dir)
-    if holds_run(output_dir) and not config.trainer.overwrite_output_dir:
-        raise StartupError(
-            f"trainer.output_dir: {output_dir} already holds a run; {continuing}, or set trainer.overwrite_output_dir: "
-            "true to start anew (the old run is kept beside it under another name), or choose another "
-            "trainer.output_dir"
-        )
 
 
 def is_own(checkpoint: Path, output_dir: Path) -> bool:
     """Whether a checkpoint is one of this output folder's."""
     return checkpoint.resolve().parent == (output_dir / "checkpoints").resolve()
-
-
-def holds_run(output_dir: Path) -> bool:
-    """Whether a run has written into this folder."""
-    return any((output_dir / name).exists() for name in ("log.jsonl", "checkpoints"))
-
-
-def set_aside(output_dir: Path) -> Path:
-    """Renames a used output folder, so that overwriting loses nothing; returns its new name."""
-    number = 1
-    while (aside := output_dir.with_name(f"{output_dir.name}.old-{number}")).exists():
-        number += 1
-    output_dir.rename(aside)
-    return aside
 
 
 def read_train_state(checkpoint: Path) -> dict[str, Any]:

@@ -24,15 +24,16 @@ def main() -> int:
     chosen = choose_variants(plan, options.only)
     check_plan(chosen, place)
     from neobert.benchmark.experiments import compare
-    from neobert.benchmark.trial import Stopped, check_data
+    from neobert.benchmark.trial import Stopped, check_data, use_threads
     from neobert.train.exit_codes import EXIT_CODES
 
+    use_threads(options.threads)
+    check_data(place.data)
     if options.check:
-        check_data(place.data)
         print("\n".join(job.name for variant in chosen.variants for job in grid(variant)))
         return 0
     try:
-        print(compare(plan, chosen, place, options.threads))
+        print(compare(plan, chosen, place))
     except Stopped as stopped:
         cli.say(f"stopped ({stopped.reason}); type the same command to go on")
         return EXIT_CODES[stopped.reason]

@@ -23,6 +23,8 @@ def main() -> None:
     args = parser.parse_args()
     if args.output.exists() and not args.output.is_dir():
         raise DataError(f"--output: {args.output} is not a folder; choose another name")
+    if (args.output / "tokenizer.json").exists():
+        raise DataError(f"--output: {args.output} holds a tokenizer already; choose another folder, or remove that one")
     from neobert.data.opening import open_training_texts
     from neobert.data.spec import describe_source
     from neobert.data.tokenizer import train_tokenizer
