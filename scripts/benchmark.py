@@ -7,21 +7,22 @@ python scripts/benchmark.py --config configs/pretraining/quickstart.yaml dataset
 
 import dataclasses
 import json
-import sys
 
-from neobert.benchmark.flags import exit_code
-from neobert.benchmark.step import describe, measure_step
+from neobert import cli
 from neobert.benchmark.step_command import build_parser, opened_rows, read_settings
+from neobert.output import print_result
 
 
 def main() -> None:
     args = build_parser(__doc__).parse_args()
     settings = read_settings(args)
+    from neobert.benchmark.step import describe, measure_step
+
     with opened_rows(args) as source:
         figures = measure_step(settings, source)
     both = {"settings": dataclasses.asdict(settings), **dataclasses.asdict(figures)}
-    print(json.dumps(both) if args.json else describe(settings, figures))
+    print_result(json.dumps(both) if args.json else describe(settings, figures))
 
 
 if __name__ == "__main__":
-    sys.exit(exit_code(main))
+    cli.run(main, also=(ValueError,))

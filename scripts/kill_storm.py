@@ -2,7 +2,8 @@
 
 import sys
 
+from neobert import cli
 from neobert.benchmark.kill_storm import main
 
 if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))
+    cli.run(lambda: main(sys.argv[1:]))

@@ -3,8 +3,10 @@
 import sys
 from pathlib import Path
 
+from neobert import cli
 from neobert.config.migrate import MigrationError, migrate
 from neobert.config.source import YamlError, read_yaml_text
+from neobert.output import print_result
 
 
 def main() -> int:
@@ -16,10 +18,10 @@ def main() -> int:
     except (MigrationError, YamlError) as error:
         print(f"{sys.argv[1]}: {error}", file=sys.stderr)
         return 2
-    print(text, end="")
+    print_result(text, end="")
     print(f"{len(edits)} edits:", *(f"  - {edit}" for edit in edits), sep="\n", file=sys.stderr)
     return 0
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    cli.run(main)

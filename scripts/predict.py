@@ -4,8 +4,8 @@ import dataclasses
 import sys
 from pathlib import Path
 
-from neobert.inference.command_line import model_parser, print_result, run_script
-from neobert.inference.load import load
+from neobert import cli
+from neobert.inference.command_line import model_parser, print_result
 
 
 def main() -> None:
@@ -22,10 +22,12 @@ def main() -> None:
         texts += [line for line in read.splitlines() if line.strip()]
     if not texts:
         raise ValueError('no text is given; write one with [MASK] in it, for example "The sky is [MASK].", or --file')
+    from neobert.inference.load import load
+
     model = load(args.model, device=args.device, dtype=args.dtype, weights=args.weights)
     for result in model.fill_mask(texts, top_k=args.top_k, joint=args.joint):
         print_result(dataclasses.asdict(result), result.describe(), as_json=args.json)
 
 
 if __name__ == "__main__":
-    sys.exit(run_script(main))
+    cli.run(main, also=(OSError, ValueError))

@@ -4,11 +4,11 @@ import json
 from pathlib import Path
 
 import pytest
+from calls import call
 
-from neobert.benchmark.experiments import Place, build_job_config, check_plan, grid, load_plan
+from neobert.benchmark.experiment_plan import Place, build_job_config, check_plan, grid, load_plan
 from neobert.config.load import config_to_yaml, load_config
 from neobert.config.validate import warnings
-from neobert.train.longer import run_longer
 from neobert.train.loop import pretrain
 
 ROOT = Path(__file__).parents[1]
@@ -186,7 +186,8 @@ def test_the_two_stages_of_the_paper_follow_each_other(
     stage_1 = [*small, f"dataset.path={corpus}", "dataset.max_seq_length=32", "trainer.max_steps=2"]
     assert pretrain(load_config(first, [*stage_1, "trainer.global_batch_size=8"])).state.step == 2
     words = ["--checkpoint", "outputs/neobert_paper_1024", "--max-length", "64", "--max-length", "128"]
-    assert run_longer([str(first), *(f"--{w}" for w in stage_1[:-1]), *words, "--prepare-only"], "") == 0
+    settings = [f"--{word}" for word in stage_1[:-1]]
+    assert call("pretraining/longer_seq.py", first, *settings, *words, "--prepare-only") == 0
     folders = [f"{{path: tokenized_data/neobert_paper_1024-long/{length}, weight: 0.4}}" for length in (64, 128)]
     mixture = ", ".join([f"{{path: {corpus}, weight: 0.2}}", *folders])
     stage_2 = [*small, f"dataset.mixture=[{mixture}]", "dataset.max_seq_length=128", "trainer.max_steps=4"]

@@ -10,9 +10,10 @@ import pytest
 ROOT = Path(__file__).parent.parent
 PACKAGE = ROOT / "neobert"
 LAYERS = [
+    {"errors", "output"},
     {"model", "kernels"},
     {"config"},
-    {"types"},
+    {"types", "cli"},
     {"data", "objectives", "optim", "weights", "testing"},
     {"inference"},
     {"train"},

@@ -1,22 +1,17 @@
 """Every script answers a wrong call with one sentence that names what is wrong, and exit code 2: never a traceback."""
 
 import json
-import runpy
 import shlex
-import sys
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+from calls import SCRIPTS, call
 from small_corpus import make_texts
 
 from neobert.config.load import config_to_yaml
 from neobert.config.schema import Config
 from neobert.train.loop import pretrain
-
-ROOT = Path(__file__).parents[1]
-SCRIPTS = ROOT / "scripts"
-
 
 PAIRS = """
 task: contrastive
@@ -102,7 +97,8 @@ CALLS = [
     ("evaluation/mlm_loss.py ./none text.jsonl", "./none is no checkpoint of ours"),
     ("evaluation/pseudo_perplexity.py run ./none --output new.jsonl", "none does not exist"),
     ("experiments/compare.py none.yaml --data tokenizer", f"none.yaml: the plan {NEARBY}"),
-    ("experiments/yardstick.py none.yaml --data ./none", "none does not exist"),
+    ("experiments/yardstick.py none.yaml --data tokenizer", f"the config file {NEARBY}"),
+    ("experiments/yardstick.py run.yaml --data ./none", "none does not exist"),
     ("experiments/yardstick.py run.yaml --data ./none --steps 0", "argument --steps"),
     ("export/export_hf.py none --output new", "none is no folder"),
     ("export/export_hf.py run --output file/new", "--output: file/new cannot be made (Not a directory)"),
@@ -148,9 +144,7 @@ def test_a_wrong_call_is_one_sentence(
     monkeypatch.setattr("torch.set_num_threads", lambda count: None)
     monkeypatch.setattr("neobert.benchmark.trial.limit_threads", lambda count: None)
     monkeypatch.chdir(folder)
-    monkeypatch.setattr(sys, "argv", [f"scripts/{script}", *rest])
-    with pytest.raises(SystemExit) as ended:
-        runpy.run_path(str(SCRIPTS / script), run_name="__main__")
+    code = call(script, *rest)
     error = capsys.readouterr().err
-    assert (ended.value.code, said in error) == (2, True), error
+    assert (code, said in error) == (2, True), error
     assert not (folder / "new").exists()

@@ -28,32 +28,13 @@ import torch
 from transformers import EuroBertConfig, EuroBertForMaskedLM
 
 from neobert.benchmark.rows import RowShape, Tokens, make_batches
-from neobert.benchmark.step import PRESETS, RowSource, StepSettings, choose_clock, measure_step, peak_memory_bytes
+from neobert.benchmark.settings import PRESETS, AgainstSettings, StepSettings
+from neobert.benchmark.step import RowSource, choose_clock, measure_step, peak_memory_bytes
 from neobert.config.schema_data import TokenizerSection
 from neobert.data.tokenizer import Tokenizer, load_tokenizer, padded_vocab_size
 from neobert.model.config import ModelConfig
 from neobert.train.build import build_mask_policy
 from neobert.types import IGNORE_INDEX, PackedBatch
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class AgainstSettings:
-    """What is compared."""
-
-    text: str
-    """JSONL file (or .gz) with a field `text`."""
-
-    tokenizer: str
-    """Folder of the tokenizer."""
-
-    preset: str = "small"
-    length: int = 512
-    rows: int = 8
-    """Packed rows of a step; without packing as many pieces as these hold on average."""
-
-    precision: str = "bf16"
-    steps: int = 10
-    warmup: int = 3
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -229,14 +210,14 @@ def describe(found: dict[str, list[Outcome]], *, base: str) -> str:
     return "\n".join(lines)
 
 
-CONTESTANTS: dict[str, Callable[[AgainstSettings, Prepared], Outcome]] = {
+RUNS: dict[str, Callable[[AgainstSettings, Prepared], Outcome]] = {
     "ours": run_ours,
     "compiled": lambda settings, given: run_ours(settings, given, compile=True),
     "reference": run_reference,
     "transformers": run_transformers,
 }
-"""Who takes part, by name."""
+"""What each of CONTESTANTS does."""
 
 if __name__ == "__main__":
     asked = AgainstSettings(**json.loads(sys.argv[2]))
-    print(json.dumps(dataclasses.asdict(CONTESTANTS[sys.argv[1]](asked, prepare(asked)))))
+    print(json.dumps(dataclasses.asdict(RUNS[sys.argv[1]](asked, prepare(asked)))))

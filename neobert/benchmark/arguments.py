@@ -1,14 +1,14 @@
 """The command line that the benchmarks of the data share."""
 
 import argparse
-from collections.abc import Callable
+from typing import TYPE_CHECKING
 
-from neobert.benchmark.flags import count, exit_code
-from neobert.config.load import ConfigError, parse_config
+from neobert.benchmark.flags import count
+from neobert.config.load import parse_config
 from neobert.config.schema import Config
-from neobert.data.errors import DataError
-from neobert.data.tokenizer import Tokenizer, load_tokenizer
-from neobert.train.runtime import StartupError
+
+if TYPE_CHECKING:
+    from neobert.data.tokenizer import Tokenizer
 
 
 def build_data_parser(description: str | None, *, rows: int, repeats: int) -> argparse.ArgumentParser:
@@ -22,7 +22,7 @@ def build_data_parser(description: str | None, *, rows: int, repeats: int) -> ar
     return parser
 
 
-def read_data_config(args: argparse.Namespace) -> tuple[Config, Tokenizer]:
+def read_data_config(args: argparse.Namespace) -> tuple[Config, "Tokenizer"]:
     """The config that these arguments describe, and its tokenizer."""
     config = parse_config(
         "",
@@ -35,9 +35,6 @@ def read_data_config(args: argparse.Namespace) -> tuple[Config, Tokenizer]:
             "trainer.max_steps=1",
         ],
     )
+    from neobert.data.tokenizer import load_tokenizer  # After the arguments.
+
     return config, load_tokenizer(config.tokenizer)
-
-
-def run_on_data(args: argparse.Namespace, work: Callable[[Config, Tokenizer], object]) -> int:
-    """The exit code of `work` with what the arguments describe."""
-    return exit_code(lambda: work(*read_data_config(args)), mendable=(ConfigError, DataError, StartupError))

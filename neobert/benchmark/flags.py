@@ -1,11 +1,7 @@
-"""What the command lines of benchmarks share: types of flags, so that a wrong value is refused by the parser before
-anything is measured, and the end of a command that cannot measure. Torch suffices."""
+"""Types of flags that the command lines of benchmarks share: a wrong value is refused by the parser, before anything is
+measured."""
 
 import argparse
-import sys
-from collections.abc import Callable
-
-import torch
 
 
 def count(text: str) -> int:
@@ -24,6 +20,8 @@ def count_or_zero(text: str) -> int:
 
 def device(text: str) -> str:
     """The name of a device that this machine has."""
+    import torch  # Only where a device is asked about, which `--help` does not.
+
     try:
         kind = torch.device(text).type
     except RuntimeError:
@@ -33,13 +31,3 @@ def device(text: str) -> str:
     if kind == "cuda" and not torch.cuda.is_available():
         raise argparse.ArgumentTypeError(f"{text} is not here (torch sees no GPU); write cpu")
     return text
-
-
-def exit_code(work: Callable[[], object], *, mendable: tuple[type[Exception], ...] = (ValueError,)) -> int:
-    """0 after `work`; what the user can mend becomes one sentence and 2."""
-    try:
-        work()
-    except mendable as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    return 0

@@ -12,17 +12,19 @@ import os
 import random
 import shutil
 import signal
-import sys
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from hashlib import sha256
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from neobert.benchmark.flags import count
-from neobert.benchmark.lives import Lives
 from neobert.config.load import ConfigError, parse_config
+from neobert.errors import UserError
+
+if TYPE_CHECKING:
+    from neobert.benchmark.lives import Lives
 
 SETTINGS = """
 seed: 11
@@ -40,7 +42,7 @@ trainer: {max_steps: 300, per_device_train_batch_size: 2, gradient_accumulation_
 EXACT = ("step", "loss_hex", "grad_norm_hex", "lr", "num_tokens", "num_targets", "batch_digest")
 
 
-class StormError(Exception):
+class StormError(UserError):
     """A start that ended by itself; the message names its output."""
 
 
@@ -92,7 +94,7 @@ def what_was_going_on(run: Path) -> str:
 
 
 def run_storm(
-    lives: Lives, config_file: Path, out: Path, overrides: Sequence[str], *, max_kills: int, life: float, seed: int
+    lives: "Lives", config_file: Path, out: Path, overrides: Sequence[str], *, max_kills: int, life: float, seed: int
 ) -> Storm:
     """Starts, kills and resumes a run until it is finished.
 
@@ -146,17 +148,18 @@ def main(argv: Sequence[str]) -> int:
     write_corpus(folder / "corpus", seed=arguments.seed)
     config_file = folder / "storm.yaml"
     config_file.write_text(SETTINGS)
+    from neobert.benchmark.lives import Lives  # With all that training needs, after the arguments.
+
     lives = Lives()
     try:
         return _compare(lives, config_file, overrides, folder, arguments)
-    except StormError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
     finally:
         lives.close()
 
 
-def _compare(lives: Lives, config_file: Path, overrides: list[str], folder: Path, arguments: argparse.Namespace) -> int:
+def _compare(
+    lives: "Lives", config_file: Path, overrides: list[str], folder: Path, arguments: argparse.Namespace
+) -> int:
     peace = folder / "peace"
     lives.start(config_file, [*overrides, f"trainer.output_dir={peace}"], folder / "peace.log")
     started = time.perf_counter()  # The first answer comes when everything is imported.

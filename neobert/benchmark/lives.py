@@ -14,11 +14,10 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from neobert.config.load import ConfigError, load_config
-from neobert.data.errors import DataError
+from neobert.config.load import load_config
+from neobert.errors import UserError
 from neobert.train.exit_codes import EXIT_CODES
 from neobert.train.loop import pretrain
-from neobert.train.runtime import StartupError
 
 
 class Lives:
@@ -99,7 +98,7 @@ def _live(request: dict[str, Any], rank: int) -> int:
         os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=world, LOCAL_WORLD_SIZE=world)
     try:
         return EXIT_CODES[pretrain(load_config(request["config"], request["overrides"])).reason]
-    except (StartupError, DataError, ConfigError) as error:
+    except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
 

@@ -14,6 +14,7 @@ from typing import NamedTuple
 
 import torch
 
+from neobert.benchmark.settings import SHAPES
 from neobert.benchmark.step import choose_clock
 from neobert.kernels.linear_cross_entropy import KERNELS, PACKAGES, kernel_obstacle
 from neobert.train.host_memory import forget_peak, peak_bytes
@@ -28,14 +29,6 @@ class Case(NamedTuple):
     vocabulary: int
     precision: str
     device: str
-
-
-SHAPES = {
-    "13k,768,30592": (13312, 768, 30592),
-    "13k,768,50k": (13312, 768, 50304),
-    "4k,1024,256k": (4096, 1024, 256000),
-}
-"""M, D, V: BERT-like vocabularies at 64 rows of 1,024 with 20% masks, and one of 256,000."""
 
 
 def measure(case: Case, repeats: int) -> tuple[float, int]:

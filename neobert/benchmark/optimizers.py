@@ -20,7 +20,8 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from neobert.benchmark.step import Autocast, StepSettings, build_model, made_up_rows
+from neobert.benchmark.settings import StepSettings
+from neobert.benchmark.step import Autocast, build_model, made_up_rows
 from neobert.optim.gating import step_unless
 from neobert.optim.muon import MuonSettings
 from neobert.optim.optimizers import OPTIMIZERS, build_optimizer

@@ -20,6 +20,8 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Literal
 
+from neobert.errors import UserError
+
 TRACE = "profiler_trace.json"
 DATA_WAIT = "data wait"
 
@@ -51,7 +53,7 @@ FREQUENT = 10
 SHOWN = 5
 
 
-class ProfileError(Exception):
+class ProfileError(UserError):
     """The trace cannot be read, or holds no profiled step."""
 
 

@@ -6,28 +6,22 @@ training goes on; and what a resume reads (the full check of every file, then we
 Reads come from the page cache, since the files were just written.
 """
 
-import argparse
 import json
 import random
-import sys
-import tempfile
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from statistics import median
 
-from neobert.benchmark.flags import count
-from neobert.config.load import ConfigError, parse_config
+from neobert.config.load import parse_config
 from neobert.config.schema import Config
-from neobert.data.errors import DataError
 from neobert.train.checkpoint import complete_save, save_checkpoint
 from neobert.train.finish import finish
 from neobert.train.loop import training_steps
 from neobert.train.report import announce
 from neobert.train.resume import load_optimizer, load_weights, resume_or_start
 from neobert.train.run import Run, build_run
-from neobert.train.runtime import StartupError
 from neobert.types import TrainState
 from neobert.weights.manifest import check_contents
 
@@ -155,29 +149,3 @@ def _measure_resume(run: Run, checkpoint: Path, cost: SaveCost, repeats: int) ->
         load_optimizer(run, checkpoint)
         cost.verify.append(checked - start)
         cost.load.append(time.perf_counter() - checked)
-
-
-def main(argv: Sequence[str]) -> int:
-    """The command line of `scripts/benchmarks/save_cost.py`."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--hidden-size", type=count, default=768)
-    parser.add_argument("--num-layers", type=count, default=32, help="32 of width 768 are 252 million parameters")
-    parser.add_argument("--vocab-size", type=count, default=32768)
-    parser.add_argument("--repeats", type=count, default=3)
-    parser.add_argument("--folder", type=Path, help="on the disk to measure (default: a temporary folder)")
-    arguments = parser.parse_args(argv)
-    if arguments.folder is not None and not arguments.folder.is_dir():
-        parser.error(f"--folder: {arguments.folder} is not a folder; make it first")
-    with tempfile.TemporaryDirectory(dir=arguments.folder) as folder:
-        try:
-            config = build_config(
-                Path(folder),
-                hidden_size=arguments.hidden_size,
-                num_layers=arguments.num_layers,
-                vocab_size=arguments.vocab_size,
-            )
-            print(measure(config, arguments.repeats).table())
-        except (ConfigError, StartupError, DataError) as error:
-            print(f"error: {error}", file=sys.stderr)
-            return 2
-    return 0

@@ -14,7 +14,6 @@ import resource
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
-from typing import Any
 
 import numpy as np
 import torch
@@ -23,6 +22,7 @@ from torch.optim import Optimizer
 
 from neobert.benchmark.plain import MASKED_ATTENTION, build_plain_adamw
 from neobert.benchmark.rows import SPECIALS, RowShape, made_up_policy, make_batches, make_documents
+from neobert.benchmark.settings import PRESETS, StepSettings
 from neobert.kernels.linear_cross_entropy import KERNELS, choose_kernel
 from neobert.model.attention import choose_attention
 from neobert.model.config import ModelConfig
@@ -33,51 +33,7 @@ from neobert.optim.optimizers import build_optimizer
 from neobert.train.step import train_step
 from neobert.types import LossSum, PackedBatch
 
-PRESETS: dict[str, dict[str, Any]] = {
-    "tiny": {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 48},
-    "small": {"hidden_size": 256, "num_hidden_layers": 6, "num_attention_heads": 4, "intermediate_size": 1056},
-    "neobert": {"hidden_size": 768, "num_hidden_layers": 28, "num_attention_heads": 12, "intermediate_size": 3072},
-}
-"""Shapes by name; `neobert` is that of the paper, `small` the one of docs/performance.md."""
-
 _GEMM_SIZE = {"cpu": 1024, "cuda": 8192}
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class StepSettings:
-    """What is measured."""
-
-    preset: str = "small"
-    vocab_size: int = 30592
-    tied: bool = False
-    length: int = 512
-    rows: int = 8
-    mean_document: float = 250.0
-    """Of the log-normal distribution, in tokens."""
-
-    probability: float = 0.2
-    precision: str = "bf16"
-    attention: str = "auto"
-    """A backend, or `masked`: one product over whole rows with a mask."""
-
-    kernel: str = "auto"
-    compile: bool = False
-    gradient_checkpointing: bool = False
-    checkpointing_every: int = 1
-    """With gradient_checkpointing: every k-th block is computed again."""
-
-    all_positions: bool = False
-    """Logits of every slot, not of the predicted ones alone."""
-
-    padded: bool = False
-    """One document to a row."""
-
-    plain_adamw: bool = False
-    """AdamW one tensor at a time."""
-
-    steps: int = 20
-    warmup: int = 5
-    device: str = "cpu"
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -4,10 +4,13 @@ import argparse
 import dataclasses
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from neobert.benchmark.flags import count, count_or_zero, device
-from neobert.benchmark.step import PRESETS, RowSource, StepSettings
+from neobert.benchmark.settings import PRESETS, StepSettings
+
+if TYPE_CHECKING:
+    from neobert.benchmark.step import RowSource
 
 _OF_THE_ROWS = ("preset", "vocab_size", "tied", "length", "rows", "mean_document", "probability", "padded")
 """Settings that a config decides."""
@@ -42,6 +45,7 @@ def read_settings(args: argparse.Namespace) -> StepSettings:
 
     Raises:
         ValueError: flags that contradict one another.
+        ConfigError: in `--config`.
     """
     names = [field.name for field in dataclasses.fields(StepSettings)]
     given = {name: value for name, value in vars(args).items() if name in names and value is not None}
@@ -50,10 +54,14 @@ def read_settings(args: argparse.Namespace) -> StepSettings:
         raise ValueError(f"--config: it decides {', '.join(both)} too; leave these out and override keys of the config")
     if args.overrides and not args.config:
         raise ValueError(f"{args.overrides[0]}: an override needs --config FILE; flags begin with --")
+    if args.config:
+        from neobert.config.load import load_config  # Needs omegaconf, which made-up rows do not.
+
+        load_config(args.config, args.overrides)  # What is wrong is said before torch is imported.
     return StepSettings(**given)
 
 
-def opened_rows(args: argparse.Namespace) -> AbstractContextManager[RowSource | None]:
+def opened_rows(args: argparse.Namespace) -> AbstractContextManager["RowSource | None"]:
     """The rows of `--config`; None without it."""
     if not args.config:
         return nullcontext()

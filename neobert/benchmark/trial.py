@@ -8,14 +8,12 @@ Seconds of training are those that the run's log counts, without start-up, evalu
 interval is left out too, because a model is compiled and the data opened in it: the others are scaled up to all steps.
 """
 
-import argparse
 import contextlib
 import json
 import sys
-from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 
@@ -57,44 +55,6 @@ class Speed:
     @property
     def steps_per_second(self) -> float:
         return self.num_steps / self.training_seconds
-
-
-class Arguments(NamedTuple):
-    """The command line of an experiment."""
-
-    options: argparse.Namespace
-    overrides: list[str]
-    """What lies over every config: data, tokenizer, and the user's own settings, which win."""
-
-
-def build_parser(description: str | None, *, file_help: str) -> argparse.ArgumentParser:
-    """The arguments that experiments share; `parse_arguments` reads them."""
-    parser = argparse.ArgumentParser(
-        description=description,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        allow_abbrev=False,
-        epilog="Behind these, settings as for pretrain.py: --section.key value. They hold for every run.",
-    )
-    parser.add_argument("file", type=Path, help=file_help)
-    parser.add_argument("--data", required=True, type=Path, help="folder with files called train* and validation*")
-    parser.add_argument("--tokenizer", type=Path, help="tokenizer folder (default: the one that the config names)")
-    parser.add_argument("--output", type=Path, help="folder of the runs (default: outputs/experiments/NAME)")
-    parser.add_argument("--threads", type=int, default=2, help="threads that compute (default %(default)s)")
-    return parser
-
-
-def parse_arguments(parser: argparse.ArgumentParser, argv: Sequence[str]) -> Arguments:
-    """Options, and settings in the spellings of every training script. Sets the number of threads."""
-    options, settings = parser.parse_known_args(argv)
-    if options.threads < 1:
-        parser.error(f"--threads: {options.threads}; write 1 or more")
-    use_threads(options.threads)
-    options.output = (options.output or Path("outputs/experiments") / options.file.stem).absolute()
-    options.data = options.data.absolute()
-    overrides = [f"dataset.path={options.data}"]
-    if options.tokenizer is not None:
-        overrides += ["tokenizer.name=null", f"tokenizer.path={options.tokenizer.absolute()}"]
-    return Arguments(options, [*overrides, *settings])
 
 
 def use_threads(count: int) -> None:

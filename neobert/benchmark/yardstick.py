@@ -7,59 +7,19 @@ throw-away run.
 """
 
 import dataclasses
-import json
-import sys
 import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from neobert.benchmark.flags import count
 from neobert.benchmark.trial import (
     HELD_OUT,
-    Stopped,
-    build_parser,
-    check_data,
     describe_machine,
-    parse_arguments,
     read_speed,
     score,
     train,
 )
-from neobert.config.load import ConfigError, load_config
-from neobert.data.errors import DataError
-from neobert.train.exit_codes import EXIT_CODES
-from neobert.train.runtime import StartupError
-
-SECONDS = 417.0
-"""Seven minutes without three seconds: the training time of the runs that the yardstick was first read from."""
-
-SPEED_STEPS = 50
-
-
-def main(argv: Sequence[str], description: str | None = None) -> int:
-    """The command line of `scripts/experiments/yardstick.py`: one JSON object on the standard output."""
-    parser = build_parser(description, file_help="config of the run")
-    parser.add_argument("--seconds", type=float, default=SECONDS, help="of training (default %(default)s)")
-    parser.add_argument("--steps", type=count, help="make so many steps, whatever the time: repeats an earlier run")
-    parser.add_argument("--speed-steps", type=count, default=SPEED_STEPS, help="of the throw-away run (default 50)")
-    options, overrides = parse_arguments(parser, argv)
-    try:
-        check_data(options.data)
-        num_steps = options.steps or measure_steps(
-            options.file, overrides, seconds=options.seconds, steps=options.speed_steps
-        )
-        result = measure(options.file, overrides, options.output, num_steps=num_steps, data=options.data)
-    except (ConfigError, StartupError, DataError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    except Stopped as stopped:
-        print(f"error: the run stopped early ({stopped.reason})", file=sys.stderr)
-        return EXIT_CODES[stopped.reason]
-    budget = None if options.steps else options.seconds
-    given = {"config": str(options.file), "settings": overrides, "budget_seconds": budget}
-    print(json.dumps(given | result))
-    return 0
+from neobert.config.load import load_config
 
 
 def measure_steps(file: Path, overrides: Sequence[str], *, seconds: float, steps: int) -> int:

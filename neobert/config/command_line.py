@@ -9,6 +9,7 @@ from neobert.config.load import ConfigError, config_to_yaml, load_config, split_
 from neobert.config.reference import build_help
 from neobert.config.schema import Config
 from neobert.config.validate import warnings
+from neobert.output import print_result
 
 
 def parse_command_line(argv: Sequence[str], *, description: str, program: str | None = None) -> Config:
@@ -36,7 +37,7 @@ def parse_command_line(argv: Sequence[str], *, description: str, program: str | 
     if len(words) < len(argv):
         for warning in warnings(config):
             print(f"warning: {warning}", file=sys.stderr)
-        print(config_to_yaml(config), end="")
+        print_result(config_to_yaml(config), end="")
         raise SystemExit(0)
     return config
 

@@ -28,10 +28,11 @@ from neobert.config.source import Leaf, Tree, YamlError, parse_yaml, read_yaml_t
 from neobert.config.validate import BUDGETS, validate
 from neobert.config.validate_data import OF_HUB_SOURCE, SOURCES
 from neobert.config.variables import VariableError, escape_variables, substitute
+from neobert.errors import UserError
 from neobert.model.config import ARCHITECTURE
 
 
-class ConfigError(Exception):
+class ConfigError(UserError):
     """Everything that is wrong with a config. `str` is a list for people, `errors` its sentences."""
 
     def __init__(self, errors: Sequence[str], source: str) -> None:

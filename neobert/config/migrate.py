@@ -22,6 +22,7 @@ from neobert.config.validate import BUDGETS
 from neobert.config.validate_contrastive import OF_CONTRASTIVE, OF_MASKING, WITHOUT_EFFECT
 from neobert.config.validate_optimizer import CLIPPING
 from neobert.config.variables import VariableError, substitute
+from neobert.errors import UserError
 
 _DEFAULTS: dict[str, Any] = {
     "tokenizer.name": "bert-base-uncased",
@@ -54,7 +55,7 @@ _OTHER_WORDS: dict[str, dict[str, str]] = {
 """Values that are written differently here, or replaced by the nearest there is."""
 
 
-class MigrationError(Exception):
+class MigrationError(UserError):
     """A file that cannot be migrated; the message says why."""
 
 

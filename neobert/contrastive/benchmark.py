@@ -43,8 +43,6 @@ from neobert.train.host_memory import current_bytes, forget_peak, peak_bytes
 from neobert.train.step import train_step
 from neobert.types import PackedBatch, PackedRow
 
-VARIANTS = ("unpadded", "padded", "cached", "whole", "accumulated")
-
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Measurement:
@@ -194,9 +192,8 @@ def _forget_peak(device: torch.device) -> int:
     return current_bytes()
 
 
-def run_benchmark(argv: list[str], description: str) -> None:
-    """The script: one line for each variant."""
-    args = _parse(argv, description)
+def run_benchmark(args: argparse.Namespace) -> None:
+    """Prints one line for each variant."""
     where = "beyond model, optimizer and data"
     print(f"{'variant':<11} {'pairs/s':>9} {'peak MiB':>9} {'slots/token':>12} {'loss':>9}   (peak {where})")
     context = multiprocessing.get_context("spawn")
@@ -207,27 +204,3 @@ def run_benchmark(argv: list[str], description: str) -> None:
             f"{found.variant:<11} {found.pairs_per_second:>9.1f} {found.peak_mib:>9.0f} {found.slots_per_token:>12.2f} "
             f"{found.loss:>9.5f}"
         )
-
-
-def _parse(argv: list[str], description: str) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument(
-        "--model", help="run, checkpoint or exported folder; default: random weights of the sizes below"
-    )
-    parser.add_argument("--pairs", help="file or folder of pairs (needs --model); default: random texts")
-    parser.add_argument("--variants", nargs="+", default=list(VARIANTS), choices=VARIANTS)
-    parser.add_argument("--batch-size", type=int, default=32, help="pairs (default %(default)s)")
-    parser.add_argument("--cached-batch-size", type=int, default=1024, help="pairs (default %(default)s)")
-    parser.add_argument("--steps", type=int, default=5, help="timed steps; the median counts (default %(default)s)")
-    parser.add_argument("--max-length", type=int, default=128, help="tokens of a text (default %(default)s)")
-    parser.add_argument("--median-length", type=float, default=16.0, help="of random texts (default %(default)s)")
-    parser.add_argument("--hidden-size", type=int, default=256)
-    parser.add_argument("--num-layers", type=int, default=4)
-    parser.add_argument("--vocab-size", type=int, default=30592)
-    parser.add_argument("--dtype", default="fp32", choices=sorted(DTYPES))
-    parser.add_argument("--device", default="auto")
-    parser.add_argument("--threads", type=int, default=0, help="of a CPU; default: torch's choice")
-    args = parser.parse_args(argv)
-    if args.pairs is not None and args.model is None:
-        parser.error("--pairs needs --model, whose tokenizer reads them")
-    return args

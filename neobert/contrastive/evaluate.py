@@ -7,7 +7,6 @@ answer it. Texts are embedded as `scripts/embed.py` and an exported model would 
 """
 
 import argparse
-import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -25,9 +24,7 @@ from neobert.data.errors import DataError
 from neobert.inference.load import load
 from neobert.inference.model import Model
 from neobert.inference.packed import BATCH_TOKENS
-from neobert.inference.pooling import POOLING
 from neobert.train.run import Run
-from neobert.weights.describe import WeightsError
 
 Embed = Callable[[Sequence[str]], NDArray[np.float32]]
 
@@ -139,39 +136,29 @@ def check_max_length(value: int | None) -> None:
         raise DataError(f"--max-length: {value}; write 3 or more, [CLS] and [SEP] included")
 
 
-def run_evaluate(argv: list[str], description: str) -> int:
-    """The script: figures of any model on any set, without a config."""
-    parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("model", help="run folder, checkpoint, exported folder or name of the hub")
-    parser.add_argument("pairs", help="file, folder, known set or hub dataset of pairs or scored pairs")
-    parser.add_argument("--split", help="split to read")
-    parser.add_argument("--pooling", default="mean", help=f"{', '.join(POOLING)} (default mean)")
-    parser.add_argument("--anchor-prefix", default="", help="put before anchors")
-    parser.add_argument("--positive-prefix", default="", help="put before positives and negatives")
-    parser.add_argument("--max-length", type=int, help="cut texts at so many tokens; default: the model's length")
-    parser.add_argument("--device", default="auto", help="auto, cpu or cuda")
-    args = parser.parse_args(argv)
-    try:
-        check_max_length(args.max_length)
-        opened = open_source(PairSource(name=args.pairs, split=args.split))
-        if opened.form not in MAIN:
-            raise DataError(f"{opened.label} has neither pairs nor scored pairs to evaluate on")
-        model = load(args.model, device=args.device)
-        length = min(args.max_length or model.max_length, model.max_length)
-        examples = [
-            Example(
-                anchor=args.anchor_prefix + x.anchor,
-                positive=args.positive_prefix + str(x.positive),
-                negatives=tuple(args.positive_prefix + text for text in x.negatives),
-                score=x.score,
-            )
-            for x in opened.examples
-        ]
-        found = figures(
-            opened.form, examples, lambda texts: embed_cut(model, texts, pooling=args.pooling, max_length=length)
+def evaluate_file(args: argparse.Namespace) -> str:
+    """Figures of any model on any set, without a config: the line that the script prints.
+
+    Raises:
+        DataError: the set or the arguments cannot be used.
+        WeightsError: there is no model.
+    """
+    check_max_length(args.max_length)
+    opened = open_source(PairSource(name=args.pairs, split=args.split))
+    if opened.form not in MAIN:
+        raise DataError(f"{opened.label} has neither pairs nor scored pairs to evaluate on")
+    model = load(args.model, device=args.device)
+    length = min(args.max_length or model.max_length, model.max_length)
+    examples = [
+        Example(
+            anchor=args.anchor_prefix + x.anchor,
+            positive=args.positive_prefix + str(x.positive),
+            negatives=tuple(args.positive_prefix + text for text in x.negatives),
+            score=x.score,
         )
-    except (DataError, WeightsError, ValueError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    print(f"{opened.label}, {len(examples):,} rows: " + ", ".join(f"{name} {x:.4f}" for name, x in found.items()))
-    return 0
+        for x in opened.examples
+    ]
+    found = figures(
+        opened.form, examples, lambda texts: embed_cut(model, texts, pooling=args.pooling, max_length=length)
+    )
+    return f"{opened.label}, {len(examples):,} rows: " + ", ".join(f"{name} {x:.4f}" for name, x in found.items())

@@ -1,23 +1,15 @@
 """Contrastive fine-tuning: the training loop of pretraining with pairs, another module and another evaluation."""
 
-import sys
-
-from neobert.config.command_line import parse_command_line
 from neobert.config.schema import Config
-from neobert.config.secrets import scrub
 from neobert.config.validate import warnings
-from neobert.contrastive.data import NotPrepared, build_contrastive_data
+from neobert.contrastive.data import build_contrastive_data
 from neobert.contrastive.evaluate import evaluate_sets
 from neobert.contrastive.module import ContrastiveEncoder, Objective
-from neobert.contrastive.preprocess import preprocess_command
 from neobert.contrastive.start import bind_checkpoint
-from neobert.data.errors import DataError
 from neobert.kernels.linear_cross_entropy import KERNELS, choose_kernel
 from neobert.model.attention import AttentionBackend
 from neobert.model.config import ModelConfig
-from neobert.train.audit import ReplayDiverged
 from neobert.train.build import build_encoder, compile_blocks
-from neobert.train.exit_codes import EXIT_CODES
 from neobert.train.loop import Job, RunResult, train
 from neobert.train.run import Run, build_run
 from neobert.train.runtime import Runtime, StartupError
@@ -99,20 +91,6 @@ def next_commands(run: Run) -> list[str]:
         f"python scripts/embed.py {run.output_dir} texts.jsonl --output vectors.npy --normalize{pooling}",
         f"python scripts/export/export_hf.py {run.output_dir} --output {run.output_dir}_hf",
     ]
-
-
-def run_finetune(argv: list[str], description: str) -> int:
-    """The script; returns its exit code."""
-    config = parse_command_line(argv, description=description)
-    try:
-        result = finetune(config)
-    except NotPrepared as error:
-        print(f"error: {scrub(str(error))}; prepare the sets first:\n  {preprocess_command(argv)}", file=sys.stderr)
-        return 2
-    except (StartupError, DataError, ReplayDiverged) as error:
-        print(f"error: {scrub(str(error))}", file=sys.stderr)
-        return 2
-    return EXIT_CODES[result.reason]
 
 
 CONTRASTIVE = Job(announce=announce, evaluate=evaluate_sets, next_commands=next_commands)

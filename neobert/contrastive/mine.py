@@ -11,10 +11,8 @@ negatives are the most similar ones, without
 
 import argparse
 import json
-import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 
 import numpy as np
 from numpy.typing import NDArray
@@ -24,8 +22,8 @@ from neobert.contrastive.evaluate import check_max_length, embed_cut
 from neobert.contrastive.reading import open_source
 from neobert.contrastive.rows import Example
 from neobert.data.errors import DataError
+from neobert.inference.command_line import given
 from neobert.inference.load import load
-from neobert.inference.pooling import POOLING
 
 _ANCHORS = 256
 """Anchors compared with the whole collection at once."""
@@ -93,35 +91,16 @@ def mine_examples(
         )
 
 
-def run_mine(argv: list[str], description: str) -> int:
-    """The script: reads pairs, writes them with their negatives as JSON lines."""
-    parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("model", help="run folder, checkpoint, exported folder or name of the hub")
-    parser.add_argument("pairs", help="file, folder, known set or hub dataset of pairs")
-    parser.add_argument("--output", required=True, type=Path, help="file to write (.jsonl); must not exist")
-    parser.add_argument("--split", help="split to read")
-    parser.add_argument("--num-negatives", type=int, default=MineSettings().num_negatives, help="default %(default)s")
-    parser.add_argument("--margin", type=float, default=MineSettings().margin, help="default %(default)s")
-    parser.add_argument("--skip", type=int, default=MineSettings().skip, help="nearest texts passed over; default 0")
-    parser.add_argument("--pooling", default="mean", help=f"{', '.join(POOLING)} (default mean)")
-    parser.add_argument("--anchor-prefix", default="", help="put before anchors")
-    parser.add_argument("--positive-prefix", default="", help="put before positives")
-    parser.add_argument("--max-length", type=int, help="cut texts at so many tokens; default: the model's length")
-    parser.add_argument("--device", default="auto", help="auto, cpu or cuda")
-    args = parser.parse_args(argv)
-    try:
-        written, total = _mine_file(args)
-    except (OSError, ValueError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    print(f"{args.output}: {total:,} pairs, {written / total:.1f} negatives each")
-    return 0
+def mine_file(args: argparse.Namespace) -> tuple[int, int]:
+    """Reads pairs and writes them with their negatives as JSON lines; the numbers of negatives and of pairs.
 
-
-def _mine_file(args: argparse.Namespace) -> tuple[int, int]:
+    Raises:
+        DataError: the set, the output or the arguments cannot be used.
+    """
     if args.output.exists():
         raise DataError(f"--output: {args.output} exists already; choose another name, or remove it")
-    if args.num_negatives < 1 or args.skip < 0:
+    settings = MineSettings(**given(args, MineSettings))
+    if settings.num_negatives < 1 or settings.skip < 0:
         raise DataError("--num-negatives must be at least 1, and --skip not negative")
     check_max_length(args.max_length)
     try:
@@ -140,7 +119,6 @@ def _mine_file(args: argparse.Namespace) -> tuple[int, int]:
     vectors = embed_cut(
         model, [args.positive_prefix + text for text in documents], pooling=args.pooling, max_length=length
     )
-    settings = MineSettings(num_negatives=args.num_negatives, margin=args.margin, skip=args.skip)
     written = total = 0
     temporary = args.output.with_name(f".tmp-{args.output.name}")
     with temporary.open("w", encoding="utf-8") as out:

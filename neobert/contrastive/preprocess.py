@@ -6,18 +6,15 @@ may be prepared in parts, and a start after an interruption goes on with the set
 
 import re
 import shlex
-import sys
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from itertools import islice
 from pathlib import Path
 from typing import Any
 
-from neobert.config.command_line import parse_command_line
 from neobert.config.schema import Config
 from neobert.config.schema_contrastive import PairSource
 from neobert.contrastive.reading import HubRows, describes_columns, open_source, read_hub
-from neobert.contrastive.rows import FORM_WORDS
 from neobert.contrastive.store import SetInfo, list_sets, read_info, sets_folder, write_manifest, write_set
 from neobert.data.errors import DataError
 from neobert.data.known_sets import choose_set, list_names
@@ -134,27 +131,3 @@ def prepare(config: Config, hub: HubRows = read_hub) -> list[tuple[SetInfo, bool
 def preprocess_command(words: Sequence[str]) -> str:
     """The line that prepares what a config needs."""
     return shlex.join(["python", "scripts/contrastive/preprocess.py", *words])
-
-
-def run_preprocess(argv: list[str], description: str) -> int:
-    """The script: prepares, says what is there, and what to type next."""
-    config = parse_command_line(argv, description=description)
-    if config.task != "contrastive":
-        print(f"error: task: {config.task} is for scripts/pretraining/preprocess.py", file=sys.stderr)
-        return 2
-    try:
-        done = prepare(config)
-    except (DataError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    except KeyboardInterrupt:
-        print("stopped; the same command goes on with the set that was not complete", file=sys.stderr)
-        return 130
-    for info, fresh in done:
-        negatives = f", up to {info.max_negatives} negatives" if info.max_negatives else ""
-        word = "written" if fresh else "there already"
-        size = f"{info.num_rows:,} {FORM_WORDS[info.form]}"
-        print(f"{sets_folder(str(config.dataset.path)) / info.key}: {size}{negatives} ({word})")
-    print("train on it with:")
-    print(shlex.join(["python", "scripts/contrastive/finetune.py", *argv]))
-    return 0

@@ -63,8 +63,10 @@ def write_set(folder: Path, key: str, form: Form, examples: Iterable[Example], s
     """Writes a set to `folder`, replacing what is there only when the new one is complete.
 
     Raises:
-        DataError: there are no examples.
+        DataError: there are no examples, or what is there is no set.
     """
+    if folder.exists() and not (folder / "set.json").is_file():
+        raise DataError(f"{folder} is in the way: the set {key} is to be written there; move it or remove it")
     temporary = folder.with_name(f".tmp-{folder.name}")
     shutil.rmtree(temporary, ignore_errors=True)
     temporary.mkdir(parents=True)

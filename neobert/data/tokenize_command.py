@@ -1,9 +1,8 @@
-"""The command `tokenize_dataset.py`: one split of one source becomes a folder of tokens."""
+"""One split of one source becomes a folder of tokens: what `tokenize_dataset.py` does."""
 
 import argparse
 import shlex
 import sys
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -21,59 +20,18 @@ from neobert.data.token_parts import check_parts, join_parts, part_folder
 from neobert.data.tokenizer import check_mask_token, load_tokenizer
 
 
-def run_tokenize(argv: Sequence[str], description: str) -> int:
-    """Does what the words of the command line say; returns the exit code."""
-    args = _build_parser(description).parse_args(argv)
-    try:
-        _check(args)
-        if args.dataset is not None:
-            _tokenize(args)
-        if args.report:
-            for folder in list_folders(args.output):
-                print(write_report(folder, args.max_length).text)
-    except DataError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    except OSError as error:
-        print(f"error: {error}; mend that, and the same command goes on where it was", file=sys.stderr)
-        return 2
-    except KeyboardInterrupt:
-        print("stopped; the same command goes on where it was", file=sys.stderr)
-        return 130
-    return 0
+def run_tokenize(args: argparse.Namespace) -> None:
+    """Does what the arguments ask for.
 
-
-def _build_parser(description: str) -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--dataset", help="hub data set, local file, folder, pattern with *, or python_stdlib")
-    parser.add_argument("--split", help="split, or a slice such as train[:1%%]; default: train, or the only one")
-    parser.add_argument("--dataset-config", help="configuration of a hub data set, for example 20231101.en")
-    parser.add_argument("--tokenizer", help="folder with a tokenizer, or a name on the hub")
-    parser.add_argument("--output", required=True, type=Path, help="folder to write; complete, or not there")
-    parser.add_argument(
-        "--max-length", type=int, help="cut longer documents into pieces of at most this many tokens; default: whole"
-    )
-    parser.add_argument("--text-column", help="default: text, content, sentence, or the only one with text")
-    parser.add_argument("--num-proc", type=int, help="threads that tokenise; default: all cores")
-    parser.add_argument("--max-samples", type=int, help="write only the first documents, this many")
-    parser.add_argument("--no-special-tokens", action="store_true", help="leave out [CLS] and [SEP]")
-    parser.add_argument(
-        "--return-special-tokens-mask", action="store_true", help="add a column that is 1 at [CLS] and [SEP]"
-    )
-    parser.add_argument("--shard", metavar="i/n", type=_parse_shard, help="write part i (from 1) of n, on this machine")
-    parser.add_argument(
-        "--report",
-        action="store_true",
-        help="measure lengths, unknown tokens and duplicates; alone: of what is in --output",
-    )
-    return parser
-
-
-def _parse_shard(word: str) -> tuple[int, int]:
-    number, _, count = word.partition("/")
-    if not (number.isdecimal() and count.isdecimal() and 1 <= int(number) <= int(count)):
-        raise argparse.ArgumentTypeError(f"{word!r}: write i/n with i from 1 to n, for example 1/8")
-    return int(number) - 1, int(count)
+    Raises:
+        DataError: a source or the tokenizer cannot be used, with the flag and the remedy.
+    """
+    _check(args)
+    if args.dataset is not None:
+        _tokenize(args)
+    if args.report:
+        for folder in list_folders(args.output):
+            print(write_report(folder, args.max_length).text)
 
 
 def _check(args: argparse.Namespace) -> None:

@@ -1,16 +1,13 @@
-"""What the scripts that use a model have in common: their first arguments, and how they fail."""
+"""What the scripts that use a model have in common: their first arguments and how they print. Read without torch."""
 
 import argparse
 import json
-import sys
-from collections.abc import Callable
 from typing import Any
 
-from neobert.inference.load import DTYPES
-from neobert.inference.packed import BATCH_TOKENS
-from neobert.weights.load import WEIGHTS
+from neobert import output
 
 MODEL_HELP = "run folder (its newest checkpoint is used), checkpoint, exported folder, or a name of the hub"
+POOLING_HELP = "mean, cls or max (default mean)"
 
 
 def model_parser(description: str | None) -> argparse.ArgumentParser:
@@ -18,14 +15,14 @@ def model_parser(description: str | None) -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("model", help=MODEL_HELP)
     parser.add_argument("--device", default="auto", help="auto (a GPU when there is one), cpu or cuda")
-    parser.add_argument("--dtype", default="fp32", choices=list(DTYPES), help="of matrix products (default fp32)")
+    parser.add_argument("--dtype", default="fp32", choices=["fp32", "bf16"], help="of matrix products (default fp32)")
     add_weights(parser)
     return parser
 
 
 def add_weights(parser: argparse.ArgumentParser) -> None:
     """Which weights of a checkpoint are used."""
-    parser.add_argument("--weights", default="model", choices=list(WEIGHTS), help="ema: their moving average")
+    parser.add_argument("--weights", default="model", choices=["model", "ema"], help="ema: their moving average")
 
 
 def add_input(parser: argparse.ArgumentParser) -> None:
@@ -41,31 +38,16 @@ def add_limits(parser: argparse.ArgumentParser) -> None:
         "--max-length", type=int, help="longer documents are cut in pieces (default: the model's length)"
     )
     parser.add_argument("--max-documents", type=int, help="default: all")
-    parser.add_argument(
-        "--batch-tokens", type=int, default=BATCH_TOKENS, help="tokens of a batch (default %(default)s)"
-    )
+    parser.add_argument("--batch-tokens", type=int, help="tokens of a batch (default 8192)")
     parser.add_argument("--json", action="store_true", help="print the figures as one JSON object")
 
 
-def run_script(main: Callable[[], None]) -> int:
-    """Runs a script; what the user can mend becomes one sentence and exit code 2."""
-    try:
-        main()
-    except OSError as error:
-        where = f"{error.filename}: {error.strerror}" if error.filename and error.strerror else error
-        print(f"error: {where}", file=sys.stderr)
-        return 2
-    except ValueError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    return 0
-
-
-def say(*lines: str) -> None:
-    """Prints to the error output: results alone go to the standard output."""
-    print(*lines, sep="\n", file=sys.stderr)
+def given(args: argparse.Namespace, settings: type) -> dict[str, Any]:
+    """Fields of a settings class whose flags were given; the class has the defaults of the others."""
+    names = settings.__dataclass_fields__  # type: ignore[attr-defined]
+    return {name: value for name, value in vars(args).items() if name in names and value is not None}
 
 
 def print_result(result: dict[str, Any], text: str, *, as_json: bool) -> None:
     """Prints a result as one JSON object, or as text."""
-    print(json.dumps(result) if as_json else text)
+    output.print_result(json.dumps(result) if as_json else text)

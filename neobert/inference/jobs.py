@@ -10,8 +10,10 @@ from typing import Any, BinaryIO
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskProgressColumn, TextColumn, TimeElapsedColumn
 
+from neobert.errors import UserError
 
-class JobError(ValueError):
+
+class JobError(UserError, ValueError):
     """A job cannot begin or go on; the message says what to do."""
 
 

@@ -14,6 +14,8 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from neobert.errors import UserError
+
 Line = dict[str, Any]
 
 _TURNS = ("saved", "rolled_back", "source_switched", "order_restarted")
@@ -23,7 +25,7 @@ EXACT = ("batch_digest", "lr", "loss_hex", "grad_norm_hex")
 """What must repeat, in the order in which a difference is looked for: the cause before its effects."""
 
 
-class ReplayDiverged(Exception):
+class ReplayDiverged(UserError):
     """`trainer.replay_audit: strict` and a repeated step differs."""
 
 

@@ -8,10 +8,8 @@ The folder that is written has weights, architecture and tokenizer, under a mani
 into it. It has no optimizer and no position in the data: `model.init_from` starts from it, nothing resumes it.
 """
 
-import argparse
 import json
 import shutil
-import sys
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from fractions import Fraction
@@ -203,30 +201,3 @@ def _write(folder: Path, newest: Path, tensors: dict[str, Tensor], plan: Average
     records = {path.relative_to(folder).as_posix(): record_file(path) for path in files}
     (folder / MANIFEST).write_text(Manifest(step=max(plan.steps), world_size=1, files=records).to_text())
     sync(folder / MANIFEST)
-
-
-def main(argv: Sequence[str], description: str) -> int:
-    """The command line of `scripts/average_checkpoints.py`; 2 for a call that cannot be met."""
-    parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("run", type=Path, help="run folder")
-    parser.add_argument("--output", type=Path, required=True, help="folder to write; must not exist")
-    parser.add_argument("--last", type=int, help="average the newest so many checkpoints (default 5)")
-    parser.add_argument("--steps", type=int, nargs="+", help="average these steps instead")
-    parser.add_argument("--shares", type=float, nargs="+", help="weight of each, in the order of the steps")
-    parser.add_argument("--weights", default="model", help="model, or ema for their moving averages (default model)")
-    args = parser.parse_args(argv)
-    request = AverageRequest(
-        run=args.run,
-        output=args.output,
-        last=args.last,
-        steps=None if args.steps is None else tuple(args.steps),
-        shares=None if args.shares is None else tuple(args.shares),
-        weights=args.weights,
-    )
-    try:
-        averaged = average_checkpoints(request)
-    except CheckpointError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    print(f"{request.output}/: {averaged.describe()}")
-    return 0

@@ -9,12 +9,14 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
 from neobert.config.secrets import scrub
+from neobert.output import protect_output
 
 
 class Reporter:
     """Prints to the console and to a plain-text file; keeps the progress bar below the printed lines."""
 
     def __init__(self, *, active: bool, show_progress: bool) -> None:
+        protect_output()  # A run that is started from Python has no command around it.
         self._active = active
         self._console = Console(quiet=not active, highlight=False)
         self._file_console: Console | None = None
@@ -36,7 +38,7 @@ class Reporter:
         if not self._active:
             return
         # The handle lives as long as the run; line buffering keeps the file current when the run is killed.
-        handle = path.open("a", buffering=1)
+        handle = path.open("a", buffering=1, encoding="utf-8", errors="backslashreplace")
         self._file_console = Console(file=handle, width=160, no_color=True, highlight=False)
         for items in self._early:
             self._file_console.print(*items, markup=False, soft_wrap=True)

@@ -1,9 +1,6 @@
 """Questions about the checkpoints of a run, answered from the disk: verify, list, diff, prune."""
 
-import argparse
 import json
-import sys
-import time
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -166,37 +163,3 @@ def prune_run(run: Path, *, keep: int | None, dry_run: bool) -> list[str]:
 
 def _join(steps: Sequence[int]) -> str:
     return ", ".join(map(str, steps)) or "nothing"
-
-
-def main(argv: Sequence[str]) -> int:
-    """The command line of `scripts/checkpoint.py`; 1 when a checkpoint is damaged, 2 for a wrong call."""
-    parser = argparse.ArgumentParser(description="Look after the checkpoints of a run.")
-    commands = parser.add_subparsers(dest="command", required=True)
-    for name, text in (
-        ("verify", "read every file and compare its sha256; exit code 1 when one is damaged"),
-        ("list", "step, size, age, evaluation loss"),
-        ("prune", "delete what the run's retention settings do not keep"),
-    ):
-        command = commands.add_parser(name, help=text)
-        command.add_argument("run", type=Path, help="run folder")
-    command.add_argument("--dry-run", action="store_true", help="only say what would be deleted")
-    command.add_argument("--keep", type=int, help="keep this many instead of trainer.save_total_limit")
-    command = commands.add_parser("diff", help="what differs between two checkpoints or two runs")
-    command.add_argument("one", type=Path)
-    command.add_argument("other", type=Path)
-    arguments = parser.parse_args(argv)
-    whole = True
-    try:
-        if arguments.command == "verify":
-            lines, whole = verify_run(arguments.run)
-        elif arguments.command == "list":
-            lines = list_run(arguments.run, time.time())
-        elif arguments.command == "prune":
-            lines = prune_run(arguments.run, keep=arguments.keep, dry_run=arguments.dry_run)
-        else:
-            lines = diff_checkpoints(arguments.one, arguments.other)
-    except (CheckpointError, StartupError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    print("\n".join(lines))
-    return 0 if whole else 1

@@ -11,8 +11,12 @@ import secrets
 import socket
 import time
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-from neobert.train.runtime import Runtime, StartupError
+from neobert.errors import StartupError
+
+if TYPE_CHECKING:
+    from neobert.train.runtime import Runtime
 
 LOCK = ".lock"
 VISIBLE_SECONDS = 10.0
@@ -62,7 +66,7 @@ def _read_holder(descriptor: int) -> str:
         return "a process that has just started"
 
 
-def check_shared(output_dir: Path, runtime: Runtime) -> None:
+def check_shared(output_dir: Path, runtime: "Runtime") -> None:
     """Raises when the ranks do not see one folder: each would keep a part of every checkpoint to itself. Collective.
 
     Raises:

@@ -1,4 +1,4 @@
-"""The command `longer_seq.py`: a run goes on at a longer context, on the documents that are long enough for it.
+"""A run goes on at a longer context, on the documents that are long enough for it.
 
 1. Of the training documents, those with at least `--min-length` tokens (half of the new length unless given) are
    written to a folder of their own, in source order. The evaluation split, where there is one, is kept whole, so that
@@ -8,15 +8,12 @@
 """
 
 import argparse
-import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from neobert.config.command_line import parse_command_line
-from neobert.config.load import ConfigError, config_to_yaml, load_config, parse_config
+from neobert.config.load import config_to_yaml, load_config, parse_config
 from neobert.config.schema import Config
 from neobert.data.encode import limit_threads
-from neobert.data.errors import DataError
 from neobert.data.offline import PreparedSource, data_overrides, name_tokenizer, prepare_sources
 from neobert.data.pipeline import build_tokenizer
 from neobert.train.exit_codes import EXIT_CODES
@@ -28,40 +25,36 @@ from neobert.weights.folder import choose_checkpoint
 from neobert.weights.manifest import CheckpointError
 
 
-def run_longer(argv: Sequence[str], description: str) -> int:
-    """Does what the words of the command line say; returns the exit code."""
-    args, words = _build_parser(description).parse_known_args(argv)
-    config = parse_command_line(words, description=description)
+def run_longer(config: Config, args: argparse.Namespace, words: Sequence[str]) -> int:
+    """Writes the subsets, prints the commands and trains; returns the exit code.
+
+    Args:
+        args: what is asked for beside the config.
+        words: the config file and its overrides, as they were typed.
+    """
     lengths = sorted(set(args.max_length))
-    try:
-        checkpoint = find_start(args.checkpoint)
-        check_longer(config, checkpoint, lengths, args.min_length, args.rope_theta)
-        output = args.output or Path("tokenized_data") / f"{choose_config_name(words)}-long"
-        subsets = write_subsets(config, checkpoint, output, lengths, args.min_length)
-        commands = {
-            length: longer_overrides(
-                config,
-                load_config(checkpoint / "config.yaml"),
-                checkpoint=checkpoint,
-                subset=subset,
-                max_length=length,
-                rope_theta=args.rope_theta,
-            )
-            for length, subset in subsets.items()
-        }
-        for length, overrides in commands.items():
-            print(f"continue at {length} tokens with:")
-            print(write_command(words, overrides))
-        if not args.prepare_only:
-            result = pretrain(parse_config(config_to_yaml(config), commands[lengths[-1]]))
-            return EXIT_CODES[result.reason]
-    except (DataError, StartupError, ConfigError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    except OSError as error:
-        print(f"error: {error}; mend that, and the same command goes on where it was", file=sys.stderr)
-        return 2
-    return 0
+    checkpoint = find_start(args.checkpoint)
+    check_longer(config, checkpoint, lengths, args.min_length, args.rope_theta)
+    output = args.output or Path("tokenized_data") / f"{choose_config_name(words)}-long"
+    subsets = write_subsets(config, checkpoint, output, lengths, args.min_length)
+    commands = {
+        length: longer_overrides(
+            config,
+            load_config(checkpoint / "config.yaml"),
+            checkpoint=checkpoint,
+            subset=subset,
+            max_length=length,
+            rope_theta=args.rope_theta,
+        )
+        for length, subset in subsets.items()
+    }
+    for length, overrides in commands.items():
+        print(f"continue at {length} tokens with:")
+        print(write_command(words, overrides))
+    if args.prepare_only:
+        return 0
+    result = pretrain(parse_config(config_to_yaml(config), commands[lengths[-1]]))
+    return EXIT_CODES[result.reason]
 
 
 def find_start(path: Path) -> Path:
@@ -179,25 +172,3 @@ def longer_overrides(
     if config.datacollator.max_length is not None:
         overrides.append(f"datacollator.max_length={max_length}")
     return overrides
-
-
-def _build_parser(description: str) -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        description=description,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        usage="%(prog)s CONFIG.yaml [--section.key VALUE ...] --checkpoint RUN --max-length N [options]",
-        allow_abbrev=False,
-    )
-    parser.add_argument("--checkpoint", required=True, type=Path, help="a run folder (its newest) or one checkpoint")
-    parser.add_argument(
-        "--max-length",
-        required=True,
-        type=int,
-        action="append",
-        help="new row length in tokens; given several times, one subset each, and the run takes the longest",
-    )
-    parser.add_argument("--min-length", type=int, help="tokens of the shortest document kept; default: half the length")
-    parser.add_argument("--rope-theta", type=float, help="base of the rotary frequencies; default: as the config says")
-    parser.add_argument("--output", type=Path, help="folder of the subsets; default: tokenized_data/<config>-long")
-    parser.add_argument("--prepare-only", action="store_true", help="write the subsets and the commands, then stop")
-    return parser

@@ -15,7 +15,6 @@ goes on where it was, inside a stage too. A stage that was made from something e
 is an error.
 """
 
-import argparse
 import re
 import shlex
 import signal
@@ -28,6 +27,7 @@ from typing import Any
 
 import yaml
 
+from neobert.cli import stop_signals
 from neobert.config.load import ConfigError, load_config
 from neobert.config.source import YamlError, read_yaml_text
 from neobert.train.exit_codes import EXIT_CODES
@@ -182,7 +182,7 @@ def run_command(words: Sequence[str]) -> int:
     """Runs a child to its end and returns its exit code; requests to stop are for the child, which saves first."""
     child = subprocess.Popen(words)
     passed_on: dict[signal.Signals, Any] = {}
-    for number in (signal.SIGTERM, signal.SIGUSR1):
+    for number in stop_signals():
         passed_on[number] = signal.signal(number, lambda received, _: child.send_signal(received))
     # The terminal sends Ctrl-C to the child too.
     passed_on[signal.SIGINT] = signal.signal(signal.SIGINT, lambda received, _: None)
@@ -191,17 +191,3 @@ def run_command(words: Sequence[str]) -> int:
     finally:
         for number, handler in passed_on.items():
             signal.signal(number, handler)
-
-
-def main(argv: Sequence[str], scripts: Path, description: str) -> int:
-    """The command line of `scripts/pipeline.py`; 2 when the pipeline cannot go on."""
-    style = argparse.RawDescriptionHelpFormatter
-    parser = argparse.ArgumentParser(description=description, formatter_class=style, allow_abbrev=False)
-    parser.add_argument("file", type=Path, help="YAML with output and stages")
-    parser.add_argument("--dry-run", action="store_true", help="print the commands, run none")
-    args, overrides = parser.parse_known_args(argv)
-    try:
-        return run_pipeline(load_pipeline(args.file, overrides), scripts, dry_run=args.dry_run)
-    except PipelineError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2

@@ -1,9 +1,9 @@
 """Stopping in order: by a signal, by the clock, or because the numbers are bad.
 
-SIGTERM, SIGUSR1 and SIGINT only set a flag: a save from within a handler could catch the optimizer in the middle of a
-step. The flag travels with the one host-side sum that every step makes anyway, so all ranks stop after the same step; a
-rank that waits for data or evaluates looks at it too. A second SIGINT ends the process at once, which leaves nothing
-torn, because a checkpoint gets its name by a rename.
+SIGTERM, SIGHUP, SIGUSR1 and SIGINT only set a flag: a save from within a handler could catch the optimizer in the
+middle of a step. The flag travels with the one host-side sum that every step makes anyway, so all ranks stop after the
+same step; a rank that waits for data or evaluates looks at it too. A second SIGINT ends the process at once, which
+leaves nothing torn, because a checkpoint gets its name by a rename.
 
 `trainer.max_hours` is a flag of the same kind, set by rank 0 when the time left is that of one step and one save.
 """
@@ -19,7 +19,7 @@ from contextlib import contextmanager
 from types import FrameType
 from typing import Literal
 
-SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
+from neobert.cli import stop_signals
 
 FIRST_SAVE_SECONDS = 60.0
 FIRST_SAVE_SHARE = 0.05
@@ -48,7 +48,7 @@ class StopRequest:
         if threading.current_thread() is not threading.main_thread():
             yield
             return
-        before = {number: signal.signal(number, self._receive) for number in SIGNALS}
+        before = {number: signal.signal(number, self._receive) for number in (*stop_signals(), signal.SIGINT)}
         try:
             yield
         finally:

@@ -1,4 +1,4 @@
-"""The command `preprocess.py`: the data that a config names, tokenised once, before the run that trains on it."""
+"""The data that a config names, tokenised once, before the run that trains on it."""
 
 import shlex
 import sys
@@ -6,54 +6,14 @@ from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
-from neobert.config.command_line import parse_command_line
 from neobert.config.load import split_arguments
 from neobert.config.schema import Config
 from neobert.data.encode import limit_threads
-from neobert.data.errors import DataError
 from neobert.data.offline import PreparedSource, data_overrides, name_tokenizer, prepare_sources
 from neobert.data.pipeline import build_tokenizer
-from neobert.data.report import write_report
-from neobert.train.preview import preview
-from neobert.train.runtime import StartupError
 
-_FLAGS = ("--debug", "--report")
 _TRACES = (".tmp-*/progress.json", "*/manifest.json", "tokenizer/trained_from.txt")
 """What this command leaves in its output, in any of which it goes on."""
-
-
-def run_preprocess(argv: Sequence[str], description: str) -> int:
-    """Does what the words of the command line say; returns the exit code."""
-    words = [word for word in argv if word not in _FLAGS]
-    config = parse_command_line(words, description=description)
-    if config.task != "pretraining":
-        print(f"error: task: {config.task} is for scripts/{config.task}/preprocess.py", file=sys.stderr)
-        return 2
-    try:
-        if "--debug" in argv:
-            print(preview(config))
-            return 0
-        prepared, overrides = prepare(config, choose_config_name(words))
-    except (DataError, StartupError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    except OSError as error:
-        print(f"error: {error}; mend that, and the same command goes on where it was", file=sys.stderr)
-        return 2
-    except KeyboardInterrupt:
-        print("stopped; the same command goes on where it was", file=sys.stderr)
-        return 130
-    for source in prepared:
-        for split, manifest in source.manifests.items():
-            print(
-                f"{source.folder / split}: {manifest['num_documents']:,} documents, {manifest['num_tokens']:,} tokens; "
-                f"{manifest['bad']} records could not be read, {manifest['skipped']} had no text"
-            )
-            if "--report" in argv:
-                print(write_report(source.folder / split, config.dataset.max_seq_length).text)
-    print("train on it with:")
-    print(write_command(words, overrides))
-    return 0
 
 
 def prepare(config: Config, config_name: str) -> tuple[list[PreparedSource], list[str]]:

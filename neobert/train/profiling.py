@@ -17,10 +17,9 @@ import torch
 from torch.profiler import ProfilerActivity, profile, record_function
 
 from neobert.train.run import Run
+from neobert.train.run_folder import SNAPSHOT, TRACE
 from neobert.types import StepMetrics, TrainState
 
-TRACE = "profiler_trace.json"
-SNAPSHOT = "snapshot.pickle"
 DATA_WAIT = "data wait"
 """Name of the time that a step waits for its batch, in the trace."""
 

@@ -22,11 +22,8 @@ from accelerate.utils import DistributedDataParallelKwargs
 from torch import Tensor, nn
 
 from neobert.config.schema import Config
+from neobert.errors import StartupError
 from neobert.kernels.linear_cross_entropy import choose_kernel
-
-
-class StartupError(Exception):
-    """The run cannot start; the message names the key and the remedy."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True, eq=False)

@@ -9,17 +9,17 @@ from typing import Any
 from neobert.config.load import ConfigError, load_config, without_secrets
 from neobert.config.schema import Config
 from neobert.config.validate import BUDGETS
-from neobert.train.runtime import StartupError
-from neobert.train.start import holds_run, is_own, read_checkpoint_config, read_train_state
-from neobert.weights.folder import AVERAGE_FILE, choose_newest
-from neobert.weights.load import STEPS_KEY
+from neobert.errors import StartupError, UserError
+from neobert.train.run_folder import holds_run
+from neobert.train.start import is_own, read_checkpoint_config, read_train_state
+from neobert.weights.folder import AVERAGE_FILE, STEPS_KEY, choose_newest
 from neobert.weights.manifest import CheckpointError, read_manifest
 
 UNKNOWN = Path("<final checkpoint>")
 """Stands for the result of a stage that has not run, in what `--dry-run` prints."""
 
 
-class PipelineError(ValueError):
+class PipelineError(UserError, ValueError):
     """The pipeline cannot go on; the message names the stage and what to do."""
 
 

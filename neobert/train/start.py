@@ -4,16 +4,20 @@ import json
 import shutil
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from neobert.config.fields import FIELDS, SECTIONS
 from neobert.config.load import ConfigError, config_to_yaml, load_config, without_secrets
 from neobert.config.schema import Config
-from neobert.train.console import Reporter
+from neobert.errors import StartupError
 from neobert.train.lock import acquire_lock, check_shared, release_lock
-from neobert.train.runtime import Runtime, StartupError
+from neobert.train.run_folder import check_own, check_unused, holds_run, set_aside
 from neobert.weights.folder import AVERAGE_FILE, Choice, checkpoint_steps, choose_checkpoint, choose_newest
 from neobert.weights.manifest import CheckpointError
+
+if TYPE_CHECKING:
+    from neobert.train.console import Reporter
+    from neobert.train.runtime import Runtime
 
 FORMAT_VERSION = 1
 """Of `train_state.json`; a change that old checkpoints cannot follow raises it."""
@@ -33,10 +37,11 @@ def choose_start(config: Config) -> Choice:
     """
     output_dir, resume = Path(config.trainer.output_dir), config.trainer.resume_from_checkpoint
     if resume is None:
-        _check_unused(config, "continue it with trainer.resume_from_checkpoint: latest")
+        check_unused(config, "continue it with trainer.resume_from_checkpoint: latest")
         return Choice(path=None)
     try:
         if resume == "latest":
+            check_own(output_dir)
             return choose_newest(output_dir)
         path = output_dir / "checkpoints" / resume if resume.isdecimal() else Path(resume)
         if resume.isdecimal() and not path.is_dir():
@@ -53,37 +58,13 @@ def choose_start(config: Config) -> Choice:
             "give a step number, a folder, or latest"
         )
     if not is_own(choice.path, output_dir):
-        _check_unused(config, "continue that run with trainer.resume_from_checkpoint: latest")
+        check_unused(config, "continue that run with trainer.resume_from_checkpoint: latest")
     return choice
-
-
-def _check_unused(config: Config, continuing: str) -> None:
-    output_dir = Path(config.trainer.output_dir)
-    if holds_run(output_dir) and not config.trainer.overwrite_output_dir:
-        raise StartupError(
-            f"trainer.output_dir: {output_dir} already holds a run; {continuing}, or set trainer.overwrite_output_dir: "
-            "true to start anew (the old run is kept beside it under another name), or choose another "
-            "trainer.output_dir"
-        )
 
 
 def is_own(checkpoint: Path, output_dir: Path) -> bool:
     """Whether a checkpoint is one of this output folder's."""
     return checkpoint.resolve().parent == (output_dir / "checkpoints").resolve()
-
-
-def holds_run(output_dir: Path) -> bool:
-    """Whether a run has written into this folder."""
-    return any((output_dir / name).exists() for name in ("log.jsonl", "checkpoints"))
-
-
-def set_aside(output_dir: Path) -> Path:
-    """Renames a used output folder, so that overwriting loses nothing; returns its new name."""
-    number = 1
-    while (aside := output_dir.with_name(f"{output_dir.name}.old-{number}")).exists():
-        number += 1
-    output_dir.rename(aside)
-    return aside
 
 
 def read_train_state(checkpoint: Path) -> dict[str, Any]:
@@ -124,7 +105,7 @@ def read_checkpoint_config(checkpoint: Path) -> Config:
         raise StartupError(f"the config of {checkpoint} cannot be read: {error}") from error
 
 
-def agree(runtime: Runtime, decide: Callable[[], T]) -> T:
+def agree(runtime: "Runtime", decide: Callable[[], T]) -> T:
     """What rank 0 decides, on every rank.
 
     Raises:
@@ -142,7 +123,7 @@ def agree(runtime: Runtime, decide: Callable[[], T]) -> T:
     return decision
 
 
-def agree_on_start(config: Config, runtime: Runtime) -> Choice:
+def agree_on_start(config: Config, runtime: "Runtime") -> Choice:
     """`choose_start` decided by rank 0 for all ranks, under the lock of the folder and before any of them writes.
 
     Raises:
@@ -167,7 +148,7 @@ def _lock(output_dir: Path) -> None:
         ) from error
 
 
-def open_output_dir(config: Config, runtime: Runtime, reporter: Reporter, start: Choice) -> Path:
+def open_output_dir(config: Config, runtime: "Runtime", reporter: "Reporter", start: Choice) -> Path:
     """Makes the output folder ready for this start and says what was found there.
 
     Raises:
@@ -216,7 +197,7 @@ def check_free_space(output_dir: Path, checkpoint_bytes: int) -> None:
         )
 
 
-def describe_config(reporter: Reporter, config: Config) -> None:
+def describe_config(reporter: "Reporter", config: Config) -> None:
     """Prints every setting that is not null, one line a section; of a section in a section what is not the default."""
     lines: dict[str, list[str]] = {"": [], **{name: [] for name in SECTIONS if "." not in name}}
     if config.task != "contrastive":  # Another task's: nothing of it takes effect.
@@ -231,7 +212,7 @@ def describe_config(reporter: Reporter, config: Config) -> None:
     reporter.say("\n".join(f"[{section or 'run'}] {' '.join(x)}" for section, x in lines.items()), style="dim")
 
 
-def write_config(config: Config, runtime: Runtime, output_dir: Path) -> None:
+def write_config(config: Config, runtime: "Runtime", output_dir: Path) -> None:
     """Writes `config.yaml`, when everything was built: a start that failed leaves no trace of a run."""
     if runtime.is_main:
         temporary = output_dir / ".config.yaml.tmp"

@@ -13,6 +13,9 @@ from neobert.weights.manifest import CheckpointError, ManifestMissing, check_con
 MODEL_FILE, EMA_FILE = "model.safetensors", "ema.safetensors"
 """Weights of a checkpoint: those that are trained and, with `trainer.ema_decay`, their moving average."""
 
+STEPS_KEY = "pretraining_steps"
+"""In config.json of models that we export: a second key in the header of the weights would make its bytes random."""
+
 AVERAGE_FILE = "average.json"
 """What the mean of several checkpoints was made of; in a folder of such a mean only."""
 

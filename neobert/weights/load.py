@@ -29,7 +29,7 @@ from torch import Tensor
 
 from neobert.model.config import ModelConfig
 from neobert.weights.describe import WeightsError
-from neobert.weights.folder import AVERAGE_FILE, EMA_FILE, MODEL_FILE, find_checkpoint
+from neobert.weights.folder import AVERAGE_FILE, EMA_FILE, MODEL_FILE, STEPS_KEY, find_checkpoint
 from neobert.weights.layouts import LAYOUTS, Layout, to_ours
 from neobert.weights.manifest import CheckpointError
 
@@ -41,9 +41,6 @@ TRAINING_ONLY = ("log_scale",)
 
 _EXPORTED, _ENCODER = ("eurobert", "remote_code"), "model."
 """Layouts that exported folders have, and what the encoder's tensors begin with where there is a head beside it."""
-
-STEPS_KEY = "pretraining_steps"
-"""In config.json of models that we export: a second key in the header of the weights would make its bytes random."""
 
 HUB_NAME = re.compile(r"\w[\w.-]*/\w[\w.-]*(@[\w./-]+)?")
 _SMALL_FILES = ["*.json", "*.txt", "*.model"]

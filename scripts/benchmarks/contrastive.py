@@ -5,8 +5,16 @@ python scripts/benchmarks/contrastive.py --model outputs/run --pairs my_pairs.js
 
 import sys
 
-from neobert.benchmark.flags import exit_code
-from neobert.contrastive.benchmark import run_benchmark
+from neobert import cli
+from neobert.contrastive.benchmark_flags import parse_flags
+
+
+def main() -> None:
+    args = parse_flags(sys.argv[1:], str(__doc__))
+    from neobert.contrastive.benchmark import run_benchmark
+
+    run_benchmark(args)
+
 
 if __name__ == "__main__":
-    sys.exit(exit_code(lambda: run_benchmark(sys.argv[1:], str(__doc__))))
+    cli.run(main, also=(ValueError,))

@@ -3,19 +3,20 @@
 python scripts/benchmarks/input_pipeline.py FILES --tokenizer FOLDER
 """
 
-import sys
-
-from neobert.benchmark.arguments import build_data_parser, run_on_data
+from neobert import cli
+from neobert.benchmark.arguments import build_data_parser, read_data_config
 from neobert.benchmark.flags import count
-from neobert.benchmark.input_pipeline import compare
 
 
-def main() -> int:
+def main() -> None:
     parser = build_data_parser(__doc__, rows=8, repeats=3)
     parser.add_argument("--batches", type=count, default=2000, help="batches of one measurement (default: %(default)s)")
     args = parser.parse_args()
-    return run_on_data(args, lambda *given: compare(*given, args.files, args.batches, args.repeats))
+    given = read_data_config(args)
+    from neobert.benchmark.input_pipeline import compare
+
+    compare(*given, args.files, args.batches, args.repeats)
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    cli.run(main)

@@ -4,13 +4,14 @@ python scripts/benchmarks/loss_kernels.py --device cuda
 """
 
 import argparse
-import sys
 
-from neobert.benchmark.flags import count, device, exit_code
-from neobert.benchmark.loss_kernels import SHAPES, table
+from neobert import cli
+from neobert.benchmark.flags import count, device
+from neobert.benchmark.settings import SHAPES
+from neobert.output import print_result
 
 
-def main() -> int:
+def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--kernels", nargs="+", default=["torch", "reference", "triton", "liger"])
     parser.add_argument("--shapes", nargs="+", default=list(SHAPES), choices=list(SHAPES))
@@ -18,8 +19,10 @@ def main() -> int:
     parser.add_argument("--device", type=device, default="cpu", help="default: %(default)s")
     parser.add_argument("--repeats", type=count, default=3, help="default: %(default)s")
     args = parser.parse_args()
-    return exit_code(lambda: print(table(args.kernels, args.shapes, args.precision, args.device, args.repeats)))
+    from neobert.benchmark.loss_kernels import table
+
+    print_result(table(args.kernels, args.shapes, args.precision, args.device, args.repeats))
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    cli.run(main, also=(ValueError,))

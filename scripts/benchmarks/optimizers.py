@@ -5,14 +5,14 @@ python scripts/benchmarks/optimizers.py --preset neobert --length 1024 --rows 64
 """
 
 import argparse
-import sys
 
+from neobert import cli
 from neobert.benchmark.flags import count, count_or_zero, device
-from neobert.benchmark.optimizers import describe_orthogonality, describe_times, measure_orthogonality, measure_times
-from neobert.benchmark.step import PRESETS, StepSettings
+from neobert.benchmark.settings import PRESETS, StepSettings
+from neobert.output import print_result
 
 
-def main() -> int:
+def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--preset", choices=list(PRESETS), default="small")
     parser.add_argument("--precision", choices=["bf16", "fp32"], default="bf16")
@@ -24,10 +24,16 @@ def main() -> int:
     parser.add_argument("--cpu-time", action="store_true", help="CPU time of one thread, for a busy machine")
     values = vars(parser.parse_args())
     width, cpu_time = values.pop("width"), values.pop("cpu_time")
-    print(describe_times(measure_times(StepSettings(**values), cpu_time=cpu_time)))
-    print(describe_orthogonality(measure_orthogonality(width=width)))
-    return 0
+    from neobert.benchmark.optimizers import (
+        describe_orthogonality,
+        describe_times,
+        measure_orthogonality,
+        measure_times,
+    )
+
+    print_result(describe_times(measure_times(StepSettings(**values), cpu_time=cpu_time)))
+    print_result(describe_orthogonality(measure_orthogonality(width=width)))
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    cli.run(main)

@@ -3,16 +3,17 @@
 python scripts/benchmarks/resume_cost.py FILES --tokenizer FOLDER
 """
 
-import sys
-
-from neobert.benchmark.arguments import build_data_parser, run_on_data
-from neobert.benchmark.resume_cost import measure
+from neobert import cli
+from neobert.benchmark.arguments import build_data_parser, read_data_config
 
 
-def main() -> int:
+def main() -> None:
     args = build_data_parser(__doc__, rows=16, repeats=5).parse_args()
-    return run_on_data(args, lambda *given: measure(*given, (0.01, 0.5, 0.99), args.repeats))
+    given = read_data_config(args)
+    from neobert.benchmark.resume_cost import measure
+
+    measure(*given, (0.01, 0.5, 0.99), args.repeats)
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    cli.run(main)

@@ -1,14 +1,12 @@
 """Export a trained encoder to a folder for transformers, sentence-transformers and the hub."""
 
 import argparse
-import sys
 from pathlib import Path
 
-from neobert.export.choose import ExportError
-from neobert.export.write import ExportRequest, export
+from neobert import cli
 
 
-def main() -> int:
+def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("source", metavar="model", help="run folder (its newest checkpoint), checkpoint, or hub name")
     parser.add_argument("--output", required=True, type=Path, help="folder to write; must not exist")
@@ -24,17 +22,14 @@ def main() -> int:
         metavar="CODES",
         help="language of the text it was trained on, for the model card: en, or en,de",
     )
-    request = ExportRequest(**vars(parser.parse_args()))
-    try:
-        done = export(request)
-    except ExportError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
+    args = parser.parse_args()
+    from neobert.export.write import ExportRequest, export
+
+    done = export(ExportRequest(**vars(args)))
     print(*done.notes, sep="\n")
     step = "" if done.step is None else f", step {done.step:,}"
     print(f"{done.folder}/: {done.form}{step}; largest difference of a logit to ours {done.max_logit_error:.1e}")
-    return 0
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    cli.run(main)

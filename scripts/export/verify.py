@@ -3,12 +3,9 @@
 import argparse
 import dataclasses
 import json
-import sys
 from pathlib import Path
 
-from neobert.export.choose import ExportError
-from neobert.export.verify import verify
-from neobert.weights.describe import WeightsError
+from neobert import cli
 
 
 def main() -> int:
@@ -18,15 +15,13 @@ def main() -> int:
     parser.add_argument("--weights", default="model", help="with --against: model, or ema for their moving average")
     parser.add_argument("--json", action="store_true", help="print one JSON object")
     args = parser.parse_args()
-    try:
-        (verdict,) = verify([(args.folder, args.against)], kind=args.weights)
-    except (ExportError, WeightsError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
+    from neobert.export.verify import verify
+
+    (verdict,) = verify([(args.folder, args.against)], kind=args.weights)
     result = {**dataclasses.asdict(verdict), "passed": verdict.passed}
     print(json.dumps(result) if args.json else verdict.describe())
     return 0 if verdict.passed else 1
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    cli.run(main)

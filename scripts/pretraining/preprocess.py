@@ -6,7 +6,38 @@
 
 import sys
 
-from neobert.train.preprocess import run_preprocess
+from neobert import cli
+from neobert.config.command_line import parse_command_line
+from neobert.data.errors import DataError
+from neobert.output import print_result
+
+FLAGS = ("--debug", "--report")
+
+
+def main() -> None:
+    words = [word for word in sys.argv[1:] if word not in FLAGS]
+    config = parse_command_line(words, description=str(__doc__))
+    if config.task != "pretraining":
+        raise DataError(f"task: {config.task} is for scripts/{config.task}/preprocess.py")
+    from neobert.data.report import write_report
+    from neobert.train.preprocess import choose_config_name, prepare, write_command
+    from neobert.train.preview import preview
+
+    if "--debug" in sys.argv:
+        print_result(preview(config))
+        return
+    prepared, overrides = prepare(config, choose_config_name(words))
+    for source in prepared:
+        for split, manifest in source.manifests.items():
+            print(
+                f"{source.folder / split}: {manifest['num_documents']:,} documents, {manifest['num_tokens']:,} tokens; "
+                f"{manifest['bad']} records could not be read, {manifest['skipped']} had no text"
+            )
+            if "--report" in sys.argv:
+                print(write_report(source.folder / split, config.dataset.max_seq_length).text)
+    print("train on it with:")
+    print(write_command(words, overrides))
+
 
 if __name__ == "__main__":
-    sys.exit(run_preprocess(sys.argv[1:], str(__doc__)))
+    cli.run(main, resumes=True)

@@ -5,38 +5,36 @@ python scripts/pretraining/train_tokenizer.py --input python_stdlib --output my_
 """
 
 import argparse
-import sys
 from pathlib import Path
 
+from neobert import cli
 from neobert.config.schema_data import DatasetSection
 from neobert.data.errors import DataError
-from neobert.data.opening import open_training_texts
-from neobert.data.spec import describe_source
-from neobert.data.tokenizer import DEFAULT_VOCAB_SIZE, train_tokenizer
 
 
-def main() -> int:
+def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--input", required=True, help="file, folder, glob, hub data set, or python_stdlib")
     parser.add_argument("--output", required=True, type=Path, help="folder to save to")
     parser.add_argument("--algorithm", choices=["byte_bpe", "wordpiece"], default="byte_bpe")
-    parser.add_argument("--vocab-size", type=int, default=DEFAULT_VOCAB_SIZE, help="default: %(default)s")
+    parser.add_argument("--vocab-size", type=int, help="default: 32768")
     parser.add_argument("--text-column", help="default: text, content, sentence, or the only one with text")
     parser.add_argument("--documents", type=int, help="read only the first documents, this many")
     args = parser.parse_args()
-    try:
-        if args.output.exists() and not args.output.is_dir():
-            raise DataError(f"--output: {args.output} is not a folder; choose another name")
-        source = describe_source(args.input, text_column=args.text_column)
-        training = open_training_texts([source], DatasetSection(), args.documents)
-        tokenizer = train_tokenizer(training.texts, args.algorithm, args.vocab_size)
-    except DataError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
+    if args.output.exists() and not args.output.is_dir():
+        raise DataError(f"--output: {args.output} is not a folder; choose another name")
+    if (args.output / "tokenizer.json").exists():
+        raise DataError(f"--output: {args.output} holds a tokenizer already; choose another folder, or remove that one")
+    from neobert.data.opening import open_training_texts
+    from neobert.data.spec import describe_source
+    from neobert.data.tokenizer import train_tokenizer
+
+    source = describe_source(args.input, text_column=args.text_column)
+    training = open_training_texts([source], DatasetSection(), args.documents)
+    tokenizer = train_tokenizer(training.texts, args.algorithm, args.vocab_size)
     tokenizer.save(args.output)
     print(f"{tokenizer.size:,} tokens ({tokenizer.model_name}) saved to {args.output}/; use it as tokenizer.path")
-    return 0
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    cli.run(main)

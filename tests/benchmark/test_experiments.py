@@ -6,10 +6,11 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+from calls import call
 
 from neobert.benchmark import experiments, trial
+from neobert.benchmark.experiment_plan import Job, PlanError, grid, load_plan
 from neobert.benchmark.experiment_report import Outcome, best_outcomes, describe, draw
-from neobert.benchmark.experiments import Job, PlanError, grid, load_plan, main
 from neobert.config.load import config_to_yaml
 from neobert.config.schema import Config
 from neobert.inference.mlm_loss import LossSettings
@@ -44,8 +45,9 @@ def folder(tmp_path: Path, tiny: Callable[..., Config], texts: list[str], monkey
     return tmp_path
 
 
-def start(folder: Path, *words: str) -> int:
-    return main([str(folder / "plan.yaml"), "--data", str(folder / "data"), "--output", str(folder / "out"), *words])
+def start(folder: Path, *words: str) -> object:
+    where = [folder / "plan.yaml", "--data", folder / "data", "--output", folder / "out"]
+    return call("experiments/compare.py", *where, *words)
 
 
 def test_a_plan_becomes_runs(folder: Path) -> None:
@@ -147,8 +149,7 @@ def test_a_killed_run_goes_on_and_ends_as_one_left_alone(folder: Path, monkeypat
 
     with monkeypatch.context() as patch:
         patch.setattr("neobert.train.loop.fault_point", lambda name, step: kill(None, None) if step == 5 else None)
-        with pytest.raises(KeyboardInterrupt):
-            start(folder, "--only", "masked", "--output", str(folder / "killed"))
+        assert start(folder, "--only", "masked", "--output", str(folder / "killed")) == 130
     assert not (folder / "killed" / "masked-seed0" / "score.json").exists()
     assert start(folder, "--only", "masked", "--output", str(folder / "killed")) == 0
     again = json.loads((folder / "killed" / "masked-seed0" / "score.json").read_text())

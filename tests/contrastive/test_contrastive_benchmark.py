@@ -2,7 +2,8 @@
 
 import pytest
 
-from neobert.contrastive.benchmark import _parse, measure
+from neobert.contrastive.benchmark import measure
+from neobert.contrastive.benchmark_flags import parse_flags
 
 
 def test_padded_and_cached_steps_are_the_same_steps() -> None:
@@ -18,7 +19,7 @@ def test_padded_and_cached_steps_are_the_same_steps() -> None:
         "--num-layers",
         "1",
     ]
-    args = _parse([*words, "--device", "cpu", "--vocab-size", "100"], "about")
+    args = parse_flags([*words, "--device", "cpu", "--vocab-size", "100"], "about")
     found = {variant: measure(args, variant) for variant in args.variants}
     assert found["padded"].loss == pytest.approx(found["unpadded"].loss, rel=1e-4)
     assert found["cached"].loss == pytest.approx(found["whole"].loss, rel=1e-4)

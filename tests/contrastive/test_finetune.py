@@ -13,6 +13,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from calls import call
 from huggingface_hub import ModelCard
 from safetensors.torch import load_file
 from transformers import AutoModel, AutoTokenizer
@@ -20,7 +21,6 @@ from transformers import AutoModel, AutoTokenizer
 from neobert.config.load import config_to_yaml, load_config
 from neobert.config.schema import Config
 from neobert.contrastive.data import NotPrepared, choose_sets
-from neobert.contrastive.evaluate import run_evaluate
 from neobert.contrastive.finetune import finetune
 from neobert.contrastive.metrics import spearman
 from neobert.data.errors import DataError
@@ -295,7 +295,7 @@ def test_an_exported_folder_gives_the_same_figure(
     assert found == pytest.approx(last["sets"]["scored"]["spearman"], abs=2e-4)  # type: ignore[index]
     capsys.readouterr()
     words = ["--anchor-prefix", "about: ", "--positive-prefix", "text: ", "--pooling", pooling, "--max-length", "32"]
-    assert run_evaluate([str(folder), str(pair_files / "scored.jsonl"), *words], "about") == 0
+    assert call("contrastive/evaluate.py", str(folder), str(pair_files / "scored.jsonl"), *words) == 0
     assert capsys.readouterr().out == (
         f"{pair_files}/scored.jsonl, 60 rows: spearman {last['sets']['scored']['spearman']:.4f}\n"  # type: ignore[index]
     )

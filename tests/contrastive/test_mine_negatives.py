@@ -6,10 +6,11 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from calls import call
 
 from neobert.config.schema import Config
 from neobert.contrastive.finetune import finetune
-from neobert.contrastive.mine import MineSettings, mine, mine_examples, run_mine
+from neobert.contrastive.mine import MineSettings, mine, mine_examples
 from neobert.contrastive.rows import Example
 
 
@@ -44,16 +45,16 @@ def test_the_script_writes_pairs_with_negatives(
     finetune(contrastive(tmp_path / "run", "trainer.max_steps=1"))
     output = tmp_path / "mined.jsonl"
     words = [str(tmp_path / "run"), str(pair_files / "pairs.jsonl"), "--output", str(output), "--margin", "-2"]
-    assert run_mine([*words, "--num-negatives", "3"], "about") == 0
+    assert call("contrastive/mine_negatives.py", *words, "--num-negatives", "3") == 0
     rows = [json.loads(line) for line in output.read_text().splitlines()]
     assert len(rows) == 60
     for row in rows:
         assert len(row["negatives"]) == 3
         assert row["positive"] not in row["negatives"]
     capsys.readouterr()
-    assert run_mine(words, "about") == 2
+    assert call("contrastive/mine_negatives.py", *words) == 2
     assert "mined.jsonl exists already" in capsys.readouterr().err
     words[1] = str(pair_files / "scored.jsonl")
     words[3] = str(tmp_path / "other.jsonl")
-    assert run_mine(words, "about") == 2
+    assert call("contrastive/mine_negatives.py", *words) == 2
     assert "has no pairs" in capsys.readouterr().err

@@ -10,11 +10,12 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+from calls import call
 from datasets import Dataset, DatasetDict
 
 from neobert.config.schema import Config
 from neobert.config.schema_contrastive import PairSource
-from neobert.contrastive.preprocess import list_wanted, name_source, prepare, run_preprocess
+from neobert.contrastive.preprocess import list_wanted, name_source, prepare
 from neobert.contrastive.reading import open_source
 from neobert.contrastive.rows import Example
 from neobert.contrastive.sets import SETS
@@ -324,7 +325,7 @@ def test_the_script_says_what_to_type_next(tmp_path: Path, capsys: pytest.Captur
         f"task: contrastive\ndataset: {{path: {tmp_path}/sets, name: {file}}}\ntrainer: {{max_steps: 1}}\n"
         "contrastive: {pretrained_checkpoint_dir: somewhere}\n"
     )
-    assert run_preprocess([str(config)], "about") == 0
+    assert call("contrastive/preprocess.py", str(config)) == 0
     said = capsys.readouterr().out.splitlines()
     assert said == [
         f"{tmp_path}/sets/all/mine: 1 pairs, up to 1 negatives (written)",
@@ -332,5 +333,5 @@ def test_the_script_says_what_to_type_next(tmp_path: Path, capsys: pytest.Captur
         f"python scripts/contrastive/finetune.py {config}",
     ]
     file.unlink()
-    assert run_preprocess([str(config), "--dataset.force_redownload"], "about") == 2
+    assert call("contrastive/preprocess.py", str(config), "--dataset.force_redownload") == 2
     assert "mine.jsonl is not there" in capsys.readouterr().err

@@ -6,10 +6,10 @@ import subprocess
 import sys
 
 import pytest
+from calls import call
 from datasets import Dataset, load_from_disk
 
 from neobert.data.arrow import TokenStore, read_manifest
-from neobert.data.tokenize_command import run_tokenize
 
 
 @pytest.fixture
@@ -25,7 +25,7 @@ def start(tmp_path, corpora, saved_tokenizer, monkeypatch, capsys):
 
     def run(*flags, dataset=corpora["text_indexed"], output=tmp_path / "out"):
         words = ["--tokenizer", str(saved_tokenizer), "--output", str(output), *flags]
-        code = run_tokenize([*(["--dataset", str(dataset)] if dataset else []), *words], "Tokenises.")
+        code = call("pretraining/tokenize_dataset.py", *(["--dataset", str(dataset)] if dataset else []), *words)
         printed = capsys.readouterr()
         return code, printed.out, printed.err
 

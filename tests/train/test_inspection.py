@@ -8,12 +8,13 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+from calls import call
 from records import log_lines
 
 from neobert.benchmark import kill_storm
 from neobert.config.schema import Config
 from neobert.train import loop
-from neobert.train.inspection import list_run, main
+from neobert.train.inspection import list_run
 from neobert.train.loop import pretrain
 from neobert.train.replay import replay_row
 from neobert.train.runtime import StartupError
@@ -36,19 +37,19 @@ def run(trained: Path, tmp_path: Path) -> Path:
 
 
 def test_verify(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    assert main(["verify", str(run)]) == 0
+    assert call("checkpoint.py", "verify", str(run)) == 0
     lines = capsys.readouterr().out.splitlines()
     assert [line.partition(":")[0] for line in lines] == ["4", "6", "8", "12"]
     assert all(": whole, 12 files, " in line or ": whole, 11 files, " in line for line in lines)
-    assert main(["verify", str(run / "checkpoints" / "8")]) == 0
+    assert call("checkpoint.py", "verify", str(run / "checkpoints" / "8")) == 0
     assert capsys.readouterr().out.startswith("8: whole")
     path = run / "checkpoints" / "8" / "optimizer.bin"
     content = bytearray(path.read_bytes())
     content[1000] ^= 1
     path.write_bytes(bytes(content))
-    assert main(["verify", str(run)]) == 1
+    assert call("checkpoint.py", "verify", str(run)) == 1
     assert "8: DAMAGED, optimizer.bin does not match its sha256" in capsys.readouterr().out
-    assert main(["verify", str(run / "nowhere")]) == 2
+    assert call("checkpoint.py", "verify", str(run / "nowhere")) == 2
     assert "holds no checkpoint" in capsys.readouterr().err
 
 
@@ -66,12 +67,12 @@ def test_list(run: Path) -> None:
 
 
 def test_prune(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    assert main(["prune", str(run)]) == 0, "trainer.save_total_limit is null here"
+    assert call("checkpoint.py", "prune", str(run)) == 0, "trainer.save_total_limit is null here"
     assert "deleted: nothing" in capsys.readouterr().out
-    assert main(["prune", str(run), "--keep", "1", "--dry-run"]) == 0
+    assert call("checkpoint.py", "prune", str(run), "--keep", "1", "--dry-run") == 0
     assert capsys.readouterr().out.splitlines() == ["would delete: 4, 8", "kept: 6, 12"]
     assert checkpoint_steps(run) == [4, 6, 8, 12]
-    assert main(["prune", str(run), "--keep", "1"]) == 0
+    assert call("checkpoint.py", "prune", str(run), "--keep", "1") == 0
     assert checkpoint_steps(run) == [6, 12]
 
 
@@ -79,12 +80,12 @@ def test_diff(tiny: Tiny, run: Path, tmp_path: Path, capsys: pytest.CaptureFixtu
     other = tmp_path / "other"
     pretrain(tiny(other, "trainer.max_steps=4", "optimizer.lr=1e-3", "seed=9"))
     capsys.readouterr()
-    assert main(["diff", str(run / "checkpoints" / "4"), str(run)]) == 0
+    assert call("checkpoint.py", "diff", str(run / "checkpoints" / "4"), str(run)) == 0
     lines = capsys.readouterr().out.splitlines()
     assert lines[0] == f"{run}/checkpoints/4 -> {run}/checkpoints/12"
     assert lines[1] == "  step: 4 -> 12"
     assert lines[-1] == "  the same settings, data and tokenizer"
-    assert main(["diff", str(run), str(other)]) == 0
+    assert call("checkpoint.py", "diff", str(run), str(other)) == 0
     table = {line.split()[0]: line.split()[1:] for line in capsys.readouterr().out.splitlines()}
     assert table["seed"] == ["needs", "declaring", "3", "->", "9"]
     assert table["optimizer.lr"] == ["free", "0.01", "->", "0.001"]

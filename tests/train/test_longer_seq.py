@@ -6,6 +6,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from calls import call
 from datasets import Dataset, DatasetDict, load_from_disk
 from records import log_lines
 
@@ -14,8 +15,7 @@ from neobert.config.schema import Config
 from neobert.data.offline import PreparedSource
 from neobert.data.pipeline import build_tokenizer
 from neobert.data.spec import SourceSpec
-from neobert.data.tokenize_command import run_tokenize
-from neobert.train.longer import longer_overrides, run_longer
+from neobert.train.longer import longer_overrides
 from neobert.train.loop import pretrain
 
 
@@ -37,7 +37,7 @@ def start(
 
     def command(*flags: str) -> tuple[int, str, str]:
         words = [str(run / "run.yaml"), "--checkpoint", str(run / "outputs/run"), "--trainer.max_steps", "5", *flags]
-        code = run_longer(words, "")
+        code = call("pretraining/longer_seq.py", *words)
         printed = capsys.readouterr()
         return code, printed.out, printed.err
 
@@ -69,7 +69,7 @@ def test_pieces_on_disk_are_whole_documents_again(
     start: Callable[..., tuple[int, str, str]], corpus: Path, tokenizer_folder: Path, encoded: list[list[int]]
 ) -> None:
     words = ["--dataset", str(corpus), "--tokenizer", str(tokenizer_folder), "--output", "cut", "--max-length", "32"]
-    assert run_tokenize(words, "") == 0
+    assert call("pretraining/tokenize_dataset.py", *words) == 0
     assert max(map(len, load_from_disk("cut")["input_ids"][:])) == 32
     assert start("--dataset.path", "cut", "--max-length", "128", "--prepare-only")[0] == 0
     long = [tokens for tokens in encoded if len(tokens) >= 64]

@@ -14,17 +14,19 @@ from typing import Any
 
 import pytest
 import torch
+from calls import call
 from poison import fork_run, wait_for
 from ports import free_port
 from records import exact_steps, log_lines
 
+from neobert.cli import STOP_SIGNALS, stop_signals
 from neobert.config.load import config_to_yaml
 from neobert.config.schema import Config
 from neobert.data import loader as loader_module
 from neobert.data.loader import Loader
 from neobert.data.pipeline import DataPipeline
 from neobert.objectives.mlm import MaskedLM
-from neobert.train import loop, preempt
+from neobert.train import finish, loop, preempt
 from neobert.train.exit_codes import EXIT_CODES
 from neobert.train.loop import RunResult, pretrain
 from neobert.train.preempt import StopRequest
@@ -67,7 +69,7 @@ def check_preempted(tiny: Tiny, out: Path, result: RunResult, step: int, *overri
     assert log_lines(out, "eval") == log_lines(whole, "eval"), "no evaluation is missing or made twice"
 
 
-@pytest.mark.parametrize("number", preempt.SIGNALS, ids=lambda number: number.name)
+@pytest.mark.parametrize("number", [*STOP_SIGNALS, signal.SIGINT], ids=lambda number: number.name)
 def test_a_signal_in_a_step_saves_after_it(
     tiny: Tiny,
     tmp_path: Path,
@@ -89,8 +91,13 @@ def test_a_signal_in_a_step_saves_after_it(
     assert (stopped["step"], stopped["reason"], stopped["cause"]) == (6, "preempted", number.name)
 
 
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGHUP], ids=lambda number: number.name)
 def test_a_signal_during_a_save_lets_it_finish(
-    tiny: Tiny, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    tiny: Tiny,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    number: signal.Signals,
 ) -> None:
     out, save, sent = tmp_path / "run", torch.save, []
 
@@ -98,7 +105,7 @@ def test_a_signal_during_a_save_lets_it_finish(
         save(*args, **settings)
         if not sent:
             sent.append(1)
-            send(signal.SIGTERM)
+            send(number)
 
     with monkeypatch.context() as patch:
         patch.setattr(torch, "save", save_and_signal)
@@ -181,6 +188,48 @@ def test_a_signal_before_the_first_step_saves_nothing(
     assert (result.reason, result.state.step) == ("preempted", 0)
     assert not (out / "checkpoints").exists()
     assert "preempt: no step was made, there is nothing to save" in capsys.readouterr().out
+
+
+def test_sighup_while_masks_are_filled_comes_too_late_to_stop_anything(
+    tiny: Tiny, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    real = finish.fill_mask
+    monkeypatch.setattr(finish, "fill_mask", lambda *args, **more: (send(signal.SIGHUP), real(*args, **more))[1])
+    result = pretrain(tiny(tmp_path / "run", "trainer.max_steps=2", "trainer.fill_mask_texts=['a [MASK] b']"))
+    assert (result.reason, result.state.step) == ("finished", 2)
+    assert "predictions:" in capsys.readouterr().out
+    assert (tmp_path / "run" / "checkpoints" / "2" / "train_state.json").is_file()
+
+
+def test_sighup_is_ignored_where_it_was_ignored_at_the_start(
+    tiny: Tiny, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    before = signal.signal(signal.SIGHUP, signal.SIG_IGN)  # As nohup does.
+    try:
+        at_step(monkeypatch, 2, lambda: send(signal.SIGHUP))
+        assert pretrain(tiny(tmp_path / "run", "trainer.max_steps=3")).state.step == 3
+        # The agent of torchrun obeys SIGHUP all the same, and kills its processes soon after.
+        monkeypatch.setenv("TORCHELASTIC_SIGNALS_TO_HANDLE", "SIGTERM,SIGINT,SIGHUP,SIGQUIT")
+        assert signal.SIGHUP in stop_signals()
+        monkeypatch.setenv("TORCHELASTIC_SIGNALS_TO_HANDLE", "SIGTERM,SIGINT")
+        assert signal.SIGHUP not in stop_signals()
+    finally:
+        signal.signal(signal.SIGHUP, before)
+
+
+@pytest.mark.parametrize("number", STOP_SIGNALS, ids=lambda number: number.name)
+def test_a_signal_at_the_start_of_the_script_stops_it_with_75(
+    tiny: Tiny,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    number: signal.Signals,
+) -> None:
+    (tmp_path / "run.yaml").write_text(config_to_yaml(tiny(tmp_path / "run")))
+    monkeypatch.setattr("neobert.train.opening.build_tokenizer", lambda *args: send(number))
+    assert call("pretraining/pretrain.py", tmp_path / "run.yaml") == 75
+    assert capsys.readouterr().err == "stopped\n"
+    assert not (tmp_path / "run" / "checkpoints").exists()
 
 
 def test_no_handler_is_installed_outside_the_main_thread(tiny: Tiny, tmp_path: Path) -> None:

@@ -8,6 +8,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
+from calls import call
 from datasets import load_from_disk
 from records import log_lines
 
@@ -20,7 +21,7 @@ from neobert.data.arrow import read_manifest
 from neobert.data.offline import data_overrides, prepare_sources
 from neobert.data.pipeline import build_tokenizer
 from neobert.train.loop import pretrain
-from neobert.train.preprocess import choose_output, run_preprocess
+from neobert.train.preprocess import choose_output
 
 Write = Callable[..., Path]
 
@@ -48,7 +49,7 @@ def run_printed(out: str) -> None:
 def test_the_printed_command_trains_on_the_same_rows(write: Write, capsys: pytest.CaptureFixture[str]) -> None:
     """As the run that tokenises by itself, bit for bit; `streaming: true` does not stop it."""
     write("dataset.streaming=true")
-    assert run_preprocess(["run.yaml", "--report", "--seed", "4"], "") == 0
+    assert call("pretraining/preprocess.py", "run.yaml", "--report", "--seed", "4") == 0
     out = capsys.readouterr().out
     assert "tokenized_data/run/train: 240 documents" in out
     assert Path("tokenized_data/run/train/report.svg").is_file()
@@ -66,18 +67,18 @@ def test_every_split_that_the_run_needs(write: Write, corpus: Path, capsys: pyte
     for name in ("dev", "test"):
         (folder / f"{name}.jsonl").write_text(json.dumps({"text": f"the cat likes the {name}"}) + "\n")
     write(f"dataset.path={folder}", "dataset.pre_tokenize_output=tokens", "dataset.num_proc=1")
-    assert run_preprocess(["run.yaml"], "") == 0
+    assert call("pretraining/preprocess.py", "run.yaml") == 0
     found = load_from_disk("tokens")
     assert {name: len(rows) for name, rows in found.items()} == {"train": 150, "test": 1}
     run_printed(capsys.readouterr().out)
     assert log_lines(Path("outputs/run"), "eval")[-1]["num_documents"] == 1
-    run_preprocess(["run.yaml", "dataset.eval_split=dev", "dataset.pre_tokenize_output=others"], "")
+    call("pretraining/preprocess.py", "run.yaml", "dataset.eval_split=dev", "dataset.pre_tokenize_output=others")
     assert sorted(load_from_disk("others")) == ["dev", "train"]
 
 
 def test_a_tokenizer_to_train_is_trained_first(write: Write, capsys: pytest.CaptureFixture[str]) -> None:
     write("tokenizer.path=null", "tokenizer.train=true", "tokenizer.vocab_size=300", "tokenizer.train_documents=50")
-    assert run_preprocess(["run.yaml"], "") == 0
+    assert call("pretraining/preprocess.py", "run.yaml") == 0
     assert Path("tokenized_data/run/tokenizer/tokenizer.json").is_file()
     manifest = read_manifest(Path("tokenized_data/run/train"))
     assert manifest is not None
@@ -138,8 +139,8 @@ def test_several_sources_become_one_folder_each(
 
 def test_a_source_that_is_tokenised_already_is_refused(write: Write, capsys: pytest.CaptureFixture[str]) -> None:
     write()
-    run_preprocess(["run.yaml"], "")
-    assert run_preprocess(["run.yaml", "dataset.path=tokenized_data/run"], "") == 2
+    call("pretraining/preprocess.py", "run.yaml")
+    assert call("pretraining/preprocess.py", "run.yaml", "dataset.path=tokenized_data/run") == 2
     assert "tokenized_data/run is tokenised already" in capsys.readouterr().err
 
 
@@ -149,7 +150,7 @@ def test_debug_shows_rows_and_the_mix_and_writes_nothing(
 ) -> None:
     extra = {"stream": [], "indexed": ["dataset.streaming=false"], "mask_all": ["datacollator.mask_all=true"]}[kind]
     path = write("trainer.per_device_train_batch_size=64", *extra)
-    assert run_preprocess([str(path), "--debug"], "") == 0
+    assert call("pretraining/preprocess.py", str(path), "--debug") == 0
     assert sorted(entry.name for entry in tmp_path.iterdir()) == ["run.yaml"]
     out = capsys.readouterr().out
     assert re.search(r"row 0: \d+ documents in \d+ of 64 slots", out)
@@ -182,14 +183,14 @@ def test_a_run_finds_what_was_prepared_in_its_folder(
             "dataset.path=null",
             f"dataset.mixture=[{sources}]",
         )
-    assert run_preprocess(["run.yaml"], "") == 0
+    assert call("pretraining/preprocess.py", "run.yaml") == 0
     monkeypatch.setattr(prepare, "_write", lambda *a: pytest.fail("tokenised a second time"))
     pretrain(load_config("run.yaml"))
 
 
 def test_two_slices_of_one_split_are_both_prepared(write: Write, capsys: pytest.CaptureFixture[str]) -> None:
     write("dataset.train_split=train[40:]", "dataset.eval_split=train[:40]", "dataset.eval_samples=null")
-    assert run_preprocess(["run.yaml"], "") == 0
+    assert call("pretraining/preprocess.py", "run.yaml") == 0
     counts = {
         p.parent.name: read_manifest(p.parent)["num_documents"]
         for p in Path("tokenized_data/run").glob("*/manifest.json")
@@ -197,5 +198,5 @@ def test_two_slices_of_one_split_are_both_prepared(write: Write, capsys: pytest.
     assert counts == {"train": 200, "validation": 40}
     run_printed(capsys.readouterr().out)
     write("dataset.train_split=train[40:]", "dataset.eval_split=train[:50]", "dataset.eval_samples=null")
-    assert run_preprocess(["run.yaml"], "") == 2
+    assert call("pretraining/preprocess.py", "run.yaml") == 2
     assert "overlaps dataset.train_split" in capsys.readouterr().err

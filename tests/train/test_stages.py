@@ -10,15 +10,15 @@ from typing import Any
 import pytest
 import torch
 import yaml
+from calls import call
 from records import exact_steps
 from safetensors.torch import load_file
 
 from neobert.config.load import config_to_yaml, load_config
 from neobert.config.schema import Config
 from neobert.export.write import ExportRequest, export
-from neobert.train import averaging, pipeline
+from neobert.train import pipeline
 from neobert.train.exit_codes import EXIT_CODES
-from neobert.train.longer import run_longer
 from neobert.train.loop import pretrain
 from neobert.train.pipeline import PipelineError, load_pipeline, run_command, run_pipeline
 
@@ -42,9 +42,9 @@ class Runner:
         if script == "pretrain.py":
             return EXIT_CODES[pretrain(load_config(rest[0], rest[1:])).reason]
         if script == "longer_seq.py":
-            return run_longer(rest, "")
+            return call("pretraining/longer_seq.py", *rest)
         if script == "average_checkpoints.py":
-            return averaging.main(rest, "")
+            return call("average_checkpoints.py", *rest)
         export(ExportRequest(source=rest[0], output=Path(rest[2])))
         return 0
 
@@ -210,11 +210,12 @@ def test_a_stage_that_stops_or_fails_ends_the_pipeline(
     assert len(runner.calls) == 3
 
 
-def test_a_request_to_stop_is_for_the_child() -> None:
+@pytest.mark.parametrize("name", ["SIGTERM", "SIGHUP"])
+def test_a_request_to_stop_is_for_the_child(name: str) -> None:
     code = (
         "import os, signal, sys, time\n"
-        "signal.signal(signal.SIGTERM, lambda *_: sys.exit(75))\n"
-        "os.kill(os.getppid(), signal.SIGTERM)\n"
+        f"signal.signal(signal.{name}, lambda *_: sys.exit(75))\n"
+        f"os.kill(os.getppid(), signal.{name})\n"
         "time.sleep(20)\n"
     )
     assert run_command([sys.executable, "-c", code]) == 75
@@ -254,7 +255,7 @@ def test_all_problems_of_a_file_are_told_together(tiny: Tiny, tmp_path: Path) ->
 
 
 def test_the_command_says_what_is_wrong(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    assert pipeline.main([str(tmp_path / "none.yaml"), "--dry-run"], SCRIPTS, "") == 2
+    assert call("pipeline.py", tmp_path / "none.yaml", "--dry-run") == 2
     assert capsys.readouterr().err.startswith(f"error: {tmp_path}/none.yaml cannot be read: ")
 
 

@@ -5,10 +5,10 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+from calls import call
 from records import log_lines
 
 from neobert.config.schema import Config
-from neobert.data.tokenize_command import run_tokenize
 from neobert.train.loop import pretrain
 
 
@@ -19,7 +19,7 @@ def test_stream_tokenise_resume(
     run, tokens = tmp_path / "run", tmp_path / "tokens"
     pretrain(tiny(run, "dataset.streaming=true", "trainer.max_steps=4", *more))
     flags = ["--dataset", str(corpus), "--tokenizer", str(tokenizer_folder), "--output", str(tokens)]
-    assert run_tokenize([*flags, "--max-length", "1024"], "") == 0
+    assert call("pretraining/tokenize_dataset.py", *flags, "--max-length", "1024") == 0
     onto_disk = ["dataset.streaming=false", f"dataset.path={tokens}", "trainer.resume_from_checkpoint=latest"]
     result = pretrain(tiny(run, *onto_disk, "trainer.max_steps=8", *more))
     assert result.state.step == 8

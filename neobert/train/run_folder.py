@@ -1,0 +1,128 @@
+"""What an output folder holds, and setting an earlier run aside: of a run only, and without losing any of it."""
+
+import json
+import os
+from collections.abc import Iterator
+from contextlib import suppress
+from pathlib import Path
+
+from neobert.config.schema import Config
+from neobert.errors import StartupError
+from neobert.weights.folder import checkpoint_steps
+from neobert.weights.manifest import MANIFEST
+
+TRACE, SNAPSHOT = "profiler_trace.json", "snapshot.pickle"
+"""What the profiler writes."""
+
+LOGS = {"log.jsonl": "kind", "events.jsonl": "event"}
+"""Files that a run appends to, and the name that every line of theirs has."""
+
+_MARKS = ("checkpoints", *LOGS)
+"""Names of which a run leaves at least one."""
+
+ENTRIES = (*_MARKS, "training.log", "config.yaml", "tokenizer", "tokenized", "wandb_id.txt", TRACE, SNAPSHOT)
+"""What a run writes into its folder, in the order in which it is moved: a kill between two moves leaves what is still
+known as a run."""
+
+
+def holds_run(output_dir: Path) -> bool:
+    """Whether there is something that is called as what a run leaves."""
+    return bool(_found(output_dir))
+
+
+def _found(output_dir: Path) -> list[str]:
+    return [name for name in _MARKS if os.path.lexists(output_dir / name) and not _is_empty(output_dir / name)]
+
+
+def _is_empty(path: Path) -> bool:
+    return not any(path.iterdir()) if path.is_dir() else path.is_file() and not path.stat().st_size
+
+
+def check_own(output_dir: Path) -> None:
+    """Raises where a run would mix with what is not one of ours.
+
+    Raises:
+        StartupError: naming what was found.
+    """
+    found = _found(output_dir)
+    if found and not _is_run(output_dir):
+        raise StartupError(
+            f"trainer.output_dir: {output_dir} has {' and '.join(found)}, but no checkpoint and no log of a run of "
+            "this code: what is there is neither continued nor set aside; move it, or choose another trainer.output_dir"
+        )
+
+
+def check_unused(config: Config, continuing: str) -> None:
+    """Raises where a fresh start would mix with what is in the output folder.
+
+    Args:
+        continuing: how to go on with the run there.
+
+    Raises:
+        StartupError: there is a run that is not to be overwritten, or something that is no run of ours.
+    """
+    output_dir = Path(config.trainer.output_dir)
+    check_own(output_dir)
+    if holds_run(output_dir) and not config.trainer.overwrite_output_dir:
+        raise StartupError(
+            f"trainer.output_dir: {output_dir} already holds a run; {continuing}, or set trainer.overwrite_output_dir: "
+            "true to start anew (the old run is kept beside it under another name), or choose another "
+            "trainer.output_dir"
+        )
+
+
+def _is_run(output_dir: Path) -> bool:
+    """Whether nothing but a run of ours can have left what is there: one of its logs, or a checkpoint of it."""
+    checkpoints = (output_dir / "checkpoints" / str(step) for step in checkpoint_steps(output_dir))
+    if any((folder / name).is_file() for folder in checkpoints for name in (MANIFEST, "train_state.json")):
+        return True
+    return any(_starts_as_log(output_dir / name, key) for name, key in LOGS.items())
+
+
+def _starts_as_log(path: Path, key: str) -> bool:
+    try:
+        with path.open(encoding="utf-8") as lines:
+            first = json.loads(lines.readline(1_000_000))
+    except (OSError, ValueError):
+        return False
+    return isinstance(first, dict) and {key, "step"} <= first.keys()
+
+
+def set_aside(output_dir: Path) -> Path:
+    """Moves the run in an output folder away, so that overwriting loses nothing; returns where it is.
+
+    The folder is renamed, the one that a link points to beside itself, and made anew. A folder that cannot be renamed
+    (a mount point, one that this process works in, a parent that cannot be written) keeps its name, and what the run
+    wrote is moved to a folder in it.
+
+    Raises:
+        StartupError: it cannot be moved.
+    """
+    real = output_dir.resolve()
+    if real not in (Path.cwd(), *Path.cwd().parents):
+        with suppress(OSError):
+            aside = next(_free_names(real.with_name(f"{real.name}.old")))
+            real.rename(aside)
+            real.mkdir()
+            return aside
+    aside = next(_free_names(real / "old"))
+    try:
+        aside.mkdir()
+        for name in ENTRIES:
+            if os.path.lexists(real / name):
+                (real / name).rename(aside / name)
+    except OSError as error:
+        raise StartupError(
+            f"trainer.overwrite_output_dir: the run in {output_dir} cannot be moved to {aside} ({error.strerror}: "
+            f"{error.filename}); nothing of it is lost, move it yourself or choose another trainer.output_dir"
+        ) from error
+    return aside
+
+
+def _free_names(stem: Path) -> Iterator[Path]:
+    number = 1
+    while True:
+        path = stem.with_name(f"{stem.name}-{number}")
+        if not os.path.lexists(path):
+            yield path
+        number += 1
