@@ -15,7 +15,7 @@ class ThreadRuntime:
     def is_main(self) -> bool:
         return self.rank == 0
 
-    def gather_objects(self, value: Any) -> list[Any]:
+    def gather_objects(self, value: Any, *, patient: bool = False) -> list[Any]:
         self._table[self.rank] = value
         self._barrier.wait(timeout=20)
         gathered = list(self._table)
