@@ -27,17 +27,17 @@ PATHS = frozenset(
     (
         "dataset.path",
         "dataset.pre_tokenize_output",
-        "dataset.cache_dir",
         "tokenizer.path",
         "model.init_from",
-        "trainer.output_dir",
         "contrastive.pretrained_checkpoint_dir",
     )
 )
-"""Keys that say where something lies."""
+"""Keys that say where something lies: whether they are given is compared, and not what they say."""
 
 MACHINE = frozenset(
     (
+        "trainer.output_dir",
+        "dataset.cache_dir",
         "dataset.num_workers",
         "dataset.num_proc",
         "dataset.prefetch_factor",
@@ -46,7 +46,7 @@ MACHINE = frozenset(
         "trainer.disable_tqdm",
     )
 )
-"""Keys that follow the machine; `wandb` is rank 0's alone."""
+"""Keys that follow the machine; `wandb` is rank 0's alone, and `lock.check_shared` compares the output folder."""
 
 A_PATH = "(a path)"
 
@@ -89,4 +89,3 @@ def describe_checkpoint(checkpoint: Path | None) -> Facts:
 
 def _digest(path: Path) -> str | None:
     return hashlib.sha256(path.read_bytes()).hexdigest()[:16] if path.is_file() else None
-

@@ -9,7 +9,7 @@ know each other. What they were asked for is in the environment:
 | torchrun, `accelerate launch --multi_gpu`, PyTorchJob | `WORLD_SIZE` |
 | mpirun | `OMPI_COMM_WORLD_SIZE`, `PMI_SIZE`, `MV2_COMM_WORLD_SIZE` |
 | srun | `SLURM_STEP_NUM_TASKS` |
-| `accelerate launch` that starts one process | `MASTER_ADDR` beside `ACCELERATE_USE_CPU`: only when several were wanted |
+| `accelerate launch` that starts one | `MASTER_ADDR` beside `ACCELERATE_USE_CPU`: only when several were wanted |
 """
 
 import os

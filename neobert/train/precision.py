@@ -11,6 +11,7 @@ continues from a checkpoint keeps the checkpoint's.
 
 import time
 from dataclasses import replace
+from typing import Any
 
 import torch
 
@@ -38,7 +39,7 @@ def bind_precision(config: Config, checkpoint_config: Config | None, runtime: Ru
     if checkpoint_config is None:
         # Every GPU is asked, and one `no` is enough; on a CPU rank 0 measures.
         asked = runtime.is_main or choose_device_type(config) == "cuda"
-        answers = exchange(runtime, choose_precision(config) if asked else None)
+        answers: list[Any] = exchange(runtime, choose_precision(config) if asked else None)
         precision, reason = max(answer for answer in answers if answer is not None)  # `no` is more than `bf16`.
     else:
         precision, reason = checkpoint_config.trainer.mixed_precision, "the checkpoint's"

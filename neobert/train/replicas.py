@@ -40,8 +40,9 @@ def check_replicas(run: "Run", state: TrainState) -> None:
     """
     if run.runtime.world == 1:
         return
+    tensors, when = list_tensors(run.module, run.optimizer), f"after step {state.step}"
     try:
-        compare_tensors(run.runtime, list_tensors(run.module, run.optimizer), f"after step {state.step}", run.tracker.warn)
+        compare_tensors(run.runtime, tensors, when, run.tracker.warn)
     except RankError as error:
         run.tracker.event("ranks_differ", state.step, problem=str(error))
         raise
@@ -110,6 +111,6 @@ def _describe(rank: int, when: str, how: str) -> str:
     return (
         f"{when} weights or optimizer state of rank {rank} differ from those of rank 0 ({how}): the processes train "
         "different models, so the run stops and saves nothing. Give every process the same code, packages and files; "
-        "what was saved before is good: resume with trainer.resume_from_checkpoint: latest. When it happens again, test "
-        "the memory of that machine"
+        "what was saved before is good: resume with trainer.resume_from_checkpoint: latest. When it happens again, "
+        "test the memory of that machine"
     )
