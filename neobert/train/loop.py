@@ -118,7 +118,7 @@ def training_steps(run: Run, state: TrainState) -> Iterator[tuple[TrainState, St
     run.guard.begin(state)
     if state.step >= run.num_steps or run.stop_requested():
         return
-    loader = run.data.loader(state.data or None, skip=state.skip_rows, step=state.step)
+    loader = open_loader(run, state)
     expected: str | None = state.data.get("next_batch_digest")
     copier, frozen = BatchCopier(run.runtime.device), False
     anomalies = torch.autograd.detect_anomaly if run.config.trainer.detect_anomaly else nullcontext
@@ -141,7 +141,7 @@ def training_steps(run: Run, state: TrainState) -> Iterator[tuple[TrainState, St
                 earlier = roll_back(run, state)
                 if earlier is not None:
                     loader.close()
-                    loader = run.data.loader(earlier.data, skip=earlier.skip_rows, step=earlier.step)
+                    loader = open_loader(run, earlier)
                     state = earlier
                     run.guard.begin(state)
                     continue
@@ -151,10 +151,20 @@ def training_steps(run: Run, state: TrainState) -> Iterator[tuple[TrainState, St
             else:  # The evaluation has the memory and the cores for itself.
                 loader.close()
                 yield state, metrics
-                loader = run.data.loader(state.data, skip=state.skip_rows, step=state.step)
+                loader = open_loader(run, state)
     finally:
         loader.close()
         gc.unfreeze()
+
+
+def open_loader(run: Run, state: TrainState) -> Loader:
+    """The batches after `state`. Collective.
+
+    Raises:
+        RankError: another rank cannot open its data.
+    """
+    with sharing_errors(run.runtime):
+        return run.data.loader(state.data or None, skip=state.skip_rows, step=state.step)
 
 
 def freeze_what_lives() -> None:

@@ -2,7 +2,7 @@
 
 import dataclasses
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -14,8 +14,9 @@ from ranks import outcome_of, run_ranks
 
 from neobert.config.schema import Config
 from neobert.config.schema_data import MixtureSource
-from neobert.data import loader, prepare
+from neobert.data import prepare
 from neobert.data.errors import DataError
+from neobert.data.evaluation import EvalSet
 from neobert.data.loader import merge_states
 from neobert.train import facts, loop
 from neobert.train.agreement import RankError, agree, check_equal, exchange, main_first, sharing_errors
@@ -307,16 +308,15 @@ def test_weights_that_part_stop_the_run_before_they_are_saved(tiny: Tiny, tmp_pa
     assert json.loads((out / "events.jsonl").read_text().splitlines()[-1])["event"] == "ranks_differ"
 
 
-def test_data_that_one_process_cannot_read_ends_both_with_its_sentence(tiny: Tiny, tmp_path: Path) -> None:
-    step = loader._Assembler.step
+def test_evaluation_documents_that_one_process_cannot_read_end_both(tiny: Tiny, tmp_path: Path) -> None:
+    batches = EvalSet.batches
 
     def break_disk() -> None:
-        def broken(self: Any) -> Any:
-            if self._step == 3:
-                raise DataError("part-0.jsonl is gone from this node")
-            return step(self)
+        def broken(*args: Any, **named: Any) -> Iterator[Any]:
+            yield next(batches(*args, **named))
+            raise DataError("part-0.jsonl is gone from this node")
 
-        loader._Assembler.step = broken  # type: ignore[method-assign]
+        EvalSet.batches = broken  # type: ignore[method-assign, assignment]
 
     first, second = run_two(tmp_path, [tiny(tmp_path / "run")] * 2, break_disk)
     assert "RankError: rank 1: part-0.jsonl is gone from this node" in first
