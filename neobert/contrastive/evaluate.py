@@ -24,6 +24,7 @@ from neobert.data.errors import DataError
 from neobert.inference.load import load
 from neobert.inference.model import Model
 from neobert.inference.packed import BATCH_TOKENS
+from neobert.train.agreement import exchange, sharing_errors
 from neobert.train.run import Run
 
 Embed = Callable[[Sequence[str]], NDArray[np.float32]]
@@ -72,7 +73,8 @@ def evaluate_sets(run: Run) -> ContrastiveMetrics | None:
         for part in data.held_out:
             if run.stop.agree(*run.runtime.sum_on_host(run.stop.wishes())):
                 return None
-            found[part.key] = _evaluate_set(run, part)
+            with sharing_errors(run.runtime):
+                found[part.key] = _evaluate_set(run, part)
             main.append(found[part.key][MAIN[part.store.info.form]])
     return ContrastiveMetrics(sets=found, score=float(np.mean(main)))
 
@@ -116,7 +118,7 @@ def embed_shared(run: Run, texts: Sequence[str]) -> NDArray[np.float32]:
     mine = texts[runtime.rank :: runtime.world]
     vectors = embed_cut(model, mine, pooling=config.contrastive.pooling, max_length=config.dataset.max_seq_length)
     result = np.empty((len(texts), model.hidden_size), dtype=np.float32)
-    for rank, part in enumerate(runtime.gather_objects(vectors)):
+    for rank, part in enumerate(exchange(runtime, vectors)):
         result[rank :: runtime.world] = part
     return result
 

@@ -27,8 +27,9 @@ def finetune(config: Config) -> RunResult:
         raise StartupError(
             f"task: {config.task} is not contrastive; write task: contrastive, or pretrain with this file"
         )
-    bound = bind_checkpoint(config)
-    run = build_run(bound, build_data=build_contrastive_data, build_module=build_contrastive_module)
+    run = build_run(
+        config, bind=bind_checkpoint, build_data=build_contrastive_data, build_module=build_contrastive_module
+    )
     return train(run, CONTRASTIVE)
 
 

@@ -78,7 +78,7 @@ class Source:
     splits: Mapping[str, OpenSplit]
     train_split: SplitSlice
     prepared_dir: Path
-    main_first: Callable[[], AbstractContextManager[Any]]
+    main_first: Callable[..., AbstractContextManager[Any]]
 
     def count_train_split(self) -> int | None:
         """Documents of the whole training split, where that is known without reading them."""
@@ -105,7 +105,8 @@ class Source:
         folder = self.prepared_dir / split.folder_name
         span = Span(*locate_slice(source, split, max_documents))
         settings = choose_settings(self.section, self.spec, split, max_documents)
-        with self.main_first():
+        facts = {f"documents of {self.spec.label}": source.fingerprint, "tokenizer": self.tokenizer.digest}
+        with self.main_first(facts):
             manifest = prepare_tokens(source, self.tokenizer, folder, settings, span=span, label=str(folder))
         numbers = {key: manifest[key] for key in ("num_documents", "num_tokens", "bad", "skipped")}
         note = "tokenised to {}: {num_documents:,} documents, {num_tokens:,} tokens; {bad} bad, {skipped} without text"
@@ -119,7 +120,7 @@ def list_sources(
     section: DatasetSection,
     tokenizer: Tokenizer,
     prepared_dir: Path,
-    main_first: Callable[[], AbstractContextManager[Any]],
+    main_first: Callable[..., AbstractContextManager[Any]],
 ) -> list[Source]:
     """The sources that the config names, their splits found and the training split chosen; nothing is read yet.
 

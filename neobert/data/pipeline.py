@@ -4,7 +4,8 @@ import hashlib
 import json
 import math
 import shutil
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
@@ -50,6 +51,11 @@ class DataPipeline:
     @property
     def has_eval(self) -> bool:
         return self.eval_set is not None
+
+    @property
+    def eval_fingerprint(self) -> str | None:
+        """Changes when the evaluation documents change; None without any."""
+        return None if self.eval_set is None else self.eval_set.fingerprint
 
     @property
     def labels(self) -> tuple[str, ...]:
@@ -230,38 +236,53 @@ def _choose_packing(config: Config) -> Literal["best_fit", "next_fit", "none"]:
     return "best_fit" if config.trainer.enforce_full_packed_batches else "next_fit"
 
 
-def build_tokenizer(config: Config, checkpoint: Path | None, output_dir: Path) -> Tokenizer:
+def build_tokenizer(
+    config: Config,
+    checkpoint: Path | None,
+    output_dir: Path,
+    main_first: Callable[..., AbstractContextManager[Any]] = nullcontext,
+) -> Tokenizer:
     """The checkpoint's tokenizer where a run continues; else the one to train, or the one that is named.
 
     A trained tokenizer is kept in `output_dir/tokenizer` and read from there: every rank, and every start before the
     first checkpoint, has the same one. It is trained anew when its settings or the documents have changed.
 
+    Args:
+        main_first: as of `Reader`.
+
     Raises:
         DataError: it cannot be loaded or trained, or its mask occurs in text.
     """
-    tokenizer = _load_or_train(config, checkpoint, output_dir)
+    tokenizer = _load_or_train(config, checkpoint, output_dir, main_first)
     check_mask_token(tokenizer)
     return tokenizer
 
 
-def _load_or_train(config: Config, checkpoint: Path | None, output_dir: Path) -> Tokenizer:
+def _load_or_train(
+    config: Config,
+    checkpoint: Path | None,
+    output_dir: Path,
+    main_first: Callable[..., AbstractContextManager[Any]],
+) -> Tokenizer:
     section = config.tokenizer
     if checkpoint is not None:
         return _load_folder(config, checkpoint / "tokenizer")
     if not section.train:
-        return load_tokenizer(section)
+        with main_first():  # One process fetches it from the hub.
+            return load_tokenizer(section)
     training = open_training_texts(describe_sources(config.dataset), config.dataset, section.train_documents)
     settings = [section.algorithm, section.vocab_size, section.train_documents, config.dataset.eval_samples]
     made_from = _hash(training.fingerprint, settings)
     folder, stamp = output_dir / "tokenizer", output_dir / "tokenizer" / "trained_from.txt"
-    if not stamp.is_file() or stamp.read_text() != made_from:
-        tokenizer = train_tokenizer(training.texts, section.algorithm, section.vocab_size)
-        temporary = output_dir / ".tmp-tokenizer"
-        shutil.rmtree(temporary, ignore_errors=True)
-        tokenizer.save(temporary)
-        (temporary / stamp.name).write_text(made_from)
-        shutil.rmtree(folder, ignore_errors=True)
-        temporary.rename(folder)
+    with main_first({"documents that the tokenizer learns from": made_from}):
+        if not stamp.is_file() or stamp.read_text() != made_from:
+            tokenizer = train_tokenizer(training.texts, section.algorithm, section.vocab_size)
+            temporary = output_dir / ".tmp-tokenizer"
+            shutil.rmtree(temporary, ignore_errors=True)
+            tokenizer.save(temporary)
+            (temporary / stamp.name).write_text(made_from)
+            shutil.rmtree(folder, ignore_errors=True)
+            temporary.rename(folder)
     return _load_folder(config, folder)
 
 

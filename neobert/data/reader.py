@@ -30,8 +30,9 @@ class Reader:
     world: int = 1
     """Number of processes."""
 
-    main_first: Callable[[], AbstractContextManager[Any]] = nullcontext
-    """A context in which rank 0 runs before the others, put around the tokenising."""
+    main_first: Callable[..., AbstractContextManager[Any]] = nullcontext
+    """A context in which rank 0 runs before the others, put around the tokenising. `main_first(facts)`: what is made
+    depends on these named values, which must be equal on all ranks."""
 
     pin_memory: bool = False
     """Whether batches go to page-locked memory as they are made."""

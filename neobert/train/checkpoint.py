@@ -15,16 +15,16 @@ from torch import Tensor, nn
 from neobert.config.load import config_to_yaml, without_secrets
 from neobert.data.loader import merge_states
 from neobert.data.tokenizer import tokenizer_info
+from neobert.train.agreement import agree
 from neobert.train.commit import Outcome, Write
+from neobert.train.facts import PACKAGES
 from neobert.train.identity import describe_groups
+from neobert.train.replicas import check_replicas
 from neobert.train.retention import build_retention, prune
 from neobert.train.run import Run
-from neobert.train.start import FORMAT_VERSION, agree
+from neobert.train.start import FORMAT_VERSION
 from neobert.types import TrainState
 from neobert.weights.folder import EMA_FILE, MODEL_FILE, is_valid
-
-PACKAGES = ("torch", "transformers", "accelerate", "safetensors", "tokenizers", "numpy")
-"""Whose versions a checkpoint records."""
 
 Copy = Callable[[Tensor], Tensor]
 
@@ -40,6 +40,9 @@ def save_checkpoint(run: Run, state: TrainState, *, wait: bool = False) -> Path 
     With `trainer.async_save` the state is copied and written while training goes on, and `complete_save` says when it
     is there; `wait` writes it before returning. A save that fails is reported and leaves everything as it was.
 
+    Raises:
+        RankError: the ranks hold different weights; nothing is written.
+
     Returns:
         The folder when it is there at once, else None.
     """
@@ -51,6 +54,7 @@ def save_checkpoint(run: Run, state: TrainState, *, wait: bool = False) -> Path 
         return final
     background = run.config.trainer.async_save and not wait
     with run.tracker.paused(), run.stop.timing_save():
+        check_replicas(run, state)
         state = run.guard.settled(state)
         data_states = run.runtime.gather_objects(state.data)
         data_state = merge_states(data_states) if state.data else {}

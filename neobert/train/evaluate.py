@@ -1,21 +1,27 @@
 """Evaluation: the same documents and masks every time, whatever the training did and however many ranks help."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 
 import torch
 
 from neobert.data.pipeline import DataPipeline
+from neobert.train.agreement import exchange
 from neobert.train.memory import memory_explained
 from neobert.train.metrics import EvalMetrics, Evaluation
+from neobert.train.replicas import check_replicas
 from neobert.train.run import Run
-from neobert.types import TrainState
+from neobert.types import PackedBatch, TrainState
 
 
 def log_evaluation(run: Run, state: TrainState, evaluate: Callable[[Run], Evaluation | None]) -> None:
     """Evaluates the weights, and their average where there is one, and records both. Collective.
 
     When the second of the two is interrupted, neither is recorded: the next start makes both.
+
+    Raises:
+        RankError: the ranks hold different weights.
     """
+    check_replicas(run, state)
     metrics, averaged = evaluate(run), None
     if metrics is not None and run.average is not None and run.average.begun:
         with run.average.swapped():
@@ -39,8 +45,9 @@ def evaluate(run: Run) -> EvalMetrics | None:
     counts = [0, 0]
     with run.tracker.paused():
         run.model.eval()
-        for batch in run.data.eval_batches():
-            if run.stop.agree(*run.runtime.sum_on_host(run.stop.wishes())):
+        batches = run.data.eval_batches()
+        while (batch := _read_batch(run, batches)) is not None:
+            if run.stop_requested():
                 run.model.train()
                 return None
             with memory_explained(run, batch, "eval"):
@@ -57,3 +64,21 @@ def evaluate(run: Run) -> EvalMetrics | None:
         num_tokens=num_tokens,
         num_documents=run.data.eval_set.num_documents,
     )
+
+
+def _read_batch(run: Run, batches: Iterator[PackedBatch]) -> PackedBatch | None:
+    """The next batch of this rank, None after the last; whether to stop is agreed upon then. Collective.
+
+    Raises:
+        RankError: another rank cannot read its documents.
+    """
+    batch, failure = None, None
+    try:
+        batch = next(batches, None)
+    except Exception as error:  # Raised again below, when the other ranks know.
+        failure = error
+    failed, *wishes = run.runtime.sum_on_host([int(failure is not None), *run.stop.wishes()])
+    if failed:
+        exchange(run.runtime, failure=failure)
+    run.stop.agree(*wishes)
+    return batch

@@ -95,6 +95,14 @@ class Comparison:
     def refused(self) -> tuple[Difference, ...]:
         return tuple(d for d in self.differences if d.kind in ("fixed", "needs declaring"))
 
+    def describe(self) -> dict[str, Any]:
+        """What has to be equal on all ranks: which keys changed, and what follows from that."""
+        changed = {f"{d.key}, compared with the checkpoint": d.kind for d in self.differences if d.kind != "free"}
+        return changed | {
+            "the order of rows begins anew": self.restarts_order,
+            "the next batch is the checkpoint's": self.same_next_batch,
+        }
+
     def table(self) -> str:
         """All differences, one line each; an empty text without any."""
         rows = sorted((d.as_row() for d in self.differences), key=lambda row: (row[1] == "free", row[0]))

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from neobert.errors import StartupError
+from neobert.train.agreement import RankError, exchange
 
 if TYPE_CHECKING:
     from neobert.train.runtime import Runtime
@@ -70,23 +71,23 @@ def check_shared(output_dir: Path, runtime: "Runtime") -> None:
     """Raises when the ranks do not see one folder: each would keep a part of every checkpoint to itself. Collective.
 
     Raises:
-        StartupError: on every rank.
+        RankError: on every rank.
     """
     if runtime.world == 1:
         return
     name = f".shared-{secrets.token_hex(8)}"
     if runtime.is_main:
         (output_dir / name).touch()
-    path = output_dir / runtime.gather_objects(name)[0]
+    path = output_dir / exchange(runtime, name)[0]
     deadline = time.monotonic() + VISIBLE_SECONDS
     while not path.exists() and time.monotonic() < deadline:
         time.sleep(0.2)
-    seen = runtime.gather_objects((path.exists(), socket.gethostname()))
+    seen = exchange(runtime, (path.exists(), socket.gethostname()))
     if runtime.is_main:
         path.unlink()
     blind = [f"rank {rank} on {host}" for rank, (exists, host) in enumerate(seen) if not exists]
     if blind:
-        raise StartupError(
+        raise RankError(
             f"trainer.output_dir: {output_dir} is not one folder for all processes: {', '.join(blind)} cannot see what "
             "rank 0 writes; choose a folder on a file system that all nodes share"
         )

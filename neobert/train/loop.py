@@ -11,10 +11,10 @@ import torch
 from torch.profiler import record_function
 
 from neobert.config.schema import Config
-from neobert.data.errors import DataError
 from neobert.data.loader import Loader
 from neobert.data.order import step_seed
 from neobert.testing.faults import fault_point
+from neobert.train.agreement import exchange, sharing_errors
 from neobert.train.checkpoint import complete_save, save_checkpoint, save_is_due
 from neobert.train.copies import BatchCopier
 from neobert.train.evaluate import evaluate, log_evaluation
@@ -74,9 +74,11 @@ def pretrain(config: Config) -> RunResult:
 
 def train(run: Run, job: Job) -> RunResult:
     """Trains until the budget is spent: announce, resume, then step, log, evaluate and save when due."""
-    job.announce(run)
+    with sharing_errors(run.runtime):
+        job.announce(run)
     with run.stop.listening():  # From here on a signal saves and stops.
-        state = resume_or_start(run)
+        with sharing_errors(run.runtime):
+            state = resume_or_start(run)
         reason = "finished" if state.step < run.num_steps else "complete"
         if evaluation_missing(run, state):
             log_evaluation(run, state, job.evaluate)
@@ -116,7 +118,7 @@ def training_steps(run: Run, state: TrainState) -> Iterator[tuple[TrainState, St
     run.guard.begin(state)
     if state.step >= run.num_steps or run.stop_requested():
         return
-    loader = run.data.loader(state.data or None, skip=state.skip_rows, step=state.step)
+    loader = open_loader(run, state)
     expected: str | None = state.data.get("next_batch_digest")
     copier, frozen = BatchCopier(run.runtime.device), False
     anomalies = torch.autograd.detect_anomaly if run.config.trainer.detect_anomaly else nullcontext
@@ -139,7 +141,7 @@ def training_steps(run: Run, state: TrainState) -> Iterator[tuple[TrainState, St
                 earlier = roll_back(run, state)
                 if earlier is not None:
                     loader.close()
-                    loader = run.data.loader(earlier.data, skip=earlier.skip_rows, step=earlier.step)
+                    loader = open_loader(run, earlier)
                     state = earlier
                     run.guard.begin(state)
                     continue
@@ -149,10 +151,20 @@ def training_steps(run: Run, state: TrainState) -> Iterator[tuple[TrainState, St
             else:  # The evaluation has the memory and the cores for itself.
                 loader.close()
                 yield state, metrics
-                loader = run.data.loader(state.data, skip=state.skip_rows, step=state.step)
+                loader = open_loader(run, state)
     finally:
         loader.close()
         gc.unfreeze()
+
+
+def open_loader(run: Run, state: TrainState) -> Loader:
+    """The batches after `state`. Collective.
+
+    Raises:
+        RankError: another rank cannot open its data.
+    """
+    with sharing_errors(run.runtime):
+        return run.data.loader(state.data or None, skip=state.skip_rows, step=state.step)
 
 
 def freeze_what_lives() -> None:
@@ -196,10 +208,8 @@ def next_batch(run: Run, loader: Loader) -> GivenBatch | None:
     *sums, failed, signalled, out_of_time = run.runtime.sum_on_host(
         [*counts, int(failure is not None), *run.stop.wishes()]
     )
-    if failure is not None:
-        raise failure
     if failed:
-        raise DataError("another process could not read its data and says why; this one stops with it")
+        exchange(run.runtime, failure=failure)
     if run.stop.agree(signalled, out_of_time):
         return None
     assert batch is not None, "a batch is withheld only when a stop is wanted"

@@ -30,6 +30,7 @@ from neobert.data.packing import max_segments_per_row
 from neobert.data.tokenizer import Tokenizer
 from neobert.model.attention import AttentionBackend
 from neobert.model.config import ModelConfig
+from neobert.train.agreement import exchange
 from neobert.train.build import build_mask_policy, build_module, build_run_optimizer
 from neobert.train.host_memory import available_bytes, current_bytes, forget_peak, is_out_of_memory, peak_bytes
 from neobert.train.runtime import Runtime, StartupError, compute_dtype
@@ -85,7 +86,7 @@ def bind_micro_batch(
             raise StartupError(
                 f"{KEY}: auto cannot measure the memory of this system ({error}); write a number"
             ) from error
-        rows, reason = min(runtime.gather_objects(found))
+        rows, reason = min(exchange(runtime, found))
         if not rows:
             raise StartupError(
                 f"{KEY}: auto: not even one row of {config.dataset.max_seq_length} slots fits ({reason}); set "

@@ -10,12 +10,12 @@ waits. All ranks see the same flags at the same steps, so whatever follows from 
 
 import math
 from collections import deque
-from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
+from neobert.train.ranges import describe_ranges, join_ranges
 from neobert.train.runtime import Runtime
 from neobert.train.step import not_finite
 from neobert.types import StepMetrics, TrainState
@@ -169,19 +169,3 @@ def build_skipped_step(
         rows=join_ranges(key for key, _ in rows),
         suspects=join_ranges(key for key, good in rows if not good),
     )
-
-
-def join_ranges(numbers: Iterable[int]) -> list[tuple[int, int]]:
-    """Half-open ranges of the numbers: 3 4 5 9 -> (3, 6), (9, 10)."""
-    ranges: list[tuple[int, int]] = []
-    for number in sorted(numbers):
-        if ranges and ranges[-1][1] == number:
-            ranges[-1] = (ranges[-1][0], number + 1)
-        else:
-            ranges.append((number, number + 1))
-    return ranges
-
-
-def describe_ranges(ranges: Sequence[tuple[int, int]]) -> str:
-    """`3 to 5, 9` for (3, 6), (9, 10)."""
-    return ", ".join(str(start) if end == start + 1 else f"{start} to {end - 1}" for start, end in ranges)

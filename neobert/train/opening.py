@@ -1,6 +1,7 @@
 """Opening a run: everything that can be wrong with machine, folder, checkpoint and tokenizer, before it is built."""
 
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -10,13 +11,15 @@ from neobert.data.reader import Reader
 from neobert.data.tokenizer import Tokenizer
 from neobert.model.attention import AttentionBackend
 from neobert.model.config import ModelConfig
+from neobert.train.agreement import check_equal, main_first
 from neobert.train.build import build_attention, build_model_config, choose_rows_per_step
 from neobert.train.console import Reporter
+from neobert.train.facts import describe_checkpoint, describe_config, describe_program
 from neobert.train.initial import bind_architecture, check_bound, load_initial_weights
 from neobert.train.micro_batch import bind_micro_batch, choose_kept
 from neobert.train.precision import bind_precision
 from neobert.train.preempt import StopRequest
-from neobert.train.runtime import Runtime, build_runtime, check_runtime
+from neobert.train.runtime import Runtime, check_runtime
 from neobert.train.start import agree_on_start, open_output_dir, read_checkpoint_config, read_train_state
 from neobert.weights.load import EncoderWeights
 
@@ -57,37 +60,40 @@ class Opened:
             prepared_dir=self.output_dir / "tokenized",
             rank=runtime.rank,
             world=runtime.world,
-            main_first=runtime.main_first,
+            main_first=partial(main_first, runtime),
             pin_memory=runtime.device.type == "cuda" and self.config.dataset.pin_memory is not False,
         )
 
 
-def open_run(config: Config) -> Opened:
+def open_run(config: Config, runtime: Runtime) -> Opened:
     """Checks the machine, finds the checkpoint, takes the output folder, loads the tokenizer, replaces `auto`.
+    Collective, within `sharing_errors`.
 
     Raises:
-        StartupError: the run cannot start as configured; the message names the key and the remedy.
+        StartupError: the run cannot start as configured, or its ranks differ; the message names the key and the
+            remedy.
         DataError: the tokenizer cannot be used.
     """
+    check_equal(runtime, lambda: {**describe_config(config), **describe_program()})
     check_runtime(config)
-    runtime = build_runtime(config)
     stop = StopRequest(max_hours=config.trainer.max_hours, is_main=runtime.is_main)
     rows_per_step = choose_rows_per_step(config, runtime.world)
     start = agree_on_start(config, runtime)
     checkpoint = start.path
+    check_equal(runtime, lambda: describe_checkpoint(checkpoint))
     saved = None if checkpoint is None else read_train_state(checkpoint)
     checkpoint_config = None if checkpoint is None else read_checkpoint_config(checkpoint)
-    with runtime.main_first():  # It fetches what is on the hub.
+    with main_first(runtime):  # It fetches what is on the hub.
         config, initial = _bind_initial(config, checkpoint_config)
     config, chosen = bind_precision(config, checkpoint_config, runtime)
     runtime = runtime.with_precision(config.trainer.mixed_precision)
     attention = build_attention(config)
     reporter = Reporter(active=runtime.is_main, show_progress=not config.trainer.disable_tqdm)
     output_dir = open_output_dir(config, runtime, reporter, start)
-    with runtime.main_first():
-        tokenizer = build_tokenizer(config, checkpoint, output_dir)
+    tokenizer = build_tokenizer(config, checkpoint, output_dir, partial(main_first, runtime))
     if tokenizer.note is not None:
         reporter.warn(tokenizer.note)
+    check_equal(runtime, lambda: {"tokenizer digest": tokenizer.digest, "special ids": list(tokenizer.special_ids)})
     model_config = build_model_config(config, tokenizer)
     config, more = bind_micro_batch(
         config,

@@ -5,16 +5,18 @@ is several times slower than fp32, with them several times faster, and libraries
 matrix products of the model's shape are timed, one in each precision. bf16 also converts weights and activations back
 and forth, so it is taken only when its product is clearly faster.
 
-The choice is part of what makes a run exact: rank 0 makes it for all, the run's config holds it, and a run that
+The choice is part of what makes a run exact: it is one for all ranks, the run's config holds it, and a run that
 continues from a checkpoint keeps the checkpoint's.
 """
 
 import time
 from dataclasses import replace
+from typing import Any
 
 import torch
 
 from neobert.config.schema import Config
+from neobert.train.agreement import exchange
 from neobert.train.runtime import Runtime, StartupError, choose_device_type
 
 LEAST_GAIN = 1.2
@@ -35,8 +37,10 @@ def bind_precision(config: Config, checkpoint_config: Config | None, runtime: Ru
     if config.trainer.mixed_precision != "auto":
         return config, []
     if checkpoint_config is None:
-        answer = choose_precision(config) if runtime.is_main else None
-        precision, reason = runtime.gather_objects(answer)[0]
+        # Every GPU is asked, and one `no` is enough; on a CPU rank 0 measures.
+        asked = runtime.is_main or choose_device_type(config) == "cuda"
+        answers: list[Any] = exchange(runtime, choose_precision(config) if asked else None)
+        precision, reason = max(answer for answer in answers if answer is not None)  # `no` is more than `bf16`.
     else:
         precision, reason = checkpoint_config.trainer.mixed_precision, "the checkpoint's"
         if precision == "bf16" and runtime.device.type == "cuda" and not torch.cuda.is_bf16_supported():

@@ -19,6 +19,7 @@ from neobert.config.schema import Config
 from neobert.data.tokenizer import Tokenizer, load_tokenizer
 from neobert.model.config import ModelConfig
 from neobert.optim.groups import regroup_state
+from neobert.train.agreement import agree, check_equal
 from neobert.train.build import choose_mask_end
 from neobert.train.checkpoint import estimate_bytes
 from neobert.train.identity import (
@@ -30,15 +31,17 @@ from neobert.train.identity import (
     describe_groups,
     describe_order,
 )
+from neobert.train.replicas import check_replicas
 from neobert.train.run import Run
 from neobert.train.runtime import StartupError
-from neobert.train.start import agree, check_free_space, is_own
+from neobert.train.start import check_free_space, is_own
 from neobert.types import TrainState
 from neobert.weights.folder import EMA_FILE, MODEL_FILE, checkpoint_steps
 
 
 def resume_or_start(run: Run) -> TrainState:
     """The state to go on from: step 0, or the checkpoint chosen at start-up, loaded into model and optimizer.
+    Collective, within `sharing_errors`.
 
     The order is identity, weights, optimizer, schedule and counters, random states: nothing is loaded from a checkpoint
     that does not fit.
@@ -59,9 +62,11 @@ def resume_or_start(run: Run) -> TrainState:
         return TrainState()
     comparison = compare_with_checkpoint(run)
     check_comparison(comparison, str(run.checkpoint), advice_on_batch=_advise_on_batch(run, run.saved))
+    check_equal(run.runtime, comparison.describe)
     load_weights(run, run.checkpoint)
     load_average(run, run.checkpoint)
     load_optimizer(run, run.checkpoint)
+    check_replicas(run, TrainState(step=run.saved["step"]))
     _check_counters(run.checkpoint, run.saved)
     _load_rng_state(run, run.checkpoint, run.saved)
     known = {f.name for f in fields(TrainState)}

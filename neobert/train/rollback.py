@@ -7,6 +7,7 @@ every later resume passes over them too.
 
 from dataclasses import replace
 
+from neobert.train.agreement import sharing_errors
 from neobert.train.checkpoint import complete_save
 from neobert.train.resume import resume_or_start
 from neobert.train.run import Run
@@ -39,13 +40,14 @@ def roll_back(run: Run, state: TrainState) -> TrainState | None:
         return None
     run.tracker.flush()  # What was skipped is noted before its steps leave the log.
     checkpoint = folder / str(target)
-    back = replace(
-        run,
-        checkpoint=checkpoint,
-        saved=read_train_state(checkpoint),
-        checkpoint_config=read_checkpoint_config(checkpoint),
-    )
-    saved = resume_or_start(back)
+    with sharing_errors(run.runtime):
+        back = replace(
+            run,
+            checkpoint=checkpoint,
+            saved=read_train_state(checkpoint),
+            checkpoint_config=read_checkpoint_config(checkpoint),
+        )
+        saved = resume_or_start(back)
     # The abandoned steps are no first attempt at those that follow, which have other rows.
     run.tracker.forget_replay()
     rows = (saved.data["next_row"], state.data["next_row"])

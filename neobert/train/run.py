@@ -20,6 +20,7 @@ from neobert.objectives.mlm import MaskedLM
 from neobert.optim.averaging import WeightAverage
 from neobert.optim.qk_clip import QKClip
 from neobert.optim.schedule import Schedule
+from neobert.train.agreement import check_equal, sharing_errors
 from neobert.train.build import (
     build_average,
     build_clip,
@@ -32,11 +33,14 @@ from neobert.train.build import (
 )
 from neobert.train.commit import Committer
 from neobert.train.console import Reporter
+from neobert.train.identity import describe_order
 from neobert.train.initial import copy_initial_weights
+from neobert.train.launcher import check_launcher
 from neobert.train.numerics import Guard
 from neobert.train.opening import Opened, open_run
 from neobert.train.preempt import StopRequest
-from neobert.train.runtime import Runtime
+from neobert.train.replicas import compare_tensors, list_tensors
+from neobert.train.runtime import Runtime, build_runtime
 from neobert.train.statistics import Statistics
 from neobert.train.tracking import Tracker
 
@@ -49,6 +53,9 @@ class RunData(Protocol):
 
     @property
     def fingerprint(self) -> str: ...
+
+    @property
+    def eval_fingerprint(self) -> str | None: ...
 
     @property
     def labels(self) -> tuple[str, ...]: ...
@@ -143,33 +150,56 @@ class Run:
 def build_run(
     config: Config,
     *,
+    bind: Callable[[Config], Config] = lambda config: config,
     build_data: Callable[[Config, Tokenizer, Reader], RunData] = build_config_data,
     build_module: Callable[..., MaskedLM] = build_module,
 ) -> Run:
     """Checks the machine, opens the output folder, and builds tokenizer, data, model, optimizer and record.
 
     Args:
+        bind: the config with what it takes from a checkpoint.
         build_data: what this process reads.
         build_module: takes the arguments of `neobert.train.build.build_module`; its weights are those of a `MaskedLM`
             and more.
 
     Raises:
-        StartupError: the run cannot start as configured; the message names the key and the remedy.
+        StartupError: the run cannot start as configured, or its ranks differ; the message names the key and the
+            remedy.
     """
-    opened = open_run(config)
-    config, tokenizer = opened.config, opened.tokenizer
-    data = build_data(config, tokenizer, opened.reader)
-    num_steps = choose_num_steps(config, data)
-    module = build_module(config, opened.model_config, opened.attention, opened.runtime)
-    if opened.initial is not None:
-        opened.reporter.say(copy_initial_weights(module, opened.initial, tokenizer, tile=config.model.init_tile))
-    return _wire(opened, data, module, num_steps)
+    check_launcher(config)
+    runtime = build_runtime(config)
+    with sharing_errors(runtime):
+        opened = open_run(bind(config), runtime)
+        config, tokenizer, runtime = opened.config, opened.tokenizer, opened.runtime
+        data = build_data(config, tokenizer, opened.reader)
+        num_steps = choose_num_steps(config, data)
+        check_equal(runtime, lambda: describe_data(data, num_steps))
+        module = build_module(config, opened.model_config, opened.attention, runtime)
+        if opened.initial is not None:
+            opened.reporter.say(copy_initial_weights(module, opened.initial, tokenizer, tile=config.model.init_tile))
+        optimizer = build_run_optimizer(config, module)
+        compare_tensors(runtime, list_tensors(module, optimizer), "before the first step", opened.reporter.warn)
+    model = runtime.prepare_model(module)  # Has collectives of its own, so no rank may be missing.
+    with sharing_errors(runtime):
+        return _wire(opened, data, module, model, optimizer, num_steps)
 
 
-def _wire(opened: Opened, data: RunData, module: MaskedLM, num_steps: int) -> Run:
+def describe_data(data: RunData, num_steps: int) -> dict[str, Any]:
+    """What has to be equal on all ranks of the data that they found."""
+    order = {f"order of the rows: {name}": value for name, value in describe_order(data.identity).items()}
+    return {
+        "data fingerprint": data.fingerprint,
+        "fingerprint of the evaluation data": data.eval_fingerprint,
+        "steps of the run": num_steps,
+        **order,
+    }
+
+
+def _wire(
+    opened: Opened, data: RunData, module: MaskedLM, model: nn.Module, optimizer: Optimizer, num_steps: int
+) -> Run:
     """Everything that trains `module` on `data` and records it."""
     config, runtime, output_dir, reporter = opened.config, opened.runtime, opened.output_dir, opened.reporter
-    optimizer = build_run_optimizer(config, module)
     return Run(
         config=config,
         runtime=runtime,
@@ -182,7 +212,7 @@ def _wire(opened: Opened, data: RunData, module: MaskedLM, num_steps: int) -> Ru
         model_config=opened.model_config,
         attention=opened.attention,
         module=module,
-        model=runtime.prepare_model(module),
+        model=model,
         optimizer=optimizer,
         clip=build_clip(config, module, optimizer, runtime),
         average=build_average(config, module),

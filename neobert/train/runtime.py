@@ -8,8 +8,8 @@ import importlib.util
 import os
 import resource
 import shutil
-from collections.abc import Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from collections.abc import Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
 from datetime import timedelta
 from typing import Any, Self
@@ -38,7 +38,7 @@ class Runtime:
     """Process group of host-side collectives; None in a single process."""
 
     patient_group: Any
-    """The same for waiting while rank 0 prepares data, which may take hours."""
+    """The same for the start, in which rank 0 may prepare data for hours."""
 
     @property
     def is_main(self) -> bool:
@@ -76,26 +76,20 @@ class Runtime:
             dist.all_reduce(values, op=dist.ReduceOp.MAX)
         return values
 
-    def gather_objects(self, value: Any) -> list[Any]:
-        """Every rank's picklable value, in rank order, on every rank."""
+    def gather_objects(self, value: Any, *, patient: bool = False) -> list[Any]:
+        """Every rank's picklable value, in rank order, on every rank. `patient`: waits for hours if need be."""
         if self.world == 1:
             return [value]
         gathered: list[Any] = [None] * self.world
-        dist.all_gather_object(gathered, value, group=self.host_group)
+        dist.all_gather_object(gathered, value, group=self.patient_group if patient else self.host_group)
         return gathered
 
-    def barrier(self) -> None:
+    def from_main(self, values: Tensor) -> Tensor:
+        """Rank 0's values of a tensor, on every rank; the given one stays as it is."""
+        copy = values.detach().clone(memory_format=torch.contiguous_format)
         if self.world > 1:
-            dist.barrier(group=self.host_group)
-
-    @contextmanager
-    def main_first(self) -> Iterator[None]:
-        """Rank 0 runs the block before the others do, however long that takes."""
-        if self.world > 1 and not self.is_main:
-            dist.barrier(group=self.patient_group)
-        yield
-        if self.world > 1 and self.is_main:
-            dist.barrier(group=self.patient_group)
+            dist.broadcast(copy, src=0, group=self.host_group if copy.device.type == "cpu" else None)
+        return copy
 
     def peak_memory_bytes(self) -> int:
         """Highest memory in use so far: of the device's allocator on a GPU, of the whole process on a CPU."""
@@ -109,8 +103,17 @@ class Runtime:
         AcceleratorState._reset_state(reset_partial_state=True)
 
 
+SIZES = ("WORLD_SIZE", "OMPI_COMM_WORLD_SIZE", "PMI_SIZE", "MV2_COMM_WORLD_SIZE", "SLURM_STEP_NUM_TASKS")
+"""Variables with the number of processes that were asked for."""
+
+COMMANDS = (
+    "torchrun --nproc_per_node N SCRIPT CONFIG, or accelerate launch --multi_gpu --num_processes N SCRIPT CONFIG (on a "
+    "CPU too)"
+)
+"""What starts N processes that know each other."""
+
 PATIENCE = timedelta(days=7)
-"""How long processes wait for rank 0 to tokenise; one that dies is noticed at once."""
+"""How long processes wait for each other at the start, as for rank 0 to tokenise; one that dies is noticed at once."""
 
 
 def compute_dtype(config: Config) -> torch.dtype:
@@ -183,8 +186,23 @@ def _build_accelerator(device_type: str, mixed_precision: str) -> Accelerator:
     )
 
 
+def check_world(world: int, environment: Mapping[str, str] = os.environ) -> None:
+    """Raises when fewer processes found each other than the launcher was asked for: it started unconnected ones.
+
+    Raises:
+        StartupError: with the variable, both numbers and the remedy.
+    """
+    for name in SIZES:
+        asked = environment.get(name, "1")
+        if asked.isdecimal() and int(asked) > world:
+            raise StartupError(
+                f"the launcher started {asked} processes ({name}), but this one sees {world}; start with `{COMMANDS}`, "
+                f"one launcher on every machine; where one process is meant, unset {name}"
+            )
+
+
 def build_runtime(config: Config) -> Runtime:
-    """Joins the process group that the launcher describes, or runs alone.
+    """Joins the process group that the launcher describes, or runs alone. It computes in float32; see `with_precision`.
 
     Raises:
         StartupError: the launcher asked for several processes and they did not find each other.
@@ -192,16 +210,9 @@ def build_runtime(config: Config) -> Runtime:
     settle_determinism(config.trainer.deterministic)
     if config.trainer.tf32 and torch.cuda.is_available():
         torch.set_float32_matmul_precision("high")
-    # `auto` is bound when the process group is there, since all processes take one choice.
-    precision = config.trainer.mixed_precision
-    accelerator = _build_accelerator(choose_device_type(config), "no" if precision == "auto" else precision)
-    expected = int(os.environ.get("WORLD_SIZE", "1"))
-    if accelerator.num_processes != expected:
-        # Accelerate starts independent processes in silence under some launchers on a CPU.
-        raise StartupError(
-            f"the launcher started {expected} processes (WORLD_SIZE), but this one sees {accelerator.num_processes}; "
-            "start with `torchrun --nproc_per_node N scripts/pretraining/pretrain.py CONFIG`"
-        )
+    # The precision is bound when the process group is there, since all processes take one choice.
+    accelerator = _build_accelerator(choose_device_type(config), "no")
+    check_world(accelerator.num_processes)
     several = accelerator.num_processes > 1
     return Runtime(
         accelerator=accelerator,

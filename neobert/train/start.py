@@ -2,14 +2,14 @@
 
 import json
 import shutil
-from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, Any
 
 from neobert.config.fields import FIELDS, SECTIONS
 from neobert.config.load import ConfigError, config_to_yaml, load_config, without_secrets
 from neobert.config.schema import Config
 from neobert.errors import StartupError
+from neobert.train.agreement import agree
 from neobert.train.lock import acquire_lock, check_shared, release_lock
 from neobert.train.run_folder import check_own, check_unused, holds_run, set_aside
 from neobert.weights.folder import AVERAGE_FILE, Choice, checkpoint_steps, choose_checkpoint, choose_newest
@@ -24,8 +24,6 @@ FORMAT_VERSION = 1
 
 SPACE_FACTOR = 2
 """Checkpoints that must fit on the disk at the start: the old one goes only when the new one is there."""
-
-T = TypeVar("T")
 
 
 def choose_start(config: Config) -> Choice:
@@ -103,24 +101,6 @@ def read_checkpoint_config(checkpoint: Path) -> Config:
         return load_config(checkpoint / "config.yaml")
     except ConfigError as error:
         raise StartupError(f"the config of {checkpoint} cannot be read: {error}") from error
-
-
-def agree(runtime: "Runtime", decide: Callable[[], T]) -> T:
-    """What rank 0 decides, on every rank.
-
-    Raises:
-        StartupError: on every rank, when rank 0 raises it.
-    """
-    answer: tuple[T | None, str | None] = (None, None)
-    if runtime.is_main:
-        try:
-            answer = (decide(), None)
-        except StartupError as error:
-            answer = (None, str(error))
-    decision, problem = runtime.gather_objects(answer)[0]
-    if problem is not None:
-        raise StartupError(problem)
-    return decision
 
 
 def agree_on_start(config: Config, runtime: "Runtime") -> Choice:

@@ -21,6 +21,7 @@ from neobert.config.schema import Config
 from neobert.config.secrets import scrub_config
 from neobert.model.peak import peak_flops
 from neobert.objectives.mlm import MaskedLM
+from neobert.train.agreement import exchange
 from neobert.train.audit import Layout, ReplayAudit, ReplayDiverged, is_first_attempt, read_layout
 from neobert.train.console import Reporter
 from neobert.train.metrics import Evaluation, Interval, MetricWindow, StepRecord, perplexity, summarise
@@ -153,7 +154,7 @@ class Tracker:
             later = [line for line in lines if line["kind"] == "step" and line["step"] > state.step]
             found = (later if is_first_attempt(self._events.read()) else [], self._layout_before, evaluated)
             self._log.rewrite(kept)
-        old_steps, before, evaluated = self._runtime.gather_objects(found)[0]
+        old_steps, before, evaluated = exchange(self._runtime, found)[0]
         self._audit = ReplayAudit(old_steps, before=before, now=self._layout) if old_steps else None
         self._evaluated_step = state.step if evaluated else None
         self.step = state.step

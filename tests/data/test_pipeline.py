@@ -215,7 +215,7 @@ def test_rank_0_tokenises_and_the_others_wait(tmp_path, corpora, tokenizer, poli
 
     def rank(number):
         @contextmanager
-        def main_first():
+        def main_first(facts=None):
             if number:
                 done.wait()
             yield

@@ -4,9 +4,11 @@ import threading
 from collections.abc import Callable
 from typing import Any
 
+import torch
+
 
 class ThreadRuntime:
-    """What `Committer` and `check_shared` need of a `Runtime`."""
+    """What collectives on the host need of a `Runtime`."""
 
     def __init__(self, rank: int, world: int, table: list[Any], barrier: threading.Barrier) -> None:
         self.rank, self.world, self._table, self._barrier = rank, world, table, barrier
@@ -15,15 +17,30 @@ class ThreadRuntime:
     def is_main(self) -> bool:
         return self.rank == 0
 
-    def gather_objects(self, value: Any) -> list[Any]:
+    def gather_objects(self, value: Any, *, patient: bool = False) -> list[Any]:
         self._table[self.rank] = value
         self._barrier.wait(timeout=20)
         gathered = list(self._table)
         self._barrier.wait(timeout=20)
         return gathered
 
+    def from_main(self, values: torch.Tensor) -> torch.Tensor:
+        return self.gather_objects(values)[0].clone()
+
     def sum_on_host(self, values: list[int]) -> list[int]:
         return [sum(column) for column in zip(*self.gather_objects(values))]
+
+
+def outcome_of(work: Callable[[Any], Any]) -> Callable[[Any], Any]:
+    """`work`, which returns the error that it raises."""
+
+    def guarded(runtime: Any) -> Any:
+        try:
+            return work(runtime)
+        except Exception as error:
+            return error
+
+    return guarded
 
 
 def run_ranks(world: int, work: Callable[[Any], Any]) -> list[Any]:

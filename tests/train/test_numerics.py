@@ -21,7 +21,8 @@ from neobert.train import loop, numerics
 from neobert.train.exit_codes import EXIT_CODES
 from neobert.train.loop import pretrain
 from neobert.train.memory import OutOfMemory
-from neobert.train.numerics import Guard, describe_ranges, join_ranges
+from neobert.train.numerics import Guard
+from neobert.train.ranges import describe_ranges, join_ranges
 from neobert.train.run import build_run
 from neobert.train.runtime import Runtime
 from neobert.train.step import train_step

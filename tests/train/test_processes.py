@@ -36,20 +36,19 @@ def test_two_processes_equal_one(tiny: Callable[..., Config], tmp_path: Path) ->
     check_equal(one, in_two, after=4)
 
 
-def launch(folder: Path, config: Config) -> None:
+LAUNCHERS = {
+    "torchrun": ["torch.distributed.run", "--nproc_per_node", "2", "--master_port"],
+    "accelerate": ["accelerate.commands.launch", "--multi_gpu", "--num_processes", "2", "--main_process_port"],
+}
+"""Modules and arguments of both launchers, up to the port."""
+
+
+def launch(folder: Path, config: Config, launcher: str = "torchrun") -> None:
     config_file = folder / "run.yaml"
     config_file.write_text(config_to_yaml(config))
-    torchrun = [
-        sys.executable,
-        "-m",
-        "torch.distributed.run",
-        "--nproc_per_node",
-        "2",
-        "--master_port",
-        str(free_port()),
-    ]
+    command = [sys.executable, "-m", *LAUNCHERS[launcher], str(free_port())]
     script = ["scripts/pretraining/pretrain.py", str(config_file)]
-    done = subprocess.run([*torchrun, *script], cwd=ROOT, capture_output=True, text=True, timeout=120)
+    done = subprocess.run([*command, *script], cwd=ROOT, capture_output=True, text=True, timeout=120)
     assert done.returncode == 0, done.stdout + done.stderr
     assert done.stdout.count("budget") == 1, "only one process speaks"
 
@@ -67,7 +66,7 @@ def test_two_processes_keep_one_average(tiny: Callable[..., Config], tmp_path: P
     settings = ["trainer.global_batch_size=8", "trainer.max_steps=4", "trainer.ema_decay=0.9"]
     settings.append("trainer.log_statistics=true")
     pretrain(tiny(one, *settings))
-    launch(tmp_path, tiny(two, *settings, "trainer.per_device_train_batch_size=2"))
+    launch(tmp_path, tiny(two, *settings, "trainer.per_device_train_batch_size=2"), launcher="accelerate")
     averages = [load_file(run / "checkpoints" / "4" / "ema.safetensors") for run in (one, two)]
     assert all(torch.allclose(averages[0][name], averages[1][name], atol=1e-5) for name in averages[0])
     for a, b in zip(log_lines(one, "eval_ema"), log_lines(two, "eval_ema"), strict=True):

@@ -1,0 +1,159 @@
+"""How ranks come to one decision, and how an error of one of them ends them all.
+
+Whatever a rank reads from its own disk, environment or machine may differ from what the others read. So a start runs
+within `sharing_errors`, and the only collective of a start is `exchange`: a rank that fails joins the exchange that the
+others wait in and hands them its sentence, wherever each of them stands. Nobody hangs and nobody ends with an error of
+the process group. `check_equal` compares what has to be equal and names what is not.
+"""
+
+import hashlib
+import json
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any, TypeVar
+
+from neobert.config.secrets import scrub
+from neobert.errors import StartupError
+from neobert.train.ranges import describe_ranges, join_ranges
+
+if TYPE_CHECKING:
+    from neobert.train.runtime import Runtime
+
+T = TypeVar("T")
+
+Facts = Mapping[str, Any]
+"""What has to be equal on all ranks, by name; values that JSON can hold."""
+
+_SHOWN = 80
+"""Characters of a value in a message."""
+
+_MOST_LINES = 12
+"""Of differences in a message."""
+
+
+class RankError(StartupError):
+    """Ranks differ, or another rank cannot continue. Raised on every rank, or by those that another one has told."""
+
+
+def exchange(runtime: "Runtime", value: T | None = None, *, failure: Exception | None = None) -> list[T]:
+    """Every rank's picklable value in rank order, on every rank; waits for the slowest, however long that takes.
+
+    Args:
+        failure: what keeps this rank from going on.
+
+    Raises:
+        RankError: another rank has a failure; the message is that rank's.
+        Exception: `failure`, when the others know.
+    """
+    answer = (value, None if failure is None else str(failure) or type(failure).__name__)
+    try:
+        answers: list[tuple[Any, str | None]] = runtime.gather_objects(answer, patient=True)
+    except RuntimeError as error:  # A process was killed, or its machine is gone.
+        if failure is not None:
+            raise failure from None
+        raise RankError(f"another process of this run has ended: {str(error).splitlines()[0]}") from error
+    if failure is not None:
+        raise failure
+    for rank, (_, problem) in enumerate(answers):
+        if problem is not None:
+            raise RankError(f"rank {rank}: {problem}")
+    return [found for found, _ in answers]
+
+
+@contextmanager
+def sharing_errors(runtime: "Runtime") -> Iterator[None]:
+    """Around work whose only collectives are exchanges: an error of one rank ends every rank. Collective.
+
+    Raises:
+        RankError: on the others, with the rank and its sentence.
+    """
+    try:
+        yield
+    except RankError:  # All ranks know.
+        raise
+    except Exception as error:
+        exchange(runtime, failure=error)
+    exchange(runtime)
+
+
+def agree(runtime: "Runtime", decide: Callable[[], T]) -> T:
+    """What rank 0 decides, on every rank.
+
+    Raises:
+        RankError: on every rank, when rank 0 cannot decide; the message is rank 0's.
+    """
+    answer: tuple[T | None, str | None] = (None, None)
+    if runtime.is_main:
+        try:
+            answer = (decide(), None)
+        except StartupError as error:
+            answer = (None, str(error))
+    decision, problem = exchange(runtime, answer)[0]
+    if problem is not None:
+        raise RankError(problem)
+    return decision  # type: ignore[return-value]
+
+
+@contextmanager
+def main_first(runtime: "Runtime", facts: Facts | None = None) -> Iterator[None]:
+    """Rank 0 runs the block before the others do; for a block within `sharing_errors`. Collective.
+
+    Args:
+        facts: what the block makes something of that all ranks use; it must be equal.
+
+    Raises:
+        RankError: rank 0 failed, or `facts` differ.
+    """
+    check_equal(runtime, lambda: facts or {})
+    if not runtime.is_main:
+        exchange(runtime)
+    yield
+    if runtime.is_main:
+        exchange(runtime)
+
+
+def check_equal(runtime: "Runtime", describe: Callable[[], Facts]) -> None:
+    """Raises when the ranks' facts differ. Costs nothing in a single process. Collective.
+
+    Raises:
+        RankError: with every name that differs, the values and their ranks; secrets are hidden.
+    """
+    if runtime.world == 1:
+        return
+    texts = {name: json.dumps(value, sort_keys=True, default=str) for name, value in describe().items()}
+    digests = {name: hashlib.sha256(text.encode()).hexdigest() for name, text in texts.items()}
+    if len(set(exchange(runtime, _hash(digests)))) == 1:
+        return
+    # Each rank hides its own secrets: another one does not know them.
+    shown = {name: (digests[name], _shorten(scrub(text))) for name, text in texts.items()}
+    lines = describe_differences(exchange(runtime, shown))
+    more = [f"and {len(lines) - _MOST_LINES} more"] if len(lines) > _MOST_LINES else []
+    raise RankError(
+        "\n  ".join(["the processes of this run differ:", *lines[:_MOST_LINES], *more])
+        + "\ngive every process the same command, configuration, code, packages and files"
+    )
+
+
+def describe_differences(every: Sequence[Mapping[str, tuple[str, str]]]) -> list[str]:
+    """One line for each name whose digest is not the same on all ranks. `every`: name -> (digest, text) of each rank.
+
+    >>> describe_differences([{"seed": ("a", "1")}, {"seed": ("b", "2")}, {"seed": ("a", "1")}])
+    ['seed: 1 on rank 0, 2; 2 on rank 1']
+    """
+    lines = []
+    for name in dict.fromkeys(name for facts in every for name in facts):
+        ranks: dict[tuple[str, str], list[int]] = {}
+        for rank, facts in enumerate(every):
+            ranks.setdefault(facts.get(name, ("", "nothing")), []).append(rank)
+        if len({digest for digest, _ in ranks}) > 1:
+            values = "; ".join(f"{text} on rank {describe_ranges(join_ranges(x))}" for (_, text), x in ranks.items())
+            lines.append(f"{name}: {values}")
+    return lines
+
+
+def _hash(digests: Mapping[str, str]) -> str:
+    return hashlib.sha256(json.dumps(digests, sort_keys=True).encode()).hexdigest()
+
+
+def _shorten(text: str) -> str:
+    return text if len(text) <= _SHOWN else f"{text[: _SHOWN - 3]}..."
