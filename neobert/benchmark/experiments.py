@@ -39,8 +39,9 @@ from neobert.benchmark.trial import (
     score,
     train,
 )
-from neobert.config.load import ConfigError, load_config, split_arguments, without_secrets
+from neobert.config.load import ConfigError, load_config, load_saved_config, split_arguments, without_secrets
 from neobert.config.schema import Config
+from neobert.config.secrets import Scrubbed
 from neobert.config.source import Leaf, Tree, YamlError, parse_yaml, read_yaml_text
 from neobert.data.errors import DataError
 from neobert.train.exit_codes import EXIT_CODES
@@ -49,7 +50,7 @@ from neobert.train.runtime import StartupError
 SCORE = "score.json"
 
 
-class PlanError(ValueError):
+class PlanError(Scrubbed, ValueError):
     """A plan that cannot be carried out; the message names the file, the key and the remedy."""
 
 
@@ -249,7 +250,7 @@ def _make(job: Job, config: Config, run: Path, data: Path) -> Outcome:
 def read_outcome(job: Job, run: Path, config: Config) -> Outcome:
     """What a finished run left behind. Raises PlanError when it was made with other settings."""
     # The file is read anew, not compared as text: keys that came later have their defaults in it.
-    if _what_is_made(load_config(run / "config.yaml")) != _what_is_made(without_secrets(config)):
+    if _what_is_made(load_saved_config(run / "config.yaml")) != _what_is_made(without_secrets(config)):
         raise PlanError(f"{run} holds a finished run with other settings than {job.name}; give another --output")
     return Outcome(**json.loads((run / SCORE).read_text()))
 

@@ -17,6 +17,7 @@ from neobert.config.load import ConfigError, parse_config
 from neobert.config.reference import show_value
 from neobert.config.refused import RENAMED, find_refusal
 from neobert.config.schema_optimizer import MUON
+from neobert.config.secrets import Scrubbed
 from neobert.config.source import Leaf, Tree, YamlError, parse_yaml
 from neobert.config.validate import BUDGETS
 from neobert.config.validate_contrastive import OF_CONTRASTIVE, WITHOUT_EFFECT
@@ -54,7 +55,7 @@ _OTHER_WORDS: dict[str, dict[str, str]] = {
 """Values that are written differently here, or replaced by the nearest there is."""
 
 
-class MigrationError(Exception):
+class MigrationError(Scrubbed):
     """A file that cannot be migrated; the message says why."""
 
 

@@ -13,6 +13,8 @@ from typing import Any
 import yaml
 from omegaconf import OmegaConf
 
+from neobert.config.secrets import Scrubbed
+
 _DOLLAR = "\ue000"
 """Stands in for the dollar of `${` while omegaconf reads, so that it parses no interpolations of its own."""
 
@@ -36,7 +38,7 @@ Tree = Leaf | list[Any] | dict[str, Any]
 """A leaf, a list of trees, or a mapping of names to trees."""
 
 
-class YamlError(Exception):
+class YamlError(Scrubbed):
     """A file that is not there, or text that is not YAML or not a mapping; the message says where."""
 
 

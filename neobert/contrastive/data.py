@@ -11,7 +11,7 @@ from neobert.config.schema_contrastive import PairSource
 from neobert.config.validate_contrastive import FORMS
 from neobert.contrastive.batches import PairCollator
 from neobert.contrastive.order import Kind, PairLane, PairOrder, TrainSet, describe_shares
-from neobert.contrastive.preprocess import NamedSource, describe, list_wanted
+from neobert.contrastive.preprocess import NamedSource, describe, hide_in_source, list_wanted
 from neobert.contrastive.rows import FORM_WORDS, Form
 from neobert.contrastive.store import PairStore, SetInfo, list_sets, sets_folder
 from neobert.data.batch_size import BatchSchedule, constant_batch
@@ -174,7 +174,7 @@ def choose_sets(config: Config) -> ChosenSets:
         raise NotPrepared(f"dataset.path: {sets_folder(path)} lacks {', '.join(missing)}; it holds {held}")
 
     def open_set(item: NamedSource) -> tuple[NamedSource, PairStore]:
-        if there[item.key].source != describe(item.source):
+        if hide_in_source(there[item.key].source) != describe(item.source):
             raise NotPrepared(
                 f"{sets_folder(path) / item.key} was made from {there[item.key].source}, the config says"
                 f" {describe(item.source)}"

@@ -7,7 +7,7 @@ may be prepared in parts, and a start after an interruption goes on with the set
 import re
 import shlex
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from itertools import islice
 from pathlib import Path
@@ -16,6 +16,7 @@ from typing import Any
 from neobert.config.command_line import parse_command_line
 from neobert.config.schema import Config
 from neobert.config.schema_contrastive import PairSource
+from neobert.config.secrets import hide_credentials
 from neobert.contrastive.reading import HubRows, describes_columns, open_source, read_hub
 from neobert.contrastive.rows import FORM_WORDS
 from neobert.contrastive.sets import SETS, choose_set
@@ -90,15 +91,23 @@ def name_source(source: PairSource) -> NamedSource:
     known = choose_set(source.name)
     if known is not None and not describes_columns(source) and not Path(source.name).exists():
         return NamedSource(key=known, source=source)
-    stem = re.sub(r"\.(jsonl|json|csv|tsv|parquet)(\.gz|\.zst)?$", "", source.name.rstrip("/").split("/")[-1])
+    stem = re.sub(
+        r"\.(jsonl|json|csv|tsv|parquet)(\.gz|\.zst)?$", "", hide_credentials(source.name).rstrip("/").split("/")[-1]
+    )
     parts = [stem, *([source.config] if source.config else []), *([source.split] if source.split else [])]
     return NamedSource(key=re.sub(r"[^\w.-]+", "_", "-".join(parts)), source=source)
 
 
 def describe(source: PairSource) -> dict[str, Any]:
-    """What decides about the examples of a source: everything but the prefixes, which are put before texts later."""
+    """What decides about the examples of a source, credentials hidden: everything but the prefixes, which are put before
+    texts later."""
     values = {name: value for name, value in asdict(source).items() if value is not None and name not in _PREFIXES}
-    return {name: list(value) if isinstance(value, tuple) else value for name, value in values.items()}
+    return hide_in_source({name: list(x) if isinstance(x, tuple) else x for name, x in values.items()})
+
+
+def hide_in_source(values: Mapping[str, Any]) -> dict[str, Any]:
+    """`describe` of an earlier version, credentials hidden."""
+    return {name: hide_credentials(x) if isinstance(x, str) else x for name, x in values.items()}
 
 
 def prepare(config: Config, hub: HubRows = read_hub) -> list[tuple[SetInfo, bool]]:
@@ -121,7 +130,7 @@ def prepare(config: Config, hub: HubRows = read_hub) -> list[tuple[SetInfo, bool
     for item in list_wanted(config).all:
         folder, source = sets_folder(data.path) / item.key, describe(item.source)
         info = read_info(folder)
-        fresh = info is None or info.source != source or data.force_redownload
+        fresh = info is None or hide_in_source(info.source) != source or data.force_redownload
         if fresh:
             opened = open_source(item.source, hub)
             examples = islice(opened.examples, item.source.max_pairs)

@@ -7,7 +7,6 @@ object: a loaded state would otherwise be applied again in each later epoch.
 
 import copy
 import hashlib
-import logging
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -19,6 +18,7 @@ from datasets import IterableDataset, get_dataset_split_names, load_dataset
 from datasets.exceptions import DatasetsError
 from huggingface_hub import HfApi
 
+from neobert.config.secrets import build_logger
 from neobert.data.columns import choose_text_column
 from neobert.data.errors import DataError
 from neobert.data.files import fingerprint_files, local_file
@@ -28,7 +28,7 @@ from neobert.data.sharing import STREAM_LANES, ShardedSource, Stretch
 from neobert.data.spec import SourceSpec
 from neobert.data.text import Record, Records, ShardFault
 
-logger = logging.getLogger(__name__)
+logger = build_logger(__name__)
 
 Result = TypeVar("Result")
 

@@ -12,6 +12,7 @@ from typing import Any, NamedTuple
 import yaml
 
 from neobert.config.schema_data import DatasetSection, TokenizerSection
+from neobert.config.secrets import hide_credentials
 from neobert.data.arrow import TokenStore
 from neobert.data.errors import DataError
 from neobert.data.hub import HubSource
@@ -122,7 +123,7 @@ def data_overrides(prepared: Sequence[PreparedSource], section: DatasetSection) 
 def describe_origin(spec: SourceSpec, opened: object, tokenizer_name: str | None) -> Origin:
     """Words for the manifest. Of a path only the last part: the folder may be moved, and be given to others."""
     return Origin(
-        source=", ".join(map(last_part, spec.path)) if spec.path else spec.name,
+        source=", ".join(last_part(hide_credentials(path)) for path in spec.path) if spec.path else spec.name,
         revision=opened.commit if isinstance(opened, HubSource) else spec.revision,
         tokenizer=tokenizer_name,
     )

@@ -3,7 +3,7 @@
 import json
 from typing import Any
 
-from neobert.config.load import load_config
+from neobert.config.load import load_saved_config
 from neobert.config.schema import Config
 from neobert.config.schema_data import DatacollatorSection
 from neobert.data.tokenizer import Tokenizer
@@ -49,7 +49,7 @@ def model_card(
 
 def _is_embedding_model(weights: EncoderWeights) -> bool:
     file = weights.folder / "config.yaml"
-    return weights.layout == "checkpoint" and file.is_file() and load_config(file).task == "contrastive"
+    return weights.layout == "checkpoint" and file.is_file() and load_saved_config(file).task == "contrastive"
 
 
 def _front_matter() -> str:
@@ -93,7 +93,7 @@ def _training(weights: EncoderWeights) -> str:
     """Sentences about the run; empty for weights that came without one."""
     lines = []
     if weights.layout == "checkpoint" and (weights.folder / "config.yaml").is_file():
-        lines += _recipe(load_config(weights.folder / "config.yaml"))
+        lines += _recipe(load_saved_config(weights.folder / "config.yaml"))
     if weights.step is not None:
         lines.append(f"- optimizer steps: {weights.step:,}")
     if weights.kind == "ema":

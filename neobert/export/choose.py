@@ -12,12 +12,13 @@ not be dropped on the way out because nobody thought of it here.
 from dataclasses import fields
 from typing import Any, Literal
 
+from neobert.config.secrets import Scrubbed
 from neobert.model.config import ModelConfig
 
 Form = Literal["native", "remote_code"]
 
 
-class ExportError(ValueError):
+class ExportError(Scrubbed, ValueError):
     """An export that cannot be made or is not exact; the message names every reason."""
 
 

@@ -6,6 +6,7 @@ import sys
 from collections.abc import Callable
 from typing import Any
 
+from neobert.config.secrets import scrub
 from neobert.inference.load import DTYPES
 from neobert.inference.packed import BATCH_TOKENS
 from neobert.weights.load import WEIGHTS
@@ -53,17 +54,17 @@ def run_script(main: Callable[[], None]) -> int:
         main()
     except OSError as error:
         where = f"{error.filename}: {error.strerror}" if error.filename and error.strerror else error
-        print(f"error: {where}", file=sys.stderr)
+        print(f"error: {scrub(str(where))}", file=sys.stderr)
         return 2
     except ValueError as error:
-        print(f"error: {error}", file=sys.stderr)
+        print(f"error: {scrub(str(error))}", file=sys.stderr)
         return 2
     return 0
 
 
 def say(*lines: str) -> None:
     """Prints to the error output: results alone go to the standard output."""
-    print(*lines, sep="\n", file=sys.stderr)
+    print(*map(scrub, lines), sep="\n", file=sys.stderr)
 
 
 def print_result(result: dict[str, Any], text: str, *, as_json: bool) -> None:

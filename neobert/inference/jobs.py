@@ -10,8 +10,10 @@ from typing import Any, BinaryIO
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskProgressColumn, TextColumn, TimeElapsedColumn
 
+from neobert.config.secrets import Scrubbed
 
-class JobError(ValueError):
+
+class JobError(Scrubbed, ValueError):
     """A job cannot begin or go on; the message says what to do."""
 
 

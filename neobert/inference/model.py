@@ -8,7 +8,6 @@ A text becomes `[CLS] text [SEP]`. Texts longer than the model are cut at its le
 """
 
 import hashlib
-import logging
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
@@ -17,6 +16,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from neobert.config.secrets import build_logger
 from neobert.data.lanes import IntArray
 from neobert.data.tokenizer import Tokenizer
 from neobert.inference.fill_mask import FilledText, fill_mask
@@ -24,7 +24,7 @@ from neobert.inference.packed import BATCH_TOKENS, hidden_states, plan_batches
 from neobert.inference.pooling import choose_pooling
 from neobert.objectives.mlm import MaskedLM
 
-logger = logging.getLogger(__name__)
+logger = build_logger(__name__)
 
 
 class Encoded(NamedTuple):

@@ -13,7 +13,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from neobert.config.command_line import parse_command_line
-from neobert.config.load import ConfigError, config_to_yaml, load_config, parse_config
+from neobert.config.load import ConfigError, config_to_yaml, load_saved_config, parse_config
 from neobert.config.schema import Config
 from neobert.data.encode import limit_threads
 from neobert.data.errors import DataError
@@ -41,7 +41,7 @@ def run_longer(argv: Sequence[str], description: str) -> int:
         commands = {
             length: longer_overrides(
                 config,
-                load_config(checkpoint / "config.yaml"),
+                load_saved_config(checkpoint / "config.yaml"),
                 checkpoint=checkpoint,
                 subset=subset,
                 max_length=length,
@@ -87,7 +87,7 @@ def check_longer(
     Raises:
         StartupError: naming the flag or key and the remedy.
     """
-    old = load_config(checkpoint / "config.yaml")
+    old = load_saved_config(checkpoint / "config.yaml")
     if lengths[0] <= old.dataset.max_seq_length:
         raise StartupError(
             f"--max-length: {lengths[0]} is not longer than the checkpoint's dataset.max_seq_length = "

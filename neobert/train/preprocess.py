@@ -9,6 +9,7 @@ from pathlib import Path
 from neobert.config.command_line import parse_command_line
 from neobert.config.load import split_arguments
 from neobert.config.schema import Config
+from neobert.config.secrets import hide_credentials
 from neobert.data.encode import limit_threads
 from neobert.data.errors import DataError
 from neobert.data.offline import PreparedSource, data_overrides, name_tokenizer, prepare_sources
@@ -91,7 +92,7 @@ def choose_output(config: Config, config_name: str) -> tuple[Path, Config]:
 def write_command(words: Sequence[str], overrides: Sequence[str]) -> str:
     """The line that trains with a command line's `words` and more overrides, `key=value` each."""
     pairs = [part for override in overrides for part in ("--" + override).split("=", maxsplit=1)]
-    return shlex.join(["python", "scripts/pretraining/pretrain.py", *words, *pairs])
+    return shlex.join(["python", "scripts/pretraining/pretrain.py", *map(hide_credentials, [*words, *pairs])])
 
 
 def choose_config_name(words: Sequence[str]) -> str:

@@ -22,10 +22,11 @@ from accelerate.utils import DistributedDataParallelKwargs
 from torch import Tensor, nn
 
 from neobert.config.schema import Config
+from neobert.config.secrets import Scrubbed
 from neobert.kernels.linear_cross_entropy import choose_kernel
 
 
-class StartupError(Exception):
+class StartupError(Scrubbed):
     """The run cannot start; the message names the key and the remedy."""
 
 

@@ -8,6 +8,7 @@ from typing import Any
 
 from neobert.config.load import ConfigError, load_config, without_secrets
 from neobert.config.schema import Config
+from neobert.config.secrets import Scrubbed
 from neobert.config.validate import BUDGETS
 from neobert.train.runtime import StartupError
 from neobert.train.start import holds_run, is_own, read_checkpoint_config, read_train_state
@@ -19,7 +20,7 @@ UNKNOWN = Path("<final checkpoint>")
 """Stands for the result of a stage that has not run, in what `--dry-run` prints."""
 
 
-class PipelineError(ValueError):
+class PipelineError(Scrubbed, ValueError):
     """The pipeline cannot go on; the message names the stage and what to do."""
 
 

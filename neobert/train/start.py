@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from neobert.config.fields import FIELDS, SECTIONS
-from neobert.config.load import ConfigError, config_to_yaml, load_config, without_secrets
+from neobert.config.load import ConfigError, config_to_yaml, load_saved_config, without_secrets
 from neobert.config.schema import Config
 from neobert.train.console import Reporter
 from neobert.train.lock import acquire_lock, check_shared, release_lock
@@ -119,7 +119,7 @@ def read_checkpoint_config(checkpoint: Path) -> Config:
         StartupError: it is missing or has keys that this version does not know.
     """
     try:
-        return load_config(checkpoint / "config.yaml")
+        return load_saved_config(checkpoint / "config.yaml")
     except ConfigError as error:
         raise StartupError(f"the config of {checkpoint} cannot be read: {error}") from error
 

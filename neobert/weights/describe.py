@@ -5,10 +5,11 @@ from typing import Any
 
 from torch import Tensor
 
+from neobert.config.secrets import Scrubbed
 from neobert.model.config import ModelConfig
 
 
-class WeightsError(ValueError):
+class WeightsError(Scrubbed, ValueError):
     """Weights that cannot be used as they are; the message says why and what to do."""
 
 

@@ -14,11 +14,13 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from neobert.config.secrets import Scrubbed
+
 MANIFEST = "manifest.json"
 FORMAT = 1
 
 
-class CheckpointError(Exception):
+class CheckpointError(Scrubbed):
     """A checkpoint that cannot be trusted. The message is the reason, without the folder's name."""
 
 
