@@ -28,7 +28,6 @@ from neobert.config.source import Leaf, Tree, YamlError, parse_yaml, read_yaml_t
 from neobert.config.validate import BUDGETS, validate
 from neobert.config.variables import VariableError, escape_variables, substitute
 
-
 SENTENCES = "trainer.fill_mask_texts"
 """The one key whose values are saved as they are."""
 

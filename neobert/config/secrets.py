@@ -1,13 +1,13 @@
 """What must not be written down, and what is written in its place.
 
-| what is written | hidden in it | by |
+| where | what is hidden | by |
 |---|---|---|
-| `config.yaml` and what is compared on resume | credentials of addresses, `api_key=...`, tokens of known shape | `hide_credentials` |
-| console, logs, events, trackers, error messages | the same, and `name: value`, options, secret variables of the environment | `scrub` |
+| saved configs | credentials in addresses, `api_key=...`, tokens of known shape | `hide_credentials` |
+| console, logs, events, trackers, errors | the same, `name: value`, secret variables | `scrub` |
 
 A marker stands where a secret was (`<hidden:X-Amz-Signature>`). A config with a marker in it cannot be mistaken for the
 config that was saved: loading it is an error. So a config is changed only where there surely is a secret, and never
-because a part of a path is also the value of some variable; a log line may be hidden more freely, since nothing reads it.
+because a part of a path is also the value of some variable; a log line may be hidden more freely: nothing reads it.
 
 Names are judged by their last word, because `api_key` is a secret and `tokenizer`, `max_tokens` and
 `allow_special_token_rewrite` are not.
@@ -24,7 +24,10 @@ _MARKER = re.compile(r"<hidden:[^<>\s]+>|\*\*\*")
 """Three stars are what earlier versions wrote."""
 
 # The words of a vocabulary are no secrets.
-_WORDS = r"(?<!mask_)(?<!(?:cls|sep|pad|unk|bos|eos)_)token|secret|password|passwd|api_?key|access_?key|private_?key|secret_?key|auth_?key|credentials?"
+_WORDS = (
+    r"(?<!mask_)(?<!(?:cls|sep|pad|unk|bos|eos)_)token|secret|password|passwd|credentials?"
+    "|api_?key|access_?key|private_?key|secret_?key|auth_?key"
+)
 _SECRET_NAME = re.compile(rf"(^|.*[_\-.])({_WORDS}|key)$", re.IGNORECASE)
 _SURELY_SECRET_NAME = re.compile(rf"(^|.*[_\-.])({_WORDS})$", re.IGNORECASE)
 _PARAMETER = re.compile(
@@ -100,8 +103,8 @@ def _hide_value(found: re.Match[str]) -> str:
 
 
 def scrub(text: str) -> str:
-    """`text` for people: as `hide_credentials`, without `name: value` and `--name value` of secret names, and without the
-    values of this process's secret environment variables where they stand by themselves."""
+    """`text` for people: as `hide_credentials`, without `name: value` and `--name value` of secret names, and without
+    the values of this process's secret environment variables where they stand by themselves."""
     text = hide_credentials(text)
     for named in (_NAMED, _OPTION):
         text = named.sub(_hide_value, text)
