@@ -99,8 +99,8 @@ def name_source(source: PairSource) -> NamedSource:
 
 
 def describe(source: PairSource) -> dict[str, Any]:
-    """What decides about the examples of a source, credentials hidden: everything but the prefixes, which are put before
-    texts later."""
+    """What decides about the examples of a source, credentials hidden: everything but the prefixes, which are put
+    before texts later."""
     values = {name: value for name, value in asdict(source).items() if value is not None and name not in _PREFIXES}
     return hide_in_source({name: list(x) if isinstance(x, tuple) else x for name, x in values.items()})
 

@@ -135,7 +135,7 @@ def test_a_hidden_value_inside_a_list_is_refused_too() -> None:
     mixture = (MixtureSource(path="https://me:hush@host/a.jsonl"), MixtureSource(path="b.jsonl"))
     config = parse_config("", ["dataset.path=x", "tokenizer.train=true", "trainer.max_steps=1"])
     saved = without_secrets(replace(config, dataset=replace(config.dataset, path=None, mixture=mixture)))
-    with pytest.raises(ConfigError, match="dataset.mixture: <hidden:credentials> stands"):
+    with pytest.raises(ConfigError, match=r"dataset.mixture: <hidden:credentials> stands"):
         parse_config(config_to_yaml(saved))
 
 
