@@ -51,7 +51,7 @@ def save_checkpoint(run: Run, state: TrainState, *, wait: bool = False) -> Path 
         return final
     background = run.config.trainer.async_save and not wait
     with run.tracker.paused(), run.stop.timing_save():
-        state = run.guard.settled(state)
+        state = run.tracker.settled(run.guard.settled(state))
         data_states = run.runtime.gather_objects(state.data)
         data_state = merge_states(data_states) if state.data else {}
         run.committer.begin(state.step, _build_files(run, state, data_state, background), background=background)

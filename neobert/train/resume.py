@@ -70,7 +70,13 @@ def resume_or_start(run: Run) -> TrainState:
         state = replace(state, data={**state.data, "next_batch_digest": None})
     if comparison.restarts_order:
         # Whatever else the state holds belongs to the rows of the old order.
-        state = TrainState(step=state.step, tokens=state.tokens, targets=state.targets, documents=state.documents)
+        state = TrainState(
+            step=state.step,
+            tokens=state.tokens,
+            targets=state.targets,
+            documents=state.documents,
+            interval=state.interval,
+        )
     if run.runtime.is_main and is_own(run.checkpoint, run.output_dir):
         _supersede_later_steps(run, state.step)
     run.tracker.begin(state)
