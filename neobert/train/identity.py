@@ -22,6 +22,7 @@ from neobert.config.fields import FIELDS
 from neobert.config.load import without_secrets
 from neobert.config.resume_rules import BATCH_WARMUP, DECLARED, FIXED, HELD_OUT, MASKING, ORDER, SOURCE
 from neobert.config.schema import Config
+from neobert.data.fingerprint import fits
 from neobert.data.loader import ORDER_KEYS, OrderIdentity
 from neobert.model.config import ModelConfig
 from neobert.optim.groups import list_decayed
@@ -171,6 +172,8 @@ def compare(saved: Facts, now: Facts, allow: Sequence[str], *, same_ranks: bool)
 
 
 def _differs(key: str, saved: Any, now: Any) -> bool:
+    if key == FINGERPRINT:
+        return not fits(saved, now)
     if saved is None and key in (SPECIAL_IDS, GROUPS):
         return False  # Not recorded by an earlier version.
     if key == _FULL_ROWS and None in (saved, now):
