@@ -57,6 +57,12 @@ class ContrastiveData:
     notes: tuple[str, ...]
 
     @property
+    def eval_fingerprint(self) -> str | None:
+        """Changes when the held-out examples change; None without any."""
+        parts = [f"{part.key} {part.store.info.fingerprint} {part.first}:{part.last}" for part in self.held_out]
+        return " ".join(parts) or None
+
+    @property
     def labels(self) -> tuple[str, ...]:
         return tuple(item.key for item in self.sets)
 

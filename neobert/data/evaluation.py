@@ -5,6 +5,7 @@ every rank makes the same number of batches, the last ones padded with empty row
 """
 
 import math
+import zlib
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
@@ -129,7 +130,9 @@ class EvalSet:
         seed: int,
         batch_rows: int,
         max_batches: int | None,
+        fingerprint: str,
     ) -> None:
+        """`fingerprint` changes when the documents do."""
         self._batch_rows = batch_rows
         self.num_documents = sum(source.num_documents for source in sources)
         lengths = np.concatenate([source.lengths for source in sources])
@@ -137,6 +140,8 @@ class EvalSet:
         source_of = np.repeat(np.arange(len(sources)), [len(source.lengths) for source in sources])
         pieces, _ = split_documents(lengths, settings.max_seq_length, settings.min_length, truncate=settings.truncate)
         self.num_tokens = sum(piece.length + SPECIALS_PER_SEGMENT for piece in pieces)
+        plan = [len(lengths), self.num_documents, self.num_tokens, zlib.crc32(lengths.tobytes())]
+        self.fingerprint = f"{fingerprint} {plan}"
         # Shuffled rows, so that a cap on the batches cuts long and short documents alike.
         rows = settings.plan(pieces, key(seed, "eval_rows"))
         self._rows = rows if max_batches is None else rows[: max_batches * batch_rows]
@@ -185,10 +190,10 @@ def choose_evaluation(
     chosen = _choose_splits(config, sources)
     nothing: list[Place | None] = [None] * len(sources)
     if any(split is not None for split in chosen):
-        found, notes = _collect_splits(config, sources, chosen, settings)
+        found, notes, views = _collect_splits(config, sources, chosen, settings)
         held_out = nothing
     elif config.dataset.eval_samples or config.dataset.validation_split:
-        found = _collect_held_out(config, sources, train, settings)
+        found, views = _collect_held_out(config, sources, train, settings), train
         held_out = [documents.rest if documents.num_documents else None for documents in found]
         number = sum(documents.num_documents for documents in found)
         notes = [f"evaluating on the first {number} documents, held out of training"]
@@ -203,6 +208,7 @@ def choose_evaluation(
         seed=config.trainer.eval_seed,
         batch_rows=config.trainer.per_device_eval_batch_size,
         max_batches=config.trainer.eval_max_batches,
+        fingerprint=" ".join(view.fingerprint for view in views),
     )
     return Evaluation(eval_set, held_out, notes)
 
@@ -228,17 +234,18 @@ def _choose_splits(config: Config, sources: Sequence[Source]) -> list[SplitSlice
 
 def _collect_splits(
     config: Config, sources: Sequence[Source], chosen: Sequence[SplitSlice | None], settings: LaneSettings
-) -> tuple[list[EvalDocuments], list[str]]:
+) -> tuple[list[EvalDocuments], list[str], Sequence[View]]:
     pairs = [(source, split) for source, split in zip(sources, chosen) if split is not None]
     shares = _share(config.dataset.eval_samples, [source.spec.weight for source, _ in pairs])
-    found, notes = [], []
+    found, notes, views = [], [], []
     for (source, split), share in zip(pairs, shares):
         view = source.open(split)
         documents = _collect(view, source, settings, _choose_limit(config, view, share, len(pairs)))
         found.append(documents)
+        views.append(view)
         of = f" of {source.spec.label}" if len(sources) > 1 else ""
         notes += [f"evaluating on {documents.num_documents} documents of split {str(split)!r}{of}", *view.notes]
-    return found, notes
+    return found, notes, views
 
 
 def _collect_held_out(

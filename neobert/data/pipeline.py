@@ -53,6 +53,11 @@ class DataPipeline:
         return self.eval_set is not None
 
     @property
+    def eval_fingerprint(self) -> str | None:
+        """Changes when the evaluation documents change; None without any."""
+        return None if self.eval_set is None else self.eval_set.fingerprint
+
+    @property
     def labels(self) -> tuple[str, ...]:
         """Names of the sources, in the order of their numbers."""
         return self.train.labels

@@ -203,6 +203,7 @@ def _describe_state(run: Run, state: TrainState, data_state: dict[str, Any]) -> 
         **asdict(state),
         "data": data_state,
         "eval_loss": run.tracker.eval_loss(state.step),
+        "eval_test": run.eval_test,
         "rows_per_step": run.rows_per_step,
         "num_steps": run.num_steps,
         "data_fingerprint": run.data.fingerprint,
