@@ -12,9 +12,9 @@ from contextlib import contextmanager
 from types import FrameType
 from typing import NoReturn
 
-from neobert.config.secrets import scrub
 from neobert.errors import UserError
 from neobert.output import protect_output
+from neobert.secrets import scrub
 
 WRONG_CALL = 2
 STOPPED = 75

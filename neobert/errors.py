@@ -1,8 +1,16 @@
 """The base of the errors that a user can correct."""
 
+from neobert.secrets import scrub
+
 
 class UserError(Exception):
-    """The message names the key, flag or file, what is wrong with it, and the remedy; a command shows it alone."""
+    """The message names the key, flag or file, what is wrong with it, and the remedy; a command shows it alone.
+
+    It may quote an address: whoever prints it, in a traceback too, prints no secret.
+    """
+
+    def __str__(self) -> str:
+        return scrub(super().__str__())
 
 
 class StartupError(UserError):

@@ -254,3 +254,6 @@ class TrainState:
     spike_window: list[list[float]] = field(default_factory=list)
     """Loss and gradient norm of the last steps that `trainer.skip_spikes` compares with, oldest first. Filled in when
     the state is saved."""
+
+    interval: dict[str, Any] = field(default_factory=dict)
+    """Sums over the steps since the last log line (`IntervalSums`). Filled in when the state is saved."""

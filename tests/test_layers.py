@@ -10,6 +10,7 @@ import pytest
 ROOT = Path(__file__).parent.parent
 PACKAGE = ROOT / "neobert"
 LAYERS = [
+    {"secrets"},
     {"errors", "output"},
     {"model", "kernels"},
     {"config"},

@@ -24,7 +24,7 @@ from neobert.benchmark.trial import (
     score,
     train,
 )
-from neobert.config.load import load_config, without_secrets
+from neobert.config.load import load_saved_config, without_secrets
 from neobert.config.schema import Config
 
 SCORE = "score.json"
@@ -98,7 +98,7 @@ def _make(job: Job, config: Config, run: Path, data: Path) -> Outcome:
 def read_outcome(job: Job, run: Path, config: Config) -> Outcome:
     """What a finished run left behind. Raises PlanError when it was made with other settings."""
     # The file is read anew, not compared as text: keys that came later have their defaults in it.
-    if _what_is_made(load_config(run / "config.yaml")) != _what_is_made(without_secrets(config)):
+    if _what_is_made(load_saved_config(run / "config.yaml")) != _what_is_made(without_secrets(config)):
         raise PlanError(f"{run} holds a finished run with other settings than {job.name}; give another --output")
     return Outcome(**json.loads((run / SCORE).read_text()))
 

@@ -23,13 +23,16 @@ from neobert.config.fields import FIELDS, SECTIONS
 from neobert.config.leaves import LeafError, parse_value
 from neobert.config.refused import explain_word, find_refusal, find_renamed, is_below_known_name
 from neobert.config.schema import Config
-from neobert.config.secrets import scrub
 from neobert.config.source import Leaf, Tree, YamlError, parse_yaml, read_yaml_text
 from neobert.config.validate import BUDGETS, validate
 from neobert.config.validate_data import OF_HUB_SOURCE, SOURCES
 from neobert.config.variables import VariableError, escape_variables, substitute
 from neobert.errors import UserError
 from neobert.model.config import ARCHITECTURE
+from neobert.secrets import find_marker, hide_credentials
+
+SENTENCES = "trainer.fill_mask_texts"
+"""The one key whose values are saved as they are."""
 
 
 class ConfigError(UserError):
@@ -54,15 +57,34 @@ def load_config(path: str | Path | None, overrides: Sequence[str] = ()) -> Confi
     """
     if path is None:
         return parse_config("", overrides, source="the overrides")
+    return parse_config(_read(path), overrides, source=f"{path}")
+
+
+def load_saved_config(path: str | Path) -> Config:
+    """The config that a run has saved, to be compared with or described: secrets in it may be hidden, so nothing may be
+    opened by its addresses.
+
+    Raises:
+        ConfigError: as `load_config`.
+    """
+    return parse_config(_read(path), source=f"{path}", may_hide=True)
+
+
+def _read(path: str | Path) -> str:
     try:
-        text = read_yaml_text(Path(path), "the config file")
+        return read_yaml_text(Path(path), "the config file")
     except YamlError as error:
         raise ConfigError([str(error)], f"{path}") from error
-    return parse_config(text, overrides, source=f"{path}")
 
 
-def parse_config(text: str, overrides: Sequence[str] = (), *, source: str = "the config") -> Config:
-    """As `load_config`, from the YAML text itself; `source` names it in errors."""
+def parse_config(
+    text: str, overrides: Sequence[str] = (), *, source: str = "the config", may_hide: bool = False
+) -> Config:
+    """As `load_config`, from the YAML text itself; `source` names it in errors.
+
+    Args:
+        may_hide: takes values in which a secret was hidden when they were saved.
+    """
     try:
         tree = parse_yaml(text)
     except YamlError as error:
@@ -71,6 +93,8 @@ def parse_config(text: str, overrides: Sequence[str] = (), *, source: str = "the
     _add_file(draft, tree)
     _add_overrides(draft, overrides)
     values = _parse_leaves(draft)
+    if not may_hide:
+        _refuse_hidden(draft, values)
     config = dataclasses.replace(build_config(values), given=frozenset(values))
     if config.model.init_from is not None:  # Brings the architecture; the run checks the rules about it.
         draft.doubtful |= {key for name in ARCHITECTURE if (key := f"model.{name}") not in config.given}
@@ -110,17 +134,17 @@ def config_to_yaml(config: Config) -> str:
 
 
 def without_secrets(config: Config) -> Config:
-    """The config as it is written to disk: texts scrubbed, all but the sentences that the model is to complete."""
+    """The config as it is written to disk: credentials hidden, but for the sentences that the model is to complete."""
     values = {key: entry.value_in(config) for key, entry in FIELDS.items()}
-    return build_config({k: v if k == "trainer.fill_mask_texts" else _scrub(v) for k, v in values.items()})
+    return build_config({k: v if k == SENTENCES else _hide(v) for k, v in values.items()})
 
 
-def _scrub(value: Any) -> Any:
+def _hide(value: Any) -> Any:
     if dataclasses.is_dataclass(value) and not isinstance(value, type):
-        return dataclasses.replace(value, **{k: _scrub(v) for k, v in dataclasses.asdict(value).items()})
+        return dataclasses.replace(value, **{f.name: _hide(getattr(value, f.name)) for f in dataclasses.fields(value)})
     if isinstance(value, tuple):
-        return tuple(_scrub(item) for item in value)
-    return scrub(value) if isinstance(value, str) else value
+        return tuple(_hide(item) for item in value)
+    return hide_credentials(value) if isinstance(value, str) else value
 
 
 def save_config(config: Config, path: str | Path) -> None:
@@ -290,6 +314,17 @@ def _parse_leaves(draft: _Draft) -> dict[str, Any]:
         except LeafError as error:
             draft.refuse(key, f"{key}: {error}")
     return values
+
+
+def _refuse_hidden(draft: _Draft, values: dict[str, Any]) -> None:
+    for key, value in values.items():
+        marker = None if key == SENTENCES else find_marker(value)
+        if marker is not None:
+            draft.refuse(
+                key,
+                f"{key}: {marker} stands where a secret was hidden when this value was saved; give the whole value "
+                f"again, in the file or with --{key} VALUE",
+            )
 
 
 def _show(value: Tree) -> str:

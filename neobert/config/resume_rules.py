@@ -129,5 +129,20 @@ HELD_OUT = (
 )
 """Change which documents train, and nothing else about the data: taken when declared, if they do."""
 
-ALLOWED = (*DECLARED, *HELD_OUT)
+EVAL_BATCH = "trainer.per_device_eval_batch_size"
+"""Changes what is evaluated where `trainer.eval_max_batches` counts its batches: declared then, else free."""
+
+EVALUATION = (
+    "dataset.eval_split",
+    "dataset.eval_samples",
+    "dataset.validation_split",
+    "datacollator.eval_mlm_probability",
+    "trainer.eval_max_batches",
+    "trainer.eval_seed",
+    "contrastive.eval_sets",
+)
+"""Change what is evaluated, so that figures before and after cannot be compared: taken when declared, unless the data is
+another one anyway."""
+
+ALLOWED = (*DECLARED, *dict.fromkeys((*HELD_OUT, *EVALUATION)), EVAL_BATCH)
 """What `trainer.resume_allow` may list."""

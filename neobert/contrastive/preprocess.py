@@ -6,7 +6,7 @@ may be prepared in parts, and a start after an interruption goes on with the set
 
 import re
 import shlex
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from itertools import islice
 from pathlib import Path
@@ -18,6 +18,7 @@ from neobert.contrastive.reading import HubRows, describes_columns, open_source,
 from neobert.contrastive.store import SetInfo, list_sets, read_info, sets_folder, write_manifest, write_set
 from neobert.data.errors import DataError
 from neobert.data.known_sets import choose_set, list_names
+from neobert.secrets import hide_credentials
 
 _PREFIXES = ("anchor_prefix", "positive_prefix")
 
@@ -76,20 +77,28 @@ def name_source(source: PairSource) -> NamedSource:
     known = choose_set(source.name)
     if known is not None and not describes_columns(source) and not Path(source.name).exists():
         return NamedSource(key=known, source=source)
-    stem = re.sub(r"\.(jsonl|json|csv|tsv|parquet)(\.gz|\.zst)?$", "", source.name.rstrip("/").split("/")[-1])
+    stem = re.sub(
+        r"\.(jsonl|json|csv|tsv|parquet)(\.gz|\.zst)?$", "", hide_credentials(source.name).rstrip("/").split("/")[-1]
+    )
     parts = [stem, *([source.config] if source.config else []), *([source.split] if source.split else [])]
     return NamedSource(key=re.sub(r"[^\w.-]+", "_", "-".join(parts)), source=source)
 
 
 def describe(source: PairSource) -> dict[str, Any]:
-    """What decides about the examples of a source: everything but the prefixes, which are put before texts later."""
+    """What decides about the examples of a source, credentials hidden: everything but the prefixes, which are put
+    before texts later."""
     values = {name: value for name, value in asdict(source).items() if value is not None and name not in _PREFIXES}
-    return {name: list(value) if isinstance(value, tuple) else value for name, value in values.items()}
+    return hide_in_source({name: list(x) if isinstance(x, tuple) else x for name, x in values.items()})
+
+
+def hide_in_source(values: Mapping[str, Any]) -> dict[str, Any]:
+    """`describe` of an earlier version, credentials hidden."""
+    return {name: hide_credentials(x) if isinstance(x, str) else x for name, x in values.items()}
 
 
 def is_same_source(one: dict[str, Any], other: dict[str, Any]) -> bool:
     """Whether two descriptions name one source: a local file or folder may be spelled in several ways."""
-    return _with_real_path(one) == _with_real_path(other)
+    return _with_real_path(hide_in_source(one)) == _with_real_path(hide_in_source(other))
 
 
 def _with_real_path(described: dict[str, Any]) -> dict[str, Any]:

@@ -13,10 +13,12 @@ from typing import Any
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 from numpy.typing import NDArray
 
 from neobert.data.columns import choose_text_column
 from neobert.data.errors import DataError
+from neobert.data.fingerprint import Fingerprint, digest_documents
 from neobert.data.lanes import State
 from neobert.data.order import Permutation, key
 from neobert.data.sharing import check_part, too_few
@@ -204,7 +206,20 @@ class TokenStore:
             )
         return any(tokens[0] == self._cls_id or tokens[-1] == self._sep_id for tokens in sample)
 
-    def _make_fingerprint(self) -> str:
+    def _make_fingerprint(self) -> Fingerprint:
+        lengths: list[NDArray[np.int64]] = [np.diff(offsets) for offsets in self._offsets]
+        if self.document_numbers is not None:
+            lengths.append(self.document_numbers)
+        return Fingerprint(digest_documents(lengths, len(self), self._raw), self._first_fingerprint())
+
+    def _raw(self, document: int) -> bytes:
+        """Tokens as they are on disk."""
+        chunk = int(np.searchsorted(self._starts, document, side="right")) - 1
+        offsets, place = self._offsets[chunk], document - int(self._starts[chunk])
+        return self._values[chunk][int(offsets[place]) : int(offsets[place + 1])].astype(np.int32).tobytes()
+
+    def _first_fingerprint(self) -> str:
+        """As versions before this form made it: heads of 64 documents, and lengths of files."""
         digest = hashlib.sha256(f"{len(self)}\0".encode())
         digest.update(np.array([len(values) for values in self._values], dtype=np.int64).tobytes())
         for document in np.unique(np.linspace(0, max(0, len(self) - 1), 64).astype(np.int64))[: len(self)].tolist():
@@ -293,10 +308,24 @@ class ArrowTexts(IndexedTexts):
             raise DataError(f"dataset.path: {folder} has no documents; write it again, or name another folder")
         self.notes = [note]
         self.num_bytes = self._texts.nbytes
+        self.fingerprint = self._make_fingerprint()
+
+    def _make_fingerprint(self) -> Fingerprint:
+        lengths = (
+            pc.fill_null(pc.binary_length(chunk), -1).to_numpy(zero_copy_only=False) for chunk in self._texts.chunks
+        )
+        return Fingerprint(digest_documents(lengths, len(self), self._raw), self._first_fingerprint())
+
+    def _raw(self, document: int) -> bytes | memoryview:
+        buffer = self._texts[document].as_buffer()
+        return b"" if buffer is None else memoryview(buffer)
+
+    def _first_fingerprint(self) -> str:
+        """As versions before this form made it: heads of 64 documents."""
         digest = hashlib.sha256(f"{len(self._texts)}\0".encode())
         for document in np.unique(np.linspace(0, max(0, len(self._texts) - 1), 64).astype(int))[: len(self._texts)]:
             digest.update(str(self._texts[int(document)].as_py())[:65536].encode("utf-8", "surrogatepass"))
-        self.fingerprint = f"sha256:{digest.hexdigest()}"
+        return f"sha256:{digest.hexdigest()}"
 
     def __len__(self) -> int:
         return len(self._texts)

@@ -7,7 +7,6 @@ object: a loaded state would otherwise be applied again in each later epoch.
 
 import copy
 import hashlib
-import logging
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -27,8 +26,9 @@ from neobert.data.network import is_transient, with_retries
 from neobert.data.sharing import STREAM_LANES, ShardedSource, Stretch
 from neobert.data.spec import SourceSpec
 from neobert.data.text import Record, Records, ShardFault
+from neobert.secrets import build_logger
 
-logger = logging.getLogger(__name__)
+logger = build_logger(__name__)
 
 Result = TypeVar("Result")
 

@@ -1,13 +1,13 @@
 """Faults of a network: which ones pass, and waiting for that."""
 
-import logging
 import time
 from collections.abc import Callable
 from typing import Any, TypeVar
 
 from neobert.data.errors import DataError
+from neobert.secrets import build_logger
 
-logger = logging.getLogger(__name__)
+logger = build_logger(__name__)
 
 Result = TypeVar("Result")
 

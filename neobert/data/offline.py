@@ -33,6 +33,7 @@ from neobert.data.stored_tokens import StoredTokens
 from neobert.data.text import Span, TextSource
 from neobert.data.token_writer import write_json
 from neobert.data.tokenizer import Tokenizer
+from neobert.secrets import hide_credentials
 
 
 @dataclass(frozen=True, kw_only=True, slots=True, eq=False)
@@ -122,7 +123,7 @@ def data_overrides(prepared: Sequence[PreparedSource], section: DatasetSection) 
 def describe_origin(spec: SourceSpec, opened: object, tokenizer_name: str | None) -> Origin:
     """Words for the manifest. Of a path only the last part: the folder may be moved, and be given to others."""
     return Origin(
-        source=", ".join(map(last_part, spec.path)) if spec.path else spec.name,
+        source=", ".join(last_part(hide_credentials(path)) for path in spec.path) if spec.path else spec.name,
         revision=opened.commit if isinstance(opened, HubSource) else spec.revision,
         tokenizer=tokenizer_name,
     )

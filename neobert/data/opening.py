@@ -18,6 +18,7 @@ from typing import Any
 from neobert.config.schema import DatasetSection
 from neobert.data.arrow import TokenStore
 from neobert.data.errors import DataError
+from neobert.data.fingerprint import combine
 from neobert.data.lanes import State
 from neobert.data.prepare import prepare_tokens
 from neobert.data.prepare_settings import choose_settings
@@ -112,8 +113,8 @@ class Source:
         note = "tokenised to {}: {num_documents:,} documents, {num_tokens:,} tokens; {bad} bad, {skipped} without text"
         store = TokenStore(folder, self.tokenizer)
         notes = (*source.notes, note.format(folder, **numbers))
-        fingerprint = hashlib.sha256(f"{source.fingerprint}\0{span}".encode()).hexdigest()
-        return View(documents=store, fingerprint=f"sha256:{fingerprint}", notes=notes)
+        fingerprint = combine([source.fingerprint], lambda parts: _hash(parts[0], str(span)))
+        return View(documents=store, fingerprint=fingerprint, notes=notes)
 
 
 def list_sources(
@@ -200,11 +201,16 @@ def open_training_texts(
     """
     limit = None if max_documents is None else -(-max_documents // len(specs))
     opened = [_open_texts(spec, section, limit) for spec in specs]
-    fingerprint = hashlib.sha256("\0".join(item.fingerprint for item in opened).encode()).hexdigest()
     return TrainingTexts(
         texts=(text for item in opened for text in item.texts),
-        fingerprint=opened[0].fingerprint if len(opened) == 1 else f"sha256:{fingerprint}",
+        fingerprint=opened[0].fingerprint
+        if len(opened) == 1
+        else combine((item.fingerprint for item in opened), lambda parts: _hash(*parts)),
     )
+
+
+def _hash(*parts: str) -> str:
+    return f"sha256:{hashlib.sha256(chr(0).join(parts).encode()).hexdigest()}"
 
 
 def _open_texts(spec: SourceSpec, section: DatasetSection, max_documents: int | None) -> TrainingTexts:

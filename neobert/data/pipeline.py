@@ -17,6 +17,7 @@ from neobert.data.batch_size import BatchSchedule, build_batch_schedule
 from neobert.data.collate import Collator, MaskPolicy
 from neobert.data.encode import limit_threads
 from neobert.data.evaluation import EvalSet, choose_evaluation
+from neobert.data.fingerprint import combine, fits
 from neobert.data.lanes import State
 from neobert.data.loader import Loader, LoaderSettings, OrderIdentity, sum_counters
 from neobert.data.opening import Place, Source, View, list_sources, open_training_texts
@@ -177,9 +178,12 @@ def build_data(
         collate=collate,
         eval_set=evaluation.eval_set,
         eval_collate=replace(collate, policy=eval_masks, seed=config.trainer.eval_seed, draw="document"),
-        fingerprint=_hash(
-            section.sample_by,
-            [(part.view.fingerprint, part.view.begin, part.view.end, part.weight) for part in parts],
+        fingerprint=combine(
+            (part.view.fingerprint for part in parts),
+            lambda prints: _hash(
+                section.sample_by,
+                [(one, part.view.begin, part.view.end, part.weight) for one, part in zip(prints, parts)],
+            ),
         ),
         notes=(*found, *train.notes, *_note_shared_lanes(train, reader.world), *evaluation.notes, threads),
     )
@@ -272,10 +276,10 @@ def _load_or_train(
             return load_tokenizer(section)
     training = open_training_texts(describe_sources(config.dataset), config.dataset, section.train_documents)
     settings = [section.algorithm, section.vocab_size, section.train_documents, config.dataset.eval_samples]
-    made_from = _hash(training.fingerprint, settings)
+    made_from = combine([training.fingerprint], lambda parts: _hash(parts[0], settings))
     folder, stamp = output_dir / "tokenizer", output_dir / "tokenizer" / "trained_from.txt"
     with main_first({"documents that the tokenizer learns from": made_from}):
-        if not stamp.is_file() or stamp.read_text() != made_from:
+        if not stamp.is_file() or not fits(stamp.read_text(), made_from):
             tokenizer = train_tokenizer(training.texts, section.algorithm, section.vocab_size)
             temporary = output_dir / ".tmp-tokenizer"
             shutil.rmtree(temporary, ignore_errors=True)

@@ -5,6 +5,7 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 from neobert.config.schema_data import DatasetSection
+from neobert.data.fingerprint import fits
 from neobert.data.packing import SPECIALS_PER_SEGMENT
 from neobert.data.spec import SourceSpec
 from neobert.data.splits import SplitSlice
@@ -96,5 +97,5 @@ def describe_differences(there: Mapping[str, Any], here: Mapping[str, Any]) -> s
     """Where two identities differ, in words; empty when they do not."""
     pairs = {**here, **here["settings"]}
     others = {**there, **there.get("settings", {})}
-    names = [name for name in pairs if name != "settings" and pairs[name] != others.get(name)]
+    names = [name for name in pairs if name != "settings" and not fits(others.get(name), pairs[name])]
     return ", ".join(f"{name} is {others.get(name)!r} there and {pairs[name]!r} here" for name in names)

@@ -4,7 +4,6 @@ Both take a bounded number of tokens at a time, so a window fits into memory how
 that is too large goes on in the next take, at the token or character where the state says, and nothing is lost.
 """
 
-import logging
 from contextlib import closing
 from dataclasses import dataclass, field
 from typing import Any, Protocol
@@ -17,8 +16,9 @@ from neobert.data.network import with_retries
 from neobert.data.order import Permutation, key
 from neobert.data.packing import SPECIALS_PER_SEGMENT
 from neobert.data.text import WINDOW_CHARS, BadShard, Encode, Reader, Record, RecordCounts, cut_end
+from neobert.secrets import build_logger
 
-logger = logging.getLogger(__name__)
+logger = build_logger(__name__)
 
 WINDOW_TOKENS = 1 << 20
 """A take of indexed documents ends after this many tokens even when it has few documents."""

@@ -4,7 +4,6 @@ A reader yields records in an order that depends on nothing but its cursor, so a
 that opened it.
 """
 
-import logging
 from collections.abc import Callable, Generator, Iterator, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple, Protocol
@@ -14,8 +13,9 @@ import numpy as np
 from neobert.data.errors import DataError
 from neobert.data.lanes import IntArray, State
 from neobert.data.order import Permutation, key
+from neobert.secrets import build_logger
 
-logger = logging.getLogger(__name__)
+logger = build_logger(__name__)
 
 Encode = Callable[[list[str]], list[IntArray]]
 

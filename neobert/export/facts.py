@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from neobert.config.load import load_config
+from neobert.config.load import load_saved_config
 from neobert.config.schema import Config
 from neobert.data.known_sets import KNOWN_SETS, choose_set, list_names
 from neobert.data.spec import PYTHON_STDLIB, describe_source, describe_sources
@@ -53,7 +53,7 @@ def load_run_facts(folder: Path, step: int | None, kind: str = "model") -> RunFa
     records = _read_records(folder, step)
     evaluations = [r for r in records if r["kind"] == _EVALUATIONS[kind]]
     return RunFacts(
-        config=load_config(folder / "config.yaml"),
+        config=load_saved_config(folder / "config.yaml"),
         step=step,
         state=json.loads(state.read_text()) if state.is_file() else {},
         records=records,

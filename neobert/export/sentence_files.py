@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from neobert.config.load import load_config
+from neobert.config.load import load_saved_config
 from neobert.export.choose import ExportError
 from neobert.model.config import ModelConfig
 from neobert.weights.load import EncoderWeights
@@ -42,7 +42,7 @@ def choose_sentence_settings(weights: EncoderWeights) -> SentenceSettings:
     """
     longest, file = weights.config.max_position_embeddings, weights.folder / "config.yaml"
     if weights.layout == "checkpoint" and file.is_file():
-        config = load_config(file)
+        config = load_saved_config(file)
         if config.task == "contrastive":
             section = config.contrastive
             prompts = {"query": section.anchor_prefix, "document": section.positive_prefix}

@@ -10,6 +10,7 @@ from typing import Any, BinaryIO
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskProgressColumn, TextColumn, TimeElapsedColumn
 
+from neobert.data.fingerprint import fits
 from neobert.errors import UserError
 
 
@@ -33,7 +34,7 @@ def load_done(file: Path, settings: dict[str, Any]) -> dict[str, Any] | None:
         return None
     saved = json.loads(file.read_text())
     theirs = saved.pop("settings")
-    if different := [name for name in settings if theirs.get(name) != settings[name]]:
+    if different := [name for name in settings if not fits(theirs.get(name), settings[name])]:
         found = "; ".join(f"{name} was {theirs.get(name)!r} and is {settings[name]!r}" for name in different)
         raise JobError(f"{file} belongs to an unfinished job of other settings ({found}); give those, or delete it")
     return saved

@@ -8,7 +8,6 @@ A text becomes `[CLS] text [SEP]`. Texts longer than the model are cut at its le
 """
 
 import hashlib
-import logging
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
@@ -23,8 +22,9 @@ from neobert.inference.fill_mask import FilledText, fill_mask
 from neobert.inference.packed import BATCH_TOKENS, hidden_states, plan_batches
 from neobert.inference.pooling import choose_pooling
 from neobert.objectives.mlm import MaskedLM
+from neobert.secrets import build_logger
 
-logger = logging.getLogger(__name__)
+logger = build_logger(__name__)
 
 
 class Encoded(NamedTuple):

@@ -12,8 +12,8 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any, TypeVar
 
-from neobert.config.secrets import scrub
 from neobert.errors import StartupError
+from neobert.secrets import scrub
 from neobert.train.ranges import describe_ranges, join_ranges
 
 if TYPE_CHECKING:

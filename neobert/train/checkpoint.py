@@ -55,7 +55,7 @@ def save_checkpoint(run: Run, state: TrainState, *, wait: bool = False) -> Path 
     background = run.config.trainer.async_save and not wait
     with run.tracker.paused(), run.stop.timing_save():
         check_replicas(run, state)
-        state = run.guard.settled(state)
+        state = run.tracker.settled(run.guard.settled(state))
         data_states = run.runtime.gather_objects(state.data)
         data_state = merge_states(data_states) if state.data else {}
         run.committer.begin(state.step, _build_files(run, state, data_state, background), background=background)
@@ -207,6 +207,7 @@ def _describe_state(run: Run, state: TrainState, data_state: dict[str, Any]) -> 
         **asdict(state),
         "data": data_state,
         "eval_loss": run.tracker.eval_loss(state.step),
+        "eval_test": run.eval_test,
         "rows_per_step": run.rows_per_step,
         "num_steps": run.num_steps,
         "data_fingerprint": run.data.fingerprint,

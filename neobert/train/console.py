@@ -8,8 +8,8 @@ from typing import Any
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
-from neobert.config.secrets import scrub
 from neobert.output import protect_output
+from neobert.secrets import scrub
 
 
 class Reporter:

@@ -20,8 +20,19 @@ from typing import Any, Literal
 
 from neobert.config.fields import FIELDS
 from neobert.config.load import without_secrets
-from neobert.config.resume_rules import BATCH_WARMUP, DECLARED, FIXED, HELD_OUT, MASKING, ORDER, SOURCE
+from neobert.config.resume_rules import (
+    BATCH_WARMUP,
+    DECLARED,
+    EVAL_BATCH,
+    EVALUATION,
+    FIXED,
+    HELD_OUT,
+    MASKING,
+    ORDER,
+    SOURCE,
+)
 from neobert.config.schema import Config
+from neobert.data.fingerprint import fits
 from neobert.data.loader import ORDER_KEYS, OrderIdentity
 from neobert.model.config import ModelConfig
 from neobert.optim.groups import list_decayed
@@ -179,6 +190,8 @@ def compare(saved: Facts, now: Facts, allow: Sequence[str], *, same_ranks: bool)
 
 
 def _differs(key: str, saved: Any, now: Any) -> bool:
+    if key == FINGERPRINT:
+        return not fits(saved, now)
     if saved is None and key in (SPECIAL_IDS, GROUPS):
         return False  # Not recorded by an earlier version.
     if key == _FULL_ROWS and None in (saved, now):
@@ -204,6 +217,10 @@ def _classify(key: str, changed: set[str], now: Facts, allow: Sequence[str]) -> 
         return "declared" if held_out <= set(allow) else "needs declaring"
     if switched and key in (*SOURCE, *_FOLLOW_THE_SOURCE):
         return "source"
+    if key in EVALUATION and not switched:
+        return declared
+    if key == EVAL_BATCH and now["trainer.eval_max_batches"] is not None:
+        return declared
     if key in HELD_OUT:
         return declared if FINGERPRINT in changed and not switched else "free"
     return declared if key in DECLARED else "free"

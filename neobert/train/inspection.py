@@ -13,10 +13,10 @@ from neobert.train.lock import acquire_lock, release_lock
 from neobert.train.retention import (
     Retention,
     build_retention,
-    choose_best,
-    list_eval_losses,
+    choose_best_of_each,
+    list_scores,
     prune,
-    read_eval_loss,
+    read_score,
 )
 from neobert.train.runtime import StartupError
 from neobert.train.start import read_checkpoint_config, read_train_state
@@ -62,16 +62,18 @@ def list_run(run: Path, now: float) -> list[str]:
     """
     folders = _folders(run)
     retention = _read_retention(folders[-1])
-    best = choose_best(list_eval_losses(run, valid_steps(run)))
+    *aside, best = choose_best_of_each(list_scores(run, valid_steps(run))).values() or (None,)
     lines = [f"{'step':>10} {'MB':>10} {'age':>8} {'eval loss':>10}  notes"]
     for folder in folders:
         try:
             size, notes = f"{check_sizes(folder).num_bytes / 1e6:,.1f}", []
         except CheckpointError as error:
             size, notes = "?", [f"damaged: {error}"]
-        loss = read_eval_loss(folder)
+        loss = read_score(folder).loss
         if folder.name == str(best):
             notes.append("best")
+        if folder.name in map(str, aside):
+            notes.append("best of another evaluation")
         if retention is not None and folder.name.isdecimal() and retention.is_milestone(int(folder.name)):
             notes.append("milestone")
         age, shown = _describe_age(now - folder.stat().st_mtime), "-" if loss is None else f"{loss:.4f}"

@@ -11,7 +11,7 @@ import argparse
 from collections.abc import Sequence
 from pathlib import Path
 
-from neobert.config.load import config_to_yaml, load_config, parse_config
+from neobert.config.load import config_to_yaml, load_saved_config, parse_config
 from neobert.config.schema import Config
 from neobert.data.encode import limit_threads
 from neobert.data.offline import PreparedSource, data_overrides, name_tokenizer, prepare_sources
@@ -40,7 +40,7 @@ def run_longer(config: Config, args: argparse.Namespace, words: Sequence[str]) -
     commands = {
         length: longer_overrides(
             config,
-            load_config(checkpoint / "config.yaml"),
+            load_saved_config(checkpoint / "config.yaml"),
             checkpoint=checkpoint,
             subset=subset,
             max_length=length,
@@ -80,7 +80,7 @@ def check_longer(
     Raises:
         StartupError: naming the flag or key and the remedy.
     """
-    old = load_config(checkpoint / "config.yaml")
+    old = load_saved_config(checkpoint / "config.yaml")
     if lengths[0] <= old.dataset.max_seq_length:
         raise StartupError(
             f"--max-length: {lengths[0]} is not longer than the checkpoint's dataset.max_seq_length = "

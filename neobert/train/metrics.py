@@ -6,14 +6,14 @@ all-reduce sums it over ranks, so that training never waits for a scalar.
 
 import math
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, replace
 from typing import Any, Protocol
 
-import numpy as np
 import torch
 
+from neobert.train.interval import IntervalSums, StepRecord
 from neobert.train.runtime import Runtime
 from neobert.types import StepMetrics
 
@@ -69,156 +69,87 @@ class EvalMetrics:
         )
 
 
-@dataclass(frozen=True, kw_only=True, slots=True)
-class StepRecord:
-    """One step as numbers, summed over ranks."""
-
-    step: int
-    loss_sum: float
-    num_correct: int | None
-    grad_norm: float
-    skipped: bool
-    digest: int
-    metrics: StepMetrics
-
-    @property
-    def loss(self) -> float:
-        """Mean in nats per masked token; 0 for a step without any."""
-        return float(np.float32(self.loss_sum) / np.float32(max(self.metrics.num_targets, 1)))
-
-    def as_line(self) -> dict[str, Any]:
-        """The step's line of `log.jsonl`; `*_hex` are exact, for comparing runs bit for bit."""
-        line = {
-            "kind": "step",
-            "step": self.step,
-            "loss": self.loss,
-            "loss_hex": self.loss.hex(),
-            "grad_norm": self.grad_norm,
-            "grad_norm_hex": self.grad_norm.hex(),
-            "lr": self.metrics.lr,
-            "num_tokens": self.metrics.num_tokens,
-            "num_targets": self.metrics.num_targets,
-            "batch_digest": f"{self.digest:016x}",
-        }
-        return {**line, "skipped": True} if self.skipped else line
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Interval:
-    """What the steps of a logging interval come to; those that were skipped count in time and tokens only."""
-
-    loss: float
-    """Mean in nats per predicted token, over all ranks; NaN where every step was skipped."""
-
-    accuracy: float
-    """Share of the predictions that are right; meant only where they were counted."""
-
-    grad_norm: float | None
-    """Of the last step that was not skipped."""
-
-    lr: float
-    num_tokens: int
-    num_skipped: int
-    tokens_per_second: float
-    data_wait: float
-    """Share of the time."""
-
-    packing_fill: float
-    """Share of the slots that hold real tokens."""
-
-    attended_length: float
-    """Mean length of the document of a token."""
-
-    predicted_fraction: float
-    """Predicted tokens to all."""
-
-
-def summarise(records: list[StepRecord], seconds: float) -> Interval:
-    """The figures of at least one step and its seconds of training."""
-    tokens = sum(r.metrics.num_tokens for r in records)
-    counted = [r for r in records if not r.skipped]
-    targets = max(sum(r.metrics.num_targets for r in counted), 1)
-    return Interval(
-        loss=sum(r.loss_sum for r in counted) / targets if counted else math.nan,
-        accuracy=sum(r.num_correct or 0 for r in counted) / targets,
-        grad_norm=counted[-1].grad_norm if counted else None,
-        lr=records[-1].metrics.lr,
-        num_tokens=tokens,
-        num_skipped=len(records) - len(counted),
-        tokens_per_second=tokens / max(seconds, 1e-9),
-        data_wait=sum(r.metrics.data_wait for r in records) / max(seconds, 1e-9),
-        packing_fill=tokens / sum(r.metrics.num_slots for r in records),
-        attended_length=sum(r.metrics.attended_tokens for r in records) / tokens,
-        predicted_fraction=sum(r.metrics.num_targets for r in records) / tokens,
-    )
-
-
-@dataclass(kw_only=True, slots=True)
 class MetricWindow:
     """Collects steps; `read` turns those not yet read into records, `restart` begins the next logging interval."""
 
-    runtime: Runtime
-    pending: list[tuple[int, StepMetrics]] = field(default_factory=list)
-    records: list[StepRecord] = field(default_factory=list)
-    """Steps of the interval that were read already."""
+    def __init__(self, runtime: Runtime, labels: Sequence[str]) -> None:
+        self._runtime, self._labels = runtime, labels
+        self._pending: list[tuple[int, StepMetrics]] = []
+        self.restore(IntervalSums())
 
-    _started: float = field(default_factory=time.perf_counter)
-    _paused_seconds: float = 0.0
+    def restore(self, sums: IntervalSums) -> None:
+        """Goes on with sums that were saved; what was added since the last `read` is forgotten."""
+        self._pending.clear()
+        self._sums, self._started, self._paused_at = sums, time.perf_counter(), None
 
     @property
     def num_pending(self) -> int:
         """Steps whose figures were not read yet."""
-        return len(self.pending)
+        return len(self._pending)
+
+    @property
+    def sums(self) -> IntervalSums:
+        """Of the interval up to the last `read`."""
+        now = time.perf_counter() if self._paused_at is None else self._paused_at
+        return replace(self._sums, seconds=self._sums.seconds + now - self._started)
 
     def add(self, step: int, metrics: StepMetrics) -> None:
-        self.pending.append((step, metrics))
+        self._pending.append((step, metrics))
+
+    def note_profiled_step(self) -> None:
+        """One of the steps of the interval was slowed by the profiler."""
+        self._sums = replace(self._sums, num_profiled=self._sums.num_profiled + 1)
 
     @contextmanager
     def paused(self) -> Iterator[None]:
         """Keeps evaluation and saving out of tokens per second."""
-        start = time.perf_counter()
+        if self._paused_at is not None:  # Inside another pause.
+            yield
+            return
+        self._paused_at = time.perf_counter()
         try:
             yield
         finally:
-            self._paused_seconds += time.perf_counter() - start
+            self._started += time.perf_counter() - self._paused_at
+            self._paused_at = None
 
     def read(self) -> list[StepRecord]:
         """Records of the steps added since the last read. Collective: every rank calls it at the same step."""
-        if not self.pending:
+        if not self._pending:
             return []
-        steps, metrics = zip(*self.pending)
-        self.pending.clear()
-        device = self.runtime.device
-        losses = self.runtime.sum_on_device(torch.stack([m.loss_sum for m in metrics])).tolist()
+        steps, metrics = zip(*self._pending)
+        self._pending.clear()
+        device = self._runtime.device
+        losses = self._runtime.sum_on_device(torch.stack([m.loss_sum for m in metrics])).tolist()
         norms = torch.stack([m.grad_norm for m in metrics]).tolist()
         skipped = torch.stack([m.skipped for m in metrics]).tolist()
         has_counts = metrics[0].num_correct is not None
         correct: list[Any] = [None] * len(metrics)
         if has_counts:
-            correct = self.runtime.sum_on_device(torch.stack([m.num_correct for m in metrics]).to(device)).tolist()
+            correct = self._runtime.sum_on_device(torch.stack([m.num_correct for m in metrics]).to(device)).tolist()
         # int64 sums wrap around like the digest itself does, so the signed view loses nothing.
-        digests = self.runtime.sum_on_host([m.digest - 2**64 if m.digest >= 2**63 else m.digest for m in metrics])
-        new = [
+        digests = [m.digest - 2**64 if m.digest >= 2**63 else m.digest for m in metrics]
+        counts = self._runtime.sum_on_host([*digests, *(n for m in metrics for n in m.source_tokens)])
+        width = len(metrics[0].source_tokens)
+        records = [
             StepRecord(
                 step=step,
-                loss_sum=loss,
-                num_correct=count,
-                grad_norm=norm,
-                skipped=skip,
-                digest=digest % 2**64,
-                metrics=metric,
+                loss_sum=losses[n],
+                num_correct=correct[n],
+                grad_norm=norms[n],
+                skipped=skipped[n],
+                digest=counts[n] % 2**64,
+                source_tokens=tuple(counts[len(steps) + n * width : len(steps) + (n + 1) * width]),
+                metrics=metrics[n],
             )
-            for step, metric, loss, norm, skip, count, digest in zip(
-                steps, metrics, losses, norms, skipped, correct, digests
-            )
+            for n, step in enumerate(steps)
         ]
-        self.records.extend(new)
-        return new
+        for record in records:
+            self._sums = self._sums.add(record, self._labels)
+        return records
 
-    def restart(self) -> tuple[list[StepRecord], float]:
-        """The interval's records and its seconds of training, then a new interval. Call after `read`."""
-        now = time.perf_counter()
-        seconds = now - self._started - self._paused_seconds
-        records, self.records = self.records, []
-        self._started, self._paused_seconds = now, 0.0
-        return records, seconds
+    def restart(self) -> IntervalSums:
+        """The interval's sums, then a new interval. Call after `read`."""
+        sums = self.sums
+        self.restore(IntervalSums())
+        return sums

@@ -11,6 +11,7 @@ from neobert.config.schema import Config
 from neobert.data.encode import limit_threads
 from neobert.data.offline import PreparedSource, data_overrides, name_tokenizer, prepare_sources
 from neobert.data.pipeline import build_tokenizer
+from neobert.secrets import hide_credentials
 
 _TRACES = (".tmp-*/progress.json", "*/manifest.json", "tokenizer/trained_from.txt")
 """What this command leaves in its output, in any of which it goes on."""
@@ -53,7 +54,7 @@ def choose_output(config: Config, config_name: str) -> tuple[Path, Config]:
 def write_command(words: Sequence[str], overrides: Sequence[str]) -> str:
     """The line that trains with a command line's `words` and more overrides, `key=value` each."""
     pairs = [part for override in overrides for part in ("--" + override).split("=", maxsplit=1)]
-    return shlex.join(["python", "scripts/pretraining/pretrain.py", *words, *pairs])
+    return shlex.join(["python", "scripts/pretraining/pretrain.py", *map(hide_credentials, [*words, *pairs])])
 
 
 def choose_config_name(words: Sequence[str]) -> str:

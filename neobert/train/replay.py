@@ -11,6 +11,7 @@ from typing import Any
 
 from neobert.data.batch_size import constant_batch
 from neobert.data.collate import Collator
+from neobert.data.fingerprint import fits
 from neobert.data.loader import Loader
 from neobert.data.pipeline import DataPipeline, build_tokenizer
 from neobert.data.reader import Reader
@@ -104,7 +105,7 @@ def replay_row(path: Path, row: int) -> ReplayedRow:
         collate=spy,
         cls_id=tokenizer.cls_id,
         sep_id=tokenizer.sep_id,
-        state=_nearest_state(checkpoint, saved, row),
+        state=_nearest_state(checkpoint, saved, row, data.fingerprint),
     )
     try:
         batches = (step.micro_batches[0] for step in loader)
@@ -123,7 +124,7 @@ def _build_pipeline(checkpoint: Path, saved: dict[str, Any]) -> tuple[DataPipeli
     tokenizer = build_tokenizer(config, checkpoint, run)
     reader = Reader(rows_per_step=saved["rows_per_step"], prepared_dir=run / "tokenized")
     data = build_config_data(config, tokenizer, reader)
-    if data.fingerprint != saved["data_fingerprint"]:
+    if not fits(saved["data_fingerprint"], data.fingerprint):
         raise StartupError(
             f"the data under this run changed: {checkpoint} was trained on a source with fingerprint "
             f"{saved['data_fingerprint']}, the same settings now find {data.fingerprint}; restore the files"
@@ -136,7 +137,7 @@ def _build_pipeline(checkpoint: Path, saved: dict[str, Any]) -> tuple[DataPipeli
     return data, tokenizer
 
 
-def _nearest_state(checkpoint: Path, saved: dict[str, Any], row: int) -> dict[str, Any] | None:
+def _nearest_state(checkpoint: Path, saved: dict[str, Any], row: int, fingerprint: str) -> dict[str, Any] | None:
     """The data state at or before `row` among the checkpoints beside this one; None is the start of the order."""
     candidates = [saved, *_states_beside(checkpoint)]
     names = [name for name in saved["data"] if name not in ("next_row", "lanes", "next_batch_digest")]
@@ -144,7 +145,7 @@ def _nearest_state(checkpoint: Path, saved: dict[str, Any], row: int) -> dict[st
         state["data"]
         for state in candidates
         if state["data"]
-        and state["data_fingerprint"] == saved["data_fingerprint"]
+        and fits(state["data_fingerprint"], fingerprint)
         and all(state["data"].get(name) == saved["data"][name] for name in names)
         and state["data"]["next_row"] <= row
     ]

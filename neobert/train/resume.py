@@ -32,11 +32,12 @@ from neobert.train.identity import (
     describe_order,
 )
 from neobert.train.replicas import check_replicas
+from neobert.train.retention import choose_best_of_each, list_scores
 from neobert.train.run import Run
 from neobert.train.runtime import StartupError
 from neobert.train.start import check_free_space, is_own
 from neobert.types import TrainState
-from neobert.weights.folder import EMA_FILE, MODEL_FILE, checkpoint_steps
+from neobert.weights.folder import EMA_FILE, MODEL_FILE, checkpoint_steps, valid_steps
 
 
 def resume_or_start(run: Run) -> TrainState:
@@ -75,7 +76,13 @@ def resume_or_start(run: Run) -> TrainState:
         state = replace(state, data={**state.data, "next_batch_digest": None})
     if comparison.restarts_order:
         # Whatever else the state holds belongs to the rows of the old order.
-        state = TrainState(step=state.step, tokens=state.tokens, targets=state.targets, documents=state.documents)
+        state = TrainState(
+            step=state.step,
+            tokens=state.tokens,
+            targets=state.targets,
+            documents=state.documents,
+            interval=state.interval,
+        )
     if run.runtime.is_main and is_own(run.checkpoint, run.output_dir):
         _supersede_later_steps(run, state.step)
     run.tracker.begin(state)
@@ -257,6 +264,7 @@ def _report_resume(run: Run, state: TrainState, comparison: Comparison) -> None:
             f"{', '.join(keys)} changed: model, optimizer, schedule and step continue, the data order starts at the "
             "first row of the new order, so documents of the old one may be read again"
         )
+    _report_best(run)
     assert run.checkpoint is not None
     planned, now = load_pickle(run.checkpoint / "scheduler.bin")["lr"], run.schedule(state.step)
     if planned != now:
@@ -265,6 +273,20 @@ def _report_resume(run: Run, state: TrainState, comparison: Comparison) -> None:
         )
     declared = [d.key for d in comparison.differences if d.kind == "declared"]
     run.tracker.event("resumed", state.step, path=str(run.checkpoint), declared=declared)
+
+
+def _report_best(run: Run) -> None:
+    """Says that the best checkpoint so far was found by another evaluation than the one of now."""
+    if not run.config.trainer.save_best or run.eval_test is None:
+        return
+    scores = list_scores(run.output_dir, valid_steps(run.output_dir))
+    for test, step in choose_best_of_each(scores).items():
+        if test != run.eval_test:
+            run.tracker.event("best_set_aside", step, eval_loss=scores[step].loss)
+            run.tracker.say(
+                f"trainer.save_best: checkpoint {step} (evaluation loss {scores[step].loss:.4f}) is the best of another "
+                "evaluation, which this one cannot be compared with: it stays, and best.json is chosen anew"
+            )
 
 
 def _supersede_later_steps(run: Run, step: int) -> None:

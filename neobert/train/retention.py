@@ -4,19 +4,40 @@ A folder that is not valid neither counts nor is deleted: it may be all that is 
 a rename to `.trash-<step>-<nonce>`, since a kill in the middle must not leave half a checkpoint under a valid name.
 """
 
+import hashlib
 import json
 import os
 import secrets
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import NamedTuple
 
+from neobert.config.fields import FIELDS
+from neobert.config.resume_rules import EVAL_BATCH
 from neobert.config.schema import Config
 from neobert.testing.faults import fault_point
 from neobert.train.commit import remove_tree
 from neobert.weights.folder import valid_steps
 
 BEST = "best.json"
+
+_TEST = (
+    "trainer.eval_seed",
+    "datacollator.eval_mlm_probability",
+    "dataset.max_seq_length",
+    "dataset.min_length",
+    "tokenizer.truncation",
+    "contrastive.sets",
+    "contrastive.eval_sets",
+    "contrastive.pooling",
+    "contrastive.anchor_prefix",
+    "contrastive.positive_prefix",
+)
+"""Keys that decide an evaluation's result beside its documents and the weights."""
+
+_CAPPED = ("trainer.eval_max_batches", EVAL_BATCH, "datacollator.pack_sequences")
+"""The same where only so many batches are evaluated."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -35,11 +56,12 @@ class Retention:
     def is_milestone(self, step: int) -> bool:
         return step in self.milestones or (self.every > 0 and step % self.every == 0)
 
-    def choose_removed(self, steps: Sequence[int], best: int | None) -> list[int]:
-        """Of valid steps in ascending order, those to delete."""
+    def choose_removed(self, steps: Sequence[int], best: int | None, aside: Collection[int] = ()) -> list[int]:
+        """Of valid steps in ascending order, those to delete; `aside` are the best ones of other tests."""
         if not self.newest:
             return []
-        return [s for s in steps[: -self.newest] if not self.is_milestone(s) and s != (best if self.best else None)]
+        kept = {best, *aside} if self.best else set()
+        return [step for step in steps[: -self.newest] if not self.is_milestone(step) and step not in kept]
 
 
 def build_retention(config: Config) -> Retention:
@@ -53,12 +75,32 @@ def build_retention(config: Config) -> Retention:
     )
 
 
-def read_eval_loss(checkpoint: Path) -> float | None:
-    """Evaluation loss at the checkpoint's step; None when that step was not evaluated, or it is not known."""
-    try:
-        return json.loads((checkpoint / "train_state.json").read_text()).get("eval_loss")
-    except (OSError, ValueError, AttributeError):
+class Score(NamedTuple):
+    """The evaluation at a checkpoint's step."""
+
+    loss: float | None
+    """None when that step was not evaluated, or it is not known."""
+
+    test: str | None
+    """`name_test` of it; None where an earlier version did not tell."""
+
+
+def name_test(config: Config, eval_fingerprint: str | None) -> str | None:
+    """Names what is evaluated and how: losses of two evaluations can be compared when their tests have one name."""
+    if eval_fingerprint is None:
         return None
+    keys = _TEST if config.trainer.eval_max_batches is None else (*_TEST, *_CAPPED)
+    values = [(key, repr(FIELDS[key].value_in(config))) for key in keys]
+    return "sha256:" + hashlib.sha256(json.dumps([str(eval_fingerprint), values]).encode()).hexdigest()
+
+
+def read_score(checkpoint: Path) -> Score:
+    """What a checkpoint says of its evaluation."""
+    try:
+        state = json.loads((checkpoint / "train_state.json").read_text())
+        return Score(state.get("eval_loss"), state.get("eval_test"))
+    except (OSError, ValueError, AttributeError):
+        return Score(None, None)
 
 
 def choose_best(losses: dict[int, float | None]) -> int | None:
@@ -67,9 +109,19 @@ def choose_best(losses: dict[int, float | None]) -> int | None:
     return min(known, key=lambda step: (known[step], step)) if known else None
 
 
-def list_eval_losses(output_dir: Path, steps: Sequence[int]) -> dict[int, float | None]:
-    """Evaluation losses of a run's checkpoints by step."""
-    return {step: read_eval_loss(output_dir / "checkpoints" / str(step)) for step in steps}
+def list_scores(output_dir: Path, steps: Sequence[int]) -> dict[int, Score]:
+    """Evaluations of a run's checkpoints by step."""
+    return {step: read_score(output_dir / "checkpoints" / str(step)) for step in steps}
+
+
+def choose_best_of_each(scores: dict[int, Score]) -> dict[str | None, int]:
+    """The best step of every test, the test that was evaluated last at the end."""
+    losses: dict[str | None, dict[int, float | None]] = {}
+    for step, score in sorted(scores.items()):
+        if score.loss is not None:
+            losses[score.test] = losses.pop(score.test, {}) | {step: score.loss}
+    found = {test: choose_best(of_test) for test, of_test in losses.items()}
+    return {test: step for test, step in found.items() if step is not None}
 
 
 def prune(output_dir: Path, retention: Retention, *, dry_run: bool = False) -> tuple[list[int], list[str]]:
@@ -80,14 +132,14 @@ def prune(output_dir: Path, retention: Retention, *, dry_run: bool = False) -> t
     """
     folder = output_dir / "checkpoints"
     steps = valid_steps(output_dir)
-    losses = list_eval_losses(output_dir, steps) if retention.best else {}
-    best = choose_best(losses)
-    removed = retention.choose_removed(steps, best)
+    scores = list_scores(output_dir, steps) if retention.best else {}
+    *aside, best = choose_best_of_each(scores).values() or (None,)
+    removed = retention.choose_removed(steps, best, aside)
     if dry_run:
         return removed, []
     if best is not None:
         temporary = folder / ".best.json.tmp"
-        temporary.write_text(json.dumps({"step": best, "eval_loss": losses[best]}) + "\n")
+        temporary.write_text(json.dumps({"step": best, "eval_loss": scores[best].loss}) + "\n")
         os.replace(temporary, folder / BEST)
     problems = []
     for step in removed:

@@ -40,6 +40,7 @@ from neobert.train.numerics import Guard
 from neobert.train.opening import Opened, open_run
 from neobert.train.preempt import StopRequest
 from neobert.train.replicas import compare_tensors, list_tensors
+from neobert.train.retention import name_test
 from neobert.train.runtime import Runtime, build_runtime
 from neobert.train.statistics import Statistics
 from neobert.train.tracking import Tracker
@@ -133,6 +134,11 @@ class Run:
         """What clipping and statistics have seen since the last log line; waits for the device."""
         watching = (w for w in (self.clip, self.statistics) if w is not None)
         return {name: figure for watcher in watching for name, figure in watcher.read().items()}
+
+    @property
+    def eval_test(self) -> str | None:
+        """Names what is evaluated and how: losses of the same name can be compared. None without evaluation data."""
+        return name_test(self.config, self.data.eval_fingerprint)
 
     @property
     def logging_steps(self) -> int:

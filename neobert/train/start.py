@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from neobert.config.fields import FIELDS, SECTIONS
-from neobert.config.load import ConfigError, config_to_yaml, load_config, without_secrets
+from neobert.config.load import ConfigError, config_to_yaml, load_saved_config, without_secrets
 from neobert.config.schema import Config
 from neobert.errors import StartupError
 from neobert.train.agreement import agree
@@ -98,7 +98,7 @@ def read_checkpoint_config(checkpoint: Path) -> Config:
         StartupError: it is missing or has keys that this version does not know.
     """
     try:
-        return load_config(checkpoint / "config.yaml")
+        return load_saved_config(checkpoint / "config.yaml")
     except ConfigError as error:
         raise StartupError(f"the config of {checkpoint} cannot be read: {error}") from error
 

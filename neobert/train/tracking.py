@@ -10,7 +10,7 @@ import os
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any, Protocol
@@ -18,13 +18,14 @@ from typing import Any, Protocol
 import torch
 
 from neobert.config.schema import Config
-from neobert.config.secrets import scrub_config
 from neobert.model.peak import peak_flops
 from neobert.objectives.mlm import MaskedLM
+from neobert.secrets import scrub_config
 from neobert.train.agreement import exchange
 from neobert.train.audit import Layout, ReplayAudit, ReplayDiverged, is_first_attempt, read_layout
 from neobert.train.console import Reporter
-from neobert.train.metrics import Evaluation, Interval, MetricWindow, StepRecord, perplexity, summarise
+from neobert.train.interval import Interval, IntervalSums, StepRecord, summarise
+from neobert.train.metrics import Evaluation, MetricWindow, perplexity
 from neobert.train.numerics import SkippedStep, build_skipped_step
 from neobert.train.runtime import Runtime
 from neobert.types import StepMetrics, TrainState
@@ -116,7 +117,8 @@ class Tracker:
         self._num_steps, self._labels = num_steps, source_labels
         self._reporter, self._sinks = reporter, sinks
         self._log, self._events = JsonLines(output_dir / "log.jsonl"), JsonLines(output_dir / "events.jsonl")
-        self._window = MetricWindow(runtime=runtime)
+        self._window = MetricWindow(runtime, source_labels)
+        self._is_partial = False
         self._layout = Layout(processes=runtime.world, micro_batch_rows=config.trainer.micro_batch_rows)
         self._layout_before = self._layout
         if runtime.is_main:
@@ -126,7 +128,6 @@ class Tracker:
         self._audit: ReplayAudit | None = None
         self._evaluated_step: int | None = None
         self._eval_loss: float | None = None
-        self._num_profiled = 0
         self.step = 0
         """The last step that was added."""
 
@@ -161,7 +162,9 @@ class Tracker:
         if state.step == 0:
             self.event("started", 0)
         self._reporter.start_progress(done=state.step, total=self._num_steps)
-        self._window.restart()
+        self._window.restore(IntervalSums(**state.interval))
+        # Earlier versions saved no sums: what came before, since the last log line, is not known.
+        self._is_partial = state.step > 0 and not state.interval
 
     def forget_replay(self) -> None:
         """Compares no further steps with those before the last `begin`."""
@@ -170,6 +173,10 @@ class Tracker:
     def flush(self) -> None:
         """Writes the lines of all steps so far. Collective, and waits for the device."""
         self._write_steps()
+
+    def settled(self, state: TrainState) -> TrainState:
+        """`state` with what must be saved of the logging interval that is not over; after `flush` or inside `paused`."""
+        return replace(state, interval=asdict(self._window.sums))
 
     @contextmanager
     def paused(self) -> Iterator[None]:
@@ -188,22 +195,24 @@ class Tracker:
 
     def note_profiled_step(self) -> None:
         """The step that comes next was profiled: the log line of its interval says so, since it was slowed."""
-        self._num_profiled += 1
+        self._window.note_profiled_step()
 
     def log(self, state: TrainState, statistics: Mapping[str, float] = MappingProxyType({})) -> None:
         """Ends a logging interval: one console line, one `log` line, one record to every tracker. `statistics` go into
         the two latter."""
         self._write_steps()
-        records, seconds = self._window.restart()
-        if not records:
+        sums = self._window.restart()
+        if not sums.num_steps:
             return
-        interval = summarise(records, seconds)
-        values = self._choose_values(interval)
+        interval, partial = summarise(sums), {"partial": True} if self._is_partial else {}
+        values = self._choose_values(interval, sums)
+        self._is_partial = False
         peak = max(self._runtime.gather_objects(self._runtime.peak_memory_bytes()))
-        by_source = self._tokens_by_source(records)
+        by_source = None if len(self._labels) < 2 else sums.source_tokens
         line = {
             "kind": "log",
             "step": state.step,
+            "first_step": sums.first_step,
             "loss": interval.loss,
             "skipped": interval.num_skipped,
             "tokens_per_second": interval.tokens_per_second,
@@ -215,19 +224,18 @@ class Tracker:
             "accuracy": values.get("train/accuracy"),
             "tokens": state.tokens,
             "source_tokens": by_source,
-            "seconds": seconds,
+            "seconds": sums.seconds,
             **statistics,
         }
-        profiled = {"profiled_steps": self._num_profiled} if self._num_profiled else {}
-        self._num_profiled = 0
-        self._append(self._log, [line | profiled])
+        profiled = {"profiled_steps": sums.num_profiled} if sums.num_profiled else {}
+        self._append(self._log, [line | profiled | partial])
         self._reporter.say(self._describe(state.step, values))
         if by_source is not None:
             shares = ", ".join(f"{count / interval.num_tokens:.1%} {label}" for label, count in by_source.items())
             self._reporter.say(f"      tokens by source: {shares}")
         self._send(values | {f"train/{name}": value for name, value in statistics.items()}, state.step)
 
-    def _choose_values(self, interval: Interval) -> dict[str, float]:
+    def _choose_values(self, interval: Interval, sums: IntervalSums) -> dict[str, float]:
         """What console and trackers show of an interval: the figures that this run has, by the trackers' names."""
         trainer, pretraining = self._config.trainer, self._config.task == "pretraining"
         values: dict[str, float] = {
@@ -248,8 +256,10 @@ class Tracker:
             values["train/grad_norm"] = interval.grad_norm
         if interval.num_skipped:
             values["train/skipped_steps"] = interval.num_skipped
-        if self._num_profiled:
-            values["train/profiled_steps"] = self._num_profiled
+        if sums.num_profiled:
+            values["train/profiled_steps"] = sums.num_profiled
+        if self._is_partial:
+            values["train/partial_interval_steps"] = sums.num_steps
         if trainer.log_weight_norms:
             values["train/weight_norm"] = self._weight_norm()
         if trainer.log_train_accuracy:
@@ -300,8 +310,6 @@ class Tracker:
             if record.skipped:
                 self._note_skipped(record)
         self._compare_with_first_attempt(lines)
-        if not self._config.trainer.logging_steps:
-            self._window.restart()  # No log line will ask for these records.
 
     def _note_skipped(self, record: StepRecord) -> None:
         step = build_skipped_step(
@@ -360,13 +368,6 @@ class Tracker:
         )
         return tokens_per_second * flops_per_token / (peak * self._runtime.world)
 
-    def _tokens_by_source(self, records: list[StepRecord]) -> dict[str, int] | None:
-        """Real tokens of each source over all ranks; None without a mixture."""
-        if len(self._labels) < 2:
-            return None
-        counts = [sum(column) for column in zip(*(r.metrics.source_tokens for r in records))]
-        return dict(zip(self._labels, self._runtime.sum_on_host(counts)))
-
     def _weight_norm(self) -> float:
         norms = torch._foreach_norm([p.detach() for p in self._module.parameters()])
         return torch.linalg.vector_norm(torch.stack(norms)).item()
@@ -389,4 +390,6 @@ class Tracker:
         if "train/mfu" in values:
             parts.append(f"mfu {values['train/mfu']:.1%}")
         parts.append(f"data wait {values['train/data_wait']:.1%}")
+        if "train/partial_interval_steps" in values:
+            parts.append(f"of the last {values['train/partial_interval_steps']} steps only (resumed in between)")
         return " | ".join(parts)

@@ -7,7 +7,7 @@ from pathlib import Path
 from torch import nn
 
 from neobert.config.schema import Config
-from neobert.config.secrets import scrub_config
+from neobert.secrets import scrub_config
 
 TRACKED_SECTIONS = (
     "task",

@@ -1,4 +1,5 @@
 import json
+import pickle
 
 import numpy as np
 import pyarrow as pa
@@ -11,6 +12,7 @@ from transformers import PreTrainedTokenizerFast
 from neobert.data import arrow, token_writer
 from neobert.data.arrow import ArrowTexts, TokenStore, choose_indexed_lanes, load_table, read_manifest
 from neobert.data.errors import DataError
+from neobert.data.fingerprint import combine, fits
 from neobert.data.token_writer import TokenWriter, write_description
 from neobert.data.tokenizer import Tokenizer
 
@@ -227,3 +229,74 @@ def test_a_folder_without_documents(tmp_path):
     Dataset.from_dict({"text": []}, features=Features({"text": Value("string")})).save_to_disk(tmp_path / "d")
     with pytest.raises(DataError, match=r"d has no documents"):
         ArrowTexts(tmp_path / "d", None)
+
+
+def fingerprint_of(folder, documents, tokenizer):
+    kind = Features({"input_ids": List(Value("int32"))})
+    Dataset.from_dict({"input_ids": documents}, features=kind).save_to_disk(folder)
+    return TokenStore(folder, tokenizer).fingerprint
+
+
+def test_the_fingerprint_covers_every_length_and_more_than_heads(tmp_path, tokenizer):
+    """Of 3,000 documents every one may grow at its neighbour's cost; of a long one the tail and the middle count."""
+    draw = np.random.default_rng(15)
+    documents = [draw.integers(10, 300, size).tolist() for size in [*draw.integers(2, 12, 2998), 30_000, 30_000]]
+    original = fingerprint_of(tmp_path / "d", documents, tokenizer)
+    assert fingerprint_of(tmp_path / "again", documents, tokenizer) == original
+    seen = {original}
+    for number in [0, 7, *draw.integers(8, 2990, 4).tolist(), 2996]:
+        moved = [*documents]
+        moved[number], moved[number + 1] = documents[number][:-1], [documents[number][-1], *documents[number + 1]]
+        seen.add(fingerprint_of(tmp_path / f"moved-{number}", moved, tokenizer))
+    for place in (0, 29_999, 29_950, 12_780):
+        edited = [*documents[:-1], [*documents[-1]]]
+        edited[-1][place] += 1
+        seen.add(fingerprint_of(tmp_path / f"edited-{place}", edited, tokenizer))
+    assert len(seen) == 1 + 7 + 4
+
+
+def test_the_fingerprint_does_not_depend_on_the_files_or_the_integer_type(tmp_path, tokenizer):
+    documents = [[5 + n % 300] * (n % 4) for n in range(2500)]
+    found = {fingerprint_of(tmp_path / "one", documents, tokenizer)}
+    Dataset.from_dict({"input_ids": documents}).save_to_disk(tmp_path / "three", num_shards=3)
+    found.add(TokenStore(tmp_path / "three", tokenizer).fingerprint)
+    assert len(found) == 1
+
+
+def test_numbers_of_documents_are_part_of_the_fingerprint(tmp_path, tokenizer):
+    one = TokenStore(save(tmp_path / "one", DOCUMENTS, document=[0, 0, 1, 2, 3]), tokenizer).fingerprint
+    assert TokenStore(save(tmp_path / "two", DOCUMENTS, document=[0, 1, 1, 2, 3]), tokenizer).fingerprint != one
+
+
+def test_the_fingerprint_of_texts_covers_lengths_and_tails(tmp_path):
+    texts = ["one two", "three", None, "\u00fc" * 50_000, "", "last"]
+    changes = {0: "one tw\u00f4", 2: "", 3: "\u00fc" * 49_999 + "\u00f6", 5: "lost"}
+    found = set()
+    for place in (None, *changes):
+        now = [changes[n] if n == place else text for n, text in enumerate(texts)]
+        Dataset.from_dict({"text": now}).save_to_disk(tmp_path / str(place))
+        found.add(ArrowTexts(tmp_path / str(place), None).fingerprint)
+    moved = ["one twothr", "ee", *texts[2:]]
+    Dataset.from_dict({"text": moved}).save_to_disk(tmp_path / "moved")
+    found.add(ArrowTexts(tmp_path / "moved", None).fingerprint)
+    assert len(found) == 2 + len(changes)
+
+
+def test_fingerprints_know_what_the_version_before_wrote(tmp_path, tokenizer):
+    store = TokenStore(save(tmp_path / "d", DOCUMENTS), tokenizer)
+    Dataset.from_dict({"text": ["one", "two \u00fc", "x" * 100]}).save_to_disk(tmp_path / "texts")
+    before = {
+        store.fingerprint: "sha256:3bebc4de90fca8445ed76fffc67881cd896d608e64d6c2d63571cd5aabed1d50",
+        ArrowTexts(tmp_path / "texts", None).fingerprint: "sha256:"
+        "63633eab1619a21e356148e4f001b38ed1bef2253b99fe86fe8621841cd9185b",
+    }
+    for now, old in before.items():
+        assert now.before == old
+        assert fits(old, now)
+        assert fits(str(now), now)
+        assert not fits(str(now), old), "a saved new form is compared with the new form"
+        assert not fits("sha256:0", now)
+        sent = pickle.loads(pickle.dumps(now))
+        assert (sent, sent.before) == (now, old)
+    both = combine(before, " ".join)
+    assert (both, both.before) == (" ".join(before), " ".join(before.values()))

@@ -261,3 +261,29 @@ def test_the_fingerprint_of_remote_files_is_their_etag(remote):
     assert fingerprint_files([item.file for item in list_files("faulty://bucket/a.jsonl")]) == before
     remote.store["bucket/a.jsonl"] = jsonl(10, start=1)
     assert fingerprint_files([item.file for item in list_files("faulty://bucket/a.jsonl")]) != before
+
+
+def test_the_fingerprint_of_a_file_covers_its_size_its_ends_and_what_is_between(tmp_path):
+    path, size = tmp_path / "a.jsonl", 1_000_000
+    content = bytes(range(250)) * (size // 250)
+    last = size - 4096
+
+    def fingerprint(edited):
+        path.write_bytes(edited)
+        return fingerprint_files([local_file(path)])
+
+    found = {fingerprint(content), fingerprint(content + b"x"), fingerprint(content[:-1])}
+    for place in [0, 4095, size - 1, *(last * block // 15 + 2000 for block in range(1, 15))]:
+        edited = bytearray(content)
+        edited[place] ^= 1
+        found.add(fingerprint(bytes(edited)))
+    assert len(found) == 3 + 17
+
+
+def test_every_byte_of_a_small_file_is_in_its_fingerprint(tmp_path):
+    path, content = tmp_path / "a.jsonl", b"abcdefghij" * 900
+    path.write_bytes(content)
+    original = fingerprint_files([local_file(path)])
+    for place in range(0, len(content), 97):
+        path.write_bytes(content[:place] + b"X" + content[place + 1 :])
+        assert fingerprint_files([local_file(path)]) != original

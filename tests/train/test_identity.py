@@ -13,7 +13,7 @@ from rewriting import edit_train_state, rewrite_manifest
 
 from neobert.config.fields import FIELDS
 from neobert.config.load import ConfigError
-from neobert.config.resume_rules import ALLOWED, DECLARED, FIXED, HELD_OUT, ORDER, SOURCE
+from neobert.config.resume_rules import ALLOWED, DECLARED, EVALUATION, FIXED, HELD_OUT, ORDER, SOURCE
 from neobert.config.schema import Config
 from neobert.data.tokenizer import load_tokenizer
 from neobert.inference.load import load_masked_lm
@@ -71,11 +71,13 @@ def test_the_classes_are_disjoint_and_name_keys() -> None:
     assert not set(FIXED) & set(ALLOWED)
     assert not set(SOURCE) & set(ALLOWED)
     assert set(ORDER) <= set(DECLARED) <= set(ALLOWED)
-    assert {*FIXED, *ALLOWED, *SOURCE, *HELD_OUT} <= set(FIELDS)
+    assert {*FIXED, *ALLOWED, *SOURCE} <= set(FIELDS)
+    assert len(ALLOWED) == len(set(ALLOWED))
+    assert {*HELD_OUT, *EVALUATION} <= set(ALLOWED)
 
 
 FACTS: dict[str, Any] = {
-    **dict.fromkeys((*FIXED, *DECLARED, *SOURCE, *HELD_OUT), 1),
+    **dict.fromkeys((*FIXED, *SOURCE, *ALLOWED), 1),
     "tokenizer.path": None,
     "tokenizer.train": True,
     "tokenizer.name": None,
@@ -106,7 +108,13 @@ FACTS: dict[str, Any] = {
             {"source", "needs declaring"},
         ),
         ({"dataset.path": "moved"}, (), {"free"}),
-        ({"dataset.eval_samples": 5}, (), {"free"}),
+        ({"dataset.eval_samples": 5}, (), {"needs declaring"}),
+        ({"trainer.eval_seed": 5}, (), {"needs declaring"}),
+        ({"trainer.eval_seed": 5}, ("trainer.eval_seed",), {"declared"}),
+        ({"datacollator.eval_mlm_probability": 5, "trainer.eval_max_batches": 2}, (), {"needs declaring"}),
+        ({"trainer.per_device_eval_batch_size": 5}, (), {"needs declaring"}),
+        ({"trainer.per_device_eval_batch_size": 5, "trainer.eval_max_batches": None}, (), {"needs declaring", "free"}),
+        ({"data fingerprint": "g", "dataset.path": "x", "dataset.eval_split": "dev"}, (), {"source", "free"}),
         ({"data fingerprint": "g", "dataset.eval_samples": 5}, (), {"needs declaring"}),
         ({"data fingerprint": "g", "dataset.eval_samples": 5}, ("dataset.eval_samples",), {"declared"}),
         ({"model.rope": 0, "model.max_position_embeddings": 2}, ("model.max_position_embeddings",), {"fixed"}),

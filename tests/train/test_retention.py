@@ -11,8 +11,18 @@ import pytest
 from neobert.config.load import ConfigError
 from neobert.config.schema import Config
 from neobert.train import commit
+from neobert.train.inspection import list_run
 from neobert.train.loop import pretrain
-from neobert.train.retention import Retention, choose_best, prune, read_eval_loss
+from neobert.train.retention import (
+    Retention,
+    Score,
+    choose_best,
+    choose_best_of_each,
+    name_test,
+    prune,
+    read_score,
+)
+from neobert.train.runtime import StartupError
 from neobert.weights.folder import checkpoint_steps, valid_steps
 
 Tiny = Callable[..., Config]
@@ -42,6 +52,49 @@ def test_what_goes(kept: Retention, best: int | None, removed: list[int]) -> Non
 def test_the_best_is_the_lowest_loss_and_the_earlier_of_two() -> None:
     assert choose_best({4: 3.0, 8: 2.5, 12: 2.5, 16: None, 20: float("nan")}) == 8
     assert choose_best({4: None}) is None
+
+
+def test_every_test_has_a_best_of_its_own() -> None:
+    scores = {4: Score(3.0, "a"), 8: Score(2.5, "a"), 12: Score(9.0, "b"), 16: Score(None, "c"), 20: Score(1.0, None)}
+    assert list(choose_best_of_each(scores).items()) == [("a", 8), ("b", 12), (None, 20)]
+    assert list(choose_best_of_each(scores | {24: Score(2.9, "a")}).items()) == [("b", 12), (None, 20), ("a", 8)]
+    assert choose_best_of_each({16: Score(None, "c"), 20: Score(float("nan"), "c")}) == {}
+
+
+def test_a_best_of_another_test_is_set_aside(tiny: Tiny, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    out = tmp_path / "run"
+    keep = ["trainer.save_best=true", "trainer.save_total_limit=1", "scheduler.total_steps=12"]
+    pretrain(tiny(out, *keep, "trainer.max_steps=8", "optimizer.lr=1e-3"))
+    resume = [*keep, "trainer.resume_from_checkpoint=latest", "trainer.max_steps=12", "optimizer.lr=1e-3"]
+    with pytest.raises(StartupError, match=r"trainer.resume_allow=\[trainer.eval_seed\]"):
+        pretrain(tiny(out, *resume, "trainer.eval_seed=7"))
+    # What is evaluated now is harder: half of the tokens are masked.
+    other = ["datacollator.eval_mlm_probability=0.5", "trainer.eval_seed=7"]
+    allow = "trainer.resume_allow=[datacollator.eval_mlm_probability,trainer.eval_seed]"
+    capsys.readouterr()
+    pretrain(tiny(out, *resume, *other, allow))
+    line = "trainer.save_best: checkpoint 8 (evaluation loss"
+    assert capsys.readouterr().out.count(line) == 1
+    assert checkpoint_steps(out) == [8, 12]
+    assert json.loads((out / "checkpoints" / "best.json").read_text())["step"] == 12, "whatever the losses are"
+    (event,) = [e for e in map(json.loads, (out / "events.jsonl").read_text().splitlines()) if "best" in e["event"]]
+    assert (event["event"], event["step"]) == ("best_set_aside", 8)
+    listed = "\n".join(list_run(out, 0.0))
+    assert "best of another evaluation" in listed.splitlines()[1]
+    assert listed.splitlines()[2].endswith("best")
+
+
+def test_the_name_of_a_test_follows_what_decides_its_result(tiny: Tiny, tmp_path: Path) -> None:
+    def name(*overrides: str, data: str = "documents") -> str | None:
+        return name_test(tiny(tmp_path, *overrides), data)
+
+    same = ["trainer.per_device_eval_batch_size=2", "optimizer.lr=1e-4", "trainer.eval_steps=2", "trainer.save_steps=2"]
+    assert name() == name(*same)
+    capped = "trainer.eval_max_batches=2"
+    others = [name("trainer.eval_seed=1"), name("datacollator.eval_mlm_probability=0.2"), name(data="others")]
+    others += [name("dataset.max_seq_length=32"), name(capped), name(capped, same[0])]
+    assert len({name(), *others}) == 7
+    assert name_test(tiny(tmp_path), None) is None
 
 
 def test_damaged_newer_folders_do_not_count(tiny: Tiny, tmp_path: Path) -> None:
@@ -88,7 +141,7 @@ def test_the_best_checkpoint_stays_and_is_known_again_after_a_resume(
     pretrain(tiny(out, *keep, "trainer.max_steps=12", "scheduler.total_steps=24"))
     assert checkpoint_steps(out) == [4, 12]
     assert json.loads((out / "checkpoints" / "best.json").read_text()) == {"step": 4, "eval_loss": 2.0}
-    assert read_eval_loss(out / "checkpoints" / "12") == 2.5
+    assert read_score(out / "checkpoints" / "12").loss == 2.5
     pretrain(tiny(out, *keep, "trainer.max_steps=24", "scheduler.total_steps=24"))
     assert checkpoint_steps(out) == [20, 24], "4 is no longer the best"
     assert json.loads((out / "checkpoints" / "best.json").read_text()) == {"step": 20, "eval_loss": 1.0}

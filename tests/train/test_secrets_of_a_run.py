@@ -8,6 +8,7 @@ import pytest
 from test_run import FakeWandb, install
 
 from neobert.config.fields import SECTIONS
+from neobert.config.load import load_config
 from neobert.config.schema import Config
 from neobert.data.errors import DataError
 from neobert.train import tracking
@@ -34,7 +35,7 @@ def test_logs_events_and_trackers_are_clean(
     pretrain(tiny(out, "trainer.max_steps=2", f"wandb.dir={tmp_path / 'wandb'}", *LEAKY))
     written = capsys.readouterr().out + str(fake.settings["config"])
     written += "".join((out / name).read_text() for name in ("training.log", "log.jsonl", "events.jsonl"))
-    assert "https://***@host/***" in written
+    assert "https://<hidden:credentials>@host/<hidden:HF_TOKEN>" in written
     for secret in (IN_URL, IN_ENVIRONMENT):
         assert secret not in written
     assert "wandb" not in fake.settings["config"], "its own section is not part of what is sent"
@@ -61,7 +62,7 @@ def test_a_failing_tracker_does_not_quote_its_key(
     error = ConnectionError(f"401 for https://api:{IN_URL}@wandb.example")
     monkeypatch.setattr(fake, "init", lambda **settings: (_ for _ in ()).throw(error))
     pretrain(tiny(tmp_path / "run", "trainer.max_steps=1", "wandb.enabled=true", f"wandb.dir={tmp_path / 'wandb'}"))
-    assert "401 for https://***@wandb.example" in capsys.readouterr().out
+    assert "401 for https://<hidden:credentials>@wandb.example" in capsys.readouterr().out
 
 
 def test_the_printed_config_of_a_start_that_fails_is_clean(
@@ -69,5 +70,19 @@ def test_the_printed_config_of_a_start_that_fails_is_clean(
 ) -> None:
     with pytest.raises(DataError):
         pretrain(tiny(tmp_path / "run", f"dataset.path=https://me:{IN_URL}@host/data.jsonl"))
-    assert "path=https://***@host/data.jsonl" in capsys.readouterr().out
+    assert "path=https://<hidden:credentials>@host/data.jsonl" in capsys.readouterr().out
     assert IN_URL not in (tmp_path / "run" / "training.log").read_text()
+
+
+def test_a_path_that_holds_the_value_of_a_secret_variable_is_saved_and_resumed(
+    tiny: Tiny, corpus: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("S3_KEY", str(corpus)[1:])
+    monkeypatch.setenv("DB_PASSWORD", corpus.name)
+    out = tmp_path / "run"
+    config = tiny(out, "trainer.max_steps=1")
+    pretrain(config)
+    assert load_config(out / "config.yaml") == config
+    assert f"path={corpus}" in (out / "training.log").read_text()
+    resume = ["trainer.resume_from_checkpoint=latest", "trainer.max_steps=2"]
+    assert pretrain(load_config(out / "config.yaml", resume)).state.step == 2

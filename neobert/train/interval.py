@@ -1,0 +1,158 @@
+"""The figures of a logging interval: sums over the steps since the last log line, and what they come to.
+
+The sums are a part of the saved state. They grow by one step at a time, so a run that goes on from saved sums adds the
+same numbers in the same order as one that was never stopped, and its next log line is the same bit for bit (all but
+what is measured with a clock).
+"""
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
+
+import numpy as np
+
+from neobert.types import StepMetrics
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class StepRecord:
+    """One step as numbers, summed over ranks."""
+
+    step: int
+    loss_sum: float
+    num_correct: int | None
+    grad_norm: float
+    skipped: bool
+    digest: int
+    source_tokens: tuple[int, ...]
+    """Real tokens of each source."""
+
+    metrics: StepMetrics
+
+    @property
+    def loss(self) -> float:
+        """Mean in nats per masked token; 0 for a step without any."""
+        return float(np.float32(self.loss_sum) / np.float32(max(self.metrics.num_targets, 1)))
+
+    def as_line(self) -> dict[str, object]:
+        """The step's line of `log.jsonl`; `*_hex` are exact, for comparing runs bit for bit."""
+        line = {
+            "kind": "step",
+            "step": self.step,
+            "loss": self.loss,
+            "loss_hex": self.loss.hex(),
+            "grad_norm": self.grad_norm,
+            "grad_norm_hex": self.grad_norm.hex(),
+            "lr": self.metrics.lr,
+            "num_tokens": self.metrics.num_tokens,
+            "num_targets": self.metrics.num_targets,
+            "batch_digest": f"{self.digest:016x}",
+        }
+        return {**line, "skipped": True} if self.skipped else line
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class IntervalSums:
+    """Sums over the steps since the last log line and over all ranks; the times are this rank's."""
+
+    first_step: int = 0
+    """The first step in the sums; 0 without any."""
+
+    num_steps: int = 0
+    num_skipped: int = 0
+    num_profiled: int = 0
+    num_tokens: int = 0
+    num_slots: int = 0
+    num_targets: int = 0
+    attended_tokens: int = 0
+    loss_sum: float = 0.0
+    """Of the steps that were not skipped, like the next three."""
+
+    num_counted_targets: int = 0
+    num_correct: int = 0
+    grad_norm: float | None = None
+    """Of the last step that was not skipped."""
+
+    lr: float = 0.0
+    """Of the last step."""
+
+    data_wait: float = 0.0
+    """Seconds."""
+
+    seconds: float = 0.0
+    """Of training, without evaluations and saves."""
+
+    source_tokens: dict[str, int] = field(default_factory=dict)
+    """By the label of the source."""
+
+    def add(self, record: StepRecord, labels: Sequence[str]) -> "IntervalSums":
+        """The sums with one more step; `labels` are those of the sources."""
+        metrics, counted = record.metrics, not record.skipped
+        tokens = dict(self.source_tokens)
+        for label, count in zip(labels, record.source_tokens):
+            tokens[label] = tokens.get(label, 0) + count
+        return replace(
+            self,
+            first_step=self.first_step or record.step,
+            num_steps=self.num_steps + 1,
+            num_skipped=self.num_skipped + record.skipped,
+            num_tokens=self.num_tokens + metrics.num_tokens,
+            num_slots=self.num_slots + metrics.num_slots,
+            num_targets=self.num_targets + metrics.num_targets,
+            attended_tokens=self.attended_tokens + metrics.attended_tokens,
+            loss_sum=self.loss_sum + record.loss_sum if counted else self.loss_sum,
+            num_counted_targets=self.num_counted_targets + counted * metrics.num_targets,
+            num_correct=self.num_correct + counted * (record.num_correct or 0),
+            grad_norm=record.grad_norm if counted else self.grad_norm,
+            lr=metrics.lr,
+            data_wait=self.data_wait + metrics.data_wait,
+            source_tokens=tokens,
+        )
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Interval:
+    """What the steps of a logging interval come to; those that were skipped count in time and tokens only."""
+
+    loss: float
+    """Mean in nats per predicted token, over all ranks; NaN where every step was skipped."""
+
+    accuracy: float
+    """Share of the predictions that are right; meant only where they were counted."""
+
+    grad_norm: float | None
+    """Of the last step that was not skipped."""
+
+    lr: float
+    num_tokens: int
+    num_skipped: int
+    tokens_per_second: float
+    data_wait: float
+    """Share of the time."""
+
+    packing_fill: float
+    """Share of the slots that hold real tokens."""
+
+    attended_length: float
+    """Mean length of the document of a token."""
+
+    predicted_fraction: float
+    """Predicted tokens to all."""
+
+
+def summarise(sums: IntervalSums) -> Interval:
+    """The figures of at least one step."""
+    targets, seconds = max(sums.num_counted_targets, 1), max(sums.seconds, 1e-9)
+    return Interval(
+        loss=sums.loss_sum / targets if sums.num_steps > sums.num_skipped else math.nan,
+        accuracy=sums.num_correct / targets,
+        grad_norm=sums.grad_norm,
+        lr=sums.lr,
+        num_tokens=sums.num_tokens,
+        num_skipped=sums.num_skipped,
+        tokens_per_second=sums.num_tokens / seconds,
+        data_wait=sums.data_wait / seconds,
+        packing_fill=sums.num_tokens / sums.num_slots,
+        attended_length=sums.attended_tokens / sums.num_tokens,
+        predicted_fraction=sums.num_targets / sums.num_tokens,
+    )
