@@ -4,6 +4,7 @@ import argparse
 import sys
 from pathlib import Path
 
+from neobert.config.load import ConfigError
 from neobert.export.choose import ExportError
 from neobert.export.write import ExportRequest, export
 
@@ -27,7 +28,7 @@ def main() -> int:
     request = ExportRequest(**vars(parser.parse_args()))
     try:
         done = export(request)
-    except ExportError as error:
+    except (ExportError, ConfigError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
     print(*done.notes, sep="\n")
