@@ -44,7 +44,7 @@ class Tokenizer:
         rebuilt: That other tokenizer.
 
     Raises:
-        DataError: it lacks one of them.
+        DataError: it lacks one of them, or tokenises by chance.
     """
 
     def __init__(self, hf: Any, *, note: str | None = None, rebuilt: tokenizers.Tokenizer | None = None) -> None:
@@ -53,6 +53,11 @@ class Tokenizer:
             raise DataError(f"the tokenizer has no {', '.join(missing)}")
         self._hf = hf
         self._backend = tokenizers.Tokenizer.from_str(hf.backend_tokenizer.to_str())
+        if isinstance(self._backend.model, models.BPE) and self._backend.model.dropout:
+            raise DataError(
+                f"the tokenizer has dropout ({self._backend.model.dropout:g}): the same text would become other tokens "
+                f"each time, and no run could resume; write null for model.dropout in its {FILE}"
+            )
         self.digest: str = _digest(self._backend)
         """Of the canonical tokenizer.json: equal digests tokenise equally."""
         self.note = note

@@ -49,6 +49,7 @@ def load_as_written(place: str, *, revision: str | None = None, trust_remote_cod
         OSError, ValueError, KeyError, ImportError: it cannot be loaded. ValueError also where tokenizer.json cannot be
             read, and where transformers changes it whatever the class.
     """
+    named_class = _read_class(place)
     path = _find_file(place, revision)
     written = None if path is None else _read_file(path)
     options: dict[str, Any] = {"revision": revision, "trust_remote_code": trust_remote_code}
@@ -61,7 +62,7 @@ def load_as_written(place: str, *, revision: str | None = None, trust_remote_cod
             raise ValueError(_first_line(error)) from error
         built = PreTrainedTokenizerFast.from_pretrained(place, **options)
         loaded = _as_written(built, written)
-        note = f"{_describe_class(place, None)}, which cannot hold it ({_first_line(error)}); {_REMEDY}"
+        note = f"{_describe_class(named_class)}, which cannot hold it ({_first_line(error)}); {_REMEDY}"
         return loaded._replace(note=note, rebuilt=None)
     if written is None or not built.is_fast:
         return LoadedTokenizer(built, None, None, {})
@@ -71,8 +72,8 @@ def load_as_written(place: str, *, revision: str | None = None, trust_remote_cod
     loaded = _as_written(built, written)
     differences += _probe_difference(written, built.backend_tokenizer)
     note = (
-        f"{_describe_class(place, built)}, of which transformers {transformers.__version__} makes another tokenizer: "
-        f"{'; '.join(differences)}. {_REMEDY}"
+        f"{_describe_class(named_class, built)}, of which transformers {transformers.__version__} makes another "
+        f"tokenizer: {'; '.join(differences)}. {_REMEDY}"
     )
     return loaded._replace(note=note, rebuilt=built.backend_tokenizer)
 
@@ -86,7 +87,7 @@ def find_differences(
     """What `built` does otherwise than `written`, the content of tokenizer.json; nothing where the ids are the same.
 
     Args:
-        named: Tokens that may be special in `built` and ordinary entries of the vocabulary in `written`.
+        named: Tokens that have a role, and are special in `built` whatever they are in `written`.
     """
     if written.to_str() == built.to_str():
         return []
@@ -111,9 +112,9 @@ def _compare_added(
     before, after = ({token["content"]: token for token in tokens} for tokens in (ours, theirs))
     for content, token in after.items():
         if content in before:
-            if token != before[content]:
-                changed = ", ".join(name for name, value in before[content].items() if token.get(name) != value)
-                yield f"added token {content!r} with another {changed}"
+            changed = [name for name, value in before[content].items() if token.get(name) != value]
+            if changed and not (changed == ["special"] and content in named):
+                yield f"added token {content!r} with another {', '.join(changed)}"
         elif content not in named or written.token_to_id(content) != token["id"]:
             yield f"{content!r} added as token {token['id']}"
     yield from (f"without the added token {content!r}" for content in before if content not in after)
@@ -142,8 +143,14 @@ def _as_written(built: Any, written: tokenizers.Tokenizer) -> LoadedTokenizer:
     tokens = {name: str(token) for name, token in built.special_tokens_map.items() if isinstance(token, str)}
     kept = {name: token for name, token in tokens.items() if written.token_to_id(token) is not None}
     others = [token for token in map(str, built.extra_special_tokens) if written.token_to_id(token) is not None]
+    roles = {*kept.values(), *others}
+    ordinary = [t for t in written.get_added_tokens_decoder().values() if t.content in roles and not t.special]
+    for token in ordinary:  # As transformers does: else text that spells one would become it.
+        token.special = True
+    special = tokenizers.Tokenizer.from_str(written.to_str())
+    special.add_special_tokens(ordinary)
     hf = PreTrainedTokenizerFast(
-        tokenizer_object=written,
+        tokenizer_object=special,
         name_or_path=built.name_or_path,
         extra_special_tokens=others,
         model_max_length=built.model_max_length,
@@ -181,12 +188,22 @@ def _read_file(path: Path) -> tokenizers.Tokenizer:
         ) from error
 
 
-def _describe_class(place: str, built: Any | None) -> str:
-    config = Path(place) / CONFIG_FILE
-    named = json.loads(config.read_text()).get("tokenizer_class") if config.is_file() else None
-    if named is None and built is None:
-        return "the class that transformers chooses"
-    return f"{CONFIG_FILE} names {named}" if named else f"transformers chooses {type(built).__name__}"
+def _read_class(place: str) -> str | None:
+    """The class that tokenizer_config.json names, in a folder."""
+    path = Path(place) / CONFIG_FILE
+    if not path.is_file():
+        return None
+    try:
+        named = json.loads(path.read_text(encoding="utf-8")).get("tokenizer_class")
+    except (ValueError, AttributeError) as error:
+        raise ValueError(f"{path} is no JSON object ({_first_line(error)}); correct it") from error
+    return None if named is None else str(named)
+
+
+def _describe_class(named: str | None, built: Any | None = None) -> str:
+    if named is not None or built is None:
+        return f"{CONFIG_FILE} names {named}"
+    return f"transformers chooses {type(built).__name__}"
 
 
 def _first_line(error: Exception) -> str:

@@ -196,6 +196,32 @@ def test_a_run_of_an_earlier_version_had_its_tokenizer_from_here(tmp_path):
     assert isinstance(AutoTokenizer.from_pretrained(tmp_path / "checkpoint"), GPT2Tokenizer)
 
 
+@pytest.mark.parametrize("class_name", [None, "GPT2Tokenizer"])
+def test_text_that_spells_a_named_token_is_text_where_the_file_does_not_call_it_special(tmp_path, class_name):
+    content = json.loads(train("nfkc"))
+    for token in content["added_tokens"]:
+        token["special"] = False
+    tokenizer = load(write(tmp_path / "t", Backend.from_str(json.dumps(content)), class_name))
+    assert tokenizer.mask_id not in tokenizer.encode_batch(["a [MASK]"])[0]
+    assert (tokenizer.note is None) == (class_name is None)
+
+
+def test_a_tokenizer_with_dropout_is_refused(tmp_path):
+    content = json.loads(train("bytes"))
+    content["model"]["dropout"] = 0.1
+    with pytest.raises(
+        DataError, match=r"the tokenizer has dropout \(0.1\): .* write null for model.dropout in its tok"
+    ):
+        load(write(tmp_path / "t", Backend.from_str(json.dumps(content))))
+
+
+def test_a_tokenizer_config_that_is_no_json_is_named(tmp_path):
+    path = Path(write(tmp_path / "t", Backend.from_str(train("bytes"))))
+    (path / "tokenizer_config.json").write_text("{oops")
+    with pytest.raises(DataError, match=r"tokenizer_config.json is no JSON object \(.*\); correct it"):
+        load(path)
+
+
 def test_a_file_that_cannot_be_read_is_named(tmp_path):
     path = write(tmp_path / "t", Backend.from_str(train("bytes")))
     (tmp_path / "t" / "tokenizer.json").write_text('{"model": {')
