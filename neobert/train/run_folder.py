@@ -35,7 +35,9 @@ def _found(output_dir: Path) -> list[str]:
 
 
 def _is_empty(path: Path) -> bool:
-    return not any(path.iterdir()) if path.is_dir() else path.is_file() and not path.stat().st_size
+    if path.is_dir():
+        return all(found.is_dir() for found in path.rglob("*"))
+    return path.is_file() and not path.stat().st_size
 
 
 def check_own(output_dir: Path) -> None:
