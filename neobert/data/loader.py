@@ -105,21 +105,13 @@ def merge_states(states: Sequence[State]) -> State:
         if state["next_row"] != merged["next_row"]:
             raise DataError(f"rank {rank} stands at row {state['next_row']}, rank 0 at row {merged['next_row']}")
         for lane, lane_state in state["lanes"].items():
-            before = merged["lanes"].setdefault(lane, lane_state)
-            if before != lane_state:
+            if merged["lanes"].setdefault(lane, lane_state) != lane_state:
                 raise DataError(
-                    f"rank {rank} and a rank before it read lane {lane} differently: files are not the same on all "
-                    "machines, or one could not be read on one of them; shards passed over by dataset.on_bad_shard: "
-                    f"{_skipped_shards(before)} before and {_skipped_shards(lane_state)} on rank {rank}. Restore them, "
-                    "and resume from the newest checkpoint"
+                    f"rank {rank} and a rank before it read lane {lane} differently: a file differs on their machines, "
+                    "or one could not read it (dataset.on_bad_shard: skip); restore it, and resume"
                 )
     merged["lanes"] = dict(sorted(merged["lanes"].items(), key=lambda item: int(item[0])))
     return merged
-
-
-def _skipped_shards(lane: State) -> list[int]:
-    parts = [lane["stream"]] if "stream" in lane else lane.get("sources", [])
-    return [shard for part in parts for shard in _skipped_shards(part)] or lane.get("skipped_shards", [])
 
 
 def sum_counters(state: State) -> dict[str, int]:
@@ -395,7 +387,6 @@ class Loader:
             return error
 
     def _run(self) -> None:
-
         while not self._stop.is_set():
             item = self._produce()
             while not self._stop.is_set():

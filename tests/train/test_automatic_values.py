@@ -103,6 +103,16 @@ def test_all_processes_take_the_choice_of_the_first(
     assert config.trainer.mixed_precision == "auto", "the given config is left as it is"
 
 
+def test_one_gpu_without_bf16_is_enough_for_float32_on_all(
+    tiny: Tiny, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    answers = [("bf16", "it has it"), ("no", "it lacks it"), ("bf16", "it has it")]
+    monkeypatch.setattr(precision, "choose_device_type", lambda config: "cuda")
+    monkeypatch.setattr(precision, "choose_precision", lambda config: answers.pop())
+    bound = run_ranks(3, lambda runtime: precision.bind_precision(tiny(tmp_path, PRECISION), None, runtime))
+    assert [config.trainer.mixed_precision for config, _ in bound] == ["no"] * 3
+
+
 @pytest.mark.parametrize(("supported", "choice"), [(True, "bf16"), (False, "no")])
 def test_a_gpu_is_asked_and_not_measured(
     tiny: Tiny, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, supported: bool, choice: str
