@@ -29,7 +29,10 @@ def apply_rotary(x_TND: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
 
 
 class _Rotate(torch.autograd.Function):
-    """The backward of a rotation is the rotation by the opposite angle: nothing but the table is kept."""
+    """The backward of a rotation is the rotation by the opposite angle: nothing but the table is kept.
+
+    No tensor that was changed in place leaves a Function: compiled by torch 2.11 it has wrong gradients.
+    """
 
     @staticmethod
     def forward(ctx: FunctionCtx, x_TND: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
@@ -50,4 +53,4 @@ def _rotate(x_TND: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     out = halves * cos[..., None, :]
     out.select(-2, 0).addcmul_(second, sin, value=-1)
     out.select(-2, 1).addcmul_(first, sin)
-    return out.flatten(-2).to(x_TND.dtype)
+    return out.flatten(-2).to(x_TND.dtype, copy=True)  # In fp32 too: see _Rotate.
