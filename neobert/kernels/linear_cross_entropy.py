@@ -137,7 +137,8 @@ class _ChunkedLinearCrossEntropy(torch.autograd.Function):
             ctx.grads = grad_hidden.to(hidden_MD.dtype), grad_weight.to(weight_VD.dtype)
         if num_correct is not None:
             ctx.mark_non_differentiable(num_correct)
-        return losses_M.sum().float(), num_correct
+        # A copy: compiled by torch 2.11, what a cast to its own dtype returned has no gradient. See model/rotary.py.
+        return losses_M.sum().to(torch.float32, copy=True), num_correct
 
     @staticmethod
     @once_differentiable

@@ -31,7 +31,8 @@ def apply_rotary(x_TND: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
 class _Rotate(torch.autograd.Function):
     """The backward of a rotation is the rotation by the opposite angle: nothing but the table is kept.
 
-    No tensor that was changed in place leaves a Function: compiled by torch 2.11 it has wrong gradients.
+    What leaves a Function here is always new. Compiled by torch 2.11, a tensor that an operation handed back (one that
+    was changed in place, or cast to the dtype it had) has wrong gradients.
     """
 
     @staticmethod

@@ -11,6 +11,7 @@ from neobert.data.tokenizer import Tokenizer
 from neobert.model.attention import AttentionBackend
 from neobert.model.config import ModelConfig
 from neobert.train.build import build_attention, build_model_config, choose_rows_per_step
+from neobert.train.compile_check import check_compiled_gradients
 from neobert.train.console import Reporter
 from neobert.train.initial import load_initial_weights
 from neobert.train.micro_batch import bind_micro_batch, choose_kept
@@ -63,7 +64,7 @@ class Opened:
 
 
 def open_run(config: Config) -> Opened:
-    """Checks the machine, finds the checkpoint, takes the output folder, loads the tokenizer, replaces `auto`.
+    """Checks machine and compiler, finds the checkpoint, takes the output folder, loads the tokenizer, replaces `auto`.
 
     Raises:
         StartupError: the run cannot start as configured; the message names the key and the remedy.
@@ -80,6 +81,7 @@ def open_run(config: Config) -> Opened:
     config, chosen = bind_precision(config, checkpoint_config, runtime)
     runtime = runtime.with_precision(config.trainer.mixed_precision)
     attention = build_attention(config)
+    checked = check_compiled_gradients(config, attention, runtime)
     reporter = Reporter(active=runtime.is_main, show_progress=not config.trainer.disable_tqdm)
     output_dir = open_output_dir(config, runtime, reporter, start)
     with runtime.main_first():
@@ -95,7 +97,7 @@ def open_run(config: Config) -> Opened:
         attention=attention,
         tokenizer=tokenizer,
     )
-    for sentence in (*chosen, *more):
+    for sentence in (*chosen, *checked, *more):
         reporter.say(sentence)
     return Opened(
         config=config,
