@@ -8,20 +8,24 @@ from pathlib import Path
 
 import pytest
 import torch
-from small_corpus import make_texts
-
-from neobert.config.load import config_to_yaml, load_config, parse_config
-from neobert.config.schema import Config
-from neobert.data.tokenizer import train_tokenizer
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 # Models of a few thousand weights are faster on one core, and other work on the machine does not stall them. Child
 # processes inherit it: a resumed run is compared with one of this process bit for bit.
 os.environ["OMP_NUM_THREADS"] = "1"
 torch.set_num_threads(1)
-# Read when triton is imported: without a GPU its kernels run in the interpreter.
+# Read when triton is imported, which the imports below do with some builds of torch: without a GPU its kernels run in the
+# interpreter.
 if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"
+
+# ruff: noqa: E402
+from small_corpus import make_texts
+
+from neobert.config.load import config_to_yaml, load_config, parse_config
+from neobert.config.schema import Config
+from neobert.data.tokenizer import train_tokenizer
+
 
 
 @pytest.fixture(scope="session")

@@ -124,7 +124,8 @@ class _ChunkedLinearCrossEntropy(torch.autograd.Function):
                 hidden_CD, target_C1, counted_C1 = hidden[rows], target_M1[rows], counted_M[rows, None]
                 logits_CV = torch.mm(hidden_CD, weight.T, out=buffer_CV[: len(hidden_CD)])
                 if num_correct is not None:
-                    num_correct += ((logits_CV.argmax(dim=-1, keepdim=True) == target_C1) & counted_C1).sum()
+                    hits = (logits_CV.argmax(dim=-1, keepdim=True) == target_C1) & counted_C1
+                    num_correct = num_correct + hits.sum()  # not in place, since it leaves
                 losses_M[rows] = _losses_and_gradients(logits_CV, target_C1, counted_C1, z_loss, with_grad)
                 if grad_hidden is not None:  # What was logits is gradients now.
                     torch.mm(logits_CV, weight, out=grad_hidden[rows])
@@ -136,7 +137,8 @@ class _ChunkedLinearCrossEntropy(torch.autograd.Function):
             ctx.grads = grad_hidden.to(hidden_MD.dtype), grad_weight.to(weight_VD.dtype)
         if num_correct is not None:
             ctx.mark_non_differentiable(num_correct)
-        return losses_M.sum().float(), num_correct
+        # A copy: compiled by torch 2.11, what a cast to its own dtype returned has no gradient. See model/rotary.py.
+        return losses_M.sum().to(torch.float32, copy=True), num_correct
 
     @staticmethod
     @once_differentiable

@@ -53,7 +53,7 @@ class _RMSNormCPU(torch.autograd.Function):
         norm = torch.linalg.vector_norm(x_TH, dim=-1, keepdim=True)
         inverse_T1 = torch.rsqrt(norm * norm / x_TH.shape[-1] + eps)
         ctx.save_for_backward(x_TH, weight_H, inverse_T1)
-        return (x_TH * inverse_T1).mul_(weight_H)
+        return x_TH * inverse_T1 * weight_H
 
     @staticmethod
     @once_differentiable
@@ -63,7 +63,7 @@ class _RMSNormCPU(torch.autograd.Function):
         grad_weight_H = (grad_TH * unit_TH).sum(0)
         grad_TH = grad_TH * weight_H
         along_T1 = (grad_TH * unit_TH).mean(-1, keepdim=True)
-        return grad_TH.addcmul_(unit_TH, along_T1, value=-1).mul_(inverse_T1), grad_weight_H, None
+        return grad_TH.addcmul_(unit_TH, along_T1, value=-1) * inverse_T1, grad_weight_H, None
 
 
 class LayerNorm(nn.Module):
@@ -94,24 +94,21 @@ def swiglu(gate_up_TF: Tensor) -> Tensor:
 
 
 class _SwiGLUCPU(torch.autograd.Function):
-    """Keeps nothing but its input, and writes both halves of the gradient where the fused product reads them."""
+    """Keeps nothing but its input; the backward puts both halves of the gradient where the fused product reads them."""
 
     @staticmethod
     def forward(ctx: FunctionCtx, gate_up_TF: Tensor) -> Tensor:
         ctx.save_for_backward(gate_up_TF)
         gate_TF, up_TF = gate_up_TF.chunk(2, dim=-1)
-        return F.silu(gate_TF).mul_(up_TF)
+        return F.silu(gate_TF) * up_TF
 
     @staticmethod
     @once_differentiable
     def backward(ctx: FunctionCtx, grad_TF: Tensor) -> Tensor:
         (gate_up_TF,) = ctx.saved_tensors  # type: ignore[attr-defined]
         gate_TF, up_TF = gate_up_TF.chunk(2, dim=-1)
-        grad_gate_up_TF = torch.empty_like(gate_up_TF)
-        grad_gate_TF, grad_up_TF = grad_gate_up_TF.chunk(2, dim=-1)
-        torch.mul(grad_TF, F.silu(gate_TF), out=grad_up_TF)
-        torch.ops.aten.silu_backward(grad_TF * up_TF, gate_TF, grad_input=grad_gate_TF)
-        return grad_gate_up_TF
+        grad_gate_TF = torch.ops.aten.silu_backward(grad_TF * up_TF, gate_TF)
+        return torch.cat((grad_gate_TF, F.silu(gate_TF).mul_(grad_TF)), dim=-1)
 
 
 class EncoderBlock(nn.Module):

@@ -29,7 +29,11 @@ def apply_rotary(x_TND: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
 
 
 class _Rotate(torch.autograd.Function):
-    """The backward of a rotation is the rotation by the opposite angle: nothing but the table is kept."""
+    """The backward of a rotation is the rotation by the opposite angle: nothing but the table is kept.
+
+    What leaves a Function here is always new. Compiled by torch 2.11, a tensor that an operation handed back (one that
+    was changed in place, or cast to the dtype it had) has wrong gradients.
+    """
 
     @staticmethod
     def forward(ctx: FunctionCtx, x_TND: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
@@ -50,4 +54,4 @@ def _rotate(x_TND: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     out = halves * cos[..., None, :]
     out.select(-2, 0).addcmul_(second, sin, value=-1)
     out.select(-2, 1).addcmul_(first, sin)
-    return out.flatten(-2).to(x_TND.dtype)
+    return out.flatten(-2).to(x_TND.dtype, copy=True)  # In fp32 too: see _Rotate.

@@ -13,6 +13,7 @@ from neobert.model.attention import AttentionBackend
 from neobert.model.config import ModelConfig
 from neobert.train.agreement import check_equal, main_first
 from neobert.train.build import build_attention, build_model_config, choose_rows_per_step
+from neobert.train.compile_check import check_compiled_gradients
 from neobert.train.console import Reporter
 from neobert.train.facts import describe_checkpoint, describe_config, describe_program
 from neobert.train.initial import bind_architecture, check_bound, load_initial_weights
@@ -66,7 +67,7 @@ class Opened:
 
 
 def open_run(config: Config, runtime: Runtime) -> Opened:
-    """Checks the machine, finds the checkpoint, takes the output folder, loads the tokenizer, replaces `auto`.
+    """Checks machine and compiler, finds the checkpoint, takes the output folder, loads the tokenizer, replaces `auto`.
     Collective, within `sharing_errors`.
 
     Raises:
@@ -88,6 +89,7 @@ def open_run(config: Config, runtime: Runtime) -> Opened:
     config, chosen = bind_precision(config, checkpoint_config, runtime)
     runtime = runtime.with_precision(config.trainer.mixed_precision)
     attention = build_attention(config)
+    checked = check_compiled_gradients(config, attention, runtime)
     reporter = Reporter(active=runtime.is_main, show_progress=not config.trainer.disable_tqdm)
     output_dir = open_output_dir(config, runtime, reporter, start)
     tokenizer = build_tokenizer(config, checkpoint, output_dir, partial(main_first, runtime))
@@ -104,7 +106,7 @@ def open_run(config: Config, runtime: Runtime) -> Opened:
         attention=attention,
         tokenizer=tokenizer,
     )
-    for sentence in (*chosen, *more):
+    for sentence in (*chosen, *checked, *more):
         reporter.say(sentence)
     return Opened(
         config=config,
