@@ -7,7 +7,7 @@ may be prepared in parts, and a start after an interruption goes on with the set
 import re
 import shlex
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from itertools import islice
 from pathlib import Path
@@ -16,10 +16,11 @@ from typing import Any
 from neobert.config.command_line import parse_command_line
 from neobert.config.schema import Config
 from neobert.config.schema_contrastive import PairSource
-from neobert.contrastive.reading import HubRows, describes_columns, open_source, read_hub
+from neobert.contrastive.reading import HubRows, Opened, describes_columns, open_source, read_hub
 from neobert.contrastive.rows import FORM_WORDS
 from neobert.contrastive.sets import SETS, choose_set
 from neobert.contrastive.store import SetInfo, list_sets, read_info, sets_folder, write_manifest, write_set
+from neobert.data.decompress import strip_codec
 from neobert.data.errors import DataError
 
 ALL = ("all", "refinedweb")
@@ -90,7 +91,7 @@ def name_source(source: PairSource) -> NamedSource:
     known = choose_set(source.name)
     if known is not None and not describes_columns(source) and not Path(source.name).exists():
         return NamedSource(key=known, source=source)
-    stem = re.sub(r"\.(jsonl|json|csv|tsv|parquet)(\.gz|\.zst)?$", "", source.name.rstrip("/").split("/")[-1])
+    stem = re.sub(r"\.(jsonl|ndjson|json|csv|tsv|parquet)$", "", strip_codec(source.name.rstrip("/").split("/")[-1]))
     parts = [stem, *([source.config] if source.config else []), *([source.split] if source.split else [])]
     return NamedSource(key=re.sub(r"[^\w.-]+", "_", "-".join(parts)), source=source)
 
@@ -101,8 +102,13 @@ def describe(source: PairSource) -> dict[str, Any]:
     return {name: list(value) if isinstance(value, tuple) else value for name, value in values.items()}
 
 
-def prepare(config: Config, hub: HubRows = read_hub) -> list[tuple[SetInfo, bool]]:
+def prepare(
+    config: Config, hub: HubRows = read_hub, tell: Callable[[Opened], None] = lambda opened: None
+) -> list[tuple[SetInfo, bool]]:
     """Prepares the sets of a config; each with whether it was made now.
+
+    Args:
+        tell: takes every source that was read.
 
     Raises:
         DataError: a source cannot be read; sets that were complete before stay.
@@ -126,10 +132,19 @@ def prepare(config: Config, hub: HubRows = read_hub) -> list[tuple[SetInfo, bool
             opened = open_source(item.source, hub)
             examples = islice(opened.examples, item.source.max_pairs)
             info = write_set(folder, item.key, opened.form, examples, source)
+            tell(opened)
         assert info is not None
         done.append((info, fresh))
         write_manifest(data.path)
     return done
+
+
+def _say_found(opened: Opened) -> None:
+    """Prints what was found in the files of a set."""
+    for note in opened.found.notes():
+        print(f"{opened.label}: {note}")
+    for text in opened.found.warnings():
+        print(f"warning: {opened.label}: {text}", file=sys.stderr)
 
 
 def preprocess_command(words: Sequence[str]) -> str:
@@ -144,7 +159,7 @@ def run_preprocess(argv: list[str], description: str) -> int:
         print(f"error: task: {config.task} is for scripts/pretraining/preprocess.py", file=sys.stderr)
         return 2
     try:
-        done = prepare(config)
+        done = prepare(config, tell=_say_found)
     except (DataError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2

@@ -7,6 +7,7 @@ of any size takes the same memory, and reading a document costs about a microsec
 import hashlib
 import json
 from collections.abc import Sequence
+from contextlib import suppress
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -15,8 +16,9 @@ import numpy as np
 import pyarrow as pa
 from numpy.typing import NDArray
 
-from neobert.data.columns import choose_text_column
+from neobert.data.columns import choose_candidates, choose_text_column, split_schema
 from neobert.data.errors import DataError
+from neobert.data.inventory import NO_FILES, Inventory
 from neobert.data.lanes import State
 from neobert.data.order import Permutation, key
 from neobert.data.sharing import check_part, too_few
@@ -31,6 +33,7 @@ MANIFEST = "manifest.json"
 
 _SAMPLE = 4096
 _LANE_DOCUMENTS = 256
+_EXAMPLES = 100
 
 
 def load_table(folder: Path) -> pa.Table:
@@ -202,6 +205,7 @@ class IndexedTexts:
     fingerprint: str
     notes: list[str]
     num_bytes: int
+    inventory: Inventory = NO_FILES
 
     def __len__(self) -> int:
         raise NotImplementedError
@@ -255,9 +259,9 @@ class ArrowTexts(IndexedTexts):
 
     def __init__(self, folder: Path, column: str | None) -> None:
         table = load_table(folder)
-        texts = [f.name for f in table.schema if pa.types.is_string(f.type) or pa.types.is_large_string(f.type)]
-        others = [f.name for f in table.schema if f.name not in texts]
-        name, note = choose_text_column(texts, others, column, str(folder))
+        texts, others = split_schema(table.schema, column)
+        candidates = choose_candidates({name: _examples(table.column(name)) for name in texts}, column)
+        name, note = choose_text_column(candidates, [*others, *(set(texts) - set(candidates))], column, str(folder))
         self._texts = table.column(name)
         if not len(self._texts):
             raise DataError(f"dataset.path: {folder} has no documents; write it again, or name another folder")
@@ -272,8 +276,17 @@ class ArrowTexts(IndexedTexts):
         return len(self._texts)
 
     def text(self, document: int) -> str | None:
-        text: str | None = self._texts[document].as_py()
-        return text
+        text: str | bytes | None = self._texts[document].as_py()
+        return text.decode("utf-8") if isinstance(text, bytes) else text
+
+
+def _examples(column: pa.ChunkedArray) -> list[str]:
+    """Some texts of a column."""
+    found = []
+    for cell in column[:_EXAMPLES]:
+        with suppress(UnicodeDecodeError):
+            found.append(cell.as_py())
+    return [text for text in found if isinstance(text, str)]
 
 
 class PermutedReader:

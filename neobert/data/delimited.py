@@ -11,7 +11,8 @@ from typing import BinaryIO
 from neobert.data.columns import choose_text_column
 from neobert.data.errors import DataError
 from neobert.data.files import DataFile, cannot_read
-from neobert.data.lines import BOM, FAULTS, Entry, FileSource, build_file_source, drop_empty_files
+from neobert.data.intake import inspect_files
+from neobert.data.lines import BOM, FAULTS, Entry, FileSource, build_file_source
 from neobert.data.network import is_transient
 from neobert.data.spec import SourceSpec
 from neobert.data.text import ShardFault
@@ -107,7 +108,7 @@ def open_delimited(files: Sequence[DataFile], spec: SourceSpec) -> FileSource:
     Raises:
         DataError: there is no text column.
     """
-    kept, notes = drop_empty_files(files, spec)
+    kept = inspect_files(files, spec)
     headers: dict[str, list[str]] = {}
     for file in kept:
         try:
@@ -126,7 +127,7 @@ def open_delimited(files: Sequence[DataFile], spec: SourceSpec) -> FileSource:
             raise DataError(
                 f"dataset.path: the header of {url} is {', '.join(header)}; every file needs column {column!r}, once"
             )
-    return build_file_source(kept, Delimited(headers, column), [note, *notes], spec)
+    return build_file_source(kept, Delimited(headers, column), [note], spec)
 
 
 def _columns(file: DataFile, columns: list[str]) -> tuple[list[str], list[str]]:

@@ -17,6 +17,7 @@ from neobert.data.arrow import ArrowTexts, TokenStore
 from neobert.data.collate import Collator, build_row
 from neobert.data.encode import encode_documents
 from neobert.data.errors import DataError
+from neobert.data.inventory import NO_FILES, Inventory
 from neobert.data.lanes import LaneSettings, Window
 from neobert.data.opening import Place, Source, View
 from neobert.data.order import key
@@ -171,6 +172,8 @@ class Evaluation(NamedTuple):
     """For each source, where its held-out documents end in the training split; None when none are held out."""
 
     notes: list[str]
+    inventory: Inventory = NO_FILES
+    """Files of the evaluation splits."""
 
 
 def choose_evaluation(
@@ -184,8 +187,9 @@ def choose_evaluation(
     settings = replace(settings, packing="best_fit" if config.datacollator.pack_sequences else "one_per_row")
     chosen = _choose_splits(config, sources)
     nothing: list[Place | None] = [None] * len(sources)
+    inventory = NO_FILES
     if any(split is not None for split in chosen):
-        found, notes = _collect_splits(config, sources, chosen, settings)
+        found, notes, inventory = _collect_splits(config, sources, chosen, settings)
         held_out = nothing
     elif config.dataset.eval_samples or config.dataset.validation_split:
         found = _collect_held_out(config, sources, train, settings)
@@ -196,7 +200,7 @@ def choose_evaluation(
         note = "no evaluation: no validation split, and neither dataset.eval_samples nor validation_split is set"
         return Evaluation(None, nothing, [note])
     if not any(documents.num_documents for documents in found):
-        return Evaluation(None, nothing, ["no evaluation: the evaluation split has no usable documents"])
+        return Evaluation(None, nothing, ["no evaluation: the evaluation split has no usable documents"], inventory)
     eval_set = EvalSet(
         found,
         settings,
@@ -204,7 +208,7 @@ def choose_evaluation(
         batch_rows=config.trainer.per_device_eval_batch_size,
         max_batches=config.trainer.eval_max_batches,
     )
-    return Evaluation(eval_set, held_out, notes)
+    return Evaluation(eval_set, held_out, notes, inventory)
 
 
 def _choose_splits(config: Config, sources: Sequence[Source]) -> list[SplitSlice | None]:
@@ -228,17 +232,18 @@ def _choose_splits(config: Config, sources: Sequence[Source]) -> list[SplitSlice
 
 def _collect_splits(
     config: Config, sources: Sequence[Source], chosen: Sequence[SplitSlice | None], settings: LaneSettings
-) -> tuple[list[EvalDocuments], list[str]]:
+) -> tuple[list[EvalDocuments], list[str], Inventory]:
     pairs = [(source, split) for source, split in zip(sources, chosen) if split is not None]
     shares = _share(config.dataset.eval_samples, [source.spec.weight for source, _ in pairs])
-    found, notes = [], []
+    found, notes, inventory = [], [], NO_FILES
     for (source, split), share in zip(pairs, shares):
         view = source.open(split)
+        inventory += view.inventory
         documents = _collect(view, source, settings, _choose_limit(config, view, share, len(pairs)))
         found.append(documents)
         of = f" of {source.spec.label}" if len(sources) > 1 else ""
         notes += [f"evaluating on {documents.num_documents} documents of split {str(split)!r}{of}", *view.notes]
-    return found, notes
+    return found, notes, inventory
 
 
 def _collect_held_out(

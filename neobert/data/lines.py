@@ -1,18 +1,22 @@
-"""Files of lines read with byte cursors: JSON lines, plain text, CSV; plain, .gz or .zst, local or remote.
+"""Files of lines read with byte cursors: JSON lines, plain text, CSV; plain or compressed, local or remote.
 
 A plain file is cut into byte ranges, one for each lane, where its format allows that: a record belongs to the range
-that holds its first byte, so none is lost or read twice. A compressed file cannot be cut and goes whole to one lane; to
-go on in its middle everything before must be decompressed, therefore consecutive windows keep the file open.
+that holds its first byte, so none is lost or read twice. A file that is compressed, or in another form than lines of
+UTF-8, cannot be cut and goes whole to one lane; to go on in its middle everything before must be decompressed or
+recoded, therefore consecutive windows keep the file open.
 """
 
 from collections.abc import Callable, Sequence
-from typing import BinaryIO, NamedTuple, Protocol
+from typing import BinaryIO, NamedTuple, Protocol, TypeVar
 
 from neobert.data.decompress import DAMAGED, skip_bytes
-from neobert.data.errors import DataError
 from neobert.data.files import DataFile, cannot_read, fingerprint_files
+from neobert.data.intake import Inspected, read_all
+from neobert.data.inventory import FileReport, Sample
 from neobert.data.lanes import State
+from neobert.data.look import remedy_for_latin1
 from neobert.data.network import is_transient
+from neobert.data.sampling import sample_file
 from neobert.data.sharing import (
     MIN_LANE_BYTES,
     STREAM_LANES,
@@ -32,9 +36,6 @@ BOM = b"\xef\xbb\xbf"
 FAULTS = (OSError, *DAMAGED)
 """What reading a file that is gone, damaged or not allowed raises; errors of the network are among them."""
 
-_SMALL_COMPRESSED = 128
-"""Bytes of a compressed file that may have nothing in it."""
-
 
 class Entry(NamedTuple):
     """A record as a format reads it."""
@@ -48,6 +49,8 @@ class Entry(NamedTuple):
     line: int = 1
     """The line of the record, from 1, that the problem is in."""
 
+
+Result = TypeVar("Result")
 
 ReadEntry = Callable[[BinaryIO, DataFile, int], Entry | None]
 
@@ -104,7 +107,7 @@ class FileShard:
                 start, offset, problem = offset, offset + entry.size, entry.problem
                 if problem is not None:
                     place = self._count_lines(start) if line is None else self._lines_to_begin() + line
-                    problem = f"{self._file.url}:{place + entry.line}: {problem}"
+                    problem = f"{self._file.name_line(place + entry.line)}: {problem}"
                 line = None if line is None else line + entry.num_lines
                 yield Record((self.number << 40) | start, entry.text, problem, {"offset": offset, "line": line})
         except GeneratorExit:
@@ -153,7 +156,7 @@ class FileShard:
                     return file, start
                 file.close()
             file = self._file.open()
-            if self._file.is_compressed:
+            if self._file.is_streamed:
                 skip_bytes(file, start)
             elif offset is None and start:
                 start = self._format.align(file, start)
@@ -200,7 +203,9 @@ class FileSource(ShardedSource):
     ) -> None:
         super().__init__(place, [file.text_bytes for file in files])
         self._files, self._format, self.notes, self.fingerprint = list(files), form, notes, fingerprint
-        self._cuttable = form.cuttable and not any(file.is_compressed for file in files)
+        self._cuttable = form.cuttable and not any(file.is_streamed for file in files)
+        self.reports: dict[str, FileReport] = {}
+        """What is known of its files, those that were taken out too."""
 
     def build_shard(self, stretch: Stretch) -> FileShard:
         begin, end = stretch.after or {"offset": 0}, stretch.until or {"offset": None}
@@ -255,39 +260,67 @@ class FileSource(ShardedSource):
         return {"shard": place, "position": self.build_shard(Stretch(place, None, None)).align(left)}
 
 
-def drop_empty_files(files: Sequence[DataFile], spec: SourceSpec) -> tuple[list[DataFile], list[str]]:
-    """The files with something in them, and a note about the others.
-
-    Raises:
-        DataError: all of them are empty.
-    """
-    kept = [file for file in files if not _is_empty(file)]
-    if not kept:
-        raise DataError(f"dataset.path: {spec.label} has no text: all of its {len(files)} files are empty")
-    num_empty = len(files) - len(kept)
-    return kept, [f"{num_empty} empty files are passed over"] if num_empty else []
-
-
-def build_file_source(
-    files: Sequence[DataFile], form: LineFormat, notes: Sequence[str], spec: SourceSpec
-) -> FileSource:
+def build_file_source(found: Inspected, form: LineFormat, notes: Sequence[str], spec: SourceSpec) -> FileSource:
     """A source over files of one format.
 
     Raises:
-        DataError: one cannot be read, and `spec.on_bad_shard` is error.
+        DataError: one has no text or cannot be read, and `spec.on_bad_shard` is error.
     """
-    fingerprint = fingerprint_files(files, skip_unreadable=spec.on_bad_shard == "skip")
-    return FileSource(files, form, place=spec.label, notes=list(notes), fingerprint=fingerprint)
+    if not found.is_sampled:
+        check_samples(found, lambda file: sample_lines(file, form))
+    fingerprint = fingerprint_files(found.kept, skip_unreadable=spec.on_bad_shard == "skip")
+    source = FileSource(found.kept, form, place=spec.label, notes=[*notes, *found.notes], fingerprint=fingerprint)
+    source.reports = found.reports
+    return source
 
 
-def _is_empty(file: DataFile) -> bool:
-    """Whether there is nothing in a file; compressed ones are opened when they are small enough for that."""
-    if not file.is_compressed or not 0 < file.size < _SMALL_COMPRESSED:
-        return file.size == 0
-    try:
-        with file.open() as opened:
-            return not opened.read(1)
-    except FAULTS as error:
-        if is_transient(error):
-            raise
-        return False
+def check_samples(found: Inspected, read: Callable[[DataFile], Sample]) -> None:
+    """Samples the files, and takes out those in which no record can be read.
+
+    Raises:
+        DataError: there are any, and such files are not skipped.
+    """
+    problems = {}
+    for file, sample in read_samples(found, read):
+        found.reports[file.url] = found.reports[file.url].with_sample(sample)
+        if sample.num_bad and not sample.num_usable:
+            problems[file.url] = describe_cause(file, sample)
+    found.is_sampled = True
+    found.drop(problems)
+
+
+def read_samples(found: Inspected, read: Callable[[DataFile], Result]) -> list[tuple[DataFile, Result]]:
+    """`read` of the files that are to be sampled. A damaged one has none; that is noted, and an error in its turn."""
+
+    def try_read(file: DataFile) -> Result | ShardFault:
+        try:
+            return read(file)
+        except ShardFault as error:
+            return error
+
+    samples = []
+    files = found.to_sample()
+    for file, sample in zip(files, read_all(files, try_read)):
+        if isinstance(sample, ShardFault):
+            found.report(file.url, remark=str(sample))
+        else:
+            samples.append((file, sample))
+    return samples
+
+
+def sample_lines(file: DataFile, form: LineFormat) -> Sample:
+    """Samples a file of lines.
+
+    Raises:
+        ShardFault: it cannot be read.
+    """
+    # Line numbers count from where a place begins; counting those before would mean reading them.
+    return sample_file(file, lambda begin, end: FileShard(file, 0, form, begin, end), cuttable=form.cuttable)
+
+
+def describe_cause(file: DataFile, sample: Sample) -> str:
+    """Why a file has no text, from the first record that cannot be read."""
+    problem, remedy = str(sample.problem), "correct the file"
+    if "codec can't decode" in problem:
+        remedy = remedy_for_latin1(file)
+    return f"has no text: no record of its sample can be read, {problem}; {remedy}"

@@ -16,6 +16,7 @@ from neobert.data.batch_size import BatchSchedule, build_batch_schedule
 from neobert.data.collate import Collator, MaskPolicy
 from neobert.data.encode import limit_threads
 from neobert.data.evaluation import EvalSet, choose_evaluation
+from neobert.data.inventory import NO_FILES, Inventory
 from neobert.data.lanes import State
 from neobert.data.loader import Loader, LoaderSettings, OrderIdentity, sum_counters
 from neobert.data.opening import Place, Source, View, list_sources, open_training_texts
@@ -46,6 +47,9 @@ class DataPipeline:
 
     notes: tuple[str, ...]
     """What was found and chosen, for the console."""
+
+    inventory: Inventory
+    """The files of all sources."""
 
     @property
     def has_eval(self) -> bool:
@@ -163,6 +167,7 @@ def build_data(
     )
     found = [note for source, view in zip(sources, views) for note in _note_source(source, view)]
     threads = _note_threads(section, loader_settings)
+    inventory = sum((view.inventory for view in views), NO_FILES) + evaluation.inventory
     return DataPipeline(
         tokenizer=tokenizer,
         train=train,
@@ -175,7 +180,15 @@ def build_data(
             section.sample_by,
             [(part.view.fingerprint, part.view.begin, part.view.end, part.weight) for part in parts],
         ),
-        notes=(*found, *train.notes, *_note_shared_lanes(train, reader.world), *evaluation.notes, threads),
+        inventory=inventory,
+        notes=(
+            *found,
+            *inventory.notes(),
+            *train.notes,
+            *_note_shared_lanes(train, reader.world),
+            *evaluation.notes,
+            threads,
+        ),
     )
 
 

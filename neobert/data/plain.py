@@ -5,11 +5,14 @@ Blank lines before a document and white space after it are left out, and Windows
 
 import re
 from collections.abc import Sequence
+from functools import lru_cache
 from typing import BinaryIO
 
 from neobert.data.files import DataFile
+from neobert.data.intake import inspect_files
+from neobert.data.inventory import Sample
 from neobert.data.jsonl import Lines
-from neobert.data.lines import BOM, Entry, FileSource, LineFormat, build_file_source, drop_empty_files
+from neobert.data.lines import BOM, Entry, FileSource, LineFormat, build_file_source, check_samples, sample_lines
 from neobert.data.spec import SourceSpec
 
 _LOOK_BACK = 1 << 16
@@ -90,12 +93,22 @@ SAMPLE_BY: dict[str, LineFormat] = {"line": TextLines(), "paragraph": Paragraphs
 
 
 def open_text(files: Sequence[DataFile], spec: SourceSpec) -> FileSource:
-    """Plain text files, in the order given."""
-    kept, notes = drop_empty_files(files, spec)
+    """Plain text files, in the order given.
+
+    Raises:
+        DataError: a file has no text.
+    """
+    found = inspect_files(files, spec)
+    check_samples(found, _sample)
     others = ", ".join(word for word in SAMPLE_BY if word != spec.sample_by)
     unit = "file" if spec.sample_by == "document" else spec.sample_by
-    notes = [f"one document a {unit} of plain text (dataset.sample_by: {spec.sample_by}; or {others})", *notes]
-    return build_file_source(kept, SAMPLE_BY[spec.sample_by], notes, spec)
+    note = f"one document a {unit} of plain text (dataset.sample_by: {spec.sample_by}; or {others})"
+    return build_file_source(found, SAMPLE_BY[spec.sample_by], [note], spec)
+
+
+@lru_cache(maxsize=1 << 14)
+def _sample(file: DataFile) -> Sample:
+    return sample_lines(file, TextLines())  # Whatever a document is: lines tell the encoding.
 
 
 def _entry(raw: bytes, num_lines: int, start: int) -> Entry:

@@ -7,7 +7,9 @@ from pathlib import Path
 from typing import Literal
 
 from neobert.config.schema_data import DatasetSection
+from neobert.data.decompress import codec_of_name
 from neobert.data.errors import DataError
+from neobert.data.files import kind_of_name
 
 PYTHON_STDLIB = "python_stdlib"
 """The name of the corpus that is always there."""
@@ -122,8 +124,8 @@ def _parse_name(word: str, base: SourceSpec) -> SourceSpec:
 
 
 def _has_suffix(source: str) -> bool:
-    endings = (".jsonl", ".ndjson", ".json", ".txt", ".text", ".csv", ".tsv", ".parquet", ".gz", ".zst", ".arrow")
-    return source.lower().endswith(endings)
+    name = source.lower()
+    return kind_of_name(name) is not None or codec_of_name(name) is not None or name.endswith(".arrow")
 
 
 def _as_tuple(value: str | tuple[str, ...]) -> tuple[str, ...]:

@@ -12,6 +12,7 @@ from typing import NamedTuple, Protocol
 import numpy as np
 
 from neobert.data.errors import DataError
+from neobert.data.inventory import Inventory
 from neobert.data.lanes import IntArray, State
 from neobert.data.order import Permutation, key
 
@@ -100,6 +101,9 @@ class TextSource(Protocol):
 
     notes: list[str]
     """What was found and chosen, for the console."""
+
+    inventory: Inventory
+    """Its files."""
 
     def records(self, span: Span = WHOLE) -> Records:
         """Records in source order."""

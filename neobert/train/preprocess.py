@@ -44,6 +44,10 @@ def run_preprocess(argv: Sequence[str], description: str) -> int:
         print("stopped; the same command goes on where it was", file=sys.stderr)
         return 130
     for source in prepared:
+        for note in source.inventory.notes():
+            print(f"{source.spec.label}: {note}")
+        for text in source.inventory.warnings():
+            print(f"warning: {text}", file=sys.stderr)
         for split, manifest in source.manifests.items():
             print(
                 f"{source.folder / split}: {manifest['num_documents']:,} documents, {manifest['num_tokens']:,} tokens; "

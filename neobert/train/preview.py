@@ -47,7 +47,7 @@ def preview(config: Config) -> str:
         finally:
             loader.close()
     batches = [batch for batch in step.micro_batches if isinstance(batch, PackedBatch)]
-    lines = list(data.notes)
+    lines = [*data.notes, *(f"warning: {text}" for text in data.inventory.warnings()), *data.inventory.table()]
     lines += describe_rows(batches[0], tokenizer)
     return "\n".join([*lines, *describe_mix(batches, config, tokenizer)])
 

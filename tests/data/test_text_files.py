@@ -169,9 +169,11 @@ def test_only_the_text_column_is_read(tmp_path, monkeypatch):
 
 def test_parquet_files_that_differ_or_hold_tokens(tmp_path):
     pq.write_table(pa.table({"text": ["x"]}), tmp_path / "a.parquet")
-    pq.write_table(pa.table({"content": ["x"]}), tmp_path / "b.parquet")
-    with pytest.raises(DataError, match=r"'text' is not a text column of .*b.parquet \(columns: content\)"):
+    pq.write_table(pa.table({"title": ["x y"], "body": ["x z"]}), tmp_path / "b.parquet")
+    with pytest.raises(DataError, match=r"b.parquet has no text column 'text' \(columns: title, body\)"):
         open_source(tmp_path)
+    pq.write_table(pa.table({"content": ["y"]}), tmp_path / "b.parquet")
+    assert texts_of(open_source(tmp_path)) == ["x", "y"]
     pq.write_table(pa.table({"input_ids": [[1, 2]]}), tmp_path / "c.parquet")
     with pytest.raises(DataError, match=r"c.parquet holds input_ids and no text.*load_dataset.*save_to_disk"):
         open_source(tmp_path / "c.parquet")
