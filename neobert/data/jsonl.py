@@ -2,13 +2,15 @@
 
 import json
 from collections.abc import Sequence
-from typing import Any, BinaryIO
+from contextlib import closing
+from typing import Any
 
 from neobert.data.columns import choose_text_column
 from neobert.data.errors import DataError
 from neobert.data.files import DataFile, cannot_read
 from neobert.data.lines import BOM, FAULTS, Entry, FileSource, build_file_source, drop_empty_files
 from neobert.data.network import is_transient
+from neobert.data.record_file import RecordFile
 from neobert.data.spec import SourceSpec
 
 COLUMN_SAMPLE = 100
@@ -20,15 +22,15 @@ class Lines:
 
     cuttable = True
 
-    def align(self, file: BinaryIO, begin: int) -> int:
+    def align(self, file: RecordFile, begin: int) -> int:
         # The line that reaches over `begin` belongs to the range before; one byte back, in case a line ends there.
         file.seek(begin - 1)
-        file.readline()
+        file.read_line()
         return file.tell()
 
-    def skip(self, file: BinaryIO, data_file: DataFile, start: int) -> Entry | None:
-        raw = file.readline()
-        return Entry(len(raw), 1) if raw else None
+    def skip(self, file: RecordFile, data_file: DataFile, start: int) -> Entry | None:
+        line = file.read_line()
+        return None if line is None else Entry(line.size, 1)
 
 
 class JsonLines(Lines):
@@ -37,12 +39,14 @@ class JsonLines(Lines):
     def __init__(self, column: str) -> None:
         self._column = column
 
-    def read(self, file: BinaryIO, data_file: DataFile, start: int) -> Entry | None:
-        raw = file.readline()
-        if not raw:
+    def read(self, file: RecordFile, data_file: DataFile, start: int) -> Entry | None:
+        line = file.read_line()
+        if line is None:
             return None
-        text, problem = parse_line(raw if start else raw.removeprefix(BOM), self._column)
-        return Entry(len(raw), 1, text, problem)
+        if line.problem is not None:
+            return Entry(line.size, 1, None, line.problem)
+        text, problem = parse_line(line.content if start else line.content.removeprefix(BOM), self._column)
+        return Entry(line.size, 1, text, problem)
 
 
 def parse_line(raw: bytes, column: str) -> tuple[str | None, str | None]:
@@ -84,8 +88,9 @@ def _sample(files: Sequence[DataFile], spec: SourceSpec) -> list[dict[str, Any]]
     found: list[dict[str, Any]] = []
     for data_file in files:
         try:
-            with data_file.open() as file:
-                for number, raw in enumerate(file):
+            with closing(RecordFile(data_file.open(), spec.max_record_bytes)) as file:
+                for number, line in enumerate(iter(file.read_line, None)):
+                    raw = line.content
                     if number == 0:
                         raw = raw.removeprefix(BOM)
                         _check_no_array(raw, data_file)

@@ -6,13 +6,16 @@ go on in its middle everything before must be decompressed, therefore consecutiv
 """
 
 from collections.abc import Callable, Sequence
-from typing import BinaryIO, NamedTuple, Protocol
+from contextlib import closing
+from typing import NamedTuple, Protocol
 
+from neobert.config.schema_data import MAX_RECORD_BYTES
 from neobert.data.decompress import DAMAGED, skip_bytes
 from neobert.data.errors import DataError
 from neobert.data.files import DataFile, cannot_read, fingerprint_files
 from neobert.data.lanes import State
 from neobert.data.network import is_transient
+from neobert.data.record_file import RecordFile
 from neobert.data.sharing import (
     MIN_LANE_BYTES,
     STREAM_LANES,
@@ -24,7 +27,7 @@ from neobert.data.sharing import (
     share_out,
 )
 from neobert.data.spec import SourceSpec
-from neobert.data.text import Reader, Record, Records, ShardFault, ShardReader, Share, Span
+from neobert.data.text import Reader, Record, Records, ShardFault, ShardReader, Share, Span, add_limit
 
 BOM = b"\xef\xbb\xbf"
 """Some programs write this mark at the beginning of a file; it is not part of the text."""
@@ -49,7 +52,7 @@ class Entry(NamedTuple):
     """The line of the record, from 1, that the problem is in."""
 
 
-ReadEntry = Callable[[BinaryIO, DataFile, int], Entry | None]
+ReadEntry = Callable[[RecordFile, DataFile, int], Entry | None]
 
 
 class LineFormat(Protocol):
@@ -58,13 +61,13 @@ class LineFormat(Protocol):
     cuttable: bool
     """Whether byte ranges of a plain file can be read apart."""
 
-    def align(self, file: BinaryIO, begin: int) -> int:
+    def align(self, file: RecordFile, begin: int) -> int:
         """Moves a seekable file to the first border between records at or after `begin`; returns where that is."""
 
-    def read(self, file: BinaryIO, data_file: DataFile, start: int) -> Entry | None:
+    def read(self, file: RecordFile, data_file: DataFile, start: int) -> Entry | None:
         """The record at byte `start`, where the file stands; None at the end of the file."""
 
-    def skip(self, file: BinaryIO, data_file: DataFile, start: int) -> Entry | None:
+    def skip(self, file: RecordFile, data_file: DataFile, start: int) -> Entry | None:
         """The same without looking into it more than needed."""
 
 
@@ -79,12 +82,14 @@ class FileShard:
         begin: int = 0,
         end: int | None = None,
         line: int | None = 0,
+        max_record_bytes: int = MAX_RECORD_BYTES,
     ) -> None:
         """
         Args:
             line: lines before `begin`; None: they are counted when a bad record is to be named.
         """
-        self._parked: tuple[int, BinaryIO] | None = None
+        self._parked: tuple[int, RecordFile] | None = None
+        self._max_record_bytes = max_record_bytes
         self._file, self.number, self._format, self._begin, self._end = file, number, form, begin, end
         self._lines_before = line
         self.size = max(0, (file.text_bytes if end is None else end) - begin)
@@ -119,7 +124,7 @@ class FileShard:
         """Position behind the record with this number, or behind the last one, and how many that were."""
         line = passed = 0
         file, offset = self._open(0)
-        with file:
+        with closing(file):
             while passed < count:
                 entry = self._read_entry(self._format.skip, file, offset)
                 if entry is None:
@@ -130,7 +135,7 @@ class FileShard:
     def align(self, begin: int) -> State:
         """The position of the first border between records at or after byte `begin` of a plain file."""
         try:
-            with self._file.open() as file:
+            with closing(RecordFile(self._file.open(), self._max_record_bytes)) as file:
                 return {"offset": self._format.align(file, begin), "line": None}
         except FAULTS as error:
             self._check_fault(error)
@@ -140,10 +145,10 @@ class FileShard:
         if self._parked is not None:
             self._parked[1].close()
 
-    def _open(self, offset: int | None) -> tuple[BinaryIO, int]:
+    def _open(self, offset: int | None) -> tuple[RecordFile, int]:
         parked, self._parked = self._parked, None
         start = self._begin if offset is None else offset
-        file: BinaryIO | None = None
+        file: RecordFile | None = None
         try:
             if parked is not None:
                 file = parked[1]
@@ -152,9 +157,10 @@ class FileShard:
                         self._file.check_unchanged()
                     return file, start
                 file.close()
-            file = self._file.open()
+            opened = self._file.open()
+            file = RecordFile(opened, self._max_record_bytes)
             if self._file.is_compressed:
-                skip_bytes(file, start)
+                skip_bytes(opened, start)
             elif offset is None and start:
                 start = self._format.align(file, start)
             else:
@@ -166,7 +172,7 @@ class FileShard:
             raise
         return file, start
 
-    def _read_entry(self, read: ReadEntry, file: BinaryIO, offset: int) -> Entry | None:
+    def _read_entry(self, read: ReadEntry, file: RecordFile, offset: int) -> Entry | None:
         try:
             return read(file, self._file, offset)
         except FAULTS as error:
@@ -196,18 +202,23 @@ class FileSource(ShardedSource):
     """Files of one format, one after the other."""
 
     def __init__(
-        self, files: Sequence[DataFile], form: LineFormat, *, place: str, notes: list[str], fingerprint: str
+        self,
+        files: Sequence[DataFile],
+        form: LineFormat,
+        *,
+        place: str,
+        notes: list[str],
+        fingerprint: str,
+        max_record_bytes: int,
     ) -> None:
         super().__init__(place, [file.text_bytes for file in files])
+        self._max_record_bytes = max_record_bytes
         self._files, self._format, self.notes, self.fingerprint = list(files), form, notes, fingerprint
         self._cuttable = form.cuttable and not any(file.is_compressed for file in files)
 
     def build_shard(self, stretch: Stretch) -> FileShard:
         begin, end = stretch.after or {"offset": 0}, stretch.until or {"offset": None}
-        line = None if stretch.after else 0
-        return FileShard(
-            self._files[stretch.number], stretch.number, self._format, begin["offset"], end["offset"], line
-        )
+        return self._range(stretch.number, begin["offset"], end["offset"], None if stretch.after else 0)
 
     def readers(self, share: Share) -> list[Reader]:
         if not self._cuttable:
@@ -220,7 +231,9 @@ class FileSource(ShardedSource):
 
         def build(count: int) -> list[Reader]:
             return [
-                ShardReader([self._range(*span) for span in spans_of_lane], share, lane)
+                ShardReader(
+                    [self._range(n, begin, end, None if begin else 0) for n, begin, end in spans_of_lane], share, lane
+                )
                 for lane, spans_of_lane in enumerate(cut_spans(spans, count))
             ]
 
@@ -241,8 +254,8 @@ class FileSource(ShardedSource):
             until=self._border(number + 1, count) if number + 1 < count else None,
         )
 
-    def _range(self, number: int, begin: int, end: int) -> FileShard:
-        return FileShard(self._files[number], number, self._format, begin, end, None if begin else 0)
+    def _range(self, number: int, begin: int, end: int | None, line: int | None) -> FileShard:
+        return FileShard(self._files[number], number, self._format, begin, end, line, self._max_record_bytes)
 
     def _border(self, number: int, count: int) -> State:
         """The border between records behind `number` of `count` equal runs of bytes."""
@@ -277,7 +290,14 @@ def build_file_source(
         DataError: one cannot be read, and `spec.on_bad_shard` is error.
     """
     fingerprint = fingerprint_files(files, skip_unreadable=spec.on_bad_shard == "skip")
-    return FileSource(files, form, place=spec.label, notes=list(notes), fingerprint=fingerprint)
+    return FileSource(
+        files,
+        form,
+        place=spec.label,
+        notes=list(notes),
+        fingerprint=add_limit(fingerprint, spec.max_record_bytes),
+        max_record_bytes=spec.max_record_bytes,
+    )
 
 
 def _is_empty(file: DataFile) -> bool:

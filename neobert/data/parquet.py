@@ -3,6 +3,7 @@
 A position is `{"row": rows of the group already read}`. To go on in the middle of a group, its rows before are read
 again and passed over, so the cost is bounded by one group. The footers are read once, when the source is opened; with
 `dataset.on_bad_shard: skip`, a file whose footer cannot be read becomes one shard that fails when its turn comes.
+The library decodes whole pages: a cell over `dataset.max_record_bytes` is in memory with its page until it is refused.
 """
 
 from collections.abc import Iterator, Sequence
@@ -14,6 +15,7 @@ from typing import BinaryIO
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from neobert.data.arrow import as_text
 from neobert.data.columns import choose_text_column
 from neobert.data.errors import DataError
 from neobert.data.files import DataFile, cannot_read, fingerprint_files
@@ -30,7 +32,7 @@ from neobert.data.sharing import (
     too_few,
 )
 from neobert.data.spec import SourceSpec
-from neobert.data.text import Reader, Record, Records, ShardFault, ShardReader, Share
+from neobert.data.text import Reader, Record, Records, ShardFault, ShardReader, Share, TooLong, add_limit
 
 _BATCH_ROWS = 256
 _BUFFER_BYTES = 1 << 20
@@ -66,7 +68,10 @@ Value = tuple[str | None, str | None]
 class RowGroupShard:
     """Rows [begin, end) of a row group. Consecutive readings go on in the file that the one before left open."""
 
-    def __init__(self, row_group: RowGroup, number: int, column: str, begin: int, end: int | None) -> None:
+    def __init__(
+        self, row_group: RowGroup, number: int, column: str, begin: int, end: int | None, max_record_bytes: int
+    ) -> None:
+        self._max_record_bytes = max_record_bytes
         self._parked: tuple[int, BinaryIO, Iterator[Value]] | None = None
         self._row_group, self.number, self._column, self._begin = row_group, number, column, begin
         self._end = row_group.num_rows if end is None else end
@@ -118,10 +123,12 @@ class RowGroupShard:
 
     def _values(self, file: BinaryIO, first: int) -> Iterator[Value]:
         opened = pq.ParquetFile(file, buffer_size=_BUFFER_BYTES, pre_buffer=False, page_checksum_verification=True)
-        row = 0
-        for batch in opened.iter_batches(_BATCH_ROWS, row_groups=[self._row_group.group], columns=[self._column]):
+        row, limit = 0, self._max_record_bytes
+        row_bytes = self._row_group.text_bytes // max(1, self._row_group.num_rows)
+        batch_rows = max(1, min(_BATCH_ROWS, limit // max(1, row_bytes)))
+        for batch in opened.iter_batches(batch_rows, row_groups=[self._row_group.group], columns=[self._column]):
             if row + len(batch) > first:
-                yield from _texts(batch.column(0).slice(max(0, first - row)))
+                yield from _texts(batch.column(0).slice(max(0, first - row)), limit)
             row += len(batch)
 
 
@@ -129,16 +136,25 @@ class ParquetSource(ShardedSource):
     """Parquet files, one after the other."""
 
     def __init__(
-        self, row_groups: Sequence[RowGroup], column: str, *, place: str, notes: list[str], fingerprint: str
+        self,
+        row_groups: Sequence[RowGroup],
+        column: str,
+        *,
+        place: str,
+        notes: list[str],
+        fingerprint: str,
+        max_record_bytes: int,
     ) -> None:
         super().__init__(place, [row_group.text_bytes for row_group in row_groups])
+        self._max_record_bytes = max_record_bytes
         self._row_groups, self._column = row_groups, column
         self.notes, self.fingerprint = notes, fingerprint
 
     def build_shard(self, stretch: Stretch) -> RowGroupShard:
         begin, end = stretch.after or {"row": 0}, stretch.until or {"row": None}
         row_group = self._row_groups[stretch.number]
-        return RowGroupShard(row_group, stretch.number, self._column, begin["row"], end["row"])
+        limit = self._max_record_bytes
+        return RowGroupShard(row_group, stretch.number, self._column, begin["row"], end["row"], limit)
 
     def readers(self, share: Share) -> list[Reader]:
         stretches = find_bounds(share.span, len(self._sizes)).stretches()
@@ -190,7 +206,14 @@ def open_parquet(files: Sequence[DataFile], spec: SourceSpec) -> ParquetSource:
     if not first_row:
         raise DataError(f"dataset.path: {spec.label} has no text: all of its {len(files)} files are empty")
     fingerprint = fingerprint_files(files, skip_unreadable=skip)
-    return ParquetSource(row_groups, column, place=spec.label, notes=[note], fingerprint=fingerprint)
+    return ParquetSource(
+        row_groups,
+        column,
+        place=spec.label,
+        notes=[note],
+        fingerprint=add_limit(fingerprint, spec.max_record_bytes),
+        max_record_bytes=spec.max_record_bytes,
+    )
 
 
 def _read_footer(file: DataFile, skip: bool) -> _Footer | None:
@@ -242,12 +265,15 @@ def _is_text(kind: pa.DataType) -> bool:
     return bool(pa.types.is_string(kind) or pa.types.is_large_string(kind) or pa.types.is_string_view(kind))
 
 
-def _texts(values: pa.Array) -> Iterator[Value]:
+def _texts(values: pa.Array, max_record_bytes: int) -> Iterator[Value]:
     try:
-        yield from [(text, None) for text in values.to_pylist()]
+        if values.nbytes <= max_record_bytes:  # So no cell is larger.
+            yield from [(text, None) for text in values.to_pylist()]
+            return
     except UnicodeDecodeError:
-        for value in values:
-            try:
-                yield value.as_py(), None
-            except UnicodeDecodeError as error:
-                yield None, str(error)
+        pass
+    for value in values:
+        try:
+            yield as_text(value, max_record_bytes), None
+        except (UnicodeDecodeError, TooLong) as error:
+            yield None, str(error)
