@@ -38,7 +38,7 @@ DELIMITERS = {",": "commas", ";": "semicolons", "\t": "tabs", "|": "bars"}
 
 _SAMPLE_ROWS = 100
 _HEAD_BYTES = 1 << 20
-_NAMED_BY_EXCEL = re.compile(r"sep=(.)")
+_NAMED_BY_EXCEL = re.compile(r"sep=([,;\t|])")
 """A line before the header that says what separates the columns."""
 
 _MANY_LINES = 16
@@ -225,7 +225,7 @@ def read_header(file: DataFile, wanted: str | None = None) -> Header:
     usual = delimiter = "\t" if ".tsv" in file.name.lower() else ","
     lines = _read_head(file)
     begin = next((number for number, line in enumerate(lines) if line.strip()), len(lines))
-    if begin < len(lines) and (named := _NAMED_BY_EXCEL.fullmatch(lines[begin].strip())) is not None:
+    if begin < len(lines) and (named := _NAMED_BY_EXCEL.fullmatch(lines[begin].rstrip("\r\n"))) is not None:
         delimiter, begin = named[1], begin + 1
     columns, num_lines = _parse_header(file, lines[begin:], delimiter)
     if len(columns) == 1 and columns[0] != wanted:
@@ -326,7 +326,7 @@ def _note_delimiters(headers: Mapping[str, Header]) -> list[str]:
     counts = Counter(header.delimiter for header in headers.values() if header.is_guess)
     first = {d: next(url for url, header in headers.items() if header.delimiter == d) for d in counts}
     return [
-        f"{DELIMITERS.get(delimiter, repr(delimiter))} between the columns of {first[delimiter]}"
+        f"{DELIMITERS[delimiter]} between the columns of {first[delimiter]}"
         + (f" and {count - 1} more files" if count > 1 else "")
         + ", as the header has them"
         for delimiter, count in counts.items()
