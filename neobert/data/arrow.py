@@ -16,13 +16,14 @@ import numpy as np
 import pyarrow as pa
 from numpy.typing import NDArray
 
+from neobert.config.schema_data import MAX_RECORD_BYTES
 from neobert.data.columns import choose_candidates, choose_text_column, split_schema
 from neobert.data.errors import DataError
 from neobert.data.inventory import NO_FILES, Inventory
 from neobert.data.lanes import State
 from neobert.data.order import Permutation, key
 from neobert.data.sharing import check_part, too_few
-from neobert.data.text import WHOLE, Reader, Record, Records, Share, Span
+from neobert.data.text import WHOLE, Reader, Record, Records, Share, Span, TooLong, add_limit
 from neobert.data.tokenizer import Tokenizer
 
 INDEXED_LANES = 64
@@ -211,14 +212,18 @@ class IndexedTexts:
         raise NotImplementedError
 
     def text(self, document: int) -> str | None:
-        """The text of a document, None when it has none."""
+        """The text of a document, None when it has none.
+
+        Raises:
+            UnicodeDecodeError, TooLong: it is a bad record.
+        """
         raise NotImplementedError
 
     def record(self, document: int, cursor: State) -> Record:
         """The record of one document."""
         try:
             text = self.text(document)
-        except UnicodeDecodeError as error:
+        except (UnicodeDecodeError, TooLong) as error:
             return Record(document, None, f"{self._label()}, number {document + 1}: {error}", cursor)
         return Record(document, text if text is not None and text.strip() else None, None, cursor)
 
@@ -257,7 +262,8 @@ class IndexedTexts:
 class ArrowTexts(IndexedTexts):
     """A folder of `save_to_disk` with a text column: random access to texts, tokenised when a window opens."""
 
-    def __init__(self, folder: Path, column: str | None) -> None:
+    def __init__(self, folder: Path, column: str | None, max_record_bytes: int = MAX_RECORD_BYTES) -> None:
+        self._max_record_bytes = max_record_bytes
         table = load_table(folder)
         texts, others = split_schema(table.schema, column)
         candidates = choose_candidates({name: _examples(table.column(name)) for name in texts}, column)
@@ -270,14 +276,13 @@ class ArrowTexts(IndexedTexts):
         digest = hashlib.sha256(f"{len(self._texts)}\0".encode())
         for document in np.unique(np.linspace(0, max(0, len(self._texts) - 1), 64).astype(int))[: len(self._texts)]:
             digest.update(str(self._texts[int(document)].as_py())[:65536].encode("utf-8", "surrogatepass"))
-        self.fingerprint = f"sha256:{digest.hexdigest()}"
+        self.fingerprint = add_limit(f"sha256:{digest.hexdigest()}", max_record_bytes)
 
     def __len__(self) -> int:
         return len(self._texts)
 
     def text(self, document: int) -> str | None:
-        text: str | bytes | None = self._texts[document].as_py()
-        return text.decode("utf-8") if isinstance(text, bytes) else text
+        return as_text(self._texts[document], self._max_record_bytes)
 
 
 def _examples(column: pa.ChunkedArray) -> list[str]:
@@ -309,6 +314,20 @@ class PermutedReader:
             documents = (permute(places) if self._share.shuffle else places) + self._first
             for position, document in zip(positions.tolist(), documents.tolist()):
                 yield self._texts.record(document, {"position": position + 1})
+
+
+def as_text(value: pa.Scalar, max_record_bytes: int) -> str | None:
+    """The text of a cell, None for null.
+
+    Raises:
+        TooLong: it has more than `max_record_bytes` bytes.
+        UnicodeDecodeError: it is not UTF-8.
+    """
+    value = value.value if isinstance(value, pa.DictionaryScalar) else value
+    if value is not None and value.is_valid and (size := value.as_buffer().size) > max_record_bytes:
+        raise TooLong(size, max_record_bytes)
+    text: str | bytes | None = None if value is None else value.as_py()
+    return text.decode("utf-8") if isinstance(text, bytes) else text
 
 
 def choose_indexed_lanes(num_documents: int, window_documents: int) -> int:

@@ -84,7 +84,8 @@ def inspect_files(files: Sequence[DataFile], spec: SourceSpec) -> Inspected:
             reports[file.url] = FileReport(url=file.url)
             continue
         remark = "empty" if seen.is_empty else "only blank lines" if seen.is_blank else seen.damage
-        reports[file.url] = FileReport(url=file.url, content=seen.content, remark=remark)
+        sampled = 0 if remark is not None else None
+        reports[file.url] = FileReport(url=file.url, content=seen.content, remark=remark, num_sampled=sampled)
         if seen.problem is not None:
             problems[file.url] = seen.problem
         if seen.is_empty:

@@ -108,7 +108,9 @@ class Inventory:
         sampled = [report for report in kept if report.num_sampled is not None]
         if sampled:
             total, usable = (sum(getattr(r, name) or 0 for r in sampled) for name in ("num_sampled", "num_usable"))
-            scope = "" if len(sampled) == len(kept) else f" (of {len(sampled):,} files; not every file was sampled)"
+            opened = {r.split for r in sampled}
+            is_whole = all(r.num_sampled is not None for r in kept if r.split in opened)
+            scope = "" if is_whole else f" of {count_files(len(sampled))}; not every file was sampled"
             lines.append(f"text in {usable:,} of {total:,} sampled records{scope}")
         by_word = [r for r in kept if r.word is not None]
         for split in dict.fromkeys(r.split for r in by_word if r.split != "train"):

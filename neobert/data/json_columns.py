@@ -16,7 +16,15 @@ from neobert.data.files import DataFile
 from neobert.data.intake import Inspected, inspect_files
 from neobert.data.inventory import Sample
 from neobert.data.jsonl import JsonLines, parse_record
-from neobert.data.lines import FileShard, FileSource, build_file_source, describe_cause, read_samples, sample_lines
+from neobert.data.lines import (
+    FileShard,
+    FileSource,
+    build_file_source,
+    describe_cause,
+    is_hopeless,
+    read_samples,
+    sample_lines,
+)
 from neobert.data.spec import SourceSpec
 from neobert.data.text import ShardFault
 
@@ -113,7 +121,7 @@ def open_jsonl(files: Sequence[DataFile], spec: SourceSpec) -> FileSource:
         {
             file.url: describe_cause(file, fields.sample)
             for file, fields in samples.items()
-            if fields.sample.num_bad and not fields.num_objects
+            if is_hopeless(fields.sample) and not fields.num_objects
         }
     )
     usual, note = _choose_usual(found, samples, spec)

@@ -2,10 +2,11 @@
 
 import json
 from collections.abc import Callable
-from typing import Any, BinaryIO
+from typing import Any
 
 from neobert.data.files import DataFile
 from neobert.data.lines import BOM, Entry
+from neobert.data.record_file import RecordFile
 
 
 class Lines:
@@ -13,15 +14,15 @@ class Lines:
 
     cuttable = True
 
-    def align(self, file: BinaryIO, begin: int) -> int:
+    def align(self, file: RecordFile, begin: int) -> int:
         # The line that reaches over `begin` belongs to the range before; one byte back, in case a line ends there.
         file.seek(begin - 1)
-        file.readline()
+        file.read_line()
         return file.tell()
 
-    def skip(self, file: BinaryIO, data_file: DataFile, start: int) -> Entry | None:
-        raw = file.readline()
-        return Entry(len(raw), 1) if raw else None
+    def skip(self, file: RecordFile, data_file: DataFile, start: int) -> Entry | None:
+        line = file.read_line()
+        return None if line is None else Entry(line.size, 1)
 
 
 class JsonLines(Lines):
@@ -31,12 +32,14 @@ class JsonLines(Lines):
         self._column, self._column_of = column, column_of
         self._columns: dict[str, str] = {}
 
-    def read(self, file: BinaryIO, data_file: DataFile, start: int) -> Entry | None:
-        raw = file.readline()
-        if not raw:
+    def read(self, file: RecordFile, data_file: DataFile, start: int) -> Entry | None:
+        line = file.read_line()
+        if line is None:
             return None
-        text, problem = self.parse(raw if start else raw.removeprefix(BOM), data_file)
-        return Entry(len(raw), 1, text, problem)
+        if line.problem is not None:
+            return Entry(line.size, 1, None, line.problem)
+        text, problem = self.parse(line.content if start else line.content.removeprefix(BOM), data_file)
+        return Entry(line.size, 1, text, problem)
 
     def parse(self, raw: bytes, data_file: DataFile) -> tuple[str | None, str | None]:
         """(text, problem) of a line."""

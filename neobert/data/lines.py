@@ -7,8 +7,10 @@ recoded, therefore consecutive windows keep the file open.
 """
 
 from collections.abc import Callable, Sequence
-from typing import BinaryIO, NamedTuple, Protocol, TypeVar
+from contextlib import closing
+from typing import NamedTuple, Protocol, TypeVar
 
+from neobert.config.schema_data import MAX_RECORD_BYTES
 from neobert.data.decompress import DAMAGED, skip_bytes
 from neobert.data.files import DataFile, cannot_read, fingerprint_files
 from neobert.data.intake import Inspected, read_all
@@ -16,6 +18,7 @@ from neobert.data.inventory import FileReport, Sample
 from neobert.data.lanes import State
 from neobert.data.look import remedy_for_latin1
 from neobert.data.network import is_transient
+from neobert.data.record_file import RecordFile
 from neobert.data.sampling import sample_file
 from neobert.data.sharing import (
     MIN_LANE_BYTES,
@@ -28,7 +31,7 @@ from neobert.data.sharing import (
     share_out,
 )
 from neobert.data.spec import SourceSpec
-from neobert.data.text import Reader, Record, Records, ShardFault, ShardReader, Share, Span
+from neobert.data.text import Reader, Record, Records, ShardFault, ShardReader, Share, Span, add_limit
 
 BOM = b"\xef\xbb\xbf"
 """Some programs write this mark at the beginning of a file; it is not part of the text."""
@@ -52,7 +55,7 @@ class Entry(NamedTuple):
 
 Result = TypeVar("Result")
 
-ReadEntry = Callable[[BinaryIO, DataFile, int], Entry | None]
+ReadEntry = Callable[[RecordFile, DataFile, int], Entry | None]
 
 
 class LineFormat(Protocol):
@@ -61,13 +64,13 @@ class LineFormat(Protocol):
     cuttable: bool
     """Whether byte ranges of a plain file can be read apart."""
 
-    def align(self, file: BinaryIO, begin: int) -> int:
+    def align(self, file: RecordFile, begin: int) -> int:
         """Moves a seekable file to the first border between records at or after `begin`; returns where that is."""
 
-    def read(self, file: BinaryIO, data_file: DataFile, start: int) -> Entry | None:
+    def read(self, file: RecordFile, data_file: DataFile, start: int) -> Entry | None:
         """The record at byte `start`, where the file stands; None at the end of the file."""
 
-    def skip(self, file: BinaryIO, data_file: DataFile, start: int) -> Entry | None:
+    def skip(self, file: RecordFile, data_file: DataFile, start: int) -> Entry | None:
         """The same without looking into it more than needed."""
 
 
@@ -82,12 +85,14 @@ class FileShard:
         begin: int = 0,
         end: int | None = None,
         line: int | None = 0,
+        max_record_bytes: int = MAX_RECORD_BYTES,
     ) -> None:
         """
         Args:
             line: lines before `begin`; None: they are counted when a bad record is to be named.
         """
-        self._parked: tuple[int, BinaryIO] | None = None
+        self._parked: tuple[int, RecordFile] | None = None
+        self._max_record_bytes = max_record_bytes
         self._file, self.number, self._format, self._begin, self._end = file, number, form, begin, end
         self._lines_before = line
         self.size = max(0, (file.text_bytes if end is None else end) - begin)
@@ -122,7 +127,7 @@ class FileShard:
         """Position behind the record with this number, or behind the last one, and how many that were."""
         line = passed = 0
         file, offset = self._open(0)
-        with file:
+        with closing(file):
             while passed < count:
                 entry = self._read_entry(self._format.skip, file, offset)
                 if entry is None:
@@ -133,7 +138,7 @@ class FileShard:
     def align(self, begin: int) -> State:
         """The position of the first border between records at or after byte `begin` of a plain file."""
         try:
-            with self._file.open() as file:
+            with closing(RecordFile(self._file.open(), self._max_record_bytes)) as file:
                 return {"offset": self._format.align(file, begin), "line": None}
         except FAULTS as error:
             self._check_fault(error)
@@ -143,10 +148,10 @@ class FileShard:
         if self._parked is not None:
             self._parked[1].close()
 
-    def _open(self, offset: int | None) -> tuple[BinaryIO, int]:
+    def _open(self, offset: int | None) -> tuple[RecordFile, int]:
         parked, self._parked = self._parked, None
         start = self._begin if offset is None else offset
-        file: BinaryIO | None = None
+        file: RecordFile | None = None
         try:
             if parked is not None:
                 file = parked[1]
@@ -155,9 +160,10 @@ class FileShard:
                         self._file.check_unchanged()
                     return file, start
                 file.close()
-            file = self._file.open()
+            opened = self._file.open()
+            file = RecordFile(opened, self._max_record_bytes)
             if self._file.is_streamed:
-                skip_bytes(file, start)
+                skip_bytes(opened, start)
             elif offset is None and start:
                 start = self._format.align(file, start)
             else:
@@ -169,7 +175,7 @@ class FileShard:
             raise
         return file, start
 
-    def _read_entry(self, read: ReadEntry, file: BinaryIO, offset: int) -> Entry | None:
+    def _read_entry(self, read: ReadEntry, file: RecordFile, offset: int) -> Entry | None:
         try:
             return read(file, self._file, offset)
         except FAULTS as error:
@@ -199,9 +205,17 @@ class FileSource(ShardedSource):
     """Files of one format, one after the other."""
 
     def __init__(
-        self, files: Sequence[DataFile], form: LineFormat, *, place: str, notes: list[str], fingerprint: str
+        self,
+        files: Sequence[DataFile],
+        form: LineFormat,
+        *,
+        place: str,
+        notes: list[str],
+        fingerprint: str,
+        max_record_bytes: int,
     ) -> None:
         super().__init__(place, [file.text_bytes for file in files])
+        self._max_record_bytes = max_record_bytes
         self._files, self._format, self.notes, self.fingerprint = list(files), form, notes, fingerprint
         self._cuttable = form.cuttable and not any(file.is_streamed for file in files)
         self.reports: dict[str, FileReport] = {}
@@ -209,10 +223,7 @@ class FileSource(ShardedSource):
 
     def build_shard(self, stretch: Stretch) -> FileShard:
         begin, end = stretch.after or {"offset": 0}, stretch.until or {"offset": None}
-        line = None if stretch.after else 0
-        return FileShard(
-            self._files[stretch.number], stretch.number, self._format, begin["offset"], end["offset"], line
-        )
+        return self._range(stretch.number, begin["offset"], end["offset"], None if stretch.after else 0)
 
     def readers(self, share: Share) -> list[Reader]:
         if not self._cuttable:
@@ -225,7 +236,9 @@ class FileSource(ShardedSource):
 
         def build(count: int) -> list[Reader]:
             return [
-                ShardReader([self._range(*span) for span in spans_of_lane], share, lane)
+                ShardReader(
+                    [self._range(n, begin, end, None if begin else 0) for n, begin, end in spans_of_lane], share, lane
+                )
                 for lane, spans_of_lane in enumerate(cut_spans(spans, count))
             ]
 
@@ -246,8 +259,8 @@ class FileSource(ShardedSource):
             until=self._border(number + 1, count) if number + 1 < count else None,
         )
 
-    def _range(self, number: int, begin: int, end: int) -> FileShard:
-        return FileShard(self._files[number], number, self._format, begin, end, None if begin else 0)
+    def _range(self, number: int, begin: int, end: int | None, line: int | None) -> FileShard:
+        return FileShard(self._files[number], number, self._format, begin, end, line, self._max_record_bytes)
 
     def _border(self, number: int, count: int) -> State:
         """The border between records behind `number` of `count` equal runs of bytes."""
@@ -269,7 +282,14 @@ def build_file_source(found: Inspected, form: LineFormat, notes: Sequence[str], 
     if not found.is_sampled:
         check_samples(found, lambda file: sample_lines(file, form))
     fingerprint = fingerprint_files(found.kept, skip_unreadable=spec.on_bad_shard == "skip")
-    source = FileSource(found.kept, form, place=spec.label, notes=[*notes, *found.notes], fingerprint=fingerprint)
+    source = FileSource(
+        found.kept,
+        form,
+        place=spec.label,
+        notes=[*notes, *found.notes],
+        fingerprint=add_limit(fingerprint, spec.max_record_bytes),
+        max_record_bytes=spec.max_record_bytes,
+    )
     source.reports = found.reports
     return source
 
@@ -283,7 +303,7 @@ def check_samples(found: Inspected, read: Callable[[DataFile], Sample]) -> None:
     problems = {}
     for file, sample in read_samples(found, read):
         found.reports[file.url] = found.reports[file.url].with_sample(sample)
-        if sample.num_bad and not sample.num_usable:
+        if is_hopeless(sample):
             problems[file.url] = describe_cause(file, sample)
     found.is_sampled = True
     found.drop(problems)
@@ -316,6 +336,11 @@ def sample_lines(file: DataFile, form: LineFormat) -> Sample:
     """
     # Line numbers count from where a place begins; counting those before would mean reading them.
     return sample_file(file, lambda begin, end: FileShard(file, 0, form, begin, end), cuttable=form.cuttable)
+
+
+def is_hopeless(sample: Sample) -> bool:
+    """Whether no record can be read. One that is too long says nothing about the others."""
+    return bool(sample.num_bad and not sample.num_usable and "dataset.max_record_bytes" not in str(sample.problem))
 
 
 def describe_cause(file: DataFile, sample: Sample) -> str:

@@ -3,6 +3,7 @@
 A position is `{"row": rows of the group already read}`. To go on in the middle of a group, its rows before are read
 again and passed over, so the cost is bounded by one group. The footers are read once, when the source is opened; with
 `dataset.on_bad_shard: skip`, a file whose footer cannot be read becomes one shard that fails when its turn comes.
+The library decodes whole pages: a cell over `dataset.max_record_bytes` is in memory with its page until it is refused.
 """
 
 from collections.abc import Iterator, Mapping, Sequence
@@ -14,6 +15,7 @@ from typing import BinaryIO
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from neobert.data.arrow import as_text
 from neobert.data.columns import TEXT_COLUMNS, choose_text_column, may_be_text, split_schema
 from neobert.data.errors import DataError
 from neobert.data.files import DataFile, cannot_read, fingerprint_files
@@ -32,7 +34,7 @@ from neobert.data.sharing import (
     too_few,
 )
 from neobert.data.spec import SourceSpec
-from neobert.data.text import Reader, Record, Records, ShardFault, ShardReader, Share
+from neobert.data.text import Reader, Record, Records, ShardFault, ShardReader, Share, TooLong, add_limit
 
 _BATCH_ROWS = 256
 _BUFFER_BYTES = 1 << 20
@@ -70,7 +72,8 @@ Value = tuple[str | None, str | None]
 class RowGroupShard:
     """Rows [begin, end) of a row group. Consecutive readings go on in the file that the one before left open."""
 
-    def __init__(self, row_group: RowGroup, number: int, begin: int, end: int | None) -> None:
+    def __init__(self, row_group: RowGroup, number: int, begin: int, end: int | None, max_record_bytes: int) -> None:
+        self._max_record_bytes = max_record_bytes
         self._parked: tuple[int, BinaryIO, Iterator[Value]] | None = None
         self._row_group, self.number, self._begin = row_group, number, begin
         self._end = row_group.num_rows if end is None else end
@@ -122,20 +125,30 @@ class RowGroupShard:
 
     def _values(self, file: BinaryIO, first: int) -> Iterator[Value]:
         opened = pq.ParquetFile(file, buffer_size=_BUFFER_BYTES, pre_buffer=False, page_checksum_verification=True)
-        row = 0
-        for batch in opened.iter_batches(
-            _BATCH_ROWS, row_groups=[self._row_group.group], columns=[self._row_group.column]
-        ):
+        row, limit = 0, self._max_record_bytes
+        row_bytes = self._row_group.text_bytes // max(1, self._row_group.num_rows)
+        batch_rows = max(1, min(_BATCH_ROWS, limit // max(1, row_bytes)))
+        group, columns = self._row_group.group, [self._row_group.column]
+        for batch in opened.iter_batches(batch_rows, row_groups=[group], columns=columns):
             if row + len(batch) > first:
-                yield from _texts(batch.column(0).slice(max(0, first - row)))
+                yield from _texts(batch.column(0).slice(max(0, first - row)), limit)
             row += len(batch)
 
 
 class ParquetSource(ShardedSource):
     """Parquet files, one after the other."""
 
-    def __init__(self, row_groups: Sequence[RowGroup], *, place: str, notes: list[str], fingerprint: str) -> None:
+    def __init__(
+        self,
+        row_groups: Sequence[RowGroup],
+        *,
+        place: str,
+        notes: list[str],
+        fingerprint: str,
+        max_record_bytes: int,
+    ) -> None:
         super().__init__(place, [row_group.text_bytes for row_group in row_groups])
+        self._max_record_bytes = max_record_bytes
         self._row_groups = row_groups
         self.notes, self.fingerprint = notes, fingerprint
         self.reports: dict[str, FileReport] = {}
@@ -144,7 +157,7 @@ class ParquetSource(ShardedSource):
     def build_shard(self, stretch: Stretch) -> RowGroupShard:
         begin, end = stretch.after or {"row": 0}, stretch.until or {"row": None}
         row_group = self._row_groups[stretch.number]
-        return RowGroupShard(row_group, stretch.number, begin["row"], end["row"])
+        return RowGroupShard(row_group, stretch.number, begin["row"], end["row"], self._max_record_bytes)
 
     def readers(self, share: Share) -> list[Reader]:
         stretches = find_bounds(share.span, len(self._sizes)).stretches()
@@ -197,8 +210,13 @@ def open_parquet(files: Sequence[DataFile], spec: SourceSpec) -> ParquetSource:
     row_groups = _list_row_groups(found, footers, columns)
     if not any(row_group.num_rows for row_group in row_groups):
         raise DataError(f"dataset.path: {spec.label} has no text: all of its {len(files)} files are empty")
-    fingerprint = fingerprint_files(found.kept, skip_unreadable=skip)
-    source = ParquetSource(row_groups, place=spec.label, notes=[note, *found.notes], fingerprint=fingerprint)
+    source = ParquetSource(
+        row_groups,
+        place=spec.label,
+        notes=[note, *found.notes],
+        fingerprint=add_limit(fingerprint_files(found.kept, skip_unreadable=skip), spec.max_record_bytes),
+        max_record_bytes=spec.max_record_bytes,
+    )
     source.reports = found.reports
     return source
 
@@ -212,13 +230,14 @@ def _list_row_groups(
     for file in found:
         footer = footers[file.url]
         if footer is None:
-            found.report(file.url, remark="its footer cannot be read")
+            found.report(file.url, remark="its footer cannot be read", num_sampled=0)
             whole = RowGroup(file=file, group=0, first_row=first_row, num_rows=0, text_bytes=file.size, column="")
             row_groups.append(whole)
         elif file.url not in columns:
-            found.report(file.url, remark="empty")
+            found.report(file.url, remark="empty", num_sampled=0)
         elif pa.types.is_null(footer.schema.field(columns[file.url]).type):
-            found.report(file.url, remark=f"no text in its {footer.metadata.num_rows:,} rows")
+            rows = footer.metadata.num_rows
+            found.report(file.url, remark=f"no text in its {rows:,} rows", num_sampled=rows)
         else:
             groups = _row_groups(footer, columns[file.url], first_row)
             _report(found, footer, columns[file.url])
@@ -328,15 +347,18 @@ def _row_groups(footer: _Footer, column: str, first_row: int) -> list[RowGroup]:
     return found
 
 
-def _texts(values: pa.Array) -> Iterator[Value]:
+def _texts(values: pa.Array, max_record_bytes: int) -> Iterator[Value]:
     try:
-        yield from [(_decode(text), None) for text in values.to_pylist()]
+        if values.nbytes <= max_record_bytes:  # So no cell is larger.
+            yield from [(_decode(text), None) for text in values.to_pylist()]
+            return
     except UnicodeDecodeError:
-        for value in values:
-            try:
-                yield _decode(value.as_py()), None
-            except UnicodeDecodeError as error:
-                yield None, str(error)
+        pass
+    for value in values:
+        try:
+            yield as_text(value, max_record_bytes), None
+        except (UnicodeDecodeError, TooLong) as error:
+            yield None, str(error)
 
 
 def _decode(value: str | bytes | None) -> str | None:

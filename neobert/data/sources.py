@@ -215,7 +215,7 @@ def _check_folders(spec: SourceSpec, found: Sequence[DataFile]) -> None:
 
 def _open_saved(spec: SourceSpec, folder: Path, tokenizer: Tokenizer | None) -> Documents:
     if "input_ids" not in column_names(folder):
-        return ArrowTexts(folder, spec.text_column)
+        return ArrowTexts(folder, spec.text_column, spec.max_record_bytes)
     if tokenizer is None:
         raise DataError(f"{folder} is tokenised already; a tokenizer is trained on text")
     return TokenStore(folder, tokenizer)

@@ -6,7 +6,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal
 
-from neobert.config.schema_data import DatasetSection
+from neobert.config.schema_data import MAX_RECORD_BYTES, DatasetSection
 from neobert.data.decompress import codec_of_name
 from neobert.data.errors import DataError
 from neobert.data.files import kind_of_name
@@ -40,6 +40,7 @@ class SourceSpec:
     num_lanes: int | None = None
     on_bad_shard: Literal["error", "skip"] = "error"
     network_retries: int = 5
+    max_record_bytes: int = MAX_RECORD_BYTES
 
     @property
     def label(self) -> str:
@@ -73,6 +74,7 @@ def describe_sources(section: DatasetSection) -> tuple[SourceSpec, ...]:
         num_lanes=section.num_lanes,
         on_bad_shard=section.on_bad_shard,
         network_retries=section.network_retries,
+        max_record_bytes=section.max_record_bytes,
     )
     if section.path is not None:
         return (replace(base, path=_as_tuple(section.path)),)

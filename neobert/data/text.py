@@ -4,6 +4,7 @@ A reader yields records in an order that depends on nothing but its cursor, so a
 that opened it.
 """
 
+import hashlib
 import logging
 from collections.abc import Callable, Generator, Iterator, Sequence
 from dataclasses import dataclass
@@ -11,6 +12,7 @@ from typing import NamedTuple, Protocol
 
 import numpy as np
 
+from neobert.config.schema_data import MAX_RECORD_BYTES
 from neobert.data.errors import DataError
 from neobert.data.inventory import Inventory
 from neobert.data.lanes import IntArray, State
@@ -127,6 +129,20 @@ class TextSource(Protocol):
         Raises:
             DataError: the source cannot be cut into so many.
         """
+
+
+class TooLong(ValueError):
+    """A record of more bytes than `dataset.max_record_bytes`."""
+
+    def __init__(self, num_bytes: int, limit: int) -> None:
+        super().__init__(f"the record has {num_bytes:,} bytes, and dataset.max_record_bytes is {limit:,}")
+
+
+def add_limit(fingerprint: str, max_record_bytes: int) -> str:
+    """The fingerprint of the documents of data with this fingerprint: which records are too long is a part of it."""
+    if max_record_bytes == MAX_RECORD_BYTES:  # As in the fingerprints that were made before there was a limit.
+        return fingerprint
+    return "sha256:" + hashlib.sha256(f"{fingerprint}\0{max_record_bytes}".encode()).hexdigest()
 
 
 class ShardFault(DataError):

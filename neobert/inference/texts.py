@@ -118,10 +118,8 @@ def _open(path: str, label: str, text_column: str | None, split: str | None) -> 
 def _spool(stream: BinaryIO, folder: Path) -> Path:
     """A file with what a stream holds: sources are read by cursor, and twice where the column is to be found."""
     first = b""
-    for line in stream:
+    while not first.strip() and (line := stream.readline(1 << 20)):
         first += line
-        if line.strip():
-            break
     if not first.strip():
         raise DataError("the standard input is empty; pipe text or JSON lines into it")
     file = folder / ("stdin.jsonl" if first.lstrip().startswith(b"{") else "stdin.txt")

@@ -13,6 +13,7 @@ from neobert.data.errors import DataError
 from neobert.data.files import DataFile, local_file
 from neobert.data.lines import FileShard
 from neobert.data.plain import SAMPLE_BY, Paragraphs
+from neobert.data.record_file import RecordFile
 from neobert.data.sources import list_splits
 from neobert.data.spec import SourceSpec
 from neobert.data.text import Span
@@ -74,9 +75,9 @@ def test_borders_of_paragraphs_stay_where_they_are(tmp_path):
     path = tmp_path / "a.txt"
     path.write_bytes(b"\n\none\ntwo\n\n\n \nthree\r\n\r\nfour\n")
     with path.open("rb") as file:
-        borders = [Paragraphs().align(file, begin) for begin in range(1, path.stat().st_size)]
+        borders = [Paragraphs().align(RecordFile(file), begin) for begin in range(1, path.stat().st_size)]
         assert sorted(set(borders)) == [11, 23, 28]
-        assert [Paragraphs().align(file, border) for border in (11, 23)] == [11, 23]
+        assert [Paragraphs().align(RecordFile(file), border) for border in (11, 23)] == [11, 23]
 
 
 def test_csv_with_quotes_and_lines(tmp_path):
