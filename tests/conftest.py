@@ -27,7 +27,6 @@ from neobert.config.schema import Config
 from neobert.data.tokenizer import train_tokenizer
 
 
-
 @pytest.fixture(scope="session")
 def texts() -> list[str]:
     return make_texts(240)

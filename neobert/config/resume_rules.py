@@ -126,6 +126,7 @@ HELD_OUT = (
     "dataset.validation_split",
     "dataset.text_column",
     "dataset.sample_by",
+    "dataset.max_record_bytes",
 )
 """Change which documents train, and nothing else about the data: taken when declared, if they do."""
 

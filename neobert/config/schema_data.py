@@ -3,6 +3,9 @@
 from dataclasses import dataclass
 from typing import Literal
 
+MAX_RECORD_BYTES = 64 << 20
+"""Far above any document of text, far below the memory of any machine."""
+
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class MixtureSource:
@@ -107,7 +110,8 @@ class DatasetSection:
     """Documents, and the tails of split documents, with fewer tokens than this are dropped and counted."""
 
     num_lanes: int | None = None
-    """Independent readers whose rows take turns; null is 64 for indexed data and 16 for streams."""
+    """Independent readers whose rows take turns; null is 64 for indexed data and 16 for streams, fewer where a lane
+    would find no document to train on."""
 
     window_documents: int | None = None
     """Documents a lane shuffles and packs together; null is 1024 for indexed data and 256 for streams."""
@@ -120,7 +124,12 @@ class DatasetSection:
     """Longer texts are cut into pieces of this size, at white space, before they are tokenised."""
 
     max_bad_records: int = 100
-    """Records that cannot be read are counted and skipped; more of them than this in one lane's epoch stop the run."""
+    """Records that cannot be read are counted and skipped; more of them than this in one lane's epoch stop the run. A
+    broken quotation mark of CSV costs its line, which is a record here."""
+
+    max_record_bytes: int = MAX_RECORD_BYTES
+    """A longer record (a line of JSONL or text, a paragraph, a file, a row of CSV, a cell of Parquet) is never held in
+    memory: it is a bad record. The default is 64 MiB."""
 
     on_bad_shard: Literal["error", "skip"] = "error"
     """A file that cannot be opened or decompressed. error: stop. skip: go on with the next one, now and whenever this

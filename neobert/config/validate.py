@@ -40,6 +40,7 @@ _RANGES: tuple[tuple[str, _Test, tuple[str, ...]], ...] = (
             "dataset.num_proc",
             "dataset.window_documents",
             "dataset.max_document_chars",
+            "dataset.max_record_bytes",
             "dataset.prefetch_factor",
             "optimizer.muon_config.ns_steps",
             "optimizer.muon_config.clipping_interval",

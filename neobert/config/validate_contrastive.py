@@ -27,7 +27,6 @@ WITHOUT_EFFECT = (
     "dataset.window_documents",
     "dataset.shuffle_buffer_size",
     "dataset.max_document_chars",
-    "dataset.max_bad_records",
     "dataset.on_bad_shard",
     "dataset.network_retries",
     "dataset.num_proc",

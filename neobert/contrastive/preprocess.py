@@ -6,7 +6,8 @@ may be prepared in parts, and a start after an interruption goes on with the set
 
 import re
 import shlex
-from collections.abc import Mapping, Sequence
+import sys
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from itertools import islice
 from pathlib import Path
@@ -14,8 +15,9 @@ from typing import Any
 
 from neobert.config.schema import Config
 from neobert.config.schema_contrastive import PairSource
-from neobert.contrastive.reading import HubRows, describes_columns, open_source, read_hub
+from neobert.contrastive.reading import HubRows, Opened, describes_columns, open_source, read_hub
 from neobert.contrastive.store import SetInfo, list_sets, read_info, sets_folder, write_manifest, write_set
+from neobert.data.decompress import strip_codec
 from neobert.data.errors import DataError
 from neobert.data.known_sets import choose_set, list_names
 from neobert.secrets import hide_credentials
@@ -77,9 +79,8 @@ def name_source(source: PairSource) -> NamedSource:
     known = choose_set(source.name)
     if known is not None and not describes_columns(source) and not Path(source.name).exists():
         return NamedSource(key=known, source=source)
-    stem = re.sub(
-        r"\.(jsonl|json|csv|tsv|parquet)(\.gz|\.zst)?$", "", hide_credentials(source.name).rstrip("/").split("/")[-1]
-    )
+    last = strip_codec(hide_credentials(source.name).rstrip("/").split("/")[-1])
+    stem = re.sub(r"\.(jsonl|ndjson|json|csv|tsv|parquet)$", "", last)
     parts = [stem, *([source.config] if source.config else []), *([source.split] if source.split else [])]
     return NamedSource(key=re.sub(r"[^\w.-]+", "_", "-".join(parts)), source=source)
 
@@ -106,8 +107,13 @@ def _with_real_path(described: dict[str, Any]) -> dict[str, Any]:
     return {**described, "name": str(path.resolve())} if path.exists() else described
 
 
-def prepare(config: Config, hub: HubRows = read_hub) -> list[tuple[SetInfo, bool]]:
+def prepare(
+    config: Config, hub: HubRows = read_hub, tell: Callable[[Opened], None] = lambda opened: None
+) -> list[tuple[SetInfo, bool]]:
     """Prepares the sets of a config; each with whether it was made now.
+
+    Args:
+        tell: takes every source that was read.
 
     Raises:
         DataError: a source cannot be read; sets that were complete before stay.
@@ -131,10 +137,19 @@ def prepare(config: Config, hub: HubRows = read_hub) -> list[tuple[SetInfo, bool
             opened = open_source(item.source, hub)
             examples = islice(opened.examples, item.source.max_pairs)
             info = write_set(folder, item.key, opened.form, examples, source)
+            tell(opened)
         assert info is not None
         done.append((info, fresh))
         write_manifest(data.path)
     return done
+
+
+def say_found(opened: Opened) -> None:
+    """Prints what was found in the files of a set."""
+    for note in opened.found.notes():
+        print(f"{opened.label}: {note}")
+    for text in opened.found.warnings():
+        print(f"warning: {opened.label}: {text}", file=sys.stderr)
 
 
 def preprocess_command(words: Sequence[str]) -> str:

@@ -1,17 +1,17 @@
 """Where the rows of a set come from: the hub, files, folders, and relevance judgements between two collections.
 
 A local folder is one of three things: what `save_to_disk` wrote; `queries.jsonl`, `corpus.jsonl` and `qrels/SPLIT.tsv`
-(the layout of BEIR, Thakur et al., arXiv 2104.08663), which are joined to pairs; or files whose names begin with their
-split. Files are JSON lines, CSV, TSV (.gz and .zst too) or Parquet. Nothing is skipped in silence: a line that cannot
-be read stops the work and is named.
+(the layout of BEIR, Thakur et al., arXiv 2104.08663), which are joined to pairs; or files, whose split is a word of
+their name as in pretraining. Files are JSON lines, CSV, TSV (compressed too) or Parquet. Nothing is skipped in silence:
+a line that cannot be read stops the work and is named.
 """
 
 import csv
 import io
 import itertools
 import json
-from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -19,14 +19,23 @@ import pyarrow.parquet as pq
 from datasets import Dataset, DatasetDict, load_dataset, load_from_disk
 
 from neobert.config.schema_contrastive import PairSource
-from neobert.contrastive.rows import Example, Form, RawRow, as_number, as_text, choose_columns
+from neobert.contrastive.rows import FORM_WORDS, Example, Form, RawRow, as_number, as_text, choose_columns
 from neobert.contrastive.sets import SETS
-from neobert.data.decompress import DAMAGED, open_decompressed
+from neobert.data.decompress import DAMAGED
 from neobert.data.errors import DataError
+from neobert.data.files import DataFile, kind_of_name, local_file
+from neobert.data.intake import inspect_files
+from neobert.data.inventory import NO_FILES, FileReport, Inventory
 from neobert.data.known_sets import KNOWN_SETS, choose_set
+from neobert.data.sources import list_data_files
+from neobert.data.spec import SourceSpec
+from neobert.data.splits import SPLIT_WORDS, choose_train_split
 
-SPLITS = ("train", "validation", "valid", "eval", "test", "dev")
-_KINDS = (".jsonl", ".json", ".csv", ".tsv", ".parquet")
+_KINDS = ("JSON", "CSV", "Parquet")
+_ENDINGS = ".jsonl, .json, .csv, .tsv (also compressed: .gz, .zst, .xz, .bz2), .parquet"
+
+_COLUMN_SAMPLE = 100
+"""Rows whose columns are looked at."""
 
 HubRows = Callable[[str, str | None, str, str | None], Iterable[RawRow]]
 """`fn(name, config, split, revision)`: the rows of a hub dataset."""
@@ -40,6 +49,15 @@ class Opened:
     examples: Iterator[Example]
     label: str
     """What it is, for people."""
+
+    inventory: Inventory = NO_FILES
+    reports: dict[str, FileReport] = field(default_factory=dict)
+    """What the files gave, those that were read so far."""
+
+    @property
+    def found(self) -> Inventory:
+        """The files, and what those that were read gave."""
+        return self.inventory.with_content(self.reports)
 
 
 def read_hub(name: str, config: str | None, split: str, revision: str | None) -> Iterable[RawRow]:
@@ -87,7 +105,7 @@ def open_source(source: PairSource, hub: HubRows = read_hub) -> Opened:
 
 def looks_local(name: str) -> bool:
     """Whether a name can only be a path."""
-    return name.startswith(("/", ".", "~")) or name.removesuffix(".gz").removesuffix(".zst").endswith(_KINDS)
+    return name.startswith(("/", ".", "~")) or kind_of_name(name) in _KINDS
 
 
 def describes_columns(source: PairSource) -> bool:
@@ -148,18 +166,19 @@ def _open_local(source: PairSource, path: Path) -> Opened:
         raise DataError(f"{label} is on the disk; config and revision belong to datasets of the hub: remove them")
     if path.is_file():
         _check_no_split(source.split, label)
-        return _by_columns(source, read_file(path), label)
     if (path / "qrels").is_dir():
         split = source.split or "train"
         judgements = path / "qrels" / f"{split}.tsv"
         if not judgements.is_file():
             raise DataError(f"{judgements} is not there; name a split that is with split in contrastive.sets")
-        queries, corpus = (read_file(_find(path, name)) for name in ("queries", "corpus"))
-        return Opened(form="pairs", examples=join(read_file(judgements), queries, corpus), label=label)
+        rows, queries, corpus = (
+            read_file(_look_into([local_file(file)], file.name)[0])
+            for file in (judgements, *(_find(path, name) for name in ("queries", "corpus")))
+        )
+        return Opened(form="pairs", examples=join(rows, queries, corpus), label=label)
     if any((path / name).is_file() for name in ("dataset_dict.json", "state.json")):
         return _by_columns(source, _read_saved(path, source.split), label)
-    files = _files_of_split(path, source.split)
-    return _by_columns(source, (row for file in files for row in read_file(file)), label)
+    return _by_files(source, label)
 
 
 def _check_no_split(split: str | None, label: str) -> None:
@@ -168,24 +187,69 @@ def _check_no_split(split: str | None, label: str) -> None:
 
 
 def _find(folder: Path, stem: str) -> Path:
-    found = sorted(file for file in folder.glob(f"{stem}.*") if _kind(file))
+    found = sorted(file for file in folder.glob(f"{stem}.*") if kind_of_name(file.name) in _KINDS)
     if not found:
         raise DataError(f"{folder} has qrels/ but no {stem}.jsonl; put it there")
     return found[0]
 
 
-def _files_of_split(folder: Path, split: str | None) -> list[Path]:
-    files = sorted(file for file in folder.iterdir() if file.is_file() and _kind(file))
-    if not files:
-        raise DataError(f"{folder} has no files ending in {', '.join(_KINDS)} (also .gz, .zst)")
-    by_split = {word: [file for file in files if file.name.startswith(word)] for word in SPLITS}
-    if split is None:
-        return by_split["train"] or files
-    chosen = [file for file in files if file.name.startswith(split)]
-    if not chosen:
-        there = ", ".join(word for word, members in by_split.items() if members) or "no splits"
-        raise DataError(f"{folder} has no files whose names begin with {split}; there: {there}")
-    return chosen
+def _by_files(source: PairSource, label: str) -> Opened:
+    """The examples of a file or of the files of a split, each file with columns of its own."""
+    try:
+        found = list_data_files(SourceSpec(path=(label,)))
+    except DataError as error:
+        raise _reworded(error) from error
+    names = list(dict.fromkeys(found.splits.values()))
+    wanted = None if source.split is None else SPLIT_WORDS.get(source.split.lower(), source.split)
+    if wanted is not None and wanted not in names:
+        raise DataError(f"{label} has no split {source.split}; there: {', '.join(names)}")
+    try:
+        split = choose_train_split(names, wanted)
+    except DataError:
+        raise DataError(f"{label} has no training files; name a split with split: {', '.join(names)}") from None
+    files = _look_into(found.files_of(split), label)
+    reports: dict[str, FileReport] = {}
+    first = _by_columns(source, itertools.chain.from_iterable(map(read_file, files)), label)
+
+    def examples() -> Iterator[Example]:
+        for file in files:
+            opened = _choose_columns(source, read_file(file), file.url)
+            if opened is None:
+                continue
+            if opened.form != first.form:
+                raise DataError(
+                    f"{file.url} has {FORM_WORDS[opened.form]}, and the other files have {FORM_WORDS[first.form]}; "
+                    "name the columns in contrastive.sets, or the files in entries of their own"
+                )
+            count = 0
+            for count, example in enumerate(opened.examples, start=1):  # noqa: B007
+                yield example
+            remark = None if count else f"no {FORM_WORDS[opened.form]} in its rows"
+            reports[file.url] = FileReport(url=file.url, content=file.layers, num_usable=count, remark=remark)
+
+    return Opened(form=first.form, examples=examples(), label=label, inventory=found.inventory, reports=reports)
+
+
+def _look_into(files: Sequence[DataFile], label: str) -> list[DataFile]:
+    """The files with something in them.
+
+    Raises:
+        DataError: one is no file of rows.
+    """
+    others = [file.url for file in files if kind_of_name(file.name) not in _KINDS]
+    if others:
+        raise DataError(f"{others[0]} has no rows with named columns; name files ending in {_ENDINGS}")
+    try:
+        return inspect_files(files, SourceSpec(path=(label,))).kept
+    except DataError as error:
+        raise _reworded(error) from error
+
+
+def _reworded(error: DataError) -> DataError:
+    """The error in the words of `contrastive.sets`, where no file can be skipped."""
+    message = str(error).replace(", or pass over it with dataset.on_bad_shard: skip", "").replace("dataset.path: ", "")
+    message = message.replace(", or pass over them with dataset.on_bad_shard: skip", "")
+    return DataError(message.replace("take it out of dataset.path", "take it away"))
 
 
 def _read_saved(folder: Path, split: str | None) -> Iterable[RawRow]:
@@ -200,53 +264,56 @@ def _read_saved(folder: Path, split: str | None) -> Iterable[RawRow]:
     return data
 
 
-def _kind(path: Path) -> str | None:
-    name = path.name.removesuffix(".gz").removesuffix(".zst")
-    return next((kind for kind in _KINDS if name.endswith(kind)), None)
-
-
-def read_file(path: Path) -> Iterator[RawRow]:
+def read_file(file: DataFile) -> Iterator[RawRow]:
     """The rows of a file.
 
     Raises:
-        DataError: it is of no known kind, or a line of it cannot be read.
+        DataError: a line of it cannot be read.
     """
-    kind = _kind(path)
-    if kind is None:
-        raise DataError(f"{path} ends in none of {', '.join(_KINDS)} (also .gz, .zst)")
+    kind = kind_of_name(file.name)
     try:
-        if kind == ".parquet":
-            for batch in pq.ParquetFile(path).iter_batches():
+        if kind == "Parquet":
+            for batch in pq.ParquetFile(file.url).iter_batches():
                 yield from batch.to_pylist()
-        elif kind in (".csv", ".tsv"):
-            with path.open("rb") as raw, open_decompressed(raw, path.name) as file:
-                lines = io.TextIOWrapper(file, encoding="utf-8", newline="")
-                yield from csv.DictReader(lines, delimiter="\t" if kind == ".tsv" else ",")
+        elif kind == "CSV":
+            with file.open() as opened:
+                lines = io.TextIOWrapper(opened, encoding="utf-8-sig", newline="")
+                yield from csv.DictReader(lines, delimiter="\t" if ".tsv" in file.name.lower() else ",")
         else:
-            yield from _read_jsonl(path)
+            yield from _read_jsonl(file)
     except (OSError, UnicodeDecodeError, *DAMAGED) as error:
-        raise DataError(f"{path} cannot be read ({error}); mend the file") from error
+        raise DataError(f"{file.url} cannot be read ({error}); mend the file") from error
 
 
-def _read_jsonl(path: Path) -> Iterator[RawRow]:
-    with path.open("rb") as raw, open_decompressed(raw, path.name) as file:
-        for number, line in enumerate(file, start=1):
+def _read_jsonl(file: DataFile) -> Iterator[RawRow]:
+    with file.open() as opened:
+        for number, line in enumerate(opened, start=1):
             if not line.strip():
                 continue
             try:
                 row: Any = json.loads(line)
             except ValueError as error:
-                raise DataError(f"{path}, line {number} is no JSON ({error}); mend it or remove it") from error
+                raise DataError(f"{file.url}, line {number} is no JSON ({error}); mend it or remove it") from error
             if not isinstance(row, dict):
-                raise DataError(f"{path}, line {number} is no JSON object; write one object with named texts a line")
+                raise DataError(
+                    f"{file.url}, line {number} is no JSON object; write one object with named texts a line"
+                )
             yield row
 
 
 def _by_columns(source: PairSource, rows: Iterable[RawRow], label: str) -> Opened:
-    iterator = iter(rows)
-    first = next(iterator, None)
-    if first is None:
+    opened = _choose_columns(source, rows, label)
+    if opened is None:
         raise DataError(f"{label} has no rows")
-    columns = choose_columns(source, list(first), label)
-    examples = (example for row in itertools.chain([first], iterator) for example in columns.examples(row))
+    return opened
+
+
+def _choose_columns(source: PairSource, rows: Iterable[RawRow], label: str) -> Opened | None:
+    """Examples of rows by the columns that the first of them have; None where there are no rows."""
+    iterator = iter(rows)
+    first = list(itertools.islice(iterator, _COLUMN_SAMPLE))
+    if not first:
+        return None
+    columns = choose_columns(source, list(dict.fromkeys(name for row in first for name in row if name)), label)
+    examples = (example for row in itertools.chain(first, iterator) for example in columns.examples(row))
     return Opened(form=columns.form, examples=examples, label=label)

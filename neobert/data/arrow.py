@@ -7,6 +7,7 @@ of any size takes the same memory, and reading a document costs about a microsec
 import hashlib
 import json
 from collections.abc import Iterator, Sequence
+from contextlib import suppress
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -16,13 +17,15 @@ import pyarrow as pa
 import pyarrow.compute as pc
 from numpy.typing import NDArray
 
-from neobert.data.columns import choose_text_column
+from neobert.config.schema_data import MAX_RECORD_BYTES
+from neobert.data.columns import choose_candidates, choose_text_column, split_schema
 from neobert.data.errors import DataError
 from neobert.data.fingerprint import Fingerprint, digest_documents
+from neobert.data.inventory import NO_FILES, Inventory
 from neobert.data.lanes import State
 from neobert.data.order import Permutation, key
 from neobert.data.sharing import check_part, too_few
-from neobert.data.text import WHOLE, Reader, Record, Records, Share, Span
+from neobert.data.text import WHOLE, Reader, Record, Records, Share, Span, TooLong, add_limit
 from neobert.data.tokenizer import Tokenizer
 
 INDEXED_LANES = 64
@@ -33,6 +36,7 @@ MANIFEST = "manifest.json"
 
 _SAMPLE = 4096
 _LANE_DOCUMENTS = 256
+_EXAMPLES = 100
 
 
 def load_table(folder: Path) -> pa.Table:
@@ -247,19 +251,24 @@ class IndexedTexts:
     fingerprint: str
     notes: list[str]
     num_bytes: int
+    inventory: Inventory = NO_FILES
 
     def __len__(self) -> int:
         raise NotImplementedError
 
     def text(self, document: int) -> str | None:
-        """The text of a document, None when it has none."""
+        """The text of a document, None when it has none.
+
+        Raises:
+            UnicodeDecodeError, TooLong: it is a bad record.
+        """
         raise NotImplementedError
 
     def record(self, document: int, cursor: State) -> Record:
         """The record of one document."""
         try:
             text = self.text(document)
-        except UnicodeDecodeError as error:
+        except (UnicodeDecodeError, TooLong) as error:
             return Record(document, None, f"{self._label()}, number {document + 1}: {error}", cursor)
         return Record(document, text if text is not None and text.strip() else None, None, cursor)
 
@@ -298,27 +307,26 @@ class IndexedTexts:
 class ArrowTexts(IndexedTexts):
     """A folder of `save_to_disk` with a text column: random access to texts, tokenised when a window opens."""
 
-    def __init__(self, folder: Path, column: str | None) -> None:
+    def __init__(self, folder: Path, column: str | None, max_record_bytes: int = MAX_RECORD_BYTES) -> None:
+        self._max_record_bytes = max_record_bytes
         table = load_table(folder)
-        texts = [f.name for f in table.schema if pa.types.is_string(f.type) or pa.types.is_large_string(f.type)]
-        others = [f.name for f in table.schema if f.name not in texts]
-        name, note = choose_text_column(texts, others, column, str(folder))
+        texts, others = split_schema(table.schema, column)
+        candidates = choose_candidates({name: _examples(table.column(name)) for name in texts}, column)
+        name, note = choose_text_column(candidates, [*others, *(set(texts) - set(candidates))], column, str(folder))
         self._texts = table.column(name)
         if not len(self._texts):
             raise DataError(f"dataset.path: {folder} has no documents; write it again, or name another folder")
         self.notes = [note]
         self.num_bytes = self._texts.nbytes
-        self.fingerprint = self._make_fingerprint()
+        self.fingerprint = add_limit(self._make_fingerprint(), max_record_bytes)
 
     def _make_fingerprint(self) -> Fingerprint:
-        lengths = (
-            pc.fill_null(pc.binary_length(chunk), -1).to_numpy(zero_copy_only=False) for chunk in self._texts.chunks
-        )
+        lengths = map(_byte_lengths, self._texts.chunks)
         return Fingerprint(digest_documents(lengths, len(self), self._raw), self._first_fingerprint())
 
     def _raw(self, document: int) -> bytes | memoryview:
-        buffer = self._texts[document].as_buffer()
-        return b"" if buffer is None else memoryview(buffer)
+        cell = _plain_cell(self._texts[document])
+        return b"" if cell is None else memoryview(cell.as_buffer())
 
     def _first_fingerprint(self) -> str:
         """As versions before this form made it: heads of 64 documents."""
@@ -331,8 +339,34 @@ class ArrowTexts(IndexedTexts):
         return len(self._texts)
 
     def text(self, document: int) -> str | None:
-        text: str | None = self._texts[document].as_py()
-        return text
+        return as_text(self._texts[document], self._max_record_bytes)
+
+
+def _byte_lengths(chunk: pa.Array) -> NDArray[np.int64]:
+    """Bytes of every text of a column, -1 for null; `chunk` has any type that `split_schema` takes."""
+    if pa.types.is_null(chunk.type):
+        return np.full(len(chunk), -1)
+    if pa.types.is_dictionary(chunk.type):
+        chunk = chunk.dictionary_decode()
+    if pa.types.is_string_view(chunk.type) or pa.types.is_binary_view(chunk.type):
+        chunk = chunk.cast(pa.large_binary())
+    lengths: NDArray[np.int64] = pc.fill_null(pc.binary_length(chunk), -1).to_numpy(zero_copy_only=False)
+    return lengths
+
+
+def _plain_cell(value: pa.Scalar) -> pa.Scalar | None:
+    """A cell without its dictionary; None for null."""
+    value = value.value if isinstance(value, pa.DictionaryScalar) else value
+    return value if value is not None and value.is_valid else None
+
+
+def _examples(column: pa.ChunkedArray) -> list[str]:
+    """Some texts of a column."""
+    found = []
+    for cell in column[:_EXAMPLES]:
+        with suppress(UnicodeDecodeError):
+            found.append(cell.as_py())
+    return [text for text in found if isinstance(text, str)]
 
 
 class PermutedReader:
@@ -355,6 +389,22 @@ class PermutedReader:
             documents = (permute(places) if self._share.shuffle else places) + self._first
             for position, document in zip(positions.tolist(), documents.tolist()):
                 yield self._texts.record(document, {"position": position + 1})
+
+
+def as_text(value: pa.Scalar, max_record_bytes: int) -> str | None:
+    """The text of a cell, None for null.
+
+    Raises:
+        TooLong: it has more than `max_record_bytes` bytes.
+        UnicodeDecodeError: it is not UTF-8.
+    """
+    cell = _plain_cell(value)
+    if cell is None:
+        return None
+    if (size := cell.as_buffer().size) > max_record_bytes:
+        raise TooLong(size, max_record_bytes)
+    text: str | bytes = cell.as_py()
+    return text.decode("utf-8") if isinstance(text, bytes) else text
 
 
 def choose_indexed_lanes(num_documents: int, window_documents: int) -> int:

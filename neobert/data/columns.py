@@ -1,11 +1,66 @@
 """Which column holds the text."""
 
-from collections.abc import Sequence
+import re
+from collections.abc import Iterable, Mapping, Sequence
+
+import pyarrow as pa
 
 from neobert.data.errors import DataError
 
 TEXT_COLUMNS = ("text", "content", "sentence")
 """Tried in this order when `dataset.text_column` is null."""
+
+_NO_TEXT = re.compile(
+    r"\w+://\S+|www\.\S+"  # An address.
+    r"|[\W\d_]*"  # No letter: a number, a date, a version.
+    r"|v?\d+(?:\.\w+)+(?:[-+][\w.]+)?"  # A version.
+    r"|\d{4}-\d\d-\d\dT[\d:.]+(?:Z|[+-][\d:]+)?"  # A time.
+    r"|(?=\S*[\d_@])[\w.:/@+=#-]+"  # An identifier: one word with a digit in it.
+)
+
+
+def may_be_text(values: Iterable[str]) -> bool:
+    """Whether one of these values is no address, number, version, time or identifier.
+
+    >>> may_be_text(["1.0.2", "1.1.0-rc1"]), may_be_text(["1.0.2", "the second release"])
+    (False, True)
+    """
+    return any(not _NO_TEXT.fullmatch(value.strip()) for value in values)
+
+
+def choose_candidates(values: Mapping[str, Sequence[str]], wanted: str | None) -> list[str]:
+    """The columns of strings that could be the text: one that is named or called so is believed, others are looked at.
+
+    Args:
+        values: some of each column; a column without is believed.
+    """
+    return [name for name, some in values.items() if _is_believed(name, wanted) or not some or may_be_text(some)]
+
+
+def split_schema(schema: pa.Schema, wanted: str | None) -> tuple[list[str], list[str]]:
+    """(columns of text, the others with their types) of an Arrow schema.
+
+    A column without values (of type null) is one of text. So is a binary one that is named or called text: what is
+    UTF-8 in it is text.
+    """
+    texts = [f.name for f in schema if is_text(f.type) or (_may_hold_text(f.type) and _is_believed(f.name, wanted))]
+    kinds = {f.name: f" ({f.type})" if _may_hold_text(f.type) else "" for f in schema}
+    return texts, [f"{f.name}{kinds[f.name]}" for f in schema if f.name not in texts]
+
+
+def is_text(kind: pa.DataType) -> bool:
+    """Whether a column of this type holds strings."""
+    kind = kind.value_type if pa.types.is_dictionary(kind) else kind
+    return bool(pa.types.is_string(kind) or pa.types.is_large_string(kind) or pa.types.is_string_view(kind))
+
+
+def _may_hold_text(kind: pa.DataType) -> bool:
+    is_binary = pa.types.is_binary(kind) or pa.types.is_large_binary(kind) or pa.types.is_binary_view(kind)
+    return bool(is_binary or pa.types.is_null(kind))
+
+
+def _is_believed(name: str, wanted: str | None) -> bool:
+    return name == wanted or name in TEXT_COLUMNS
 
 
 def choose_text_column(

@@ -1,34 +1,58 @@
-"""Compressed files as streams of bytes, by the ending of their name: .gz and .zst."""
+"""Compressed files as streams of bytes: .gz, .zst, .xz and .bz2."""
 
+import bz2
 import gzip
 import io
+import lzma
 import zlib
+from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any, BinaryIO, cast
 
 import zstandard
 
-DAMAGED = (EOFError, zlib.error, gzip.BadGzipFile, zstandard.ZstdError)
+DAMAGED = (EOFError, zlib.error, gzip.BadGzipFile, zstandard.ZstdError, lzma.LZMAError)
 """What reading a damaged or cut off file raises."""
 
 TEXT_RATIO = 3
 """Bytes of text in a byte of a compressed file, about."""
 
-_CHUNK = 1 << 16
+_CHUNK = 1 << 10
+"""Compressed bytes that are unfolded at once: a frame may hold thousands of times its size."""
+
 _BLOCK = 1 << 20
 
 
-def is_compressed(name: str) -> bool:
-    """Whether a file of this name is decompressed while it is read."""
-    return name.lower().endswith((".gz", ".zst"))
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Codec:
+    """A way to compress a whole file."""
 
+    ending: str
+    magic: bytes
+    """What such a file begins with."""
 
-def open_decompressed(raw: BinaryIO, name: str) -> BinaryIO:
+    open: Callable[[BinaryIO], BinaryIO]
     """The bytes in a file that is open already; closing it closes the file."""
-    if name.lower().endswith(".gz"):
-        return cast(BinaryIO, _GzipFile(fileobj=raw, mode="rb"))
-    if name.lower().endswith(".zst"):
-        return cast(BinaryIO, io.BufferedReader(_ZstdFile(raw), _BLOCK))
-    return raw
+
+
+def codec_of_name(name: str) -> str | None:
+    """The codec that the ending of a name stands for."""
+    return next((word for word, codec in CODECS.items() if name.lower().endswith(codec.ending)), None)
+
+
+def codec_of_content(head: bytes) -> str | None:
+    """The codec of a file that begins with these bytes."""
+    return next((word for word, codec in CODECS.items() if head.startswith(codec.magic)), None)
+
+
+def strip_codec(name: str) -> str:
+    """A name without the ending of a compression.
+
+    >>> strip_codec("train.jsonl.gz")
+    'train.jsonl'
+    """
+    codec = codec_of_name(name)
+    return name if codec is None else name[: -len(CODECS[codec].ending)]
 
 
 def skip_bytes(file: BinaryIO, count: int) -> None:
@@ -50,6 +74,25 @@ class _GzipFile(gzip.GzipFile):
     def __init__(self, **arguments: Any) -> None:
         self._below: BinaryIO = arguments["fileobj"]
         super().__init__(**arguments)
+
+    def close(self) -> None:
+        super().close()
+        self._below.close()
+
+
+class Stream(io.RawIOBase):
+    """What a file object gives, for a buffer above it. Closes the file below it too."""
+
+    def __init__(self, file: Any, below: BinaryIO) -> None:
+        self._file, self._below = file, below
+
+    def readable(self) -> bool:
+        return True
+
+    def readinto(self, buffer: Any) -> int:
+        content = self._file.read(len(buffer))
+        buffer[: len(content)] = content
+        return len(content)
 
     def close(self) -> None:
         super().close()
@@ -96,3 +139,28 @@ class _ZstdFile(io.RawIOBase):
             chunk, self._in_frame = self._frame.unused_data, False
             self._frame = self._decompressor.decompressobj()
         return b"".join(parts)
+
+
+def _open_gzip(raw: BinaryIO) -> BinaryIO:
+    return cast(BinaryIO, _GzipFile(fileobj=raw, mode="rb"))
+
+
+def _open_zstd(raw: BinaryIO) -> BinaryIO:
+    return cast(BinaryIO, io.BufferedReader(_ZstdFile(raw), _BLOCK))
+
+
+def _open_xz(raw: BinaryIO) -> BinaryIO:
+    return cast(BinaryIO, io.BufferedReader(Stream(lzma.LZMAFile(raw), raw), _BLOCK))
+
+
+def _open_bz2(raw: BinaryIO) -> BinaryIO:
+    return cast(BinaryIO, io.BufferedReader(Stream(bz2.BZ2File(raw), raw), _BLOCK))
+
+
+CODECS: dict[str, Codec] = {
+    "gzip": Codec(ending=".gz", magic=b"\x1f\x8b", open=_open_gzip),
+    "zstd": Codec(ending=".zst", magic=b"\x28\xb5\x2f\xfd", open=_open_zstd),
+    "xz": Codec(ending=".xz", magic=b"\xfd7zXZ\x00", open=_open_xz),
+    "bzip2": Codec(ending=".bz2", magic=b"BZh", open=_open_bz2),
+}
+"""What text may be compressed with."""

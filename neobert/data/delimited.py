@@ -1,25 +1,92 @@
-"""CSV and TSV: a header line with the names of the columns, then a record each, over several lines where it is quoted.
+"""CSV and TSV: a header line with the names of the columns, then a row each.
 
-A line end may stand inside of quotes, so only reading from the beginning tells where records begin: these files are
-never cut into byte ranges.
+The header tells what separates the columns: a comma, a semicolon, a tab or a bar. A row may go over several lines where
+a field is quoted (RFC 4180), so only reading from the beginning tells where rows begin: these files are never cut into
+byte ranges. How a row is read depends on nothing but the bytes from its beginning on:
+
+| the row | is |
+|---|---|
+| quoted as in RFC 4180, as many fields as columns | a row, over as many lines as it has |
+| a quotation mark that is not closed, or closed in the middle of a field | a bad record of one line |
+| a closed quote around lines that are rows themselves (`_is_swallowed`) | a bad record of one line |
+| quoted well, with another number of fields | a bad record |
+
+So a stray quotation mark costs one line, and reading continues at the next one. Between tabs it costs nothing: where
+the quotes do not make a row, the line is read as it stands.
 """
 
 import csv
-from collections.abc import Iterator, Sequence
-from typing import BinaryIO
+import re
+import sys
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import closing
+from dataclasses import dataclass
+from types import MappingProxyType
+from typing import NamedTuple
 
-from neobert.data.columns import choose_text_column
+from neobert.data.columns import choose_candidates, choose_text_column
 from neobert.data.errors import DataError
 from neobert.data.files import DataFile, cannot_read
-from neobert.data.lines import BOM, FAULTS, Entry, FileSource, build_file_source, drop_empty_files
+from neobert.data.intake import Inspected, inspect_files
+from neobert.data.lines import BOM, FAULTS, Entry, FileSource, build_file_source
 from neobert.data.network import is_transient
+from neobert.data.record_file import Line, RecordFile
 from neobert.data.spec import SourceSpec
-from neobert.data.text import ShardFault
+from neobert.data.text import ShardFault, TooLong
 
-_MAX_FIELD_CHARS = 1 << 26
+DELIMITERS = {",": "commas", ";": "semicolons", "\t": "tabs", "|": "bars"}
+"""What may stand between columns."""
 
-# The limit is one of the process. Its default, 131072, is less than many a document.
-csv.field_size_limit(_MAX_FIELD_CHARS)
+_SAMPLE_ROWS = 100
+_HEAD_BYTES = 1 << 20
+_NAMED_BY_EXCEL = re.compile(r"sep=([,;\t|])")
+"""A line before the header that says what separates the columns."""
+
+_MANY_LINES = 16
+"""A row that is well formed and shorter than this is believed, whatever its lines look like."""
+
+_ROW_SHARE = 0.9
+"""Of the lines in a quoted field: so many that are rows by themselves are rows."""
+
+# The limit is one of the process; how large a record may be is `dataset.max_record_bytes`.
+csv.field_size_limit(sys.maxsize)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Header:
+    """The columns of a file, and how they are written."""
+
+    columns: tuple[str, ...]
+    delimiter: str
+    num_lines: int
+    """Lines before the first row."""
+
+    is_guess: bool = False
+    """Whether the delimiter is another one than the ending of the file says."""
+
+    def split(self, line: str) -> list[str]:
+        """The fields of a line in which quotation marks mean nothing."""
+        return _split(line, self.delimiter)
+
+    def fit(self, fields: list[str]) -> list[str]:
+        """The fields without an empty one behind the last delimiter, where that is one more than the columns."""
+        return fields[:-1] if len(fields) == len(self.columns) + 1 and not fields[-1] else fields
+
+
+class Row(NamedTuple):
+    """A row as it stands in a file."""
+
+    size: int
+    """Bytes."""
+
+    num_lines: int
+    fields: list[str] | None = None
+    """As many as there are columns; None for a blank line, and where there is a problem."""
+
+    problem: str | None = None
+    line: int = 1
+    """The line of the row, from 1, that the problem is in."""
 
 
 class Delimited:
@@ -27,78 +94,205 @@ class Delimited:
 
     cuttable = False
 
-    def __init__(self, headers: dict[str, list[str]], column: str) -> None:
-        self._headers, self._column = headers, column
+    def __init__(self, headers: dict[str, Header], column: str, own: Mapping[str, str] = MappingProxyType({})) -> None:
+        """
+        Args:
+            own: the columns of files that have another one than `column`.
+        """
+        self._headers, self._column, self._own = headers, column, own
 
-    def align(self, file: BinaryIO, begin: int) -> int:
+    def align(self, file: RecordFile, begin: int) -> int:
         file.seek(begin)
         return begin
 
-    def read(self, file: BinaryIO, data_file: DataFile, start: int) -> Entry | None:
-        lines = _Lines(file, start)
-        if not start:
-            _read_record(lines, data_file)
-        before, lines.problem = lines.count, None
-        fields, problem = _read_record(lines, data_file)
-        if fields is None:
+    def read(self, file: RecordFile, data_file: DataFile, start: int) -> Entry | None:
+        header = self._header(data_file)
+        size, num_lines = (0, 0) if start else _skip_lines(file, header.num_lines)
+        row = read_row(file, header)
+        if row is None:
             return None
-        text = None
-        if problem is None and fields:
-            header = self._header(data_file)
-            if len(fields) == len(header):
-                text = fields[header.index(self._column)]
-            else:
-                problem = f"{len(fields)} fields, and the header has {len(header)}"
-        line = before + 1 if lines.problem is None else lines.bad_line
-        return Entry(lines.size, lines.count, text if text and text.strip() else None, problem, line)
+        text = row.fields and row.fields[header.columns.index(self._own.get(data_file.url, self._column))]
+        usable = text if text and text.strip() else None
+        return Entry(size + row.size, num_lines + row.num_lines, usable, row.problem, num_lines + row.line)
 
     skip = read
 
-    def _header(self, file: DataFile) -> list[str]:
+    def _header(self, file: DataFile) -> Header:
         if file.url not in self._headers:
-            self._headers[file.url] = read_header(file)
+            self._headers[file.url] = read_header(file, self._column)
         header = self._headers[file.url]
-        if self._column not in header:
-            raise ShardFault(f"{file.url} has no column {self._column!r} in its header")
+        if (column := self._own.get(file.url, self._column)) not in header.columns:
+            raise ShardFault(f"{file.url} has no column {column!r} in its header")
         return header
 
 
-class _Lines:
-    """Lines of text for the csv module, which asks for as many as a record has."""
+def read_row(file: RecordFile, header: Header) -> Row | None:
+    """The next row of a file that stands behind a row, or behind the header; None at its end."""
+    first = file.read_line()
+    if first is None:
+        return None
+    if first.problem is not None or not first.content.strip():
+        return Row(first.size, 1, None, first.problem)
+    taken, problem = _Taken(file, first), None
+    try:
+        fields = header.fit(next(csv.reader(taken, delimiter=header.delimiter, strict=True)))
+    except csv.Error as error:
+        fields, problem = [], taken.describe(error)
+    fits = len(fields) == len(header.columns)
+    if problem is None and _is_swallowed(taken.texts, header, fits):
+        problem = f"a quoted field takes in {len(taken.lines)} lines that are rows themselves"
+    if problem is None and (fits or taken.problem is not None):
+        return Row(taken.size, len(taken.lines), None if taken.problem else fields, taken.problem, taken.bad_line)
+    if taken.bad_line == 1:
+        return taken.give_back(None, taken.problem)
+    literal = header.fit(header.split(taken.texts[0]))
+    if header.delimiter == "\t" and len(literal) == len(header.columns):
+        return taken.give_back(literal)
+    if problem is not None:
+        return taken.give_back(None, problem)
+    problem = f"{len(fields)} fields, and the header has {len(header.columns)}"
+    return Row(taken.size, len(taken.lines), None, problem)
 
-    def __init__(self, file: BinaryIO, start: int) -> None:
-        self._file, self._start = file, start
-        self.size = self.count = self.bad_line = 0
+
+class _Taken:
+    """The lines of a row for the csv module, which asks for as many as the row has."""
+
+    def __init__(self, file: RecordFile, first: Line) -> None:
+        self._file = file
+        self.lines = [first]
+        self.texts: list[str] = []
+        self.size = 0
+        self.bad_line = 0
         self.problem: str | None = None
+        """What cannot be decoded in line `bad_line`, from 1."""
+
+        self._is_cut = False
 
     def __iter__(self) -> Iterator[str]:
-        while raw := self._file.readline():
-            content = raw if self._start or self.size else raw.removeprefix(BOM)
-            self.size, self.count = self.size + len(raw), self.count + 1
-            try:
-                yield content.decode("utf-8")
-            except UnicodeDecodeError as error:
-                self.problem, self.bad_line = str(error), self.count
-                yield content.decode("utf-8", "replace")
+        line: Line | None = self.lines[0]
+        while line is not None:
+            self.size += line.size
+            if self.size > self._file.max_record_bytes:
+                self._is_cut = True
+                return
+            self.texts.append(self._decode(line.content))
+            yield self.texts[-1]
+            line = self._file.read_line()
+            self.lines += [] if line is None else [line]
+
+    def _decode(self, content: bytes) -> str:
+        try:
+            return content.decode("utf-8")
+        except UnicodeDecodeError as error:
+            if self.problem is None:
+                self.problem, self.bad_line = str(error), len(self.lines)
+            return content.decode("utf-8", "replace")
+
+    def describe(self, error: csv.Error) -> str:
+        """What is wrong with the quotation marks."""
+        reason = str(TooLong(self.size, self._file.max_record_bytes)) if self._is_cut else str(error)
+        return f"a quotation mark that is not closed ({reason})" if len(self.lines) > 1 else reason
+
+    def give_back(self, fields: list[str] | None, problem: str | None = None) -> Row:
+        """The row is its first line alone; the others are read again."""
+        self._file.unread(self.lines[1:])
+        return Row(self.lines[0].size, 1, fields, problem)
 
 
-def _read_record(lines: _Lines, file: DataFile) -> tuple[list[str] | None, str | None]:
-    """(fields, problem); no fields for a blank line, None at the end of the file."""
-    delimiter = "\t" if ".tsv" in file.name.lower() else ","
+def _is_swallowed(lines: Sequence[str], header: Header, fits: bool) -> bool:
+    """Whether the lines of a well-formed row are rows themselves, brought together by two stray quotation marks.
+
+    A row of commas that fits the header is believed unless it is long. In a text that was quoted on purpose, quotation
+    marks are doubled.
+    """
+    if len(lines) < 2 or any('""' in line for line in lines):
+        return False
+    if fits and header.delimiter != "\t" and (len(lines) < _MANY_LINES or len(header.columns) == 1):
+        return False
+    num_rows = sum(len(header.split(line)) == len(header.columns) for line in lines[1:])
+    return num_rows >= _ROW_SHARE * (len(lines) - 1)
+
+
+def _skip_lines(file: RecordFile, count: int) -> tuple[int, int]:
+    """Reads over lines; (bytes, lines)."""
+    lines = [line for _ in range(count) if (line := file.read_line()) is not None]
+    return sum(line.size for line in lines), len(lines)
+
+
+def read_header(file: DataFile, wanted: str | None = None) -> Header:
+    """The columns of a file; none when it is empty.
+
+    Args:
+        wanted: a column that is there, whatever its name looks like.
+
+    Raises:
+        ShardFault: the header cannot be read, or does not tell what separates the columns.
+    """
+    usual = delimiter = "\t" if ".tsv" in file.name.lower() else ","
+    lines = _read_head(file)
+    begin = next((number for number, line in enumerate(lines) if line.strip()), len(lines))
+    if begin < len(lines) and (named := _NAMED_BY_EXCEL.fullmatch(lines[begin].rstrip("\r\n"))) is not None:
+        delimiter, begin = named[1], begin + 1
+    columns, num_lines = _parse_header(file, lines[begin:], delimiter)
+    if len(columns) == 1 and columns[0] != wanted:
+        delimiter = _guess_delimiter(file, columns[0], lines[begin + num_lines :], delimiter)
+        columns, num_lines = _parse_header(file, lines[begin:], delimiter)
+    return Header(columns=columns, delimiter=delimiter, num_lines=begin + num_lines, is_guess=delimiter != usual)
+
+
+def _read_head(file: DataFile) -> list[str]:
+    """The first lines of a file."""
+    with closing(RecordFile(file.open(), _HEAD_BYTES)) as opened:
+        lines: list[str] = []
+        size = 0
+        while len(lines) <= _SAMPLE_ROWS and size < _HEAD_BYTES and (line := opened.read_line()) is not None:
+            if line.problem is not None and not lines:
+                raise ShardFault(f"{file.url}:1: the header cannot be read: {line.problem}; correct the file")
+            content, size = line.content if lines else line.content.removeprefix(BOM), size + line.size
+            # What cannot be decoded is a lone surrogate here, and no name.
+            lines.append(content.decode("utf-8", "surrogateescape"))
+    return lines
+
+
+def _parse_header(file: DataFile, lines: Sequence[str], delimiter: str) -> tuple[tuple[str, ...], int]:
+    """The names of the columns, and the number of lines that they stand in."""
+    if not lines:
+        return (), 0
+    reader = csv.reader(lines, delimiter=delimiter, strict=True)
     try:
-        fields = next(csv.reader(lines, delimiter=delimiter, strict=True), None)
-    except csv.Error as error:
-        return [], str(error)
-    return fields, lines.problem
+        columns = tuple(next(reader))
+        "".join(columns).encode("utf-8")
+    except (csv.Error, UnicodeEncodeError) as error:
+        if isinstance(error, csv.Error) and delimiter == "\t":
+            return tuple(_split(lines[0], delimiter)), 1
+        raise ShardFault(f"{file.url}:1: the header cannot be read: {error}; correct the file") from error
+    return columns, reader.line_num
 
 
-def read_header(file: DataFile) -> list[str]:
-    """Names of the columns of a file; none when it is empty."""
-    with file.open() as opened:
-        fields, problem = _read_record(_Lines(opened, 0), file)
-    if problem is not None:
-        raise DataError(f"{file.url}:1: the header cannot be read: {problem}; mend the file")
-    return fields or []
+def _guess_delimiter(file: DataFile, cell: str, rows: Sequence[str], usual: str) -> str:
+    """What separates the columns of a file whose header would be one cell.
+
+    Raises:
+        ShardFault: the rows do not agree with the header.
+    """
+    found: dict[str, float] = {}
+    for delimiter in DELIMITERS:
+        if delimiter != usual and (count := len(_split(cell, delimiter))) > 1:
+            sizes = [len(fields) for fields in csv.reader(rows, delimiter=delimiter) if fields]
+            found[delimiter] = sizes.count(count) / len(sizes) if sizes else 1.0
+    if not found:
+        return usual
+    best = max(found, key=lambda delimiter: found[delimiter])
+    if found[best] < 0.5:
+        raise ShardFault(
+            f"{file.url}: the header is one cell, {cell!r}, and its rows are not separated as it is; give the column a "
+            "name without separators, or name it with dataset.text_column"
+        )
+    return best
+
+
+def _split(line: str, delimiter: str) -> list[str]:
+    return line.rstrip("\r\n").split(delimiter)
 
 
 def open_delimited(files: Sequence[DataFile], spec: SourceSpec) -> FileSource:
@@ -107,11 +301,14 @@ def open_delimited(files: Sequence[DataFile], spec: SourceSpec) -> FileSource:
     Raises:
         DataError: there is no text column.
     """
-    kept, notes = drop_empty_files(files, spec)
-    headers: dict[str, list[str]] = {}
+    kept = inspect_files(files, spec)
+    headers: dict[str, Header] = {}
     for file in kept:
         try:
-            headers[file.url] = read_header(file)
+            headers[file.url] = read_header(file, spec.text_column)
+        except ShardFault:
+            if spec.on_bad_shard == "error":
+                raise
         except FAULTS as error:
             if is_transient(error):
                 raise
@@ -120,29 +317,79 @@ def open_delimited(files: Sequence[DataFile], spec: SourceSpec) -> FileSource:
     first = next((file for file in kept if file.url in headers), None)
     if first is None:
         raise DataError(f"dataset.path: no file of {spec.label} can be read; restore the files")
-    column, note = choose_text_column(*_columns(first, headers[first.url]), spec.text_column, spec.label)
+    column, note = choose_text_column(*_columns(first, headers[first.url], spec), spec.text_column, spec.label)
+    own = _choose_own(kept, headers, column, spec)
     for url, header in headers.items():
-        if header.count(column) != 1:
-            raise DataError(
-                f"dataset.path: the header of {url} is {', '.join(header)}; every file needs column {column!r}, once"
-            )
-    return build_file_source(kept, Delimited(headers, column), [note, *notes], spec)
+        kept.report(url, column=own.get(url, column), columns=header.columns)
+    return build_file_source(kept, Delimited(headers, column, own), [note, *_note_delimiters(headers)], spec)
 
 
-def _columns(file: DataFile, columns: list[str]) -> tuple[list[str], list[str]]:
-    """Columns with text, and the others: the ones whose first records are all numbers or empty."""
-    texts: dict[str, None] = {}
-    with file.open() as opened:
-        offset = 0
-        for _ in range(101):
-            lines = _Lines(opened, offset)
-            fields, problem = _read_record(lines, file)
-            if fields is None:
-                break
-            if offset and problem is None and len(fields) == len(columns):
-                texts |= {name: None for name, value in zip(columns, fields) if value.strip() and not _is_number(value)}
-            offset += lines.size
-    return [name for name in columns if name in texts], [name for name in columns if name not in texts]
+def _choose_own(found: Inspected, headers: Mapping[str, Header], column: str, spec: SourceSpec) -> dict[str, str]:
+    """The columns of the files that do not have `column`; files without any are taken out where that is allowed.
+
+    Raises:
+        DataError: a file has no text column, and such files are not skipped.
+    """
+    own: dict[str, str] = {}
+    problems: dict[str, str] = {}
+    for file in found:
+        if file.url not in headers or (header := headers[file.url]).columns.count(column) == 1:
+            continue
+        try:
+            if spec.text_column is not None or column in header.columns:
+                raise DataError("the column is decided")
+            own[file.url] = choose_text_column(*_columns(file, header, spec), None, file.url)[0]
+        except DataError as error:
+            names = ", ".join(header.columns)
+            problems[file.url] = f"has no column {column!r} (columns: {names})"
+            if spec.on_bad_shard == "error":
+                raise DataError(
+                    f"dataset.path: the header of {file.url} is {names}; every file needs column {column!r}, once"
+                ) from error
+    found.drop(problems)
+    return own
+
+
+def _note_delimiters(headers: Mapping[str, Header]) -> list[str]:
+    """What the headers say against the endings of the files."""
+    counts = Counter(header.delimiter for header in headers.values() if header.is_guess)
+    first = {d: next(url for url, header in headers.items() if header.delimiter == d) for d in counts}
+    return [
+        f"{DELIMITERS[delimiter]} between the columns of {first[delimiter]}"
+        + (f" and {count - 1} more files" if count > 1 else "")
+        + ", as the header has them"
+        for delimiter, count in counts.items()
+    ]
+
+
+def _columns(file: DataFile, header: Header, spec: SourceSpec) -> tuple[list[str], list[str]]:
+    """Columns with text, and the others: the ones whose first records are all numbers, addresses or
+    empty.
+
+    Raises:
+        DataError: no row has as many fields as the header.
+    """
+    texts: dict[str, list[str]] = {}
+    problems: list[str] = []
+    num_rows, line = 0, header.num_lines
+    with closing(RecordFile(file.open(), spec.max_record_bytes)) as opened:
+        _skip_lines(opened, header.num_lines)
+        while num_rows + len(problems) < _SAMPLE_ROWS and (row := read_row(opened, header)) is not None:
+            if row.problem is not None:
+                problems.append(f"{file.url}:{line + row.line}: {row.problem}")
+            elif row.fields is not None:
+                num_rows += 1
+                for name, value in zip(header.columns, row.fields):
+                    if value.strip() and not _is_number(value):
+                        texts.setdefault(name, []).append(value)
+            line += row.num_lines
+    if problems and not num_rows:
+        raise DataError(
+            f"dataset.path: no row of {file.url} can be read with its header ({', '.join(header.columns)}), the first "
+            f"one is {problems[0]}; correct the file"
+        )
+    found = choose_candidates(texts, spec.text_column)
+    return [name for name in header.columns if name in found], [name for name in header.columns if name not in found]
 
 
 def _is_number(value: str) -> bool:

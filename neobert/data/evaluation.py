@@ -18,6 +18,7 @@ from neobert.data.arrow import ArrowTexts, TokenStore
 from neobert.data.collate import Collator, build_row
 from neobert.data.encode import encode_documents
 from neobert.data.errors import DataError
+from neobert.data.inventory import NO_FILES, Inventory
 from neobert.data.lanes import LaneSettings, Window
 from neobert.data.opening import Place, Source, View
 from neobert.data.order import key
@@ -29,6 +30,10 @@ from neobert.data.packing import (
 from neobert.data.splits import SplitSlice, check_disjoint, check_split, choose_eval_split, parse_split
 from neobert.data.text import Encode, RecordCounts
 from neobert.types import PackedBatch
+
+STREAMED_DOCUMENTS = 1000
+"""Of a streamed evaluation split, when neither `dataset.eval_samples` nor `trainer.eval_max_batches` says: they are
+tokenised at every start and kept in memory, and nobody knows how many there are."""
 
 _SCAN = 65536
 
@@ -190,6 +195,8 @@ class Evaluation(NamedTuple):
     """For each source, where its held-out documents end in the training split; None when none are held out."""
 
     notes: list[str]
+    inventory: Inventory = NO_FILES
+    """Files of the evaluation splits."""
 
 
 def choose_evaluation(
@@ -198,13 +205,15 @@ def choose_evaluation(
     """The named split, else a split that is called like one, else the first documents of the training split.
 
     Raises:
-        DataError: the split is not there, a streamed one has no budget, or all documents would be held out.
+        DataError: the split is not there, or all documents would be held out.
     """
     settings = replace(settings, packing="best_fit" if config.datacollator.pack_sequences else "one_per_row")
     chosen = _choose_splits(config, sources)
     nothing: list[Place | None] = [None] * len(sources)
+    inventory = NO_FILES
     if any(split is not None for split in chosen):
         found, notes, views = _collect_splits(config, sources, chosen, settings)
+        inventory = sum((view.inventory for view in views), NO_FILES)
         held_out = nothing
     elif config.dataset.eval_samples or config.dataset.validation_split:
         found, views = _collect_held_out(config, sources, train, settings), train
@@ -215,7 +224,7 @@ def choose_evaluation(
         note = "no evaluation: no validation split, and neither dataset.eval_samples nor validation_split is set"
         return Evaluation(None, nothing, [note])
     if not any(documents.num_documents for documents in found):
-        return Evaluation(None, nothing, ["no evaluation: the evaluation split has no usable documents"])
+        return Evaluation(None, nothing, ["no evaluation: the evaluation split has no usable documents"], inventory)
     eval_set = EvalSet(
         found,
         settings,
@@ -224,7 +233,7 @@ def choose_evaluation(
         max_batches=config.trainer.eval_max_batches,
         fingerprint=" ".join(view.fingerprint for view in views),
     )
-    return Evaluation(eval_set, held_out, notes)
+    return Evaluation(eval_set, held_out, notes, inventory)
 
 
 def _choose_splits(config: Config, sources: Sequence[Source]) -> list[SplitSlice | None]:
@@ -259,6 +268,11 @@ def _collect_splits(
         views.append(view)
         of = f" of {source.spec.label}" if len(sources) > 1 else ""
         notes += [f"evaluating on {documents.num_documents} documents of split {str(split)!r}{of}", *view.notes]
+        if share is None and not config.trainer.eval_max_batches and not _is_indexed(view):
+            notes.append(
+                f"a streamed split is evaluated on its first {STREAMED_DOCUMENTS} documents: dataset.eval_samples or "
+                "trainer.eval_max_batches set another number, dataset.streaming: false takes all"
+            )
     return found, notes, views
 
 
@@ -316,12 +330,11 @@ def _choose_limit(config: Config, view: View, share: int | None, num_views: int)
     if max_batches:
         rows = max_batches * config.trainer.per_device_eval_batch_size
         return Limit(slots=-(-rows * config.dataset.max_seq_length // num_views))
-    if isinstance(view.documents, TokenStore | ArrowTexts):
-        return Limit()
-    raise DataError(
-        "a streamed evaluation split needs a budget: set dataset.eval_samples (documents) or trainer.eval_max_batches, "
-        "or dataset.streaming: false to evaluate on all of it"
-    )
+    return Limit() if _is_indexed(view) else Limit(documents=STREAMED_DOCUMENTS)
+
+
+def _is_indexed(view: View) -> bool:
+    return isinstance(view.documents, TokenStore | ArrowTexts)
 
 
 def _collect(view: View, source: Source, settings: LaneSettings, limit: Limit) -> EvalDocuments:

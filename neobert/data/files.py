@@ -8,6 +8,7 @@ opened: a cursor means nothing in another file of the same name.
 import glob
 import hashlib
 import io
+import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,8 +16,10 @@ from typing import Any, BinaryIO, NamedTuple, cast
 
 import fsspec
 
-from neobert.data.decompress import DAMAGED, TEXT_RATIO, is_compressed, open_decompressed
+from neobert.data.decompress import CODECS, DAMAGED, TEXT_RATIO, codec_of_name, strip_codec
 from neobert.data.errors import DataError
+from neobert.data.recode import VALUES, open_layers
+from neobert.data.walk import LeftOut, is_hidden, walk
 
 _PACKAGES = {
     "s3": "s3fs",
@@ -33,6 +36,29 @@ _FINGERPRINT_BLOCK = 4096
 _REMOTE_BUFFER_BYTES = 1 << 20
 
 
+ENDINGS = {
+    "JSON": (".jsonl", ".ndjson", ".json"),
+    "text": (".txt", ".text"),
+    "CSV": (".csv", ".tsv"),
+    "Parquet": (".parquet",),
+}
+"""Formats by the ending of a name."""
+
+COMPRESSIBLE = ("JSON", "text", "CSV")
+"""Formats that may be compressed as a whole."""
+
+
+def kind_of_name(name: str) -> str | None:
+    """The format that a name says, a key of `ENDINGS`.
+
+    >>> kind_of_name("Train.JSONL.gz"), kind_of_name("a.parquet.gz")
+    ('JSON', None)
+    """
+    plain = strip_codec(name.lower())
+    kind = next((kind for kind, endings in ENDINGS.items() if plain.endswith(endings)), None)
+    return None if kind not in COMPRESSIBLE and plain != name.lower() else kind
+
+
 @dataclass(frozen=True, kw_only=True, slots=True)
 class DataFile:
     """A file as it was when it was listed."""
@@ -42,6 +68,17 @@ class DataFile:
 
     size: int
     stamp: str
+    content: tuple[str, ...] | None = None
+    """How its bytes become lines of UTF-8, outermost first, as its content says; None: nobody has looked, its name
+    decides."""
+
+    @property
+    def layers(self) -> tuple[str, ...]:
+        """What its bytes go through when it is opened."""
+        if self.content is not None:
+            return self.content
+        codec = codec_of_name(self.url)
+        return () if codec is None else (codec,)
 
     @property
     def name(self) -> str:
@@ -53,7 +90,16 @@ class DataFile:
 
     @property
     def is_compressed(self) -> bool:
-        return is_compressed(self.url)
+        return any(layer in CODECS for layer in self.layers)
+
+    @property
+    def is_streamed(self) -> bool:
+        """Whether it can be read from its beginning only."""
+        return bool(self.layers)
+
+    def name_line(self, number: int) -> str:
+        """A line of it, for people."""
+        return f"{self.url}, JSON value {number}" if VALUES in self.layers else f"{self.url}:{number}"
 
     @property
     def text_bytes(self) -> int:
@@ -94,8 +140,8 @@ class DataFile:
         return io.BufferedReader(fs.open(path, "rb"), _REMOTE_BUFFER_BYTES)
 
     def open(self) -> BinaryIO:
-        """The bytes in the file, decompressed by its name."""
-        return open_decompressed(self.open_raw(), self.url)
+        """The lines in the file, decompressed and recoded."""
+        return open_layers(self.open_raw(), self.layers)
 
 
 class FoundFile(NamedTuple):
@@ -105,6 +151,19 @@ class FoundFile(NamedTuple):
     below: tuple[str, ...]
     """Names of the folders and of the file below the place that was listed."""
 
+    real: str
+    """Its path without links."""
+
+    linked: bool = False
+    """Whether a link below the place that was listed led to it."""
+
+
+class Listing(NamedTuple):
+    """What a path names, in the order of the names."""
+
+    files: list[FoundFile]
+    left_out: list[LeftOut]
+
 
 def is_remote(url: str) -> bool:
     """Whether a path has a protocol."""
@@ -113,8 +172,11 @@ def is_remote(url: str) -> bool:
 
 def local_file(path: Path) -> DataFile:
     """A local file as it is now."""
-    stat = path.stat()
-    return DataFile(url=str(path), size=stat.st_size, stamp=f"{stat.st_size}:{stat.st_mtime_ns}")
+    return _describe(str(path), path.stat())
+
+
+def _describe(path: str, stat: os.stat_result) -> DataFile:
+    return DataFile(url=path, size=stat.st_size, stamp=f"{stat.st_size}:{stat.st_mtime_ns}")
 
 
 def open_filesystem(url: str) -> tuple[Any, str]:
@@ -133,22 +195,19 @@ def open_filesystem(url: str) -> tuple[Any, str]:
         raise DataError(f"dataset.path: {url}: {error}; use s3://, gs://, hf:// or a local path") from error
 
 
-def list_files(url: str) -> list[FoundFile]:
+def list_files(url: str) -> Listing:
     """The files that a path names: one file, a folder with all below it, or a pattern; in the order of their names.
 
     Files and folders whose name begins with a dot or an underscore are left out, unless the path names them.
+
+    Raises:
+        DataError: a folder cannot be listed.
     """
     if is_remote(url):
-        return _list_remote(url)
-    path = Path(url).expanduser()
-    if path.is_file():
-        return [FoundFile(local_file(path), (path.name,))]
-    if path.is_dir():
-        return _list_local(path, [path])
-    if not glob.has_magic(str(path)):
-        return []
-    root = Path(*_parts_before_pattern(path.parts))
-    return _list_local(root, [Path(p) for p in glob.glob(str(path), recursive=True)])
+        return Listing(_list_remote(url), [])
+    found = walk(url)
+    files = [FoundFile(_describe(item.path, item.stat), item.below, item.real, item.linked) for item in found.files]
+    return Listing(files, found.left_out)
 
 
 def fingerprint_files(files: Sequence[DataFile], *, skip_unreadable: bool = False) -> str:
@@ -185,28 +244,26 @@ def cannot_read(file: DataFile, error: BaseException) -> str:
     )
 
 
-def _list_local(root: Path, found: list[Path]) -> list[FoundFile]:
-    paths = {file for path in found for file in (path.rglob("*") if path.is_dir() else [path]) if file.is_file()}
-    below = {path: path.relative_to(root).parts for path in paths}
-    return [FoundFile(local_file(path), below[path]) for path in sorted(paths) if not _is_hidden(below[path])]
-
-
 def _list_remote(url: str) -> list[FoundFile]:
     fs, path = open_filesystem(url)
     path = path.rstrip("/")
     if glob.has_magic(path):
         found, root = fs.glob(path, detail=True), "/".join(_parts_before_pattern(tuple(path.split("/"))))
+        for folder in [name for name, info in found.items() if info["type"] == "directory"]:
+            found |= fs.find(folder, detail=True)
     elif not fs.exists(path):
         return []
     elif fs.isfile(path):
-        return [FoundFile(_remote_file(fs.unstrip_protocol(path), fs.info(path)), (path.rsplit("/", 1)[-1],))]
+        file = _remote_file(fs.unstrip_protocol(path), fs.info(path))
+        return [FoundFile(file, (path.rsplit("/", 1)[-1],), file.url)]
     else:
         found, root = fs.find(path, detail=True), path
     files = []
     for name, info in found.items():
         below = tuple(part for part in name[len(root) :].split("/") if part)
-        if info["type"] == "file" and not _is_hidden(below):
-            files.append(FoundFile(_remote_file(fs.unstrip_protocol(name), info), below))
+        if info["type"] == "file" and not any(map(is_hidden, below)):
+            file = _remote_file(fs.unstrip_protocol(name), info)
+            files.append(FoundFile(file, below, file.url))
     return sorted(files, key=lambda item: item.below)
 
 
@@ -218,7 +275,3 @@ def _remote_file(url: str, info: dict[str, Any]) -> DataFile:
 def _parts_before_pattern(parts: tuple[str, ...]) -> tuple[str, ...]:
     first = next(place for place, part in enumerate(parts) if glob.has_magic(part))
     return parts[:first]
-
-
-def _is_hidden(below: tuple[str, ...]) -> bool:
-    return any(part.startswith((".", "_")) for part in below)

@@ -18,6 +18,7 @@ from datasets import IterableDataset, get_dataset_split_names, load_dataset
 from datasets.exceptions import DatasetsError
 from huggingface_hub import HfApi
 
+from neobert.config.schema_data import MAX_RECORD_BYTES
 from neobert.data.columns import choose_text_column
 from neobert.data.errors import DataError
 from neobert.data.files import fingerprint_files, local_file
@@ -25,7 +26,7 @@ from neobert.data.lanes import State
 from neobert.data.network import is_transient, with_retries
 from neobert.data.sharing import STREAM_LANES, ShardedSource, Stretch
 from neobert.data.spec import SourceSpec
-from neobert.data.text import Record, Records, ShardFault
+from neobert.data.text import Record, Records, ShardFault, TooLong, add_limit
 from neobert.secrets import build_logger
 
 logger = build_logger(__name__)
@@ -48,7 +49,15 @@ class HubShard:
 
     size = 0
 
-    def __init__(self, dataset: IterableDataset, column: str, num_shards: int, stretch: Stretch) -> None:
+    def __init__(
+        self,
+        dataset: IterableDataset,
+        column: str,
+        num_shards: int,
+        stretch: Stretch,
+        max_record_bytes: int = MAX_RECORD_BYTES,
+    ) -> None:
+        self._max_record_bytes = max_record_bytes
         self._dataset, self._column, self._num_shards = dataset, column, num_shards
         self.number, self._begin = stretch.number, stretch.after
         self._end: int | None = None if stretch.until is None else stretch.until["done"]
@@ -66,10 +75,9 @@ class HubShard:
                 done, skip = done + 1, skip + 1
                 if skip % _STATE_EVERY == 0 and (found := _find_state(shard)) is not None:
                     state, skip = found, 0
-                text = example[self._column]
-                usable = isinstance(text, str) and bool(text.strip())
+                text, problem = self._check(example[self._column], done)
                 cursor = {"state": state, "skip": skip, "done": done}
-                yield Record((self.number << 40) | (done - 1), text if usable else None, None, cursor)
+                yield Record((self.number << 40) | (done - 1), text, problem, cursor)
                 if done == self._end:
                     return
         except _FAULTS as error:
@@ -79,6 +87,15 @@ class HubShard:
                 f"shard {self.number} of the data set cannot be read ({type(error).__name__}: {error}); check the data "
                 "set, or pass over it with dataset.on_bad_shard: skip"
             ) from error
+
+    def _check(self, text: Any, number: int) -> tuple[str | None, str | None]:
+        """(text, problem) of a value of the column."""
+        if not isinstance(text, str):
+            return None, None
+        limit = self._max_record_bytes
+        if len(text) * 4 > limit and (size := len(text.encode("utf-8", "surrogatepass"))) > limit:
+            return None, f"shard {self.number} of the data set, record {number}: {TooLong(size, limit)}"
+        return (text if text.strip() else None), None
 
 
 def _find_state(shard: IterableDataset) -> State | None:
@@ -107,7 +124,14 @@ class HubSource(ShardedSource):
     """A streamed split; its shards are read whole, in their order, or shared out to lanes."""
 
     def __init__(
-        self, dataset: IterableDataset, *, column: str | None, place: str, fingerprint: str, count: int | None = None
+        self,
+        dataset: IterableDataset,
+        *,
+        column: str | None,
+        place: str,
+        fingerprint: str,
+        count: int | None = None,
+        max_record_bytes: int = MAX_RECORD_BYTES,
     ) -> None:
         self._column, note = _choose_column(dataset, column, place)
         self._dataset = dataset.select_columns([self._column])
@@ -117,10 +141,11 @@ class HubSource(ShardedSource):
         """The commit that is read; None for local files."""
 
         self.notes = [note]
-        self.fingerprint = fingerprint
+        self._max_record_bytes = max_record_bytes
+        self.fingerprint = add_limit(fingerprint, max_record_bytes)
 
     def build_shard(self, stretch: Stretch) -> HubShard:
-        return HubShard(self._dataset, self._column, len(self._sizes), stretch)
+        return HubShard(self._dataset, self._column, len(self._sizes), stretch, self._max_record_bytes)
 
     def count(self) -> int | None:
         return self._count
@@ -182,6 +207,7 @@ def open_hub(pin: HubPin, split: str) -> HubSource:
             place=name,
             fingerprint=fingerprint,
             count=(described.num_examples or None) if described is not None else None,
+            max_record_bytes=spec.max_record_bytes,
         )
 
     source = _ask_hub(spec, load)

@@ -1,18 +1,12 @@
-"""Text from JSON lines: one object a line, the text in one of its fields."""
+"""JSON lines: one object a line, the text in one of its fields. `json_columns.py` chooses the field."""
 
 import json
-from collections.abc import Sequence
-from typing import Any, BinaryIO
+from collections.abc import Callable
+from typing import Any
 
-from neobert.data.columns import choose_text_column
-from neobert.data.errors import DataError
-from neobert.data.files import DataFile, cannot_read
-from neobert.data.lines import BOM, FAULTS, Entry, FileSource, build_file_source, drop_empty_files
-from neobert.data.network import is_transient
-from neobert.data.spec import SourceSpec
-
-COLUMN_SAMPLE = 100
-"""Records whose fields are looked at to choose the column."""
+from neobert.data.files import DataFile
+from neobert.data.lines import BOM, Entry
+from neobert.data.record_file import RecordFile
 
 
 class Lines:
@@ -20,95 +14,64 @@ class Lines:
 
     cuttable = True
 
-    def align(self, file: BinaryIO, begin: int) -> int:
+    def align(self, file: RecordFile, begin: int) -> int:
         # The line that reaches over `begin` belongs to the range before; one byte back, in case a line ends there.
         file.seek(begin - 1)
-        file.readline()
+        file.read_line()
         return file.tell()
 
-    def skip(self, file: BinaryIO, data_file: DataFile, start: int) -> Entry | None:
-        raw = file.readline()
-        return Entry(len(raw), 1) if raw else None
+    def skip(self, file: RecordFile, data_file: DataFile, start: int) -> Entry | None:
+        line = file.read_line()
+        return None if line is None else Entry(line.size, 1)
 
 
 class JsonLines(Lines):
-    """One object a line."""
+    """One object a line, the text in `column`, or where `column_of` says for a file."""
 
-    def __init__(self, column: str) -> None:
-        self._column = column
+    def __init__(self, column: str, column_of: Callable[[DataFile], str] | None = None) -> None:
+        self._column, self._column_of = column, column_of
+        self._columns: dict[str, str] = {}
 
-    def read(self, file: BinaryIO, data_file: DataFile, start: int) -> Entry | None:
-        raw = file.readline()
-        if not raw:
+    def read(self, file: RecordFile, data_file: DataFile, start: int) -> Entry | None:
+        line = file.read_line()
+        if line is None:
             return None
-        text, problem = parse_line(raw if start else raw.removeprefix(BOM), self._column)
-        return Entry(len(raw), 1, text, problem)
+        if line.problem is not None:
+            return Entry(line.size, 1, None, line.problem)
+        text, problem = self.parse(line.content if start else line.content.removeprefix(BOM), data_file)
+        return Entry(line.size, 1, text, problem)
+
+    def parse(self, raw: bytes, data_file: DataFile) -> tuple[str | None, str | None]:
+        """(text, problem) of a line."""
+        column = self._column
+        if self._column_of is not None:
+            found = self._columns.get(data_file.url)
+            column = found or self._columns.setdefault(data_file.url, self._column_of(data_file))
+        return parse_line(raw, column)
 
 
 def parse_line(raw: bytes, column: str) -> tuple[str | None, str | None]:
     """(text, problem) of a line; both None when it is blank or has no text."""
+    record, problem = parse_record(raw)
+    text = None if record is None else record.get(column)
+    if not isinstance(text, str) or not text.strip():
+        return None, problem
+    try:
+        if not text.isascii():
+            text.encode("utf-8")
+    except UnicodeEncodeError:
+        return None, "the text holds half of a surrogate pair"
+    return text, None
+
+
+def parse_record(raw: bytes) -> tuple[dict[str, Any] | None, str | None]:
+    """(object, problem) of a line; both None when it is blank."""
     if not raw.strip():
         return None, None
     try:
         record = json.loads(raw.decode("utf-8"))
-        text = record.get(column) if isinstance(record, dict) else None
-        if isinstance(text, str) and not text.isascii():
-            text.encode("utf-8")
-    except UnicodeEncodeError:
-        return None, "the text holds half of a surrogate pair"
     except (ValueError, RecursionError) as error:
         return None, str(error)
     if not isinstance(record, dict):
         return None, f"a JSON object was expected, not {type(record).__name__}"
-    return (text, None) if isinstance(text, str) and text.strip() else (None, None)
-
-
-def open_jsonl(files: Sequence[DataFile], spec: SourceSpec) -> FileSource:
-    """Files of JSON lines, in the order given.
-
-    Raises:
-        DataError: there is no text column, or a file holds an array.
-    """
-    kept, notes = drop_empty_files(files, spec)
-    text_columns: dict[str, None] = {}
-    others: dict[str, None] = {}
-    for record in _sample(kept, spec):
-        for name, value in record.items():
-            (text_columns if isinstance(value, str) else others)[name] = None
-    column, note = choose_text_column(list(text_columns), list(others), spec.text_column, spec.label)
-    return build_file_source(kept, JsonLines(column), [note, *notes], spec)
-
-
-def _sample(files: Sequence[DataFile], spec: SourceSpec) -> list[dict[str, Any]]:
-    """The first records that can be read."""
-    found: list[dict[str, Any]] = []
-    for data_file in files:
-        try:
-            with data_file.open() as file:
-                for number, raw in enumerate(file):
-                    if number == 0:
-                        raw = raw.removeprefix(BOM)
-                        _check_no_array(raw, data_file)
-                    try:
-                        record = json.loads(raw)
-                    except (ValueError, RecursionError):
-                        continue
-                    if isinstance(record, dict):
-                        found.append(record)
-                    if len(found) == COLUMN_SAMPLE:
-                        return found
-        except FAULTS as error:
-            if is_transient(error):
-                raise
-            if spec.on_bad_shard == "error":
-                raise DataError(cannot_read(data_file, error)) from error
-    return found
-
-
-def _check_no_array(first_line: bytes, file: DataFile) -> None:
-    if first_line.lstrip()[:1] == b"[":
-        stem = file.name.split(".")[0]
-        raise DataError(
-            f"{file.url} holds one JSON array; one object a line is needed. Convert it, for example with "
-            f"`jq -c '.[]' {file.name} > {stem}.jsonl`, and name the new file in dataset.path"
-        )
+    return record, None

@@ -158,8 +158,10 @@ class PackingLane:
             "dropped": state["dropped"] + num_dropped,
             "stream": taken.next_state,
         }
-        if taken.ended or next_state["empty"] > MAX_EMPTY_WINDOWS:
-            self._check_rows(next_state["used"] if taken.ended else 0)
+        if next_state["empty"] > MAX_EMPTY_WINDOWS or (taken.ended and not epoch and not next_state["used"]):
+            raise self._no_rows()
+        if taken.ended:
+            # Where every epoch deals few documents out anew, a lane may have none in one and some in the next.
             next_state |= {"epoch": epoch + 1, "window": 0, "used": 0}
         return Window(
             rows=settings.plan(pieces, key(settings.seed, "rows", self._lane, epoch, state["window"])),
@@ -169,10 +171,10 @@ class PackingLane:
             next_state=next_state,
         )
 
-    def _check_rows(self, num_used: int) -> None:
-        # A lane whose whole epoch holds nothing to train on would be read for ever.
-        if not num_used:
-            raise DataError(
-                f"lane {self._lane} has no usable documents: all of them are empty, unreadable or shorter than "
-                "dataset.min_length; lower dataset.num_lanes or dataset.min_length, or check dataset.text_column"
-            )
+    def _no_rows(self) -> DataError:
+        """The error of a lane that holds nothing to train on, and would be read for ever."""
+        return DataError(
+            f"lane {self._lane} has no usable documents: all of them are empty, unreadable or shorter than "
+            "dataset.min_length; lower dataset.num_lanes or leave it null, lower dataset.min_length, or check "
+            "dataset.text_column"
+        )

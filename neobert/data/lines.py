@@ -1,18 +1,25 @@
-"""Files of lines read with byte cursors: JSON lines, plain text, CSV; plain, .gz or .zst, local or remote.
+"""Files of lines read with byte cursors: JSON lines, plain text, CSV; plain or compressed, local or remote.
 
 A plain file is cut into byte ranges, one for each lane, where its format allows that: a record belongs to the range
-that holds its first byte, so none is lost or read twice. A compressed file cannot be cut and goes whole to one lane; to
-go on in its middle everything before must be decompressed, therefore consecutive windows keep the file open.
+that holds its first byte, so none is lost or read twice. A file that is compressed, or in another form than lines of
+UTF-8, cannot be cut and goes whole to one lane; to go on in its middle everything before must be decompressed or
+recoded, therefore consecutive windows keep the file open.
 """
 
 from collections.abc import Callable, Sequence
-from typing import BinaryIO, NamedTuple, Protocol
+from contextlib import closing
+from typing import NamedTuple, Protocol, TypeVar
 
+from neobert.config.schema_data import MAX_RECORD_BYTES
 from neobert.data.decompress import DAMAGED, skip_bytes
-from neobert.data.errors import DataError
 from neobert.data.files import DataFile, cannot_read, fingerprint_files
+from neobert.data.intake import Inspected, read_all
+from neobert.data.inventory import FileReport, Sample
 from neobert.data.lanes import State
+from neobert.data.look import remedy_for_latin1
 from neobert.data.network import is_transient
+from neobert.data.record_file import RecordFile
+from neobert.data.sampling import sample_file
 from neobert.data.sharing import (
     MIN_LANE_BYTES,
     STREAM_LANES,
@@ -24,16 +31,13 @@ from neobert.data.sharing import (
     share_out,
 )
 from neobert.data.spec import SourceSpec
-from neobert.data.text import Reader, Record, Records, ShardFault, ShardReader, Share, Span
+from neobert.data.text import Reader, Record, Records, ShardFault, ShardReader, Share, Span, add_limit
 
 BOM = b"\xef\xbb\xbf"
 """Some programs write this mark at the beginning of a file; it is not part of the text."""
 
 FAULTS = (OSError, *DAMAGED)
 """What reading a file that is gone, damaged or not allowed raises; errors of the network are among them."""
-
-_SMALL_COMPRESSED = 128
-"""Bytes of a compressed file that may have nothing in it."""
 
 
 class Entry(NamedTuple):
@@ -49,7 +53,9 @@ class Entry(NamedTuple):
     """The line of the record, from 1, that the problem is in."""
 
 
-ReadEntry = Callable[[BinaryIO, DataFile, int], Entry | None]
+Result = TypeVar("Result")
+
+ReadEntry = Callable[[RecordFile, DataFile, int], Entry | None]
 
 
 class LineFormat(Protocol):
@@ -58,13 +64,13 @@ class LineFormat(Protocol):
     cuttable: bool
     """Whether byte ranges of a plain file can be read apart."""
 
-    def align(self, file: BinaryIO, begin: int) -> int:
+    def align(self, file: RecordFile, begin: int) -> int:
         """Moves a seekable file to the first border between records at or after `begin`; returns where that is."""
 
-    def read(self, file: BinaryIO, data_file: DataFile, start: int) -> Entry | None:
+    def read(self, file: RecordFile, data_file: DataFile, start: int) -> Entry | None:
         """The record at byte `start`, where the file stands; None at the end of the file."""
 
-    def skip(self, file: BinaryIO, data_file: DataFile, start: int) -> Entry | None:
+    def skip(self, file: RecordFile, data_file: DataFile, start: int) -> Entry | None:
         """The same without looking into it more than needed."""
 
 
@@ -79,12 +85,14 @@ class FileShard:
         begin: int = 0,
         end: int | None = None,
         line: int | None = 0,
+        max_record_bytes: int = MAX_RECORD_BYTES,
     ) -> None:
         """
         Args:
             line: lines before `begin`; None: they are counted when a bad record is to be named.
         """
-        self._parked: tuple[int, BinaryIO] | None = None
+        self._parked: tuple[int, RecordFile] | None = None
+        self._max_record_bytes = max_record_bytes
         self._file, self.number, self._format, self._begin, self._end = file, number, form, begin, end
         self._lines_before = line
         self.size = max(0, (file.text_bytes if end is None else end) - begin)
@@ -104,7 +112,7 @@ class FileShard:
                 start, offset, problem = offset, offset + entry.size, entry.problem
                 if problem is not None:
                     place = self._count_lines(start) if line is None else self._lines_to_begin() + line
-                    problem = f"{self._file.url}:{place + entry.line}: {problem}"
+                    problem = f"{self._file.name_line(place + entry.line)}: {problem}"
                 line = None if line is None else line + entry.num_lines
                 yield Record((self.number << 40) | start, entry.text, problem, {"offset": offset, "line": line})
         except GeneratorExit:
@@ -119,7 +127,7 @@ class FileShard:
         """Position behind the record with this number, or behind the last one, and how many that were."""
         line = passed = 0
         file, offset = self._open(0)
-        with file:
+        with closing(file):
             while passed < count:
                 entry = self._read_entry(self._format.skip, file, offset)
                 if entry is None:
@@ -130,7 +138,7 @@ class FileShard:
     def align(self, begin: int) -> State:
         """The position of the first border between records at or after byte `begin` of a plain file."""
         try:
-            with self._file.open() as file:
+            with closing(RecordFile(self._file.open(), self._max_record_bytes)) as file:
                 return {"offset": self._format.align(file, begin), "line": None}
         except FAULTS as error:
             self._check_fault(error)
@@ -140,10 +148,10 @@ class FileShard:
         if self._parked is not None:
             self._parked[1].close()
 
-    def _open(self, offset: int | None) -> tuple[BinaryIO, int]:
+    def _open(self, offset: int | None) -> tuple[RecordFile, int]:
         parked, self._parked = self._parked, None
         start = self._begin if offset is None else offset
-        file: BinaryIO | None = None
+        file: RecordFile | None = None
         try:
             if parked is not None:
                 file = parked[1]
@@ -152,9 +160,10 @@ class FileShard:
                         self._file.check_unchanged()
                     return file, start
                 file.close()
-            file = self._file.open()
-            if self._file.is_compressed:
-                skip_bytes(file, start)
+            opened = self._file.open()
+            file = RecordFile(opened, self._max_record_bytes)
+            if self._file.is_streamed:
+                skip_bytes(opened, start)
             elif offset is None and start:
                 start = self._format.align(file, start)
             else:
@@ -166,7 +175,7 @@ class FileShard:
             raise
         return file, start
 
-    def _read_entry(self, read: ReadEntry, file: BinaryIO, offset: int) -> Entry | None:
+    def _read_entry(self, read: ReadEntry, file: RecordFile, offset: int) -> Entry | None:
         try:
             return read(file, self._file, offset)
         except FAULTS as error:
@@ -196,18 +205,25 @@ class FileSource(ShardedSource):
     """Files of one format, one after the other."""
 
     def __init__(
-        self, files: Sequence[DataFile], form: LineFormat, *, place: str, notes: list[str], fingerprint: str
+        self,
+        files: Sequence[DataFile],
+        form: LineFormat,
+        *,
+        place: str,
+        notes: list[str],
+        fingerprint: str,
+        max_record_bytes: int,
     ) -> None:
         super().__init__(place, [file.text_bytes for file in files])
+        self._max_record_bytes = max_record_bytes
         self._files, self._format, self.notes, self.fingerprint = list(files), form, notes, fingerprint
-        self._cuttable = form.cuttable and not any(file.is_compressed for file in files)
+        self._cuttable = form.cuttable and not any(file.is_streamed for file in files)
+        self.reports: dict[str, FileReport] = {}
+        """What is known of its files, those that were taken out too."""
 
     def build_shard(self, stretch: Stretch) -> FileShard:
         begin, end = stretch.after or {"offset": 0}, stretch.until or {"offset": None}
-        line = None if stretch.after else 0
-        return FileShard(
-            self._files[stretch.number], stretch.number, self._format, begin["offset"], end["offset"], line
-        )
+        return self._range(stretch.number, begin["offset"], end["offset"], None if stretch.after else 0)
 
     def readers(self, share: Share) -> list[Reader]:
         if not self._cuttable:
@@ -220,7 +236,9 @@ class FileSource(ShardedSource):
 
         def build(count: int) -> list[Reader]:
             return [
-                ShardReader([self._range(*span) for span in spans_of_lane], share, lane)
+                ShardReader(
+                    [self._range(n, begin, end, None if begin else 0) for n, begin, end in spans_of_lane], share, lane
+                )
                 for lane, spans_of_lane in enumerate(cut_spans(spans, count))
             ]
 
@@ -241,8 +259,8 @@ class FileSource(ShardedSource):
             until=self._border(number + 1, count) if number + 1 < count else None,
         )
 
-    def _range(self, number: int, begin: int, end: int) -> FileShard:
-        return FileShard(self._files[number], number, self._format, begin, end, None if begin else 0)
+    def _range(self, number: int, begin: int, end: int | None, line: int | None) -> FileShard:
+        return FileShard(self._files[number], number, self._format, begin, end, line, self._max_record_bytes)
 
     def _border(self, number: int, count: int) -> State:
         """The border between records behind `number` of `count` equal runs of bytes."""
@@ -255,39 +273,79 @@ class FileSource(ShardedSource):
         return {"shard": place, "position": self.build_shard(Stretch(place, None, None)).align(left)}
 
 
-def drop_empty_files(files: Sequence[DataFile], spec: SourceSpec) -> tuple[list[DataFile], list[str]]:
-    """The files with something in them, and a note about the others.
-
-    Raises:
-        DataError: all of them are empty.
-    """
-    kept = [file for file in files if not _is_empty(file)]
-    if not kept:
-        raise DataError(f"dataset.path: {spec.label} has no text: all of its {len(files)} files are empty")
-    num_empty = len(files) - len(kept)
-    return kept, [f"{num_empty} empty files are passed over"] if num_empty else []
-
-
-def build_file_source(
-    files: Sequence[DataFile], form: LineFormat, notes: Sequence[str], spec: SourceSpec
-) -> FileSource:
+def build_file_source(found: Inspected, form: LineFormat, notes: Sequence[str], spec: SourceSpec) -> FileSource:
     """A source over files of one format.
 
     Raises:
-        DataError: one cannot be read, and `spec.on_bad_shard` is error.
+        DataError: one has no text or cannot be read, and `spec.on_bad_shard` is error.
     """
-    fingerprint = fingerprint_files(files, skip_unreadable=spec.on_bad_shard == "skip")
-    return FileSource(files, form, place=spec.label, notes=list(notes), fingerprint=fingerprint)
+    if not found.is_sampled:
+        check_samples(found, lambda file: sample_lines(file, form))
+    fingerprint = fingerprint_files(found.kept, skip_unreadable=spec.on_bad_shard == "skip")
+    source = FileSource(
+        found.kept,
+        form,
+        place=spec.label,
+        notes=[*notes, *found.notes],
+        fingerprint=add_limit(fingerprint, spec.max_record_bytes),
+        max_record_bytes=spec.max_record_bytes,
+    )
+    source.reports = found.reports
+    return source
 
 
-def _is_empty(file: DataFile) -> bool:
-    """Whether there is nothing in a file; compressed ones are opened when they are small enough for that."""
-    if not file.is_compressed or not 0 < file.size < _SMALL_COMPRESSED:
-        return file.size == 0
-    try:
-        with file.open() as opened:
-            return not opened.read(1)
-    except FAULTS as error:
-        if is_transient(error):
-            raise
-        return False
+def check_samples(found: Inspected, read: Callable[[DataFile], Sample]) -> None:
+    """Samples the files, and takes out those in which no record can be read.
+
+    Raises:
+        DataError: there are any, and such files are not skipped.
+    """
+    problems = {}
+    for file, sample in read_samples(found, read):
+        found.reports[file.url] = found.reports[file.url].with_sample(sample)
+        if is_hopeless(sample):
+            problems[file.url] = describe_cause(file, sample)
+    found.is_sampled = True
+    found.drop(problems)
+
+
+def read_samples(found: Inspected, read: Callable[[DataFile], Result]) -> list[tuple[DataFile, Result]]:
+    """`read` of the files that are to be sampled. A damaged one has none; that is noted, and an error in its turn."""
+
+    def try_read(file: DataFile) -> Result | ShardFault:
+        try:
+            return read(file)
+        except ShardFault as error:
+            return error
+
+    samples = []
+    files = found.to_sample()
+    for file, sample in zip(files, read_all(files, try_read)):
+        if isinstance(sample, ShardFault):
+            found.report(file.url, remark=str(sample))
+        else:
+            samples.append((file, sample))
+    return samples
+
+
+def sample_lines(file: DataFile, form: LineFormat) -> Sample:
+    """Samples a file of lines.
+
+    Raises:
+        ShardFault: it cannot be read.
+    """
+    # Line numbers count from where a place begins; counting those before would mean reading them.
+    return sample_file(file, lambda begin, end: FileShard(file, 0, form, begin, end), cuttable=form.cuttable)
+
+
+def is_hopeless(sample: Sample) -> bool:
+    """Whether no record can be read. One that is too long says nothing about the others."""
+    return bool(sample.num_bad and not sample.num_usable and "dataset.max_record_bytes" not in str(sample.problem))
+
+
+def describe_cause(file: DataFile, sample: Sample) -> str:
+    """Why a file has no text, from the first record that cannot be read."""
+    problem, remedy = str(sample.problem), "correct the file"
+    if "codec can't decode" in problem:
+        remedy = remedy_for_latin1(file)
+    return f"has no text: no record of its sample can be read, {problem}; {remedy}"

@@ -21,6 +21,9 @@ from neobert.data.errors import DataError
 from neobert.data.lanes import DocumentStream, State, Taken
 from neobert.data.order import extend_keys, key, uniforms
 
+MAX_EMPTY_EPOCHS = 100
+"""Epochs in a row without a document, of a source that had some: then nothing will come."""
+
 
 @dataclass(frozen=True, kw_only=True, slots=True, eq=False)
 class MixtureStream:
@@ -89,25 +92,22 @@ class MixtureStream:
     def _take_from(self, number: int, state: State, count: int) -> tuple[list[Taken], State, int]:
         """The next `count` documents of a source; (takes, state after them, documents still owed)."""
         parts: list[Taken] = []
-        found_in_epoch = True
+        stream, num_empty = self.streams[number], 0
         while count > 0:
-            part = self.streams[number].take(state, count)
+            part = stream.take(state, count)
             parts.append(part)
+            if not part.ended and len(part.lengths) < count:
+                # Large documents have filled the window: the rest is owed to the next one.
+                return parts, part.next_state, count - len(part.lengths)
+            num_empty = 0 if len(part.lengths) else num_empty + 1
+            if num_empty > MAX_EMPTY_EPOCHS or (num_empty and self.weights is not None and state == stream.start()):
+                raise DataError(
+                    f"dataset.mixture: {self.labels[number]} has no usable documents in lane {self.lane}; "
+                    "lower dataset.num_lanes or leave it null, check its text column, or take it out"
+                )
             state, count = part.next_state, count - len(part.lengths)
-            if not part.ended:
-                if count:
-                    break  # Large documents have filled the window: the rest is owed to the next one.
-            elif self.weights is None:
+            if part.ended and self.weights is None:
                 break
-            else:
-                if not len(part.lengths) and not found_in_epoch:
-                    raise DataError(
-                        f"dataset.mixture: {self.labels[number]} has no usable documents in lane {self.lane}; "
-                        "lower dataset.num_lanes, check its text column, or take it out"
-                    )
-                found_in_epoch = False
-                continue
-            found_in_epoch = True
         return parts, state, count
 
 

@@ -15,6 +15,7 @@ from neobert.config.schema_data import DatasetSection, TokenizerSection
 from neobert.data.arrow import TokenStore
 from neobert.data.errors import DataError
 from neobert.data.hub import HubSource
+from neobert.data.inventory import NO_FILES, Inventory
 from neobert.data.opening import locate_slice
 from neobert.data.prepare import TextTokens, TokenSource, write_tokens
 from neobert.data.prepare_settings import Origin, PrepareSettings, choose_settings
@@ -57,6 +58,9 @@ class PreparedSource:
     eval_split: str | None
     manifests: dict[str, dict[str, Any]]
     """By split."""
+
+    inventory: Inventory
+    """The files that were read."""
 
 
 def open_text_split(spec: SourceSpec, wanted: str | None, tokenizer: Tokenizer | None) -> TextSplit:
@@ -150,6 +154,7 @@ class _Opened(NamedTuple):
     tokens: TokenSource
     settings: PrepareSettings
     source: object
+    inventory: Inventory
 
 
 @dataclass(frozen=True, kw_only=True, slots=True, eq=False)
@@ -198,9 +203,10 @@ def _open_tokens(
     if isinstance(found, TokenStore) and stored_allowed:
         if not split.is_whole:
             raise DataError(f"{split} is a slice of tokens that are on disk already; name the whole split")
-        return _Opened(StoredTokens(found), settings, found)
+        return _Opened(StoredTokens(found), settings, found, NO_FILES)
     text = _cut_text(spec, found, split, settings.max_documents)
-    return _Opened(TextTokens(text.source, tokenizer, settings.max_document_chars, text.span), settings, text.source)
+    tokens = TextTokens(text.source, tokenizer, settings.max_document_chars, text.span)
+    return _Opened(tokens, settings, text.source, text.source.inventory)
 
 
 def _prepare(job: _Job, tokenizer: Tokenizer, tokenizer_name: str | None) -> PreparedSource:
@@ -223,6 +229,7 @@ def _prepare(job: _Job, tokenizer: Tokenizer, tokenizer_name: str | None) -> Pre
         train_split=job.train_split,
         eval_split=job.eval_split,
         manifests=manifests,
+        inventory=sum((opened.inventory for opened in job.splits.values()), NO_FILES),
     )
 
 

@@ -19,6 +19,7 @@ from neobert.config.schema import DatasetSection
 from neobert.data.arrow import TokenStore
 from neobert.data.errors import DataError
 from neobert.data.fingerprint import combine
+from neobert.data.inventory import NO_FILES, Inventory
 from neobert.data.lanes import State
 from neobert.data.prepare import prepare_tokens
 from neobert.data.prepare_settings import choose_settings
@@ -40,6 +41,7 @@ class View:
     documents: TokenStore | StreamedText
     fingerprint: str
     notes: tuple[str, ...]
+    inventory: Inventory = NO_FILES
     begin: Place | None = None
     """None: at the first document."""
 
@@ -98,7 +100,8 @@ class Source:
             else:
                 return self._prepare(found, split, max_documents)
         else:
-            view = View(documents=found, fingerprint=found.fingerprint, notes=tuple(found.notes))
+            notes, inventory = tuple(found.notes), found.inventory
+            view = View(documents=found, fingerprint=found.fingerprint, notes=notes, inventory=inventory)
         begin, end = locate_slice(view.documents, split, max_documents)
         return replace(view, begin=begin, end=end)
 
@@ -114,7 +117,7 @@ class Source:
         store = TokenStore(folder, self.tokenizer)
         notes = (*source.notes, note.format(folder, **numbers))
         fingerprint = combine([source.fingerprint], lambda parts: _hash(parts[0], str(span)))
-        return View(documents=store, fingerprint=fingerprint, notes=notes)
+        return View(documents=store, fingerprint=fingerprint, notes=notes, inventory=source.inventory)
 
 
 def list_sources(

@@ -18,6 +18,7 @@ from neobert.data.collate import Collator, MaskPolicy
 from neobert.data.encode import limit_threads
 from neobert.data.evaluation import EvalSet, choose_evaluation
 from neobert.data.fingerprint import combine, fits
+from neobert.data.inventory import NO_FILES, Inventory
 from neobert.data.lanes import State
 from neobert.data.loader import Loader, LoaderSettings, OrderIdentity, sum_counters
 from neobert.data.opening import Place, Source, View, list_sources, open_training_texts
@@ -48,6 +49,9 @@ class DataPipeline:
 
     notes: tuple[str, ...]
     """What was found and chosen, for the console."""
+
+    inventory: Inventory
+    """The files of all sources."""
 
     @property
     def has_eval(self) -> bool:
@@ -170,6 +174,7 @@ def build_data(
     )
     found = [note for source, view in zip(sources, views) for note in _note_source(source, view)]
     threads = _note_threads(section, loader_settings)
+    inventory = sum((view.inventory for view in views), NO_FILES) + evaluation.inventory
     return DataPipeline(
         tokenizer=tokenizer,
         train=train,
@@ -185,7 +190,15 @@ def build_data(
                 [(one, part.view.begin, part.view.end, part.weight) for one, part in zip(prints, parts)],
             ),
         ),
-        notes=(*found, *train.notes, *_note_shared_lanes(train, reader.world), *evaluation.notes, threads),
+        inventory=inventory,
+        notes=(
+            *found,
+            *inventory.notes(),
+            *train.notes,
+            *_note_shared_lanes(train, reader.world),
+            *evaluation.notes,
+            threads,
+        ),
     )
 
 

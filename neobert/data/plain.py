@@ -5,12 +5,16 @@ Blank lines before a document and white space after it are left out, and Windows
 
 import re
 from collections.abc import Sequence
-from typing import BinaryIO
+from functools import lru_cache
 
 from neobert.data.files import DataFile
+from neobert.data.intake import inspect_files
+from neobert.data.inventory import Sample
 from neobert.data.jsonl import Lines
-from neobert.data.lines import BOM, Entry, FileSource, LineFormat, build_file_source, drop_empty_files
+from neobert.data.lines import BOM, Entry, FileSource, LineFormat, build_file_source, check_samples, sample_lines
+from neobert.data.record_file import Line, RecordFile
 from neobert.data.spec import SourceSpec
+from neobert.data.text import TooLong
 
 _LOOK_BACK = 1 << 16
 _BORDER = re.compile(rb"\S[^\S\n]*\n[^\S\n]*\n\Z")
@@ -21,9 +25,9 @@ _LINE_WITH_TEXT = re.compile(rb"\S[^\S\n]*\n\Z")
 class TextLines(Lines):
     """A document is a line."""
 
-    def read(self, file: BinaryIO, data_file: DataFile, start: int) -> Entry | None:
-        raw = file.readline()
-        return _entry(raw, 1, start) if raw else None
+    def read(self, file: RecordFile, data_file: DataFile, start: int) -> Entry | None:
+        line = file.read_line()
+        return None if line is None else _entry(line, 1, start)
 
 
 class Paragraphs:
@@ -32,42 +36,50 @@ class Paragraphs:
 
     cuttable = True
 
-    def align(self, file: BinaryIO, begin: int) -> int:
+    def align(self, file: RecordFile, begin: int) -> int:
         file.seek(begin - 1)
-        file.readline()
+        file.read_line()
         place = file.tell()
         file.seek(max(0, place - _LOOK_BACK))
         before = file.read(place - file.tell())
         if _BORDER.search(before):
             return place
         in_text = bool(_LINE_WITH_TEXT.search(before))
-        while line := file.readline():
-            place += len(line)
-            if not line.strip() and in_text:
+        while (line := file.read_line()) is not None:
+            place += line.size
+            if _is_blank(line) and in_text:
                 break
-            in_text = bool(line.strip())
+            in_text = not _is_blank(line)
         return place
 
-    def read(self, file: BinaryIO, data_file: DataFile, start: int) -> Entry | None:
-        lines = self._lines(file)
-        return _entry(b"".join(lines), len(lines), start) if lines else None
+    def read(self, file: RecordFile, data_file: DataFile, start: int) -> Entry | None:
+        whole, num_lines = self._join_lines(file)
+        return _entry(whole, num_lines, start) if num_lines else None
 
-    def skip(self, file: BinaryIO, data_file: DataFile, start: int) -> Entry | None:
-        lines = self._lines(file)
-        return Entry(sum(map(len, lines)), len(lines)) if lines else None
+    def skip(self, file: RecordFile, data_file: DataFile, start: int) -> Entry | None:
+        whole, num_lines = self._join_lines(file)
+        return Entry(whole.size, num_lines) if num_lines else None
 
     @staticmethod
-    def _lines(file: BinaryIO) -> list[bytes]:
-        lines: list[bytes] = []
+    def _join_lines(file: RecordFile) -> tuple[Line, int]:
+        """The next paragraph as one line, and the number of its lines."""
+        contents: list[bytes] = []
+        size = num_lines = 0
         has_text = False
-        while line := file.readline():
-            lines.append(line)
-            if not line.strip():
+        while (line := file.read_line()) is not None:
+            size, num_lines = size + line.size, num_lines + 1
+            if size <= file.max_record_bytes:
+                contents.append(line.content)
+            else:
+                contents.clear()
+            if _is_blank(line):
                 if has_text:
                     break
             else:
                 has_text = True
-        return lines
+        if size > file.max_record_bytes:
+            return Line(b"", size, str(TooLong(size, file.max_record_bytes))), num_lines
+        return Line(b"".join(contents), size), num_lines
 
 
 class WholeFile:
@@ -75,13 +87,13 @@ class WholeFile:
 
     cuttable = False
 
-    def align(self, file: BinaryIO, begin: int) -> int:
+    def align(self, file: RecordFile, begin: int) -> int:
         file.seek(begin)
         return begin
 
-    def read(self, file: BinaryIO, data_file: DataFile, start: int) -> Entry | None:
-        raw = file.read()
-        return _entry(raw, raw.count(b"\n") + (raw[-1:] != b"\n"), start) if raw else None
+    def read(self, file: RecordFile, data_file: DataFile, start: int) -> Entry | None:
+        found = file.read_rest()
+        return None if found is None else _entry(*found, start)
 
     skip = read
 
@@ -90,19 +102,35 @@ SAMPLE_BY: dict[str, LineFormat] = {"line": TextLines(), "paragraph": Paragraphs
 
 
 def open_text(files: Sequence[DataFile], spec: SourceSpec) -> FileSource:
-    """Plain text files, in the order given."""
-    kept, notes = drop_empty_files(files, spec)
+    """Plain text files, in the order given.
+
+    Raises:
+        DataError: a file has no text.
+    """
+    found = inspect_files(files, spec)
+    check_samples(found, _sample)
     others = ", ".join(word for word in SAMPLE_BY if word != spec.sample_by)
     unit = "file" if spec.sample_by == "document" else spec.sample_by
-    notes = [f"one document a {unit} of plain text (dataset.sample_by: {spec.sample_by}; or {others})", *notes]
-    return build_file_source(kept, SAMPLE_BY[spec.sample_by], notes, spec)
+    note = f"one document a {unit} of plain text (dataset.sample_by: {spec.sample_by}; or {others})"
+    return build_file_source(found, SAMPLE_BY[spec.sample_by], [note], spec)
 
 
-def _entry(raw: bytes, num_lines: int, start: int) -> Entry:
-    content = raw if start else raw.removeprefix(BOM)
+@lru_cache(maxsize=1 << 14)
+def _sample(file: DataFile) -> Sample:
+    return sample_lines(file, TextLines())  # Whatever a document is: lines tell the encoding.
+
+
+def _is_blank(line: Line) -> bool:
+    return line.problem is None and not line.content.strip()
+
+
+def _entry(line: Line, num_lines: int, start: int) -> Entry:
+    if line.problem is not None:
+        return Entry(line.size, num_lines, None, line.problem)
+    content = line.content if start else line.content.removeprefix(BOM)
     try:
         text = content.decode("utf-8")
     except UnicodeDecodeError as error:
-        return Entry(len(raw), num_lines, None, str(error), content.count(b"\n", 0, error.start) + 1)
+        return Entry(line.size, num_lines, None, str(error), content.count(b"\n", 0, error.start) + 1)
     text = _BLANK_LINES.sub("", text.replace("\r\n", "\n"), count=1).rstrip()
-    return Entry(len(raw), num_lines, text or None)
+    return Entry(line.size, num_lines, text or None)

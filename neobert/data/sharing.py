@@ -15,6 +15,7 @@ from itertools import accumulate
 from typing import NamedTuple
 
 from neobert.data.errors import DataError
+from neobert.data.inventory import NO_FILES, Inventory
 from neobert.data.lanes import State
 from neobert.data.text import WHOLE, EveryNth, Reader, Records, Shard, ShardReader, Share, Span, read_shards
 
@@ -63,6 +64,7 @@ class ShardedSource:
 
     fingerprint: str
     notes: list[str]
+    inventory: Inventory = NO_FILES
 
     def __init__(self, place: str, sizes: Sequence[int]) -> None:
         self._place, self._sizes = place, list(sizes)

@@ -10,21 +10,24 @@
 
 import json
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
 from neobert.data.arrow import ArrowTexts, TokenStore, column_names
 from neobert.data.delimited import open_delimited
 from neobert.data.errors import DataError
-from neobert.data.files import DataFile, FoundFile, is_remote, list_files
+from neobert.data.files import ENDINGS, DataFile, FoundFile, Listing, is_remote, kind_of_name, list_files
 from neobert.data.hub import HubPin, HubSource, list_hub_splits, open_hub, pin_hub
-from neobert.data.jsonl import open_jsonl
+from neobert.data.intake import check_problems
+from neobert.data.inventory import FileReport, Inventory
+from neobert.data.json_columns import open_jsonl
 from neobert.data.lines import FileSource
 from neobert.data.network import with_retries
 from neobert.data.parquet import ParquetSource, open_parquet
 from neobert.data.plain import open_text
 from neobert.data.spec import PYTHON_STDLIB, SourceSpec
-from neobert.data.splits import split_of_name
+from neobert.data.splits import find_split
 from neobert.data.stdlib import StdlibSource
 from neobert.data.tokenizer import Tokenizer
 
@@ -67,19 +70,104 @@ def _splits_of_paths(spec: SourceSpec) -> Mapping[str, OpenSplit]:
         )
     if folders:
         return _splits_of_saved(spec, folders[0])
-    found = [file for path in spec.path for file in _list_path(spec, path)]
-    _check_folders(spec, found)
-    files = [item for item in found if item.file.name not in _NOT_DATA and _format_of(item.file) is not None]
-    if not files:
-        endings = ", ".join(ending for _, endings, _ in FORMATS.values() for ending in endings)
+    found = list_data_files(spec)
+    return {
+        name: partial(_open_files, spec, found.files_of(name), found.inventory)
+        for name in dict.fromkeys(found.splits.values())
+    }
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class DataFiles:
+    """The files of a source by their names; nothing of them is read yet."""
+
+    files: list[DataFile]
+    splits: dict[str, str]
+    """By URL."""
+
+    inventory: Inventory
+
+    def files_of(self, split: str) -> list[DataFile]:
+        """The files of a split."""
+        return [file for file in self.files if self.splits[file.url] == split]
+
+
+def list_data_files(spec: SourceSpec) -> DataFiles:
+    """The files that the paths of a source name, each in its split.
+
+    Raises:
+        DataError: there are none, a link leads nowhere, or a file is named twice or for two splits.
+    """
+    listings = [_list_path(spec, path) for path in spec.path]
+    found = [item for listing in listings for item in listing.files]
+    _check_folders(spec, [item.file for item in found])
+    left_out = [item for listing in listings for item in listing.left_out]
+    data = [item for item in found if item.file.name not in _NOT_DATA and kind_of_name(item.file.name) is not None]
+    faults = {item.url: item.reason for item in left_out if item.is_fault}
+    check_problems(faults, spec, left=len(data))
+    if not data:
+        endings = ", ".join(ending for endings in ENDINGS.values() for ending in endings)
         raise DataError(
             f"dataset.path: {spec.label} {'has no file that can be read' if found else 'does not exist'}; give a "
-            f"folder of save_to_disk, or files ending in {endings} (text also compressed: .gz, .zst)"
+            f"folder of save_to_disk, or files ending in {endings} (text also compressed: .gz, .zst, .xz, .bz2)"
         )
-    urls = [item.file.url for item in files]
-    if twice := next((url for url in urls if urls.count(url) > 1), None) if len(set(urls)) < len(urls) else None:
-        raise DataError(f"dataset.path: {twice} is named twice; name every file once")
-    return {name: partial(_open_files, spec, files) for name, files in _group_files(files).items()}
+    reports = [FileReport(url=item.url, problem=item.reason, is_fault=item.is_fault) for item in left_out]
+    reports += [
+        FileReport(url=item.file.url, problem=_describe_ending(item.file))
+        for item in found
+        if kind_of_name(item.file.name) is None and not _is_description(item.file)
+    ]
+    kept, twice = _drop_twins(data, listings)
+    # A single file is what was asked for, whatever its name.
+    splits = {item.file.url: find_split(item.below) if len(data) > 1 else ("train", None) for item in kept}
+    reports += [FileReport(url=url, split=split, word=word) for url, (split, word) in splits.items()]
+    return DataFiles(
+        files=[item.file for item in kept],
+        splits={url: split for url, (split, _) in splits.items()},
+        inventory=Inventory(files=(*reports, *twice)),
+    )
+
+
+def _drop_twins(found: Sequence[FoundFile], listings: Sequence[Listing]) -> tuple[list[FoundFile], list[FileReport]]:
+    """Every file once, and reports of the other ways that lead to it: a way through a word of a split is taken first,
+    then one without links.
+
+    Raises:
+        DataError: two ways say two splits, or two entries of dataset.path name one file.
+    """
+    ways: dict[str, list[FoundFile]] = {}
+    for item in found:
+        ways.setdefault(item.real, []).append(item)
+    if len(ways) == len(found):
+        return list(found), []
+    entry = {id(item): number for number, listing in enumerate(listings) for item in listing.files}
+    chosen, reports = set(), []
+    for items in ways.values():
+        if len({entry[id(item)] for item in items}) > 1:
+            raise DataError(f"dataset.path: {items[-1].file.url} is named twice; name every file once")
+        named = {split: item for item in items if (split := find_split(item.below)[1]) is not None}
+        splits = {find_split(item.below)[0]: item.file.url for item in named.values()}
+        if len(splits) > 1:
+            both = " and ".join(f"{url} ({split})" for split, url in splits.items())
+            raise DataError(f"dataset.path: one file is in two splits by its links: {both}; remove one of them")
+        best = min(items, key=lambda item: (find_split(item.below)[1] is None, item.linked, item.below))
+        chosen.add(id(best))
+        reports += [
+            FileReport(url=item.file.url, problem=f"the same file as {best.file.url}")
+            for item in items
+            if item is not best
+        ]
+    return [item for item in found if id(item) in chosen], reports
+
+
+def _describe_ending(file: DataFile) -> str:
+    dot = file.name.rfind(".")
+    return file.name[dot:] if dot > 0 else "no ending"
+
+
+def _is_description(file: DataFile) -> bool:
+    """Whether a file is about the data, so that nobody expects it to be read."""
+    return file.name in _NOT_DATA or file.name.split(".")[0].upper() in ("README", "LICENSE")
 
 
 def _is_saved(folder: Path) -> bool:
@@ -93,17 +181,17 @@ def _splits_of_saved(spec: SourceSpec, folder: Path) -> Mapping[str, OpenSplit]:
     return {name: partial(_open_saved, spec, folder / name) for name in names}
 
 
-def _list_path(spec: SourceSpec, path: str) -> list[FoundFile]:
+def _list_path(spec: SourceSpec, path: str) -> Listing:
     found = with_retries(lambda: list_files(path), retries=spec.network_retries, where=f"dataset.path: {path}")
-    if not found and len(spec.path) > 1:
+    if not any(found) and len(spec.path) > 1:
         raise DataError(f"dataset.path: {path} does not exist, or has no files; take it out of the list")
     return found
 
 
-def _check_folders(spec: SourceSpec, found: Sequence[FoundFile]) -> None:
+def _check_folders(spec: SourceSpec, found: Sequence[DataFile]) -> None:
     """Raises for layouts that are known and not read."""
-    names = {item.file.name for item in found}
-    mds = next((item.file for item in found if item.file.name.endswith((".mds", ".mds.zstd", ".mds.gz"))), None)
+    names = {file.name for file in found}
+    mds = next((file for file in found if file.name.endswith((".mds", ".mds.zstd", ".mds.gz"))), None)
     if mds is not None and "index.json" in names:
         raise DataError(
             f"dataset.path: {spec.label} is a folder of mosaicml-streaming (MDS), which is not read; convert it: "
@@ -111,66 +199,48 @@ def _check_folders(spec: SourceSpec, found: Sequence[FoundFile]) -> None:
             f"[print(json.dumps({{'text': row['text']}})) for row in StreamingDataset(local='{spec.path[0]}')]\" "
             "> train.jsonl, and name train.jsonl in dataset.path"
         )
-    saved = next((item for item in found if item.file.name == "state.json"), None)
-    arrow = next((item for item in found if item.file.name.endswith(".arrow")), None)
+    saved = next((file for file in found if file.name == "state.json"), None)
+    arrow = next((file for file in found if file.name.endswith(".arrow")), None)
     if saved is not None and arrow is not None:
         raise DataError(
-            f"dataset.path: {spec.label} contains a folder of save_to_disk ({saved.file.url}); name that folder "
+            f"dataset.path: {spec.label} contains a folder of save_to_disk ({saved.url}); name that folder "
             "itself, on a local disk (it is memory-mapped), or several of them as entries of dataset.mixture"
         )
     if arrow is not None:
         raise DataError(
-            f"dataset.path: {arrow.file.url} is a bare Arrow file without the state.json of save_to_disk; convert it "
+            f"dataset.path: {arrow.url} is a bare Arrow file without the state.json of save_to_disk; convert it "
             "with `datasets.Dataset.from_file(...).save_to_disk(...)`, and name the new folder"
         )
 
 
-def _format_of(file: DataFile) -> str | None:
-    name = file.name.lower()
-    for word, (_, endings, compressible) in FORMATS.items():
-        plain = name.removesuffix(".gz").removesuffix(".zst") if compressible else name
-        if plain.endswith(endings):
-            return word
-    return None
-
-
-def _group_files(files: Sequence[FoundFile]) -> dict[str, list[DataFile]]:
-    """Files by the split that their name, or a folder above it, begins with; files that name none are train, and so is
-    a single file whatever its name."""
-    if len(files) == 1:
-        return {"train": [files[0].file]}
-    groups: dict[str, list[DataFile]] = {}
-    for item in files:
-        named = (split for part in item.below if (split := split_of_name(part)))
-        groups.setdefault(next(named, "train"), []).append(item.file)
-    return groups
-
-
 def _open_saved(spec: SourceSpec, folder: Path, tokenizer: Tokenizer | None) -> Documents:
     if "input_ids" not in column_names(folder):
-        return ArrowTexts(folder, spec.text_column)
+        return ArrowTexts(folder, spec.text_column, spec.max_record_bytes)
     if tokenizer is None:
         raise DataError(f"{folder} is tokenised already; a tokenizer is trained on text")
     return TokenStore(folder, tokenizer)
 
 
-def _open_files(spec: SourceSpec, files: Sequence[DataFile], _: Tokenizer | None) -> Documents:
-    kinds = dict.fromkeys(word for file in files if (word := _format_of(file)))
+def _open_files(spec: SourceSpec, files: Sequence[DataFile], inventory: Inventory, _: Tokenizer | None) -> Documents:
+    kinds = list(dict.fromkeys(kind for file in files if (kind := kind_of_name(file.name))))
     if len(kinds) > 1:
         raise DataError(
             f"dataset.path: {spec.label} mixes {' and '.join(kinds)} files in one split; keep one kind with a pattern "
             "(folder/*.parquet), or name each kind in an entry of dataset.mixture"
         )
-    opener = FORMATS[next(iter(kinds))][0]
-    return with_retries(lambda: opener(files, spec), retries=spec.network_retries, where=f"dataset.path: {spec.label}")
+    opener = FORMATS[kinds[0]]
+    where = f"dataset.path: {spec.label}"
+    source = with_retries(lambda: opener(files, spec), retries=spec.network_retries, where=where)
+    source.inventory = inventory.with_content(source.reports)
+    return source
 
 
 OpenFiles = Callable[[Sequence[DataFile], SourceSpec], FileSource | ParquetSource]
 
-FORMATS: dict[str, tuple[OpenFiles, tuple[str, ...], bool]] = {
-    "JSON": (open_jsonl, (".jsonl", ".ndjson", ".json"), True),
-    "text": (open_text, (".txt", ".text"), True),
-    "CSV": (open_delimited, (".csv", ".tsv"), True),
-    "Parquet": (open_parquet, (".parquet",), False),
+FORMATS: dict[str, OpenFiles] = {
+    "JSON": open_jsonl,
+    "text": open_text,
+    "CSV": open_delimited,
+    "Parquet": open_parquet,
 }
-"""What opens files, their endings, and whether they may be compressed as a whole."""
+"""What opens the files of a format; their endings are in `files.py`."""

@@ -6,8 +6,10 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal
 
-from neobert.config.schema_data import DatasetSection
+from neobert.config.schema_data import MAX_RECORD_BYTES, DatasetSection
+from neobert.data.decompress import codec_of_name
 from neobert.data.errors import DataError
+from neobert.data.files import kind_of_name
 
 PYTHON_STDLIB = "python_stdlib"
 """The name of the corpus that is always there."""
@@ -38,6 +40,7 @@ class SourceSpec:
     num_lanes: int | None = None
     on_bad_shard: Literal["error", "skip"] = "error"
     network_retries: int = 5
+    max_record_bytes: int = MAX_RECORD_BYTES
 
     @property
     def label(self) -> str:
@@ -71,6 +74,7 @@ def describe_sources(section: DatasetSection) -> tuple[SourceSpec, ...]:
         num_lanes=section.num_lanes,
         on_bad_shard=section.on_bad_shard,
         network_retries=section.network_retries,
+        max_record_bytes=section.max_record_bytes,
     )
     if section.path is not None:
         return (replace(base, path=_as_tuple(section.path)),)
@@ -122,8 +126,8 @@ def _parse_name(word: str, base: SourceSpec) -> SourceSpec:
 
 
 def _has_suffix(source: str) -> bool:
-    endings = (".jsonl", ".ndjson", ".json", ".txt", ".text", ".csv", ".tsv", ".parquet", ".gz", ".zst", ".arrow")
-    return source.lower().endswith(endings)
+    name = source.lower()
+    return kind_of_name(name) is not None or codec_of_name(name) is not None or name.endswith(".arrow")
 
 
 def _as_tuple(value: str | tuple[str, ...]) -> tuple[str, ...]:

@@ -13,8 +13,22 @@ from neobert.data.errors import DataError
 EVAL_SPLITS = ("validation", "eval", "test", "dev")
 """Looked for in this order when `dataset.eval_split` is null."""
 
-SPLIT_PREFIXES = ("train", *EVAL_SPLITS)
-"""A file or folder whose name begins with one of these belongs to that split."""
+SPLIT_WORDS = {
+    "train": "train",
+    "training": "train",
+    "validation": "validation",
+    "valid": "validation",
+    "val": "validation",
+    "eval": "eval",
+    "evaluation": "eval",
+    "test": "test",
+    "testing": "test",
+    "dev": "dev",
+}
+"""Whole words of a file or folder name, and the split that it then belongs to."""
+
+_LETTER = r"[^\W\d_]"
+_SPLIT_WORD = re.compile(rf"(?<!{_LETTER})({'|'.join(SPLIT_WORDS)})(?!{_LETTER})", re.IGNORECASE)
 
 _BOUND = r"-?\d[\d_]*%?"
 _SPLIT = re.compile(rf"(?P<name>[^\[\]]+)(?:\[(?P<begin>{_BOUND})?:(?P<end>{_BOUND})?\])?")
@@ -183,13 +197,17 @@ def check_split(names: Sequence[str], wanted: str, field: str) -> None:
         raise DataError(f"{field}: {wanted!r} is not there; splits found: {', '.join(names)}")
 
 
-def split_of_name(name: str) -> str | None:
-    """The split that a file or folder name stands for, None when it names none.
+def find_split(below: Sequence[str]) -> tuple[str, str | None]:
+    """The split of a file, and the word that says so: the first split word in its folders, from the outermost, and in
+    its name. A word counts as a whole only: no letter stands beside it. Without one the file is train.
 
-    >>> split_of_name("validation-00000-of-00001.jsonl.gz")
-    'validation'
+    >>> find_split(["en", "c4-validation.00001-of-00008.jsonl.gz"]), find_split(["testimonials.jsonl"])
+    (('validation', 'validation'), ('train', None))
     """
-    return next((prefix for prefix in SPLIT_PREFIXES if name.lower().startswith(prefix)), None)
+    for part in below:
+        if (found := _SPLIT_WORD.search(part)) is not None:
+            return SPLIT_WORDS[found[1].lower()], found[1]
+    return "train", None
 
 
 def _parse_bound(words: str | None, split: str) -> Bound | None:

@@ -168,6 +168,8 @@ class TextStream:
     source: int = 0
     network_retries: int = 0
     skip_bad_shards: bool = False
+    log: bool = True
+    """Whether bad records and shards are named, each once."""
 
     @property
     def size(self) -> int:
@@ -209,9 +211,8 @@ class TextStream:
     def _read(self, state: State, max_documents: int, where: str) -> tuple[_Reading, RecordCounts]:
         settings = self.settings
         # The same records are bad in every epoch: they are named once.
-        counts = RecordCounts(
-            max_bad=settings.max_bad_records, where=where, log=state["epoch"] == 0, bad=state["bad_in_epoch"]
-        )
+        log, bad = self.log and state["epoch"] == 0, state["bad_in_epoch"]
+        counts = RecordCounts(max_bad=settings.max_bad_records, where=where, log=log, bad=bad)
         reading = _Reading(
             cursor=state["cursor"],
             char=state["char"],
@@ -226,7 +227,8 @@ class TextStream:
             except BadShard as error:
                 if not self.skip_bad_shards:
                     raise
-                logger.warning("passed over, now and in every epoch: %s", error)
+                if self.log:
+                    logger.warning("passed over, now and in every epoch: %s", error)
                 reading.skipped_shards.append(error.shard)
                 reading.cursor, reading.char = error.next_cursor, 0
 

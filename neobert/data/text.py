@@ -4,13 +4,17 @@ A reader yields records in an order that depends on nothing but its cursor, so a
 that opened it.
 """
 
+import hashlib
 from collections.abc import Callable, Generator, Iterator, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple, Protocol
 
 import numpy as np
 
+from neobert.config.schema_data import MAX_RECORD_BYTES
 from neobert.data.errors import DataError
+from neobert.data.fingerprint import combine
+from neobert.data.inventory import Inventory
 from neobert.data.lanes import IntArray, State
 from neobert.data.order import Permutation, key
 from neobert.secrets import build_logger
@@ -101,6 +105,9 @@ class TextSource(Protocol):
     notes: list[str]
     """What was found and chosen, for the console."""
 
+    inventory: Inventory
+    """Its files."""
+
     def records(self, span: Span = WHOLE) -> Records:
         """Records in source order."""
 
@@ -123,6 +130,22 @@ class TextSource(Protocol):
         Raises:
             DataError: the source cannot be cut into so many.
         """
+
+
+class TooLong(ValueError):
+    """A record of more bytes than `dataset.max_record_bytes`."""
+
+    def __init__(self, num_bytes: int, limit: int) -> None:
+        super().__init__(f"the record has {num_bytes:,} bytes, and dataset.max_record_bytes is {limit:,}")
+
+
+def add_limit(fingerprint: str, max_record_bytes: int) -> str:
+    """The fingerprint of the documents of data with this fingerprint: which records are too long is a part of it."""
+    if max_record_bytes == MAX_RECORD_BYTES:  # As in the fingerprints that were made before there was a limit.
+        return fingerprint
+    return combine(
+        [fingerprint], lambda parts: "sha256:" + hashlib.sha256(f"{parts[0]}\0{max_record_bytes}".encode()).hexdigest()
+    )
 
 
 class ShardFault(DataError):

@@ -77,8 +77,10 @@ def _tokenize(args: argparse.Namespace) -> None:
         max_length=args.max_length,
         max_documents=args.max_samples or spec.max_documents,
     )
-    for note in split.source.notes:
+    for note in [*split.source.inventory.notes(), *split.source.notes]:
         print(note)
+    for text in split.source.inventory.warnings():
+        print(f"warning: {text}", file=sys.stderr)
     folder, part, span = args.output, args.shard, split.span
     if part is not None:
         check_parts(args.output, split.source.fingerprint, tokenizer, settings, part[1])

@@ -6,6 +6,7 @@ from dataclasses import dataclass, replace
 
 from neobert.config.schema import Config, DatasetSection
 from neobert.data.arrow import ArrowTexts, TokenStore, choose_indexed_lanes
+from neobert.data.lane_choice import OpenStreams, fit_num_lanes
 from neobert.data.lanes import DocumentStream, Lane, LaneSettings, PackingLane
 from neobert.data.mixture import MixtureStream
 from neobert.data.opening import View
@@ -79,21 +80,25 @@ def build_train(
     parts: Sequence[TrainPart], tokenizer: Tokenizer, settings: LaneSettings, section: DatasetSection
 ) -> TrainData:
     """Lanes over the training documents of all sources."""
-    num_lanes = _choose_num_lanes(parts, settings, section)
+    sizes = [_count(part.view, settings) for part in parts]
+    wanted = _choose_num_lanes(parts, settings, section)
+    num_lanes = wanted
+    if section.num_lanes is None:
+
+        def probe(count: int) -> OpenStreams:
+            return _stream_opener(parts, count, sizes, tokenizer, settings, section, log=False)
+
+        num_lanes = fit_num_lanes(wanted, probe, settings, weighted=parts[0].weight is not None)
     if section.shuffle_buffer_size:
         settings = replace(settings, window_documents=math.ceil(section.shuffle_buffer_size / num_lanes))
     weights = [part.weight for part in parts]
     labels = _unique_labels(parts)
-    sizes = [_count(part.view, settings) for part in parts]
 
     def lane_opener() -> Callable[[int], Lane]:
-        openers = [
-            _stream_opener(part.view, number, len(parts), num_lanes, size, tokenizer, settings, section)
-            for number, (part, size) in enumerate(zip(parts, sizes))
-        ]
+        open_streams = _stream_opener(parts, num_lanes, sizes, tokenizer, settings, section)
 
         def open_lane(lane: int) -> Lane:
-            streams: list[DocumentStream] = [opener(lane) for opener in openers]
+            streams = open_streams(lane)
             if len(streams) == 1:
                 return PackingLane(streams[0], settings, lane)
             given = None if weights[0] is None else [weight or 0.0 for weight in weights]
@@ -115,11 +120,29 @@ def build_train(
         num_documents=sum(count for count in counts if count is not None) if None not in counts else None,
         num_tokens=sum(tokens for tokens, _ in known) if complete else None,
         num_pieces=sum(pieces for _, pieces in known) if complete else None,
-        notes=[_note_lanes(num_lanes, settings), *_note_sizes(parts, settings, num_lanes, section)],
+        notes=[_note_lanes(num_lanes, wanted, settings), *_note_sizes(parts, settings, num_lanes, section)],
     )
 
 
 def _stream_opener(
+    parts: Sequence[TrainPart],
+    num_lanes: int,
+    sizes: Sequence[tuple[int, int] | None],
+    tokenizer: Tokenizer,
+    settings: LaneSettings,
+    section: DatasetSection,
+    *,
+    log: bool = True,
+) -> OpenStreams:
+    """Gives a function that opens the streams of all sources in lane v."""
+    openers = [
+        _source_opener(part.view, number, len(parts), num_lanes, size, tokenizer, settings, section, log)
+        for number, (part, size) in enumerate(zip(parts, sizes))
+    ]
+    return lambda lane: [opener(lane) for opener in openers]
+
+
+def _source_opener(
     view: View,
     number: int,
     num_sources: int,
@@ -128,6 +151,7 @@ def _stream_opener(
     tokenizer: Tokenizer,
     settings: LaneSettings,
     section: DatasetSection,
+    log: bool,
 ) -> Callable[[int], DocumentStream]:
     # Every source of a mixture has a seed of its own, so that equal sources are not read in the same order.
     seed = settings.seed if num_sources == 1 else key(settings.seed, "mixture", number)
@@ -154,6 +178,7 @@ def _stream_opener(
         source=number,
         network_retries=section.network_retries,
         skip_bad_shards=section.on_bad_shard == "skip",
+        log=log,
     )
 
 
@@ -203,9 +228,10 @@ def _unique_labels(parts: Sequence[TrainPart]) -> tuple[str, ...]:
     return tuple(f"{x} ({n})" if labels.count(x) > 1 else x for n, x in enumerate(labels))
 
 
-def _note_lanes(num_lanes: int, settings: LaneSettings) -> str:
+def _note_lanes(num_lanes: int, wanted: int, settings: LaneSettings) -> str:
     order = "" if settings.shuffle else ", in the order of the source"
-    return f"{num_lanes} lanes, windows of {settings.window_documents} documents{order}"
+    fewer = "" if num_lanes == wanted else f" (of {wanted} lanes some would find no document to train on)"
+    return f"{num_lanes} lanes{fewer}, windows of {settings.window_documents} documents{order}"
 
 
 def _note_sizes(

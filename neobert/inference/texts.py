@@ -28,6 +28,7 @@ NAMED_RECORDS = 5
 # What a config calls by its key is an argument of a script.
 _WORDING = (
     (", or pass over it with dataset.on_bad_shard: skip", ""),
+    (", or pass over them with dataset.on_bad_shard: skip", ""),
     ("dataset.text_column is null", "--text-column is not given"),
     ("dataset.text_column", "--text-column"),
     ("dataset.path", "input"),
@@ -61,7 +62,8 @@ class Texts:
 
     def __init__(self, source: TextSource, label: str) -> None:
         self._source, self.label = source, label
-        self.fingerprint, self.notes = source.fingerprint, source.notes
+        self.fingerprint = source.fingerprint
+        self.notes = [*source.notes, *(f"warning: {text}" for text in source.inventory.warnings())]
         self.num_records = self.num_bad = self.num_skipped = 0
         self.named: list[str] = []
         """The first bad records, each with its place."""
@@ -131,10 +133,8 @@ def _open(path: str, label: str, text_column: str | None, split: str | None) -> 
 def _spool(stream: BinaryIO, folder: Path) -> Path:
     """A file with what a stream holds: sources are read by cursor, and twice where the column is to be found."""
     first = b""
-    for line in stream:
+    while not first.strip() and (line := stream.readline(1 << 20)):
         first += line
-        if line.strip():
-            break
     if not first.strip():
         raise DataError("the standard input is empty; pipe text or JSON lines into it")
     file = folder / ("stdin.jsonl" if first.lstrip().startswith(b"{") else "stdin.txt")

@@ -101,9 +101,7 @@ def _remedy() -> str:
     return f"write trainer.torch_compile: false, or install another torch (`pip install 'torch=={KNOWN_RIGHT}.*'`)"
 
 
-def find_largest_difference(
-    config: Config, attention: AttentionBackend, device: torch.device
-) -> tuple[str, float]:
+def find_largest_difference(config: Config, attention: AttentionBackend, device: torch.device) -> tuple[str, float]:
     """Of a small encoder's hidden states and gradients, compiled against eager: the name of the one that differs most,
     and by which part of its norm. Forgets what this process had compiled."""
     torch.manual_seed(0)

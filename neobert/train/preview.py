@@ -48,6 +48,7 @@ def preview(config: Config) -> str:
             loader.close()
     batches = [batch for batch in step.micro_batches if isinstance(batch, PackedBatch)]
     lines = [*([] if tokenizer.note is None else [tokenizer.note]), *data.notes]
+    lines += [*(f"warning: {text}" for text in data.inventory.warnings()), *data.inventory.table()]
     lines += describe_rows(batches[0], tokenizer)
     return "\n".join([*lines, *describe_mix(batches, config, tokenizer)])
 

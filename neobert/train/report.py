@@ -44,8 +44,10 @@ def announce(run: Run) -> None:
     lines += [f"data      {note}" for note in run.data.notes]
     lines.append(f"entropy   {run.data.unigram_entropy():.4f} nats: loss of a model that knows only token frequencies")
     run.reporter.say("\n".join(lines))
-    for text in [*warnings(config, total_steps=run.num_steps), *slow_reading(config, run.runtime.device.type)]:
+    odd = [*warnings(config, total_steps=run.num_steps), *slow_reading(config, run.runtime.device.type)]
+    for text in [*odd, *run.data.inventory.warnings()]:
         run.reporter.warn(text)
+    run.tracker.note_files(run.data.inventory.as_lines())
     write_config(config, run.runtime, run.output_dir)
 
 

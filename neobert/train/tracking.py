@@ -294,6 +294,14 @@ class Tracker:
         line = {"event": kind, "step": step, "time": time.time(), **asdict(self._layout), **scrub_config(details)}
         self._append(self._events, [line])
 
+    def note_files(self, files: list[dict[str, Any]]) -> None:
+        """Writes what was found of every data file, unless an earlier start has found the same."""
+        if not (self._runtime.is_main and files):
+            return
+        known = [event["files"] for event in self._events.read() if event["event"] == "inventory"]
+        if known[-1:] != [scrub_config({"files": files})["files"]]:
+            self.event("inventory", 0, files=files)
+
     def close(self) -> None:
         """Writes what is pending and closes the trackers."""
         self._write_steps()

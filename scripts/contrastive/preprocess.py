@@ -15,11 +15,11 @@ def main() -> None:
     config = parse_command_line(sys.argv[1:], description=str(__doc__))
     if config.task != "contrastive":
         raise DataError(f"task: {config.task} is for scripts/pretraining/preprocess.py")
-    from neobert.contrastive.preprocess import prepare
+    from neobert.contrastive.preprocess import prepare, say_found
     from neobert.contrastive.rows import FORM_WORDS
     from neobert.contrastive.store import sets_folder
 
-    for info, fresh in prepare(config):
+    for info, fresh in prepare(config, tell=say_found):
         negatives = f", up to {info.max_negatives} negatives" if info.max_negatives else ""
         word = "written" if fresh else "there already"
         size = f"{info.num_rows:,} {FORM_WORDS[info.form]}"

@@ -28,6 +28,9 @@ def main() -> None:
         return
     prepared, overrides = prepare(config, choose_config_name(words))
     for source in prepared:
+        for note in source.inventory.notes():
+            print(f"{source.spec.label}: {note}")
+        cli.say(*(f"warning: {text}" for text in source.inventory.warnings()))
         for split, manifest in source.manifests.items():
             print(
                 f"{source.folder / split}: {manifest['num_documents']:,} documents, {manifest['num_tokens']:,} tokens; "

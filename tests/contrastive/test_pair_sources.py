@@ -126,7 +126,7 @@ def test_a_folder_has_splits(tmp_path: Path) -> None:
     write(tmp_path / "f/validation.jsonl", {"anchor": "b", "positive": "q"})
     assert [e.anchor for e in read(PairSource(name=str(tmp_path / "f")))] == ["a"]
     assert [e.anchor for e in read(PairSource(name=str(tmp_path / "f"), split="validation"))] == ["b"]
-    with pytest.raises(DataError, match="begin with test; there: train, validation"):
+    with pytest.raises(DataError, match="f has no split test; there: train, validation"):
         read(PairSource(name=str(tmp_path / "f"), split="test"))
 
 
@@ -328,6 +328,7 @@ def test_the_script_says_what_to_type_next(tmp_path: Path, capsys: pytest.Captur
     assert call("contrastive/preprocess.py", str(config)) == 0
     said = capsys.readouterr().out.splitlines()
     assert said == [
+        f"{file}: 1 file: 1 read (1 train)",
         f"{tmp_path}/sets/all/mine: 1 pairs, up to 1 negatives (written)",
         "train on it with:",
         f"python scripts/contrastive/finetune.py {config}",

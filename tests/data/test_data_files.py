@@ -39,7 +39,7 @@ def parquet(count):
 
 
 def names(found):
-    return ["/".join(item.below) for item in found]
+    return ["/".join(item.below) for item in found.files]
 
 
 def test_listing(tmp_path):
@@ -65,13 +65,13 @@ def test_remote_listing(remote):
     }
     found = list_files("faulty://bucket/data")
     assert names(found) == ["a.jsonl", "b/two.jsonl"]
-    assert [(item.file.url, item.file.size) for item in found] == [
+    assert [(item.file.url, item.file.size) for item in found.files] == [
         ("faulty://bucket/data/a.jsonl", 2),
         ("faulty://bucket/data/b/two.jsonl", 1),
     ]
     assert names(list_files("faulty://bucket/data/*/*.jsonl")) == ["b/two.jsonl"]
     assert names(list_files("faulty://bucket/data/a.jsonl")) == ["a.jsonl"]
-    assert list_files("faulty://bucket/none") == []
+    assert list_files("faulty://bucket/none").files == []
 
 
 @pytest.mark.parametrize("name", ["a.jsonl", "a.jsonl.gz", "a.jsonl.zst", "a.parquet"])
@@ -257,10 +257,10 @@ def test_opening_waits_for_the_network_too(remote, monkeypatch):
 
 def test_the_fingerprint_of_remote_files_is_their_etag(remote):
     remote.store["bucket/a.jsonl"] = jsonl(10)
-    before = fingerprint_files([item.file for item in list_files("faulty://bucket/a.jsonl")])
-    assert fingerprint_files([item.file for item in list_files("faulty://bucket/a.jsonl")]) == before
+    before = fingerprint_files([item.file for item in list_files("faulty://bucket/a.jsonl").files])
+    assert fingerprint_files([item.file for item in list_files("faulty://bucket/a.jsonl").files]) == before
     remote.store["bucket/a.jsonl"] = jsonl(10, start=1)
-    assert fingerprint_files([item.file for item in list_files("faulty://bucket/a.jsonl")]) != before
+    assert fingerprint_files([item.file for item in list_files("faulty://bucket/a.jsonl").files]) != before
 
 
 def test_the_fingerprint_of_a_file_covers_its_size_its_ends_and_what_is_between(tmp_path):

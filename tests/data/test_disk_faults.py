@@ -208,6 +208,10 @@ def test_empty_parquet_files_and_groups(tmp_path):
 def test_every_record_bad(tmp_path):
     (tmp_path / "a.jsonl").write_text('{"text": "good"}\n' + "not json\n" * 50)
     (tmp_path / "b.jsonl").write_text("not json\n" * 50)
+    with pytest.raises(DataError, match=r"b.jsonl has no text: .*line 1: Expecting value.*on_bad_shard: skip"):
+        open_source(tmp_path)
+    assert [r.text for r in open_source(tmp_path, on_bad_shard="skip").records() if r.text] == ["good"]
+    (tmp_path / "b.jsonl").write_text("not json\n" * 50 + '{"text": "good"}\n')
     (reader,) = open_source(tmp_path).readers(Share(seed=1, num_lanes=1))
     records = list(reader.read(0, reader.start()))
     assert sum(record.problem is not None for record in records) == 100

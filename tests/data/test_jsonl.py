@@ -6,7 +6,8 @@ import pytest
 
 from neobert.data.errors import DataError
 from neobert.data.files import DataFile, local_file
-from neobert.data.jsonl import JsonLines, open_jsonl
+from neobert.data.json_columns import open_jsonl
+from neobert.data.jsonl import JsonLines
 from neobert.data.lines import FileShard
 from neobert.data.sharing import choose_num_lanes, cut_spans
 from neobert.data.spec import SourceSpec
@@ -155,10 +156,13 @@ def test_columns_are_chosen_or_named_in_the_error(tmp_path):
         source(None, n=1)
 
 
-def test_a_json_array_is_refused_with_the_remedy(tmp_path):
+def test_a_json_array_of_texts_is_refused_with_the_remedy(tmp_path):
     path = tmp_path / "a.json"
-    path.write_text('[{"text": "x"}]')
-    with pytest.raises(DataError, match=r"one JSON array.*jq -c"):
+    path.write_text('["x", "y"]')
+    with pytest.raises(DataError, match=r"a.json has no text: .* a JSON object was expected, not list"):
+        open_files([path], None)
+    path.write_text('{"data": [{"text": "x"}]}')
+    with pytest.raises(DataError, match=r"no text column \(columns: data \(list of objects\)\).*jq -c '\.\[\"data\"\]"):
         open_files([path], None)
 
 

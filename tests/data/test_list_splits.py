@@ -82,9 +82,6 @@ def test_layouts_that_are_known_and_not_read(tmp_path):
     (arrow / "data-00000-of-00001.arrow").write_bytes(b"x")
     with pytest.raises(DataError, match=r"bare Arrow file without the state.json .*Dataset.from_file"):
         splits_of(arrow)
-    (tmp_path / "a.json").write_text('[\n{"text": "x"}\n]\n')
-    with pytest.raises(DataError, match=r"a.json holds one JSON array.*jq -c"):
-        splits_of(tmp_path / "a.json")["train"](None)
 
 
 def test_python_stdlib_by_number():

@@ -9,9 +9,9 @@ from neobert.data.splits import (
     check_split,
     choose_eval_split,
     choose_train_split,
+    find_split,
     parse_split,
     slice_bounds,
-    split_of_name,
 )
 
 
@@ -57,8 +57,8 @@ def test_choose_train_split():
         ("part-1.jsonl", None),
     ],
 )
-def test_split_of_name(name, split):
-    assert split_of_name(name) == split
+def test_find_split(name, split):
+    assert find_split([name])[0] == (split or "train")
 
 
 @pytest.mark.parametrize(

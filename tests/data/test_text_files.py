@@ -13,6 +13,7 @@ from neobert.data.errors import DataError
 from neobert.data.files import DataFile, local_file
 from neobert.data.lines import FileShard
 from neobert.data.plain import SAMPLE_BY, Paragraphs
+from neobert.data.record_file import RecordFile
 from neobert.data.sources import list_splits
 from neobert.data.spec import SourceSpec
 from neobert.data.text import Span
@@ -74,9 +75,9 @@ def test_borders_of_paragraphs_stay_where_they_are(tmp_path):
     path = tmp_path / "a.txt"
     path.write_bytes(b"\n\none\ntwo\n\n\n \nthree\r\n\r\nfour\n")
     with path.open("rb") as file:
-        borders = [Paragraphs().align(file, begin) for begin in range(1, path.stat().st_size)]
+        borders = [Paragraphs().align(RecordFile(file), begin) for begin in range(1, path.stat().st_size)]
         assert sorted(set(borders)) == [11, 23, 28]
-        assert [Paragraphs().align(file, border) for border in (11, 23)] == [11, 23]
+        assert [Paragraphs().align(RecordFile(file), border) for border in (11, 23)] == [11, 23]
 
 
 def test_csv_with_quotes_and_lines(tmp_path):
@@ -169,9 +170,11 @@ def test_only_the_text_column_is_read(tmp_path, monkeypatch):
 
 def test_parquet_files_that_differ_or_hold_tokens(tmp_path):
     pq.write_table(pa.table({"text": ["x"]}), tmp_path / "a.parquet")
-    pq.write_table(pa.table({"content": ["x"]}), tmp_path / "b.parquet")
-    with pytest.raises(DataError, match=r"'text' is not a text column of .*b.parquet \(columns: content\)"):
+    pq.write_table(pa.table({"title": ["x y"], "body": ["x z"]}), tmp_path / "b.parquet")
+    with pytest.raises(DataError, match=r"b.parquet has no text column 'text' \(columns: title, body\)"):
         open_source(tmp_path)
+    pq.write_table(pa.table({"content": ["y"]}), tmp_path / "b.parquet")
+    assert texts_of(open_source(tmp_path)) == ["x", "y"]
     pq.write_table(pa.table({"input_ids": [[1, 2]]}), tmp_path / "c.parquet")
     with pytest.raises(DataError, match=r"c.parquet holds input_ids and no text.*load_dataset.*save_to_disk"):
         open_source(tmp_path / "c.parquet")

@@ -85,9 +85,15 @@ def functions_in(path: Path) -> Iterator[str]:
     """Classes that derive from `autograd.Function`, and operators that are given to `torch.library`."""
     module = ".".join(path.relative_to(PACKAGE.parent).with_suffix("").parts)
     for node in ast.walk(ast.parse(path.read_text())):
-        if isinstance(node, ast.ClassDef) and any(ast.unparse(base).split(".")[-1] == "Function" for base in node.bases):
+        if isinstance(node, ast.ClassDef) and any(
+            ast.unparse(base).split(".")[-1] == "Function" for base in node.bases
+        ):
             yield f"{module}.{node.name}"
-        elif isinstance(node, ast.Call) and ast.unparse(node.func).split(".")[-1] in ("custom_op", "triton_op", "define"):
+        elif isinstance(node, ast.Call) and ast.unparse(node.func).split(".")[-1] in (
+            "custom_op",
+            "triton_op",
+            "define",
+        ):
             yield ast.literal_eval(node.args[0]).split("(")[0]
 
 
@@ -134,7 +140,7 @@ def test_compiled_gradients_are_the_eager_ones(backend: str) -> None:
     want = torch.autograd.grad(total(), flat)
     got = torch.autograd.grad(torch.compile(total, backend=backend, fullgraph=True)(), flat)
     names = [name for name, own in given.items() for _ in own]
-    differences = {name: 0.0 for name in names}
+    differences = dict.fromkeys(names, 0.0)
     for name, a, b in zip(names, want, got):
         differences[name] = max(differences[name], ((a - b).abs().max() / a.abs().max().clamp(min=1)).item())
     assert {name: value for name, value in differences.items() if not value < 1e-5} == {}
