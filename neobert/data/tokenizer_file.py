@@ -49,7 +49,7 @@ def load_as_written(place: str, *, revision: str | None = None, trust_remote_cod
         OSError, ValueError, KeyError, ImportError: it cannot be loaded. ValueError also where tokenizer.json cannot be
             read, and where transformers changes it whatever the class.
     """
-    named_class = _read_class(place)
+    named_class = _read_class(Path(place))
     path = _find_file(place, revision)
     written = None if path is None else _read_file(path)
     options: dict[str, Any] = {"revision": revision, "trust_remote_code": trust_remote_code}
@@ -64,12 +64,13 @@ def load_as_written(place: str, *, revision: str | None = None, trust_remote_cod
         loaded = _as_written(built, written)
         note = f"{_describe_class(named_class)}, which cannot hold it ({_first_line(error)}); {_REMEDY}"
         return loaded._replace(note=note, rebuilt=None)
-    if written is None or not built.is_fast:
+    if path is None or written is None or not built.is_fast:
         return LoadedTokenizer(built, None, None, {})
     differences = find_differences(written, built.backend_tokenizer, named=_named_tokens(built))
     if not differences:
         return LoadedTokenizer(built, None, None, {})
     loaded = _as_written(built, written)
+    named_class = named_class or _read_class(path.parent)  # Of the hub, it was fetched with the class.
     differences += _probe_difference(written, built.backend_tokenizer)
     note = (
         f"{_describe_class(named_class, built)}, of which transformers {transformers.__version__} makes another "
@@ -188,9 +189,9 @@ def _read_file(path: Path) -> tokenizers.Tokenizer:
         ) from error
 
 
-def _read_class(place: str) -> str | None:
-    """The class that tokenizer_config.json names, in a folder."""
-    path = Path(place) / CONFIG_FILE
+def _read_class(folder: Path) -> str | None:
+    """The class that tokenizer_config.json names, where there is one."""
+    path = folder / CONFIG_FILE
     if not path.is_file():
         return None
     try:
