@@ -4,11 +4,12 @@ Nothing heavy is imported here, and scripts import their libraries after their a
 wrong calls answer at once.
 """
 
+import locale
 import os
 import signal
 import sys
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from types import FrameType
 from typing import NoReturn
 
@@ -35,6 +36,7 @@ def run(main: Callable[[], int | None], *, also: tuple[type[Exception], ...] = (
         resumes: the same command continues where it was, after an interruption or a full disk.
     """
     protect_output()
+    _take_files_as_utf8()
     correctable: tuple[type[Exception], ...] = (UserError, *also, *([OSError] if resumes else []))
     try:
         with _stopped_by_signals():
@@ -53,6 +55,13 @@ def say(*lines: str) -> None:
     """Prints to the error output, without secrets: results alone go to the standard output."""
     for line in lines:
         print(scrub(line), file=sys.stderr)
+
+
+def _take_files_as_utf8() -> None:
+    """Text files are UTF-8 in a locale that has another encoding too; the terminal keeps its own."""
+    if locale.getencoding().lower() not in ("utf-8", "utf8"):
+        with suppress(locale.Error):  # A system without that locale.
+            locale.setlocale(locale.LC_CTYPE, "C.UTF-8")
 
 
 def _describe(error: Exception) -> str:

@@ -35,8 +35,9 @@ cli.run(main)
 def start(folder: Path, *, closing: str = "", options: tuple[str, ...] = (), words: str = "", **more: Any) -> Any:
     """The command, with a redirection of the shell."""
     python = " ".join([sys.executable, *options])
-    line = f'exec {python} -c "$COMMAND" {folder}/done {words} {closing}'
-    variables = {**os.environ, "COMMAND": COMMAND, "PYTHONPATH": str(ROOT), **more.pop("variables", {})}
+    (folder / "command.py").write_text(more.pop("command", COMMAND), encoding="utf-8")
+    line = f"exec {python} {folder}/command.py {folder}/done {words} {closing}"
+    variables = {**os.environ, "PYTHONPATH": str(ROOT), **more.pop("variables", {})}
     return subprocess.run(["bash", "-c", line], env=variables, capture_output=True, **more)
 
 
@@ -82,9 +83,18 @@ def test_what_a_terminal_cannot_show_is_written_in_another_way(tmp_path: Path, e
     assert shown + rb" \ud800 line 299" in found.stderr
 
 
+def test_files_are_utf8_in_a_locale_that_is_not(tmp_path: Path) -> None:
+    code = COMMAND.replace('write("done")', 'write("über")')
+    ascii_only = {"LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0"}
+    found = start(tmp_path, command=code, variables=ascii_only)
+    assert found.returncode == 7, found.stderr
+    assert rb"na\xefve" in found.stdout
+    assert (tmp_path / "done").read_text(encoding="utf-8") == "über"
+
+
 def test_a_slow_reader_of_a_pipe_that_does_not_block_gets_everything(tmp_path: Path) -> None:
     code = "import os; os.set_blocking(1, False)\n" + COMMAND
-    found = start(tmp_path, variables={"COMMAND": code})
+    found = start(tmp_path, command=code)
     assert found.returncode == 7
     assert len(found.stdout.splitlines()) == 301
 

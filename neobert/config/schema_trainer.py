@@ -47,7 +47,8 @@ class TrainerSection:
     """The run's folder: config, logs and checkpoints."""
 
     overwrite_output_dir: bool = False
-    """Start anew in a folder that holds a run; the old run is renamed aside. Without it that is an error."""
+    """Start anew in a folder that holds a run; the old run is renamed aside. Without it that is an error, and so is a
+    folder with `checkpoints` in it that is no run's."""
 
     resume_from_checkpoint: str | None = None
     """`latest` (or true, auto), a step, or the path of a checkpoint; null (or false) starts fresh. `latest` with no

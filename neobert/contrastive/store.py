@@ -22,6 +22,9 @@ from neobert.data.errors import DataError
 BATCH_ROWS = 4096
 VERSION = 1
 
+_FILES = {"examples.arrow", "set.json"}
+"""What a set consists of; a kill may leave one of the two."""
+
 _SCHEMA = pa.schema(
     [
         ("anchor", pa.string()),
@@ -65,8 +68,8 @@ def write_set(folder: Path, key: str, form: Form, examples: Iterable[Example], s
     Raises:
         DataError: there are no examples, or what is there is no set.
     """
-    if folder.exists() and not (folder / "set.json").is_file():
-        raise DataError(f"{folder} is in the way: the set {key} is to be written there; move it or remove it")
+    if folder.exists() and not (folder.is_dir() and {path.name for path in folder.iterdir()} <= _FILES):
+        raise DataError(f"{folder} holds what is no set: the set {key} is to be written there; move it or remove it")
     temporary = folder.with_name(f".tmp-{folder.name}")
     shutil.rmtree(temporary, ignore_errors=True)
     temporary.mkdir(parents=True)

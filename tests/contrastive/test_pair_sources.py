@@ -293,6 +293,10 @@ def test_prepare_keeps_what_is_there_and_refreshes_what_changed(
     assert run() == {"first": True, "second": True}
     (tmp_path / "sets/all/second/set.json").unlink()  # As a kill in the middle leaves it.
     assert run() == {"first": False, "second": True}
+    (tmp_path / "sets/all/second/notes.txt").write_text("mine")
+    with pytest.raises(DataError, match=r"sets/all/second holds what is no set: .* move it"):
+        run("dataset.force_redownload=true")
+    (tmp_path / "sets/all/second/notes.txt").unlink()
     assert run("dataset.force_redownload=true", f"dataset.name={second}") == {"second": True}
     assert run("dataset.load_all_from_disk=true", "dataset.name=null") == {"first": False, "second": False}
     assert run(f"dataset.name={first.parent}/../{first.parent.name}/{first.name}") == {"first": False}, (

@@ -103,10 +103,10 @@ def test_errors_come_before_any_work(tmp_path, start, flags, message):
 
 
 @pytest.mark.parametrize("shard", ["0/2", "3/2", "1", "a/b"])
-def test_a_shard_is_written_i_of_n(shard, start, capsys):
-    with pytest.raises(SystemExit):
-        start("--shard", shard)
-    assert "write i/n with i from 1 to n, for example 1/8" in capsys.readouterr().err
+def test_a_shard_is_written_i_of_n(shard, start):
+    code, _, err = start("--shard", shard)
+    assert code == 2
+    assert "write i/n with i from 1 to n, for example 1/8" in err
 
 
 def test_other_settings_do_not_replace_a_folder(tmp_path, start, corpora):
