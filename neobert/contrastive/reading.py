@@ -9,7 +9,6 @@ be read stops the work and is named.
 import csv
 import io
 import itertools
-import json
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,6 +17,7 @@ from typing import Any
 import pyarrow.parquet as pq
 from datasets import Dataset, DatasetDict, load_dataset, load_from_disk
 
+from neobert.config.nesting import parse_json
 from neobert.config.schema_contrastive import PairSource
 from neobert.contrastive.rows import Example, Form, RawRow, as_number, as_text, choose_columns
 from neobert.contrastive.sets import SETS, HubSet, choose_set
@@ -232,7 +232,7 @@ def _read_jsonl(path: Path) -> Iterator[RawRow]:
             if not line.strip():
                 continue
             try:
-                row: Any = json.loads(line)
+                row: Any = parse_json(line)
             except ValueError as error:
                 raise DataError(f"{path}, line {number} is no JSON ({error}); mend it or remove it") from error
             if not isinstance(row, dict):

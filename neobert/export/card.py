@@ -1,9 +1,9 @@
 """README.md of an exported folder: what the model is, how it was trained, how to load it. Facts of the run only."""
 
-import json
 from typing import Any
 
 from neobert.config.load import load_saved_config
+from neobert.config.nesting import parse_json
 from neobert.config.schema import Config
 from neobert.config.schema_data import DatacollatorSection
 from neobert.data.tokenizer import Tokenizer
@@ -99,7 +99,7 @@ def _training(weights: EncoderWeights) -> str:
     if weights.kind == "ema":
         lines.append("- weights: their exponential moving average over the training")
     if (weights.folder / AVERAGE_FILE).is_file():
-        steps = json.loads((weights.folder / AVERAGE_FILE).read_text())["steps"]
+        steps = parse_json((weights.folder / AVERAGE_FILE).read_text())["steps"]
         lines.append(f"- weights: the mean of the checkpoints of steps {', '.join(f'{step:,}' for step in steps)}")
     lines += _figures(weights)
     return "\n".join(lines)
@@ -176,6 +176,6 @@ _EVALUATIONS = {"model": "eval", "ema": "eval_ema"}
 
 def _parse(line: str) -> dict[str, Any]:
     try:
-        return json.loads(line)
+        return parse_json(line)
     except ValueError:  # The line that a run is writing just now.
         return {}

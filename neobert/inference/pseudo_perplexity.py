@@ -27,6 +27,7 @@ from numpy.typing import NDArray
 
 from neobert.data.errors import DataError
 from neobert.data.lanes import IntArray
+from neobert.data.lock import only_writer
 from neobert.inference.jobs import check_absent, load_done, progress_bar, save_done
 from neobert.inference.model import Model
 from neobert.inference.packed import BATCH_TOKENS, hidden_states, plan_batches, token_losses
@@ -128,8 +129,13 @@ def pseudo_perplexity_to_file(model: Model, texts: Texts, output: Path, settings
 
     Raises:
         JobError: the output is there and complete, or belongs to an unfinished job with other settings.
-        DataError: the input has no text.
+        DataError: the input has no text, or another process is writing this output.
     """
+    with only_writer(output):
+        _score_to_file(model, texts, output, settings)
+
+
+def _score_to_file(model: Model, texts: Texts, output: Path, settings: ScoreSettings) -> None:
     file = output.with_name(f"{output.name}.progress.json")
     known = {**asdict(settings), "model": model.digest(), "input": texts.fingerprint}
     done = load_done(file, known)
