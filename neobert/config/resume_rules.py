@@ -142,8 +142,8 @@ EVALUATION = (
     "trainer.eval_seed",
     "contrastive.eval_sets",
 )
-"""Change what is evaluated, so that figures before and after cannot be compared: taken when declared, unless the data is
-another one anyway."""
+"""Change what is evaluated, so that figures before and after cannot be compared: taken when declared, unless the data
+is another one anyway."""
 
 ALLOWED = (*DECLARED, *dict.fromkeys((*HELD_OUT, *EVALUATION)), EVAL_BATCH)
 """What `trainer.resume_allow` may list."""

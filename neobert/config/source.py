@@ -13,6 +13,7 @@ from typing import Any
 import yaml
 from omegaconf import OmegaConf
 
+from neobert.config.nesting import compose
 from neobert.errors import UserError
 
 _DOLLAR = "\ue000"
@@ -98,7 +99,7 @@ def parse_yaml_list(text: str) -> list[Tree] | None:
 
 def _parse(text: str) -> Tree:
     try:
-        node = yaml.compose(text, Loader=yaml.SafeLoader)
+        node = compose(text)
         if not isinstance(node, yaml.CollectionNode):
             return Leaf("" if node is None else str(node.value))
         value = OmegaConf.to_container(OmegaConf.create(text.replace("${", _DOLLAR + "{")), resolve=False)

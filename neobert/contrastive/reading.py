@@ -9,7 +9,6 @@ a line that cannot be read stops the work and is named.
 import csv
 import io
 import itertools
-import json
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -18,6 +17,7 @@ from typing import Any
 import pyarrow.parquet as pq
 from datasets import Dataset, DatasetDict, load_dataset, load_from_disk
 
+from neobert.config.nesting import parse_json
 from neobert.config.schema_contrastive import PairSource
 from neobert.contrastive.rows import FORM_WORDS, Example, Form, RawRow, as_number, as_text, choose_columns
 from neobert.contrastive.sets import SETS
@@ -291,7 +291,7 @@ def _read_jsonl(file: DataFile) -> Iterator[RawRow]:
             if not line.strip():
                 continue
             try:
-                row: Any = json.loads(line)
+                row: Any = parse_json(line)
             except ValueError as error:
                 raise DataError(f"{file.url}, line {number} is no JSON ({error}); mend it or remove it") from error
             if not isinstance(row, dict):

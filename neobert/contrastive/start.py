@@ -5,11 +5,11 @@ The user's config says little about the model. `bind_checkpoint` gives the confi
 config describes the run without looking anywhere else.
 """
 
-import json
 from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any
 
+from neobert.config.nesting import parse_json
 from neobert.config.schema import Config, ModelSection
 from neobert.config.schema_data import TokenizerSection
 from neobert.config.validate import validate
@@ -35,7 +35,7 @@ def bind_checkpoint(config: Config) -> Config:
     own = choose_start(config).path
     if own is not None:
         saved = read_checkpoint_config(own)
-        theirs = ModelConfig.from_dict(json.loads((own / "model_config.json").read_text()))
+        theirs = ModelConfig.from_dict(parse_json((own / "model_config.json").read_text()))
         bound = _bind(config, theirs, str(own), init_from=saved.model.init_from, tokenizer=saved.tokenizer)
     elif config.contrastive.pretrained_checkpoint_dir is None:
         return config

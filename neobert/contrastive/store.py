@@ -16,6 +16,7 @@ from typing import Any
 
 import pyarrow as pa
 
+from neobert.config.nesting import parse_json
 from neobert.contrastive.rows import Example, Form
 from neobert.data.errors import DataError
 
@@ -123,7 +124,7 @@ def read_info(folder: Path) -> SetInfo | None:
     file = folder / "set.json"
     if not file.is_file():
         return None
-    values = json.loads(file.read_text())
+    values = parse_json(file.read_text())
     if values["version"] != VERSION:
         raise DataError(
             f"{file} has version {values['version']}, this code reads {VERSION}: prepare it again with"

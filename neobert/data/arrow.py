@@ -17,6 +17,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 from numpy.typing import NDArray
 
+from neobert.config.nesting import parse_json
 from neobert.config.schema_data import MAX_RECORD_BYTES
 from neobert.data.columns import choose_candidates, choose_text_column, split_schema
 from neobert.data.errors import DataError
@@ -46,7 +47,7 @@ def load_table(folder: Path) -> pa.Table:
         DataError: the folder is not one, is damaged, or holds a selection that was not written out.
     """
     try:
-        state = json.loads((folder / "state.json").read_text())
+        state = parse_json((folder / "state.json").read_text())
         if state.get("_indices_files"):
             raise DataError(
                 f"dataset.path: {folder} refers to its rows by an index; write it anew with "
@@ -417,7 +418,7 @@ def read_manifest(folder: Path) -> dict[str, Any] | None:
     path = folder / MANIFEST
     if not path.is_file():
         return None
-    manifest: dict[str, Any] = json.loads(path.read_text())
+    manifest: dict[str, Any] = parse_json(path.read_text())
     return manifest
 
 

@@ -8,7 +8,7 @@ Reading all of a corpus at every start would cost minutes, so of large data a sa
 | data | sizes | content | cost |
 |---|---|---|---|
 | files (`fingerprint_files`) | of each, with its name | 16 spread blocks of 4 kB | 64 kB read a file |
-| indexed tokens, texts (`digest_documents`) | of every document | 8 spread blocks of 1 kB of 128 spread documents | 1 MB read |
+| documents on disk (`digest_documents`) | of every one | 8 spread blocks of 1 kB of 128 spread ones | 1 MB read |
 
 Spread means evenly, from the first to the last. An edit that keeps all sizes and lies between the blocks is not seen.
 """
@@ -32,8 +32,8 @@ class Fingerprint(str):
         made.before = before
         return made
 
-    def __getnewargs__(self) -> tuple[str, str]:  # Else it could not be sent to other processes.
-        return str(self), self.before
+    def __reduce__(self) -> tuple[type, tuple[str, str]]:  # Else it could not be sent to other processes.
+        return Fingerprint, (str(self), self.before)
 
 
 def before(fingerprint: str) -> str:
@@ -64,7 +64,7 @@ def digest_documents(
     """
     digest = hashlib.sha256(f"2\0{count}\0".encode())
     for array in lengths:
-        digest.update(np.ascontiguousarray(array, dtype=np.int64))
+        digest.update(array.astype(np.int64).tobytes())
     for document in np.unique(np.linspace(0, max(0, count - 1), _DOCUMENTS).astype(np.int64))[:count].tolist():
         for block in _spread(content(document)):
             digest.update(block)

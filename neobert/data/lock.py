@@ -1,4 +1,4 @@
-"""One process at a time in a folder, by a lock that ends with the process that holds it."""
+"""One process at a time in a folder or at a file, by a lock that ends with the process that holds it."""
 
 import fcntl
 import os
@@ -16,19 +16,49 @@ def locked(folder: Path) -> Iterator[None]:
     Raises:
         DataError: another process holds it.
     """
-    path = folder / "lock"
+    with _hold(folder / "lock", f"another process is writing in {folder}"):
+        yield
+
+
+@contextmanager
+def only_writer(output: Path) -> Iterator[None]:
+    """Holds a lock file beside `output`, which is gone afterwards.
+
+    Raises:
+        DataError: another process holds it.
+    """
+    lock = _lock_beside(output)
+    with _hold(lock, f"another process is writing {output}"):
+        try:
+            yield
+        finally:
+            lock.unlink(missing_ok=True)
+
+
+def check_no_writer(output: Path) -> None:
+    """Raises DataError when another process holds the `only_writer` of a file."""
+    if _lock_beside(output).exists():
+        with only_writer(output):
+            pass
+
+
+def _lock_beside(output: Path) -> Path:
+    return output.with_name(f".{output.name}.lock")
+
+
+@contextmanager
+def _hold(path: Path, busy: str) -> Iterator[None]:
     while True:
-        folder.mkdir(parents=True, exist_ok=True)
+        path.parent.mkdir(parents=True, exist_ok=True)
         handle = os.open(path, os.O_RDWR | os.O_CREAT, 0o644)
         try:
             try:
                 fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except BlockingIOError as error:
                 raise DataError(
-                    f"another process is writing in {folder}; wait until it ends, or stop it and start this command "
-                    "again, which goes on where it was"
+                    f"{busy}; wait until it ends, or stop it and start this command again, which goes on where it was"
                 ) from error
-            # The holder before may have removed the folder between our opening and our locking.
+            # The holder before may have removed the file between our opening and our locking.
             if not path.exists() or path.stat().st_ino != os.fstat(handle).st_ino:
                 continue
             yield

@@ -8,12 +8,12 @@
 | a hub name | the hub's | `HubSource` |
 """
 
-import json
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
+from neobert.config.nesting import parse_json
 from neobert.data.arrow import ArrowTexts, TokenStore, column_names
 from neobert.data.delimited import open_delimited
 from neobert.data.errors import DataError
@@ -177,7 +177,7 @@ def _is_saved(folder: Path) -> bool:
 def _splits_of_saved(spec: SourceSpec, folder: Path) -> Mapping[str, OpenSplit]:
     if not (folder / _DATASET_DICT).is_file():
         return {"train": partial(_open_saved, spec, folder)}
-    names: list[str] = json.loads((folder / _DATASET_DICT).read_text())["splits"]
+    names: list[str] = parse_json((folder / _DATASET_DICT).read_text())["splits"]
     return {name: partial(_open_saved, spec, folder / name) for name in names}
 
 

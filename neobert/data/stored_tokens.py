@@ -17,7 +17,7 @@ class StoredTokens:
 
     def __init__(self, store: TokenStore) -> None:
         self._store = store
-        self.fingerprint = store.fingerprint
+        self.fingerprint: str = store.fingerprint
 
     def documents(self, after: State | None, counts: RecordCounts) -> Generator[EncodedDocument, None, None]:
         row = 0 if after is None else after["row"]

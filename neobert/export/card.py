@@ -1,10 +1,10 @@
 """README.md of an exported folder: what the model is, how it was trained, how to load it. Facts of the run only."""
 
-import json
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from neobert.config.nesting import parse_json
 from neobert.config.schema import Config
 from neobert.config.schema_data import DatacollatorSection
 from neobert.data.tokenizer import Tokenizer
@@ -128,7 +128,7 @@ def _training(weights: EncoderWeights, lineage: Sequence[RunFacts]) -> str:
     if weights.kind == "ema":
         lines.append("- weights: their exponential moving average over the training")
     if (weights.folder / AVERAGE_FILE).is_file():
-        steps = json.loads((weights.folder / AVERAGE_FILE).read_text())["steps"]
+        steps = parse_json((weights.folder / AVERAGE_FILE).read_text())["steps"]
         lines.append(f"- weights: the mean of the checkpoints of steps {', '.join(f'{step:,}' for step in steps)}")
     lines += [line for facts in lineage[:1] for line in (*_figures(facts), *_versions(facts))]
     for base in lineage[1:]:

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from neobert.config.load import load_saved_config
+from neobert.config.nesting import parse_json
 from neobert.export.choose import ExportError
 from neobert.model.config import ModelConfig
 from neobert.weights.load import EncoderWeights
@@ -72,7 +73,7 @@ def _read_settings(folder: Path, longest: int) -> SentenceSettings:
 
 def _read(file: Path) -> dict[str, Any]:
     try:
-        content = json.loads(file.read_text()) if file.is_file() else {}
+        content = parse_json(file.read_text()) if file.is_file() else {}
     except ValueError as error:
         raise ExportError(f"{file} cannot be read ({error}); mend it") from error
     if not isinstance(content, dict):

@@ -24,6 +24,7 @@ import pyarrow.parquet as pq
 from numpy.lib.format import write_array_header_1_0
 
 from neobert.data.errors import DataError
+from neobert.data.lock import check_no_writer, only_writer
 from neobert.inference.jobs import JobError, check_absent, load_done, progress_bar, save_done, write_whole
 from neobert.inference.model import Model
 from neobert.inference.packed import BATCH_TOKENS
@@ -75,9 +76,15 @@ def embed_to_file(model: Model, texts: Texts, output: Path, settings: EmbedSetti
 
     Raises:
         JobError: the output exists, has an unknown ending, or belongs to an unfinished job with other settings.
-        DataError: the input has no text.
+        DataError: the input has no text, or another process is writing this output.
     """
     check_output(output)
+    with only_writer(output):
+        check_absent(output)  # Another process may have written it in the meantime.
+        return _embed_to_file(model, texts, output, settings)
+
+
+def _embed_to_file(model: Model, texts: Texts, output: Path, settings: EmbedSettings) -> EmbedReport:
     parts = output.with_name(f"{output.name}.parts")
     parts.mkdir(parents=True, exist_ok=True)
     file = parts / "progress.json"
@@ -115,9 +122,10 @@ def embed_to_file(model: Model, texts: Texts, output: Path, settings: EmbedSetti
 
 
 def check_output(output: Path) -> None:
-    """Raises JobError when the file exists, or its ending is unknown."""
+    """Raises JobError when the file exists or its ending is unknown, DataError when another process is writing it."""
     if output.suffix not in WRITERS:
         raise JobError(f"--output: {output} ends in none of {', '.join(WRITERS)}; the ending chooses the format")
+    check_no_writer(output)
     check_absent(output)
 
 

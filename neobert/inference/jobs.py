@@ -10,6 +10,7 @@ from typing import Any, BinaryIO
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskProgressColumn, TextColumn, TimeElapsedColumn
 
+from neobert.config.nesting import parse_json
 from neobert.data.fingerprint import fits
 from neobert.errors import UserError
 
@@ -32,7 +33,7 @@ def load_done(file: Path, settings: dict[str, Any]) -> dict[str, Any] | None:
     """
     if not file.is_file():
         return None
-    saved = json.loads(file.read_text())
+    saved = parse_json(file.read_text())
     theirs = saved.pop("settings")
     if different := [name for name in settings if not fits(theirs.get(name), settings[name])]:
         found = "; ".join(f"{name} was {theirs.get(name)!r} and is {settings[name]!r}" for name in different)

@@ -27,6 +27,7 @@ from numpy.typing import NDArray
 
 from neobert.data.errors import DataError
 from neobert.data.lanes import IntArray
+from neobert.data.lock import only_writer
 from neobert.data.tokenizer import check_mask_token
 from neobert.inference.jobs import check_absent, load_done, progress_bar, save_done
 from neobert.inference.model import Model
@@ -129,9 +130,14 @@ def pseudo_perplexity_to_file(model: Model, texts: Texts, output: Path, settings
 
     Raises:
         JobError: the output is there and complete, or belongs to an unfinished job with other settings.
-        DataError: the input has no text, or the tokenizer's mask occurs in text.
+        DataError: the input has no text, the tokenizer's mask occurs in text, or another process writes this output.
     """
     check_mask_token(model.tokenizer)
+    with only_writer(output):
+        _score_to_file(model, texts, output, settings)
+
+
+def _score_to_file(model: Model, texts: Texts, output: Path, settings: ScoreSettings) -> None:
     file = output.with_name(f"{output.name}.progress.json")
     known = {**asdict(settings), "model": model.digest(), "input": texts.fingerprint}
     done = load_done(file, known)

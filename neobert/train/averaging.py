@@ -20,6 +20,7 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
+from neobert.config.nesting import parse_json
 from neobert.data.disk import sync
 from neobert.weights.folder import AVERAGE_FILE, MODEL_FILE, valid_steps
 from neobert.weights.load import WEIGHTS
@@ -135,7 +136,7 @@ def _make_plan(request: AverageRequest) -> Averaged:
 
 
 def _check_variant(folder: Path) -> None:
-    config = json.loads((folder / "model_config.json").read_text())
+    config = parse_json((folder / "model_config.json").read_text())
     if config.get("ngpt"):
         raise CheckpointError(
             f"{folder} is of model.ngpt: true, whose vectors have length 1, and the mean of such vectors is shorter; "
@@ -159,7 +160,7 @@ def _check_alike(folders: Sequence[Path]) -> None:
 def _contents(path: Path) -> dict[str, object]:
     if path.is_dir():
         return {str(file.relative_to(path)): file.read_bytes() for file in path.rglob("*") if file.is_file()}
-    return dict(json.loads(path.read_text()))
+    return dict(parse_json(path.read_text()))
 
 
 def average_files(paths: Sequence[Path], shares: Sequence[float]) -> dict[str, Tensor]:

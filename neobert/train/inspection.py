@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from neobert.config.load import ConfigError
+from neobert.config.nesting import parse_json
 from neobert.model.config import ModelConfig
 from neobert.train.build import choose_mask_end
 from neobert.train.identity import Facts, build_facts, compare
@@ -126,7 +127,7 @@ def read_facts(checkpoint: Path) -> tuple[Facts, dict[str, Any]]:
     saved, config = read_train_state(checkpoint), read_checkpoint_config(checkpoint)
     facts = build_facts(
         config,
-        ModelConfig.from_dict(json.loads((checkpoint / "model_config.json").read_text())),
+        ModelConfig.from_dict(parse_json((checkpoint / "model_config.json").read_text())),
         saved["data"],
         rows_per_step=saved["rows_per_step"],
         mask_end=choose_mask_end(config, saved.get("num_steps", 0)),

@@ -75,6 +75,7 @@ class MetricWindow:
     def __init__(self, runtime: Runtime, labels: Sequence[str]) -> None:
         self._runtime, self._labels = runtime, labels
         self._pending: list[tuple[int, StepMetrics]] = []
+        self._paused_at: float | None = None
         self.restore(IntervalSums())
 
     def restore(self, sums: IntervalSums) -> None:

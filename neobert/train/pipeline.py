@@ -29,6 +29,7 @@ import yaml
 
 from neobert.cli import stop_signals
 from neobert.config.load import ConfigError, load_config
+from neobert.config.nesting import load_plain_yaml
 from neobert.config.source import YamlError, read_yaml_text
 from neobert.train.exit_codes import EXIT_CODES
 from neobert.train.stages import KINDS, PRETRAINING, RUNS, UNKNOWN, PipelineError, Stage, choose_command, is_complete
@@ -57,7 +58,7 @@ def load_pipeline(path: Path, more_overrides: Sequence[str] = ()) -> Pipeline:
         PipelineError: the file or anything in it is wrong; all problems in one message.
     """
     try:
-        tree = yaml.safe_load(read_yaml_text(path))
+        tree = load_plain_yaml(read_yaml_text(path))
     except (YamlError, yaml.YAMLError) as error:
         raise PipelineError(f"{path} cannot be read: {error}") from error
     if not isinstance(tree, dict) or not isinstance(tree.get("stages"), list) or not tree["stages"]:

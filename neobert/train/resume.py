@@ -4,8 +4,6 @@
 would run code is refused.
 """
 
-import json
-import pickle
 from collections.abc import Mapping
 from dataclasses import fields, replace
 from pathlib import Path
@@ -15,6 +13,7 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 
+from neobert.config.nesting import parse_json
 from neobert.config.schema import Config
 from neobert.data.tokenizer import Tokenizer, load_tokenizer
 from neobert.model.config import ModelConfig
@@ -38,13 +37,14 @@ from neobert.train.runtime import StartupError
 from neobert.train.start import check_free_space, is_own
 from neobert.types import TrainState
 from neobert.weights.folder import EMA_FILE, MODEL_FILE, checkpoint_steps, valid_steps
+from neobert.weights.pickles import UnreadablePickle, load_pickle
 
 
 def resume_or_start(run: Run) -> TrainState:
     """The state to go on from: step 0, or the checkpoint chosen at start-up, loaded into model and optimizer.
     Collective, within `sharing_errors`.
 
-    The order is identity, weights, optimizer, schedule and counters, random states: nothing is loaded from a checkpoint
+    The order is identity, weights, optimizer, schedule and counters: nothing is loaded from a checkpoint
     that does not fit.
 
     Raises:
@@ -69,7 +69,7 @@ def resume_or_start(run: Run) -> TrainState:
     load_optimizer(run, run.checkpoint)
     check_replicas(run, TrainState(step=run.saved["step"]))
     _check_counters(run.checkpoint, run.saved)
-    _load_rng_state(run, run.checkpoint, run.saved)
+    _check_rng_state(run, run.checkpoint, run.saved)
     known = {f.name for f in fields(TrainState)}
     state = TrainState(**{name: value for name, value in run.saved.items() if name in known})
     if state.data and not comparison.same_next_batch:
@@ -96,7 +96,7 @@ def compare_with_checkpoint(run: Run) -> Comparison:
     assert saved is not None
     assert config is not None
     assert run.checkpoint is not None
-    model = ModelConfig.from_dict(json.loads((run.checkpoint / "model_config.json").read_text()))
+    model = ModelConfig.from_dict(parse_json((run.checkpoint / "model_config.json").read_text()))
     theirs = build_facts(
         config,
         model,
@@ -161,7 +161,6 @@ def load_weights(run: Run, checkpoint: Path) -> None:
         StartupError: the file cannot be read.
     """
     run.module.load_state_dict(_load_tensors(checkpoint / MODEL_FILE), strict=True)
-    run.module.check_tied()
 
 
 def load_average(run: Run, checkpoint: Path) -> None:
@@ -203,32 +202,33 @@ def load_optimizer(run: Run, checkpoint: Path) -> None:
     """
     # The checkpoint's groups bring their weight decay, betas and eps along; those of the config hold.
     wanted = [{k: v for k, v in group.items() if k != "params"} for group in run.optimizer.param_groups]
-    saved = load_pickle(checkpoint / "optimizer.bin", run.runtime.device)
+    saved = read_pickle(checkpoint / "optimizer.bin", run.runtime.device)
     run.optimizer.load_state_dict(regroup_state(saved, run.optimizer.param_groups))
     for group, values in zip(run.optimizer.param_groups, wanted, strict=True):
         group.update(values)
 
 
-def load_pickle(path: Path, device: torch.device | str = "cpu") -> Any:
-    """Tensors and plain values of a pickle; code in it is never run.
+def read_pickle(path: Path, device: torch.device | str = "cpu") -> Any:
+    """Tensors and plain values of a checkpoint's pickle; code in it is never run.
 
     Raises:
         StartupError: the file is missing or damaged, or wants to run code.
     """
     try:
-        return torch.load(path, map_location=device, weights_only=True)
+        return load_pickle(path, device)
     except FileNotFoundError as error:
         raise StartupError(f"{path} is missing: the checkpoint is damaged, choose another step") from error
-    except (OSError, RuntimeError, EOFError, ValueError, KeyError, pickle.UnpicklingError) as error:
-        first_line = (str(error).strip() or type(error).__name__).splitlines()[0]
+    except UnreadablePickle as error:
         raise StartupError(
-            f"{path} is damaged, or holds code that is never run ({first_line}); choose another step"
+            f"{path} is damaged, or holds code that is never run ({error}): of a checkpoint's pickles only tensors and "
+            "plain values are read, whoever wrote them. Choose another step, or begin a new run with its weights, "
+            f"which are no pickle: model.init_from: {path.parent}"
         ) from error
 
 
 def _check_counters(checkpoint: Path, saved: Mapping[str, Any]) -> None:
     for name, key in (("scheduler.bin", "step"), ("custom_checkpoint_0.pkl", "step")):
-        found = load_pickle(checkpoint / name)[key]
+        found = read_pickle(checkpoint / name)[key]
         if found != saved["step"]:
             raise StartupError(
                 f"{checkpoint / name} is of step {found}, train_state.json of step {saved['step']}: files of two "
@@ -236,13 +236,10 @@ def _check_counters(checkpoint: Path, saved: Mapping[str, Any]) -> None:
             )
 
 
-def _load_rng_state(run: Run, checkpoint: Path, saved: Mapping[str, Any]) -> None:
-    if run.runtime.rank >= saved["world_size"]:
-        return  # More processes than before: every step seeds torch from its number, nothing is lost.
-    states = load_pickle(checkpoint / f"random_states_{run.runtime.rank}.pkl")
-    torch.set_rng_state(states["torch"])
-    if "cuda" in states and run.runtime.device.type == "cuda":
-        torch.cuda.set_rng_state(states["cuda"], run.runtime.device)
+def _check_rng_state(run: Run, checkpoint: Path, saved: Mapping[str, Any]) -> None:
+    """Every step seeds torch from its number, so nothing is restored: but the checkpoint must be whole."""
+    if run.runtime.rank < saved["world_size"]:  # Else there were fewer processes than now.
+        read_pickle(checkpoint / f"random_states_{run.runtime.rank}.pkl")
 
 
 def _report_resume(run: Run, state: TrainState, comparison: Comparison) -> None:
@@ -266,7 +263,7 @@ def _report_resume(run: Run, state: TrainState, comparison: Comparison) -> None:
         )
     _report_best(run)
     assert run.checkpoint is not None
-    planned, now = load_pickle(run.checkpoint / "scheduler.bin")["lr"], run.schedule(state.step)
+    planned, now = read_pickle(run.checkpoint / "scheduler.bin")["lr"], run.schedule(state.step)
     if planned != now:
         run.tracker.say(
             f"learning rate of step {state.step + 1}: {planned:.3e} by the checkpoint's schedule, {now:.3e} by this one"
@@ -284,8 +281,8 @@ def _report_best(run: Run) -> None:
         if test != run.eval_test:
             run.tracker.event("best_set_aside", step, eval_loss=scores[step].loss)
             run.tracker.say(
-                f"trainer.save_best: checkpoint {step} (evaluation loss {scores[step].loss:.4f}) is the best of another "
-                "evaluation, which this one cannot be compared with: it stays, and best.json is chosen anew"
+                f"trainer.save_best: checkpoint {step} (evaluation loss {scores[step].loss:.4f}) is the best of "
+                "another evaluation, which this one cannot be compared with: it stays, and best.json is chosen anew"
             )
 
 

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from neobert.config.fields import FIELDS
+from neobert.config.nesting import parse_json
 from neobert.config.resume_rules import EVAL_BATCH
 from neobert.config.schema import Config
 from neobert.testing.faults import fault_point
@@ -97,7 +98,7 @@ def name_test(config: Config, eval_fingerprint: str | None) -> str | None:
 def read_score(checkpoint: Path) -> Score:
     """What a checkpoint says of its evaluation."""
     try:
-        state = json.loads((checkpoint / "train_state.json").read_text())
+        state = parse_json((checkpoint / "train_state.json").read_text())
         return Score(state.get("eval_loss"), state.get("eval_test"))
     except (OSError, ValueError, AttributeError):
         return Score(None, None)

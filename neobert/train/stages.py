@@ -1,12 +1,12 @@
 """What a stage of a pipeline can run: how it begins and goes on, when it is finished, what it gives to the next."""
 
-import json
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from neobert.config.load import ConfigError, load_config, without_secrets
+from neobert.config.nesting import parse_json
 from neobert.config.schema import Config
 from neobert.config.validate import BUDGETS
 from neobert.errors import StartupError, UserError
@@ -223,7 +223,7 @@ def _begin_average(stage: Stage, folder: Path, source: Path | None) -> list[str]
 
 
 def _go_on_average(stage: Stage, folder: Path, source: Path | None) -> tuple[str, list[str]] | None:
-    averaged = json.loads((folder / AVERAGE_FILE).read_text())
+    averaged = parse_json((folder / AVERAGE_FILE).read_text())
     assert source is not None, "checked when the file was read"
     newest = Path(averaged["run"]) / "checkpoints" / str(max(averaged["steps"]))
     _check_origin(folder, str(newest), source)
@@ -236,7 +236,7 @@ def _begin_export(stage: Stage, folder: Path, source: Path | None) -> list[str]:
 
 def _go_on_export(stage: Stage, folder: Path, source: Path | None) -> tuple[str, list[str]] | None:
     assert source is not None, "checked when the file was read"
-    exported, step = json.loads((folder / "config.json").read_text()).get(STEPS_KEY), read_manifest(source).step
+    exported, step = parse_json((folder / "config.json").read_text()).get(STEPS_KEY), read_manifest(source).step
     if exported != step:
         raise PipelineError(
             f"{folder} was exported after step {exported}, and the stage before it now ends with step {step}: delete or"

@@ -1,12 +1,12 @@
 """Before a run touches anything: what its output folder holds, and which checkpoint it continues from."""
 
-import json
 import shutil
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from neobert.config.fields import FIELDS, SECTIONS
 from neobert.config.load import ConfigError, config_to_yaml, load_saved_config, without_secrets
+from neobert.config.nesting import parse_json
 from neobert.config.schema import Config
 from neobert.errors import StartupError
 from neobert.train.agreement import agree
@@ -78,7 +78,7 @@ def read_train_state(checkpoint: Path) -> dict[str, Any]:
             f"the data; start a run from its weights with model.init_from: {checkpoint}"
         )
     try:
-        saved = json.loads(path.read_text())
+        saved = parse_json(path.read_text())
     except (OSError, ValueError) as error:
         raise StartupError(
             f"{path} cannot be read ({error}); choose another step with trainer.resume_from_checkpoint"

@@ -175,7 +175,7 @@ class Tracker:
         self._write_steps()
 
     def settled(self, state: TrainState) -> TrainState:
-        """`state` with what must be saved of the logging interval that is not over; after `flush` or inside `paused`."""
+        """`state` with what must be saved of the logging interval; after `flush` or inside `paused`."""
         return replace(state, interval=asdict(self._window.sums))
 
     @contextmanager

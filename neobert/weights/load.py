@@ -12,26 +12,25 @@ A name of the form `owner/model` that is no folder is fetched from the Hugging F
 revision.
 """
 
-import json
-import pickle
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-import torch
 import yaml
 from huggingface_hub import snapshot_download
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
+from neobert.config.nesting import load_plain_yaml, parse_json
 from neobert.model.config import ModelConfig
 from neobert.weights.describe import WeightsError
 from neobert.weights.folder import AVERAGE_FILE, EMA_FILE, MODEL_FILE, STEPS_KEY, find_checkpoint
 from neobert.weights.layouts import LAYOUTS, Layout, to_ours
 from neobert.weights.manifest import CheckpointError
+from neobert.weights.pickles import UnreadablePickle, load_pickle
 
 REMOTE_CODE_TYPE = "neobert_encoder"
 """`model_type` of models that we export with their code."""
@@ -89,7 +88,7 @@ def load_encoder_weights(
     folder = find_weights(path)
     try:
         return _read_folder(folder, drop_decoder_bias, weights)
-    except (OSError, ValueError, SafetensorError, yaml.YAMLError, pickle.UnpicklingError) as error:
+    except (OSError, ValueError, SafetensorError, yaml.YAMLError) as error:
         raise WeightsError(f"{folder}: {error}") from error
 
 
@@ -179,7 +178,7 @@ def _read_folder(folder: Path, drop_decoder_bias: bool, weights: str) -> Encoder
 
 def _recognise(folder: Path, tensors: Mapping[str, Tensor]) -> tuple[Layout, Mapping[str, Any]]:
     if (folder / "config.json").is_file():
-        raw = json.loads((folder / "config.json").read_text())
+        raw = parse_json((folder / "config.json").read_text())
         kind = raw.get("model_type")
         names = {"eurobert": "eurobert", REMOTE_CODE_TYPE: "remote_code", "neobert": _neobert_kind(tensors)}
         if kind not in names:
@@ -188,8 +187,8 @@ def _recognise(folder: Path, tensors: Mapping[str, Tensor]) -> tuple[Layout, Map
             )
         return LAYOUTS[names[kind]], raw
     if (folder / "model_config.json").is_file():
-        return LAYOUTS["checkpoint"], json.loads((folder / "model_config.json").read_text())
-    raw = yaml.safe_load((folder / "config.yaml").read_text())
+        return LAYOUTS["checkpoint"], parse_json((folder / "model_config.json").read_text())
+    raw = load_plain_yaml((folder / "config.yaml").read_text())
     if not isinstance(raw, dict) or not isinstance(raw.get("model"), dict):
         raise WeightsError("config.yaml has no section `model`, so the architecture is not known")
     return LAYOUTS[_neobert_kind(tensors)], raw["model"]
@@ -203,7 +202,7 @@ def _restore(folder: Path, config: ModelConfig) -> ModelConfig:
     """With what EuroBERT's config cannot hold (initial weights, dropout), from the file that our export writes."""
     if not (folder / "model_config.json").is_file():
         return config
-    ours = ModelConfig.from_dict(json.loads((folder / "model_config.json").read_text()))
+    ours = ModelConfig.from_dict(parse_json((folder / "model_config.json").read_text()))
     carried = {"intermediate_size", "dropout_prob", "embedding_init_range", "decoder_init_range"}
     carried |= {"init", "init_std", "init_zero_residual"}
     both = replace(config, **{name: getattr(ours, name) for name in carried})
@@ -217,9 +216,9 @@ def _restore(folder: Path, config: ModelConfig) -> ModelConfig:
 
 def _step(folder: Path, raw: Mapping[str, Any]) -> int | None:
     if (folder / "train_state.json").is_file():
-        return int(json.loads((folder / "train_state.json").read_text())["step"])
+        return int(parse_json((folder / "train_state.json").read_text())["step"])
     if (folder / AVERAGE_FILE).is_file():
-        return int(max(json.loads((folder / AVERAGE_FILE).read_text())["steps"]))
+        return int(max(parse_json((folder / AVERAGE_FILE).read_text())["steps"]))
     if STEPS_KEY in raw:
         return int(raw[STEPS_KEY])
     is_fork = folder.parent.name == "checkpoints" and folder.name.isdecimal()
@@ -230,7 +229,7 @@ def _read_tensors(folder: Path, names: tuple[str, ...]) -> dict[str, Tensor]:
     for name in names:
         index = folder / f"{name}.index.json"
         if index.is_file():
-            shards = sorted(set(json.loads(index.read_text())["weight_map"].values()))
+            shards = sorted(set(parse_json(index.read_text())["weight_map"].values()))
         elif (folder / name).is_file():
             shards = [name]
         else:
@@ -241,7 +240,7 @@ def _read_tensors(folder: Path, names: tuple[str, ...]) -> dict[str, Tensor]:
                 with safe_open(folder / shard, framework="pt") as file:
                     tensors.update({key: file.get_tensor(key) for key in file.keys()})  # noqa: SIM118
             else:
-                tensors.update(torch.load(folder / shard, map_location="cpu", weights_only=True))
+                tensors.update(_read_pickled(folder / shard))
         return tensors
     if EMA_FILE in names:
         raise WeightsError(
@@ -249,6 +248,19 @@ def _read_tensors(folder: Path, names: tuple[str, ...]) -> dict[str, Tensor]:
             "trainer.ema_start_step; take the weights `model`"
         )
     raise WeightsError(f"there is neither {' nor '.join(names)}")
+
+
+def _read_pickled(file: Path) -> dict[str, Tensor]:
+    try:
+        tensors: dict[str, Tensor] = load_pickle(file)
+    except UnreadablePickle as error:
+        raise WeightsError(
+            f"{file.name} cannot be read as tensors ({error}), and code in it is never run. Use the safetensors of "
+            'this model, or make them where you trust whoever wrote the file: python -c "import torch; from '
+            "safetensors.torch import save_file; "
+            f"save_file(torch.load('{file.name}', weights_only=False), 'model.safetensors')\""
+        ) from error
+    return tensors
 
 
 WEIGHTS: dict[str, tuple[str, ...]] = {"model": (MODEL_FILE, "pytorch_model.bin"), "ema": (EMA_FILE,)}

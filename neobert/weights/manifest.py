@@ -14,6 +14,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from neobert.config.nesting import parse_json
 from neobert.errors import UserError
 
 MANIFEST = "manifest.json"
@@ -86,7 +87,7 @@ def read_manifest(folder: Path) -> Manifest:
     except (OSError, UnicodeDecodeError) as error:
         raise CheckpointError(f"{MANIFEST} cannot be read ({error})") from error
     try:
-        body = json.loads(text)
+        body = parse_json(text)
         own = body.pop("self")
         if body["format"] != FORMAT:
             raise CheckpointError(f"{MANIFEST} has format {body['format']!r}, this code reads {FORMAT}")

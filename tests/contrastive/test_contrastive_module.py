@@ -1,5 +1,6 @@
 """The module: embeddings of packed texts, cached gradients, what takes part in the loss, and no wait for the device."""
 
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -270,3 +271,48 @@ def test_a_batch_moves_with_all_its_tensors(tmp_path: Path) -> None:
     assert moved.row_keys.device.type == "cpu"
     assert {moved.anchors.device.type, moved.lengths[0].device.type, moved.chunks[0].input_ids.device.type} == {"meta"}
     assert (moved.num_rows, moved.num_tokens, moved.digest) == (2, batch.num_tokens, batch.digest)
+
+
+def with_texts(*rows: tuple[str, ...]) -> list[PackedRow]:
+    """Rows of texts that are given by name: equal names are equal texts."""
+    names = sorted({name for row in rows for name in row})
+    ids = {name: np.array([1, 10 + number, 20 + number, 2], dtype=np.int32) for number, name in enumerate(names)}
+    made = make_rows(*(len(row) for row in rows))
+    return [
+        replace(item, tokens=np.concatenate([ids[name] for name in row]), lengths=(4,) * len(row))
+        for item, row in zip(made, rows)
+    ]
+
+
+@pytest.mark.parametrize("both", [False, True])
+@pytest.mark.parametrize(
+    "rows",
+    [
+        [("a", "p"), ("b", "p"), ("c", "q")],  # The positive of a row is the positive of another,
+        [("a", "p", "n"), ("b", "q", "p"), ("c", "r", "m")],  # a hard negative of another,
+        [("a", "p"), ("a", "q"), ("b", "r")],  # an anchor has two positives,
+        [("a", "b"), ("b", "c"), ("c", "a")],  # or an anchor is the positive of another.
+        [("a", "p", "p"), ("b", "q", "n"), ("a", "p", "m")],
+    ],
+)
+def test_the_texts_of_a_row_are_never_its_negatives(rows: list[tuple[str, ...]], both: bool) -> None:
+    module = model(temperature=0.5, both_directions=both).double()
+    batch = collate(with_texts(*rows), num_negatives=len(rows[0]) - 2)
+    vectors = dict(zip([name for row in rows for name in row], F.normalize(module.embed(batch), dim=1)))
+
+    def loss_of(query: str, answer: str, others: list[str]) -> Tensor:
+        """Cross entropy of the answer among the texts that are neither it nor the query."""
+        candidates = [answer, *(text for text in others if text not in (query, answer))]
+        logits = torch.stack([vectors[query] @ vectors[text] / 0.5 for text in candidates])
+        return -F.log_softmax(logits, dim=0)[0]
+
+    def others(number: int, first: int) -> list[str]:
+        """What stands beside the answer of a row: of other rows from place `first` on, and its own negatives."""
+        found = [row[place] for n, row in enumerate(rows) if n != number for place in ([1] if first else [0])]
+        return found + ([text for row in rows for text in row[2:]] if first else [])
+
+    expected = torch.stack([loss_of(row[0], row[1], others(n, 1)) for n, row in enumerate(rows)]).sum()
+    if both:
+        back = torch.stack([loss_of(row[1], row[0], others(n, 0)) for n, row in enumerate(rows)]).sum()
+        expected = (expected + back) / 2
+    torch.testing.assert_close(module(batch).loss_sum, expected, rtol=1e-6, atol=1e-6)

@@ -3,6 +3,7 @@
 import hashlib
 import io
 import json
+import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -15,7 +16,7 @@ import pytest
 
 from neobert.data.errors import DataError
 from neobert.inference import embed
-from neobert.inference.embed import EmbedReport, EmbedSettings, embed_to_file
+from neobert.inference.embed import EmbedReport, EmbedSettings, check_output, embed_to_file
 from neobert.inference.jobs import JobError
 from neobert.inference.model import Model
 from neobert.inference.texts import open_texts
@@ -159,3 +160,26 @@ def test_a_split_must_be_chosen_where_there_are_several(loaded: Model, tmp_path:
         run(loaded, tmp_path, tmp_path / "v.npy")
     with open_texts(str(tmp_path), split="test") as texts:
         assert [text.text for text in texts.read()] == ["test.jsonl"]
+
+
+def test_a_second_process_at_one_output_is_told_before_it_loads_the_model(
+    loaded: Model, jsonl: Path, tmp_path: Path
+) -> None:
+    """The first of the two ends as if it were alone."""
+    output = tmp_path / "v.npy"
+    code = (
+        "import sys, time; from pathlib import Path; from neobert.data.lock import only_writer\n"
+        "with only_writer(Path(sys.argv[1])):\n    print('held', flush=True); sys.stdin.read()"
+    )
+    with subprocess.Popen(
+        [sys.executable, "-c", code, str(output)], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+    ) as first:
+        assert first.stdout is not None
+        assert first.stdout.readline() == "held\n"
+        for attempt in (lambda: check_output(output), lambda: run(loaded, jsonl, output)):
+            with pytest.raises(DataError, match=r"another process is writing .*v.npy; wait until it ends, or stop it"):
+                attempt()
+        assert [p.name for p in tmp_path.iterdir() if p != jsonl] == [".v.npy.lock"], "nothing was begun"
+        first.kill()
+    assert run(loaded, jsonl, output).num_texts == 30, "a lock ends with its process"
+    assert not (tmp_path / ".v.npy.lock").exists()

@@ -47,8 +47,11 @@ def test_code_in_a_pickle_is_never_run(tiny: Tiny, trained: Path, tmp_path: Path
     with pytest.raises(StartupError, match=f"is damaged: {name} "):
         pretrain(tiny(trained, *more))
     rewrite_manifest(checkpoint)  # ... and is as harmless to somebody who trusts the manifest.
-    with pytest.raises(StartupError, match=rf"{name} is damaged, or holds code that is never run"):
+    with pytest.raises(StartupError, match=rf"{name} is damaged, or holds code that is never run") as caught:
         pretrain(tiny(trained, *more))
+    assert "it names posix.system, which could be any code" in str(caught.value)
+    assert f"model.init_from: {checkpoint}" in str(caught.value)
+    assert "weights_only" not in str(caught.value), "that advice of torch would run it"
     assert not proof.exists()
 
 

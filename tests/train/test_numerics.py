@@ -5,6 +5,7 @@ import math
 import shutil
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -214,6 +215,31 @@ def test_a_spike_is_compared_with_the_last_steps_that_counted(monkeypatch: pytes
     state = guard.settled(TrainState())
     assert [values[0] for values in state.spike_window] == [2.0, 3.0, 1.0, 499.0], "skipped steps are not in it"
     assert guard.judge(torch.tensor(0.0), torch.tensor(0.0), num_targets=0).item() is False
+
+
+@pytest.mark.parametrize(("before", "after"), [(2, 1), (1, 2), (4, 2)])
+def test_spikes_mean_the_same_after_a_resume_with_another_number_of_processes(
+    monkeypatch: pytest.MonkeyPatch, before: int, after: int
+) -> None:
+    """The window holds the loss and the gradient norm of the step, not those of one process or of their sum."""
+    monkeypatch.setattr(numerics, "SPIKE_WINDOW", 4)
+
+    def build(world: int) -> Guard:
+        # Processes with equal losses: a sum over them is a product.
+        runtime = SimpleNamespace(device=torch.device("cpu"), world=world, sum_on_device=lambda x: world * x)
+        return Guard(runtime, max_bad_steps=5, skip_spikes=3.0)  # type: ignore[arg-type]
+
+    def judge(guard: Guard, world: int, loss: float, norm: float) -> bool:
+        return bool(guard.judge(torch.tensor(10 * loss / world), torch.tensor(norm), num_targets=10))
+
+    first, second = build(before), build(after)
+    values = [[2.0, 0.5], [3.0, 0.75], [2.0, 0.5], [3.0, 0.75]]
+    assert not any(judge(first, before, loss, norm) for loss, norm in values)
+    state = first.settled(TrainState())
+    assert state.spike_window == values
+    for loss, norm, skipped in ((2.5, 0.9, False), (2.5, 1.3, True), (4.5, 0.6, True), (2.5, 0.6, False)):
+        second.begin(state)
+        assert judge(second, after, loss, norm) is skipped, (loss, norm)
 
 
 def test_spikes_are_skipped_the_same_way_across_a_resume(

@@ -10,6 +10,7 @@ import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 from records import exact_steps, log_lines
@@ -18,6 +19,7 @@ from safetensors.torch import load_file
 from neobert.config.load import config_to_yaml, load_config
 from neobert.config.schema import Config
 from neobert.data.errors import DataError
+from neobert.train import loop
 from neobert.train.loop import pretrain
 from neobert.train.runtime import StartupError
 
@@ -239,3 +241,23 @@ def test_old_checkpoints_are_deleted_and_other_names_left_alone(tiny: Tiny, tmp_
     )
     pretrain(config)
     assert {p.name for p in (out / "checkpoints").iterdir()} == {"4", "5", "best"}
+
+
+@pytest.mark.parametrize("dropout", [0.0, 0.3])
+def test_every_step_has_its_own_dropout_mask(
+    tiny: Tiny, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, dropout: float
+) -> None:
+    """The same rows and the same weights in every step: losses differ by the dropout alone, and by none without it."""
+    real, first, losses = loop.train_step, [], []
+
+    def train_step(model: Any, optimizer: Any, batches: Any, **more: Any) -> Any:
+        first[:] = first or [batches]
+        result = real(model, optimizer, first[0], **more | {"lr": 0.0, "scale": 1.0})
+        losses.append(result.loss_sum.item())
+        return result
+
+    monkeypatch.setattr(loop, "train_step", train_step)
+    for name in ("one", "other"):
+        pretrain(tiny(tmp_path / name, f"model.dropout_prob={dropout}", "trainer.max_steps=6", "trainer.save_steps=0"))
+    assert losses[:6] == losses[6:], "the masks are functions of the step"
+    assert len({round(loss, 3) for loss in losses}) == (6 if dropout else 1)

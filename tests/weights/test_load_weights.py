@@ -100,8 +100,11 @@ def test_a_pickle_runs_no_code(tmp_path: Path) -> None:
     folder = make_hub_folder(tmp_path / "NeoBERT")
     (folder / "model.safetensors").unlink()
     torch.save({"model.encoder.weight": Evil()}, folder / "pytorch_model.bin")
-    with pytest.raises(WeightsError, match="NeoBERT"):
+    with pytest.raises(WeightsError, match="NeoBERT") as caught:
         load_encoder_weights(folder)
+    assert "pytorch_model.bin cannot be read as tensors (it names" in str(caught.value)
+    assert "'model.safetensors')\"" in str(caught.value), "the way out is a command"
+    assert len(str(caught.value).splitlines()) == 1, "torch's advice has many lines"
     assert not Path("/tmp/should-never-exist-neobert").exists()
 
 

@@ -1,0 +1,69 @@
+"""YAML and JSON nested without end is one sentence, in every file that somebody gives."""
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from neobert.benchmark.experiments import PlanError, load_plan
+from neobert.config.load import ConfigError, load_config, parse_config
+from neobert.config.migrate import MigrationError, migrate
+from neobert.config.nesting import MOST_LEVELS, load_plain_yaml, parse_json
+from neobert.train.pipeline import load_pipeline
+from neobert.train.stages import PipelineError
+from neobert.weights.describe import WeightsError
+from neobert.weights.load import load_encoder_weights
+
+LAUGHS = "a0: &a0 [1, 1]\n" + "".join(f"a{n}: &a{n} [{', '.join([f'*a{n - 1}'] * 10)}]\n" for n in range(1, 9))
+ENDLESS = {
+    "flow": "model: " + "[" * 2000,
+    "closed": "model: " + "[" * 500 + "]" * 500,
+    "mappings": "\n".join(" " * n + "a:" for n in range(2000)),
+    "a few": "model: " + "{a: " * 25 + "1" + "}" * 25,
+    "an anchor in itself": "model: &a {a: *a}",
+    "anchors of anchors": LAUGHS,
+}
+SAID = r"nested more than 20 levels deep|more than 100,000 values"
+
+
+@pytest.mark.parametrize("text", ENDLESS.values(), ids=ENDLESS)
+def test_every_yaml_file_is_refused_in_a_sentence(text: str, tmp_path: Path) -> None:
+    file = tmp_path / "endless.yaml"
+    file.write_text(text)
+    readers: list[tuple[type[Exception], Callable[[], object]]] = [
+        (ConfigError, lambda: load_config(file)),
+        (PlanError, lambda: load_plan(file)),
+        (PipelineError, lambda: load_pipeline(file)),
+        (MigrationError, lambda: migrate(text)),
+    ]
+    for error, read in readers:
+        with pytest.raises(error, match=SAID) as caught:
+            read()
+        assert len(str(caught.value)) < 300
+
+
+def test_a_list_of_the_command_line_is_refused_too() -> None:
+    with pytest.raises(ConfigError, match=r"optimizer.betas: .* is not a list of 2 numbers"):
+        parse_config("", ["optimizer.betas=" + "[" * 500])
+
+
+def test_what_people_nest_is_read() -> None:
+    text = "a: " + "[" * (MOST_LEVELS - 1) + "1" + "]" * (MOST_LEVELS - 1)
+    assert str(load_plain_yaml(text)["a"]).count("[") == MOST_LEVELS - 1
+    assert load_plain_yaml("b: &b {x: 1}\nc: [*b, *b]\nd: {<<: *b, y: 2}")["d"] == {"x": 1, "y": 2}
+    assert load_plain_yaml("") is None
+    assert parse_json('{"a": [1, {"b": null}]}') == {"a": [1, {"b": None}]}
+
+
+@pytest.mark.parametrize("name", ["config.json", "config.yaml"])
+def test_a_model_folder_with_an_endless_config_is_refused(name: str, tmp_path: Path) -> None:
+    (tmp_path / name).write_text("[" * (200_000 if name.endswith("json") else 500))
+    (tmp_path / "model.safetensors").write_bytes((2).to_bytes(8, "little") + b"{}")
+    with pytest.raises(WeightsError, match=r"nested too deeply to be read|nested more than 20 levels"):
+        load_encoder_weights(tmp_path)
+
+
+def test_endless_json_is_an_error_of_json() -> None:
+    with pytest.raises(json.JSONDecodeError, match="nested too deeply to be read"):
+        parse_json('{"a":' * 200_000)
