@@ -54,8 +54,9 @@ class DatasetSection:
 
     path: str | tuple[str, ...] | None = None
     """Files or folders, local or `s3://`, `gs://`, `hf://`; one, a list, or a pattern with `*`. JSONL, text and CSV
-    (plain, .gz, .zst), Parquet, or a folder written by `save_to_disk`. Replaces `name` and `mixture`. In a folder of
-    files, names that start with train, validation, eval, test or dev are splits; otherwise all is train."""
+    (plain, .gz, .zst, .xz, .bz2), Parquet, or a folder written by `save_to_disk`. Replaces `name` and `mixture`. In a
+    folder of files, train, validation, eval, test and dev are splits where they are whole words of a file's or folder's
+    name; otherwise all is train."""
 
     mixture: tuple[MixtureSource, ...] = ()
     """Several sources: a list of mappings with `name` or `path`, and optionally `weight`, `max_documents`, `config`,
@@ -132,8 +133,8 @@ class DatasetSection:
     memory: it is a bad record. The default is 64 MiB."""
 
     on_bad_shard: Literal["error", "skip"] = "error"
-    """A file that cannot be opened or decompressed. error: stop. skip: go on with the next one, now and whenever this
-    stretch is read again; the data state keeps the list."""
+    """A file that cannot be opened or decompressed, or that has no text in it. error: stop. skip: go on with the next
+    one, now and whenever this stretch is read again; the data state keeps the list of those that failed on the way."""
 
     network_retries: int = 5
     """Times that a window is read again after a network error, with growing pauses, before the run stops."""

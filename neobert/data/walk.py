@@ -112,7 +112,7 @@ def _enter(folder: _Folder, entry: "os.DirEntry[str]", found: Walk) -> _Folder |
     """A folder in a folder; None where a link leads back, or to what another link led to."""
     path, real = _join(folder, entry), _real(folder, entry)
     if entry.is_symlink():
-        if real in folder.above:
+        if real in folder.above or folder.real.startswith(real.rstrip(os.sep) + os.sep):
             found.left_out.append(LeftOut(path, "is a link back to a folder that it is in"))
             return None
         if (other := found.linked.setdefault(real, path)) != path:
