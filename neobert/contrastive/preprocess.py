@@ -123,7 +123,7 @@ def prepare(config: Config, hub: HubRows = read_hub) -> list[tuple[SetInfo, bool
         info = read_info(folder)
         fresh = info is None or info.source != source or data.force_redownload
         if fresh:
-            opened = open_source(item.source, hub)
+            opened = open_source(item.source, hub, data)
             examples = islice(opened.examples, item.source.max_pairs)
             info = write_set(folder, item.key, opened.form, examples, source)
         assert info is not None

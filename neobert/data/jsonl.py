@@ -51,20 +51,34 @@ class JsonLines(Lines):
 
 def parse_line(raw: bytes, column: str) -> tuple[str | None, str | None]:
     """(text, problem) of a line; both None when it is blank or has no text."""
+    record, problem = parse_object(raw)
+    text = None if record is None else record.get(column)
+    if not isinstance(text, str) or not text.strip():
+        return None, problem
+    problem = find_surrogate(text)
+    return (text, None) if problem is None else (None, problem)
+
+
+def parse_object(raw: bytes) -> tuple[dict[str, Any] | None, str | None]:
+    """(object, problem) of a line; both None when it is blank."""
     if not raw.strip():
         return None, None
     try:
         record = json.loads(raw.decode("utf-8"))
-        text = record.get(column) if isinstance(record, dict) else None
-        if isinstance(text, str) and not text.isascii():
-            text.encode("utf-8")
-    except UnicodeEncodeError:
-        return None, "the text holds half of a surrogate pair"
     except (ValueError, RecursionError) as error:
         return None, str(error)
     if not isinstance(record, dict):
         return None, f"a JSON object was expected, not {type(record).__name__}"
-    return (text, None) if isinstance(text, str) and text.strip() else (None, None)
+    return record, None
+
+
+def find_surrogate(text: str) -> str | None:
+    """What is wrong with a text that no file can hold; None when nothing is."""
+    try:
+        text.isascii() or text.encode("utf-8")
+    except UnicodeEncodeError:
+        return "the text holds half of a surrogate pair"
+    return None
 
 
 def open_jsonl(files: Sequence[DataFile], spec: SourceSpec) -> FileSource:
