@@ -22,10 +22,13 @@ from neobert.train.runtime import Runtime, StartupError, choose_device_type
 LEAST_GAIN = 1.2
 """How many times faster the bf16 product must be on a CPU."""
 
-_ROWS = 2048
+_ROWS, _FIRST_ROWS = 2048, 16
+"""Of a product; the first ones say how many of them `_SECONDS` pay for."""
+
 _REPEATS = 5
-_MOST_SECONDS = 0.5
-"""Of one precision, beyond its first product."""
+_SECONDS = 0.1
+"""Of one product at most. Without instructions for bf16 some CPUs make a thousandth of its operations, and 2,048 rows of
+a base-size model take half a minute."""
 
 
 def bind_precision(config: Config, checkpoint_config: Config | None, runtime: Runtime) -> tuple[Config, list[str]]:
@@ -60,7 +63,7 @@ def choose_precision(config: Config) -> tuple[str, str]:
     inner, outer = config.model.hidden_size, config.model.intermediate_size
     fp32, bf16 = (measure_product(_ROWS, inner, outer, dtype) for dtype in (torch.float32, torch.bfloat16))
     return choose_faster(fp32=fp32, bf16=bf16), (
-        f"products of {_ROWS} x {inner} x {outer} make {bf16 / 1e9:,.1f} GFLOP/s in bf16 and {fp32 / 1e9:,.1f} in fp32 "
+        f"products of up to {_ROWS} x {inner} x {outer} make {bf16 / 1e9:,.1f} GFLOP/s in bf16 and {fp32 / 1e9:,.1f} in fp32 "
         f"on this CPU (bf16 is taken from {LEAST_GAIN} times as many)"
     )
 
@@ -71,16 +74,19 @@ def choose_faster(*, fp32: float, bf16: float) -> str:
 
 
 def measure_product(rows: int, inner: int, outer: int, dtype: torch.dtype) -> float:
-    """FLOP/s of `[rows, inner] x [inner, outer]` on the CPU: the best of a few, after one to warm up."""
+    """FLOP/s of `[rows, inner] x [inner, outer]` on the CPU, with fewer rows where so many take too long: the best of a
+    few products, after two small ones of which the first finds its code."""
     a, b = torch.ones(rows, inner, dtype=dtype), torch.ones(inner, outer, dtype=dtype)
-    best, spent = float("inf"), 0.0
+    first = min(rows, _FIRST_ROWS)
+    for _ in range(2):
+        seconds = _time_product(a[:first], b)
+    rows = min(rows, max(first, int(first * _SECONDS / seconds)))
+    best = min(_time_product(a[:rows], b) for _ in range(_REPEATS))
+    return 2 * rows * inner * outer / best
+
+
+def _time_product(a: torch.Tensor, b: torch.Tensor) -> float:
+    start = time.perf_counter()
     with torch.no_grad():
         torch.mm(a, b)
-        for _ in range(_REPEATS):
-            start = time.perf_counter()
-            torch.mm(a, b)
-            seconds = time.perf_counter() - start
-            best, spent = min(best, seconds), spent + seconds
-            if spent > _MOST_SECONDS:
-                break
-    return 2 * rows * inner * outer / best
+    return time.perf_counter() - start

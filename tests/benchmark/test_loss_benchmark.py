@@ -1,5 +1,7 @@
 """The table of loss kernels."""
 
+import re
+
 import pytest
 import torch
 
@@ -20,4 +22,5 @@ def test_a_table_of_two_kernels(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.skipif(torch.cuda.is_available(), reason="needs a machine without a GPU")
 def test_a_kernel_that_fails_leaves_its_reason() -> None:
     table = loss_kernels.table(["torch"], ["13k,768,30592"], "fp32", "cuda", 1)
-    assert "CUDA" in table.splitlines()[-1]
+    # What torch says depends on whether it was built for CUDA: "not compiled with CUDA", or "no NVIDIA driver".
+    assert re.search(r"\| torch \| - \| \w+Error: .*(CUDA|NVIDIA)", table.splitlines()[-1])

@@ -60,6 +60,21 @@ def test_the_measured_rate_is_a_number_of_operations_a_second() -> None:
     assert 1e6 < precision.measure_product(64, 64, 64, torch.float32) < 1e15
 
 
+def test_a_slow_product_is_measured_with_fewer_rows(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A hundredth of a second a row: the sixteen of the first products are enough, and 2,048 would take 20 seconds."""
+    rows = []
+
+    def take(a: torch.Tensor, b: torch.Tensor) -> float:
+        rows.append(len(a))
+        return len(a) / speed
+
+    monkeypatch.setattr(precision, "_time_product", take)
+    for speed, most in ((100, 16), (2_000, 200), (1e9, 2048)):
+        rows.clear()
+        assert precision.measure_product(2048, 4, 8, torch.float32) == pytest.approx(2 * 4 * 8 * speed)
+        assert (rows[:2], max(rows)) == ([16, 16], most)
+
+
 @pytest.mark.parametrize(("bf16", "choice"), [(50e9, "no"), (400e9, "bf16")])
 def test_a_run_binds_its_precision_and_a_resume_keeps_it(
     tiny: Tiny,
@@ -78,7 +93,7 @@ def test_a_run_binds_its_precision_and_a_resume_keeps_it(
         explicit / "config.yaml", [f"trainer.output_dir={chosen}"]
     )
     said = (
-        f"trainer.mixed_precision: auto is {choice}: products of 2048 x 32 x 48 make {bf16 / 1e9:.1f} GFLOP/s in bf16 "
+        f"trainer.mixed_precision: auto is {choice}: products of up to 2048 x 32 x 48 make {bf16 / 1e9:.1f} GFLOP/s in bf16 "
         "and 100.0 in fp32"
     )
     assert said in capsys.readouterr().out

@@ -108,13 +108,20 @@ def test_a_rank_that_fails_fails_the_save_on_all(tmp_path: Path, broken_rank: in
     assert names_in(tmp_path / "checkpoints") == {"4", "12"}, "no trace of the one that failed"
 
 
+class Unpicklable:
+    def __reduce__(self) -> str:
+        raise TypeError("cannot be pickled")
+
+
 def test_an_object_that_cannot_be_written_is_a_failed_save(tmp_path: Path) -> None:
     (outcome,) = run_ranks(1, lambda runtime: save(runtime, tmp_path, 4, {"a": lambda path: torch.save(open, path)}))
     assert outcome.path == tmp_path / "checkpoints" / "4", "a builtin pickles by name"
-    unpicklable = {"a": lambda path: torch.save(lambda: 0, path)}
-    (outcome,) = run_ranks(1, lambda runtime: save(runtime, tmp_path, 8, unpicklable))
-    assert outcome.path is None
-    assert "pickle" in outcome.problem
+    unpicklable = {"a": lambda path: torch.save(Unpicklable(), path), "b": lambda path: torch.save(lambda: 0, path)}
+    for name, reason in (("a", "cannot be pickled"), ("b", "lambda")):
+        given = {name: unpicklable[name]}
+        (outcome,) = run_ranks(1, lambda runtime, given=given: save(runtime, tmp_path, 8, given))
+        assert outcome.path is None
+        assert reason in outcome.problem
     assert names_in(tmp_path / "checkpoints") == {"4"}
 
 
