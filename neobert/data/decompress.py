@@ -17,7 +17,7 @@ DAMAGED = (EOFError, zlib.error, gzip.BadGzipFile, zstandard.ZstdError, lzma.LZM
 TEXT_RATIO = 3
 """Bytes of text in a byte of a compressed file, about."""
 
-_CHUNK = 1 << 10
+_CHUNK = 1 << 8
 """Compressed bytes that are unfolded at once: a frame may hold thousands of times its size."""
 
 _BLOCK = 1 << 20
