@@ -10,6 +10,7 @@ import hashlib
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from itertools import islice
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -19,7 +20,7 @@ from datasets.exceptions import DatasetsError
 from huggingface_hub import HfApi
 
 from neobert.config.schema_data import MAX_RECORD_BYTES
-from neobert.data.columns import choose_text_column
+from neobert.data.columns import TEXT_COLUMNS, choose_candidates, choose_text_column
 from neobert.data.errors import DataError
 from neobert.data.files import fingerprint_files, local_file
 from neobert.data.lanes import State
@@ -35,6 +36,8 @@ Result = TypeVar("Result")
 
 _TELL_SECONDS = 10
 _FAULTS = (OSError, EOFError, ValueError, DatasetsError, pa.ArrowException)
+_COLUMN_SAMPLE = 100
+_EXAMPLES = 20
 _STATE_EVERY = 64
 """Records between two saved states of the library; the ones in between are read again and passed over."""
 
@@ -245,9 +248,16 @@ def _choose_column(dataset: IterableDataset, wanted: str | None, place: str) -> 
             is_text = getattr(feature, "dtype", None) in ("string", "large_string")
             (text_columns if is_text else others).append(name)
     else:
-        first: dict[str, Any] = next(iter(dataset), {})
-        for name, value in first.items():
-            (text_columns if isinstance(value, str) else others).append(name)
+        for example in islice(dataset, _COLUMN_SAMPLE):
+            text_columns = [name for name, value in example.items() if isinstance(value, str)]
+            others = [name for name in example if name not in text_columns]
+            if text_columns:
+                break
+    if wanted is None and text_columns and not set(TEXT_COLUMNS) & set(text_columns):  # A guess: look at the values.
+        examples = list(islice(dataset, _EXAMPLES))
+        some = {name: [x[name] for x in examples if isinstance(x.get(name), str)] for name in text_columns}
+        candidates = choose_candidates(some, wanted)
+        others, text_columns = [*others, *(n for n in text_columns if n not in candidates)], candidates
     return choose_text_column(text_columns, others, wanted, place)
 
 

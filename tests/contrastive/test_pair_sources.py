@@ -132,6 +132,22 @@ def test_a_folder_has_splits(tmp_path: Path) -> None:
         read(PairSource(name=str(tmp_path / "f"), split="test"))
 
 
+def test_files_are_looked_into_as_those_of_pretraining_are(tmp_path: Path) -> None:
+    folder = tmp_path / "f"
+    write(folder / "en/a.jsonl", {"anchor": "a", "positive": "p"})
+    write(folder / "testimonials.jsonl", {"query": "b", "answer": "q"})
+    write(folder / "my-test.jsonl", {"anchor": "c", "positive": "r"})
+    (folder / "list.json").write_text(json.dumps([{"anchor": "d", "positive": "s"}], indent=1))
+    (folder / "notes.bak").write_text("x")
+    opened = open_source(PairSource(name=str(folder)))
+    assert [example.anchor for example in opened.examples] == ["a", "d", "b"]
+    assert opened.found.warnings() == ["1 file not read: f/notes.bak (.bak)"]
+    assert [e.anchor for e in read(PairSource(name=str(folder), split="test"))] == ["c"]
+    (folder / "pointer.jsonl").write_text("version https://git-lfs.github.com/spec/v1\noid sha256:1\nsize 2\n")
+    with pytest.raises(DataError, match=r"pointer.jsonl is a Git LFS pointer, not the file; `git lfs pull`"):
+        read(PairSource(name=str(folder)))
+
+
 BAD_RECORDS: dict[str, tuple[bytes, list[str]]] = {
     "torn.jsonl": (
         b'{"anchor": "a", "positive": "p"}\n{torn\n[1]\n{"anchor": "\\ud800", "positive": "p"}\n'

@@ -155,6 +155,7 @@ def test_debug_shows_rows_and_the_mix_and_writes_nothing(
     out = capsys.readouterr().out
     assert re.search(r"row 0: \d+ documents in \d+ of 64 slots", out)
     assert out.count("\nrow ") == 3
+    assert re.search(r"\.jsonl(\.gz)?: split train, (content gzip, )?column text", out)
     documents = re.findall(r"document \d+, slots (\d+) to (\d+): (.*)", out)
     assert all(text.startswith("[CLS]") and text.endswith("[SEP]") for *_, text in documents)
     assert re.search(r"slot \d+: predict '[^']+' from \[MASK\]", out)
