@@ -30,6 +30,7 @@ from neobert.model.attention import AttentionBackend
 from neobert.model.config import ModelConfig
 from neobert.model.encoder import Encoder
 from neobert.model.segments import Segments
+from neobert.train.agreement import exchange
 from neobert.train.build import choose_compile_options, compile_blocks
 from neobert.train.runtime import Runtime, StartupError, compute_dtype
 
@@ -54,7 +55,7 @@ def check_compiled_gradients(config: Config, attention: AttentionBackend, runtim
     """
     if not config.trainer.torch_compile:
         return []
-    outcomes = runtime.gather_objects(_check(config, attention, runtime.device))
+    outcomes = exchange(runtime, _check(config, attention, runtime.device))
     for rank, (problem, _) in enumerate(outcomes):
         if problem is not None:
             where = f" (seen by process {rank} of {runtime.world})" if runtime.world > 1 else ""

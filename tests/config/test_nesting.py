@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from neobert.benchmark.experiments import PlanError, load_plan
+from neobert.benchmark.experiment_plan import PlanError, load_plan
 from neobert.config.load import ConfigError, load_config, parse_config
 from neobert.config.migrate import MigrationError, migrate
 from neobert.config.nesting import MOST_LEVELS, load_plain_yaml, parse_json
