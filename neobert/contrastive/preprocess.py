@@ -129,7 +129,7 @@ def prepare(
         info = read_info(folder)
         fresh = info is None or info.source != source or data.force_redownload
         if fresh:
-            opened = open_source(item.source, hub)
+            opened = open_source(item.source, hub, data)
             examples = islice(opened.examples, item.source.max_pairs)
             info = write_set(folder, item.key, opened.form, examples, source)
             tell(opened)

@@ -2,34 +2,41 @@
 
 A local folder is one of three things: what `save_to_disk` wrote; `queries.jsonl`, `corpus.jsonl` and `qrels/SPLIT.tsv`
 (the layout of BEIR, Thakur et al., arXiv 2104.08663), which are joined to pairs; or files, whose split is a word of
-their name as in pretraining. Files are JSON lines, CSV, TSV (compressed too) or Parquet. Nothing is skipped in silence:
-a line that cannot be read stops the work and is named.
+their name as in pretraining. Files are JSON lines, CSV, TSV (compressed too) or Parquet. A record that cannot be read
+is named and counted, as in pretraining: more than `dataset.max_bad_records` of a source stop the work.
 """
 
-import csv
-import io
 import itertools
-import json
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import closing
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import pyarrow as pa
 import pyarrow.parquet as pq
 from datasets import Dataset, DatasetDict, load_dataset, load_from_disk
 
 from neobert.config.schema_contrastive import PairSource
+from neobert.config.schema_data import DatasetSection
 from neobert.contrastive.rows import FORM_WORDS, Example, Form, RawRow, as_number, as_text, choose_columns
 from neobert.contrastive.sets import SETS, HubSet, choose_set
 from neobert.data.decompress import DAMAGED
+from neobert.data.delimited import read_header, read_rows
 from neobert.data.errors import DataError
 from neobert.data.files import DataFile, kind_of_name, local_file
 from neobert.data.intake import inspect_files
 from neobert.data.inventory import NO_FILES, FileReport, Inventory
+from neobert.data.jsonl import find_surrogate, parse_object
+from neobert.data.lines import BOM
+from neobert.data.record_file import RecordFile
 from neobert.data.sources import list_data_files
 from neobert.data.spec import SourceSpec
 from neobert.data.splits import SPLIT_WORDS, choose_train_split
+from neobert.data.text import RecordCounts, TooLong, check_length
 
+_BATCH_ROWS = 1024
+_DEFAULTS = DatasetSection()
 _KINDS = ("JSON", "CSV", "Parquet")
 _ENDINGS = ".jsonl, .json, .csv, .tsv (also compressed: .gz, .zst, .xz, .bz2), .parquet"
 
@@ -76,8 +83,18 @@ def read_hub(name: str, config: str | None, split: str, revision: str | None) ->
     return rows
 
 
-def open_source(source: PairSource, hub: HubRows = read_hub) -> Opened:
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Limits:
+    """What reading a source puts up with."""
+
+    max_record_bytes: int
+    counts: RecordCounts
+
+
+def open_source(source: PairSource, hub: HubRows = read_hub, section: DatasetSection = _DEFAULTS) -> Opened:
     """The examples of one entry of `contrastive.sets`.
+
+    `section` tells how many records may be bad, and how large one may be.
 
     A name is a local path where there is one, else a known set (unless columns, a split or a configuration are given,
     which describe the dataset of the hub itself), else a dataset of the hub.
@@ -86,19 +103,25 @@ def open_source(source: PairSource, hub: HubRows = read_hub) -> Opened:
         DataError: it is not there, or has no usable columns.
     """
     assert source.name is not None, "validated"
+    counts = RecordCounts(max_bad=section.max_bad_records, where=source.name)
+    limits = Limits(max_record_bytes=section.max_record_bytes, counts=counts)
     path = Path(source.name)
     if path.exists():
-        return _open_local(source, path)
+        return _open_local(source, path, limits)
+
+    def checked(name: str, config: str | None, split: str, revision: str | None) -> Iterator[RawRow]:
+        return _number(hub(name, config, split, revision), f"{name} of the hub", limits)
+
     if looks_local(source.name):
         raise DataError(f"{source.name} is not there: name a file or folder that exists, a known set or a hub dataset")
     key = choose_set(source.name)
     if key is not None and not describes_columns(source):
-        return _open_known(SETS[key], source.revision, hub)
+        return _open_known(SETS[key], source.revision, checked)
     if key is None and "/" not in source.name:
         known = ", ".join(SETS)
         raise DataError(f"{source.name} is neither a file, nor a hub dataset (owner/name), nor one of {known}")
     name = source.name if key is None else SETS[key].hub_name
-    rows = hub(name, source.config, source.split or "train", source.revision)
+    rows = checked(name, source.config, source.split or "train", source.revision)
     return _by_columns(source, rows, f"{name} of the hub")
 
 
@@ -158,7 +181,7 @@ def _texts(rows: Iterable[RawRow], wanted: set[str]) -> dict[str, str]:
 # ---- files ----
 
 
-def _open_local(source: PairSource, path: Path) -> Opened:
+def _open_local(source: PairSource, path: Path, limits: Limits) -> Opened:
     label = str(path)
     if source.config is not None or source.revision is not None:
         raise DataError(f"{label} is on the disk; config and revision belong to datasets of the hub: remove them")
@@ -170,13 +193,13 @@ def _open_local(source: PairSource, path: Path) -> Opened:
         if not judgements.is_file():
             raise DataError(f"{judgements} is not there; name a split that is with split in contrastive.sets")
         rows, queries, corpus = (
-            read_file(_look_into([local_file(file)], file.name)[0])
+            read_file(_look_into([local_file(file)], file.name)[0], limits)
             for file in (judgements, *(_find(path, name) for name in ("queries", "corpus")))
         )
         return Opened(form="pairs", examples=join(rows, queries, corpus), label=label)
     if any((path / name).is_file() for name in ("dataset_dict.json", "state.json")):
-        return _by_columns(source, _read_saved(path, source.split), label)
-    return _by_files(source, label)
+        return _by_columns(source, _number(_read_saved(path, source.split), label, limits), label)
+    return _by_files(source, label, limits)
 
 
 def _check_no_split(split: str | None, label: str) -> None:
@@ -191,7 +214,7 @@ def _find(folder: Path, stem: str) -> Path:
     return found[0]
 
 
-def _by_files(source: PairSource, label: str) -> Opened:
+def _by_files(source: PairSource, label: str, limits: Limits) -> Opened:
     """The examples of a file or of the files of a split, each file with columns of its own."""
     try:
         found = list_data_files(SourceSpec(path=(label,)))
@@ -206,26 +229,28 @@ def _by_files(source: PairSource, label: str) -> Opened:
     except DataError:
         raise DataError(f"{label} has no training files; name a split with split: {', '.join(names)}") from None
     files = _look_into(found.files_of(split), label)
-    reports: dict[str, FileReport] = {}
-    first = _by_columns(source, itertools.chain.from_iterable(map(read_file, files)), label)
+    opened = ((file, _choose_columns(source, read_file(file, limits), file.url)) for file in files)
+    full = ((file, found) for file, found in opened if found is not None)
+    first = next(full, None)
+    if first is None:
+        raise DataError(f"{label} has no rows")
+    form, reports = first[1].form, dict[str, FileReport]()
 
     def examples() -> Iterator[Example]:
-        for file in files:
-            opened = _choose_columns(source, read_file(file), file.url)
-            if opened is None:
-                continue
-            if opened.form != first.form:
+        for file, of_file in itertools.chain([first], full):
+            if of_file.form != form:
                 raise DataError(
-                    f"{file.url} has {FORM_WORDS[opened.form]}, and the other files have {FORM_WORDS[first.form]}; "
+                    f"{file.url} has {FORM_WORDS[of_file.form]}, and the other files have {FORM_WORDS[form]}; "
                     "name the columns in contrastive.sets, or the files in entries of their own"
                 )
             count = 0
-            for count, example in enumerate(opened.examples, start=1):  # noqa: B007
+            for example in of_file.examples:
+                count += 1
                 yield example
-            remark = None if count else f"no {FORM_WORDS[opened.form]} in its rows"
+            remark = None if count else f"no {FORM_WORDS[form]} in its rows"
             reports[file.url] = FileReport(url=file.url, content=file.layers, num_usable=count, remark=remark)
 
-    return Opened(form=first.form, examples=examples(), label=label, inventory=found.inventory, reports=reports)
+    return Opened(form=form, examples=examples(), label=label, inventory=found.inventory, reports=reports)
 
 
 def _look_into(files: Sequence[DataFile], label: str) -> list[DataFile]:
@@ -262,41 +287,89 @@ def _read_saved(folder: Path, split: str | None) -> Iterable[RawRow]:
     return data
 
 
-def read_file(file: DataFile) -> Iterator[RawRow]:
+def read_file(file: DataFile, limits: Limits) -> Iterator[RawRow]:
     """The rows of a file.
 
     Raises:
-        DataError: a line of it cannot be read.
+        DataError: it is damaged, or too many of its records cannot be read.
     """
     kind = kind_of_name(file.name)
+    assert kind is not None, "files of other kinds are refused before"
+    read = {"Parquet": _read_parquet, "CSV": _read_delimited, "JSON": _read_jsonl}[kind]
     try:
-        if kind == "Parquet":
-            for batch in pq.ParquetFile(file.url).iter_batches():
-                yield from batch.to_pylist()
-        elif kind == "CSV":
-            with file.open() as opened:
-                lines = io.TextIOWrapper(opened, encoding="utf-8-sig", newline="")
-                yield from csv.DictReader(lines, delimiter="\t" if ".tsv" in file.name.lower() else ",")
-        else:
-            yield from _read_jsonl(file)
-    except (OSError, UnicodeDecodeError, *DAMAGED) as error:
+        yield from _usable(read(file, limits.max_record_bytes), limits)
+    except (OSError, pa.ArrowException, *DAMAGED) as error:
         raise DataError(f"{file.url} cannot be read ({error}); mend the file") from error
 
 
-def _read_jsonl(file: DataFile) -> Iterator[RawRow]:
-    with file.open() as opened:
-        for number, line in enumerate(opened, start=1):
-            if not line.strip():
-                continue
-            try:
-                row: Any = json.loads(line)
-            except ValueError as error:
-                raise DataError(f"{file.url}, line {number} is no JSON ({error}); mend it or remove it") from error
-            if not isinstance(row, dict):
-                raise DataError(
-                    f"{file.url}, line {number} is no JSON object; write one object with named texts a line"
-                )
+Found = Iterator[tuple[str, RawRow | None, str | None]]
+"""(place, row, problem) of every record; neither row nor problem for a blank line."""
+
+
+def _read_jsonl(file: DataFile, max_record_bytes: int) -> Found:
+    with closing(RecordFile(file.open(), max_record_bytes)) as opened:
+        for number, line in enumerate(iter(opened.read_line, None), start=1):
+            content = line.content.removeprefix(BOM) if number == 1 else line.content
+            row, problem = parse_object(content) if line.problem is None else (None, line.problem)
+            yield file.name_line(number), row, problem
+
+
+def _read_delimited(file: DataFile, max_record_bytes: int) -> Found:
+    header = read_header(file)
+    for line, fields, problem in read_rows(file, header, max_record_bytes):
+        yield f"{file.url}:{line}", None if fields is None else dict(zip(header.columns, fields)), problem
+
+
+def _read_parquet(file: DataFile, max_record_bytes: int) -> Found:
+    number = 0
+    with file.open_raw() as raw:
+        opened = pq.ParquetFile(raw)
+        size = sum(opened.metadata.row_group(group).total_byte_size for group in range(opened.num_row_groups))
+        row_bytes = max(1, size // max(1, opened.metadata.num_rows))
+        for batch in opened.iter_batches(max(1, min(_BATCH_ROWS, max_record_bytes // row_bytes))):
+            for row, problem in _as_rows(batch):
+                number += 1
+                yield f"{file.url}: row {number}", row, problem
+
+
+def _as_rows(batch: pa.RecordBatch) -> list[tuple[RawRow | None, str | None]]:
+    try:
+        return [(row, None) for row in batch.to_pylist()]
+    except UnicodeDecodeError as error:
+        if len(batch) == 1:
+            return [(None, str(error))]
+    return [found for place in range(len(batch)) for found in _as_rows(batch.slice(place, 1))]
+
+
+def _usable(found: Iterable[tuple[str, RawRow | None, str | None]], limits: Limits) -> Iterator[RawRow]:
+    """The rows that can be used; the others are counted.
+
+    Raises:
+        DataError: there are too many of them.
+    """
+    for place, row, problem in found:
+        problem = problem or _find_problem(row, limits.max_record_bytes)
+        if problem is not None:
+            limits.counts.add_bad(f"{place}: {problem}")
+        elif row is not None:
             yield row
+
+
+def _number(rows: Iterable[RawRow], label: str, limits: Limits) -> Iterator[RawRow]:
+    """The usable rows of a library, whose place is their number."""
+    return _usable(((f"{label}, row {number}", row, None) for number, row in enumerate(rows, start=1)), limits)
+
+
+def _find_problem(value: Any, max_record_bytes: int) -> str | None:
+    """What is wrong with the texts in a value, however deep."""
+    if isinstance(value, str):
+        try:
+            check_length(value, max_record_bytes)
+        except TooLong as error:
+            return str(error)
+        return find_surrogate(value)
+    parts = value.values() if isinstance(value, Mapping) else value if isinstance(value, list) else ()
+    return next((problem for part in parts if (problem := _find_problem(part, max_record_bytes))), None)
 
 
 def _by_columns(source: PairSource, rows: Iterable[RawRow], label: str) -> Opened:

@@ -19,9 +19,10 @@ import csv
 import re
 import sys
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Generator, Iterator, Mapping, Sequence
 from contextlib import closing
 from dataclasses import dataclass
+from itertools import islice
 from types import MappingProxyType
 from typing import NamedTuple
 
@@ -154,6 +155,17 @@ def read_row(file: RecordFile, header: Header) -> Row | None:
     return Row(taken.size, len(taken.lines), None, problem)
 
 
+def read_rows(
+    file: DataFile, header: Header, max_record_bytes: int
+) -> Generator[tuple[int, list[str] | None, str | None], None, None]:
+    """(line, fields, problem) of every row of a file; neither fields nor problem for a blank line."""
+    with closing(RecordFile(file.open(), max_record_bytes)) as opened:
+        _, line = _skip_lines(opened, header.num_lines)
+        while (row := read_row(opened, header)) is not None:
+            yield line + row.line, row.fields, row.problem
+            line += row.num_lines
+
+
 class _Taken:
     """The lines of a row for the csv module, which asks for as many as the row has."""
 
@@ -167,6 +179,8 @@ class _Taken:
         """What cannot be decoded in line `bad_line`, from 1."""
 
         self._is_cut = False
+        self._is_open = False
+        """Whether the csv module asked for a line behind the first one."""
 
     def __iter__(self) -> Iterator[str]:
         line: Line | None = self.lines[0]
@@ -177,6 +191,7 @@ class _Taken:
                 return
             self.texts.append(self._decode(line.content))
             yield self.texts[-1]
+            self._is_open = True
             line = self._file.read_line()
             self.lines += [] if line is None else [line]
 
@@ -191,7 +206,7 @@ class _Taken:
     def describe(self, error: csv.Error) -> str:
         """What is wrong with the quotation marks."""
         reason = str(TooLong(self.size, self._file.max_record_bytes)) if self._is_cut else str(error)
-        return f"a quotation mark that is not closed ({reason})" if len(self.lines) > 1 else reason
+        return f"a quotation mark that is not closed ({reason})" if self._is_open else reason
 
     def give_back(self, fields: list[str] | None, problem: str | None = None) -> Row:
         """The row is its first line alone; the others are read again."""
@@ -209,8 +224,9 @@ def _is_swallowed(lines: Sequence[str], header: Header, fits: bool) -> bool:
         return False
     if fits and header.delimiter != "\t" and (len(lines) < _MANY_LINES or len(header.columns) == 1):
         return False
-    num_rows = sum(len(header.split(line)) == len(header.columns) for line in lines[1:])
-    return num_rows >= _ROW_SHARE * (len(lines) - 1)
+    inner = lines[1:-1] or lines[1:]  # What follows the closing quotation mark says nothing about the others.
+    num_rows = sum(len(header.split(line)) == len(header.columns) for line in inner)
+    return num_rows >= _ROW_SHARE * len(inner)
 
 
 def _skip_lines(file: RecordFile, count: int) -> tuple[int, int]:
@@ -371,18 +387,16 @@ def _columns(file: DataFile, header: Header, spec: SourceSpec) -> tuple[list[str
     """
     texts: dict[str, list[str]] = {}
     problems: list[str] = []
-    num_rows, line = 0, header.num_lines
-    with closing(RecordFile(file.open(), spec.max_record_bytes)) as opened:
-        _skip_lines(opened, header.num_lines)
-        while num_rows + len(problems) < _SAMPLE_ROWS and (row := read_row(opened, header)) is not None:
-            if row.problem is not None:
-                problems.append(f"{file.url}:{line + row.line}: {row.problem}")
-            elif row.fields is not None:
+    num_rows = 0
+    with closing(read_rows(file, header, spec.max_record_bytes)) as rows:
+        for line, fields, problem in islice(rows, _SAMPLE_ROWS):
+            if problem is not None:
+                problems.append(f"{file.url}:{line}: {problem}")
+            elif fields is not None:
                 num_rows += 1
-                for name, value in zip(header.columns, row.fields):
+                for name, value in zip(header.columns, fields):
                     if value.strip() and not _is_number(value):
                         texts.setdefault(name, []).append(value)
-            line += row.num_lines
     if problems and not num_rows:
         raise DataError(
             f"dataset.path: no row of {file.url} can be read with its header ({', '.join(header.columns)}), the first "

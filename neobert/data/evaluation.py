@@ -30,10 +30,6 @@ from neobert.data.splits import SplitSlice, check_disjoint, check_split, choose_
 from neobert.data.text import Encode, RecordCounts
 from neobert.types import PackedBatch
 
-STREAMED_DOCUMENTS = 1000
-"""Of a streamed evaluation split, when neither `dataset.eval_samples` nor `trainer.eval_max_batches` says: they are
-tokenised at every start and kept in memory, and nobody knows how many there are."""
-
 _SCAN = 65536
 
 
@@ -186,7 +182,7 @@ def choose_evaluation(
     """The named split, else a split that is called like one, else the first documents of the training split.
 
     Raises:
-        DataError: the split is not there, or all documents would be held out.
+        DataError: the split is not there, a streamed one has no budget, or all documents would be held out.
     """
     settings = replace(settings, packing="best_fit" if config.datacollator.pack_sequences else "one_per_row")
     chosen = _choose_splits(config, sources)
@@ -247,11 +243,6 @@ def _collect_splits(
         found.append(documents)
         of = f" of {source.spec.label}" if len(sources) > 1 else ""
         notes += [f"evaluating on {documents.num_documents} documents of split {str(split)!r}{of}", *view.notes]
-        if share is None and not config.trainer.eval_max_batches and not _is_indexed(view):
-            notes.append(
-                f"a streamed split is evaluated on its first {STREAMED_DOCUMENTS} documents: dataset.eval_samples or "
-                "trainer.eval_max_batches set another number, dataset.streaming: false takes all"
-            )
     return found, notes, inventory
 
 
@@ -309,11 +300,12 @@ def _choose_limit(config: Config, view: View, share: int | None, num_views: int)
     if max_batches:
         rows = max_batches * config.trainer.per_device_eval_batch_size
         return Limit(slots=-(-rows * config.dataset.max_seq_length // num_views))
-    return Limit() if _is_indexed(view) else Limit(documents=STREAMED_DOCUMENTS)
-
-
-def _is_indexed(view: View) -> bool:
-    return isinstance(view.documents, TokenStore | ArrowTexts)
+    if isinstance(view.documents, TokenStore | ArrowTexts):
+        return Limit()
+    raise DataError(
+        "a streamed evaluation split needs a budget: set dataset.eval_samples (documents) or trainer.eval_max_batches, "
+        "or dataset.streaming: false to evaluate on all of it"
+    )
 
 
 def _collect(view: View, source: Source, settings: LaneSettings, limit: Limit) -> EvalDocuments:

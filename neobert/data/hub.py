@@ -28,7 +28,7 @@ from neobert.data.lanes import State
 from neobert.data.network import is_transient, with_retries
 from neobert.data.sharing import STREAM_LANES, ShardedSource, Stretch
 from neobert.data.spec import SourceSpec
-from neobert.data.text import Record, Records, ShardFault, TooLong, add_limit
+from neobert.data.text import Record, Records, ShardFault, TooLong, add_limit, check_length
 
 logger = logging.getLogger(__name__)
 
@@ -95,9 +95,10 @@ class HubShard:
         """(text, problem) of a value of the column."""
         if not isinstance(text, str):
             return None, None
-        limit = self._max_record_bytes
-        if len(text) * 4 > limit and (size := len(text.encode("utf-8", "surrogatepass"))) > limit:
-            return None, f"shard {self.number} of the data set, record {number}: {TooLong(size, limit)}"
+        try:
+            check_length(text, self._max_record_bytes)
+        except TooLong as error:
+            return None, f"shard {self.number} of the data set, record {number}: {error}"
         return (text if text.strip() else None), None
 
 

@@ -15,7 +15,7 @@ from neobert.data.errors import DataError
 from neobert.data.files import DataFile
 from neobert.data.intake import Inspected, inspect_files
 from neobert.data.inventory import Sample
-from neobert.data.jsonl import JsonLines, parse_record
+from neobert.data.jsonl import JsonLines, parse_object
 from neobert.data.lines import (
     FileShard,
     FileSource,
@@ -89,7 +89,7 @@ class _Collector(JsonLines):
         self.fields = Fields()
 
     def parse(self, raw: bytes, data_file: DataFile) -> tuple[str | None, str | None]:
-        record, problem = parse_record(raw)
+        record, problem = parse_object(raw)
         if record is not None:
             self.fields.add(record)
         return None, problem
@@ -103,7 +103,7 @@ class _AnyOf(JsonLines):
         self._names = names
 
     def parse(self, raw: bytes, data_file: DataFile) -> tuple[str | None, str | None]:
-        record, problem = parse_record(raw)
+        record, problem = parse_object(raw)
         values = {name: (record or {}).get(name) for name in self._names}
         return next((n for n, value in values.items() if isinstance(value, str) and value.strip()), None), problem
 

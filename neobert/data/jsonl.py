@@ -52,19 +52,15 @@ class JsonLines(Lines):
 
 def parse_line(raw: bytes, column: str) -> tuple[str | None, str | None]:
     """(text, problem) of a line; both None when it is blank or has no text."""
-    record, problem = parse_record(raw)
+    record, problem = parse_object(raw)
     text = None if record is None else record.get(column)
     if not isinstance(text, str) or not text.strip():
         return None, problem
-    try:
-        if not text.isascii():
-            text.encode("utf-8")
-    except UnicodeEncodeError:
-        return None, "the text holds half of a surrogate pair"
-    return text, None
+    problem = find_surrogate(text)
+    return (text, None) if problem is None else (None, problem)
 
 
-def parse_record(raw: bytes) -> tuple[dict[str, Any] | None, str | None]:
+def parse_object(raw: bytes) -> tuple[dict[str, Any] | None, str | None]:
     """(object, problem) of a line; both None when it is blank."""
     if not raw.strip():
         return None, None
@@ -75,3 +71,12 @@ def parse_record(raw: bytes) -> tuple[dict[str, Any] | None, str | None]:
     if not isinstance(record, dict):
         return None, f"a JSON object was expected, not {type(record).__name__}"
     return record, None
+
+
+def find_surrogate(text: str) -> str | None:
+    """What is wrong with a text that no file can hold; None when nothing is."""
+    try:
+        text.isascii() or text.encode("utf-8")
+    except UnicodeEncodeError:
+        return "the text holds half of a surrogate pair"
+    return None

@@ -138,6 +138,16 @@ class TooLong(ValueError):
         super().__init__(f"the record has {num_bytes:,} bytes, and dataset.max_record_bytes is {limit:,}")
 
 
+def check_length(text: str, max_record_bytes: int) -> None:
+    """Raises where a text is too long.
+
+    Raises:
+        TooLong: it has more than `max_record_bytes` bytes.
+    """
+    if len(text) * 4 > max_record_bytes and (size := len(text.encode("utf-8", "surrogatepass"))) > max_record_bytes:
+        raise TooLong(size, max_record_bytes)
+
+
 def add_limit(fingerprint: str, max_record_bytes: int) -> str:
     """The fingerprint of the documents of data with this fingerprint: which records are too long is a part of it."""
     if max_record_bytes == MAX_RECORD_BYTES:  # As in the fingerprints that were made before there was a limit.
@@ -270,12 +280,23 @@ class RecordCounts:
         """
         if record.problem is None:
             self.skipped += 1
-            return
+        else:
+            self.add_bad(record.problem)
+
+    def add_bad(self, problem: str) -> None:
+        """Counts a record that cannot be read.
+
+        Args:
+            problem: why, beginning with its place.
+
+        Raises:
+            DataError: more than `max_bad` records cannot be read.
+        """
         self.bad += 1
         if self.bad > self.max_bad:
             raise DataError(
                 f"dataset.max_bad_records: {self.max_bad}, but {self.bad} records of {self.where} cannot be read, the "
-                f"last one at {record.problem}; mend the file, or raise dataset.max_bad_records to pass over them"
+                f"last one at {problem}; mend the file, or raise dataset.max_bad_records to pass over them"
             )
         if self.log:
-            logger.warning("bad record passed over: %s", record.problem)
+            logger.warning("bad record passed over: %s", problem)

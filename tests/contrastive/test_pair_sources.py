@@ -4,6 +4,7 @@ import csv
 import gzip
 import json
 from collections.abc import Callable, Iterable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,7 @@ from datasets import Dataset, DatasetDict
 
 from neobert.config.schema import Config
 from neobert.config.schema_contrastive import PairSource
+from neobert.config.schema_data import DatasetSection
 from neobert.contrastive.preprocess import list_wanted, name_source, prepare, run_preprocess
 from neobert.contrastive.reading import open_source
 from neobert.contrastive.rows import Example
@@ -144,14 +146,65 @@ def test_files_are_looked_into_as_those_of_pretraining_are(tmp_path: Path) -> No
         read(PairSource(name=str(folder)))
 
 
-def test_what_cannot_be_read_is_named_with_its_line(tmp_path: Path) -> None:
-    file = write(tmp_path / "x.jsonl", {"anchor": "a", "positive": "p"})
-    file.write_text(file.read_text() + "{torn\n")
-    with pytest.raises(DataError, match=r"x.jsonl, line 2 is no JSON"):
-        read(PairSource(name=str(file)))
-    file.write_text("[1]\n")
-    with pytest.raises(DataError, match=r"line 1 is no JSON object"):
-        read(PairSource(name=str(file)))
+BAD_RECORDS: dict[str, tuple[bytes, list[str]]] = {
+    "torn.jsonl": (
+        b'{"anchor": "a", "positive": "p"}\n{torn\n[1]\n{"anchor": "\\ud800", "positive": "p"}\n'
+        b'{"anchor": "b", "positive": "' + b"x" * 300 + b'"}\n{"anchor": "c", "positive": "caf\xe9"}\n',
+        [
+            "2: Expecting property",
+            "3: a JSON object was",
+            "4: the text holds half",
+            "5: the record has 332",
+            "6: 'utf-8'",
+        ],
+    ),
+    "stray.csv": (
+        b'anchor,positive\na,p\n"x,stray\nb,q\nc,r,too many\nd\n',
+        ["3: a quotation mark that is not closed", "5: 3 fields, and the header has 2", "6: 1 fields"],
+    ),
+    "stray.tsv": (b'anchor\tpositive\na\t"p\nb\tq\nc\n', ["4: 1 fields, and the header has 2"]),
+    "semicolons.csv": (b"anchor;positive\na;p, q\nb\n", ["3: 1 fields, and the header has 2"]),
+}
+
+
+@pytest.mark.parametrize("name", BAD_RECORDS)
+def test_bad_records_are_named_counted_and_bounded(name: str, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    """As in pretraining."""
+    content, problems = BAD_RECORDS[name]
+    file = tmp_path / name
+    file.write_bytes(content)
+    section = DatasetSection(max_bad_records=len(problems), max_record_bytes=200)
+    examples = read(PairSource(name=str(file)), section=section)
+    assert [example.anchor for example in examples] == (["a", "b"] if name.startswith("stray") else ["a"])
+    for record, problem in zip(caplog.records, problems, strict=True):
+        assert f"{file}:{problem}" in record.getMessage()
+    with pytest.raises(DataError, match=rf"dataset.max_bad_records: {len(problems) - 1}, but {len(problems)} records"):
+        read(PairSource(name=str(file)), section=replace(section, max_bad_records=len(problems) - 1))
+
+
+def test_bad_rows_of_libraries_are_counted_too(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    rows = [{"anchor": "a", "positive": ["p", "x" * 300]}, {"anchor": "b", "positive": ["q"]}]
+    pq.write_table(pa.Table.from_pylist(rows), tmp_path / "x.parquet")
+    Dataset.from_list(rows).save_to_disk(str(tmp_path / "saved"))
+    section = DatasetSection(max_record_bytes=200)
+    for name, place in (("x.parquet", "x.parquet: row 1"), ("saved", "saved, row 1"), ("some/set", "hub, row 1")):
+        caplog.clear()
+        source = PairSource(name=name if "/" in name else str(tmp_path / name))
+        examples = read(source, hub=lambda *arguments: rows, section=section)
+        assert [example.anchor for example in examples] == ["b"]
+        assert f"{place}: the record has 300 bytes, and dataset.max_record_bytes is 200" in caplog.text
+
+
+def test_the_keys_of_bad_records_reach_the_preparation(contrastive: Contrastive, tmp_path: Path) -> None:
+    file = write(tmp_path / "x.jsonl", {"anchor": "a", "positive": "p"}, {"anchor": "b", "positive": "x" * 99})
+    values = (f"dataset.path={tmp_path / 'sets'}", f"dataset.name={file}", "dataset.max_record_bytes=80")
+    assert prepare(contrastive(tmp_path / "run", *values))[0][0].num_rows == 1
+    fresh = (*values, "dataset.max_bad_records=0", "dataset.force_redownload=true")
+    with pytest.raises(DataError, match=r"dataset.max_bad_records: 0, but 1 records of .*x.jsonl:2: the record has"):
+        prepare(contrastive(tmp_path / "run", *fresh))
+
+
+def test_a_source_that_is_not_there(tmp_path: Path) -> None:
     with pytest.raises(DataError, match=r"nowhere.jsonl is not there"):
         read(PairSource(name="nowhere.jsonl"))
     with pytest.raises(DataError, match=r"ALLNLY is neither a file, nor a hub dataset .*ALLNLI"):

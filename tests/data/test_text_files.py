@@ -95,11 +95,11 @@ def test_csv_with_quotes_and_lines(tmp_path):
     ]
 
 
-def test_a_quote_that_never_ends_is_one_bad_record(tmp_path):
+def test_a_quote_that_never_ends_is_one_bad_record_of_one_line(tmp_path):
     path = tmp_path / "a.csv"
     path.write_text('text\none\n"two\nthree\nfour\n')
-    assert texts_of(open_source(path)) == ["one", None]
-    assert problems_of(open_source(path)) == [f"{path}:3: unexpected end of data"]
+    assert texts_of(open_source(path)) == ["one", None, "three", "four"]
+    assert problems_of(open_source(path)) == [f"{path}:3: a quotation mark that is not closed (unexpected end of data)"]
 
 
 def test_a_field_larger_than_the_usual_limit(tmp_path):
