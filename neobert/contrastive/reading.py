@@ -9,7 +9,7 @@ is named and counted, as in pretraining: more than `dataset.max_bad_records` of 
 import itertools
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import closing
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -36,6 +36,8 @@ from neobert.data.spec import SourceSpec
 from neobert.data.splits import SPLIT_WORDS, choose_train_split
 from neobert.data.text import RecordCounts, TooLong, check_length
 
+_BATCH_ROWS = 1024
+_DEFAULTS = DatasetSection()
 _KINDS = ("JSON", "CSV", "Parquet")
 _ENDINGS = ".jsonl, .json, .csv, .tsv (also compressed: .gz, .zst, .xz, .bz2), .parquet"
 
@@ -91,10 +93,6 @@ class Limits:
 
     max_record_bytes: int
     counts: RecordCounts
-
-    def probe(self) -> "Limits":
-        """For rows that are read ahead, to be read and counted again."""
-        return replace(self, counts=replace(self.counts, log=False))
 
 
 def open_source(source: PairSource, hub: HubRows = read_hub, section: DatasetSection = _DEFAULTS) -> Opened:
@@ -236,26 +234,28 @@ def _by_files(source: PairSource, label: str, limits: Limits) -> Opened:
     except DataError:
         raise DataError(f"{label} has no training files; name a split with split: {', '.join(names)}") from None
     files = _look_into(found.files_of(split), label)
-    reports: dict[str, FileReport] = {}
-    first = _by_columns(source, itertools.chain.from_iterable(read_file(file, limits.probe()) for file in files), label)
+    opened = ((file, _choose_columns(source, read_file(file, limits), file.url)) for file in files)
+    full = ((file, found) for file, found in opened if found is not None)
+    first = next(full, None)
+    if first is None:
+        raise DataError(f"{label} has no rows")
+    form, reports = first[1].form, dict[str, FileReport]()
 
     def examples() -> Iterator[Example]:
-        for file in files:
-            opened = _choose_columns(source, read_file(file, limits), file.url)
-            if opened is None:
-                continue
-            if opened.form != first.form:
+        for file, of_file in itertools.chain([first], full):
+            if of_file.form != form:
                 raise DataError(
-                    f"{file.url} has {FORM_WORDS[opened.form]}, and the other files have {FORM_WORDS[first.form]}; "
+                    f"{file.url} has {FORM_WORDS[of_file.form]}, and the other files have {FORM_WORDS[form]}; "
                     "name the columns in contrastive.sets, or the files in entries of their own"
                 )
             count = 0
-            for count, example in enumerate(opened.examples, start=1):  # noqa: B007
+            for example in of_file.examples:
+                count += 1
                 yield example
-            remark = None if count else f"no {FORM_WORDS[opened.form]} in its rows"
+            remark = None if count else f"no {FORM_WORDS[form]} in its rows"
             reports[file.url] = FileReport(url=file.url, content=file.layers, num_usable=count, remark=remark)
 
-    return Opened(form=first.form, examples=examples(), label=label, inventory=found.inventory, reports=reports)
+    return Opened(form=form, examples=examples(), label=label, inventory=found.inventory, reports=reports)
 
 
 def _look_into(files: Sequence[DataFile], label: str) -> list[DataFile]:
@@ -296,9 +296,11 @@ def read_file(file: DataFile, limits: Limits) -> Iterator[RawRow]:
     """The rows of a file.
 
     Raises:
-        DataError: too many of its records cannot be read.
+        DataError: it is damaged, or too many of its records cannot be read.
     """
-    read = {"Parquet": _read_parquet, "CSV": _read_delimited}.get(str(kind_of_name(file.name)), _read_jsonl)
+    kind = kind_of_name(file.name)
+    assert kind is not None, "files of other kinds are refused before"
+    read = {"Parquet": _read_parquet, "CSV": _read_delimited, "JSON": _read_jsonl}[kind]
     try:
         yield from _usable(read(file, limits.max_record_bytes), limits)
     except (OSError, pa.ArrowException, *DAMAGED) as error:
@@ -314,7 +316,7 @@ def _read_jsonl(file: DataFile, max_record_bytes: int) -> Found:
         for number, line in enumerate(iter(opened.read_line, None), start=1):
             content = line.content.removeprefix(BOM) if number == 1 else line.content
             row, problem = parse_object(content) if line.problem is None else (None, line.problem)
-            yield f"{file.url}:{number}", row, problem
+            yield file.name_line(number), row, problem
 
 
 def _read_delimited(file: DataFile, max_record_bytes: int) -> Found:
