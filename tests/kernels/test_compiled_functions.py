@@ -85,9 +85,15 @@ def functions_in(path: Path) -> Iterator[str]:
     """Classes that derive from `autograd.Function`, and operators that are given to `torch.library`."""
     module = ".".join(path.relative_to(PACKAGE.parent).with_suffix("").parts)
     for node in ast.walk(ast.parse(path.read_text())):
-        if isinstance(node, ast.ClassDef) and any(ast.unparse(base).split(".")[-1] == "Function" for base in node.bases):
+        if isinstance(node, ast.ClassDef) and any(
+            ast.unparse(base).split(".")[-1] == "Function" for base in node.bases
+        ):
             yield f"{module}.{node.name}"
-        elif isinstance(node, ast.Call) and ast.unparse(node.func).split(".")[-1] in ("custom_op", "triton_op", "define"):
+        elif isinstance(node, ast.Call) and ast.unparse(node.func).split(".")[-1] in (
+            "custom_op",
+            "triton_op",
+            "define",
+        ):
             yield ast.literal_eval(node.args[0]).split("(")[0]
 
 

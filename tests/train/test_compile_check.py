@@ -65,7 +65,9 @@ def test_a_broken_function_stops_a_run_before_its_first_step(
     with pytest.raises(StartupError) as caught:
         pretrain(tiny(tmp_path / "broken", *COMPILED))
     message = str(caught.value)
-    assert message.startswith("trainer.torch_compile: true, but compiled by eager a small block computes wrong gradients")
+    assert message.startswith(
+        "trainer.torch_compile: true, but compiled by eager a small block computes wrong gradients"
+    )
     assert f"This is torch {torch.__version__} with Python 3.1" in message
     assert f"torch {compile_check.KNOWN_RIGHT} is known to be right; write trainer.torch_compile: false, or" in message
     assert not (tmp_path / "broken").exists()
@@ -172,7 +174,8 @@ def test_a_compiler_that_fails_is_an_error_with_its_reason(
 
     monkeypatch.setattr(compile_check, "find_largest_difference", fail)
     with pytest.raises(
-        StartupError, match=r"cannot be compiled by eager: RuntimeError: Python\.h: No such file or directory\. This is torch"
+        StartupError,
+        match=r"cannot be compiled by eager: RuntimeError: Python\.h: No such file or directory\. This is torch",
     ):
         alone(tiny(tmp_path, *COMPILED))
 
