@@ -123,7 +123,7 @@ class _Typo(UserError):
     ("error", "settings", "code", "said"),
     [
         (_Typo("key: wrong"), {}, 2, "error: key: wrong"),
-        (_Typo("s3://user:hunter2@host/x is not there"), {}, 2, "error: s3://***@host/x is not there"),
+        (_Typo("s3://user:hunter2@host/x is not there"), {}, 2, "error: s3://<hidden:credentials>@host/x is not there"),
         (ValueError("--flag: wrong"), {"also": (ValueError,)}, 2, "error: --flag: wrong"),
         (FileNotFoundError(2, "No such file", "x"), {"also": (OSError,)}, 2, "error: x: No such file"),
         (
