@@ -2,6 +2,8 @@
 
 from collections.abc import Callable
 
+import torch
+
 from neobert.data.loader import merge_states
 from neobert.data.pipeline import DataPipeline
 from neobert.inference.fill_mask import FilledText, fill_beginnings, fill_mask
@@ -59,7 +61,9 @@ def finish(
     if any(passed_over.values()):
         run.tracker.say(f"passed over: {DESCRIPTION.format(**passed_over)}")
     saved = save_checkpoint(run, state, wait=True)
-    if run.runtime.is_main and (filled := _predict(run)):
+    with torch.compiler.set_stance("force_eager"):  # A few texts are not worth a compilation for their length.
+        filled = _predict(run) if run.runtime.is_main else []
+    if filled:
         run.tracker.say("\n".join(["predictions:", *(text.describe() for text in filled)]))
     if saved is not None:
         run.tracker.say("\n  ".join(["next:", *next_commands(run)]))
