@@ -34,7 +34,7 @@ def attend(reach: int) -> Case:
 
 
 def loss(name: str) -> Case:
-    return lambda h, w: KERNELS[name](h, w, TARGETS, count_correct=True, z_loss=0.1), [(12, 8), (30, 8)]
+    return lambda h, w: KERNELS[name](h, w, TARGETS, count_correct=True, z_loss=0.01), [(12, 8), (30, 8)]
 
 
 FUNCTIONS: dict[str, Case] = {
@@ -123,10 +123,7 @@ def test_nothing_that_was_changed_in_place_leaves_a_function(name: str) -> None:
 
 @pytest.mark.parametrize("backend", ["eager", "aot_eager", "inductor"])
 def test_compiled_gradients_are_the_eager_ones(backend: str) -> None:
-    """All functions in one graph, each with inputs of its own: a compilation costs more than what it compiles.
-
-    Differences are measured by the largest number of a gradient, or by 1 where all are smaller.
-    """
+    """All functions in one graph, each with inputs of its own: a compilation costs more than what it compiles."""
     torch._dynamo.reset()
     cases = {name: case for name, case in FUNCTIONS.items() if name not in NOT_TRACEABLE}
     cases["the plain loss"] = loss("reference")
@@ -141,5 +138,5 @@ def test_compiled_gradients_are_the_eager_ones(backend: str) -> None:
     names = [name for name, own in given.items() for _ in own]
     differences = dict.fromkeys(names, 0.0)
     for name, a, b in zip(names, want, got):
-        differences[name] = max(differences[name], ((a - b).abs().max() / a.abs().max().clamp(min=1)).item())
+        differences[name] = max(differences[name], (a - b).abs().max().item())
     assert {name: value for name, value in differences.items() if not value < 1e-5} == {}
