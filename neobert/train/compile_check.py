@@ -100,7 +100,8 @@ def _versions() -> str:
 
 
 def _remedy() -> str:
-    return f"write trainer.torch_compile: false, or install another torch (`pip install 'torch=={KNOWN_RIGHT}.*'`)"
+    another = f", or install another torch (`pip install 'torch=={KNOWN_RIGHT}.*'`)"
+    return "write trainer.torch_compile: false" + ("" if torch.__version__.startswith(KNOWN_RIGHT) else another)
 
 
 def find_largest_difference(config: Config, attention: AttentionBackend, device: torch.device) -> tuple[str, float]:

@@ -1,8 +1,8 @@
 """Every autograd function and custom operator of the package: compiled gradients are the eager ones in all backends.
 
 A compiler may compute other gradients than eager code without a word: torch 2.11 does for a function that returns what
-an operation handed back, changed in place or cast to the dtype it had. So all of them stand in one table, and one that is
-not listed fails a test.
+an operation handed back, changed in place or cast to the dtype it had. So all of them stand in one table, and one that
+is not listed fails a test.
 """
 
 import ast
@@ -34,7 +34,7 @@ def attend(reach: int) -> Case:
 
 
 def loss(name: str) -> Case:
-    return lambda h, w: KERNELS[name](h, w, TARGETS, count_correct=True, z_loss=0.1), [(12, 8), (30, 8)]
+    return lambda h, w: KERNELS[name](h, w, TARGETS, count_correct=True, z_loss=0.01), [(12, 8), (30, 8)]
 
 
 FUNCTIONS: dict[str, Case] = {
@@ -66,7 +66,7 @@ def inputs(shapes: list[tuple[int, ...]]) -> list[Tensor]:
 
 
 def outputs(case: Case, given: list[Tensor]) -> tuple[Tensor, ...]:
-    # The inputs are results of operations and the outputs are read by one: what stands at the edge of a graph is special.
+    # Inputs are results of an operation and outputs are read by one: what stands at the edge of a graph is special.
     result = case[0](*(1.5 * x for x in given))
     return result if isinstance(result, tuple) else (result,)
 
@@ -85,16 +85,14 @@ def functions_in(path: Path) -> Iterator[str]:
     """Classes that derive from `autograd.Function`, and operators that are given to `torch.library`."""
     module = ".".join(path.relative_to(PACKAGE.parent).with_suffix("").parts)
     for node in ast.walk(ast.parse(path.read_text())):
-        if isinstance(node, ast.ClassDef) and any(
-            ast.unparse(base).split(".")[-1] == "Function" for base in node.bases
-        ):
+        if isinstance(node, ast.ClassDef) and "Function" in map(last_word, node.bases):
             yield f"{module}.{node.name}"
-        elif isinstance(node, ast.Call) and ast.unparse(node.func).split(".")[-1] in (
-            "custom_op",
-            "triton_op",
-            "define",
-        ):
+        elif isinstance(node, ast.Call) and last_word(node.func) in ("custom_op", "triton_op", "define"):
             yield ast.literal_eval(node.args[0]).split("(")[0]
+
+
+def last_word(node: ast.expr) -> str:
+    return ast.unparse(node).split(".")[-1]
 
 
 def test_the_search_sees_what_is_not_listed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -104,7 +102,8 @@ def test_the_search_sees_what_is_not_listed(tmp_path: Path, monkeypatch: pytest.
     (package / "new.py").write_text(
         "class A(torch.autograd.Function): pass\n\nclass B(Function): pass\n\nclass C(nn.Module): pass\n\n"
         "@torch.library.custom_op('neobert::d', mutates_args=())\ndef d(x): pass\n\n"
-        "@triton_op('neobert::e', mutates_args={})\ndef e(x): pass\n\ntorch.library.define('neobert::f', '(Tensor x)')\n"
+        "@triton_op('neobert::e', mutates_args={})\ndef e(x): pass\n\n"
+        "torch.library.define('neobert::f', '(Tensor x)')\n"
     )
     assert set(functions_in(package / "new.py")) == {
         "neobert.new.A",
@@ -124,10 +123,7 @@ def test_nothing_that_was_changed_in_place_leaves_a_function(name: str) -> None:
 
 @pytest.mark.parametrize("backend", ["eager", "aot_eager", "inductor"])
 def test_compiled_gradients_are_the_eager_ones(backend: str) -> None:
-    """All functions in one graph, each with inputs of its own: a compilation costs more than what it compiles.
-
-    Differences are measured by the largest number of a gradient, or by 1 where all are smaller.
-    """
+    """All functions in one graph, each with inputs of its own: a compilation costs more than what it compiles."""
     torch._dynamo.reset()
     cases = {name: case for name, case in FUNCTIONS.items() if name not in NOT_TRACEABLE}
     cases["the plain loss"] = loss("reference")
@@ -142,5 +138,5 @@ def test_compiled_gradients_are_the_eager_ones(backend: str) -> None:
     names = [name for name, own in given.items() for _ in own]
     differences = dict.fromkeys(names, 0.0)
     for name, a, b in zip(names, want, got):
-        differences[name] = max(differences[name], ((a - b).abs().max() / a.abs().max().clamp(min=1)).item())
+        differences[name] = max(differences[name], (a - b).abs().max().item())
     assert {name: value for name, value in differences.items() if not value < 1e-5} == {}

@@ -93,8 +93,8 @@ def test_a_run_binds_its_precision_and_a_resume_keeps_it(
         explicit / "config.yaml", [f"trainer.output_dir={chosen}"]
     )
     said = (
-        f"trainer.mixed_precision: auto is {choice}: products of up to 2048 x 32 x 48 make {bf16 / 1e9:.1f} GFLOP/s in bf16 "
-        "and 100.0 in fp32"
+        f"trainer.mixed_precision: auto is {choice}: products of up to 2048 x 32 x 48 make {bf16 / 1e9:.1f} GFLOP/s "
+        "in bf16 and 100.0 in fp32"
     )
     assert said in capsys.readouterr().out
 
