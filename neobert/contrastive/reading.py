@@ -41,9 +41,6 @@ _DEFAULTS = DatasetSection()
 _KINDS = ("JSON", "CSV", "Parquet")
 _ENDINGS = ".jsonl, .json, .csv, .tsv (also compressed: .gz, .zst, .xz, .bz2), .parquet"
 
-_BATCH_ROWS = 1024
-_DEFAULTS = DatasetSection()
-
 _COLUMN_SAMPLE = 100
 """Rows whose columns are looked at."""
 
@@ -234,7 +231,7 @@ def _by_files(source: PairSource, label: str, limits: Limits) -> Opened:
     except DataError:
         raise DataError(f"{label} has no training files; name a split with split: {', '.join(names)}") from None
     files = _look_into(found.files_of(split), label)
-    opened = ((file, _choose_columns(source, read_file(file, limits), file.url)) for file in files)
+    opened = ((file, _choose_of_file(source, file, limits)) for file in files)
     full = ((file, found) for file, found in opened if found is not None)
     first = next(full, None)
     if first is None:
@@ -256,6 +253,22 @@ def _by_files(source: PairSource, label: str, limits: Limits) -> Opened:
             reports[file.url] = FileReport(url=file.url, content=file.layers, num_usable=count, remark=remark)
 
     return Opened(form=form, examples=examples(), label=label, inventory=found.inventory, reports=reports)
+
+
+def _choose_of_file(source: PairSource, file: DataFile, limits: Limits) -> Opened | None:
+    """Examples of a file; None where it has no rows.
+
+    Raises:
+        DataError: it has records, and none of them can be read.
+    """
+    counts, num_bad = limits.counts, limits.counts.bad
+    opened = _choose_columns(source, read_file(file, limits), file.url)
+    if opened is None and counts.bad > num_bad:
+        raise DataError(
+            f"{file.url} has no text: none of its {counts.bad - num_bad} records can be read, the last one at "
+            f"{counts.last_problem}; correct the file, or take it away"
+        )
+    return opened
 
 
 def _look_into(files: Sequence[DataFile], label: str) -> list[DataFile]:

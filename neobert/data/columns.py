@@ -1,6 +1,7 @@
 """Which column holds the text."""
 
 import re
+from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 
 import pyarrow as pa
@@ -34,18 +35,27 @@ def choose_candidates(values: Mapping[str, Sequence[str]], wanted: str | None) -
     Args:
         values: some of each column; a column without is believed.
     """
-    return [name for name, some in values.items() if _is_believed(name, wanted) or not some or may_be_text(some)]
+    return [name for name, some in values.items() if is_believed(name, wanted) or not some or may_be_text(some)]
 
 
 def split_schema(schema: pa.Schema, wanted: str | None) -> tuple[list[str], list[str]]:
     """(columns of text, the others with their types) of an Arrow schema.
 
     A column without values (of type null) is one of text. So is a binary one that is named or called text: what is
-    UTF-8 in it is text.
+    UTF-8 in it is text. Several columns of one name are none.
     """
-    texts = [f.name for f in schema if is_text(f.type) or (_may_hold_text(f.type) and _is_believed(f.name, wanted))]
-    kinds = {f.name: f" ({f.type})" if _may_hold_text(f.type) else "" for f in schema}
-    return texts, [f"{f.name}{kinds[f.name]}" for f in schema if f.name not in texts]
+    counts = Counter(schema.names)
+    fields = [f for f in schema if counts[f.name] == 1]
+    texts = [f.name for f in fields if is_text(f.type) or (_may_hold_text(f.type) and is_believed(f.name, wanted))]
+    others = [f"{f.name}{_describe_kind(f, wanted)}" for f in fields if f.name not in texts]
+    return texts, others + [f"{name} ({count} columns)" for name, count in counts.items() if count > 1]
+
+
+def _describe_kind(column: pa.Field, wanted: str | None) -> str:
+    """The type of a column, where its name or type would let one think of text."""
+    if pa.types.is_primitive(column.type) and not is_believed(column.name, wanted):
+        return ""
+    return f" ({str(column.type).partition('<')[0]})"
 
 
 def is_text(kind: pa.DataType) -> bool:
@@ -59,7 +69,8 @@ def _may_hold_text(kind: pa.DataType) -> bool:
     return bool(is_binary or pa.types.is_null(kind))
 
 
-def _is_believed(name: str, wanted: str | None) -> bool:
+def is_believed(name: str, wanted: str | None) -> bool:
+    """Whether a column is the text by its name alone."""
     return name == wanted or name in TEXT_COLUMNS
 
 
@@ -74,7 +85,8 @@ def choose_text_column(
     if wanted is not None:
         if wanted in text_columns:
             return wanted, f"text from column {wanted!r} (dataset.text_column)"
-        kind = "holds no text" if wanted in other_columns else "is not"
+        is_there = any(name == wanted or name.startswith(f"{wanted} (") for name in other_columns)
+        kind = "holds no text" if is_there else "is not"
         raise DataError(
             f"dataset.text_column: {wanted!r} {kind} in {place}; "
             f"text columns there: {', '.join(text_columns) or 'none'}"

@@ -18,22 +18,15 @@ the quotes do not make a row, the line is read as it stands.
 import csv
 import re
 import sys
-from collections import Counter
 from collections.abc import Generator, Iterator, Mapping, Sequence
 from contextlib import closing
 from dataclasses import dataclass
-from itertools import islice
 from types import MappingProxyType
 from typing import NamedTuple
 
-from neobert.data.columns import choose_candidates, choose_text_column
-from neobert.data.errors import DataError
-from neobert.data.files import DataFile, cannot_read
-from neobert.data.intake import Inspected, inspect_files
-from neobert.data.lines import BOM, FAULTS, Entry, FileSource, build_file_source
-from neobert.data.network import is_transient
+from neobert.data.files import DataFile
+from neobert.data.lines import BOM, Entry
 from neobert.data.record_file import Line, RecordFile
-from neobert.data.spec import SourceSpec
 from neobert.data.text import ShardFault, TooLong
 
 DELIMITERS = {",": "commas", ";": "semicolons", "\t": "tabs", "|": "bars"}
@@ -43,6 +36,9 @@ _SAMPLE_ROWS = 100
 _HEAD_BYTES = 1 << 20
 _NAMED_BY_EXCEL = re.compile(r"sep=([,;\t|])")
 """A line before the header that says what separates the columns."""
+
+_QUOTED_CELL = re.compile(r'"(?:[^"]|"")*"([,;\t|])')
+"""A quoted name of a column, and what stands behind it."""
 
 _MANY_LINES = 16
 """A row that is well formed and shorter than this is believed, whatever its lines look like."""
@@ -249,6 +245,8 @@ def read_header(file: DataFile, wanted: str | None = None) -> Header:
     begin = next((number for number, line in enumerate(lines) if line.strip()), len(lines))
     if begin < len(lines) and (named := _NAMED_BY_EXCEL.fullmatch(lines[begin].rstrip("\r\n"))) is not None:
         delimiter, begin = named[1], begin + 1
+    elif begin < len(lines) and (quoted := _QUOTED_CELL.match(lines[begin])) is not None:
+        delimiter = quoted[1]
     columns, num_lines = _parse_header(file, lines[begin:], delimiter)
     if len(columns) == 1 and columns[0] != wanted:
         delimiter = _guess_delimiter(file, columns[0], lines[begin + num_lines :], delimiter)
@@ -309,106 +307,3 @@ def _guess_delimiter(file: DataFile, cell: str, rows: Sequence[str], usual: str)
 
 def _split(line: str, delimiter: str) -> list[str]:
     return line.rstrip("\r\n").split(delimiter)
-
-
-def open_delimited(files: Sequence[DataFile], spec: SourceSpec) -> FileSource:
-    """CSV and TSV files, in the order given.
-
-    Raises:
-        DataError: there is no text column.
-    """
-    kept = inspect_files(files, spec)
-    headers: dict[str, Header] = {}
-    for file in kept:
-        try:
-            headers[file.url] = read_header(file, spec.text_column)
-        except ShardFault:
-            if spec.on_bad_shard == "error":
-                raise
-        except FAULTS as error:
-            if is_transient(error):
-                raise
-            if spec.on_bad_shard == "error":
-                raise DataError(cannot_read(file, error)) from error
-    first = next((file for file in kept if file.url in headers), None)
-    if first is None:
-        raise DataError(f"dataset.path: no file of {spec.label} can be read; restore the files")
-    column, note = choose_text_column(*_columns(first, headers[first.url], spec), spec.text_column, spec.label)
-    own = _choose_own(kept, headers, column, spec)
-    for url, header in headers.items():
-        kept.report(url, column=own.get(url, column), columns=header.columns)
-    return build_file_source(kept, Delimited(headers, column, own), [note, *_note_delimiters(headers)], spec)
-
-
-def _choose_own(found: Inspected, headers: Mapping[str, Header], column: str, spec: SourceSpec) -> dict[str, str]:
-    """The columns of the files that do not have `column`; files without any are taken out where that is allowed.
-
-    Raises:
-        DataError: a file has no text column, and such files are not skipped.
-    """
-    own: dict[str, str] = {}
-    problems: dict[str, str] = {}
-    for file in found:
-        if file.url not in headers or (header := headers[file.url]).columns.count(column) == 1:
-            continue
-        try:
-            if spec.text_column is not None or column in header.columns:
-                raise DataError("the column is decided")
-            own[file.url] = choose_text_column(*_columns(file, header, spec), None, file.url)[0]
-        except DataError as error:
-            names = ", ".join(header.columns)
-            problems[file.url] = f"has no column {column!r} (columns: {names})"
-            if spec.on_bad_shard == "error":
-                raise DataError(
-                    f"dataset.path: the header of {file.url} is {names}; every file needs column {column!r}, once"
-                ) from error
-    found.drop(problems)
-    return own
-
-
-def _note_delimiters(headers: Mapping[str, Header]) -> list[str]:
-    """What the headers say against the endings of the files."""
-    counts = Counter(header.delimiter for header in headers.values() if header.is_guess)
-    first = {d: next(url for url, header in headers.items() if header.delimiter == d) for d in counts}
-    return [
-        f"{DELIMITERS[delimiter]} between the columns of {first[delimiter]}"
-        + (f" and {count - 1} more files" if count > 1 else "")
-        + ", as the header has them"
-        for delimiter, count in counts.items()
-    ]
-
-
-def _columns(file: DataFile, header: Header, spec: SourceSpec) -> tuple[list[str], list[str]]:
-    """Columns with text, and the others: the ones whose first records are all numbers, addresses or
-    empty.
-
-    Raises:
-        DataError: no row has as many fields as the header.
-    """
-    texts: dict[str, list[str]] = {}
-    problems: list[str] = []
-    num_rows = 0
-    with closing(read_rows(file, header, spec.max_record_bytes)) as rows:
-        for line, fields, problem in islice(rows, _SAMPLE_ROWS):
-            if problem is not None:
-                problems.append(f"{file.url}:{line}: {problem}")
-            elif fields is not None:
-                num_rows += 1
-                for name, value in zip(header.columns, fields):
-                    if value.strip() and not _is_number(value):
-                        texts.setdefault(name, []).append(value)
-    if problems and not num_rows:
-        raise DataError(
-            f"dataset.path: no row of {file.url} can be read with its header ({', '.join(header.columns)}), the first "
-            f"one is {problems[0]}; correct the file"
-        )
-    found = choose_candidates(texts, spec.text_column)
-    return [name for name in header.columns if name in found], [name for name in header.columns if name not in found]
-
-
-def _is_number(value: str) -> bool:
-    try:
-        float(value)
-    except ValueError:
-        return False
-    return True

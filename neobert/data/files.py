@@ -219,7 +219,7 @@ def fingerprint_files(files: Sequence[DataFile], *, skip_unreadable: bool = Fals
     digest = hashlib.sha256()
     for data_file in files:
         size = data_file.size
-        digest.update(f"{data_file.name}\0{size}\0".encode())
+        digest.update(f"{data_file.name}\0{size}\0".encode("utf-8", "surrogateescape"))
         if data_file.is_remote:
             digest.update(data_file.stamp.encode())
             continue

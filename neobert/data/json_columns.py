@@ -80,6 +80,10 @@ class Fields:
         """The other fields."""
         return [name for name in dict.fromkeys([*self.texts, *self.others]) if name not in candidates]
 
+    def describe_rest(self, candidates: Sequence[str]) -> list[str]:
+        """The other fields, each with what it holds where that is no string."""
+        return [f"{name} ({self.others[name]})" if name in self.others else name for name in self.rest(candidates)]
+
 
 class _Collector(JsonLines):
     """Reads objects, and takes note of their fields."""
@@ -124,6 +128,9 @@ def open_jsonl(files: Sequence[DataFile], spec: SourceSpec) -> FileSource:
             if is_hopeless(fields.sample) and not fields.num_objects
         }
     )
+    nothing = not any(fields.num_objects or fields.sample.num_bad for fields in samples.values())
+    if nothing and len(samples) == len(found.kept):
+        raise DataError(f"dataset.path: {spec.label} has no text: none of its {len(files)} files has a record")
     usual, note = _choose_usual(found, samples, spec)
     columns: dict[str, str] = {}
     problems: dict[str, str] = {}
@@ -174,7 +181,7 @@ def _choose_usual(found: Inspected, samples: Mapping[DataFile, Fields], spec: So
     nested = next((file for file, fields in samples.items() if fields.num_objects == 1 and fields.inner_list), None)
     if not candidates and nested is not None:
         raise DataError(f"{nested.url} {_no_column(nested, samples[nested], '', spec)}")
-    return choose_text_column(candidates, first.rest(candidates), wanted, spec.label)
+    return choose_text_column(candidates, first.describe_rest(candidates), wanted, spec.label)
 
 
 def _first_records(found: Inspected) -> Fields:
@@ -211,7 +218,7 @@ def _choose_column(file: DataFile, fields: Fields, usual: str, spec: SourceSpec)
 
 
 def _no_column(file: DataFile, fields: Fields, usual: str, spec: SourceSpec) -> str:
-    names = [f"{name} ({fields.others[name]})" if name in fields.others else name for name in fields.rest([])]
+    names = fields.describe_rest([])
     if fields.inner_list is not None and fields.num_objects == 1:
         remedy = f"write its records one a line: jq -c '.[\"{fields.inner_list}\"][]' {file.name} > NEW_FILE"
     elif spec.text_column is None:

@@ -29,8 +29,11 @@ _PIECE = 4096
 _PARQUET = b"PAR1"
 _POINTER = re.compile(rb"version https://(?:git-lfs|hawser)\.github\.com/spec/")
 _ANNEX = re.compile(rb"\S*annex/objects/\S+\s*\Z")
-_PAGE = re.compile(rb"(?:<!--.*?-->\s*)*<(?:!doctype\s+html|html|head|body)[\s>]", re.IGNORECASE | re.DOTALL)
-_ANSWER = re.compile(rb"<\?xml[^>]*\?>\s*<Error>")
+_PAGE = re.compile(
+    rb"(?:<\?xml[^>]*\?>\s*)?(?:<!--.*?-->\s*)*<(?:!doctype\s+html|html|head|body)[\s>]", re.IGNORECASE | re.DOTALL
+)
+_ANSWER = re.compile(rb"(?:<\?xml[^>]*\?>\s*)?<Error>\s*<Code>")
+_TAR_PLACE = 257
 _OTHERS = {
     b"PK\x03\x04": "a zip archive",
     b"%PDF-": "a PDF file",
@@ -140,11 +143,11 @@ def _read_up_to(file: BinaryIO, size: int) -> tuple[bytes, BaseException | None]
 
 def _not_the_file(head: bytes, size: int) -> str | None:
     """What stands in the place of data that was not fetched."""
-    if _POINTER.match(head) and size < 1024:
+    start = head.removeprefix(codecs.BOM_UTF8).lstrip()
+    if _POINTER.match(start) and size < 1024:
         return "is a Git LFS pointer, not the file; `git lfs pull` fetches it"
     if size < _PIECE and _ANNEX.match(head):
         return "is a git-annex pointer, not the file; `git annex get` fetches it"
-    start = head.removeprefix(codecs.BOM_UTF8).lstrip()
     if _PAGE.match(start) or _ANSWER.match(start):
         return "is a web page, not data (a login or an error may have been saved in its place); fetch it again"
     return None
@@ -165,6 +168,8 @@ def _other_kind(head: bytes) -> str | None:
 
 
 def _name_magic(head: bytes) -> str | None:
+    if head[_TAR_PLACE:].startswith(b"ustar"):
+        return "a tar archive"
     return next((name for magic, name in _OTHERS.items() if head.startswith(magic)), None)
 
 
@@ -204,14 +209,14 @@ def remedy_for_latin1(file: DataFile) -> str:
 def _json_layers(file: DataFile, layers: list[str], head: bytes) -> list[str]:
     """The layer that is needed where JSON does not stand one object a line."""
     lines = _first_lines(file, layers, head)
-    num_good = sum(isinstance(parse(line), dict) for line in lines)
+    num_good = sum(isinstance(_parse_any(line), dict) for line in lines)
     if lines and 2 * num_good >= len(lines):
         return []
     values: list[Any] = []
     with open_layers(file.open_raw(), layers) as opened:
         start = io.BytesIO(_read_up_to(opened, _VALUE_BYTES)[0])
     with suppress(OSError):  # The start ends in the middle of a value.
-        values.extend(parse(value) for value in islice(split_values(start), MAX_LINES))
+        values.extend(_parse_any(value) for value in islice(split_values(start), MAX_LINES))
     num_objects = sum(isinstance(value, dict) for value in values)
     is_list = not values and head.removeprefix(codecs.BOM_UTF8).lstrip()[:1] == b"["
     return [VALUES] if is_list or (num_objects > num_good and 2 * num_objects > len(values)) else []
@@ -230,10 +235,10 @@ def _first_lines(file: DataFile, layers: list[str], head: bytes) -> list[bytes]:
     return lines
 
 
-def parse(raw: bytes) -> Any:
-    """A JSON value; None where there is none."""
+def _parse_any(raw: bytes) -> Any:
+    """A JSON value, whatever its encoding, so that text in another one is named as that; None where there is none."""
     try:
-        return json.loads(raw)
+        return json.loads(raw.decode("utf-8", "replace"))
     except (ValueError, RecursionError):
         return None
 

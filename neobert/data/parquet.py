@@ -274,7 +274,7 @@ def _choose_usual(footers: Sequence[_Footer], spec: SourceSpec) -> tuple[str, st
     wanted = spec.text_column
     for footer in footers:
         texts, others = split_schema(footer.schema, wanted)
-        if wanted is None and not texts and "input_ids" in others:
+        if wanted is None and not texts and "input_ids" in footer.schema.names:
             raise DataError(
                 f"dataset.path: {footer.file.url} holds input_ids and no text; tokenised documents are read from "
                 'folders of save_to_disk: `datasets.load_dataset("parquet", data_files=...)["train"].save_to_disk(...)`'

@@ -15,12 +15,12 @@ from pathlib import Path
 
 from neobert.config.nesting import parse_json
 from neobert.data.arrow import ArrowTexts, TokenStore, column_names
-from neobert.data.delimited import open_delimited
+from neobert.data.delimited_columns import open_delimited
 from neobert.data.errors import DataError
 from neobert.data.files import ENDINGS, DataFile, FoundFile, Listing, is_remote, kind_of_name, list_files
 from neobert.data.hub import HubPin, HubSource, list_hub_splits, open_hub, pin_hub
 from neobert.data.intake import check_problems
-from neobert.data.inventory import FileReport, Inventory
+from neobert.data.inventory import FileReport, Inventory, name_some
 from neobert.data.json_columns import open_jsonl
 from neobert.data.lines import FileSource
 from neobert.data.network import with_retries
@@ -107,9 +107,11 @@ def list_data_files(spec: SourceSpec) -> DataFiles:
     check_problems(faults, spec, left=len(data))
     if not data:
         endings = ", ".join(ending for endings in ENDINGS.values() for ending in endings)
+        there = name_some(f"{item.file.url} ({_describe_ending(item.file)})" for item in found)
+        cause, there = ("has no file that can be read", f"; it has {there}") if found else ("does not exist", "")
         raise DataError(
-            f"dataset.path: {spec.label} {'has no file that can be read' if found else 'does not exist'}; give a "
-            f"folder of save_to_disk, or files ending in {endings} (text also compressed: .gz, .zst, .xz, .bz2)"
+            f"dataset.path: {spec.label} {cause}; give a "
+            f"folder of save_to_disk, or files ending in {endings} (text also compressed: .gz, .zst, .xz, .bz2){there}"
         )
     reports = [FileReport(url=item.url, problem=item.reason, is_fault=item.is_fault) for item in left_out]
     reports += [

@@ -274,6 +274,7 @@ class RecordCounts:
     log: bool = True
     bad: int = 0
     skipped: int = 0
+    last_problem: str = ""
 
     def add(self, record: Record) -> None:
         """Counts a record without text.
@@ -295,7 +296,7 @@ class RecordCounts:
         Raises:
             DataError: more than `max_bad` records cannot be read.
         """
-        self.bad += 1
+        self.bad, self.last_problem = self.bad + 1, problem
         if self.bad > self.max_bad:
             raise DataError(
                 f"dataset.max_bad_records: {self.max_bad}, but {self.bad} records of {self.where} cannot be read, the "

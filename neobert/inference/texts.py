@@ -15,6 +15,7 @@ from typing import BinaryIO, NamedTuple
 from neobert.data.arrow import TokenStore
 from neobert.data.errors import DataError
 from neobert.data.lanes import State
+from neobert.data.lines import BOM
 from neobert.data.sources import list_splits
 from neobert.data.spec import describe_source
 from neobert.data.splits import check_split
@@ -137,7 +138,7 @@ def _spool(stream: BinaryIO, folder: Path) -> Path:
         first += line
     if not first.strip():
         raise DataError("the standard input is empty; pipe text or JSON lines into it")
-    file = folder / ("stdin.jsonl" if first.lstrip().startswith(b"{") else "stdin.txt")
+    file = folder / ("stdin.jsonl" if first.removeprefix(BOM).lstrip().startswith(b"{") else "stdin.txt")
     with file.open("wb") as out:
         out.write(first)
         while block := stream.read(1 << 20):

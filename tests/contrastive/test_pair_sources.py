@@ -184,6 +184,13 @@ def test_bad_records_are_named_counted_and_bounded(name: str, tmp_path: Path, ca
         read(PairSource(name=str(file)), section=replace(section, max_bad_records=len(problems) - 1))
 
 
+def test_a_file_of_bad_records_only_is_an_error_of_that_file(tmp_path: Path) -> None:
+    write(tmp_path / "a.jsonl", {"query": "a", "answer": "b"})
+    (tmp_path / "b.jsonl").write_bytes('{"query": "é", "answer": "b"}\n'.encode("latin-1") * 3)
+    with pytest.raises(DataError, match=r"b.jsonl has no text: none of its 3 records .*b.jsonl:3: 'utf-8' codec"):
+        read(PairSource(name=str(tmp_path)))
+
+
 def test_bad_rows_of_libraries_are_counted_too(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     rows = [{"anchor": "a", "positive": ["p", "x" * 300]}, {"anchor": "b", "positive": ["q"]}]
     pq.write_table(pa.Table.from_pylist(rows), tmp_path / "x.parquet")

@@ -75,6 +75,7 @@ DELIMITERS = {
     "tabs": ("a.csv", 'id\ttext\n1\ta, b\n2\t"c\n', ["a, b", '"c'], []),
     "bars": ("a.csv", "id|text\n1|a, b; c\n2|d\n", ["a, b; c", "d"], []),
     "commas": ("a.tsv", 'id,text\n1,"a,b"\n2,c\n', ["a,b", "c"], []),
+    "semicolons between quoted names": ("a.csv", '"id";"text"\n"1";"a, b"\n', ["a, b"], []),
     "semicolons told by a line before": ("a.csv", "sep=;\nid;text\n1;a\n2;b;c\n", ["a"], ["4: 3 fields"]),
     "semicolons, compressed": ("a.csv.gz", "id;text\n1;a, b\n2;c\n", ["a, b", "c"], []),
     "semicolons in the name of a tab-separated column": ("a.tsv", "id;n\ttext\n1\ta;b\n", ["a;b"], []),
@@ -121,6 +122,28 @@ def test_a_header_of_one_cell_with_separators_is_no_column(tmp_path):
         open_source(path)
     source = open_source(path, text_column="question;answer")
     assert [record.text for record in source.records()] == ["what is it?", "nothing"]
+
+
+def test_a_column_of_the_header_is_believed(tmp_path):
+    (tmp_path / "0.csv").write_text("id,text\n")
+    (tmp_path / "1.csv").write_text("id,text\n" + "1,\n" * 200 + "2,late\n")
+    assert [record.text for record in open_source(tmp_path).records() if record.text] == ["late"]
+    path = tmp_path / "b.csv"
+    path.write_text("content,body\n1,words\n")
+    assert [record.text for record in open_source(path).records()] == ["words"], "a number is no text"
+    path.write_text("id,text\n")
+    with pytest.raises(DataError, match="has no text: no file of it has a row that can be read"):
+        open_source(path)
+
+
+def test_a_first_file_without_a_row_that_fits_is_a_bad_shard(tmp_path):
+    (tmp_path / "0.csv").write_text("id,text\n1,a,b\n2,c,d\n")
+    (tmp_path / "1.csv").write_text("id,text\n1,e\n")
+    with pytest.raises(DataError, match=r"no row of .*0.csv can be read"):
+        open_source(tmp_path)
+    source = open_source(tmp_path, on_bad_shard="skip")
+    assert [record.text for record in source.records()] == ["e"]
+    assert "1 file not read" in source.inventory.warnings()[0]
 
 
 def test_rows_that_never_fit_their_header_are_the_error(tmp_path):

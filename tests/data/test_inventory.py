@@ -30,8 +30,12 @@ PAGE = b"<!DOCTYPE html>\n<html><body>Sign in</body></html>"
 
 
 def parquet(**values):
+    return parquet_of(pa.table(values))
+
+
+def parquet_of(table):
     sink = pa.BufferOutputStream()
-    pq.write_table(pa.table(values), sink)
+    pq.write_table(table, sink)
     return sink.getvalue().to_pybytes()
 
 
@@ -89,12 +93,18 @@ def test_content_that_is_read_whatever_the_name_says(name, tmp_path):
     assert [*first, *reader.read(0, first[-1].cursor)] == list(reader.read(0, reader.start()))
 
 
+TWO_OF_A_NAME = parquet_of(pa.table([["x y"], ["z"]], names=["text", "text"]))
+
 REFUSED = {
     "latin1.jsonl": (
         '{"text": "café"}\n'.encode("latin-1"),
         r"has no text: .*line 1: 'utf-8' codec.*iconv -f ISO-8859-1",
     ),
     "latin1.txt": ("café\nnaïve\n".encode("latin-1"), "iconv -f ISO-8859-1 -t UTF-8 latin1.txt"),
+    "latin1_over_lines.json": (
+        '[\n{"text":\n"café"}]'.encode("latin-1"),
+        "value 1: 'utf-8' codec.*iconv -f ISO-8859-1",
+    ),
     "latin1.csv": ("id,text\n1,café\n".encode("latin-1"), "iconv -f ISO-8859-1"),
     "no_mark.jsonl": (LINES.encode("utf-16-le"), "UTF-16LE without its mark"),
     "zeros.txt": (bytes(300), "only zero bytes"),
@@ -107,18 +117,27 @@ REFUSED = {
     "pointer.csv": (POINTER, "Git LFS pointer"),
     "pointer.parquet": (POINTER, "Git LFS pointer"),
     "pointer.jsonl.gz": (POINTER, "Git LFS pointer"),
+    "pointer_with_a_mark.txt": (b"\xef\xbb\xbf" + POINTER, "Git LFS pointer"),
     "annexed.txt": (b"/annex/objects/SHA256E-s1--a.txt\n", "git-annex pointer"),
     "page.jsonl": (PAGE, "web page, not data"),
     "page.txt": (b"\n<HTML lang=en><head>", "web page, not data"),
+    "page_of_xml.txt": (b'<?xml version="1.0"?>\n' + PAGE, "web page, not data"),
+    "answer.txt": (b"<Error><Code>NoSuchKey</Code></Error>", "web page, not data"),
+    "archive.txt": (b"a.txt".ljust(257, b"a") + b"ustar\x0000" + b"words and words\n" * 300, "a tar archive"),
     "page.parquet": (PAGE, "web page, not data"),
     "page.txt.gz": (gzip.compress(PAGE), "web page, not data"),
     "named_gz.jsonl.gz": (LINES.encode(), "is not gzip, as its name says: it begins with '{"),
     "archive.jsonl": (b"PK\x03\x04" + bytes(90), "a zip archive"),
     "lines.parquet": (LINES.encode(), "is no Parquet file: it begins with"),
-    "version.jsonl": (jsonl({"version": "1.0.2", "n": 1}), r"no text column \(columns: version, n\)"),
+    "version.jsonl": (jsonl({"version": "1.0.2", "n": 1}), r"no text column \(columns: version, n \(number\)\)"),
     "address.csv": (b"url,n\nhttps://a.b/c,1\n", r"no text column \(columns: url, n\)"),
     "address.parquet": (parquet(url=["https://a.b/c"], n=[1]), r"no text column \(columns: n, url\)"),
     "binary_column.parquet": (parquet(body=pa.array([b"x y"], pa.binary())), r"columns: body \(binary\)"),
+    "list_column.parquet": (parquet(text=[["x"]], n=[1]), r"columns: text \(list\), n"),
+    "numbers.jsonl": (jsonl({"text": 1}), r"columns: text \(number\)"),
+    "columns.json": (json.dumps({"text": TEXTS}).encode(), r"columns: text \(list\)"),
+    "nothing.json": (b"[]", "none of its 1 files has a record"),
+    "two_of_a_name.parquet": (TWO_OF_A_NAME, r"columns: text \(2 columns\)"),
     "null.parquet": (parquet(text=pa.array([None], pa.null())), "all of its 1 files are empty"),
     "no_columns.parquet": (parquet(), "all of its 1 files are empty"),
 }
@@ -222,6 +241,17 @@ def test_links_that_lead_nowhere(tmp_path):
     (tmp_path / "x.jsonl").unlink()
     with pytest.raises(DataError, match="no other file is left"):
         listed(tmp_path, on_bad_shard="skip")
+
+
+def test_a_name_that_is_no_utf8(tmp_path):
+    (tmp_path / "caf\udce9.jsonl").write_bytes(LINES.encode())
+    assert texts_of(open_source(tmp_path)) == TEXTS
+
+
+def test_a_folder_without_a_file_that_is_read_names_what_is_there(tmp_path):
+    write(tmp_path / "part-00000")
+    with pytest.raises(DataError, match=r"no file that can be read; .*part-00000 \(no ending\)"):
+        list_splits(SourceSpec(path=(str(tmp_path),)))
 
 
 def test_files_that_are_not_read_are_named(tmp_path):
