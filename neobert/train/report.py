@@ -48,7 +48,7 @@ def announce(run: Run) -> None:
     for text in [*odd, *run.data.inventory.warnings()]:
         run.reporter.warn(text)
     run.tracker.note_files(run.data.inventory.as_lines())
-    write_config(config, run.runtime, run.output_dir)
+    write_config(config, run.runtime, run.output_dir, run.reporter)
 
 
 def slow_reading(config: Config, device_type: str) -> list[str]:
