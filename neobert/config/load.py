@@ -11,6 +11,7 @@ Overrides are written `--a.b value`, `--a.b=value` or `a.b=value`; a bare `--a.b
 
 import dataclasses
 import difflib
+import os
 import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
@@ -33,6 +34,18 @@ from neobert.secrets import find_marker, hide_credentials
 
 SENTENCES = "trainer.fill_mask_texts"
 """The one key whose values are saved as they are."""
+
+_HOME = (
+    "model.init_from",
+    "tokenizer.path",
+    "trainer.output_dir",
+    "trainer.resume_from_checkpoint",
+    "dataset.cache_dir",
+    "dataset.pre_tokenize_output",
+    "wandb.dir",
+    "contrastive.pretrained_checkpoint_dir",
+)
+"""Keys in which a first `~` is the home folder; where data is named it is expanded when that is opened."""
 
 
 class ConfigError(UserError):
@@ -310,7 +323,8 @@ def _parse_leaves(draft: _Draft) -> dict[str, Any]:
     values = {}
     for key, value in draft.written.items():
         try:
-            values[key] = parse_value(FIELDS[key], value)
+            parsed = parse_value(FIELDS[key], value)
+            values[key] = os.path.expanduser(parsed) if key in _HOME and parsed else parsed
         except LeafError as error:
             draft.refuse(key, f"{key}: {error}")
     return values

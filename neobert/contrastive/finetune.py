@@ -82,7 +82,7 @@ def announce(run: Run) -> None:
     run.reporter.say("\n".join(lines))
     for text in warnings(config, total_steps=run.num_steps):
         run.reporter.warn(text)
-    write_config(config, run.runtime, run.output_dir)
+    write_config(config, run.runtime, run.output_dir, run.reporter)
 
 
 def next_commands(run: Run) -> list[str]:

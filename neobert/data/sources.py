@@ -14,6 +14,7 @@ from functools import partial
 from pathlib import Path
 
 from neobert.config.nesting import parse_json
+from neobert.config.schema_data import DatasetSection
 from neobert.data.arrow import ArrowTexts, TokenStore, column_names
 from neobert.data.delimited_columns import open_delimited
 from neobert.data.errors import DataError
@@ -26,10 +27,11 @@ from neobert.data.lines import FileSource
 from neobert.data.network import with_retries
 from neobert.data.parquet import ParquetSource, open_parquet
 from neobert.data.plain import open_text
-from neobert.data.spec import PYTHON_STDLIB, SourceSpec
+from neobert.data.spec import PYTHON_STDLIB, SourceSpec, describe_sources
 from neobert.data.splits import find_split
 from neobert.data.stdlib import StdlibSource
 from neobert.data.tokenizer import Tokenizer
+from neobert.data.walk import covers
 
 StreamedText = FileSource | ParquetSource | HubSource | ArrowTexts
 """Text that lanes can read in place."""
@@ -170,6 +172,15 @@ def _describe_ending(file: DataFile) -> str:
 def _is_description(file: DataFile) -> bool:
     """Whether a file is about the data, so that nobody expects it to be read."""
     return file.name in _NOT_DATA or file.name.split(".")[0].upper() in ("README", "LICENSE")
+
+
+def find_covering(section: DatasetSection, place: str) -> str | None:
+    """The path of a source below which `place`, a file that may not be there yet, would be found and read as data."""
+    for spec in describe_sources(section):
+        for url in spec.path:
+            if not is_remote(url) and not _is_saved(Path(url).expanduser()) and covers(url, place):
+                return url
+    return None
 
 
 def _is_saved(folder: Path) -> bool:

@@ -82,6 +82,30 @@ def walk(url: str) -> Walk:
     return found
 
 
+def covers(url: str, place: str) -> bool:
+    """Whether `walk(url)` lists a file `place` (absolute, without links), links below the path of `url` aside.
+
+    >>> covers("/data", "/data/a/b.txt"), covers("/data/*.csv", "/data/b.txt"), covers("/data", "/data/.git/b.txt")
+    (True, False, False)
+    """
+    path = Path(url).expanduser()
+    magic = (number for number, part in enumerate(path.parts) if glob.has_magic(part))
+    first = len(path.parts) if os.path.lexists(path) else next(magic, len(path.parts))
+    top = Path(os.path.realpath(Path(*path.parts[:first])))
+    return Path(place).is_relative_to(top) and _covers(Path(place).relative_to(top).parts, path.parts[first:])
+
+
+def _covers(names: tuple[str, ...], parts: tuple[str, ...]) -> bool:
+    if not parts:
+        return not any(map(is_hidden, names))
+    if parts[0] == _RECURSIVE:
+        deeper = bool(names) and not is_hidden(names[0]) and _covers(names[1:], parts)
+        return deeper or _covers(names, parts[1:])
+    if not names or not _fits(names[0], parts[0]) or (is_hidden(names[0]) and glob.has_magic(parts[0])):
+        return False
+    return _covers(names[1:], parts[1:])
+
+
 def is_hidden(name: str) -> bool:
     """Whether a file or folder of this name is left out."""
     return name.startswith((".", "_"))

@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any, TypeVar
 
-from neobert.errors import StartupError
+from neobert.errors import StartupError, UserError
 from neobert.secrets import scrub
 from neobert.train.ranges import describe_ranges, join_ranges
 
@@ -45,7 +45,7 @@ def exchange(runtime: "Runtime", value: T | None = None, *, failure: Exception |
         RankError: another rank has a failure; the message is that rank's.
         Exception: `failure`, when the others know.
     """
-    answer = (value, None if failure is None else str(failure) or type(failure).__name__)
+    answer = (value, None if failure is None else _describe_failure(failure))
     try:
         answers: list[tuple[Any, str | None]] = runtime.gather_objects(answer, patient=True)
     except RuntimeError as error:  # A process was killed, or its machine is gone.
@@ -149,6 +149,12 @@ def describe_differences(every: Sequence[Mapping[str, tuple[str, str]]]) -> list
             values = "; ".join(f"{text} on rank {describe_ranges(join_ranges(x))}" for (_, text), x in ranks.items())
             lines.append(f"{name}: {values}")
     return lines
+
+
+def _describe_failure(failure: Exception) -> str:
+    """Without the secrets of this rank, which others do not know."""
+    text = scrub(str(failure))
+    return text if text and isinstance(failure, UserError) else f"{type(failure).__name__}: {text}"
 
 
 def _hash(digests: Mapping[str, str]) -> str:

@@ -75,7 +75,7 @@ def open_run(config: Config, runtime: Runtime) -> Opened:
             remedy.
         DataError: the tokenizer cannot be used.
     """
-    check_equal(runtime, lambda: {**describe_config(config), **describe_program()})
+    check_equal(runtime, lambda: {**describe_config(config), **describe_program(), "device": runtime.device.type})
     check_runtime(config)
     stop = StopRequest(max_hours=config.trainer.max_hours, is_main=runtime.is_main)
     rows_per_step = choose_rows_per_step(config, runtime.world)
@@ -97,6 +97,8 @@ def open_run(config: Config, runtime: Runtime) -> Opened:
         reporter.warn(tokenizer.note)
     check_equal(runtime, lambda: {"tokenizer digest": tokenizer.digest, "special ids": list(tokenizer.special_ids)})
     model_config = build_model_config(config, tokenizer)
+    # What `model.init_from` decides beside shapes, such as model.norm_eps: every rank has read its own folder.
+    check_equal(runtime, lambda: {f"model.{name}": value for name, value in model_config.to_dict().items()})
     config, more = bind_micro_batch(
         config,
         runtime,

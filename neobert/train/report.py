@@ -47,7 +47,7 @@ def announce(run: Run) -> None:
     odd = [*warnings(config, total_steps=run.num_steps), *slow_reading(config, run.runtime.device.type)]
     for text in [*odd, *run.data.inventory.warnings()]:
         run.reporter.warn(text)
-    write_config(config, run.runtime, run.output_dir)
+    write_config(config, run.runtime, run.output_dir, run.reporter)
 
 
 def slow_reading(config: Config, device_type: str) -> list[str]:

@@ -1,5 +1,6 @@
 """Before a run touches anything: what its output folder holds, and which checkpoint it continues from."""
 
+import os
 import shutil
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -11,7 +12,7 @@ from neobert.config.schema import Config
 from neobert.errors import StartupError
 from neobert.train.agreement import agree
 from neobert.train.lock import acquire_lock, check_shared, release_lock
-from neobert.train.run_folder import check_own, check_unused, holds_run, set_aside
+from neobert.train.run_folder import check_own, check_place, check_unused, free_names, holds_run, set_aside
 from neobert.weights.folder import AVERAGE_FILE, Choice, checkpoint_steps, choose_checkpoint, choose_newest
 from neobert.weights.manifest import CheckpointError
 
@@ -112,9 +113,13 @@ def agree_on_start(config: Config, runtime: "Runtime") -> Choice:
 
     def decide() -> Choice:
         output_dir = Path(config.trainer.output_dir)
-        if output_dir.is_dir():
-            _lock(output_dir)
-        return choose_start(config)
+        try:
+            check_place(config)
+            if output_dir.is_dir():
+                _lock(output_dir)
+            return choose_start(config)
+        except OSError as error:  # No access, a name that is too long, a disk that is gone.
+            raise StartupError(f"trainer.output_dir: {output_dir} cannot be read ({error})") from error
 
     return agree(runtime, decide)
 
@@ -139,13 +144,15 @@ def open_output_dir(config: Config, runtime: "Runtime", reporter: "Reporter", st
     def prepare() -> None:
         elsewhere = start.path is not None and not is_own(start.path, output_dir)
         if (trainer.resume_from_checkpoint is None or elsewhere) and holds_run(output_dir):
-            aside = set_aside(output_dir)
+            aside = set_aside(output_dir, config)
             release_lock(output_dir)
             reporter.say(f"trainer.overwrite_output_dir: the old run is now {aside}/")
         try:
             output_dir.mkdir(parents=True, exist_ok=True)
         except OSError as error:
-            raise StartupError(f"trainer.output_dir: {output_dir} cannot be made ({error})") from error
+            there = "a link that leads nowhere" if os.path.islink(output_dir) else "a file"
+            why = f"there is {there} of this name" if isinstance(error, FileExistsError) else error
+            raise StartupError(f"trainer.output_dir: {output_dir} cannot be made ({why})") from error
         _lock(output_dir)
         reporter.open_file(output_dir / "training.log")
         for note in start.notes:
@@ -192,9 +199,25 @@ def describe_config(reporter: "Reporter", config: Config) -> None:
     reporter.say("\n".join(f"[{section or 'run'}] {' '.join(x)}" for section, x in lines.items()), style="dim")
 
 
-def write_config(config: Config, runtime: "Runtime", output_dir: Path) -> None:
-    """Writes `config.yaml`, when everything was built: a start that failed leaves no trace of a run."""
-    if runtime.is_main:
-        temporary = output_dir / ".config.yaml.tmp"
-        temporary.write_text(config_to_yaml(without_secrets(config)))
-        temporary.replace(output_dir / "config.yaml")
+def write_config(config: Config, runtime: "Runtime", output_dir: Path, reporter: "Reporter") -> None:
+    """Writes `config.yaml`, when everything was built: a start that failed leaves no trace of a run.
+
+    A file of this name that a run did not write, as the config that somebody has typed, is kept under another name.
+    """
+    if not runtime.is_main:
+        return
+    path, temporary = output_dir / "config.yaml", output_dir / ".config.yaml.tmp"
+    temporary.write_text(config_to_yaml(without_secrets(config)), encoding="utf-8")
+    if os.path.lexists(path) and not _was_written(path):
+        kept = next(free_names(output_dir / "config.yaml.old"))
+        path.rename(kept)
+        reporter.say(f"{path} was written by hand, or by another version: it is now {kept}")
+    temporary.replace(path)
+
+
+def _was_written(path: Path) -> bool:
+    """Whether `path` is what `write_config` makes of the config in it."""
+    try:
+        return path.read_text(encoding="utf-8") == config_to_yaml(load_saved_config(path))
+    except (ConfigError, OSError, ValueError):
+        return False

@@ -481,3 +481,11 @@ def test_a_file_that_is_no_text(tmp_path: Path):
 
 def test_without_a_file():
     assert load_config(None, ["dataset.name=python_stdlib", "tokenizer.train=true", "trainer.max_steps=3"]).seed == 0
+
+
+def test_a_first_tilde_is_the_home_folder(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HOME", "/home/me")
+    text = SOURCE + "trainer: {max_steps: 10, output_dir: ~/run}\ntokenizer: {path: ~/tok}\nmodel: {init_from: a~b}"
+    config = parse_config(text)
+    assert (config.trainer.output_dir, config.tokenizer.path) == ("/home/me/run", "/home/me/tok")
+    assert config.model.init_from == "a~b"

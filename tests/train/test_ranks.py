@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import shutil
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -12,7 +13,7 @@ from poison import fork_run, wait_for
 from ports import free_port
 from ranks import outcome_of, run_ranks
 
-from neobert.config.schema import Config
+from neobert.config.schema import Config, ModelSection
 from neobert.config.schema_data import MixtureSource
 from neobert.data import prepare
 from neobert.data.errors import DataError
@@ -306,6 +307,36 @@ def test_weights_that_part_stop_the_run_before_they_are_saved(tiny: Tiny, tmp_pa
         assert "encoder.layers.1.qkv.weight" in text
     assert checkpoint_steps(out) == [4]
     assert json.loads((out / "events.jsonl").read_text().splitlines()[-1])["event"] == "ranks_differ"
+
+
+@pytest.mark.filterwarnings("ignore:.*has no manifest.json")
+def test_an_architecture_that_a_folder_brings_is_one_on_all_ranks(tiny: Tiny, tmp_path: Path) -> None:
+    """Weights of the same shapes, another epsilon: gradients are shared, so no later comparison could tell."""
+    pretrain(tiny(tmp_path / "source", "trainer.max_steps=1", "trainer.eval_strategy=no"))
+    folders = [tmp_path / "one", tmp_path / "other"]
+    for folder, epsilon in zip(folders, (1e-5, 1e-2)):
+        shutil.copytree(tmp_path / "source" / "checkpoints" / "1", folder)
+        (folder / "manifest.json").unlink()
+        model = json.loads((folder / "model_config.json").read_text())
+        (folder / "model_config.json").write_text(json.dumps(model | {"norm_eps": epsilon}))
+    configs = [
+        dataclasses.replace(config, model=ModelSection(init_from=str(folder)), given=frozenset())
+        for config, folder in zip([tiny(tmp_path / "run")] * 2, folders)
+    ]
+    for text in run_two(tmp_path, configs):
+        assert "model.norm_eps: 1e-05 on rank 0; 0.01 on rank 1" in text
+
+
+def test_a_failure_is_told_with_its_kind_and_without_secrets(monkeypatch: pytest.MonkeyPatch) -> None:
+    def work(runtime: Any) -> None:
+        with sharing_errors(runtime):
+            if runtime.rank == 1:
+                raise KeyError("correct-horse-7")
+            exchange(runtime)
+
+    monkeypatch.setenv("MY_TOKEN", "correct-horse-7")
+    # As it was sent: a rank that receives it may not know the variable.
+    assert run_ranks(2, outcome_of(work))[0].args == ("rank 1: KeyError: '<hidden:MY_TOKEN>'",)
 
 
 def test_evaluation_documents_that_one_process_cannot_read_end_both(tiny: Tiny, tmp_path: Path) -> None:

@@ -2,6 +2,7 @@
 
 import errno
 import os
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 
@@ -10,7 +11,7 @@ import pytest
 from neobert.config.schema import Config
 from neobert.errors import StartupError
 from neobert.train.loop import pretrain
-from neobert.train.run_folder import holds_run, set_aside
+from neobert.train.run_folder import check_place, holds_run, set_aside
 
 Tiny = Callable[..., Config]
 SHORT = ("trainer.max_steps=1", "trainer.eval_strategy=no")
@@ -128,3 +129,98 @@ def test_a_run_that_cannot_be_moved_at_all_is_a_sentence(
     with pytest.raises(StartupError, match=r"overwrite_output_dir: the run in \S+run cannot be moved .*Read-only"):
         pretrain(tiny(tmp_path / "run", *SHORT, OVERWRITE))
     assert (tmp_path / "run" / "log.jsonl").read_bytes() == log
+
+
+def snapshot(folder: Path) -> dict[str, bytes]:
+    return {str(p.relative_to(folder)): p.read_bytes() for p in folder.rglob("*") if p.is_file() and p.name != ".lock"}
+
+
+@pytest.mark.parametrize("inside", ["checkpoints", "checkpoints/1", "checkpoints/1/tokenizer", "config.yaml/run"])
+@pytest.mark.parametrize("more", [(), (OVERWRITE,), ("trainer.resume_from_checkpoint=latest",)])
+def test_a_part_of_another_run_is_no_output_folder(
+    tiny: Tiny, tmp_path: Path, trained: Path, inside: str, more: tuple[str, ...]
+) -> None:
+    copy_run(trained, tmp_path / "run")
+    before = snapshot(tmp_path)
+    with pytest.raises(StartupError, match=rf"output_dir: \S+{inside} is a part of the run in \S+run, which it would"):
+        pretrain(tiny(tmp_path / "run" / inside, *SHORT, *more))
+    assert snapshot(tmp_path) == before
+
+
+def test_a_folder_of_weights_is_no_output_folder(tiny: Tiny, tmp_path: Path) -> None:
+    (tmp_path / "model.safetensors").write_bytes(b"")
+    with pytest.raises(StartupError, match=r"holds the weights model.safetensors"):
+        pretrain(tiny(tmp_path, *SHORT))
+
+
+@pytest.mark.parametrize(
+    ("data", "out"),
+    [
+        ("data", "data"),
+        ("data", "data/out"),
+        ("data/*.jsonl", "data"),
+        ("data/**/*.json*", "data/a/out"),
+        ("data/*/*.jsonl", "data/out"),
+        ("link", "data/out"),
+        ("data", "link/out"),
+    ],
+)
+def test_no_run_writes_into_its_own_data(tiny: Tiny, corpus: Path, tmp_path: Path, data: str, out: str) -> None:
+    shutil.copytree(corpus, tmp_path / "data")
+    (tmp_path / "link").symlink_to("data")
+    before = snapshot(tmp_path)
+    with pytest.raises(StartupError, match=r"output_dir: \S+ lies where dataset.path: \S+ is searched for files"):
+        pretrain(tiny(tmp_path / out, *SHORT, f"dataset.path={tmp_path / data}"))
+    assert snapshot(tmp_path) == before
+
+
+@pytest.mark.parametrize(
+    ("data", "out"), [("data/*.txt", "data"), ("data", "data/.out"), ("data/*.jsonl", "data/out"), ("data", "data-out")]
+)
+def test_beside_its_data_a_run_may_write(tiny: Tiny, tmp_path: Path, data: str, out: str) -> None:
+    (tmp_path / "data").mkdir()
+    check_place(tiny(tmp_path / out, f"dataset.path={tmp_path / data}"))
+
+
+@pytest.mark.parametrize("key", ["model.init_from", "tokenizer.path", "dataset.path"])
+def test_the_run_that_a_config_reads_is_not_set_aside(tiny: Tiny, tmp_path: Path, trained: Path, key: str) -> None:
+    copy_run(trained, tmp_path / "run")
+    (tmp_path / "run" / "tokenized").mkdir()
+    inside = {"tokenizer.path": "checkpoints/1/tokenizer", "dataset.path": "tokenized"}.get(key, "")
+    before = snapshot(tmp_path)
+    with pytest.raises(StartupError, match=rf"{key}: \S+run\S* is a part of the run that .* would set aside"):
+        pretrain(tiny(tmp_path / "run", *SHORT, OVERWRITE, f"{key}={tmp_path / 'run' / inside}"))
+    assert snapshot(tmp_path) == before
+
+
+def test_data_in_the_output_folder_stay_where_the_config_finds_them(
+    tiny: Tiny, corpus: Path, tmp_path: Path, trained: Path
+) -> None:
+    out = tmp_path / "run"
+    log = copy_run(trained, out)
+    shutil.copytree(corpus, out / "data")
+    pretrain(tiny(out, *SHORT, OVERWRITE, f"dataset.path={out}/data/*.jsonl*"))
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["run"]
+    assert (out / "old-1" / "log.jsonl").read_bytes() == log
+    assert holds_run(out)
+
+
+def test_a_config_that_was_typed_is_kept(tiny: Tiny, tmp_path: Path) -> None:
+    out = tmp_path / "run"
+    out.mkdir()
+    (out / "config.yaml").write_text("# my experiment\nseed: 3\n")
+    pretrain(tiny(out, *SHORT))
+    assert (out / "config.yaml.old-1").read_text() == "# my experiment\nseed: 3\n"
+    pretrain(tiny(out, *SHORT, "trainer.max_steps=2", "trainer.resume_from_checkpoint=latest"))
+    assert sorted(p.name for p in out.glob("config.yaml*")) == ["config.yaml", "config.yaml.old-1"]
+    assert "max_steps: 2" in (out / "config.yaml").read_text()
+
+
+@pytest.mark.parametrize(
+    ("name", "words"), [("file", "a file of"), ("dangling", "a link that leads nowhere"), ("x" * 300, "too long")]
+)
+def test_a_folder_that_cannot_be_made_is_a_sentence(tiny: Tiny, tmp_path: Path, name: str, words: str) -> None:
+    (tmp_path / "file").touch()
+    (tmp_path / "dangling").symlink_to("nowhere")
+    with pytest.raises(StartupError, match=rf"trainer.output_dir: .* cannot be (made|read) \(.*{words}"):
+        pretrain(tiny(tmp_path / name, *SHORT))
