@@ -53,7 +53,8 @@ _NAMED = re.compile(
 )
 _OPTION = re.compile(rf"(?P<head>--(?P<name>[\w\-.]*(?:{_WORDS}))[ \t]+)(?P<value>\S+)", re.IGNORECASE)
 _HEADER = re.compile(
-    r"(?P<head>(?P<name>authorization)['\"]?[ \t]*[=:][ \t]*['\"]?(?:[a-z]+[ \t]+)?)(?P<value>[^\s'\",}]+)", re.IGNORECASE
+    r"(?P<head>(?P<name>authorization)['\"]?[ \t]*[=:][ \t]*['\"]?(?:[a-z]+[ \t]+)?)(?P<value>[^\s'\",}]+)",
+    re.IGNORECASE,
 )
 _SHAPES = re.compile(
     r"(?<![\w/.\-])(hf_[A-Za-z0-9]{20,}|gh[pousr]_[A-Za-z0-9]{20,}|github_pat_\w{20,}|A[KS]IA[A-Z0-9]{16}"

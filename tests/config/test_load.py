@@ -481,3 +481,13 @@ def test_a_file_that_is_no_text(tmp_path: Path):
 
 def test_without_a_file():
     assert load_config(None, ["dataset.name=python_stdlib", "tokenizer.train=true", "trainer.max_steps=3"]).seed == 0
+
+
+@pytest.mark.parametrize(
+    "key", ["dataset.path", "dataset.name", "model.init_from", "trainer.resume_from_checkpoint", "tokenizer.path"]
+)
+def test_an_override_of_an_unset_variable_is_an_error(key: str) -> None:
+    base = "dataset: {name: python_stdlib}\ntokenizer: {train: true}\ntrainer: {max_steps: 1}\n"
+    for words in ([f"--{key}", ""], [f"--{key}="], [f"{key}="]):
+        with pytest.raises(ConfigError, match=f"{key}: is empty on the command line .* null means none"):
+            parse_config(base, words)

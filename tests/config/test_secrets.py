@@ -30,8 +30,8 @@ from neobert.secrets import build_logger, hide_credentials, is_secret_name, scru
         ("a hf_abcdefghijklmnopqrstuvwx b", "a <hidden:token> b"),
         ("a github_pat_11ABCDEFG0abcdefghijkl b ASIAABCDEFGHIJKLMNOP", "a <hidden:token> b <hidden:token>"),
         (
-            "Max retries exceeded with url: /a.jsonl?X-Amz-Date=1&X-Amz-Signature=5ec2e7&x=1 (Caused by",
-            "Max retries exceeded with url: /a.jsonl?X-Amz-Date=1&X-Amz-Signature=<hidden:X-Amz-Signature>&x=1 (Caused by",
+            "Max retries with url: /a.jsonl?X-Amz-Date=1&X-Amz-Signature=5ec2e7&x=1 (Caused by",
+            "Max retries with url: /a.jsonl?X-Amz-Date=1&X-Amz-Signature=<hidden:X-Amz-Signature>&x=1 (Caused by",
         ),
         ("404, url='/c/a.jsonl?sv=2&sig=5ec2e7'", "404, url='/c/a.jsonl?sv=2&sig=<hidden:sig>'"),
         ("{'Authorization': 'Bearer 5ec2e7'}", "{'Authorization': 'Bearer <hidden:Authorization>'}"),

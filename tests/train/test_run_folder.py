@@ -2,13 +2,18 @@
 
 import errno
 import os
+import shlex
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 
 from neobert.config.schema import Config
+from neobert.contrastive.finetune import next_commands
 from neobert.errors import StartupError
+from neobert.train.finish import pretraining_commands
 from neobert.train.loop import pretrain
 from neobert.train.run_folder import holds_run, set_aside
 
@@ -128,3 +133,10 @@ def test_a_run_that_cannot_be_moved_at_all_is_a_sentence(
     with pytest.raises(StartupError, match=r"overwrite_output_dir: the run in \S+run cannot be moved .*Read-only"):
         pretrain(tiny(tmp_path / "run", *SHORT, OVERWRITE))
     assert (tmp_path / "run" / "log.jsonl").read_bytes() == log
+
+
+@pytest.mark.parametrize("commands", [pretraining_commands, next_commands])
+def test_the_next_commands_can_be_typed_for_any_folder(commands: Callable[[Any], list[str]], tmp_path: Path) -> None:
+    folder = tmp_path / "my runs; rm $HOME" / "it's"
+    run = SimpleNamespace(output_dir=folder, num_steps=2, config=Config())
+    assert all(any(word.startswith(str(folder)) for word in shlex.split(command)) for command in commands(run))
