@@ -26,7 +26,7 @@ _MARKER = re.compile(r"<hidden:[^<>\s]+>|\*\*\*")
 # The words of a vocabulary are no secrets.
 _WORDS = (
     r"(?<!mask_)(?<!(?:cls|sep|pad|unk|bos|eos)_)token|secret|password|passwd|credentials?"
-    "|api_?key|access_?key|private_?key|secret_?key|auth_?key"
+    "|api_?key|access_?key|account_?key|private_?key|secret_?key|auth_?key"
 )
 _SECRET_NAME = re.compile(rf"(^|.*[_\-.])({_WORDS}|key)$", re.IGNORECASE)
 _SURELY_SECRET_NAME = re.compile(rf"(^|.*[_\-.])({_WORDS})$", re.IGNORECASE)
@@ -35,7 +35,11 @@ _PARAMETER = re.compile(
     re.IGNORECASE,
 )
 _ADDRESS = re.compile(r"[a-z][a-z0-9+.\-]*://[^\s'\"]+", re.IGNORECASE)
-_USER = re.compile(r"(?<=://)[^\s/?#'\"]+@")
+# Keys of S3 hold slashes; a number after the colon is a port.
+_USER = re.compile(r"(?<=://)(?:[^\s/?#'\"]+|[^\s/?#'\":@\[]+:(?!\d+/)[^\s?#'\"@]+)@")
+_CONTAINER = re.compile(r"(?:abfss?|wasbs?)://[^\s/?#'\":@]+@", re.IGNORECASE)
+"""Azure names a container where others have a user."""
+
 # The punctuation of a sentence that ends with the address is no part of the value.
 _QUERY = re.compile(r"(?P<head>[?&;](?P<name>[\w.\-]+)=)(?P<value>[^\s&#'\"]+?)(?=[;,.:)\]}]*(?:[\s&#'\"]|$))")
 # A name after a slash is a part of a path: `data/token=bpe/part-0.jsonl`.
@@ -48,8 +52,12 @@ _NAMED = re.compile(
     re.IGNORECASE,
 )
 _OPTION = re.compile(rf"(?P<head>--(?P<name>[\w\-.]*(?:{_WORDS}))[ \t]+)(?P<value>\S+)", re.IGNORECASE)
+_HEADER = re.compile(
+    r"(?P<head>(?P<name>authorization)['\"]?[ \t]*[=:][ \t]*['\"]?(?:[a-z]+[ \t]+)?)(?P<value>[^\s'\",}]+)",
+    re.IGNORECASE,
+)
 _SHAPES = re.compile(
-    r"(?<![\w/.\-])(hf_[A-Za-z0-9]{20,}|gh[pousr]_[A-Za-z0-9]{20,}|AKIA[A-Z0-9]{16}"
+    r"(?<![\w/.\-])(hf_[A-Za-z0-9]{20,}|gh[pousr]_[A-Za-z0-9]{20,}|github_pat_\w{20,}|A[KS]IA[A-Z0-9]{16}"
     r"|sk-(?=[\w\-]*[0-9])(?=[\w\-]*[A-Z])[A-Za-z0-9_\-]{20,})(?![\w/\-])"
 )
 
@@ -91,7 +99,8 @@ def hide_credentials(text: str) -> str:
 
 
 def _hide_in_address(address: str) -> str:
-    return _QUERY.sub(_hide_parameter, _USER.sub(f"{mark_hidden('credentials')}@", address))
+    named = address if _CONTAINER.match(address) else _USER.sub(f"{mark_hidden('credentials')}@", address)
+    return _QUERY.sub(_hide_parameter, named)
 
 
 def _hide_parameter(found: re.Match[str]) -> str:
@@ -105,8 +114,9 @@ def _hide_value(found: re.Match[str]) -> str:
 def scrub(text: str) -> str:
     """`text` for people: as `hide_credentials`, without `name: value` and `--name value` of secret names, and without
     the values of this process's secret environment variables where they stand by themselves."""
-    text = hide_credentials(text)
-    for named in (_NAMED, _OPTION):
+    # Errors of HTTP quote an address without its host.
+    text = _QUERY.sub(_hide_parameter, hide_credentials(text))
+    for named in (_HEADER, _NAMED, _OPTION):
         text = named.sub(_hide_value, text)
     for name, value in os.environ.items():
         if len(value) >= _LEAST_LENGTH and value in text and _is_secret_variable(name, value):

@@ -230,6 +230,9 @@ def _add_overrides(draft: _Draft, overrides: Sequence[str]) -> None:
         if text is None and FIELDS[key].kind is not bool:
             draft.refuse(key, f"{key}: --{key} needs a value, {FIELDS[key].type_name}")
             continue
+        if text == "" and FIELDS[key].nullable:  # Else the run would be about another source, or begin anew.
+            draft.refuse(key, f"{key}: is empty on the command line (a variable that is not set?); null means none")
+            continue
         leaf = Leaf("true" if text is None else text)
         value = _substitute(draft, key, leaf)
         if value is not None:

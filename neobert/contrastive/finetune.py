@@ -1,5 +1,7 @@
 """Contrastive fine-tuning: the training loop of pretraining with pairs, another module and another evaluation."""
 
+import shlex
+
 from neobert.config.schema import Config
 from neobert.config.validate import warnings
 from neobert.contrastive.data import build_contrastive_data
@@ -88,9 +90,10 @@ def announce(run: Run) -> None:
 def next_commands(run: Run) -> list[str]:
     """What to type after fine-tuning."""
     pooling = "" if run.config.contrastive.pooling == "mean" else f" --pooling {run.config.contrastive.pooling}"
+    folder = shlex.quote(str(run.output_dir))
     return [
-        f"python scripts/embed.py {run.output_dir} texts.jsonl --output vectors.npy --normalize{pooling}",
-        f"python scripts/export/export_hf.py {run.output_dir} --output {run.output_dir}_hf",
+        f"python scripts/embed.py {folder} texts.jsonl --output vectors.npy --normalize{pooling}",
+        f"python scripts/export/export_hf.py {folder} --output {shlex.quote(f'{run.output_dir}_hf')}",
     ]
 
 

@@ -41,7 +41,7 @@ def code_files() -> dict[str, str]:
     while waiting:
         name = waiting.pop()
         path = Path(__file__).parent / "modeling.py" if name == MODELING else model / f"{name}.py"
-        text = path.read_text()
+        text = path.read_text(encoding="utf-8")
         waiting += [other for other in _IMPORT.findall(text) if f"{other}.py" not in sources and other not in waiting]
         sources[f"{name}.py"] = _relocate(name, text)
     return sources

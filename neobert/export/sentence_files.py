@@ -73,7 +73,7 @@ def _read_settings(folder: Path, longest: int) -> SentenceSettings:
 
 def _read(file: Path) -> dict[str, Any]:
     try:
-        content = parse_json(file.read_text()) if file.is_file() else {}
+        content = parse_json(file.read_text(encoding="utf-8")) if file.is_file() else {}
     except ValueError as error:
         raise ExportError(f"{file} cannot be read ({error}); mend it") from error
     if not isinstance(content, dict):
@@ -100,4 +100,4 @@ def write_sentence_files(output: Path, config: ModelConfig, settings: SentenceSe
 
 
 def _write(file: Path, values: object) -> None:
-    file.write_text(json.dumps(values, indent=2, ensure_ascii=False) + "\n")
+    file.write_text(json.dumps(values, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")

@@ -48,9 +48,11 @@ def save_tokenizer(source: Path, output: Path, *, max_length: int) -> list[str]:
 def _settle_config(file: Path) -> None:
     """Writes down the inputs, which transformers does only where they were given before, and drops what is not about
     the tokenizer."""
-    values = {key: value for key, value in json.loads(file.read_text()).items() if key not in _OF_LOADING}
+    values = {
+        key: value for key, value in json.loads(file.read_text(encoding="utf-8")).items() if key not in _OF_LOADING
+    }
     values["model_input_names"] = INPUTS
-    file.write_text(json.dumps(values, indent=2, sort_keys=True, ensure_ascii=False) + "\n")
+    file.write_text(json.dumps(values, indent=2, sort_keys=True, ensure_ascii=False) + "\n", encoding="utf-8")
 
 
 def check_class(folder: Path) -> list[str]:
@@ -60,12 +62,14 @@ def check_class(folder: Path) -> list[str]:
     its place; a sentence says so.
     """
     file = folder / CONFIG_FILE
-    config = json.loads(file.read_text())
+    config = json.loads(file.read_text(encoding="utf-8"))
     named = config.get("tokenizer_class")
     note = load_as_written(str(folder)).note
     if note is None and named != "TokenizersBackend":  # Of transformers 5 alone, for the same class.
         return []
-    file.write_text(json.dumps(config | {"tokenizer_class": OWN_CLASS}, indent=2, ensure_ascii=False) + "\n")
+    file.write_text(
+        json.dumps(config | {"tokenizer_class": OWN_CLASS}, indent=2, ensure_ascii=False) + "\n", encoding="utf-8"
+    )
     return [] if note is None else [f"the tokenizer's class is {OWN_CLASS}, not {named}: {note}"]
 
 

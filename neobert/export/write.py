@@ -190,7 +190,7 @@ def _write(plan: _Plan, request: ExportRequest, folder: Path) -> list[str]:
         _write_json(folder / _MODEL_CONFIG, config.to_dict())
     else:
         for name, source in code_files().items():
-            (folder / name).write_text(source)
+            (folder / name).write_text(source, encoding="utf-8")
     changes += check_class(folder)
     save_file(make_tensors(config, tensors), folder / "model.safetensors", metadata={"format": "pt"})
     sentences = choose_sentence_settings(plan.weights)

@@ -116,8 +116,14 @@ def fill_beginnings(
         if len(beginnings) == num_texts:
             break
     masks = _guess_all(model, tokenizer, beginnings, top_k)
-    texts = [" ".join(tokenizer.decode(tokens[1:-1]).split()) for tokens in beginnings]
+    texts = [_show_masked(tokenizer, tokens[1:-1], token) for tokens, token in zip(beginnings, hidden)]
     return [FilledText(text=t, masks=m, hidden=h) for t, m, h in zip(texts, masks, hidden)]
+
+
+def _show_masked(tokenizer: Tokenizer, tokens: IntArray, hidden: str) -> str:
+    """The text with the mask as `fill_mask` reads it back: behind the space that is hidden with the token."""
+    text, mask = tokenizer.decode(tokens), tokenizer.decode_token(tokenizer.mask_id)
+    return " ".join(text.replace(mask, f" {mask}" if hidden[:1].isspace() else mask).split())
 
 
 def check_lengths(encoded: Sequence[IntArray], texts: Sequence[str], longest: int) -> None:

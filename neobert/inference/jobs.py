@@ -35,6 +35,11 @@ def load_done(file: Path, settings: dict[str, Any]) -> dict[str, Any] | None:
         return None
     saved = parse_json(file.read_text())
     theirs = saved.pop("settings")
+    if unknown := [name for name, value in settings.items() if value is not None and name not in theirs]:
+        raise JobError(
+            f"{file} belongs to an unfinished job of an earlier version, which made it in another way "
+            f"({', '.join(unknown)} not recorded); delete {file.parent if file.parent.suffix == '.parts' else file}"
+        )
     if different := [name for name in settings if not fits(theirs.get(name), settings[name])]:
         found = "; ".join(f"{name} was {theirs.get(name)!r} and is {settings[name]!r}" for name in different)
         raise JobError(f"{file} belongs to an unfinished job of other settings ({found}); give those, or delete it")

@@ -149,7 +149,7 @@ def _weight_writer(weights: dict[str, Tensor]) -> Write:
 
 def _text_writer(text: str) -> Write:
     def write(path: Path) -> None:
-        path.write_text(text)
+        path.write_text(text, encoding="utf-8")
 
     return write
 

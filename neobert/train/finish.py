@@ -1,5 +1,6 @@
 """The end of a run: the last evaluation and checkpoint, a few completed texts, and what to type next."""
 
+import shlex
 from collections.abc import Callable
 
 import torch
@@ -25,9 +26,10 @@ NUM_TEXTS = 4
 
 def pretraining_commands(run: Run) -> list[str]:
     """What to type after pretraining."""
+    folder = shlex.quote(str(run.output_dir))
     return [
-        f'python scripts/predict.py {run.output_dir} "The capital of France is [MASK]."',
-        f"python scripts/pretraining/pretrain.py {run.output_dir}/config.yaml "
+        f'python scripts/predict.py {folder} "The capital of France is [MASK]."',
+        f"python scripts/pretraining/pretrain.py {shlex.quote(str(run.output_dir / 'config.yaml'))} "
         f"--trainer.resume_from_checkpoint latest --trainer.max_steps {2 * run.num_steps}",
     ]
 

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from neobert.config.fields import FIELDS, SECTIONS
-from neobert.config.load import ConfigError, config_to_yaml, load_saved_config, without_secrets
+from neobert.config.load import ConfigError, load_saved_config, save_config, without_secrets
 from neobert.config.nesting import parse_json
 from neobert.config.schema import Config
 from neobert.errors import StartupError
@@ -187,13 +187,17 @@ def check_free_space(output_dir: Path, checkpoint_bytes: int) -> None:
 def describe_config(reporter: "Reporter", config: Config) -> None:
     """Prints every setting that is not null, one line a section; of a section in a section what is not the default."""
     lines: dict[str, list[str]] = {"": [], **{name: [] for name in SECTIONS if "." not in name}}
+    unused = set() if config.scheduler.warmup_percent is None else {"scheduler.warmup_steps"}
     if config.task != "contrastive":  # Another task's: nothing of it takes effect.
         del lines["contrastive"]
+        unused |= set() if config.dataset.path is None else {"dataset.name"}
     for key, field in FIELDS.items():
         section, _, name = key.partition(".")
         if section not in lines and name:
             continue
         value = field.value_in(config)
+        if key in unused:
+            continue
         if value not in (None, ()) and ("." not in name or value != field.default):
             lines[section if name else ""].append(f"{name or key}={value}")
     reporter.say("\n".join(f"[{section or 'run'}] {' '.join(x)}" for section, x in lines.items()), style="dim")
@@ -207,7 +211,7 @@ def write_config(config: Config, runtime: "Runtime", output_dir: Path, reporter:
     if not runtime.is_main:
         return
     path, temporary = output_dir / "config.yaml", output_dir / ".config.yaml.tmp"
-    temporary.write_text(config_to_yaml(without_secrets(config)), encoding="utf-8")
+    save_config(without_secrets(config), temporary)
     if os.path.lexists(path) and not _was_written(path):
         kept = next(free_names(output_dir / "config.yaml.old"))
         path.rename(kept)

@@ -188,7 +188,7 @@ def _recognise(folder: Path, tensors: Mapping[str, Tensor]) -> tuple[Layout, Map
         return LAYOUTS[names[kind]], raw
     if (folder / "model_config.json").is_file():
         return LAYOUTS["checkpoint"], parse_json((folder / "model_config.json").read_text())
-    raw = load_plain_yaml((folder / "config.yaml").read_text())
+    raw = load_plain_yaml((folder / "config.yaml").read_text(encoding="utf-8"))
     if not isinstance(raw, dict) or not isinstance(raw.get("model"), dict):
         raise WeightsError("config.yaml has no section `model`, so the architecture is not known")
     return LAYOUTS[_neobert_kind(tensors)], raw["model"]

@@ -489,3 +489,13 @@ def test_a_first_tilde_is_the_home_folder(monkeypatch: pytest.MonkeyPatch) -> No
     config = parse_config(text)
     assert (config.trainer.output_dir, config.tokenizer.path) == ("/home/me/run", "/home/me/tok")
     assert config.model.init_from == "a~b"
+
+
+@pytest.mark.parametrize(
+    "key", ["dataset.path", "dataset.name", "model.init_from", "trainer.resume_from_checkpoint", "tokenizer.path"]
+)
+def test_an_override_of_an_unset_variable_is_an_error(key: str) -> None:
+    base = "dataset: {name: python_stdlib}\ntokenizer: {train: true}\ntrainer: {max_steps: 1}\n"
+    for words in ([f"--{key}", ""], [f"--{key}="], [f"{key}="]):
+        with pytest.raises(ConfigError, match=f"{key}: is empty on the command line .* null means none"):
+            parse_config(base, words)

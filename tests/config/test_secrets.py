@@ -28,6 +28,14 @@ from neobert.secrets import build_logger, hide_credentials, is_secret_name, scru
         ("https://host/file?token=abc&page=2", "https://host/file?token=<hidden:token>&page=2"),
         ("python x.py --hub-token abc123 --steps 5", "python x.py --hub-token <hidden:hub-token> --steps 5"),
         ("a hf_abcdefghijklmnopqrstuvwx b", "a <hidden:token> b"),
+        ("a github_pat_11ABCDEFG0abcdefghijkl b ASIAABCDEFGHIJKLMNOP", "a <hidden:token> b <hidden:token>"),
+        (
+            "Max retries with url: /a.jsonl?X-Amz-Date=1&X-Amz-Signature=5ec2e7&x=1 (Caused by",
+            "Max retries with url: /a.jsonl?X-Amz-Date=1&X-Amz-Signature=<hidden:X-Amz-Signature>&x=1 (Caused by",
+        ),
+        ("404, url='/c/a.jsonl?sv=2&sig=5ec2e7'", "404, url='/c/a.jsonl?sv=2&sig=<hidden:sig>'"),
+        ("{'Authorization': 'Bearer 5ec2e7'}", "{'Authorization': 'Bearer <hidden:Authorization>'}"),
+        ("AccountName=x;AccountKey=5ec2e7==;y", "AccountName=x;AccountKey=<hidden:AccountKey>"),
     ],
 )
 def test_secrets_go(text: str, clean: str) -> None:
@@ -47,6 +55,9 @@ def test_secrets_go(text: str, clean: str) -> None:
         "data/token=bpe/part-0.jsonl: 3 records",
         "outputs/sk-learn-experiments-of-may-2024/run",
         "mask_token: [MASK], unk_token='[UNK]'",
+        "abfs://container@account.dfs.core.windows.net/a.jsonl",
+        "hdfs://node:8020/a@b/c.jsonl",
+        "hf://datasets/a/b@main/c.jsonl",
     ],
 )
 def test_ordinary_text_stays(text: str) -> None:
@@ -92,6 +103,7 @@ SIGNED = [
     ("token", "https://host/a.jsonl?page=2&token=5ec2e7"),
     ("credentials", "https://me:5ec2e7@host/a.jsonl"),
     ("credentials", "s3://me:p@ss@5ec2e7:x@bucket/a.jsonl"),
+    ("credentials", "s3://AKIA:5ec2e7/pa+ss@bucket/a.jsonl"),
     ("credentials", "zip://a.jsonl::https://me:5ec2e7@host/a.zip"),
 ]
 

@@ -17,7 +17,7 @@ import pytest
 from neobert.data.errors import DataError
 from neobert.inference import embed
 from neobert.inference.embed import EmbedReport, EmbedSettings, check_output, embed_to_file
-from neobert.inference.jobs import JobError
+from neobert.inference.jobs import JobError, load_done, save_done
 from neobert.inference.model import Model
 from neobert.inference.texts import open_texts
 
@@ -183,3 +183,14 @@ def test_a_second_process_at_one_output_is_told_before_it_loads_the_model(
         first.kill()
     assert run(loaded, jsonl, output).num_texts == 30, "a lock ends with its process"
     assert not (tmp_path / ".v.npy.lock").exists()
+
+
+def test_parts_of_an_earlier_version_are_named_as_such(tmp_path: Path) -> None:
+    """Nobody can give a setting that was not recorded."""
+    file = tmp_path / "v.npy.parts" / "progress.json"
+    file.parent.mkdir()
+    save_done(file, {"pooling": "mean"}, {"num": 1})
+    now = {"pooling": "mean", "rows": "records", "split": None}
+    with pytest.raises(JobError, match=r"earlier version, .* \(rows not recorded\); delete .*v\.npy\.parts$"):
+        load_done(file, now)
+    assert load_done(file, {"pooling": "mean", "split": None}) == {"num": 1}

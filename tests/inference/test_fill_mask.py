@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from neobert.data.tokenizer import Tokenizer, train_tokenizer
-from neobert.inference.fill_mask import _encode, fill_mask
+from neobert.inference.fill_mask import _encode, fill_beginnings, fill_mask
 from neobert.inference.packed import hidden_states, vocabulary_logits
 from neobert.kernels.linear_cross_entropy import KERNELS
 from neobert.model.attention import ATTENTION
@@ -154,3 +154,13 @@ def test_a_mask_may_be_filled_with_a_mask(model: MaskedLM, tokenizer: Tokenizer)
     assert result.masks[0][0].token_id == tokenizer.mask_id
     assert result.masks == separate.masks
     assert result.masks[0] != result.masks[1]
+
+
+def test_a_shown_beginning_can_be_typed_to_predict(model: MaskedLM, tokenizer: Tokenizer) -> None:
+    """Its mask stands behind the space that is hidden with the token, and reads back to the same guesses."""
+    documents = [np.array(tokens, dtype=np.int32) for tokens in tokenizer.encode_batch([*TEXTS, "dogcatdogcat"])]
+    shown = fill_beginnings(model, tokenizer, documents, num_texts=4, top_k=2)
+    assert shown[0].text == "the cat [MASK] the dog"
+    again = fill_mask(model, tokenizer, [text.text for text in shown], top_k=2)
+    for first, second in zip(shown, again, strict=True):
+        assert [g.token_id for g in first.masks[0]] == [g.token_id for g in second.masks[0]]

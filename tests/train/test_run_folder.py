@@ -2,14 +2,19 @@
 
 import errno
 import os
+import shlex
 import shutil
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 
 from neobert.config.schema import Config
+from neobert.contrastive.finetune import next_commands
 from neobert.errors import StartupError
+from neobert.train.finish import pretraining_commands
 from neobert.train.loop import pretrain
 from neobert.train.run_folder import check_place, holds_run, set_aside
 
@@ -224,3 +229,10 @@ def test_a_folder_that_cannot_be_made_is_a_sentence(tiny: Tiny, tmp_path: Path, 
     (tmp_path / "dangling").symlink_to("nowhere")
     with pytest.raises(StartupError, match=rf"trainer.output_dir: .* cannot be (made|read) \(.*{words}"):
         pretrain(tiny(tmp_path / name, *SHORT))
+
+
+@pytest.mark.parametrize("commands", [pretraining_commands, next_commands])
+def test_the_next_commands_can_be_typed_for_any_folder(commands: Callable[[Any], list[str]], tmp_path: Path) -> None:
+    folder = tmp_path / "my runs; rm $HOME" / "it's"
+    run = SimpleNamespace(output_dir=folder, num_steps=2, config=Config())
+    assert all(any(word.startswith(str(folder)) for word in shlex.split(command)) for command in commands(run))
