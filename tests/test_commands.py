@@ -123,17 +123,17 @@ class _Typo(UserError):
     ("error", "settings", "code", "said"),
     [
         (_Typo("key: wrong"), {}, 2, "error: key: wrong"),
-        (_Typo("s3://user:hunter2@host/x is not there"), {}, 2, "error: s3://***@host/x is not there"),
+        (_Typo("s3://user:hunter2@host/x is not there"), {}, 2, "error: s3://<hidden:credentials>@host/x is not there"),
         (ValueError("--flag: wrong"), {"also": (ValueError,)}, 2, "error: --flag: wrong"),
         (FileNotFoundError(2, "No such file", "x"), {"also": (OSError,)}, 2, "error: x: No such file"),
         (
             OSError(28, "No space left on device", "x"),
             {"resumes": True},
             2,
-            "error: x: No space left on device; mend that, and the same command goes on where it was",
+            "error: x: No space left on device; fix that, and the same command resumes where it stopped",
         ),
         (KeyboardInterrupt(), {}, 130, "stopped"),
-        (KeyboardInterrupt(), {"resumes": True}, 130, "stopped; the same command goes on where it was"),
+        (KeyboardInterrupt(), {"resumes": True}, 130, "stopped; the same command resumes where it stopped"),
     ],
 )
 def test_one_way_out(

@@ -20,7 +20,7 @@ import re
 import sys
 from collections import Counter
 from collections.abc import Generator, Iterator, Mapping, Sequence
-from contextlib import closing
+from contextlib import closing, suppress
 from dataclasses import dataclass
 from itertools import islice
 from types import MappingProxyType
@@ -351,17 +351,16 @@ def _choose_own(found: Inspected, headers: Mapping[str, Header], column: str, sp
     for file in found:
         if file.url not in headers or (header := headers[file.url]).columns.count(column) == 1:
             continue
-        try:
-            if spec.text_column is not None or column in header.columns:
-                raise DataError("the column is decided")
-            own[file.url] = choose_text_column(*_columns(file, header, spec), None, file.url)[0]
-        except DataError as error:
-            names = ", ".join(header.columns)
-            problems[file.url] = f"has no column {column!r} (columns: {names})"
-            if spec.on_bad_shard == "error":
-                raise DataError(
-                    f"dataset.path: the header of {file.url} is {names}; every file needs column {column!r}, once"
-                ) from error
+        if spec.text_column is None and column not in header.columns:
+            with suppress(DataError):
+                own[file.url] = choose_text_column(*_columns(file, header, spec), None, file.url)[0]
+                continue
+        names = ", ".join(header.columns)
+        problems[file.url] = f"has no column {column!r} (columns: {names})"
+        if spec.on_bad_shard == "error":
+            raise DataError(
+                f"dataset.path: the header of {file.url} is {names}; every file needs column {column!r}, once"
+            )
     found.drop(problems)
     return own
 

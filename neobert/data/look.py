@@ -6,13 +6,13 @@ The name of a file says which format it has; that its content is something else 
 
 import codecs
 import io
-import json
 import re
 from contextlib import suppress
 from functools import lru_cache
 from itertools import islice
 from typing import Any, BinaryIO, NamedTuple
 
+from neobert.config.nesting import parse_json
 from neobert.data.decompress import DAMAGED, codec_of_content, codec_of_name
 from neobert.data.files import DataFile, cannot_read, kind_of_name
 from neobert.data.recode import CARRIAGE_RETURNS, VALUES, open_layers, split_values
@@ -204,14 +204,14 @@ def remedy_for_latin1(file: DataFile) -> str:
 def _json_layers(file: DataFile, layers: list[str], head: bytes) -> list[str]:
     """The layer that is needed where JSON does not stand one object a line."""
     lines = _first_lines(file, layers, head)
-    num_good = sum(isinstance(parse(line), dict) for line in lines)
+    num_good = sum(isinstance(_parse(line), dict) for line in lines)
     if lines and 2 * num_good >= len(lines):
         return []
     values: list[Any] = []
     with open_layers(file.open_raw(), layers) as opened:
         start = io.BytesIO(_read_up_to(opened, _VALUE_BYTES)[0])
     with suppress(OSError):  # The start ends in the middle of a value.
-        values.extend(parse(value) for value in islice(split_values(start), MAX_LINES))
+        values.extend(_parse(value) for value in islice(split_values(start), MAX_LINES))
     num_objects = sum(isinstance(value, dict) for value in values)
     is_list = not values and head.removeprefix(codecs.BOM_UTF8).lstrip()[:1] == b"["
     return [VALUES] if is_list or (num_objects > num_good and 2 * num_objects > len(values)) else []
@@ -230,11 +230,11 @@ def _first_lines(file: DataFile, layers: list[str], head: bytes) -> list[bytes]:
     return lines
 
 
-def parse(raw: bytes) -> Any:
+def _parse(raw: bytes) -> Any:
     """A JSON value; None where there is none."""
     try:
-        return json.loads(raw)
-    except (ValueError, RecursionError):
+        return parse_json(raw)
+    except ValueError:
         return None
 
 

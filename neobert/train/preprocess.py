@@ -13,9 +13,6 @@ from neobert.data.offline import PreparedSource, data_overrides, name_tokenizer,
 from neobert.data.pipeline import build_tokenizer
 from neobert.secrets import hide_credentials
 
-_TRACES = (".tmp-*/progress.json", "*/manifest.json", "tokenizer/trained_from.txt")
-"""What this command leaves in its output, in any of which it goes on."""
-
 
 def prepare(config: Config, config_name: str) -> tuple[list[PreparedSource], list[str]]:
     """Tokenises what the run of this config would read, and gives the overrides with which it reads that.
