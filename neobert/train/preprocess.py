@@ -1,11 +1,11 @@
 """The data that a config names, tokenised once, before the run that trains on it."""
 
 import shlex
-import sys
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
+from neobert import cli
 from neobert.config.load import split_arguments
 from neobert.config.schema import Config
 from neobert.data.encode import limit_threads
@@ -24,7 +24,7 @@ def prepare(config: Config, config_name: str) -> tuple[list[PreparedSource], lis
     limit_threads(config.dataset.num_proc)
     tokenizer = build_tokenizer(config, None, output)
     if tokenizer.note is not None:
-        print(f"warning: {tokenizer.note}", file=sys.stderr)
+        cli.say(f"warning: {tokenizer.note}")
     trained = config.tokenizer.train
     name = "trained" if trained else name_tokenizer(config.tokenizer)
     prepared = prepare_sources(config.dataset, tokenizer, output, tokenizer_name=name)
