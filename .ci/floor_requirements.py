@@ -17,4 +17,4 @@ for requirement, required in needed:
     if floor:
         print(f"{floor[1]}=={floor[2]}")
     elif required:
-        sys.exit(f"pyproject.toml: {requirement!r} names no lowest version; write {requirement}>=VERSION")
+        sys.exit(f"pyproject.toml: {requirement!r} names no lowest version; write NAME>=VERSION")

@@ -3,19 +3,22 @@
 import gzip
 import json
 import os
-from collections.abc import Callable
+import signal
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
 import torch
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
+# Commands ignore a signal that they were started to ignore. Tests send it, however pytest was started (`nohup pytest`).
+signal.signal(signal.SIGHUP, signal.SIG_DFL)
 # Models of a few thousand weights are faster on one core, and other work on the machine does not stall them. Child
 # processes inherit it: a resumed run is compared with one of this process bit for bit.
 os.environ["OMP_NUM_THREADS"] = "1"
 torch.set_num_threads(1)
-# Read when triton is imported, which the imports below do with some builds of torch: without a GPU its kernels run in the
-# interpreter.
+# Read when triton is imported, which the imports below do with some builds of torch: without a GPU its kernels run in
+# the interpreter.
 if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"
 
@@ -25,6 +28,14 @@ from small_corpus import make_texts
 from neobert.config.load import config_to_yaml, load_config, parse_config
 from neobert.config.schema import Config
 from neobert.data.tokenizer import train_tokenizer
+
+
+@pytest.fixture(scope="session", autouse=True)
+def cache_of_this_session(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    """What earlier runs of this user found out, and keep, is not known to a test."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("XDG_CACHE_HOME", str(tmp_path_factory.mktemp("cache")))
+        yield
 
 
 @pytest.fixture(scope="session")

@@ -63,6 +63,15 @@ def test_the_first_two_steps(path: Path, corpus: Path, tokenizer_folder: Path, t
     assert [0 < line["loss"] < 12 for line in lines if line["kind"] == "step"] == [True, True]
 
 
+FOR_A_GPU = ("neobert_paper_", "pretrain_neobert")
+
+
+def test_a_config_that_may_run_on_a_cpu_chooses_its_precision_there() -> None:
+    """bf16 is several times slower than fp32 on a CPU without instructions for it."""
+    on_gpu = [p for p in CONFIGS if p.stem.startswith(FOR_A_GPU) or p.stem.endswith("_gpu")]
+    assert {p.stem for p in CONFIGS if load_config(p).trainer.mixed_precision != "auto"} == {p.stem for p in on_gpu}
+
+
 VARIANTS = [(path, variant.name) for path in PLANS for variant in load_plan(path).variants]
 
 

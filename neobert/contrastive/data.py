@@ -16,6 +16,7 @@ from neobert.contrastive.rows import FORM_WORDS, Form
 from neobert.contrastive.store import PairStore, SetInfo, list_sets, sets_folder
 from neobert.data.batch_size import BatchSchedule, constant_batch
 from neobert.data.errors import DataError
+from neobert.data.inventory import NO_FILES, Inventory
 from neobert.data.lanes import State
 from neobert.data.loader import Loader, LoaderSettings, OrderIdentity, sum_counters
 from neobert.data.reader import Reader
@@ -61,6 +62,11 @@ class ContrastiveData:
         """Changes when the held-out examples change; None without any."""
         parts = [f"{part.key} {part.store.info.fingerprint} {part.first}:{part.last}" for part in self.held_out]
         return " ".join(parts) or None
+
+    @property
+    def inventory(self) -> Inventory:
+        """Prepared sets are no files of a user."""
+        return NO_FILES
 
     @property
     def labels(self) -> tuple[str, ...]:

@@ -1,11 +1,12 @@
 """Compiled blocks must have the gradients of eager ones: a small block shows it before a run trains.
 
-A compiler that computes wrong gradients does not say so, and the loss falls all the same: torch 2.11 did it to functions
-that returned what they had changed in place. So with `trainer.torch_compile` an encoder of the run's kind, but tiny, goes
-forward and backward eagerly and compiled, in the run's precision, with its attention and the options of its compiler.
+A compiler that computes wrong gradients does not say so, and the loss falls all the same: torch 2.11 did it to
+functions that returned what they had changed in place. So with `trainer.torch_compile` an encoder of the run's kind,
+but tiny, goes forward and backward eagerly and compiled, in the run's precision, with its attention and the options of
+its compiler.
 
-That takes seconds. A pass is kept in the user's cache folder, one file for what it depends on: machine, versions, code of
-the blocks, settings. A failure is not kept. Where nothing can be written, each start checks again.
+That takes seconds. A pass is kept in the user's cache folder, one file for what it depends on: machine, versions, code
+of the blocks, settings. A failure is not kept. Where nothing can be written, each start checks again.
 """
 
 import hashlib

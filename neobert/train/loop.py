@@ -79,6 +79,7 @@ def train(run: Run, job: Job) -> RunResult:
     with run.stop.listening():  # From here on a signal saves and stops.
         with sharing_errors(run.runtime):
             state = resume_or_start(run)
+            run.tracker.note_files(run.data.inventory.as_lines())
         reason = "finished" if state.step < run.num_steps else "complete"
         if evaluation_missing(run, state):
             log_evaluation(run, state, job.evaluate)

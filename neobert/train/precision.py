@@ -27,8 +27,8 @@ _ROWS, _FIRST_ROWS = 2048, 16
 
 _REPEATS = 5
 _SECONDS = 0.1
-"""Of one product at most. Without instructions for bf16 some CPUs make a thousandth of its operations, and 2,048 rows of
-a base-size model take half a minute."""
+"""Of one product at most. Without instructions for bf16 some CPUs are a hundred times slower in it, and 2,048 rows of a
+base-size model take half a minute."""
 
 
 def bind_precision(config: Config, checkpoint_config: Config | None, runtime: Runtime) -> tuple[Config, list[str]]:
@@ -63,8 +63,8 @@ def choose_precision(config: Config) -> tuple[str, str]:
     inner, outer = config.model.hidden_size, config.model.intermediate_size
     fp32, bf16 = (measure_product(_ROWS, inner, outer, dtype) for dtype in (torch.float32, torch.bfloat16))
     return choose_faster(fp32=fp32, bf16=bf16), (
-        f"products of up to {_ROWS} x {inner} x {outer} make {bf16 / 1e9:,.1f} GFLOP/s in bf16 and {fp32 / 1e9:,.1f} in fp32 "
-        f"on this CPU (bf16 is taken from {LEAST_GAIN} times as many)"
+        f"products of up to {_ROWS} x {inner} x {outer} make {bf16 / 1e9:,.1f} GFLOP/s in bf16 and {fp32 / 1e9:,.1f} "
+        f"in fp32 on this CPU (bf16 is taken from {LEAST_GAIN} times as many)"
     )
 
 

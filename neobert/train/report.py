@@ -47,7 +47,6 @@ def announce(run: Run) -> None:
     odd = [*warnings(config, total_steps=run.num_steps), *slow_reading(config, run.runtime.device.type)]
     for text in [*odd, *run.data.inventory.warnings()]:
         run.reporter.warn(text)
-    run.tracker.note_files(run.data.inventory.as_lines())
     write_config(config, run.runtime, run.output_dir)
 
 

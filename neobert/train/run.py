@@ -10,6 +10,7 @@ from torch.optim import Optimizer
 
 from neobert.config.schema import Config
 from neobert.data.batch_size import BatchSchedule
+from neobert.data.inventory import Inventory
 from neobert.data.lanes import State
 from neobert.data.loader import Loader, OrderIdentity
 from neobert.data.reader import Reader
@@ -63,6 +64,9 @@ class RunData(Protocol):
 
     @property
     def notes(self) -> tuple[str, ...]: ...
+
+    @property
+    def inventory(self) -> Inventory: ...
 
     @property
     def batch(self) -> BatchSchedule: ...

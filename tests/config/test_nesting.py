@@ -17,8 +17,8 @@ from neobert.weights.load import load_encoder_weights
 
 LAUGHS = "a0: &a0 [1, 1]\n" + "".join(f"a{n}: &a{n} [{', '.join([f'*a{n - 1}'] * 10)}]\n" for n in range(1, 9))
 ENDLESS = {
-    "flow": "model: " + "[" * 2000,
-    "closed": "model: " + "[" * 500 + "]" * 500,
+    "flow": "model: " + "[" * 400,
+    "closed": "model: " + "[" * 300 + "]" * 300,
     "mappings": "\n".join(" " * n + "a:" for n in range(2000)),
     "a few": "model: " + "{a: " * 25 + "1" + "}" * 25,
     "an anchor in itself": "model: &a {a: *a}",

@@ -145,7 +145,7 @@ def test_paths_and_names_are_saved_as_they_are_whatever_the_environment_holds(mo
     words = ["corpora", "wiki2024", "token=bpe", "my_token", "Secret-Garden", "api_key", "hf_data", "a b", "*.jsonl"]
     words += ["sk-learn-experiments-of-may-2024", "password", "s3://bucket", "key=7", "\u00fcber", "*"]
     base = ["tokenizer.train=true", "trainer.max_steps=1"]
-    for _ in range(40):
+    for _ in range(20):
         values = {
             key: "/".join(["x", *draw.choices(words, k=draw.randint(2, 4))])
             for key in ("dataset.path", "trainer.output_dir", "wandb.dir", "wandb.project", "model.name")

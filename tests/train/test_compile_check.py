@@ -53,7 +53,7 @@ def check(config: Config, runtime: Any) -> list[str]:
 
 
 def alone(config: Config) -> list[str]:
-    return check(config, types.SimpleNamespace(world=1, gather_objects=lambda value: [value]))
+    return check(config, types.SimpleNamespace(world=1, gather_objects=lambda value, **_: [value]))
 
 
 def test_a_broken_function_stops_a_run_before_its_first_step(

@@ -337,8 +337,8 @@ def test_held_out_documents_may_change_when_declared(tiny: Tiny, trained: Path, 
     out = tmp_path / "run"
     pretrain(resumed(tiny, trained, out, more, "trainer.resume_allow=[dataset.eval_samples]"))
     kinds = [e["event"] for e in events_of(out)]
-    assert kinds[:3] == ["inventory", "order_restarted", "resumed"]
-    assert {"split": "train", "column": "text"}.items() <= events_of(out)[0]["files"][0].items()
+    assert kinds[:3] == ["order_restarted", "resumed", "inventory"]
+    assert {"split": "train", "column": "text"}.items() <= events_of(out)[2]["files"][0].items()
     assert log_lines(out, "eval")[0]["num_documents"] == 20
 
 

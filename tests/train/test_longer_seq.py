@@ -12,6 +12,7 @@ from records import log_lines
 
 from neobert.config.load import config_to_yaml, load_config
 from neobert.config.schema import Config
+from neobert.data.inventory import NO_FILES
 from neobert.data.offline import PreparedSource
 from neobert.data.pipeline import build_tokenizer
 from neobert.data.spec import SourceSpec
@@ -90,7 +91,12 @@ def test_the_evaluation_split_stays_whole(
 def test_overrides_that_continue_a_run(tiny: Callable[..., Config]) -> None:
     subset = [
         PreparedSource(
-            folder=Path("long/256"), spec=SourceSpec(path=("x",)), train_split="train", eval_split=None, manifests={}
+            folder=Path("long/256"),
+            spec=SourceSpec(path=("x",)),
+            train_split="train",
+            eval_split=None,
+            manifests={},
+            inventory=NO_FILES,
         )
     ]
     old = tiny(Path("outputs/run"))
