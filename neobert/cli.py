@@ -24,7 +24,7 @@ INTERRUPTED = 130
 STOP_SIGNALS = (signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1)
 """Requests to stop: of a scheduler, of a terminal that is closed, and before a time limit."""
 
-_GOES_ON = "the same command goes on where it was"
+_RESUMES = "the same command resumes where it stopped"
 
 
 def run(main: Callable[[], int | None], *, also: tuple[type[Exception], ...] = (), resumes: bool = False) -> NoReturn:
@@ -42,11 +42,11 @@ def run(main: Callable[[], int | None], *, also: tuple[type[Exception], ...] = (
         with _stopped_by_signals():
             code = main() or 0
     except correctable as error:
-        mended = isinstance(error, OSError) and resumes
-        say(f"error: {_describe(error)}" + (f"; mend that, and {_GOES_ON}" if mended else ""))
+        is_passing = isinstance(error, OSError) and resumes
+        say(f"error: {_describe(error)}" + (f"; fix that, and {_RESUMES}" if is_passing else ""))
         code = WRONG_CALL
     except (KeyboardInterrupt, _Stopped) as stopped:
-        say(f"stopped; {_GOES_ON}" if resumes else "stopped")
+        say(f"stopped; {_RESUMES}" if resumes else "stopped")
         code = STOPPED if isinstance(stopped, _Stopped) else INTERRUPTED
     raise SystemExit(code)
 

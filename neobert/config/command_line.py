@@ -10,6 +10,7 @@ from neobert.config.reference import build_help
 from neobert.config.schema import Config
 from neobert.config.validate import warnings
 from neobert.output import print_result
+from neobert.secrets import scrub
 
 
 def parse_command_line(argv: Sequence[str], *, description: str, program: str | None = None) -> Config:
@@ -36,7 +37,7 @@ def parse_command_line(argv: Sequence[str], *, description: str, program: str | 
         _stop(str(error))
     if len(words) < len(argv):
         for warning in warnings(config):
-            print(f"warning: {warning}", file=sys.stderr)
+            print(scrub(f"warning: {warning}"), file=sys.stderr)
         print_result(config_to_yaml(config), end="")
         raise SystemExit(0)
     return config

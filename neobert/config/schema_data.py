@@ -133,8 +133,9 @@ class DatasetSection:
     memory: it is a bad record. The default is 64 MiB."""
 
     on_bad_shard: Literal["error", "skip"] = "error"
-    """A file that cannot be opened or decompressed, or that has no text in it. error: stop. skip: go on with the next
-    one, now and whenever this stretch is read again; the data state keeps the list of those that failed on the way."""
+    """A file that cannot be opened or decompressed, or that has no text in it. error: stop. skip: continue with the
+    next one, now and whenever this stretch is read again; the data state keeps the list of those that failed on the
+    way."""
 
     network_retries: int = 5
     """Times that a window is read again after a network error, with growing pauses, before the run stops."""

@@ -33,6 +33,7 @@ from neobert.contrastive.module import ContrastiveEncoder, Objective
 from neobert.contrastive.order import TrainSet
 from neobert.contrastive.reading import open_source
 from neobert.data.collate import Collator
+from neobert.data.errors import DataError
 from neobert.data.packing import SPECIALS_PER_SEGMENT
 from neobert.inference.load import DTYPES, choose_device, load
 from neobert.kernels.linear_cross_entropy import KERNELS
@@ -75,7 +76,7 @@ def make_rows(args: argparse.Namespace, count: int) -> tuple[list[PackedRow], in
     tokenizer = load(args.model, device="cpu").tokenizer
     examples = list(islice(open_source(PairSource(name=args.pairs)).examples, count))
     if len(examples) < count:
-        raise SystemExit(f"error: --pairs: {args.pairs} has {len(examples)} pairs, {count} are needed for a step")
+        raise DataError(f"--pairs: {args.pairs} has {len(examples)} pairs, {count} are needed for a step")
     tokens = tokenizer.encode_batch([text for x in examples for text in (x.anchor, str(x.positive))])
     tokens = [ids[: args.max_length - SPECIALS_PER_SEGMENT] for ids in tokens]
     ids = (tokenizer.cls_id, tokenizer.sep_id)

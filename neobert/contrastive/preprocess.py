@@ -6,13 +6,13 @@ may be prepared in parts, and a start after an interruption goes on with the set
 
 import re
 import shlex
-import sys
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from itertools import islice
 from pathlib import Path
 from typing import Any
 
+from neobert import cli
 from neobert.config.schema import Config
 from neobert.config.schema_contrastive import PairSource
 from neobert.contrastive.reading import HubRows, Opened, describes_columns, open_source, read_hub
@@ -148,8 +148,7 @@ def say_found(opened: Opened) -> None:
     """Prints what was found in the files of a set."""
     for note in opened.found.notes():
         print(f"{opened.label}: {note}")
-    for text in opened.found.warnings():
-        print(f"warning: {opened.label}: {text}", file=sys.stderr)
+    cli.say(*(f"warning: {opened.label}: {text}" for text in opened.found.warnings()))
 
 
 def preprocess_command(words: Sequence[str]) -> str:

@@ -23,7 +23,7 @@ from neobert.contrastive.rows import FORM_WORDS, Example, Form, RawRow, as_numbe
 from neobert.contrastive.sets import SETS
 from neobert.data.decompress import DAMAGED
 from neobert.data.delimited import read_header, read_rows
-from neobert.data.errors import DataError
+from neobert.data.errors import OR_SKIP_SHARD, DataError
 from neobert.data.files import DataFile, kind_of_name, local_file
 from neobert.data.intake import inspect_files
 from neobert.data.inventory import NO_FILES, FileReport, Inventory
@@ -36,10 +36,11 @@ from neobert.data.spec import SourceSpec
 from neobert.data.splits import SPLIT_WORDS, choose_train_split
 from neobert.data.text import RecordCounts, TooLong, check_length
 
-_BATCH_ROWS = 1024
-_DEFAULTS = DatasetSection()
 _KINDS = ("JSON", "CSV", "Parquet")
 _ENDINGS = ".jsonl, .json, .csv, .tsv (also compressed: .gz, .zst, .xz, .bz2), .parquet"
+
+_BATCH_ROWS = 1024
+_DEFAULTS = DatasetSection()
 
 _COLUMN_SAMPLE = 100
 """Rows whose columns are looked at."""
@@ -288,8 +289,7 @@ def _look_into(files: Sequence[DataFile], label: str) -> list[DataFile]:
 
 def _reworded(error: DataError) -> DataError:
     """The error in the words of `contrastive.sets`, where no file can be skipped."""
-    message = str(error).replace(", or pass over it with dataset.on_bad_shard: skip", "").replace("dataset.path: ", "")
-    message = message.replace(", or pass over them with dataset.on_bad_shard: skip", "")
+    message = str(error).replace(OR_SKIP_SHARD, "").replace("dataset.path: ", "")
     return DataError(message.replace("take it out of dataset.path", "take it away"))
 
 
@@ -317,7 +317,7 @@ def read_file(file: DataFile, limits: Limits) -> Iterator[RawRow]:
     try:
         yield from _usable(read(file, limits.max_record_bytes), limits)
     except (OSError, pa.ArrowException, *DAMAGED) as error:
-        raise DataError(f"{file.url} cannot be read ({error}); mend the file") from error
+        raise DataError(f"{file.url} cannot be read ({error}); correct the file") from error
 
 
 Found = Iterator[tuple[str, RawRow | None, str | None]]
@@ -366,7 +366,10 @@ def _usable(found: Iterable[tuple[str, RawRow | None, str | None]], limits: Limi
         DataError: there are too many of them.
     """
     for place, row, problem in found:
-        problem = problem or _find_problem(row, limits.max_record_bytes)
+        try:
+            problem = problem or _find_problem(row, limits.max_record_bytes)
+        except RecursionError:  # JSON is read deeper than Python follows it.
+            problem = "nested too deeply to be read"
         if problem is not None:
             limits.counts.add_bad(f"{place}: {problem}")
         elif row is not None:

@@ -21,7 +21,7 @@ from neobert.config.nesting import parse_json
 from neobert.config.schema_data import MAX_RECORD_BYTES
 from neobert.data.columns import choose_candidates, choose_text_column, split_schema
 from neobert.data.errors import DataError
-from neobert.data.fingerprint import Fingerprint, digest_documents
+from neobert.data.fingerprint import Fingerprint, digest_documents, spread
 from neobert.data.inventory import NO_FILES, Inventory
 from neobert.data.lanes import State
 from neobert.data.order import Permutation, key
@@ -201,8 +201,7 @@ class TokenStore:
 
     def _check_sample(self, tokenizer: Tokenizer) -> bool:
         """Looks at documents spread over the store; whether special tokens stand around them."""
-        documents = np.unique(np.linspace(0, max(0, len(self) - 1), _SAMPLE).astype(np.int64))[: len(self)]
-        sample = [content for d in documents.tolist() if len(content := self.content(d))]
+        sample = [content for d in spread(len(self), _SAMPLE) if len(content := self.content(d))]
         padding = {tokenizer.pad_id} - {tokenizer.cls_id, tokenizer.sep_id, tokenizer.unk_id}
         if any(int(tokens[-1]) in padding for tokens in sample):
             raise DataError(
@@ -227,7 +226,7 @@ class TokenStore:
         """As versions before this form made it: heads of 64 documents, and lengths of files."""
         digest = hashlib.sha256(f"{len(self)}\0".encode())
         digest.update(np.array([len(values) for values in self._values], dtype=np.int64).tobytes())
-        for document in np.unique(np.linspace(0, max(0, len(self) - 1), 64).astype(np.int64))[: len(self)].tolist():
+        for document in spread(len(self), 64):
             digest.update(self.content(document)[:4096].astype(np.int32).tobytes())
         return f"sha256:{digest.hexdigest()}"
 
@@ -332,8 +331,8 @@ class ArrowTexts(IndexedTexts):
     def _first_fingerprint(self) -> str:
         """As versions before this form made it: heads of 64 documents."""
         digest = hashlib.sha256(f"{len(self._texts)}\0".encode())
-        for document in np.unique(np.linspace(0, max(0, len(self._texts) - 1), 64).astype(int))[: len(self._texts)]:
-            digest.update(str(self._texts[int(document)].as_py())[:65536].encode("utf-8", "surrogatepass"))
+        for document in spread(len(self), 64):
+            digest.update(str(self._texts[document].as_py())[:65536].encode("utf-8", "surrogatepass"))
         return f"sha256:{digest.hexdigest()}"
 
     def __len__(self) -> int:

@@ -17,7 +17,7 @@ from typing import Any, BinaryIO, NamedTuple, cast
 import fsspec
 
 from neobert.data.decompress import CODECS, DAMAGED, TEXT_RATIO, codec_of_name, strip_codec
-from neobert.data.errors import DataError
+from neobert.data.errors import OR_SKIP_SHARD, DataError
 from neobert.data.recode import VALUES, open_layers
 from neobert.data.walk import LeftOut, is_hidden, walk
 
@@ -238,10 +238,7 @@ def cannot_read(file: DataFile, error: BaseException) -> str:
     """The sentence about a file that cannot be read."""
     verb = "decompressed" if isinstance(error, DAMAGED) else "read"
     reason = str(error).strip() or type(error).__name__
-    return (
-        f"{file.url} cannot be {verb} ({reason}); restore the file, take it out of dataset.path, or pass over it with "
-        "dataset.on_bad_shard: skip"
-    )
+    return f"{file.url} cannot be {verb} ({reason}); restore the file, take it out of dataset.path{OR_SKIP_SHARD}"
 
 
 def _list_remote(url: str) -> list[FoundFile]:

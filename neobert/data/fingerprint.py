@@ -65,13 +65,19 @@ def digest_documents(
     digest = hashlib.sha256(f"2\0{count}\0".encode())
     for array in lengths:
         digest.update(array.astype(np.int64).tobytes())
-    for document in np.unique(np.linspace(0, max(0, count - 1), _DOCUMENTS).astype(np.int64))[:count].tolist():
-        for block in _spread(content(document)):
+    for document in spread(count, _DOCUMENTS):
+        for block in _blocks(content(document)):
             digest.update(block)
     return f"sha256:{digest.hexdigest()}"
 
 
-def _spread(content: bytes | memoryview) -> Iterator[bytes | memoryview]:
+def spread(count: int, most: int) -> list[int]:
+    """At most so many of the numbers below `count`, evenly from the first to the last."""
+    numbers: list[int] = np.unique(np.linspace(0, max(0, count - 1), most).astype(np.int64))[:count].tolist()
+    return numbers
+
+
+def _blocks(content: bytes | memoryview) -> Iterator[bytes | memoryview]:
     """All of a short content, blocks of a long one."""
     if len(content) <= _BLOCKS * _BLOCK_BYTES:
         yield content

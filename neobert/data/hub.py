@@ -21,7 +21,7 @@ from huggingface_hub import HfApi
 
 from neobert.config.schema_data import MAX_RECORD_BYTES
 from neobert.data.columns import TEXT_COLUMNS, choose_candidates, choose_text_column
-from neobert.data.errors import DataError
+from neobert.data.errors import OR_SKIP_SHARD, DataError
 from neobert.data.files import fingerprint_files, local_file
 from neobert.data.lanes import State
 from neobert.data.network import is_transient, with_retries
@@ -88,7 +88,7 @@ class HubShard:
                 raise
             raise ShardFault(
                 f"shard {self.number} of the data set cannot be read ({type(error).__name__}: {error}); check the data "
-                "set, or pass over it with dataset.on_bad_shard: skip"
+                f"set{OR_SKIP_SHARD}"
             ) from error
 
     def _check(self, text: Any, number: int) -> tuple[str | None, str | None]:

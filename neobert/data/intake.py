@@ -9,11 +9,10 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from typing import Any, TypeVar
 
-import numpy as np
-
 from neobert.data.decompress import DAMAGED
-from neobert.data.errors import DataError
+from neobert.data.errors import OR_SKIP_SHARD, DataError
 from neobert.data.files import DataFile, cannot_read
+from neobert.data.fingerprint import spread
 from neobert.data.inventory import FileReport, name_some
 from neobert.data.look import Look, look
 from neobert.data.network import is_transient
@@ -43,7 +42,7 @@ class Inspected:
     @property
     def notes(self) -> list[str]:
         """For the console."""
-        return [f"{self.num_empty} empty files are passed over"] if self.num_empty else []
+        return [f"{self.num_empty} empty files are skipped"] if self.num_empty else []
 
     def to_sample(self) -> list[DataFile]:
         """The files whose records are looked at."""
@@ -109,10 +108,10 @@ def check_problems(problems: Mapping[str, str], spec: SourceSpec, *, left: int) 
         return
     named = [f"{url} {problem}" for url, problem in problems.items()]
     found = named[0] if len(named) == 1 else f"{len(named):,} files have no text that can be read: {name_some(named)}"
-    remedy = "take it out of dataset.path, or pass over it with dataset.on_bad_shard: skip"
+    remedy = f"take {'it' if len(named) == 1 else 'them'} out of dataset.path{OR_SKIP_SHARD}"
     if spec.on_bad_shard == "skip":
         remedy = "no other file is left in dataset.path"
-    raise DataError(f"{found}, {remedy if len(named) == 1 else remedy.replace(' it', ' them')}")
+    raise DataError(f"{found}, {remedy}")
 
 
 def read_all(files: Sequence[DataFile], read: Callable[[DataFile], Result]) -> list[Result]:
@@ -127,7 +126,7 @@ def choose_spread(files: Sequence[DataFile], most: int) -> list[DataFile]:
     """At most so many of the files, spread evenly."""
     if len(files) <= most:
         return list(files)
-    return [files[int(place)] for place in np.linspace(0, len(files) - 1, most).astype(int)]
+    return [files[number] for number in spread(len(files), most)]
 
 
 def _look(file: DataFile) -> Look:

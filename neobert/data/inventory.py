@@ -8,6 +8,7 @@ from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 from neobert.data.files import DataFile
+from neobert.secrets import hide_credentials, scrub
 
 _NAMED = 4
 """Files that a line names; the others are counted."""
@@ -96,7 +97,7 @@ class Inventory:
         return Inventory(files=tuple(files))
 
     def notes(self) -> list[str]:
-        """What was found, in a few lines."""
+        """What was found, in a few lines without secrets."""
         if not self.files:
             return []
         kept = [report for report in self.files if report.problem is None]
@@ -124,23 +125,24 @@ class Inventory:
         other = [f"{r.column!r} in {_short(r.url)}" for r in with_column if r.column != usual[0][0]]
         if other:
             lines.append(f"text from column {name_some(other)}")
-        return lines
+        return [scrub(line) for line in lines]
 
     def warnings(self) -> list[str]:
         """What somebody should know: files that are not read, and files with little text."""
         unread = [f"{_short(r.url)} ({r.problem})" for r in self.files if r.problem is not None]
         remarks = [f"{_short(r.url)} ({r.remark})" for r in self.files if r.problem is None and r.remark is not None]
         found = [f"{count_files(len(unread))} not read: {name_some(unread)}"] if unread else []
-        return found + ([f"{count_files(len(remarks))} to look at: {name_some(remarks)}"] if remarks else [])
+        found += [f"{count_files(len(remarks))} to look at: {name_some(remarks)}"] if remarks else []
+        return [scrub(text) for text in found]
 
     def as_lines(self) -> list[dict[str, Any]]:
         """Every file, for `events.jsonl`."""
         return [report.as_line() for report in self.files]
 
     def table(self) -> list[str]:
-        """Every file in a line, for people."""
+        """Every file in a line, for people, without secrets."""
         return [
-            " ".join([f"{line.pop('url')}:", ", ".join(f"{name} {_show(value)}" for name, value in line.items())])
+            scrub(f"{line.pop('url')}: {', '.join(f'{name} {_show(value)}' for name, value in line.items())}")
             for line in self.as_lines()
         ]
 
@@ -159,8 +161,8 @@ def count_files(number: int) -> str:
 
 
 def _short(url: str) -> str:
-    """The last two parts of a path."""
-    return "/".join(url.split("/")[-2:])
+    """The last two parts of a path; what signs an address is hidden while it is still known as one."""
+    return "/".join(hide_credentials(url).split("/")[-2:])
 
 
 def name_some(items: Iterable[str]) -> str:

@@ -1,9 +1,9 @@
 """JSON lines: one object a line, the text in one of its fields. `json_columns.py` chooses the field."""
 
-import json
 from collections.abc import Callable
 from typing import Any
 
+from neobert.config.nesting import parse_json
 from neobert.data.files import DataFile
 from neobert.data.lines import BOM, Entry
 from neobert.data.record_file import RecordFile
@@ -65,8 +65,8 @@ def parse_object(raw: bytes) -> tuple[dict[str, Any] | None, str | None]:
     if not raw.strip():
         return None, None
     try:
-        record = json.loads(raw.decode("utf-8"))
-    except (ValueError, RecursionError) as error:
+        record = parse_json(raw.decode("utf-8"))
+    except ValueError as error:
         return None, str(error)
     if not isinstance(record, dict):
         return None, f"a JSON object was expected, not {type(record).__name__}"

@@ -56,7 +56,7 @@ def _hold(path: Path, busy: str) -> Iterator[None]:
                 fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except BlockingIOError as error:
                 raise DataError(
-                    f"{busy}; wait until it ends, or stop it and start this command again, which goes on where it was"
+                    f"{busy}; wait until it ends, or stop it and start this command again, which resumes its work"
                 ) from error
             # The holder before may have removed the file between our opening and our locking.
             if not path.exists() or path.stat().st_ino != os.fstat(handle).st_ino:

@@ -6,13 +6,13 @@ The name of a file says which format it has; that its content is something else 
 
 import codecs
 import io
-import json
 import re
 from contextlib import suppress
 from functools import lru_cache
 from itertools import islice
 from typing import Any, BinaryIO, NamedTuple
 
+from neobert.config.nesting import parse_json
 from neobert.data.decompress import DAMAGED, codec_of_content, codec_of_name
 from neobert.data.files import DataFile, cannot_read, kind_of_name
 from neobert.data.recode import CARRIAGE_RETURNS, VALUES, open_layers, split_values
@@ -238,8 +238,8 @@ def _first_lines(file: DataFile, layers: list[str], head: bytes) -> list[bytes]:
 def _parse_any(raw: bytes) -> Any:
     """A JSON value, whatever its encoding, so that text in another one is named as that; None where there is none."""
     try:
-        return json.loads(raw.decode("utf-8", "replace"))
-    except (ValueError, RecursionError):
+        return parse_json(raw.decode("utf-8", "replace"))
+    except ValueError:
         return None
 
 

@@ -8,6 +8,8 @@ from typing import Self
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 
+from neobert.secrets import scrub
+
 LINE_SECONDS = 10.0
 """Between two lines where there is no terminal."""
 
@@ -19,7 +21,7 @@ class Meter:
     """
 
     def __init__(self, label: str, *, console: Console | None = None) -> None:
-        self._label = label
+        self._label = label = scrub(label)
         self._console = console or Console(file=sys.stderr, highlight=False)
         self._progress = Progress(
             TextColumn("{task.description}"),

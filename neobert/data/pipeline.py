@@ -54,10 +54,6 @@ class DataPipeline:
     """The files of all sources."""
 
     @property
-    def has_eval(self) -> bool:
-        return self.eval_set is not None
-
-    @property
     def eval_fingerprint(self) -> str | None:
         """Changes when the evaluation documents change; None without any."""
         return None if self.eval_set is None else self.eval_set.fingerprint

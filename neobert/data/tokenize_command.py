@@ -2,10 +2,10 @@
 
 import argparse
 import shlex
-import sys
 from pathlib import Path
 from typing import Any
 
+from neobert import cli
 from neobert.config.schema_data import DatasetSection
 from neobert.data.encode import limit_threads
 from neobert.data.errors import DataError
@@ -18,6 +18,7 @@ from neobert.data.spec import describe_source
 from neobert.data.text import WHOLE, Span
 from neobert.data.token_parts import check_parts, join_parts, part_folder
 from neobert.data.tokenizer import check_mask_token, load_tokenizer
+from neobert.secrets import scrub
 
 
 def run_tokenize(args: argparse.Namespace) -> None:
@@ -65,7 +66,7 @@ def _tokenize(args: argparse.Namespace) -> None:
     tokenizer = load_tokenizer(section)
     check_mask_token(tokenizer)
     if tokenizer.note is not None:
-        print(f"warning: {tokenizer.note}", file=sys.stderr)
+        cli.say(f"warning: {tokenizer.note}")
     split = open_text_split(spec, args.split, tokenizer)
     settings = PrepareSettings(
         max_document_chars=DatasetSection().max_document_chars,
@@ -78,9 +79,8 @@ def _tokenize(args: argparse.Namespace) -> None:
         max_documents=args.max_samples or spec.max_documents,
     )
     for note in [*split.source.inventory.notes(), *split.source.notes]:
-        print(note)
-    for text in split.source.inventory.warnings():
-        print(f"warning: {text}", file=sys.stderr)
+        print(scrub(note))
+    cli.say(*(f"warning: {text}" for text in split.source.inventory.warnings()))
     folder, part, span = args.output, args.shard, split.span
     if part is not None:
         check_parts(args.output, split.source.fingerprint, tokenizer, settings, part[1])

@@ -16,6 +16,8 @@ import transformers
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 from transformers.utils import cached_file
 
+from neobert.config.nesting import parse_json
+
 FILE = "tokenizer.json"
 CONFIG_FILE = "tokenizer_config.json"
 OWN_CLASS = "PreTrainedTokenizerFast"
@@ -195,7 +197,7 @@ def _read_class(folder: Path) -> str | None:
     if not path.is_file():
         return None
     try:
-        named = json.loads(path.read_text(encoding="utf-8")).get("tokenizer_class")
+        named = parse_json(path.read_text(encoding="utf-8")).get("tokenizer_class")
     except (ValueError, AttributeError) as error:
         raise ValueError(f"{path} is no JSON object ({_first_line(error)}); correct it") from error
     return None if named is None else str(named)

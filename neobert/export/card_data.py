@@ -9,6 +9,7 @@ from typing import Any
 import yaml
 from huggingface_hub import EvalResult, ModelCardData
 
+from neobert.config.nesting import load_plain_yaml
 from neobert.data.known_sets import KNOWN_SETS
 from neobert.export.choose import ExportError, Form
 from neobert.export.facts import RunFacts, datasets_on_hub, hub_model, model_on_hub, name_sources
@@ -70,7 +71,7 @@ def read_older_card(folder: Path) -> OlderCard:
     text = file.read_text(encoding="utf-8", errors="replace") if file.is_file() else ""
     matter, training = _FRONT_MATTER.search(text), _TRAINING.search(text)
     try:
-        data = yaml.safe_load(matter[1]) if matter is not None else {}
+        data = load_plain_yaml(matter[1]) if matter is not None else {}
     except yaml.YAMLError as error:
         raise ExportError(f"{file}: its front matter is no YAML ({error}); correct it, or remove the file") from error
     if not isinstance(data, dict):

@@ -3,13 +3,13 @@
 Nothing is guessed: a name counts as one of the hub only where it cannot be a path of the machine that trained.
 """
 
-import json
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from neobert.config.load import load_saved_config
+from neobert.config.nesting import parse_json
 from neobert.config.schema import Config
 from neobert.data.known_sets import KNOWN_SETS, choose_set, list_names
 from neobert.data.spec import PYTHON_STDLIB, describe_source, describe_sources
@@ -55,7 +55,7 @@ def load_run_facts(folder: Path, step: int | None, kind: str = "model") -> RunFa
     return RunFacts(
         config=load_saved_config(folder / "config.yaml"),
         step=step,
-        state=json.loads(state.read_text()) if state.is_file() else {},
+        state=parse_json(state.read_text()) if state.is_file() else {},
         records=records,
         evaluation=evaluations[-1] if evaluations else None,
     )
@@ -88,9 +88,10 @@ def _read_records(folder: Path, step: int | None) -> tuple[dict[str, Any], ...]:
 
 def _parse(line: str) -> dict[str, Any]:
     try:
-        return json.loads(line)
+        record = parse_json(line)
     except ValueError:  # The line that a run is writing just now.
         return {}
+    return record if isinstance(record, dict) else {}
 
 
 def model_on_hub(facts: RunFacts) -> str | None:

@@ -75,9 +75,9 @@ def _read(file: Path) -> dict[str, Any]:
     try:
         content = parse_json(file.read_text(encoding="utf-8")) if file.is_file() else {}
     except ValueError as error:
-        raise ExportError(f"{file} cannot be read ({error}); mend it") from error
+        raise ExportError(f"{file} cannot be read ({error}); correct it") from error
     if not isinstance(content, dict):
-        raise ExportError(f"{file} is no JSON object; mend it")
+        raise ExportError(f"{file} is no JSON object; correct it")
     return content
 
 

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import BinaryIO, NamedTuple
 
 from neobert.data.arrow import TokenStore
-from neobert.data.errors import DataError
+from neobert.data.errors import OR_SKIP_SHARD, DataError
 from neobert.data.lanes import State
 from neobert.data.lines import BOM
 from neobert.data.sources import list_splits
@@ -28,8 +28,7 @@ NAMED_RECORDS = 5
 
 # What a config calls by its key is an argument of a script.
 _WORDING = (
-    (", or pass over it with dataset.on_bad_shard: skip", ""),
-    (", or pass over them with dataset.on_bad_shard: skip", ""),
+    (OR_SKIP_SHARD, ""),
     ("dataset.text_column is null", "--text-column is not given"),
     ("dataset.text_column", "--text-column"),
     ("dataset.path", "input"),

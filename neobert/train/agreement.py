@@ -32,14 +32,14 @@ _MOST_LINES = 12
 
 
 class RankError(StartupError):
-    """Ranks differ, or another rank cannot continue. Raised on every rank, or by those that another one has told."""
+    """Ranks differ, or another rank cannot continue. Raised on every rank, or on those that learn it from another."""
 
 
 def exchange(runtime: "Runtime", value: T | None = None, *, failure: Exception | None = None) -> list[T]:
     """Every rank's picklable value in rank order, on every rank; waits for the slowest, however long that takes.
 
     Args:
-        failure: what keeps this rank from going on.
+        failure: why this rank cannot continue.
 
     Raises:
         RankError: another rank has a failure; the message is that rank's.

@@ -1,6 +1,6 @@
-"""The figures of a logging interval: sums over the steps since the last log line, and what they come to.
+"""The metrics of a logging interval: sums over the steps since the last log line, and what they come to.
 
-The sums are a part of the saved state. They grow by one step at a time, so a run that goes on from saved sums adds the
+The sums are a part of the saved state. They grow by one step at a time, so a run that resumes from saved sums adds the
 same numbers in the same order as one that was never stopped, and its next log line is the same bit for bit (all but
 what is measured with a clock).
 """
@@ -118,7 +118,7 @@ class Interval:
     """Mean in nats per predicted token, over all ranks; NaN where every step was skipped."""
 
     accuracy: float
-    """Share of the predictions that are right; meant only where they were counted."""
+    """Fraction of the predictions that are right; meant only where they were counted."""
 
     grad_norm: float | None
     """Of the last step that was not skipped."""
@@ -128,10 +128,10 @@ class Interval:
     num_skipped: int
     tokens_per_second: float
     data_wait: float
-    """Share of the time."""
+    """Fraction of the time."""
 
     packing_fill: float
-    """Share of the slots that hold real tokens."""
+    """Fraction of the slots that hold real tokens."""
 
     attended_length: float
     """Mean length of the document of a token."""
@@ -141,7 +141,7 @@ class Interval:
 
 
 def summarise(sums: IntervalSums) -> Interval:
-    """The figures of at least one step."""
+    """The metrics of at least one step."""
     targets, seconds = max(sums.num_counted_targets, 1), max(sums.seconds, 1e-9)
     return Interval(
         loss=sums.loss_sum / targets if sums.num_steps > sums.num_skipped else math.nan,

@@ -1,4 +1,4 @@
-"""A run goes on at a longer context, on the documents that are long enough for it.
+"""A run continues at a longer context, on the documents that are long enough for it.
 
 1. Of the training documents, those with at least `--min-length` tokens (half of the new length unless given) are
    written to a folder of their own, in source order. The evaluation split, where there is one, is kept whole, so that

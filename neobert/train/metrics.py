@@ -79,7 +79,7 @@ class MetricWindow:
         self.restore(IntervalSums())
 
     def restore(self, sums: IntervalSums) -> None:
-        """Goes on with sums that were saved; what was added since the last `read` is forgotten."""
+        """Continues with sums that were saved; what was added since the last `read` is forgotten."""
         self._pending.clear()
         self._sums, self._started, self._paused_at = sums, time.perf_counter(), None
 

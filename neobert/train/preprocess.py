@@ -1,20 +1,17 @@
 """The data that a config names, tokenised once, before the run that trains on it."""
 
 import shlex
-import sys
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
+from neobert import cli
 from neobert.config.load import split_arguments
 from neobert.config.schema import Config
 from neobert.data.encode import limit_threads
 from neobert.data.offline import PreparedSource, data_overrides, name_tokenizer, prepare_sources
 from neobert.data.pipeline import build_tokenizer
 from neobert.secrets import hide_credentials
-
-_TRACES = (".tmp-*/progress.json", "*/manifest.json", "tokenizer/trained_from.txt")
-"""What this command leaves in its output, in any of which it goes on."""
 
 
 def prepare(config: Config, config_name: str) -> tuple[list[PreparedSource], list[str]]:
@@ -27,7 +24,7 @@ def prepare(config: Config, config_name: str) -> tuple[list[PreparedSource], lis
     limit_threads(config.dataset.num_proc)
     tokenizer = build_tokenizer(config, None, output)
     if tokenizer.note is not None:
-        print(f"warning: {tokenizer.note}", file=sys.stderr)
+        cli.say(f"warning: {tokenizer.note}")
     trained = config.tokenizer.train
     name = "trained" if trained else name_tokenizer(config.tokenizer)
     prepared = prepare_sources(config.dataset, tokenizer, output, tokenizer_name=name)

@@ -15,6 +15,7 @@ from neobert.config.schema import Config
 from neobert.data.pipeline import build_tokenizer
 from neobert.data.reader import Reader
 from neobert.data.tokenizer import Tokenizer
+from neobert.secrets import scrub
 from neobert.train.build import build_config_data, choose_rows_per_step
 from neobert.train.micro_batch import shared_rows
 from neobert.types import IGNORE_INDEX, PackedBatch
@@ -47,7 +48,7 @@ def preview(config: Config) -> str:
         finally:
             loader.close()
     batches = [batch for batch in step.micro_batches if isinstance(batch, PackedBatch)]
-    lines = [*([] if tokenizer.note is None else [tokenizer.note]), *data.notes]
+    lines = [*([] if tokenizer.note is None else [tokenizer.note]), *map(scrub, data.notes)]
     lines += [*(f"warning: {text}" for text in data.inventory.warnings()), *data.inventory.table()]
     lines += describe_rows(batches[0], tokenizer)
     return "\n".join([*lines, *describe_mix(batches, config, tokenizer)])

@@ -1,12 +1,12 @@
 """What an output folder holds, and setting an earlier run aside: of a run only, and without losing any of it."""
 
 import glob
-import json
 import os
 from collections.abc import Iterator
 from contextlib import suppress
 from pathlib import Path
 
+from neobert.config.nesting import parse_json
 from neobert.config.schema import Config
 from neobert.data.sources import find_covering
 from neobert.errors import StartupError
@@ -104,7 +104,7 @@ def check_unused(config: Config, continuing: str) -> None:
     """Raises where a fresh start would mix with what is in the output folder.
 
     Args:
-        continuing: how to go on with the run there.
+        continuing: how to continue the run there.
 
     Raises:
         StartupError: there is a run that is not to be overwritten, or something that is no run of ours.
@@ -136,7 +136,7 @@ def _is_run(output_dir: Path) -> bool:
 def _starts_as_log(path: Path, key: str) -> bool:
     try:
         with path.open(encoding="utf-8") as lines:
-            first = json.loads(lines.readline(1_000_000))
+            first = parse_json(lines.readline(1_000_000))
     except (OSError, ValueError):
         return False
     return isinstance(first, dict) and {key, "step"} <= first.keys()

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from neobert.config.fields import FIELDS, SECTIONS
-from neobert.config.load import ConfigError, load_saved_config, save_config, without_secrets
+from neobert.config.load import ConfigError, config_to_yaml, load_saved_config, save_config, without_secrets
 from neobert.config.nesting import parse_json
 from neobert.config.schema import Config
 from neobert.errors import StartupError

@@ -17,6 +17,7 @@ from typing import Any, Protocol
 
 import torch
 
+from neobert.config.nesting import parse_json
 from neobert.config.schema import Config
 from neobert.model.peak import peak_flops
 from neobert.objectives.mlm import MaskedLM
@@ -58,7 +59,7 @@ class JsonLines:
         lines = []
         for text in self._path.read_text(errors="replace").splitlines():
             try:
-                line = json.loads(text)
+                line = parse_json(text)
             except ValueError:
                 continue
             if isinstance(line, dict) and isinstance(line.get("step"), int):

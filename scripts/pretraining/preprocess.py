@@ -10,6 +10,7 @@ from neobert import cli
 from neobert.config.command_line import parse_command_line
 from neobert.data.errors import DataError
 from neobert.output import print_result
+from neobert.secrets import scrub
 
 FLAGS = ("--debug", "--report")
 
@@ -29,7 +30,7 @@ def main() -> None:
     prepared, overrides = prepare(config, choose_config_name(words))
     for source in prepared:
         for note in source.inventory.notes():
-            print(f"{source.spec.label}: {note}")
+            print(scrub(f"{source.spec.label}: {note}"))
         cli.say(*(f"warning: {text}" for text in source.inventory.warnings()))
         for split, manifest in source.manifests.items():
             print(

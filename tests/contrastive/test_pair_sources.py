@@ -191,6 +191,16 @@ def test_a_file_of_bad_records_only_is_an_error_of_that_file(tmp_path: Path) -> 
         read(PairSource(name=str(tmp_path)))
 
 
+def test_a_record_that_is_read_and_is_too_deep_to_be_followed_is_a_bad_record(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    file = write(tmp_path / "rows.jsonl", {"anchor": "a", "positive": "p"})
+    with file.open("a") as rows:
+        rows.write('{"anchor": "b", "positive": "q", "more": ' + "[" * 700 + "]" * 700 + "}\n")
+    assert [e.anchor for e in read(PairSource(name=str(file)))] == ["a"]
+    assert "rows.jsonl:2: nested too deeply to be read" in caplog.text
+
+
 def test_bad_rows_of_libraries_are_counted_too(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     rows = [{"anchor": "a", "positive": ["p", "x" * 300]}, {"anchor": "b", "positive": ["q"]}]
     pq.write_table(pa.Table.from_pylist(rows), tmp_path / "x.parquet")

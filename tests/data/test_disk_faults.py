@@ -190,7 +190,7 @@ def test_empty_files_are_passed_over(tmp_path):
             open_source(folder)
     (tmp_path / "jsonl.gz" / "b.jsonl.gz").write_bytes(gzip.compress(b'{"text": "one"}\n{"text": "two"}\n'))
     source = open_source(tmp_path / "jsonl.gz")
-    assert source.notes == ["text from column 'text'", "1 empty files are passed over"]
+    assert source.notes == ["text from column 'text'", "1 empty files are skipped"]
     assert len(source.readers(Share(seed=1, num_lanes=None))) == 1
     assert [record.text for record in source.records()] == ["one", "two"]
 

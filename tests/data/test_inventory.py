@@ -15,6 +15,7 @@ import zstandard
 
 from neobert.data import columns, decompress, files, intake
 from neobert.data.errors import DataError
+from neobert.data.inventory import FileReport, Inventory
 from neobert.data.sources import list_data_files, list_splits
 from neobert.data.spec import SourceSpec
 from neobert.data.splits import find_split
@@ -49,6 +50,20 @@ def open_source(path, split="train", **values):
 
 def texts_of(source):
     return [record.text for record in source.records() if record.text]
+
+
+def test_what_is_said_of_addresses_has_no_secrets():
+    signed = "https://host/data/text.{}?X-Amz-Signature=5f3/a9c"
+    found = Inventory(
+        files=(
+            FileReport(url=signed.format("jsonl"), split="test", word="test", content=("xz",), column="a"),
+            FileReport(url=signed.format("csv"), split="train", column="b", remark=f"see {signed.format('csv')}"),
+            FileReport(url=signed.format("doc"), problem=".doc"),
+        )
+    )
+    said = "\n".join([*found.notes(), *found.warnings(), *found.table()])
+    assert said.count("<hidden:X-Amz-Signature>") == 10
+    assert "a9c" not in said
 
 
 READ = {

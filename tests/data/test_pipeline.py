@@ -279,7 +279,7 @@ def test_fingerprint_depends_on_documents_and_on_what_is_held_out(corpora, make_
 
 def test_evaluation_is_skipped_and_says_so(corpora, make_config, make_data):
     data = make_data(make_config(path=str(corpora["jsonl"])))
-    assert not data.has_eval
+    assert data.eval_set is None
     assert list(data.eval_batches()) == []
     assert "no evaluation" in " ".join(data.notes)
 

@@ -44,7 +44,9 @@ def test_an_evaluation_of_an_earlier_step_is_no_result_of_this_model(tiny: Tiny,
     folder.mkdir(parents=True)
     save_config(tiny(tmp_path / "run"), folder / "config.yaml")
     lines = [{"kind": "eval", "step": step, "loss": None, "accuracy": 0.5, "num_targets": 9} for step in (4, 12)]
-    (tmp_path / "run" / "log.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines) + '{"kind": "ev')
+    (tmp_path / "run" / "log.jsonl").write_text(
+        "".join(json.dumps(line) + "\n" for line in lines) + '[1]\n{"kind": "ev'
+    )
     facts = load_run_facts(folder, 8)
     assert facts is not None
     assert facts.evaluation == lines[0]
@@ -64,7 +66,11 @@ def test_the_language_is_what_the_call_says(runs: dict[str, Path], tmp_path: Pat
     assert (again.data.license, again.data.language, again.data.base_model) == ("mit", "de", "acme/base"), "kept"
     assert "## Training\n\nLong.\n\n## Use" in again.text
     assert "license: yours" not in again.content
-    for broken, said in (("a: [", "its front matter is no YAML"), ("- a", "its front matter is no mapping")):
+    for broken, said in (
+        ("a: [", "its front matter is no YAML"),
+        (f"a: {'[' * 2000}{']' * 2000}", "its front matter is no YAML .*nested more than"),
+        ("- a", "its front matter is no mapping"),
+    ):
         (done.folder / "README.md").write_text(text.replace("library_name: transformers", broken + "\nx: y"))
         if broken == "- a":
             (done.folder / "README.md").write_text("---\n- a\n---\n")
