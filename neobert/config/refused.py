@@ -29,6 +29,7 @@ RENAMED: dict[str, str] = {
 
 WORDS: dict[str, str] = {
     "adam_epsilon": "optimizer.eps",
+    "batch_size": "trainer.per_device_train_batch_size",
     "bf16": "trainer.mixed_precision",
     "block_size": "dataset.max_seq_length",
     "data_seed": "seed",
@@ -38,6 +39,7 @@ WORDS: dict[str, str] = {
     "dataset_path": "dataset.path",
     "dataset_prepared_path": "dataset.pre_tokenize_output",
     "dataset_processes": "dataset.num_proc",
+    "epochs": "trainer.num_train_epochs",
     "evaluation_strategy": "trainer.eval_strategy",
     "learning_rate": "optimizer.lr",
     "lr_scheduler": "scheduler.name",
@@ -63,6 +65,7 @@ WORDS: dict[str, str] = {
 """Words of transformers' and axolotl's configs, in any section or in none -> key; the value keeps its meaning."""
 
 EXPLAINED: dict[str, str] = {
+    "attn_implementation": "is written model.attn_backend: flash_attn_varlen (or sdpa)",
     "adam_beta1": "is the first number of optimizer.betas",
     "adam_beta2": "is the second number of optimizer.betas",
     "base_model": "is written model.init_from for the weights to start from, tokenizer.name or .path for the tokenizer",
@@ -71,13 +74,16 @@ EXPLAINED: dict[str, str] = {
     "do_eval": "is not a key: a run evaluates every trainer.eval_steps steps; remove it",
     "do_train": "is not a key: the script trains; remove it",
     "flash_attention": "is written model.attn_backend: flash_attn_varlen (or sdpa)",
+    "flash_attn": "is written model.attn_backend: flash_attn_varlen (or sdpa)",
     "fp16": "is refused: write trainer.mixed_precision: bf16 or no",
     "fsdp": "is not supported: start with torchrun for several processes; remove it",
     "line_by_line": "is written dataset.sample_by: line",
     "model_name_or_path": "is written model.init_from for the weights to start from, tokenizer.name or .path for the"
     " tokenizer",
     "optimizer_name": "is written optimizer.name",
+    "push_to_hub": "is not a key: scripts/export/export_hf.py has --push-to-hub",
     "report_to": "is not a key: trackers have their own sections; write wandb.enabled: true",
+    "torch_dtype": "is written trainer.mixed_precision: bf16, no or auto",
     "val_set_size": "is written dataset.eval_samples (a number of documents) or dataset.validation_split (a fraction)",
     "validation_file": "is not a key: name the file validation.jsonl and give its folder as dataset.path",
     "validation_split_percentage": "is written dataset.validation_split, a fraction: 0.05 for 5 percent",
