@@ -119,7 +119,7 @@ def open_jsonl(files: Sequence[DataFile], spec: SourceSpec) -> FileSource:
         DataError: there is no text column, or a file has no text.
     """
     found = inspect_files(files, spec)
-    samples = dict(read_samples(found, _sample))
+    samples = dict(read_samples(found, lambda file: _sample(file, spec.max_record_bytes)))
     found.is_sampled = True
     found.drop(
         {
@@ -146,7 +146,7 @@ def open_jsonl(files: Sequence[DataFile], spec: SourceSpec) -> FileSource:
         if file.url in columns:
             return columns[file.url]
         try:
-            column, problem = _choose_column(file, _sample(file), usual, spec)
+            column, problem = _choose_column(file, _sample(file, spec.max_record_bytes), usual, spec)
         except ShardFault:
             return usual  # Damaged, which is said where it is.
         if problem is not None:
@@ -157,9 +157,9 @@ def open_jsonl(files: Sequence[DataFile], spec: SourceSpec) -> FileSource:
 
 
 @lru_cache(maxsize=1 << 14)
-def _sample(file: DataFile) -> Fields:
+def _sample(file: DataFile, max_record_bytes: int) -> Fields:
     collector = _Collector()
-    sample = sample_lines(file, collector)
+    sample = sample_lines(file, collector, max_record_bytes)
     collector.fields.sample = sample
     return collector.fields
 
@@ -177,7 +177,7 @@ def _choose_usual(found: Inspected, samples: Mapping[DataFile, Fields], spec: So
         candidates = first.candidates(wanted)
         if not candidates or (wanted is not None and wanted not in candidates):
             names = TEXT_COLUMNS if wanted is None else (wanted,)
-            candidates = [*candidates, *_search_all(found.kept, names)]
+            candidates = [*candidates, *_search_all(found.kept, names, spec.max_record_bytes)]
     nested = next((file for file, fields in samples.items() if fields.num_objects == 1 and fields.inner_list), None)
     if not candidates and nested is not None:
         raise DataError(f"{nested.url} {_no_column(nested, samples[nested], '', spec)}")
@@ -188,7 +188,9 @@ def _first_records(found: Inspected) -> Fields:
     collector = _Collector()
     for file in found.kept:
         try:
-            with closing(FileShard(file, 0, collector).read(None)) as records:
+            with closing(
+                FileShard(file, 0, collector, max_record_bytes=found.spec.max_record_bytes).read(None)
+            ) as records:
                 for _ in records:
                     if collector.fields.num_objects == COLUMN_SAMPLE:
                         return collector.fields
@@ -213,7 +215,7 @@ def _choose_column(file: DataFile, fields: Fields, usual: str, spec: SourceSpec)
         return usual, f"has several text columns ({', '.join(own)}); name one with dataset.text_column"
     if usual in fields.texts or fields.others.get(usual) == "null":
         return usual, None  # Its texts are empty, and nothing is wrong.
-    later = _search(file, [usual, *names])
+    later = _search(file, [usual, *names], spec.max_record_bytes)
     return (usual, _no_column(file, fields, usual, spec)) if later is None else (later, None)
 
 
@@ -229,11 +231,11 @@ def _no_column(file: DataFile, fields: Fields, usual: str, spec: SourceSpec) -> 
     return f"has {missing} (columns: {', '.join(names) or 'none'}); {remedy}"
 
 
-def _search_all(files: Sequence[DataFile], names: Sequence[str]) -> list[str]:
+def _search_all(files: Sequence[DataFile], names: Sequence[str], max_record_bytes: int) -> list[str]:
     """The first of these columns with a text anywhere in the first files."""
     left = _SEARCH_BYTES
     for file in files:
-        if (name := _search(file, names)) is not None:
+        if (name := _search(file, names, max_record_bytes)) is not None:
             return [name]
         left -= file.text_bytes
         if left < 0:
@@ -241,12 +243,12 @@ def _search_all(files: Sequence[DataFile], names: Sequence[str]) -> list[str]:
     return []
 
 
-def _search(file: DataFile, names: Sequence[str]) -> str | None:
+def _search(file: DataFile, names: Sequence[str], max_record_bytes: int) -> str | None:
     """The first of these columns with a text anywhere in a file; of a very large file only its beginning is read, and
     the first name is believed."""
     limit = _SEARCH_REMOTE_BYTES if file.is_remote else _SEARCH_BYTES
     try:
-        with closing(FileShard(file, 0, _AnyOf(names)).read(None)) as records:
+        with closing(FileShard(file, 0, _AnyOf(names), max_record_bytes=max_record_bytes).read(None)) as records:
             for record in records:
                 if record.text is not None:
                     return record.text

@@ -280,7 +280,7 @@ def build_file_source(found: Inspected, form: LineFormat, notes: Sequence[str], 
         DataError: one has no text or cannot be read, and `spec.on_bad_shard` is error.
     """
     if not found.is_sampled:
-        check_samples(found, lambda file: sample_lines(file, form))
+        check_samples(found, lambda file: sample_lines(file, form, spec.max_record_bytes))
     fingerprint = fingerprint_files(found.kept, skip_unreadable=spec.on_bad_shard == "skip")
     source = FileSource(
         found.kept,
@@ -328,14 +328,18 @@ def read_samples(found: Inspected, read: Callable[[DataFile], Result]) -> list[t
     return samples
 
 
-def sample_lines(file: DataFile, form: LineFormat) -> Sample:
+def sample_lines(file: DataFile, form: LineFormat, max_record_bytes: int) -> Sample:
     """Samples a file of lines.
 
     Raises:
         ShardFault: it cannot be read.
     """
+
     # Line numbers count from where a place begins; counting those before would mean reading them.
-    return sample_file(file, lambda begin, end: FileShard(file, 0, form, begin, end), cuttable=form.cuttable)
+    def open_range(begin: int, end: int | None) -> FileShard:
+        return FileShard(file, 0, form, begin, end, max_record_bytes=max_record_bytes)
+
+    return sample_file(file, open_range, cuttable=form.cuttable)
 
 
 def is_hopeless(sample: Sample) -> bool:

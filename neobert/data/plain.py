@@ -108,7 +108,7 @@ def open_text(files: Sequence[DataFile], spec: SourceSpec) -> FileSource:
         DataError: a file has no text.
     """
     found = inspect_files(files, spec)
-    check_samples(found, _sample)
+    check_samples(found, lambda file: _sample(file, spec.max_record_bytes))
     others = ", ".join(word for word in SAMPLE_BY if word != spec.sample_by)
     unit = "file" if spec.sample_by == "document" else spec.sample_by
     note = f"one document a {unit} of plain text (dataset.sample_by: {spec.sample_by}; or {others})"
@@ -116,8 +116,8 @@ def open_text(files: Sequence[DataFile], spec: SourceSpec) -> FileSource:
 
 
 @lru_cache(maxsize=1 << 14)
-def _sample(file: DataFile) -> Sample:
-    return sample_lines(file, TextLines())  # Whatever a document is: lines tell the encoding.
+def _sample(file: DataFile, max_record_bytes: int) -> Sample:
+    return sample_lines(file, TextLines(), max_record_bytes)  # Whatever a document is: lines tell the encoding.
 
 
 def _is_blank(line: Line) -> bool:
