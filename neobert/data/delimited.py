@@ -43,6 +43,9 @@ _QUOTED_CELL = re.compile(r'"(?:[^"]|"")*"([,;\t|])')
 _MANY_LINES = 16
 """A row that is well formed and shorter than this is believed, whatever its lines look like."""
 
+_FEW_LINES = 4
+"""Between tabs, so many lines that are rows are rows, whatever quotation marks are in them."""
+
 _ROW_SHARE = 0.9
 """Of the lines in a quoted field: so many that are rows by themselves are rows."""
 
@@ -213,16 +216,17 @@ class _Taken:
 def _is_swallowed(lines: Sequence[str], header: Header, fits: bool) -> bool:
     """Whether the lines of a well-formed row are rows themselves, brought together by two stray quotation marks.
 
-    A row of commas that fits the header is believed unless it is long. In a text that was quoted on purpose, quotation
-    marks are doubled.
+    Between tabs quotes are the exception, elsewhere the rule. There a row that fits the header is believed unless it is
+    long, and so is a text with doubled quotation marks, which was quoted on purpose. A TSV of one column is its lines.
     """
-    if len(lines) < 2 or any('""' in line for line in lines):
+    is_rule = header.delimiter != "\t"
+    if len(lines) < 2 or (fits and is_rule and (len(header.columns) == 1 or len(lines) < _MANY_LINES)):
         return False
-    if fits and header.delimiter != "\t" and (len(lines) < _MANY_LINES or len(header.columns) == 1):
+    if (is_rule or len(lines) < _FEW_LINES) and any('""' in line for line in lines):
         return False
-    inner = lines[1:-1] or lines[1:]  # What follows the closing quotation mark says nothing about the others.
-    num_rows = sum(len(header.split(line)) == len(header.columns) for line in inner)
-    return num_rows >= _ROW_SHARE * len(inner)
+    are_rows = [len(header.split(line)) == len(header.columns) for line in lines]
+    inner = are_rows[1:-1] or are_rows[1:]  # What follows the closing quotation mark says nothing about the others.
+    return are_rows[0] and sum(inner) >= _ROW_SHARE * len(inner)
 
 
 def _skip_lines(file: RecordFile, count: int) -> tuple[int, int]:

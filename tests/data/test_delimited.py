@@ -1,5 +1,6 @@
 """CSV and TSV whose quotation marks, delimiters and fields are not as they should be: a fault costs one line."""
 
+import csv
 import gzip
 import json
 import random
@@ -32,6 +33,13 @@ QUOTES = {
         ['a "b"', "c\nd", "e\tf", 'g "h"\ti\n5\tj'],
         [],
     ),
+    "TSV whose text comes first": ("a.tsv", 'text\tid\n"a\nb"\t1\nc\t2\n', ["a\nb", "c"], []),
+    "doubled in rows between two in TSV": (
+        "a.tsv",
+        'id\ttext\n1\t"a\n2\tb ""b\n3\tc\n4\t""d\n5\te"\n6\tf\n',
+        ['"a', 'b ""b', "c", '""d', 'e"', "f"],
+        [],
+    ),
     "one column of TSV": ("a.tsv", 'text\na\n"b\nc\n"d"\n', ["a", '"b', "c", "d"], []),
     "to the end of the file": ("a.csv", 'id,text\n1,a\n2,"b\n3,c\n4,d\n', ["a", "c", "d"], [f"3: {NOT_CLOSED} (unex"]),
     "to the next quote": ("a.csv", 'id,text\n1,"a\n2,b\n3,"c,d"\n', ["b", "c,d"], [f"2: {NOT_CLOSED} (',' expected"]),
@@ -51,7 +59,7 @@ QUOTES = {
     ),
     "with another number of fields": (
         "a.csv",
-        'id,text,n\n1,"a\n2,b,0\n3,c",0,0\n4,d,0\n',
+        'id,text,n\n1,"a,0\n2,b,0\n3,c",0,0\n4,d,0\n',
         ["b", "d"],
         ["2: a quoted field takes in 3 lines", "4: 4 fields, and the header has 3"],
     ),
@@ -164,6 +172,26 @@ def test_many_lost_lines_are_an_error(tmp_path, make_config, make_data):
     loader = make_data(make_config(path=str(path), num_lanes=1, window_documents=100, max_bad_records=19)).loader()
     with pytest.raises(DataError, match=r"dataset.max_bad_records: 19, but 20 records .*a.csv:71: a quotation mark"):
         next(loader)
+
+
+@pytest.mark.parametrize("seed", [*range(20), *(pytest.param(n, marks=pytest.mark.full) for n in range(20, 1000))])
+def test_what_the_csv_module_writes_is_read_as_it_was(seed, tmp_path):
+    """Texts of quotation marks, delimiters and line ends, in files of one to four columns."""
+    draw = random.Random(seed)
+    parts = ["word", "a, b", 'said "hi"', "\n", "\r\n", ";", "\t", "|", " ", "é", '"', "''", "42", "\n\n", ",,"]
+    columns = draw.sample(["text", "id", "b", "c"], k=draw.randint(2, 4))
+    columns[0] = "text" if "text" not in columns else columns[0]
+    rows = [{name: str(draw.randrange(99)) for name in columns} for _ in range(30)]
+    for row in rows:
+        row["text"] = "".join(draw.choices(parts, k=draw.randint(1, 40)))
+    with (tmp_path / "a.csv").open("w", newline="") as file:
+        ends = draw.choice(["\n", "\r\n"])
+        writer = csv.DictWriter(file, columns, delimiter=draw.choice(",;|"), lineterminator=ends)
+        writer.writeheader()
+        writer.writerows(rows)
+    records = list(open_source(tmp_path, text_column="text").records())
+    assert [record.text for record in records] == [row["text"] if row["text"].strip() else None for row in rows]
+    assert not any(record.problem for record in records)
 
 
 def write_damaged(path, draw, delimiter):
