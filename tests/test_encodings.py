@@ -23,7 +23,7 @@ def ascii_locale(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_the_configs_of_a_run(tmp_path: Path) -> None:
     config = parse_config("", ["dataset.path=texte/\u00fcber.jsonl", "tokenizer.train=true", "trainer.max_steps=1"])
-    write_config(config, SimpleNamespace(is_main=True), tmp_path)  # type: ignore[arg-type]
+    write_config(config, SimpleNamespace(is_main=True), tmp_path, None)  # type: ignore[arg-type]
     assert load_config(tmp_path / "config.yaml") == config
     _text_writer("\u00fcber")(tmp_path / "saved.yaml")
     assert (tmp_path / "saved.yaml").read_bytes() == "\u00fcber".encode()

@@ -8,7 +8,6 @@ from pathlib import Path
 
 from neobert.config.nesting import parse_json
 from neobert.config.schema import Config
-from neobert.data.sources import find_covering
 from neobert.errors import StartupError
 from neobert.weights.folder import MODEL_FILE, checkpoint_steps
 from neobert.weights.manifest import MANIFEST
@@ -55,6 +54,8 @@ def check_place(config: Config) -> None:
             raise StartupError(f"{refused} is a part of the run in {parent}, which it would damage; choose another")
     if (real / MODEL_FILE).is_file() and not holds_run(real):
         raise StartupError(f"{refused} holds the weights {MODEL_FILE}: it is no folder of a run; choose another")
+    from neobert.data.sources import find_covering  # Reads data with libraries that a pipeline can do without.
+
     written = ("log.jsonl", "checkpoints/1/model_config.json")
     data = None if config.task == "contrastive" else config.dataset
     source = data and next((x for name in written if (x := find_covering(data, str(real / name))) is not None), None)

@@ -169,8 +169,8 @@ def test_an_export_with_other_sentence_files_is_exported_again(exports: dict[str
     assert [key for key, value in pooling.items() if value is True] == ["pooling_mode_cls_token"]
     for content, said in (
         ('{"pooling_mode_lasttoken": true}', r"1_Pooling/config.json: the pooling must be one of cls, mean, max"),
-        ("{", r"1_Pooling/config.json cannot be read \(.*\); mend it"),
-        ("[]", r"1_Pooling/config.json is no JSON object; mend it"),
+        ("{", r"1_Pooling/config.json cannot be read \(.*\); correct it"),
+        ("[]", r"1_Pooling/config.json is no JSON object; correct it"),
     ):
         (folder / "1_Pooling" / "config.json").write_text(content)
         with pytest.raises(ExportError, match=said):
