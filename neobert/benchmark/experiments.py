@@ -249,9 +249,17 @@ def _make(job: Job, config: Config, run: Path, data: Path) -> Outcome:
 def read_outcome(job: Job, run: Path, config: Config) -> Outcome:
     """What a finished run left behind. Raises PlanError when it was made with other settings."""
     # The file is read anew, not compared as text: keys that came later have their defaults in it.
-    if _what_is_made(load_config(run / "config.yaml")) != _what_is_made(without_secrets(config)):
+    saved = load_config(run / "config.yaml")
+    if _what_is_made(saved) != _what_is_made(_with_choices_of(saved, without_secrets(config))):
         raise PlanError(f"{run} holds a finished run with other settings than {job.name}; give another --output")
     return Outcome(**json.loads((run / SCORE).read_text()))
+
+
+def _with_choices_of(saved: Config, config: Config) -> Config:
+    """The config with what the saved run chose in the place of `auto`."""
+    names = ("mixed_precision", "per_device_train_batch_size")
+    chosen = {name: getattr(saved.trainer, name) for name in names if getattr(config.trainer, name) == "auto"}
+    return dataclasses.replace(config, trainer=dataclasses.replace(config.trainer, **chosen))
 
 
 def _what_is_made(config: Config) -> Config:
