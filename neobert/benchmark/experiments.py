@@ -37,6 +37,7 @@ from neobert.benchmark.trial import (
     parse_arguments,
     read_speed,
     score,
+    settle_precision,
     train,
 )
 from neobert.config.load import ConfigError, load_config, split_arguments, without_secrets
@@ -304,6 +305,9 @@ def main(argv: Sequence[str], description: str | None = None) -> int:
         if options.check:
             print("\n".join(job.name for variant in chosen.variants for job in grid(variant)))
             return 0
+        config = build_job_config(chosen, grid(chosen.variants[0])[0], place)
+        settled = settle_precision(config, sorted(place.output.glob("*/config.yaml")))
+        place = dataclasses.replace(place, overrides=(*place.overrides, *settled))
         for job, outcome in run_plan(chosen, place):
             print(f"{job.name}: {outcome.describe()}", file=sys.stderr, flush=True)
             table = write_results(plan, place, finished(plan, place))

@@ -24,6 +24,7 @@ from neobert.benchmark.trial import (
     parse_arguments,
     read_speed,
     score,
+    settle_precision,
     train,
 )
 from neobert.config.load import ConfigError, load_config
@@ -46,6 +47,7 @@ def main(argv: Sequence[str], description: str | None = None) -> int:
     options, overrides = parse_arguments(parser, argv)
     try:
         check_data(options.data)
+        overrides += settle_precision(load_config(options.file, [*overrides, "trainer.max_steps=1"]))
         num_steps = options.steps or measure_steps(
             options.file, overrides, seconds=options.seconds, steps=options.speed_steps
         )
