@@ -22,6 +22,7 @@ from neobert.benchmark.trial import (
     describe_machine,
     read_speed,
     score,
+    settle_precision,
     train,
 )
 from neobert.config.load import load_saved_config, without_secrets
@@ -98,9 +99,17 @@ def _make(job: Job, config: Config, run: Path, data: Path) -> Outcome:
 def read_outcome(job: Job, run: Path, config: Config) -> Outcome:
     """What a finished run left behind. Raises PlanError when it was made with other settings."""
     # The file is read anew, not compared as text: keys that came later have their defaults in it.
-    if _what_is_made(load_saved_config(run / "config.yaml")) != _what_is_made(without_secrets(config)):
+    saved = load_saved_config(run / "config.yaml")
+    if _what_is_made(saved) != _what_is_made(_with_choices_of(saved, without_secrets(config))):
         raise PlanError(f"{run} holds a finished run with other settings than {job.name}; give another --output")
     return Outcome(**json.loads((run / SCORE).read_text()))
+
+
+def _with_choices_of(saved: Config, config: Config) -> Config:
+    """The config with what the saved run chose in the place of `auto`."""
+    names = ("mixed_precision", "per_device_train_batch_size")
+    chosen = {name: getattr(saved.trainer, name) for name in names if getattr(config.trainer, name) == "auto"}
+    return dataclasses.replace(config, trainer=dataclasses.replace(config.trainer, **chosen))
 
 
 def _what_is_made(config: Config) -> Config:
@@ -133,6 +142,9 @@ def compare(plan: Plan, chosen: Plan, place: Place) -> str:
     Raises:
         Stopped: a run was interrupted; the next start goes on with it.
     """
+    config = build_job_config(chosen, grid(chosen.variants[0])[0], place)
+    settled = settle_precision(config, sorted(place.output.glob("*/config.yaml")))
+    place = dataclasses.replace(place, overrides=(*place.overrides, *settled))
     for job, outcome in run_plan(chosen, place):
         cli.say(f"{job.name}: {outcome.describe()}")
         table = write_results(plan, place, finished(plan, place))

@@ -11,12 +11,14 @@ interval is left out too, because a model is compiled and the data opened in it:
 import contextlib
 import json
 import sys
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from neobert.config.load import load_saved_config
 from neobert.config.schema import Config
 from neobert.data.encode import limit_threads
 from neobert.inference.load import load
@@ -24,6 +26,7 @@ from neobert.inference.mlm_loss import LossSettings, MlmLoss, mlm_loss
 from neobert.inference.scorer import OwnScorer
 from neobert.inference.texts import open_texts
 from neobert.train.loop import pretrain
+from neobert.train.precision import choose_precision
 
 HELD_OUT = LossSettings(mlm_probability=0.15, mask_all=True, max_length=512, truncate=True, max_documents=400)
 """What is asked of every model."""
@@ -61,6 +64,15 @@ def use_threads(count: int) -> None:
     """Threads of torch and of the tokenizer, in this process."""
     torch.set_num_threads(count)
     limit_threads(count)
+
+
+def settle_precision(config: Config, made: Sequence[Path] = ()) -> list[str]:
+    """The override that puts one precision in the place of `auto` for all runs that are compared: that of a config that
+    was `made` before, else what is faster here. Two runs that choose for themselves may choose differently."""
+    if config.trainer.mixed_precision != "auto":
+        return []
+    precision = load_saved_config(made[0]).trainer.mixed_precision if made else choose_precision(config)[0]
+    return [f"trainer.mixed_precision={precision}"]
 
 
 def check_data(data: Path) -> None:

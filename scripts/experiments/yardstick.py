@@ -25,13 +25,16 @@ def main() -> int:
     parser.add_argument("--steps", type=count, help="make so many steps, whatever the time: repeats an earlier run")
     parser.add_argument("--speed-steps", type=count, default=SPEED_STEPS, help="of the throw-away run (default 50)")
     options, overrides = parse_arguments(parser, sys.argv[1:])
-    load_config(options.file, [*overrides, "trainer.max_steps=1"])  # What is wrong is said before libraries are loaded.
-    from neobert.benchmark.trial import Stopped, check_data, use_threads
+    config = load_config(
+        options.file, [*overrides, "trainer.max_steps=1"]
+    )  # What is wrong is said before libraries are loaded.
+    from neobert.benchmark.trial import Stopped, check_data, settle_precision, use_threads
     from neobert.benchmark.yardstick import measure, measure_steps
     from neobert.train.exit_codes import EXIT_CODES
 
     use_threads(options.threads)
     check_data(options.data)
+    overrides += settle_precision(config)
     try:
         num_steps = options.steps or measure_steps(
             options.file, overrides, seconds=options.seconds, steps=options.speed_steps

@@ -11,7 +11,7 @@ from calls import call
 from neobert.benchmark import experiments, trial
 from neobert.benchmark.experiment_plan import Job, PlanError, Variant, grid, load_plan
 from neobert.benchmark.experiment_report import Outcome, best_outcomes, describe, draw
-from neobert.config.load import config_to_yaml
+from neobert.config.load import config_to_yaml, load_config
 from neobert.config.schema import Config
 from neobert.inference.mlm_loss import LossSettings
 
@@ -138,6 +138,23 @@ def test_runs_are_made_once_and_compared(
     assert json.loads((folder / "out" / "results.json").read_text())["runs"] == results["runs"]
     assert start(folder, "--model.dropout_prob", "0.1") == 2
     assert "holds a finished run with other settings" in capsys.readouterr().err
+
+
+def test_all_runs_of_a_plan_have_one_precision(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """On some CPUs bf16 is about as fast as fp32: runs that choose for themselves would not all choose the same."""
+    choices = iter(["bf16", "no", "no"])
+    monkeypatch.setattr(trial, "choose_precision", lambda config: (next(choices), "it is so"))
+    precision = ("--only", "masked", "--trainer.mixed_precision")
+    assert start(folder, *precision, "auto") == 0
+    made = [load_config(path).trainer.mixed_precision for path in (folder / "out").glob("*/config.yaml")]
+    assert made == ["bf16", "bf16"]
+
+    def train_nothing(config: Config) -> None:
+        raise AssertionError("a finished run is not made again")
+
+    monkeypatch.setattr(experiments, "train", train_nothing)
+    assert start(folder, *precision, "auto") == start(folder, *precision, "bf16") == 0
+    assert start(folder, *precision, "no") == 2
 
 
 def test_a_killed_run_goes_on_and_ends_as_one_left_alone(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
