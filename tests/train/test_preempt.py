@@ -384,7 +384,7 @@ def test_a_rank_whose_data_cannot_be_read_stops_the_others(tiny: Tiny, tmp_path:
         for rank, before in enumerate([lambda: None, lose_the_disk])
     ]
     assert [wait_for(child) for child in children] == [1, 1]
-    assert "RankError: rank 1: the disk is gone" in (tmp_path / "rank-0").read_text()
+    assert "RankError: rank 1: OSError: the disk is gone" in (tmp_path / "rank-0").read_text()
     assert "the disk is gone" in (tmp_path / "rank-1").read_text()
 
 
