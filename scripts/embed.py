@@ -27,7 +27,7 @@ def main() -> None:
     with open_texts(args.input, text_column=args.text_column, split=args.split) as texts:
         model = load(args.model, device=args.device, dtype=args.dtype, weights=args.weights)
         report = embed_to_file(model, texts, args.output, settings)
-        cli.say(*texts.notes, *texts.describe_gaps(f"rows of {'zeros' if args.output.suffix == '.npy' else 'nulls'}"))
+        cli.say(*texts.notes, *texts.describe_gaps("rows of zeros"))
     resumed = f" ({report.num_resumed:,} of them before the interruption)" if report.num_resumed else ""
     cut = f"; {report.num_truncated:,} were longer than the model and were cut" if report.num_truncated else ""
     cli.say(f"{report.num_texts:,} texts of {report.num_records:,} records{resumed} embedded to {args.output}{cut}")

@@ -8,7 +8,7 @@ chunks are put together in a temporary file, which takes the name of the output 
 | output | holds |
 |---|---|
 | `.npy` | fp32 `[records, H]`: row i is record i of the input, zeros where it has no text |
-| `.parquet` | `id` (number of the record, from 0), `text_sha256`, `embedding` (H floats); both null without a text |
+| `.parquet` | `id` (number of the record, from 0), `text_sha256`, `embedding` (H floats); null and zeros without a text |
 """
 
 import hashlib
@@ -62,7 +62,7 @@ class EmbedReport:
     """Rows, each of one record of the input."""
 
     num_texts: int
-    """Records with a text; the others have a row of zeros, or null."""
+    """Records with a text; the others have a row of zeros."""
 
     num_truncated: int
     """Texts longer than the model, of which the beginning was embedded."""
@@ -179,9 +179,8 @@ def _write_parquet(out: BinaryIO, parts: Path, chunks: Sequence[int], width: int
     with pq.ParquetWriter(out, pa.schema(fields)) as writer:
         for number in range(len(chunks)):
             with np.load(parts / f"{number:06d}.npz") as chunk:
-                empty, values = chunk["hashes"] == "", pa.array(chunk["vectors"].reshape(-1))
-                vectors = pa.FixedSizeListArray.from_arrays(values, width, mask=pa.array(empty))
-                hashes = pa.array(chunk["hashes"].tolist(), pa.string(), mask=empty)
+                vectors = pa.FixedSizeListArray.from_arrays(pa.array(chunk["vectors"].reshape(-1)), width)
+                hashes = pa.array(chunk["hashes"].tolist(), pa.string(), mask=chunk["hashes"] == "")
                 writer.write_table(pa.table([pa.array(chunk["ids"]), hashes, vectors], writer.schema))
 
 

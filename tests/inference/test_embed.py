@@ -65,8 +65,9 @@ def test_parquet_tells_the_record(loaded: Model, jsonl: Path, texts: list[str], 
     for gap in GAPS:
         hashes.insert(gap, None)
     assert table["text_sha256"].to_pylist() == hashes
-    assert [n for n, vector in enumerate(table["embedding"].to_pylist()) if vector is None] == GAPS
-    vectors = np.array(table["embedding"].drop_null().to_pylist(), dtype=np.float32)
+    vectors = np.array(table["embedding"].to_pylist(), dtype=np.float32)
+    assert not vectors[GAPS].any()
+    vectors = np.delete(vectors, GAPS, axis=0)
     expected = loaded.embed(texts[:30], pooling="cls", normalize=True).numpy()
     np.testing.assert_allclose(vectors, expected, rtol=1e-4, atol=1e-5)
 
