@@ -8,7 +8,7 @@ chunks are put together in a temporary file, which takes the name of the output 
 | output | holds |
 |---|---|
 | `.npy` | fp32 `[records, H]`: row i is record i of the input, zeros where it has no text |
-| `.parquet` | `id` (number of the record, from 0), `text_sha256`, `embedding` (H floats); null and zeros without a text |
+| `.parquet` | `id` (number of the record, from 0), `text_sha256`, `embedding` (H floats); null, zeros without text |
 """
 
 import hashlib
