@@ -98,3 +98,14 @@ def _stopped_by_signals() -> Iterator[None]:
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)
+
+
+EXIT_CODES: dict[str, int] = {
+    "finished": 0,
+    "complete": 0,
+    "disk": 74,
+    "preempted": STOPPED,
+    "out_of_time": STOPPED,
+    "numbers": 76,
+}
+"""How a run ended -> the exit code of the script."""

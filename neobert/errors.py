@@ -1,4 +1,4 @@
-"""The base of the errors that a user can correct."""
+"""The errors that a user can correct, one family."""
 
 from neobert.secrets import scrub
 
@@ -15,3 +15,11 @@ class UserError(Exception):
 
 class StartupError(UserError):
     """The run cannot start; the message names the key and the remedy."""
+
+
+class DataError(UserError, ValueError):
+    """Data or tokenizer cannot be used as configured; the message names the key, the value and the remedy."""
+
+
+OR_SKIP_SHARD = ", or set dataset.on_bad_shard: skip"
+"""The last remedy for a file that is no good; commands without that key drop it."""

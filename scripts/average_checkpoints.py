@@ -18,7 +18,7 @@ def main() -> None:
     parser.add_argument("--shares", type=float, nargs="+", help="weight of each, in the order of the steps")
     parser.add_argument("--weights", default="model", help="model, or ema for their moving averages (default model)")
     args = parser.parse_args()
-    from neobert.train.averaging import AverageRequest, average_checkpoints
+    from neobert.commands.average_checkpoints import AverageRequest, average_checkpoints
 
     request = AverageRequest(
         run=args.run,

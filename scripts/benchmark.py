@@ -16,7 +16,7 @@ from neobert.output import print_result
 def main() -> None:
     args = build_parser(__doc__).parse_args()
     settings = read_settings(args)
-    from neobert.benchmark.step import describe, measure_step
+    from neobert.benchmark.step_time import describe, measure_step
 
     with opened_rows(args) as source:
         figures = measure_step(settings, source)

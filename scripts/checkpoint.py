@@ -9,7 +9,7 @@ from neobert import cli
 
 def main() -> int:
     arguments = build_parser().parse_args()
-    from neobert.train.inspection import diff_checkpoints, list_run, prune_run, verify_run
+    from neobert.commands.inspect_checkpoints import diff_checkpoints, list_run, prune_run, verify_run
 
     whole = True
     if arguments.command == "verify":

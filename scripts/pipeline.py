@@ -8,7 +8,7 @@ import sys
 from pathlib import Path
 
 from neobert import cli
-from neobert.train.pipeline import load_pipeline, run_pipeline
+from neobert.commands.staged_run import load_pipeline, run_pipeline
 
 
 def main() -> int:

@@ -12,7 +12,7 @@ def main() -> None:
     parser.add_argument("run", type=Path, help="run folder (its newest checkpoint is used) or checkpoint folder")
     parser.add_argument("--row", type=int, required=True, help="row number, counted from 0 at the start of the run")
     arguments = parser.parse_args()
-    from neobert.train.replay import replay_row
+    from neobert.commands.replay import replay_row
 
     print_result(replay_row(arguments.run, arguments.row).describe())
 

@@ -15,11 +15,12 @@ LAYERS = [
     {"errors", "output"},
     {"model", "kernels"},
     {"config"},
-    {"types", "cli"},
+    {"types", "cli", "disk"},
     {"data", "objectives", "optim", "weights", "testing"},
     {"inference"},
     {"train"},
     {"contrastive", "export", "benchmark"},
+    {"commands"},
 ]
 LEVEL = {name: level for level, names in enumerate(LAYERS) for name in names}
 BARE = [
@@ -29,7 +30,7 @@ BARE = [
     "kernels.linear_cross_entropy",
     "objectives.mlm",
     "optim.optimizers",
-    "benchmark.step",
+    "benchmark.step_time",
     "benchmark.profile_analysis",
     "benchmark.step_command",
     "benchmark.loss_kernels",

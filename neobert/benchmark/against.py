@@ -27,9 +27,9 @@ import numpy as np
 import torch
 from transformers import EuroBertConfig, EuroBertForMaskedLM
 
-from neobert.benchmark.rows import RowShape, Tokens, make_batches
 from neobert.benchmark.settings import PRESETS, AgainstSettings, StepSettings
-from neobert.benchmark.step import RowSource, choose_clock, measure_step, peak_memory_bytes
+from neobert.benchmark.step_batches import RowShape, Tokens, make_batches
+from neobert.benchmark.step_time import RowSource, choose_clock, measure_step, peak_memory_bytes
 from neobert.config.schema_data import TokenizerSection
 from neobert.data.tokenizer import Tokenizer, load_tokenizer, padded_vocab_size
 from neobert.model.config import ModelConfig

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 from transformers import EuroBertConfig, EuroBertModel
 
-from neobert.data.lanes import IntArray
+from neobert.data.rows.lanes import IntArray
 from neobert.inference.model import Model
 from neobert.inference.packed import hidden_states, plan_batches
 

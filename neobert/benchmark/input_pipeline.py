@@ -25,8 +25,8 @@ import torch
 from datasets import disable_progress_bars, load_dataset
 
 from neobert.config.schema import Config
-from neobert.data.lanes import IntArray
-from neobert.data.reader import Reader
+from neobert.data.pipeline import Reader
+from neobert.data.rows.lanes import IntArray
 from neobert.data.tokenizer import Tokenizer
 from neobert.train.build import build_config_data
 

@@ -14,9 +14,9 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from neobert.cli import EXIT_CODES
 from neobert.config.load import load_config
 from neobert.errors import UserError
-from neobert.train.exit_codes import EXIT_CODES
 from neobert.train.loop import pretrain
 
 

@@ -15,9 +15,9 @@ from typing import NamedTuple
 import torch
 
 from neobert.benchmark.settings import SHAPES
-from neobert.benchmark.step import choose_clock
+from neobert.benchmark.step_time import choose_clock
 from neobert.kernels.linear_cross_entropy import KERNELS, PACKAGES, kernel_obstacle
-from neobert.train.host_memory import forget_peak, peak_bytes
+from neobert.train.memory import forget_peak, peak_bytes
 
 
 class Case(NamedTuple):

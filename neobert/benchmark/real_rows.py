@@ -5,12 +5,11 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
-from neobert.benchmark.step import RowSource
+from neobert.benchmark.step_time import RowSource
 from neobert.config.load import ConfigError, load_config
-from neobert.data.pipeline import build_tokenizer
-from neobert.data.reader import Reader
+from neobert.data.pipeline import Reader, build_tokenizer
+from neobert.errors import StartupError
 from neobert.train.build import build_config_data, build_model_config
-from neobert.train.runtime import StartupError
 from neobert.types import PackedBatch
 
 

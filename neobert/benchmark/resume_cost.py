@@ -13,9 +13,8 @@ from dataclasses import replace
 from pathlib import Path
 
 from neobert.config.schema import Config
-from neobert.data.lanes import State
-from neobert.data.pipeline import DataPipeline
-from neobert.data.reader import Reader
+from neobert.data.pipeline import DataPipeline, Reader
+from neobert.data.rows.lanes import State
 from neobert.data.tokenizer import Tokenizer
 from neobert.train.build import build_config_data
 

@@ -16,11 +16,11 @@ from statistics import median
 
 from neobert.config.load import parse_config
 from neobert.config.schema import Config
-from neobert.train.checkpoint import complete_save, save_checkpoint
+from neobert.train.checkpoint.resume import load_optimizer, load_weights, resume_or_start
+from neobert.train.checkpoint.save import complete_save, save_checkpoint
 from neobert.train.finish import finish
 from neobert.train.loop import training_steps
-from neobert.train.report import announce
-from neobert.train.resume import load_optimizer, load_weights, resume_or_start
+from neobert.train.pretraining import announce
 from neobert.train.run import Run, build_run
 from neobert.types import TrainState
 from neobert.weights.manifest import check_contents

@@ -10,7 +10,7 @@ from neobert.benchmark.flags import count, count_or_zero, device
 from neobert.benchmark.settings import PRESETS, StepSettings
 
 if TYPE_CHECKING:
-    from neobert.benchmark.step import RowSource
+    from neobert.benchmark.step_time import RowSource
 
 _OF_THE_ROWS = ("preset", "vocab_size", "tied", "length", "rows", "mean_document", "probability", "padded")
 """Settings that a config decides."""

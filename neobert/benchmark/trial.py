@@ -20,13 +20,13 @@ import torch
 
 from neobert.config.load import load_saved_config
 from neobert.config.schema import Config
-from neobert.data.encode import limit_threads
+from neobert.data.store.encode import limit_threads
 from neobert.inference.load import load
 from neobert.inference.mlm_loss import LossSettings, MlmLoss, mlm_loss
 from neobert.inference.scorer import OwnScorer
 from neobert.inference.texts import open_texts
 from neobert.train.loop import pretrain
-from neobert.train.precision import choose_precision
+from neobert.train.machine import choose_precision
 
 HELD_OUT = LossSettings(mlm_probability=0.15, mask_all=True, max_length=512, truncate=True, max_documents=400)
 """What is asked of every model."""

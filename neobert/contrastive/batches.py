@@ -19,10 +19,10 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from neobert.contrastive.order import Kind, TrainSet
-from neobert.data.collate import Collator, MaskPolicy, join_rows
-from neobert.data.lanes import IntArray
-from neobert.data.order import Words, extend_keys, key, mask_words, mix
+from neobert.contrastive.pair_order import Kind, TrainSet
+from neobert.data.rows.collate import Collator, MaskPolicy, join_rows
+from neobert.data.rows.lanes import IntArray
+from neobert.data.rows.order import Words, extend_keys, key, mask_words, mix
 from neobert.types import PackedBatch, PackedRow
 
 SLOTS_MULTIPLE = 64

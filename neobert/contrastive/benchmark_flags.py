@@ -4,7 +4,7 @@ import argparse
 from collections.abc import Sequence
 
 VARIANTS = ("unpadded", "padded", "cached", "whole", "accumulated")
-"""What can be measured; `neobert.contrastive.benchmark` says what each is."""
+"""What can be measured; `neobert.contrastive.pair_benchmark` says what each is."""
 
 
 def parse_flags(argv: Sequence[str], description: str) -> argparse.Namespace:

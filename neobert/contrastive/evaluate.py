@@ -4,6 +4,8 @@ Scored pairs give Spearman's correlation between cosine and score. Other pairs a
 anchor is a query, the collection is every different positive and negative of the set, and the positives of an anchor
 answer it. Texts are embedded as `scripts/embed.py` and an exported model would embed them, cut at
 `dataset.max_seq_length`. Processes share the texts out and put the vectors together, so their number does not matter.
+
+Figures of merit of embeddings: rank correlation with scores, and retrieval. numpy alone.
 """
 
 import argparse
@@ -16,16 +18,61 @@ import torch
 from numpy.typing import NDArray
 
 from neobert.config.schema_contrastive import PairSource
-from neobert.contrastive.data import ContrastiveData, HeldOut
-from neobert.contrastive.metrics import TOP, retrieval, spearman
+from neobert.contrastive.examples import Example, Form
+from neobert.contrastive.pair_data import ContrastiveData, HeldOut
 from neobert.contrastive.reading import open_source
-from neobert.contrastive.rows import Example, Form
-from neobert.data.errors import DataError
+from neobert.errors import DataError
 from neobert.inference.load import load
 from neobert.inference.model import Model
 from neobert.inference.packed import BATCH_TOKENS
 from neobert.train.agreement import exchange, sharing_errors
 from neobert.train.run import Run
+
+Floats = NDArray[np.floating[Any]]
+
+TOP = 10
+_QUERIES = 256
+"""Queries compared with the whole collection at once."""
+
+
+def ranks(values: Floats) -> NDArray[np.float64]:
+    """Ranks from 1; equal values share the mean of their ranks."""
+    order = np.argsort(values, kind="stable")
+    _, inverse, counts = np.unique(values, return_inverse=True, return_counts=True)
+    ends = np.cumsum(counts)
+    assert len(order) == ends[-1]
+    return ((ends - counts + 1 + ends) / 2)[inverse]
+
+
+def spearman(a: Floats, b: Floats) -> float:
+    """Spearman's rank correlation: Pearson's of the ranks; 0 where one of them is constant."""
+    first, second = ranks(a), ranks(b)
+    first, second = first - first.mean(), second - second.mean()
+    norm = float(np.sqrt((first**2).sum() * (second**2).sum()))
+    return float((first * second).sum()) / norm if norm else 0.0
+
+
+def retrieval(queries_QD: Floats, documents_CD: Floats, relevant: Sequence[Sequence[int]]) -> dict[str, float]:
+    """Mean nDCG@10 and mean reciprocal rank of the first relevant document, by scalar products.
+
+    Args:
+        relevant: numbers of the documents that answer each query, at least one.
+
+    Gains are 0 or 1, discounted by log2(1 + rank) (Järvelin & Kekäläinen, 2002). Equal products are ranked in the
+    order of the documents.
+    """
+    discounts = 1 / np.log2(np.arange(2, TOP + 2))
+    ndcg, reciprocal = [], []
+    for start in range(0, len(queries_QD), _QUERIES):
+        products = queries_QD[start : start + _QUERIES] @ documents_CD.T
+        orders = np.argsort(-products, axis=1, kind="stable")
+        for order, wanted in zip(orders, relevant[start : start + _QUERIES]):
+            hits = np.isin(order, list(wanted))
+            gain = float((hits[:TOP] * discounts[: len(hits)]).sum())
+            ndcg.append(gain / float(discounts[: len(wanted)].sum()))
+            reciprocal.append(1 / (1 + int(np.argmax(hits))))
+    return {f"ndcg@{TOP}": float(np.mean(ndcg)), "mrr": float(np.mean(reciprocal))}
+
 
 Embed = Callable[[Sequence[str]], NDArray[np.float32]]
 

@@ -19,9 +19,9 @@ from numpy.typing import NDArray
 
 from neobert.config.schema_contrastive import PairSource
 from neobert.contrastive.evaluate import check_max_length, embed_cut
+from neobert.contrastive.examples import Example
 from neobert.contrastive.reading import open_source
-from neobert.contrastive.rows import Example
-from neobert.data.errors import DataError
+from neobert.errors import DataError
 from neobert.inference.command_line import given
 from neobert.inference.load import load
 

@@ -20,8 +20,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from neobert.contrastive.batches import PairBatch
-from neobert.contrastive.gather import first_row, gather
-from neobert.contrastive.losses import cosent, info_nce, sum_over_blocks, sup_con
+from neobert.contrastive.losses import cosent, first_row, gather, info_nce, sum_over_blocks, sup_con
 from neobert.inference.pooling import choose_pooling
 from neobert.kernels.linear_cross_entropy import LinearCrossEntropy
 from neobert.model.encoder import Encoder

@@ -19,22 +19,21 @@ from datasets import Dataset, DatasetDict, load_dataset, load_from_disk
 
 from neobert.config.schema_contrastive import PairSource
 from neobert.config.schema_data import DatasetSection
-from neobert.contrastive.rows import FORM_WORDS, Example, Form, RawRow, as_number, as_text, choose_columns
-from neobert.contrastive.sets import SETS
-from neobert.data.decompress import DAMAGED
-from neobert.data.delimited import read_header, read_rows
-from neobert.data.errors import OR_SKIP_SHARD, DataError
-from neobert.data.files import DataFile, kind_of_name, local_file
-from neobert.data.intake import inspect_files
-from neobert.data.inventory import NO_FILES, FileReport, Inventory
-from neobert.data.jsonl import find_surrogate, parse_object
-from neobert.data.known_sets import KNOWN_SETS, choose_set
-from neobert.data.lines import BOM
-from neobert.data.record_file import RecordFile
-from neobert.data.sources import list_data_files
-from neobert.data.spec import SourceSpec
-from neobert.data.splits import SPLIT_WORDS, choose_train_split
-from neobert.data.text import RecordCounts, TooLong, check_length
+from neobert.contrastive.examples import FORM_WORDS, SETS, Example, Form, RawRow, as_number, as_text, choose_columns
+from neobert.data.source.codecs import DAMAGED
+from neobert.data.source.delimited import read_header, read_rows
+from neobert.data.source.files import DataFile, kind_of_name, local_file
+from neobert.data.source.formats import list_data_files
+from neobert.data.source.intake import inspect_files
+from neobert.data.source.inventory import NO_FILES, FileReport, Inventory
+from neobert.data.source.jsonl import find_surrogate, parse_object
+from neobert.data.source.known_sets import KNOWN_SETS, choose_set
+from neobert.data.source.lines import BOM
+from neobert.data.source.record_file import RecordFile
+from neobert.data.source.spec import SourceSpec
+from neobert.data.source.splits import SPLIT_WORDS, choose_train_split
+from neobert.data.source.text import RecordCounts, TooLong, check_length
+from neobert.errors import OR_SKIP_SHARD, DataError
 
 _KINDS = ("JSON", "CSV", "Parquet")
 _ENDINGS = ".jsonl, .json, .csv, .tsv (also compressed: .gz, .zst, .xz, .bz2), .parquet"

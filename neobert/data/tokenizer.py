@@ -17,9 +17,9 @@ from tokenizers import decoders, models, normalizers, pre_tokenizers, processors
 from transformers import PreTrainedTokenizerFast
 
 from neobert.config.schema import TokenizerSection
-from neobert.data.errors import DataError
-from neobert.data.lanes import IntArray
+from neobert.data.rows.lanes import IntArray
 from neobert.data.tokenizer_file import FILE, load_as_written
+from neobert.errors import DataError
 
 SPECIAL_TOKENS = {
     "pad_token": "[PAD]",

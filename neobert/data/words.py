@@ -16,8 +16,8 @@ from typing import Any
 
 import numpy as np
 
-from neobert.data.errors import DataError
 from neobert.data.tokenizer import Tokenizer
+from neobert.errors import DataError
 from neobert.types import WordEdges
 
 _METASPACE = "▁"

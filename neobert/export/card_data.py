@@ -10,7 +10,7 @@ import yaml
 from huggingface_hub import EvalResult, ModelCardData
 
 from neobert.config.nesting import load_plain_yaml
-from neobert.data.known_sets import KNOWN_SETS
+from neobert.data.source.known_sets import KNOWN_SETS
 from neobert.export.choose import ExportError, Form
 from neobert.export.facts import RunFacts, datasets_on_hub, hub_model, model_on_hub, name_sources
 

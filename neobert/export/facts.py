@@ -11,8 +11,8 @@ from typing import Any
 from neobert.config.load import load_saved_config
 from neobert.config.nesting import parse_json
 from neobert.config.schema import Config
-from neobert.data.known_sets import KNOWN_SETS, choose_set, list_names
-from neobert.data.spec import PYTHON_STDLIB, describe_source, describe_sources
+from neobert.data.source.known_sets import KNOWN_SETS, choose_set, list_names
+from neobert.data.source.spec import PYTHON_STDLIB, describe_source, describe_sources
 from neobert.weights.load import HUB_NAME
 
 _EVALUATIONS = {"model": "eval", "ema": "eval_ema"}

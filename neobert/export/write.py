@@ -20,8 +20,8 @@ from safetensors.torch import save_file
 from transformers import AutoModelForMaskedLM
 
 from neobert.config.schema import TokenizerSection
-from neobert.data.errors import DataError
 from neobert.data.tokenizer import Tokenizer, check_mask_token, load_tokenizer
+from neobert.errors import DataError
 from neobert.export.card import model_card
 from neobert.export.card_data import check_language
 from neobert.export.choose import ExportError, Form, choose_form

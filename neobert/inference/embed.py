@@ -23,8 +23,8 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from numpy.lib.format import write_array_header_1_0
 
-from neobert.data.errors import DataError
-from neobert.data.lock import check_no_writer, only_writer
+from neobert.disk import check_no_writer, only_writer
+from neobert.errors import DataError
 from neobert.inference.jobs import JobError, check_absent, load_done, progress_bar, save_done, write_whole
 from neobert.inference.model import Model
 from neobert.inference.packed import BATCH_TOKENS

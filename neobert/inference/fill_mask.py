@@ -11,7 +11,7 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
-from neobert.data.lanes import IntArray
+from neobert.data.rows.lanes import IntArray
 from neobert.data.tokenizer import Tokenizer, check_mask_token
 from neobert.inference.packed import BATCH_TOKENS, hidden_states, plan_batches, vocabulary_logits
 from neobert.objectives.mlm import MaskedLM

@@ -22,12 +22,12 @@ from typing import NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from neobert.data.collate import Collator, MaskPolicy, build_row
-from neobert.data.errors import DataError
-from neobert.data.lanes import IntArray, Window
-from neobert.data.order import Words, extend_keys, key, mask_words, uniforms
-from neobert.data.packing import Piece, best_fit, max_segments_per_row, split_documents
-from neobert.data.text import cut_text
+from neobert.data.rows.collate import Collator, MaskPolicy, build_row
+from neobert.data.rows.lanes import IntArray, Window
+from neobert.data.rows.order import Words, extend_keys, key, mask_words, uniforms
+from neobert.data.rows.packing import Piece, best_fit, max_segments_per_row, split_documents
+from neobert.data.source.text import cut_text
+from neobert.errors import DataError
 from neobert.inference.jobs import progress_bar
 from neobert.inference.packed import BATCH_TOKENS
 from neobert.inference.scorer import Scorer

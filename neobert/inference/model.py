@@ -16,7 +16,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from neobert.data.lanes import IntArray
+from neobert.data.rows.lanes import IntArray
 from neobert.data.tokenizer import Tokenizer
 from neobert.inference.fill_mask import FilledText, fill_mask
 from neobert.inference.packed import BATCH_TOKENS, hidden_states, plan_batches

@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from neobert.data.lanes import IntArray
+from neobert.data.rows.lanes import IntArray
 from neobert.model.segments import Segments
 from neobert.objectives.mlm import MaskedLM
 

@@ -25,10 +25,10 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from neobert.data.errors import DataError
-from neobert.data.lanes import IntArray
-from neobert.data.lock import only_writer
+from neobert.data.rows.lanes import IntArray
 from neobert.data.tokenizer import check_mask_token
+from neobert.disk import only_writer
+from neobert.errors import DataError
 from neobert.inference.jobs import check_absent, load_done, progress_bar, save_done
 from neobert.inference.model import Model
 from neobert.inference.packed import BATCH_TOKENS, hidden_states, plan_batches, token_losses

@@ -12,14 +12,14 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import BinaryIO, NamedTuple
 
-from neobert.data.arrow import TokenStore
-from neobert.data.errors import OR_SKIP_SHARD, DataError
-from neobert.data.lanes import State
-from neobert.data.lines import BOM
-from neobert.data.sources import list_splits
-from neobert.data.spec import describe_source
-from neobert.data.splits import check_split
-from neobert.data.text import Span, TextSource
+from neobert.data.rows.lanes import State
+from neobert.data.source.formats import list_splits
+from neobert.data.source.lines import BOM
+from neobert.data.source.spec import describe_source
+from neobert.data.source.splits import check_split
+from neobert.data.source.text import Span, TextSource
+from neobert.data.store.arrow import TokenStore
+from neobert.errors import OR_SKIP_SHARD, DataError
 
 STDIN = "-"
 

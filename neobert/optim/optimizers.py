@@ -1,16 +1,59 @@
-"""Optimizers by name. The learning rate they are built with is the peak; the train step sets it anew at every step."""
+"""Optimizers by name. The learning rate they are built with is the peak; the train step sets it anew at every step.
 
-from collections.abc import Callable, Mapping
+An optimizer step that the device itself can leave out.
+
+Whether a step counts is known on the device only, and asking would make the host wait. torch's fused optimizers read a
+flag, `found_inf`, inside their kernel, as gradient scalers use it: where it is 1, parameters, moments and the count of
+steps keep every bit. An optimizer of another kind says that it does the same with `_step_supports_amp_scaling = True`.
+
+Matrices that return to the unit sphere after every optimizer step, for the normalised model.
+"""
+
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
+from torch.optim import Optimizer
 
 from neobert.config.schema_optimizer import MUON
+from neobert.model.ngpt import UnitMatrix, normalise_
 from neobert.optim.groups import OwnSettings, build_parameter_groups
 from neobert.optim.muon import Muon, MuonSettings
 from neobert.optim.stable_adamw import StableAdamW
+
+
+def step_unless(optimizer: Optimizer, skip: Tensor) -> None:
+    """`optimizer.step()`, without any effect where `skip` (bool scalar on the device) is true; no host sync.
+
+    Raises:
+        TypeError: the optimizer does not read the flag.
+    """
+    if not getattr(optimizer, "_step_supports_amp_scaling", False):
+        raise TypeError(
+            f"{type(optimizer).__name__} cannot leave out a step on the device: build it with fused=True, or let its "
+            "step read `found_inf` and set `_step_supports_amp_scaling`"
+        )
+    # Written here and by gradient scalers only; the optimizer reads it with getattr.
+    setattr(optimizer, "found_inf", skip.to(torch.float32))  # noqa: B010
+    optimizer.step()
+
+
+def keep_unit_length(optimizer: Optimizer, matrices: Sequence[UnitMatrix]) -> None:
+    """Has `optimizer.step()` end with `normalise_(matrices)`, on the device, in whatever loop it is called.
+
+    A step that is left out (see `neobert.optim.optimizers`) leaves the matrices alone too, to the last bit: scaled once
+    more they could differ by a rounding error. Without matrices nothing is added to the step.
+    """
+    if matrices:
+
+        def scale(optimizer: Optimizer, *_: Any) -> None:
+            # The flag is there once `step_unless` has made a step.
+            normalise_(matrices, unless=getattr(optimizer, "found_inf", None))
+
+        optimizer.register_step_post_hook(scale)
+
 
 Groups = list[dict[str, Any]]
 

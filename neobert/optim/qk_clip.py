@@ -13,7 +13,7 @@ A bound made of the norms of queries and keys would be cheaper, but it lies abov
 are well; a few sampled documents would miss the outliers that are looked for. The price of being exact is paid in every
 n-th step only. Which steps those are is a function of the step's number.
 
-Nothing waits for the device, and a step that is left out (see `neobert.optim.gating`) clips nothing.
+Nothing waits for the device, and a step that is left out (see `neobert.optim.optimizers`) clips nothing.
 
 Legend: B rows, S slots of a row, T = B * S, L layers, N heads, D head size, H hidden size.
 """

@@ -11,29 +11,28 @@ from torch.optim import Optimizer
 from neobert.config.schema import Config
 from neobert.config.schema_optimizer import MUON, GroupSection
 from neobert.config.schema_trainer import TrainerSection
-from neobert.data.batch_size import BatchSchedule
-from neobert.data.order import key
-from neobert.data.pipeline import DataPipeline, build_data
-from neobert.data.reader import Reader
+from neobert.data.pipeline import DataPipeline, Reader, build_data
+from neobert.data.rows.batch_size import BatchSchedule
+from neobert.data.rows.order import key
 from neobert.data.tokenizer import Tokenizer, padded_vocab_size
 from neobert.data.words import build_word_edges
+from neobert.errors import StartupError
 from neobert.kernels.linear_cross_entropy import KERNELS, choose_kernel
 from neobert.model.attention import AttentionBackend, choose_attention
 from neobert.model.config import ModelConfig
 from neobert.model.encoder import Encoder
 from neobert.objectives.masking import MaskPolicy
 from neobert.objectives.mlm import MaskedLM
-from neobert.optim.averaging import WeightAverage
 from neobert.optim.groups import ROLES, OwnSettings
+from neobert.optim.moving_average import WeightAverage
 from neobert.optim.muon import MuonSettings
-from neobert.optim.optimizers import build_optimizer
+from neobert.optim.optimizers import build_optimizer, keep_unit_length
 from neobert.optim.qk_clip import ClipSettings, QKClip
 from neobert.optim.schedule import Schedule, build_schedule
-from neobert.optim.unit_length import keep_unit_length
-from neobert.train.console import Reporter
-from neobert.train.runtime import Runtime, StartupError, choose_device_type, compute_dtype
-from neobert.train.tracking import Sink
-from neobert.train.wandb_sink import WandbSink
+from neobert.train.machine import Runtime, choose_device_type, compute_dtype
+from neobert.train.record.console import Reporter
+from neobert.train.record.tracking import Sink
+from neobert.train.record.wandb_sink import WandbSink
 
 
 def choose_rows_per_step(config: Config, world: int) -> int:

@@ -27,13 +27,14 @@ import torch
 from torch import Tensor
 
 from neobert.config.schema import Config
+from neobert.errors import StartupError
 from neobert.model.attention import AttentionBackend
 from neobert.model.config import ModelConfig
 from neobert.model.encoder import Encoder
 from neobert.model.segments import Segments
 from neobert.train.agreement import exchange
 from neobert.train.build import choose_compile_options, compile_blocks
-from neobert.train.runtime import Runtime, StartupError, compute_dtype
+from neobert.train.machine import Runtime, compute_dtype
 
 KNOWN_RIGHT = "2.13"
 """A release of torch in which all tests of compiled gradients pass."""

@@ -16,13 +16,12 @@ from torch import Tensor
 
 from neobert.config.schema import Config, ModelSection, TokenizerSection
 from neobert.config.validate import validate
-from neobert.data.errors import DataError
-from neobert.data.order import key
+from neobert.data.rows.order import key
 from neobert.data.tokenizer import Tokenizer, load_tokenizer
+from neobert.errors import DataError, StartupError
 from neobert.model.config import ARCHITECTURE, ModelConfig
 from neobert.model.ngpt import normalise_
 from neobert.objectives.mlm import MaskedLM
-from neobert.train.runtime import StartupError
 from neobert.weights.describe import WeightsError
 from neobert.weights.load import EncoderWeights, load_encoder_weights
 from neobert.weights.tiling import TILED, tile_weights

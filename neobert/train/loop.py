@@ -11,25 +11,21 @@ import torch
 from torch.profiler import record_function
 
 from neobert.config.schema import Config
-from neobert.data.loader import Loader
-from neobert.data.order import step_seed
+from neobert.data.rows.loader import Loader
+from neobert.data.rows.order import step_seed
+from neobert.errors import StartupError
 from neobert.testing.faults import fault_point
 from neobert.train.agreement import exchange, sharing_errors
-from neobert.train.checkpoint import complete_save, save_checkpoint, save_is_due
-from neobert.train.copies import BatchCopier
-from neobert.train.evaluate import evaluate, log_evaluation
-from neobert.train.finish import finish, pretraining_commands
-from neobert.train.identity import as_int64, check_next_batch
+from neobert.train.checkpoint.identity import as_int64, check_next_batch
+from neobert.train.checkpoint.resume import resume_or_start, roll_back
+from neobert.train.checkpoint.save import complete_save, save_checkpoint, save_is_due
+from neobert.train.finish import finish, pretraining_commands, stop_early
 from neobert.train.memory import memory_explained
-from neobert.train.metrics import Evaluation
-from neobert.train.profiling import DATA_WAIT, profiled
-from neobert.train.report import announce
-from neobert.train.resume import resume_or_start
-from neobert.train.rollback import roll_back
+from neobert.train.pretraining import announce, evaluate, log_evaluation
+from neobert.train.record.metrics import Evaluation
+from neobert.train.record.profiling import DATA_WAIT, profiled
 from neobert.train.run import Run, build_run
-from neobert.train.runtime import StartupError
-from neobert.train.step import train_step
-from neobert.train.stopping import stop_early
+from neobert.train.step import BatchCopier, train_step
 from neobert.types import StepBatch, StepMetrics, TrainState
 
 

@@ -1,12 +1,101 @@
-"""What to say when the memory does not suffice."""
+"""What to say when the memory does not suffice.
 
+Memory of this process and of this machine on a CPU, as Linux tells it, and the errors that end in the lack of it.
+
+What a control group leaves (containers, batch systems) counts when it is less than what the machine has free. Page
+cache that can be dropped counts as free.
+"""
+
+import ctypes
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Literal
+from pathlib import Path
+from typing import TYPE_CHECKING, Literal
 
-from neobert.train.host_memory import is_out_of_memory
-from neobert.train.run import Run
+import torch
+
 from neobert.types import MicroBatch
+
+if TYPE_CHECKING:
+    from neobert.train.run import Run
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether an allocator gave up: torch's on a GPU, torch's on a CPU, or Python's."""
+    return isinstance(error, MemoryError | torch.OutOfMemoryError) or "can't allocate memory" in str(error)
+
+
+def available_bytes(root: Path = Path("/")) -> int:
+    """Memory that this process and others of the same group can still take.
+
+    Raises:
+        OSError: the system does not tell; it is not Linux.
+    """
+    free = _read_field(root / "proc/meminfo", "MemAvailable") * 1024
+    return min([free, *_left_in_groups(root)])
+
+
+def current_bytes() -> int:
+    """Memory of this process that is in use now (resident set).
+
+    Raises:
+        OSError: the system does not tell; it is not Linux.
+    """
+    return _read_field(Path("/proc/self/status"), "VmRSS") * 1024
+
+
+def peak_bytes() -> int:
+    """Highest `current_bytes` since `forget_peak`, or since the process began.
+
+    Raises:
+        OSError: the system does not tell; it is not Linux.
+    """
+    return _read_field(Path("/proc/self/status"), "VmHWM") * 1024
+
+
+def forget_peak() -> None:
+    """Has the system measure the peak anew, from what is in use now.
+
+    Memory that was freed and that the C library keeps is given back first: a step that lived on it would seem to need
+    none.
+
+    Raises:
+        OSError: the system does not do that; it is not Linux with glibc, or /proc is read-only.
+    """
+    try:
+        ctypes.CDLL(None).malloc_trim(0)
+    except AttributeError as error:
+        raise OSError("the C library has no malloc_trim") from error
+    Path("/proc/self/clear_refs").write_text("5")
+
+
+def _read_field(path: Path, name: str) -> int:
+    for line in path.read_text().splitlines():
+        key, _, value = line.partition(":")
+        if key == name:
+            return int(value.split()[0])
+    raise OSError(f"{path} has no {name}")
+
+
+def _left_in_groups(root: Path) -> Iterator[int]:
+    """What each control group above this process leaves of its limit, in both versions of the interface."""
+    membership = root / "proc/self/cgroup"
+    for line in membership.read_text().splitlines() if membership.is_file() else ():
+        number, controllers, path = line.split(":", 2)
+        if number == "0":
+            top, limit, used, reclaimable = root / "sys/fs/cgroup", "memory.max", "memory.current", "inactive_file"
+        elif "memory" in controllers.split(","):
+            top, limit, used = root / "sys/fs/cgroup/memory", "memory.limit_in_bytes", "memory.usage_in_bytes"
+            reclaimable = "total_inactive_file"
+        else:
+            continue
+        folder = top / path.strip("/")
+        for group in (folder, *folder.parents):
+            if (group / limit).is_file() and (text := (group / limit).read_text().strip()) != "max":
+                statistics = dict(line.split() for line in (group / "memory.stat").read_text().splitlines())
+                yield int(text) - int((group / used).read_text()) + int(statistics.get(reclaimable, 0))
+            if group == top:
+                break
 
 
 class OutOfMemory(Exception):
@@ -14,7 +103,7 @@ class OutOfMemory(Exception):
 
 
 @contextmanager
-def memory_explained(run: Run, batch: MicroBatch, task: Literal["train", "eval"]) -> Iterator[None]:
+def memory_explained(run: "Run", batch: MicroBatch, task: Literal["train", "eval"]) -> Iterator[None]:
     """Raises OutOfMemory, with the allocator's error as its cause, when the block runs out of memory.
 
     The run ends there: a smaller batch tried in silence would be another run.

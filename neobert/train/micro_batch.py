@@ -25,15 +25,16 @@ import numpy as np
 import torch
 
 from neobert.config.schema import Config
-from neobert.data.collate import Collator
-from neobert.data.packing import max_segments_per_row
+from neobert.data.rows.collate import Collator
+from neobert.data.rows.packing import max_segments_per_row
 from neobert.data.tokenizer import Tokenizer
+from neobert.errors import StartupError
 from neobert.model.attention import AttentionBackend
 from neobert.model.config import ModelConfig
 from neobert.train.agreement import exchange
 from neobert.train.build import build_mask_policy, build_module, build_run_optimizer
-from neobert.train.host_memory import available_bytes, current_bytes, forget_peak, is_out_of_memory, peak_bytes
-from neobert.train.runtime import Runtime, StartupError, compute_dtype
+from neobert.train.machine import Runtime, compute_dtype
+from neobert.train.memory import available_bytes, current_bytes, forget_peak, is_out_of_memory, peak_bytes
 from neobert.train.step import train_step
 from neobert.types import PackedBatch, PackedRow
 

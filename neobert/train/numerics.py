@@ -15,8 +15,8 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from neobert.train.ranges import describe_ranges, join_ranges
-from neobert.train.runtime import Runtime
+from neobert.train.agreement import describe_ranges, join_ranges
+from neobert.train.machine import Runtime
 from neobert.train.step import not_finite
 from neobert.types import StepMetrics, TrainState
 

@@ -6,18 +6,26 @@ means would weigh a token more in a micro-batch that has fewer of them. Nothing 
 A step whose loss or gradient is not finite has no effect on any rank, decided on the device without a collective of its
 own: a loss that is not finite makes its whole gradient NaN, the reduction of the gradients over ranks carries that to
 every rank, and the norm of the reduced gradient tells it. The optimizer reads the resulting flag.
+
+Batches go to the device while it still computes the step before.
+
+The host runs ahead of a GPU: when a batch is handed over, the kernels of earlier steps are still queued. A copy in
+their stream would wait behind them, and the step behind the copy. So batches are copied from pinned memory in a stream
+of their own, which starts at once, and the compute stream waits for that copy alone. Memory belongs to the copying
+stream, hence the allocator is told that the compute stream reads it too and hands it out again only after that.
 """
 
 from collections.abc import Callable, Iterable
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from neobert.optim.gating import step_unless
-from neobert.types import LossSum, MicroBatch
+from neobert.optim.optimizers import step_unless
+from neobert.types import LossSum, MicroBatch, StepBatch
 
 Judge = Callable[[Tensor, Tensor], Tensor]
 """`fn(loss_sum of this rank, grad_norm) -> bool scalar on the device`: whether to skip the step, equal on all ranks."""
@@ -62,7 +70,7 @@ def train_step(
 
     Args:
         model: returns `LossSum` for a micro-batch.
-        optimizer: one that can leave out a step on the device, see `neobert.optim.gating`.
+        optimizer: one that can leave out a step on the device, see `neobert.optim.optimizers`.
         micro_batches: this rank's share of the step, on the model's device.
         lr: learning rate of this step; a group with an `lr_factor` has that many times as much.
         scale: what a loss sum is multiplied with before backward: `world / number of targets over all ranks`, since
@@ -103,3 +111,28 @@ def train_step(
         grad_norm=grad_norm,
         skipped=skipped,
     )
+
+
+class BatchCopier:
+    """Copies the batches of a run to its device."""
+
+    def __init__(self, device: torch.device) -> None:
+        self._device = device
+        self._stream: Any = torch.cuda.Stream(device) if device.type == "cuda" else None
+
+    def copy(self, batch: StepBatch) -> StepBatch:
+        """The same batch with its tensors on the device, ready for whatever is queued after this call."""
+        if self._stream is None:
+            return self._moved(batch)
+        with torch.cuda.stream(self._stream):
+            moved = self._moved(batch)
+        computing = torch.cuda.current_stream(self._device)
+        computing.wait_stream(self._stream)
+        for micro in moved.micro_batches:
+            micro.record_stream(computing)
+        return moved
+
+    def _moved(self, batch: StepBatch) -> StepBatch:
+        return replace(
+            batch, micro_batches=tuple(micro.to(self._device, non_blocking=True) for micro in batch.micro_batches)
+        )

@@ -11,7 +11,7 @@ from neobert.contrastive.benchmark_flags import parse_flags
 
 def main() -> None:
     args = parse_flags(sys.argv[1:], str(__doc__))
-    from neobert.contrastive.benchmark import run_benchmark
+    from neobert.contrastive.pair_benchmark import run_benchmark
 
     run_benchmark(args)
 

@@ -24,7 +24,7 @@ def main() -> None:
     parser.add_argument("--cpu-time", action="store_true", help="CPU time of one thread, for a busy machine")
     values = vars(parser.parse_args())
     width, cpu_time = values.pop("width"), values.pop("cpu_time")
-    from neobert.benchmark.optimizers import (
+    from neobert.benchmark.optimizer_cost import (
         describe_orthogonality,
         describe_times,
         measure_orthogonality,

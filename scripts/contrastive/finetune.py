@@ -8,10 +8,10 @@ from neobert.config.command_line import parse_command_line
 
 def main() -> int:
     config = parse_command_line(sys.argv[1:], description=str(__doc__))
-    from neobert.contrastive.data import NotPrepared
+    from neobert.cli import EXIT_CODES
     from neobert.contrastive.finetune import finetune
-    from neobert.contrastive.preprocess import preprocess_command
-    from neobert.train.exit_codes import EXIT_CODES
+    from neobert.contrastive.pair_data import NotPrepared
+    from neobert.contrastive.prepare_sets import preprocess_command
 
     try:
         return EXIT_CODES[finetune(config).reason]

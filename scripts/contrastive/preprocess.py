@@ -8,16 +8,16 @@ import sys
 
 from neobert import cli
 from neobert.config.command_line import parse_command_line
-from neobert.data.errors import DataError
+from neobert.errors import DataError
 
 
 def main() -> None:
     config = parse_command_line(sys.argv[1:], description=str(__doc__))
     if config.task != "contrastive":
         raise DataError(f"task: {config.task} is for scripts/pretraining/preprocess.py")
-    from neobert.contrastive.preprocess import prepare, say_found
-    from neobert.contrastive.rows import FORM_WORDS
-    from neobert.contrastive.store import sets_folder
+    from neobert.contrastive.examples import FORM_WORDS
+    from neobert.contrastive.prepare_sets import prepare, say_found
+    from neobert.contrastive.set_folder import sets_folder
 
     for info, fresh in prepare(config, tell=say_found):
         negatives = f", up to {info.max_negatives} negatives" if info.max_negatives else ""

@@ -7,8 +7,8 @@ interruption: finished runs are not made again, one that was killed goes on.
 import sys
 
 from neobert import cli
-from neobert.benchmark.experiment_flags import build_parser, parse_arguments
 from neobert.benchmark.experiment_plan import Place, check_plan, choose_variants, grid, load_plan
+from neobert.benchmark.flags import build_parser, parse_arguments
 
 
 def main() -> int:
@@ -25,7 +25,7 @@ def main() -> int:
     check_plan(chosen, place)
     from neobert.benchmark.experiments import compare
     from neobert.benchmark.trial import Stopped, check_data, use_threads
-    from neobert.train.exit_codes import EXIT_CODES
+    from neobert.cli import EXIT_CODES
 
     use_threads(options.threads)
     check_data(place.data)

@@ -8,8 +8,7 @@ import json
 import sys
 
 from neobert import cli
-from neobert.benchmark.experiment_flags import build_parser, parse_arguments
-from neobert.benchmark.flags import count
+from neobert.benchmark.flags import build_parser, count, parse_arguments
 from neobert.config.load import load_config
 from neobert.output import print_result
 
@@ -30,7 +29,7 @@ def main() -> int:
     )  # What is wrong is said before libraries are loaded.
     from neobert.benchmark.trial import Stopped, check_data, settle_precision, use_threads
     from neobert.benchmark.yardstick import measure, measure_steps
-    from neobert.train.exit_codes import EXIT_CODES
+    from neobert.cli import EXIT_CODES
 
     use_threads(options.threads)
     check_data(options.data)

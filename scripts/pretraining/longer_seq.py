@@ -13,7 +13,7 @@ from neobert.config.command_line import parse_command_line
 def main() -> int:
     args, words = build_parser().parse_known_args()
     config = parse_command_line(words, description=str(__doc__))
-    from neobert.train.longer import run_longer
+    from neobert.commands.longer_seq import run_longer
 
     return run_longer(config, args, words)
 

@@ -8,7 +8,7 @@ import sys
 
 from neobert import cli
 from neobert.config.command_line import parse_command_line
-from neobert.data.errors import DataError
+from neobert.errors import DataError
 from neobert.output import print_result
 from neobert.secrets import scrub
 
@@ -20,9 +20,9 @@ def main() -> None:
     config = parse_command_line(words, description=str(__doc__))
     if config.task != "pretraining":
         raise DataError(f"task: {config.task} is for scripts/{config.task}/preprocess.py")
-    from neobert.data.report import write_report
-    from neobert.train.preprocess import choose_config_name, prepare, write_command
-    from neobert.train.preview import preview
+    from neobert.commands.preprocess import choose_config_name, prepare, write_command
+    from neobert.commands.preview import preview
+    from neobert.data.store.report import write_report
 
     if "--debug" in sys.argv:
         print_result(preview(config))

@@ -8,7 +8,7 @@ from neobert.config.command_line import parse_command_line
 
 def main() -> int:
     config = parse_command_line(sys.argv[1:], description=__doc__)
-    from neobert.train.exit_codes import EXIT_CODES
+    from neobert.cli import EXIT_CODES
     from neobert.train.loop import pretrain
 
     return EXIT_CODES[pretrain(config).reason]

@@ -14,7 +14,7 @@ from neobert import cli
 
 def main() -> None:
     args = build_parser().parse_args()
-    from neobert.data.tokenize_command import run_tokenize
+    from neobert.commands.tokenize_dataset import run_tokenize
 
     run_tokenize(args)
 

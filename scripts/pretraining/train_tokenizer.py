@@ -9,7 +9,7 @@ from pathlib import Path
 
 from neobert import cli
 from neobert.config.schema_data import DatasetSection
-from neobert.data.errors import DataError
+from neobert.errors import DataError
 
 
 def main() -> None:
@@ -25,8 +25,8 @@ def main() -> None:
         raise DataError(f"--output: {args.output} is not a folder; choose another name")
     if (args.output / "tokenizer.json").exists():
         raise DataError(f"--output: {args.output} holds a tokenizer already; choose another folder, or remove that one")
-    from neobert.data.opening import open_training_texts
-    from neobert.data.spec import describe_source
+    from neobert.data.source.spec import describe_source
+    from neobert.data.store.opening import open_training_texts
     from neobert.data.tokenizer import train_tokenizer
 
     source = describe_source(args.input, text_column=args.text_column)

@@ -10,7 +10,7 @@ from calls import call
 
 from neobert.benchmark import experiments, trial
 from neobert.benchmark.experiment_plan import Job, PlanError, Variant, grid, load_plan
-from neobert.benchmark.experiment_report import Outcome, best_outcomes, describe, draw
+from neobert.benchmark.experiments import Outcome, best_outcomes, describe, draw
 from neobert.config.load import config_to_yaml, load_config
 from neobert.config.schema import Config
 from neobert.inference.mlm_loss import LossSettings

@@ -2,14 +2,14 @@
 
 import torch
 
-from neobert.benchmark.optimizers import (
+from neobert.benchmark.optimizer_cost import (
     describe_orthogonality,
     describe_times,
     make_matrices,
     measure_orthogonality,
     measure_times,
 )
-from neobert.benchmark.step import StepSettings
+from neobert.benchmark.step_time import StepSettings
 from neobert.optim.optimizers import OPTIMIZERS
 
 

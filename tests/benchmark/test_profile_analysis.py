@@ -20,8 +20,8 @@ from neobert.benchmark.profile_analysis import (
     describe,
 )
 from neobert.config.schema import Config
-from neobert.train import profiling
 from neobert.train.loop import pretrain
+from neobert.train.record import profiling
 
 Tiny = Callable[..., Config]
 OTHERS = "norms, elementwise and other"

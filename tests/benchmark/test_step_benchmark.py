@@ -10,8 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from neobert.benchmark.plain import MASKED_ATTENTION
-from neobert.benchmark.step import StepSettings, made_up_rows, measure_step
+from neobert.benchmark.step_time import MASKED_ATTENTION, StepSettings, made_up_rows, measure_step
 from neobert.config.load import config_to_yaml
 from neobert.config.schema import Config
 from neobert.model.attention import reference_attention

@@ -7,11 +7,11 @@ from pathlib import Path
 import pytest
 
 from neobert.benchmark.experiment_plan import PlanError, load_plan
+from neobert.commands.staged_run import load_pipeline
+from neobert.commands.stages import PipelineError
 from neobert.config.load import ConfigError, load_config, parse_config
 from neobert.config.migrate import MigrationError, migrate
 from neobert.config.nesting import MOST_LEVELS, load_plain_yaml, parse_json
-from neobert.train.pipeline import load_pipeline
-from neobert.train.stages import PipelineError
 from neobert.weights.describe import WeightsError
 from neobert.weights.load import load_encoder_weights
 

@@ -10,7 +10,7 @@ from neobert.config.fields import FIELDS
 from neobert.config.load import ConfigError, config_to_yaml, load_saved_config, parse_config, without_secrets
 from neobert.config.schema import Config, WandbSection
 from neobert.config.schema_data import MixtureSource
-from neobert.data.errors import DataError
+from neobert.errors import DataError
 from neobert.secrets import build_logger, hide_credentials, is_secret_name, scrub, scrub_config
 
 

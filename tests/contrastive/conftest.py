@@ -10,7 +10,7 @@ from small_corpus import OBJECTS, SUBJECTS, VERBS
 
 from neobert.config.load import parse_config
 from neobert.config.schema import Config
-from neobert.contrastive.preprocess import prepare
+from neobert.contrastive.prepare_sets import prepare
 
 NUM_PAIRS = 60
 Contrastive = Callable[..., Config]

@@ -13,7 +13,7 @@ from torch.utils._pytree import tree_leaves
 from neobert.contrastive import losses
 from neobert.contrastive.batches import NoMasks, PairBatch, PairCollator
 from neobert.contrastive.module import ContrastiveEncoder, Objective
-from neobert.contrastive.order import TrainSet
+from neobert.contrastive.pair_order import TrainSet
 from neobert.kernels.linear_cross_entropy import KERNELS
 from neobert.model.attention import ATTENTION
 from neobert.model.config import ModelConfig

@@ -2,8 +2,8 @@
 
 import pytest
 
-from neobert.contrastive.benchmark import measure
 from neobert.contrastive.benchmark_flags import parse_flags
+from neobert.contrastive.pair_benchmark import measure
 
 
 def test_padded_and_cached_steps_are_the_same_steps() -> None:

@@ -5,7 +5,7 @@ import math
 import numpy as np
 import pytest
 
-from neobert.contrastive.metrics import ranks, retrieval, spearman
+from neobert.contrastive.evaluate import ranks, retrieval, spearman
 
 
 def test_ranks_share_their_mean_where_values_are_equal() -> None:

@@ -14,7 +14,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from neobert.contrastive.batches import PairBatch, PairCollator
 from neobert.contrastive.module import ContrastiveEncoder, Objective
-from neobert.contrastive.order import TrainSet
+from neobert.contrastive.pair_order import TrainSet
 from neobert.inference.packed import hidden_states
 from neobert.kernels.linear_cross_entropy import KERNELS
 from neobert.model.attention import ATTENTION

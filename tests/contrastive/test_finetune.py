@@ -20,16 +20,15 @@ from transformers import AutoModel, AutoTokenizer
 
 from neobert.config.load import config_to_yaml, load_config
 from neobert.config.schema import Config
-from neobert.contrastive.data import NotPrepared, choose_sets
+from neobert.contrastive.evaluate import spearman
 from neobert.contrastive.finetune import finetune
-from neobert.contrastive.metrics import spearman
-from neobert.data.errors import DataError
+from neobert.contrastive.pair_data import NotPrepared, choose_sets
+from neobert.errors import DataError, StartupError
 from neobert.export.sentence_files import choose_sentence_settings
 from neobert.export.verify import verify
 from neobert.export.write import ExportRequest, export
 from neobert.inference.load import load
 from neobert.train.loop import pretrain
-from neobert.train.runtime import StartupError
 from neobert.weights.load import load_encoder_weights
 
 ROOT = Path(__file__).parents[2]

@@ -9,9 +9,9 @@ import pytest
 from calls import call
 
 from neobert.config.schema import Config
+from neobert.contrastive.examples import Example
 from neobert.contrastive.finetune import finetune
 from neobert.contrastive.mine import MineSettings, mine, mine_examples
-from neobert.contrastive.rows import Example
 
 
 def on_circle(*degrees: float) -> np.ndarray:

@@ -10,12 +10,12 @@ from numpy.typing import NDArray
 
 from neobert.config.schema import Config
 from neobert.contrastive.batches import PairBatch, PairCollator, digest_rows
-from neobert.contrastive.data import ContrastiveData, build_contrastive_data
-from neobert.contrastive.order import PairLane, PairOrder, TrainSet, describe_shares
-from neobert.contrastive.rows import Example
-from neobert.contrastive.store import PairStore, write_set
-from neobert.data.lanes import State, Window
-from neobert.data.reader import Reader
+from neobert.contrastive.examples import Example
+from neobert.contrastive.pair_data import ContrastiveData, build_contrastive_data
+from neobert.contrastive.pair_order import PairLane, PairOrder, TrainSet, describe_shares
+from neobert.contrastive.set_folder import PairStore, write_set
+from neobert.data.pipeline import Reader
+from neobert.data.rows.lanes import State, Window
 from neobert.data.tokenizer import load_tokenizer
 from neobert.types import PackedRow
 

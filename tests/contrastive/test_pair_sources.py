@@ -17,13 +17,12 @@ from datasets import Dataset, DatasetDict
 from neobert.config.schema import Config
 from neobert.config.schema_contrastive import PairSource
 from neobert.config.schema_data import DatasetSection
-from neobert.contrastive.preprocess import list_wanted, name_source, prepare
+from neobert.contrastive.examples import SETS, Example
+from neobert.contrastive.prepare_sets import list_wanted, name_source, prepare
 from neobert.contrastive.reading import open_source
-from neobert.contrastive.rows import Example
-from neobert.contrastive.sets import SETS
-from neobert.contrastive.store import BATCH_ROWS, PairStore, list_sets, write_set
-from neobert.data.errors import DataError
-from neobert.data.known_sets import KNOWN_SETS, choose_set
+from neobert.contrastive.set_folder import BATCH_ROWS, PairStore, list_sets, write_set
+from neobert.data.source.known_sets import KNOWN_SETS, choose_set
+from neobert.errors import DataError
 
 Contrastive = Callable[..., Config]
 

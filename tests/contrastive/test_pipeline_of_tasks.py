@@ -7,13 +7,13 @@ from pathlib import Path
 import pytest
 import yaml
 
+from neobert.cli import EXIT_CODES
+from neobert.commands import staged_run as pipeline
+from neobert.commands.staged_run import PipelineError, load_pipeline, run_pipeline
 from neobert.config.load import config_to_yaml, load_config
 from neobert.config.schema import Config
 from neobert.contrastive.finetune import finetune
-from neobert.train import pipeline
-from neobert.train.exit_codes import EXIT_CODES
 from neobert.train.loop import pretrain
-from neobert.train.pipeline import PipelineError, load_pipeline, run_pipeline
 
 SCRIPTS = Path("scripts")
 

@@ -23,8 +23,7 @@ from neobert.config.schema import (
     TokenizerSection,
     TrainerSection,
 )
-from neobert.data.pipeline import DataPipeline, build_data
-from neobert.data.reader import Reader
+from neobert.data.pipeline import DataPipeline, Reader, build_data
 from neobert.data.tokenizer import SPECIAL_TOKENS, Tokenizer
 
 disable_progress_bars()

@@ -7,7 +7,7 @@ import numpy as np
 import torch
 
 from neobert.config.schema_data import MixtureSource
-from neobert.data.loader import merge_states
+from neobert.data.rows.loader import merge_states
 from neobert.types import IGNORE_INDEX
 
 KINDS = (

@@ -9,12 +9,12 @@ from tokenizers import Tokenizer as Backend
 from tokenizers import models
 from transformers import PreTrainedTokenizerFast
 
-from neobert.data import arrow, token_writer
-from neobert.data.arrow import ArrowTexts, TokenStore, choose_indexed_lanes, load_table, read_manifest
-from neobert.data.errors import DataError
 from neobert.data.fingerprint import combine, fits
-from neobert.data.token_writer import TokenWriter, write_description
+from neobert.data.store import arrow, token_writer
+from neobert.data.store.arrow import ArrowTexts, TokenStore, choose_indexed_lanes, load_table, read_manifest
+from neobert.data.store.token_writer import TokenWriter, write_description
 from neobert.data.tokenizer import Tokenizer
+from neobert.errors import DataError
 
 DOCUMENTS = [[7, 8, 9], [], [10], list(range(20, 60)), [5, 6]]
 

@@ -4,9 +4,9 @@ from itertools import pairwise
 
 import pytest
 
-from neobert.data.batch_size import BatchSchedule, constant_batch
-from neobert.data.errors import DataError
-from neobert.data.loader import merge_states
+from neobert.data.rows.batch_size import BatchSchedule, constant_batch
+from neobert.data.rows.loader import merge_states
+from neobert.errors import DataError
 
 
 def test_table() -> None:

@@ -4,9 +4,9 @@ import numpy as np
 import pytest
 import torch
 
-from neobert.data.collate import EVAL_TARGETS_MULTIPLE, Collator, build_row, join_rows
-from neobert.data.lanes import Window
-from neobert.data.packing import Piece
+from neobert.data.rows.collate import EVAL_TARGETS_MULTIPLE, Collator, build_row, join_rows
+from neobert.data.rows.lanes import Window
+from neobert.data.rows.packing import Piece
 from neobert.types import IGNORE_INDEX, PackedRow
 
 CLS, SEP, PAD = 2, 3, 0

@@ -11,13 +11,13 @@ import pytest
 import zstandard
 from remote_files import FaultyFileSystem
 
-from neobert.data import files as files_module
-from neobert.data.errors import DataError
-from neobert.data.files import fingerprint_files, list_files, local_file
-from neobert.data.network import is_transient, with_retries
-from neobert.data.sources import list_splits
-from neobert.data.spec import SourceSpec
-from neobert.data.text import BadShard, Share, Span
+from neobert.data.source import files as files_module
+from neobert.data.source.files import fingerprint_files, list_files, local_file
+from neobert.data.source.formats import list_splits
+from neobert.data.source.network import is_transient, with_retries
+from neobert.data.source.spec import SourceSpec
+from neobert.data.source.text import BadShard, Share, Span
+from neobert.errors import DataError
 
 
 @pytest.fixture

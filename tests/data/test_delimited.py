@@ -7,11 +7,11 @@ import random
 
 import pytest
 
-from neobert.data.errors import DataError
-from neobert.data.files import local_file
-from neobert.data.sources import list_splits
-from neobert.data.spec import SourceSpec
-from neobert.data.text import Share, Span
+from neobert.data.source.files import local_file
+from neobert.data.source.formats import list_splits
+from neobert.data.source.spec import SourceSpec
+from neobert.data.source.text import Share, Span
+from neobert.errors import DataError
 
 ROWS = "".join(f"{n},row {n}\n" for n in range(3, 30))
 MANY = [f"row {n}" for n in range(3, 30)]

@@ -9,11 +9,11 @@ import pyarrow.parquet as pq
 import pytest
 import zstandard
 
-from neobert.data.errors import DataError
-from neobert.data.files import DataFile
-from neobert.data.sources import list_splits
-from neobert.data.spec import SourceSpec
-from neobert.data.text import BadShard, Share
+from neobert.data.source.files import DataFile
+from neobert.data.source.formats import list_splits
+from neobert.data.source.spec import SourceSpec
+from neobert.data.source.text import BadShard, Share
+from neobert.errors import DataError
 
 NUM_FILES = 3
 PER_FILE = 400

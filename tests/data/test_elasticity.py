@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 from reading import KINDS, PACKINGS, dataset_values, read_world, rows_of
 
-from neobert.data.errors import DataError
+from neobert.errors import DataError
 
 NUM_STEPS = 24
 

@@ -13,11 +13,11 @@ import pytest
 import zstandard
 from datasets import Dataset
 
-from neobert.data import hub, lines, parquet
-from neobert.data.errors import DataError
-from neobert.data.sources import list_splits
-from neobert.data.spec import SourceSpec
-from neobert.data.text import WHOLE, Share, Span, TextSource
+from neobert.data.source import hub, lines, parquet
+from neobert.data.source.formats import list_splits
+from neobert.data.source.spec import SourceSpec
+from neobert.data.source.text import WHOLE, Share, Span, TextSource
+from neobert.errors import DataError
 
 NUM_FILES = 5
 KINDS = (

@@ -1,13 +1,13 @@
 import pytest
 from huggingface_hub import errors as hf_errors
 
-from neobert.data import hub
-from neobert.data.errors import DataError
-from neobert.data.hub import HubShard, HubSource, open_hub, pin_hub
-from neobert.data.sharing import Stretch
-from neobert.data.sources import list_splits
-from neobert.data.spec import SourceSpec
-from neobert.data.text import BadShard, Share, Span
+from neobert.data.source import hub
+from neobert.data.source.formats import list_splits
+from neobert.data.source.hub import HubShard, HubSource, open_hub, pin_hub
+from neobert.data.source.sharing import Stretch
+from neobert.data.source.spec import SourceSpec
+from neobert.data.source.text import BadShard, Share, Span
+from neobert.errors import DataError
 
 
 @pytest.fixture

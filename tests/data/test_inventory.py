@@ -13,13 +13,15 @@ import pyarrow.parquet as pq
 import pytest
 import zstandard
 
-from neobert.data import columns, decompress, files, intake
-from neobert.data.errors import DataError
-from neobert.data.inventory import FileReport, Inventory
-from neobert.data.sources import list_data_files, list_splits
-from neobert.data.spec import SourceSpec
-from neobert.data.splits import find_split
-from neobert.data.text import Share, Span
+from neobert.data.source import codecs as decompress
+from neobert.data.source import files, intake
+from neobert.data.source import spec as columns
+from neobert.data.source.formats import list_data_files, list_splits
+from neobert.data.source.inventory import FileReport, Inventory
+from neobert.data.source.spec import SourceSpec
+from neobert.data.source.splits import find_split
+from neobert.data.source.text import Share, Span
+from neobert.errors import DataError
 
 TEXTS = [f"the text number {n}" for n in range(3)]
 OBJECTS = [{"id": n, "text": text} for n, text in enumerate(TEXTS)]

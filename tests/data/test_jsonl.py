@@ -4,14 +4,13 @@ import logging
 
 import pytest
 
-from neobert.data.errors import DataError
-from neobert.data.files import DataFile, local_file
-from neobert.data.json_columns import open_jsonl
-from neobert.data.jsonl import JsonLines
-from neobert.data.lines import FileShard
-from neobert.data.sharing import choose_num_lanes, cut_spans
-from neobert.data.spec import SourceSpec
-from neobert.data.text import BadShard, Share
+from neobert.data.source.files import DataFile, local_file
+from neobert.data.source.jsonl import JsonLines, open_jsonl
+from neobert.data.source.lines import FileShard
+from neobert.data.source.sharing import choose_num_lanes, cut_spans
+from neobert.data.source.spec import SourceSpec
+from neobert.data.source.text import BadShard, Share
+from neobert.errors import DataError
 
 
 def open_files(paths, column):

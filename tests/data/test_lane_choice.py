@@ -12,10 +12,9 @@ from datasets import Dataset
 from reading import read_world
 
 from neobert.config.schema_data import MixtureSource
-from neobert.data import lines, parquet
-from neobert.data.errors import DataError
-from neobert.data.lane_choice import fit_num_lanes
-from neobert.data.lanes import LaneSettings
+from neobert.data.rows.lanes import LaneSettings, fit_num_lanes
+from neobert.data.source import lines, parquet
+from neobert.errors import DataError
 
 GOOD = [" ".join([f"w{n}"] * (6 + n % 9)) for n in range(60)]
 HUGE = "w9 " * 4000
@@ -132,7 +131,7 @@ def config_of(tmp_path, make_config):
 def usual_lanes(monkeypatch, make_data, config):
     """What there would be if every lane found something."""
     with monkeypatch.context() as patch:
-        patch.setattr("neobert.data.training.fit_num_lanes", lambda most, *_, **__: most)
+        patch.setattr("neobert.data.rows.training.fit_num_lanes", lambda most, *_, **__: most)
         return make_data(config).train
 
 
@@ -195,7 +194,7 @@ def test_lanes_that_all_find_something_are_looked_at_once(monkeypatch):
         counts.append(num_lanes)
         return lambda lane: []
 
-    monkeypatch.setattr("neobert.data.lane_choice._is_filled", lambda *_: True)
+    monkeypatch.setattr("neobert.data.rows.lanes._is_filled", lambda *_: True)
     assert fit_num_lanes(16, cut, settings, weighted=False) == 16
     assert fit_num_lanes(1, cut, settings, weighted=False) == 1
     assert counts == [16]

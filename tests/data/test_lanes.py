@@ -6,11 +6,11 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
-from neobert.data import streams as streams_module
-from neobert.data.errors import DataError
-from neobert.data.lanes import LaneSettings, PackingLane
-from neobert.data.streams import IndexedStream, TextStream
-from neobert.data.text import Record, cut_end, cut_text
+from neobert.data.rows import streams as streams_module
+from neobert.data.rows.lanes import LaneSettings, PackingLane
+from neobert.data.rows.streams import IndexedStream, TextStream
+from neobert.data.source.text import Record, cut_end, cut_text
+from neobert.errors import DataError
 
 SETTINGS = LaneSettings(seed=3, max_seq_length=12, window_documents=8, min_length=1, truncate=False, packing="best_fit")
 KINDS = ("indexed", "text_indexed", "jsonl", "jsonl.gz", "parquet")

@@ -5,11 +5,10 @@ import json
 import pytest
 from datasets import Dataset
 
-from neobert.data.errors import DataError
-from neobert.data.sources import list_splits
-from neobert.data.spec import SourceSpec
-from neobert.data.stdlib import StdlibSource
-from neobert.data.text import Share, Span
+from neobert.data.source.formats import StdlibSource, list_splits
+from neobert.data.source.spec import SourceSpec
+from neobert.data.source.text import Share, Span
+from neobert.errors import DataError
 
 
 def write(path, *texts):

@@ -6,8 +6,8 @@ from dataclasses import replace
 import pytest
 from reading import PACKINGS, read_world
 
-from neobert.data.errors import DataError
-from neobert.data.loader import merge_states
+from neobert.data.rows.loader import merge_states
+from neobert.errors import DataError
 
 
 def test_state_is_small_and_constant(corpora, make_config, make_data):

@@ -12,10 +12,10 @@ import zstandard
 from datasets import Dataset
 from reading import read_world
 
-from neobert.data.record_file import RecordFile
-from neobert.data.sources import list_splits
-from neobert.data.spec import SourceSpec
-from neobert.data.text import Share, Span
+from neobert.data.source.formats import list_splits
+from neobert.data.source.record_file import RecordFile
+from neobert.data.source.spec import SourceSpec
+from neobert.data.source.text import Share, Span
 
 LIMIT = 200
 LONG = "x " * 150

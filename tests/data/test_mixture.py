@@ -9,11 +9,11 @@ import numpy as np
 import pytest
 
 from neobert.config.schema_data import MixtureSource
-from neobert.data import mixture as mixture_module
-from neobert.data import streams as streams_module
-from neobert.data.errors import DataError
-from neobert.data.lanes import Taken
-from neobert.data.mixture import MixtureStream
+from neobert.data.rows import streams as mixture_module
+from neobert.data.rows import streams as streams_module
+from neobert.data.rows.lanes import Taken
+from neobert.data.rows.streams import MixtureStream
+from neobert.errors import DataError
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -1,7 +1,7 @@
 import numpy as np
 import pytest
 
-from neobert.data.order import Permutation, extend_keys, key, mask_words, step_seed, uniform, uniforms
+from neobert.data.rows.order import Permutation, extend_keys, key, mask_words, step_seed, uniform, uniforms
 
 
 def test_golden_values():

@@ -1,7 +1,7 @@
 import numpy as np
 import pytest
 
-from neobert.data.packing import (
+from neobert.data.rows.packing import (
     Piece,
     best_fit,
     max_segments_per_row,

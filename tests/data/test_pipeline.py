@@ -12,14 +12,12 @@ import pytest
 from datasets import Dataset, DatasetDict
 
 from neobert.config.schema import Config, DatasetSection, TokenizerSection
-from neobert.data import prepare
-from neobert.data.errors import DataError
-from neobert.data.pipeline import build_data, build_tokenizer
-from neobert.data.prepare_settings import PrepareSettings
-from neobert.data.reader import Reader
-from neobert.data.sources import list_splits
-from neobert.data.spec import SourceSpec, describe_source
-from neobert.data.stdlib import StdlibSource
+from neobert.data.pipeline import Reader, build_data, build_tokenizer
+from neobert.data.source.formats import StdlibSource, list_splits
+from neobert.data.source.spec import SourceSpec, describe_source
+from neobert.data.store import prepare
+from neobert.data.store.prepare_settings import PrepareSettings
+from neobert.errors import DataError
 from neobert.types import IGNORE_INDEX
 
 KINDS = ("indexed", "text_indexed", "jsonl", "jsonl.gz", "parquet")

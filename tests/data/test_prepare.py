@@ -14,17 +14,18 @@ import numpy as np
 import pytest
 from datasets import Dataset, load_from_disk
 
-from neobert.data import disk, prepare, token_writer
-from neobert.data.arrow import TokenStore, read_manifest
-from neobert.data.encode import EncodedDocument
-from neobert.data.errors import DataError
-from neobert.data.prepare import cut_tokens, prepare_tokens, work_folder, write_tokens
-from neobert.data.prepare_settings import Origin, PrepareSettings
-from neobert.data.sources import list_splits
-from neobert.data.spec import describe_source
-from neobert.data.text import Record
-from neobert.data.token_parts import check_parts, join_parts, part_folder
-from neobert.train.host_memory import current_bytes, forget_peak, peak_bytes
+from neobert import disk
+from neobert.commands.tokenize_dataset import check_parts, join_parts, part_folder
+from neobert.data.source.formats import list_splits
+from neobert.data.source.spec import describe_source
+from neobert.data.source.text import Record
+from neobert.data.store import prepare, token_writer
+from neobert.data.store.arrow import TokenStore, read_manifest
+from neobert.data.store.encode import EncodedDocument
+from neobert.data.store.prepare import cut_tokens, prepare_tokens, work_folder, write_tokens
+from neobert.data.store.prepare_settings import Origin, PrepareSettings
+from neobert.errors import DataError
+from neobert.train.memory import current_bytes, forget_peak, peak_bytes
 
 SMALL = PrepareSettings(max_document_chars=150, max_bad_records=3, file_tokens=700)
 
@@ -165,7 +166,7 @@ def work(source, tokenizer, folder, settings):
 def test_killed_at_random_moments_and_started_again_gives_the_same_bytes(
     tmp_path, source, tokenizer, special, monkeypatch
 ):
-    monkeypatch.setattr("neobert.data.encode.ENCODE_DOCUMENTS", 8)
+    monkeypatch.setattr("neobert.data.store.encode.ENCODE_DOCUMENTS", 8)
     monkeypatch.setattr(token_writer, "BATCH_TOKENS", 200)
     settings = replace(SMALL, special_tokens=special, max_length=20 if special else None)
     prepare_tokens(source, tokenizer, tmp_path / "whole", settings)

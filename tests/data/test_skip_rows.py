@@ -6,8 +6,8 @@ import time
 
 import pytest
 
-from neobert.data.errors import DataError
-from neobert.data.loader import merge_states
+from neobert.data.rows.loader import merge_states
+from neobert.errors import DataError
 
 B = 24
 """Rows of a step."""

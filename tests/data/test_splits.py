@@ -3,9 +3,8 @@ import doctest
 import pytest
 from datasets import load_dataset
 
-from neobert.data import sharing, splits
-from neobert.data.errors import DataError
-from neobert.data.splits import (
+from neobert.data.source import sharing, splits
+from neobert.data.source.splits import (
     check_split,
     choose_eval_split,
     choose_train_split,
@@ -13,6 +12,7 @@ from neobert.data.splits import (
     parse_split,
     slice_bounds,
 )
+from neobert.errors import DataError
 
 
 @pytest.mark.parametrize(

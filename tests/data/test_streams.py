@@ -9,12 +9,12 @@ from functools import partial
 import numpy as np
 import pytest
 
-from neobert.data import streams as streams_module
-from neobert.data.errors import DataError
-from neobert.data.lanes import LaneSettings
-from neobert.data.network import with_retries
-from neobert.data.streams import TextStream
-from neobert.data.text import Record
+from neobert.data.rows import streams as streams_module
+from neobert.data.rows.lanes import LaneSettings
+from neobert.data.rows.streams import TextStream
+from neobert.data.source.network import with_retries
+from neobert.data.source.text import Record
+from neobert.errors import DataError
 
 SETTINGS = LaneSettings(seed=3, max_seq_length=12, window_documents=8, min_length=1, truncate=False, packing="best_fit")
 

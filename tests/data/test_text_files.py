@@ -9,14 +9,14 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from neobert.data.errors import DataError
-from neobert.data.files import DataFile, local_file
-from neobert.data.lines import FileShard
-from neobert.data.plain import SAMPLE_BY, Paragraphs
-from neobert.data.record_file import RecordFile
-from neobert.data.sources import list_splits
-from neobert.data.spec import SourceSpec
-from neobert.data.text import Span
+from neobert.data.source.files import DataFile, local_file
+from neobert.data.source.formats import list_splits
+from neobert.data.source.lines import FileShard
+from neobert.data.source.plain import SAMPLE_BY, Paragraphs
+from neobert.data.source.record_file import RecordFile
+from neobert.data.source.spec import SourceSpec
+from neobert.data.source.text import Span
+from neobert.errors import DataError
 
 
 def open_source(path, **values):

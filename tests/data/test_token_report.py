@@ -10,13 +10,13 @@ import pytest
 from datasets import Dataset
 from rich.console import Console
 
-from neobert.data import meter, token_writer
-from neobert.data.encode import EncodedDocument
-from neobert.data.errors import DataError
-from neobert.data.meter import Meter
-from neobert.data.prepare import write_tokens
-from neobert.data.prepare_settings import PrepareSettings
-from neobert.data.report import write_report
+from neobert.data.store import prepare as meter
+from neobert.data.store import token_writer
+from neobert.data.store.encode import EncodedDocument
+from neobert.data.store.prepare import Meter, write_tokens
+from neobert.data.store.prepare_settings import PrepareSettings
+from neobert.data.store.report import write_report
+from neobert.errors import DataError
 
 SETTINGS = PrepareSettings(max_document_chars=100, max_bad_records=0, file_tokens=3000)
 

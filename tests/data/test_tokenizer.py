@@ -6,8 +6,8 @@ from tokenizers import models, pre_tokenizers
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 from neobert.config.schema import TokenizerSection
-from neobert.data.errors import DataError
 from neobert.data.tokenizer import load_tokenizer, padded_vocab_size, tokenizer_info, train_tokenizer
+from neobert.errors import DataError
 
 TEXTS = ["def cut(line):\n    return line.split()  # café 😀\n", "the cat sees the red door. " * 20] * 5
 

@@ -11,8 +11,8 @@ from tokenizers import decoders, models, normalizers, pre_tokenizers, processors
 from transformers import AutoTokenizer, GPT2Tokenizer
 
 from neobert.config.schema import TokenizerSection
-from neobert.data.errors import DataError
 from neobert.data.tokenizer import SPECIAL_TOKENS, check_mask_token, load_tokenizer
+from neobert.errors import DataError
 from neobert.export.tokenizer_files import check_class, save_tokenizer
 
 PROBE = "Harbor 1234  double  space\n\nﬁne ½ 日本語 😀 Café [MASK]"

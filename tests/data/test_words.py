@@ -6,9 +6,9 @@ from tokenizers import Tokenizer as Backend
 from tokenizers import decoders, models, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerFast
 
-from neobert.data.errors import DataError
 from neobert.data.tokenizer import SPECIAL_TOKENS, Tokenizer, train_tokenizer
 from neobert.data.words import build_word_edges
+from neobert.errors import DataError
 
 TEXT = "Unbelievable, isn't it? The unhappiest cats' naïve 42nd re-reading"
 WORDS = ["Unbelievable", ",", "isn", "'", "t", "it", "?", "The", "unhappiest", "cats", "'", "naïve", "42nd", "re", "-"]

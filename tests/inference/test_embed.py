@@ -14,7 +14,7 @@ import numpy as np
 import pyarrow.parquet as pq
 import pytest
 
-from neobert.data.errors import DataError
+from neobert.errors import DataError
 from neobert.inference import embed
 from neobert.inference.embed import EmbedReport, EmbedSettings, check_output, embed_to_file
 from neobert.inference.jobs import JobError, load_done, save_done
@@ -169,7 +169,7 @@ def test_a_second_process_at_one_output_is_told_before_it_loads_the_model(
     """The first of the two ends as if it were alone."""
     output = tmp_path / "v.npy"
     code = (
-        "import sys, time; from pathlib import Path; from neobert.data.lock import only_writer\n"
+        "import sys, time; from pathlib import Path; from neobert.disk import only_writer\n"
         "with only_writer(Path(sys.argv[1])):\n    print('held', flush=True); sys.stdin.read()"
     )
     with subprocess.Popen(

@@ -12,8 +12,8 @@ from transformers import BertConfig, BertForMaskedLM, BertModel, EuroBertForMask
 
 from neobert.benchmark.inference import build_padded, compare
 from neobert.config.schema import Config
-from neobert.data.errors import DataError
 from neobert.data.tokenizer import Tokenizer, train_tokenizer
+from neobert.errors import DataError
 from neobert.inference.mlm_loss import LossSettings, MlmLoss, choose_words, mlm_loss, tokens_of_words
 from neobert.inference.model import Model
 from neobert.inference.scorer import BatchLoss, OwnScorer, Scorer, load_scorer

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from neobert.data.errors import DataError
+from neobert.errors import DataError
 from neobert.inference import pseudo_perplexity
 from neobert.inference.jobs import JobError
 from neobert.inference.model import Model

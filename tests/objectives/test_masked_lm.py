@@ -15,7 +15,7 @@ from neobert.model.config import ModelConfig
 from neobert.model.encoder import Encoder
 from neobert.model.segments import Segments
 from neobert.objectives.mlm import MaskedLM
-from neobert.optim.unit_length import keep_unit_length
+from neobert.optim.optimizers import keep_unit_length
 from neobert.types import IGNORE_INDEX, PackedBatch
 
 VOCAB = 40

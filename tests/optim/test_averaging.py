@@ -7,7 +7,7 @@ import torch
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from neobert.optim.averaging import WeightAverage, effective_decay
+from neobert.optim.moving_average import WeightAverage, effective_decay
 
 GOES_ON, SKIPPED = torch.tensor(False), torch.tensor(True)
 

@@ -6,8 +6,7 @@ import pytest
 import torch
 from torch import nn
 
-from neobert.optim.gating import step_unless
-from neobert.optim.optimizers import OPTIMIZERS, build_optimizer
+from neobert.optim.optimizers import OPTIMIZERS, build_optimizer, step_unless
 
 
 def build(name: str) -> tuple[nn.Module, torch.optim.Optimizer]:

@@ -8,9 +8,8 @@ import pytest
 import torch
 from torch import nn
 
-from neobert.optim.gating import step_unless
 from neobert.optim.muon import NORM_FACTORS, MuonSettings, equalize_rows, reference_muon, split_matrices
-from neobert.optim.optimizers import build_optimizer
+from neobert.optim.optimizers import build_optimizer, step_unless
 from neobert.optim.orthogonal import ORTHOGONALIZATIONS, orthogonalize, polar_express, reference_orthogonal
 
 H, F = 12, 20

@@ -13,7 +13,7 @@ from neobert.model.config import ModelConfig
 from neobert.model.encoder import Encoder
 from neobert.model.segments import Segments
 from neobert.objectives.mlm import MaskedLM
-from neobert.optim.gating import step_unless
+from neobert.optim.optimizers import step_unless
 from neobert.optim.qk_clip import ClipSettings, QKClip, largest_logits
 
 H, N, S = 16, 2, 10

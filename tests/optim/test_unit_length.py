@@ -3,9 +3,7 @@
 import pytest
 import torch
 
-from neobert.optim.gating import step_unless
-from neobert.optim.optimizers import OPTIMIZERS, build_optimizer
-from neobert.optim.unit_length import keep_unit_length
+from neobert.optim.optimizers import OPTIMIZERS, build_optimizer, keep_unit_length, step_unless
 
 
 def build(name: str) -> tuple[torch.nn.Module, torch.optim.Optimizer]:

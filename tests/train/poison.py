@@ -11,9 +11,9 @@ from typing import Any
 import pytest
 import torch
 
+from neobert.cli import EXIT_CODES
 from neobert.config.schema import Config
 from neobert.objectives.mlm import MaskedLM
-from neobert.train.exit_codes import EXIT_CODES
 from neobert.train.loop import pretrain
 from neobert.types import LossSum, PackedBatch
 

@@ -13,7 +13,7 @@ from records import exact_steps, log_lines
 
 from neobert.config.schema import Config
 from neobert.objectives.mlm import MaskedLM
-from neobert.train.audit import Layout, ReplayAudit, ReplayDiverged, is_first_attempt, read_layout
+from neobert.train.checkpoint.audit import Layout, ReplayAudit, ReplayDiverged, is_first_attempt, read_layout
 from neobert.train.loop import pretrain
 from neobert.types import LossSum
 

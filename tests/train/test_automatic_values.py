@@ -11,12 +11,17 @@ import torch
 from ranks import run_ranks
 from records import exact_steps
 
+from neobert.commands.preview import preview
 from neobert.config.load import load_config
 from neobert.config.schema import Config
 from neobert.data.tokenizer import load_tokenizer
-from neobert.train import host_memory, micro_batch, precision
+from neobert.errors import StartupError
+from neobert.train import machine as precision
+from neobert.train import memory as host_memory
+from neobert.train import micro_batch
 from neobert.train.build import build_attention, build_model_config, choose_rows_per_step
 from neobert.train.loop import pretrain
+from neobert.train.machine import build_runtime
 from neobert.train.micro_batch import (
     build_full_rows,
     build_measure,
@@ -25,8 +30,6 @@ from neobert.train.micro_batch import (
     choose_kept,
     divisors,
 )
-from neobert.train.preview import preview
-from neobert.train.runtime import StartupError, build_runtime
 
 Tiny = Callable[..., Config]
 GIB = 2**30

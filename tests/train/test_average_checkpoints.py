@@ -13,12 +13,12 @@ from records import log_lines
 from safetensors.torch import load_file, save_file
 
 from neobert import load
+from neobert.commands.average_checkpoints import AverageRequest, average_checkpoints, average_files
 from neobert.config.load import ConfigError
 from neobert.config.schema import Config
+from neobert.errors import StartupError
 from neobert.export.write import ExportRequest, export
-from neobert.train.averaging import AverageRequest, average_checkpoints, average_files
 from neobert.train.loop import pretrain
-from neobert.train.runtime import StartupError
 from neobert.weights.load import load_encoder_weights
 from neobert.weights.manifest import CheckpointError, check_contents
 

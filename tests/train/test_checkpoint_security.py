@@ -13,9 +13,9 @@ from rewriting import rewrite_manifest
 
 from neobert.config.load import load_config
 from neobert.config.schema import Config
+from neobert.errors import StartupError
 from neobert.inference.load import load_masked_lm
 from neobert.train.loop import pretrain
-from neobert.train.runtime import StartupError
 
 Tiny = Callable[..., Config]
 

@@ -15,13 +15,12 @@ from records import exact_steps
 from safetensors.torch import load_file
 
 from neobert.config.schema import Config
-from neobert.train import commit
-from neobert.train.checkpoint import complete_save, save_checkpoint
-from neobert.train.commit import Committer, Outcome, describe_failure
+from neobert.train.checkpoint.commit import Committer, Outcome, describe_failure
+from neobert.train.checkpoint.resume import resume_or_start
+from neobert.train.checkpoint.save import commit, complete_save, save_checkpoint
 from neobert.train.finish import finish
 from neobert.train.loop import pretrain, training_steps
-from neobert.train.report import announce
-from neobert.train.resume import resume_or_start
+from neobert.train.pretraining import announce
 from neobert.train.run import build_run
 from neobert.weights.folder import valid_steps
 from neobert.weights.manifest import MANIFEST, check_contents

@@ -12,12 +12,12 @@ from ranks import run_ranks
 from torch import Tensor
 
 from neobert.config.schema import Config
+from neobert.errors import StartupError
 from neobert.model import layers, rotary
 from neobert.model.attention import ATTENTION
 from neobert.train import compile_check
 from neobert.train.compile_check import check_compiled_gradients, find_largest_difference
 from neobert.train.loop import pretrain
-from neobert.train.runtime import StartupError
 
 CPU = torch.device("cpu")
 COMPILED = ("trainer.torch_compile=true", "trainer.torch_compile_backend=eager")

@@ -10,9 +10,9 @@ import pytest
 import torch
 
 from neobert.config.schema import Config
-from neobert.train.copies import BatchCopier
 from neobert.train.loop import training_steps
 from neobert.train.run import build_run
+from neobert.train.step import BatchCopier
 from neobert.types import PackedBatch, StepBatch, TrainState
 
 

@@ -12,7 +12,7 @@ from neobert.config.load import config_to_yaml, load_config, parse_config, witho
 from neobert.config.schema import Config
 from neobert.config.schema_data import MixtureSource
 from neobert.train.loop import pretrain
-from neobert.train.report import slow_reading
+from neobert.train.pretraining import slow_reading
 
 Tiny = Callable[..., Config]
 RESUME = "trainer.resume_from_checkpoint=latest"

@@ -11,11 +11,13 @@ from types import SimpleNamespace
 import pytest
 from records import exact_steps, log_lines
 
+from neobert.cli import EXIT_CODES
 from neobert.config.schema import Config
-from neobert.train import checkpoint, loop, start, tracking
-from neobert.train.exit_codes import EXIT_CODES
+from neobert.errors import StartupError
+from neobert.train import loop, start
+from neobert.train.checkpoint.save import save as checkpoint
 from neobert.train.loop import pretrain
-from neobert.train.runtime import StartupError
+from neobert.train.record import tracking
 from neobert.weights.folder import checkpoint_steps, valid_steps
 from neobert.weights.manifest import check_contents
 
@@ -151,7 +153,7 @@ def test_the_estimate_is_the_size_of_a_checkpoint(tiny: Tiny, tmp_path: Path, mo
     estimates = []
     real = start.check_free_space
     monkeypatch.setattr(
-        "neobert.train.resume.check_free_space", lambda out, size: (estimates.append(size), real(out, size))
+        "neobert.train.checkpoint.resume.check_free_space", lambda out, size: (estimates.append(size), real(out, size))
     )
     pretrain(tiny(tmp_path / "run", "trainer.max_steps=1", "model.hidden_size=128", "model.intermediate_size=512"))
     (estimate,) = estimates

@@ -15,10 +15,8 @@ from neobert.model.config import ModelConfig
 from neobert.model.encoder import Encoder
 from neobert.model.segments import Segments
 from neobert.objectives.mlm import MaskedLM
-from neobert.optim.gating import step_unless
-from neobert.optim.optimizers import OPTIMIZERS, build_optimizer
+from neobert.optim.optimizers import OPTIMIZERS, build_optimizer, keep_unit_length, step_unless
 from neobert.optim.qk_clip import ClipSettings, QKClip
-from neobert.optim.unit_length import keep_unit_length
 from neobert.train.loop import training_steps
 from neobert.train.numerics import LateFlag
 from neobert.train.run import build_run

@@ -16,11 +16,11 @@ from neobert.config.load import ConfigError
 from neobert.config.resume_rules import ALLOWED, DECLARED, EVALUATION, FIXED, HELD_OUT, ORDER, SOURCE
 from neobert.config.schema import Config
 from neobert.data.tokenizer import load_tokenizer
+from neobert.errors import StartupError
 from neobert.inference.load import load_masked_lm
 from neobert.train import loop
-from neobert.train.identity import as_int64, check_next_batch, compare
+from neobert.train.checkpoint.identity import as_int64, check_next_batch, compare
 from neobert.train.loop import pretrain
-from neobert.train.runtime import StartupError
 from neobert.types import PackedBatch
 
 Tiny = Callable[..., Config]
@@ -189,7 +189,7 @@ def test_resume_allow_is_checked_with_the_config(tiny: Tiny, tmp_path: Path) -> 
 def test_an_undeclared_change_is_refused_before_anything_is_loaded(
     tiny: Tiny, trained: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, override: str, message: str
 ) -> None:
-    monkeypatch.setattr("neobert.train.resume.load_file", lambda path: pytest.fail("the weights were read"))
+    monkeypatch.setattr("neobert.train.checkpoint.resume.load_file", lambda path: pytest.fail("the weights were read"))
     with pytest.raises(StartupError, match=message) as caught:
         pretrain(resumed(tiny, trained, tmp_path / "run", override))
     key = "trainer.global_batch_size" if "per_device" in override else override.partition("=")[0]

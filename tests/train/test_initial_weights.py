@@ -15,10 +15,10 @@ from small_corpus import make_texts
 from neobert.config.load import ConfigError, config_to_yaml, load_config, parse_config
 from neobert.config.schema import Config, ModelSection
 from neobert.data.tokenizer import train_tokenizer
+from neobert.errors import StartupError
 from neobert.model.config import ARCHITECTURE
 from neobert.train.loop import pretrain
 from neobert.train.run import build_run
-from neobert.train.runtime import StartupError
 
 Tiny = Callable[..., Config]
 

@@ -12,12 +12,12 @@ from calls import call
 from records import log_lines
 
 from neobert.benchmark import kill_storm
+from neobert.commands.inspect_checkpoints import list_run
+from neobert.commands.replay import replay_row
 from neobert.config.schema import Config
+from neobert.errors import StartupError
 from neobert.train import loop
-from neobert.train.inspection import list_run
 from neobert.train.loop import pretrain
-from neobert.train.replay import replay_row
-from neobert.train.runtime import StartupError
 from neobert.weights.folder import checkpoint_steps
 from neobert.weights.manifest import CheckpointError
 

@@ -16,8 +16,8 @@ from rewriting import rewrite_manifest
 from test_run import FakeWandb, install
 
 from neobert.config.schema import Config
-from neobert.train.interval import Interval, IntervalSums, StepRecord, summarise
 from neobert.train.loop import pretrain
+from neobert.train.record.metrics import Interval, IntervalSums, StepRecord, summarise
 from neobert.types import StepMetrics
 
 Tiny = Callable[..., Config]

@@ -6,10 +6,11 @@ from pathlib import Path
 import pytest
 
 from neobert.config.schema import Config
-from neobert.train import launcher, runtime
-from neobert.train.launcher import check_launcher
+from neobert.errors import StartupError
+from neobert.train import machine as launcher
+from neobert.train import machine as runtime
 from neobert.train.loop import pretrain
-from neobert.train.runtime import StartupError, check_world
+from neobert.train.machine import check_launcher, check_world
 
 Tiny = Callable[..., Config]
 

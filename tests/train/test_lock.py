@@ -14,10 +14,10 @@ import pytest
 from ranks import run_ranks
 
 from neobert.config.schema import Config
-from neobert.train import lock
-from neobert.train.lock import acquire_lock, check_shared, release_lock
+from neobert.errors import StartupError
+from neobert.train import start as lock
 from neobert.train.loop import pretrain
-from neobert.train.runtime import StartupError
+from neobert.train.start import acquire_lock, check_shared, release_lock
 
 Tiny = Callable[..., Config]
 

@@ -10,13 +10,13 @@ from calls import call
 from datasets import Dataset, DatasetDict, load_from_disk
 from records import log_lines
 
+from neobert.commands.longer_seq import longer_overrides
 from neobert.config.load import config_to_yaml, load_config
 from neobert.config.schema import Config
-from neobert.data.inventory import NO_FILES
-from neobert.data.offline import PreparedSource
 from neobert.data.pipeline import build_tokenizer
-from neobert.data.spec import SourceSpec
-from neobert.train.longer import longer_overrides
+from neobert.data.source.inventory import NO_FILES
+from neobert.data.source.spec import SourceSpec
+from neobert.data.store.offline import PreparedSource
 from neobert.train.loop import pretrain
 
 

@@ -14,10 +14,10 @@ from safetensors.torch import load_file
 from neobert import load
 from neobert.config.load import ConfigError
 from neobert.config.schema import Config
+from neobert.errors import StartupError
 from neobert.export.verify import verify
 from neobert.export.write import ExportRequest, export
 from neobert.train.loop import pretrain
-from neobert.train.runtime import StartupError
 from neobert.weights.describe import WeightsError
 from neobert.weights.load import load_encoder_weights
 from neobert.weights.manifest import read_manifest

@@ -16,16 +16,16 @@ from records import exact_steps, log_lines
 from safetensors.torch import load_file
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from neobert.cli import EXIT_CODES
 from neobert.config.schema import Config
 from neobert.objectives.mlm import MaskedLM
 from neobert.train import loop, numerics
-from neobert.train.exit_codes import EXIT_CODES
+from neobert.train.agreement import describe_ranges, join_ranges
 from neobert.train.loop import pretrain
+from neobert.train.machine import Runtime
 from neobert.train.memory import OutOfMemory
 from neobert.train.numerics import Guard
-from neobert.train.ranges import describe_ranges, join_ranges
 from neobert.train.run import build_run
-from neobert.train.runtime import Runtime
 from neobert.train.step import train_step
 from neobert.types import PackedBatch, TrainState
 

@@ -13,15 +13,15 @@ from safetensors.torch import load_file
 
 from neobert.config.load import config_to_yaml
 from neobert.config.schema import Config
+from neobert.errors import StartupError
 from neobert.kernels.linear_cross_entropy import KERNELS
 from neobert.model.attention import ATTENTION
 from neobert.model.config import ModelConfig
 from neobert.model.encoder import Encoder
 from neobert.objectives.mlm import MaskedLM
 from neobert.optim.groups import OwnSettings, build_parameter_groups
-from neobert.train.identity import describe_groups
+from neobert.train.checkpoint.identity import describe_groups
 from neobert.train.loop import pretrain
-from neobert.train.runtime import StartupError
 
 ROOT = Path(__file__).parents[2]
 Tiny = Callable[..., Config]

@@ -19,15 +19,14 @@ from poison import fork_run, wait_for
 from ports import free_port
 from records import exact_steps, log_lines
 
-from neobert.cli import STOP_SIGNALS, stop_signals
+from neobert.cli import EXIT_CODES, STOP_SIGNALS, stop_signals
 from neobert.config.load import config_to_yaml
 from neobert.config.schema import Config
-from neobert.data import loader as loader_module
-from neobert.data.loader import Loader
 from neobert.data.pipeline import DataPipeline
+from neobert.data.rows import loader as loader_module
+from neobert.data.rows.loader import Loader
 from neobert.objectives.mlm import MaskedLM
 from neobert.train import finish, loop, preempt
-from neobert.train.exit_codes import EXIT_CODES
 from neobert.train.loop import RunResult, pretrain
 from neobert.train.preempt import StopRequest
 from neobert.types import PackedBatch, TrainState
@@ -226,7 +225,7 @@ def test_a_signal_at_the_start_of_the_script_stops_it_with_75(
     number: signal.Signals,
 ) -> None:
     (tmp_path / "run.yaml").write_text(config_to_yaml(tiny(tmp_path / "run")))
-    monkeypatch.setattr("neobert.train.opening.check_runtime", lambda config: send(number))
+    monkeypatch.setattr("neobert.train.run.check_runtime", lambda config: send(number))
     assert call("pretraining/pretrain.py", tmp_path / "run.yaml") == 75
     assert capsys.readouterr().err == "stopped\n"
     assert not (tmp_path / "run" / "checkpoints").exists()

@@ -12,16 +12,16 @@ from calls import call
 from datasets import load_from_disk
 from records import log_lines
 
+from neobert.commands.preprocess import choose_output
 from neobert.config.command_line import parse_command_line
 from neobert.config.load import config_to_yaml, load_config
 from neobert.config.schema import Config
 from neobert.config.schema_data import MixtureSource
-from neobert.data import prepare
-from neobert.data.arrow import read_manifest
-from neobert.data.offline import data_overrides, prepare_sources
 from neobert.data.pipeline import build_tokenizer
+from neobert.data.store import prepare
+from neobert.data.store.arrow import read_manifest
+from neobert.data.store.offline import data_overrides, prepare_sources
 from neobert.train.loop import pretrain
-from neobert.train.preprocess import choose_output
 
 Write = Callable[..., Path]
 

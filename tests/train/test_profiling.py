@@ -10,8 +10,8 @@ import pytest
 from records import exact_steps, log_lines
 
 from neobert.config.schema import Config
-from neobert.train import profiling
 from neobert.train.loop import pretrain
+from neobert.train.record import profiling
 
 Tiny = Callable[..., Config]
 WINDOW = ["trainer.profiler_steps_start=5", "trainer.profiler_steps=3"]

@@ -15,16 +15,25 @@ from ranks import outcome_of, run_ranks
 
 from neobert.config.schema import Config, ModelSection
 from neobert.config.schema_data import MixtureSource
-from neobert.data import prepare
-from neobert.data.errors import DataError
-from neobert.data.evaluation import EvalSet
-from neobert.data.loader import merge_states
-from neobert.train import facts, loop
-from neobert.train.agreement import RankError, agree, check_equal, exchange, main_first, sharing_errors
-from neobert.train.facts import describe_checkpoint, describe_config, describe_program
+from neobert.data.rows.evaluation import EvalSet
+from neobert.data.rows.loader import merge_states
+from neobert.data.store import prepare
+from neobert.errors import DataError, StartupError
+from neobert.train import agreement as facts
+from neobert.train import loop
+from neobert.train.agreement import (
+    RankError,
+    agree,
+    check_equal,
+    describe_checkpoint,
+    describe_config,
+    describe_program,
+    exchange,
+    main_first,
+    sharing_errors,
+)
+from neobert.train.checkpoint.replicas import compare_tensors
 from neobert.train.loop import pretrain
-from neobert.train.replicas import compare_tensors
-from neobert.train.runtime import StartupError
 from neobert.weights.folder import checkpoint_steps
 
 Tiny = Callable[..., Config]

@@ -18,10 +18,9 @@ from safetensors.torch import load_file
 
 from neobert.config.load import config_to_yaml, load_config
 from neobert.config.schema import Config
-from neobert.data.errors import DataError
+from neobert.errors import DataError, StartupError
 from neobert.train import loop
 from neobert.train.loop import pretrain
-from neobert.train.runtime import StartupError
 
 ROOT = Path(__file__).parents[2]
 Tiny = Callable[..., Config]

@@ -8,12 +8,11 @@ from pathlib import Path
 
 import pytest
 
+from neobert.commands.inspect_checkpoints import list_run
 from neobert.config.load import ConfigError
 from neobert.config.schema import Config
-from neobert.train import commit
-from neobert.train.inspection import list_run
-from neobert.train.loop import pretrain
-from neobert.train.retention import (
+from neobert.errors import StartupError
+from neobert.train.checkpoint.retention import (
     Retention,
     Score,
     choose_best,
@@ -22,7 +21,8 @@ from neobert.train.retention import (
     prune,
     read_score,
 )
-from neobert.train.runtime import StartupError
+from neobert.train.checkpoint.save import commit
+from neobert.train.loop import pretrain
 from neobert.weights.folder import checkpoint_steps, valid_steps
 
 Tiny = Callable[..., Config]
@@ -123,7 +123,7 @@ def test_the_best_checkpoint_stays_and_is_known_again_after_a_resume(
 ) -> None:
     """Losses by canned evaluation: the best is step 4, then nothing better until step 20."""
     from neobert.train import finish, loop
-    from neobert.train.metrics import EvalMetrics
+    from neobert.train.record.metrics import EvalMetrics
 
     losses = {4: 2.0, 8: 3.0, 12: 2.5, 16: 2.2, 20: 1.0, 24: 1.5}
     steps = iter(losses)

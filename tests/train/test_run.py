@@ -13,13 +13,13 @@ import pytest
 from records import exact_steps, log_lines
 
 from neobert.config.schema import Config
-from neobert.data.errors import DataError
+from neobert.errors import DataError, StartupError
 from neobert.inference.fill_mask import fill_mask
 from neobert.inference.load import load_masked_lm
-from neobert.train import console, metrics, runtime, tracking
+from neobert.train import machine as runtime
 from neobert.train.build import choose_rows_per_step
 from neobert.train.loop import pretrain
-from neobert.train.runtime import StartupError
+from neobert.train.record import console, metrics, tracking
 from neobert.weights.describe import WeightsError
 
 Tiny = Callable[..., Config]

@@ -14,9 +14,9 @@ import pytest
 from neobert.config.schema import Config
 from neobert.contrastive.finetune import next_commands
 from neobert.errors import StartupError
+from neobert.train.checkpoint.run_folder import check_place, holds_run, set_aside
 from neobert.train.finish import pretraining_commands
 from neobert.train.loop import pretrain
-from neobert.train.run_folder import check_place, holds_run, set_aside
 
 Tiny = Callable[..., Config]
 SHORT = ("trainer.max_steps=1", "trainer.eval_strategy=no")

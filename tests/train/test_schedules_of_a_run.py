@@ -9,12 +9,12 @@ from records import exact_steps, log_lines
 from safetensors.torch import load_file
 from test_processes import check_equal, launch
 
+from neobert.commands.replay import replay_row
 from neobert.config.schema import Config
+from neobert.errors import StartupError
 from neobert.train.build import choose_rows_per_step
 from neobert.train.loop import pretrain
-from neobert.train.replay import replay_row
 from neobert.train.run import build_run
-from neobert.train.runtime import StartupError
 
 Tiny = Callable[..., Config]
 

@@ -10,10 +10,10 @@ from test_run import FakeWandb, install
 from neobert.config.fields import SECTIONS
 from neobert.config.load import load_config
 from neobert.config.schema import Config
-from neobert.data.errors import DataError
-from neobert.train import tracking
+from neobert.errors import DataError
 from neobert.train.loop import pretrain
-from neobert.train.wandb_sink import TRACKED_SECTIONS
+from neobert.train.record import tracking
+from neobert.train.record.wandb_sink import TRACKED_SECTIONS
 
 Tiny = Callable[..., Config]
 IN_URL, IN_ENVIRONMENT = "pa55word-in-url", "t0ken-in-environment"

@@ -14,13 +14,13 @@ from calls import call
 from records import exact_steps
 from safetensors.torch import load_file
 
+from neobert.cli import EXIT_CODES
+from neobert.commands import staged_run as pipeline
+from neobert.commands.staged_run import PipelineError, load_pipeline, run_command, run_pipeline
 from neobert.config.load import config_to_yaml, load_config
 from neobert.config.schema import Config
 from neobert.export.write import ExportRequest, export
-from neobert.train import pipeline
-from neobert.train.exit_codes import EXIT_CODES
 from neobert.train.loop import pretrain
-from neobert.train.pipeline import PipelineError, load_pipeline, run_command, run_pipeline
 
 Tiny = Callable[..., Config]
 ROOT = Path(__file__).parents[2]

@@ -14,7 +14,7 @@ from neobert.config.load import ConfigError
 from neobert.config.schema import Config
 from neobert.optim.optimizers import build_optimizer
 from neobert.train.loop import pretrain
-from neobert.train.statistics import Statistics
+from neobert.train.record.statistics import Statistics
 from neobert.train.step import train_step
 from neobert.types import IGNORE_INDEX
 

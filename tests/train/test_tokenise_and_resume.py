@@ -11,9 +11,9 @@ from datasets import Dataset
 from records import exact_steps, log_lines
 
 from neobert.config.schema import Config
-from neobert.data.arrow import ArrowTexts, TokenStore
+from neobert.data.store.arrow import ArrowTexts, TokenStore
+from neobert.errors import StartupError
 from neobert.train.loop import pretrain
-from neobert.train.runtime import StartupError
 
 
 @pytest.mark.parametrize("more", [(), ("datacollator.pack_sequences=false",)], ids=["packed", "unpacked"])

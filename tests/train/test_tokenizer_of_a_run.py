@@ -10,8 +10,8 @@ from tokenizers import normalizers
 from transformers import AutoTokenizer
 
 from neobert.config.schema import Config, TokenizerSection
-from neobert.data.errors import DataError
 from neobert.data.tokenizer import load_tokenizer
+from neobert.errors import DataError
 from neobert.export.choose import ExportError
 from neobert.export.write import ExportRequest, export
 from neobert.inference.fill_mask import fill_mask
@@ -100,7 +100,7 @@ def test_a_mask_that_is_the_unknown_token_is_refused_wherever_masks_are(
 def test_a_negative_token_far_inside_stops_a_run_with_one_sentence(
     tiny: Tiny, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("neobert.data.arrow._SAMPLE", 2)
+    monkeypatch.setattr("neobert.data.store.arrow._SAMPLE", 2)
     documents = [[5 + n % 300] * 20 for n in range(400)]
     documents[77] = [*documents[77], -100]
     Dataset.from_dict({"input_ids": documents}).save_to_disk(tmp_path / "tokens")

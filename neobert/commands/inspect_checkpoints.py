@@ -1,0 +1,167 @@
+"""Questions about the checkpoints of a run, answered from the disk: verify, list, diff, prune."""
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from neobert.config.load import ConfigError
+from neobert.config.nesting import parse_json
+from neobert.errors import StartupError
+from neobert.model.config import ModelConfig
+from neobert.train.build import choose_mask_end
+from neobert.train.checkpoint.identity import Facts, build_facts, compare
+from neobert.train.checkpoint.retention import (
+    Retention,
+    build_retention,
+    choose_best_of_each,
+    list_scores,
+    prune,
+    read_score,
+)
+from neobert.train.start import acquire_lock, read_checkpoint_config, read_train_state, release_lock
+from neobert.weights.folder import checkpoint_steps, choose_checkpoint, valid_steps
+from neobert.weights.manifest import CheckpointError, check_contents, check_sizes
+
+
+def verify_run(run: Path) -> tuple[list[str], bool]:
+    """One line for each checkpoint of a run, or for the one checkpoint that `run` is; whether all of them are whole.
+
+    Every file is read and its SHA-256 compared.
+
+    Raises:
+        CheckpointError: there is no checkpoint.
+    """
+    folders = _folders(run)
+    lines, whole = [], True
+    for folder in folders:
+        try:
+            manifest = check_contents(folder)
+            lines.append(f"{folder.name}: whole, {len(manifest.files)} files, {manifest.num_bytes:,} bytes")
+        except CheckpointError as error:
+            lines.append(f"{folder.name}: DAMAGED, {error}")
+            whole = False
+    return lines, whole
+
+
+def _folders(run: Path) -> list[Path]:
+    steps = checkpoint_steps(run)
+    if steps:
+        return [run / "checkpoints" / str(step) for step in steps]
+    path = choose_checkpoint(run).path
+    if path is None:
+        raise CheckpointError(f"{run} holds no checkpoint; give a run folder, or one of its checkpoints")
+    return [path]
+
+
+def list_run(run: Path, now: float) -> list[str]:
+    """A table of a run's checkpoints: step, size, age, evaluation loss, and why it stays.
+
+    Raises:
+        CheckpointError: there is no checkpoint.
+    """
+    folders = _folders(run)
+    retention = _read_retention(folders[-1])
+    *aside, best = choose_best_of_each(list_scores(run, valid_steps(run))).values() or (None,)
+    lines = [f"{'step':>10} {'MB':>10} {'age':>8} {'eval loss':>10}  notes"]
+    for folder in folders:
+        try:
+            size, notes = f"{check_sizes(folder).num_bytes / 1e6:,.1f}", []
+        except CheckpointError as error:
+            size, notes = "?", [f"damaged: {error}"]
+        loss = read_score(folder).loss
+        if folder.name == str(best):
+            notes.append("best")
+        if folder.name in map(str, aside):
+            notes.append("best of another evaluation")
+        if retention is not None and folder.name.isdecimal() and retention.is_milestone(int(folder.name)):
+            notes.append("milestone")
+        age, shown = _describe_age(now - folder.stat().st_mtime), "-" if loss is None else f"{loss:.4f}"
+        lines.append(f"{folder.name:>10} {size:>10} {age:>8} {shown:>10}  {', '.join(notes)}".rstrip())
+    return lines
+
+
+def _describe_age(seconds: float) -> str:
+    for unit, length in (("d", 86400), ("h", 3600), ("min", 60)):
+        if seconds >= 2 * length:
+            return f"{seconds / length:.0f} {unit}"
+    return f"{max(seconds, 0):.0f} s"
+
+
+def _read_retention(folder: Path) -> Retention | None:
+    try:
+        return build_retention(read_checkpoint_config(folder))
+    except (StartupError, ConfigError, OSError):
+        return None
+
+
+def diff_checkpoints(one: Path, other: Path) -> list[str]:
+    """What differs between two checkpoints, or the newest ones of two runs, as a resume would judge it.
+
+    Raises:
+        CheckpointError: one of them is not there or damaged.
+        StartupError: their state cannot be read.
+    """
+    paths = []
+    for path in (one, other):
+        choice = choose_checkpoint(path)
+        if choice.path is None:
+            raise CheckpointError(f"{path} holds no checkpoint")
+        paths.append(choice.path)
+    (facts_one, saved_one), (facts_other, saved_other) = (read_facts(path) for path in paths)
+    comparison = compare(facts_one, facts_other, (), same_ranks=saved_one["world_size"] == saved_other["world_size"])
+    lines = [f"{paths[0]} -> {paths[1]}"]
+    for name in ("step", "tokens", "eval_loss", "world_size", "versions", "lineage"):
+        if saved_one.get(name) != saved_other.get(name):
+            lines.append(f"  {name}: {json.dumps(saved_one.get(name))} -> {json.dumps(saved_other.get(name))}")
+    return [*lines, *(comparison.table().splitlines() or ["  the same settings, data and tokenizer"])]
+
+
+def read_facts(checkpoint: Path) -> tuple[Facts, dict[str, Any]]:
+    """What identifies the run of a checkpoint, and its `train_state.json`.
+
+    Raises:
+        StartupError: a file is missing or torn.
+    """
+    saved, config = read_train_state(checkpoint), read_checkpoint_config(checkpoint)
+    facts = build_facts(
+        config,
+        ModelConfig.from_dict(parse_json((checkpoint / "model_config.json").read_text())),
+        saved["data"],
+        rows_per_step=saved["rows_per_step"],
+        mask_end=choose_mask_end(config, saved.get("num_steps", 0)),
+        fingerprint=saved["data_fingerprint"],
+        tokenizer_digest=saved["tokenizer_digest"],
+        special_ids=saved.get("special_ids"),
+        groups=saved.get("optimizer_groups"),
+    )
+    return facts, saved
+
+
+def prune_run(run: Path, *, keep: int | None, dry_run: bool) -> list[str]:
+    """Applies the retention of the run's newest valid checkpoint (with `keep` newest ones instead, if given).
+
+    Raises:
+        CheckpointError: there is no valid checkpoint, or `keep` is negative.
+        StartupError: the run is going on.
+    """
+    if keep is not None and keep < 0:
+        raise CheckpointError(f"--keep: {keep}; write how many checkpoints stay, 0 for all")
+    steps = valid_steps(run)
+    if not steps:
+        raise CheckpointError(f"{run} has no valid checkpoint: nothing is deleted")
+    retention = build_retention(read_checkpoint_config(run / "checkpoints" / str(steps[-1])))
+    if keep is not None:
+        retention = Retention(newest=keep, milestones=retention.milestones, every=retention.every, best=retention.best)
+    acquire_lock(run)
+    try:
+        removed, problems = prune(run, retention, dry_run=dry_run)
+    finally:
+        release_lock(run)
+    kept = [step for step in steps if step not in removed]
+    word = "would delete" if dry_run else "deleted"
+    return [f"{word}: {_join(removed)}", f"kept: {_join(kept)}", *problems]
+
+
+def _join(steps: Sequence[int]) -> str:
+    return ", ".join(map(str, steps)) or "nothing"

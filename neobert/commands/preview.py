@@ -1,0 +1,108 @@
+"""The first rows of a run as text: where documents begin and end, what is masked, and in which shares.
+
+The rows come from the run's own loader. Text is read as a stream, whatever `dataset.streaming` says, so that nothing
+has to be tokenised first; what cannot be streamed is tokenised into a temporary folder.
+"""
+
+import tempfile
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+
+from neobert.config.schema import Config
+from neobert.data.pipeline import Reader, build_tokenizer
+from neobert.data.tokenizer import Tokenizer
+from neobert.secrets import scrub
+from neobert.train.build import build_config_data, choose_rows_per_step
+from neobert.train.micro_batch import shared_rows
+from neobert.types import IGNORE_INDEX, PackedBatch
+
+NUM_ROWS = 3
+
+
+def preview(config: Config) -> str:
+    """The first rows and the measured mix of masks of the first step, as text. Writes nothing that stays.
+
+    Raises:
+        DataError: data or tokenizer cannot be used as configured.
+        StartupError: the batch cannot be built as configured.
+    """
+    section = replace(config.dataset, pre_tokenize=False, num_workers=0, num_proc=None, eval_split=None)
+    # The first step alone has no use for the length of the run, which a stream may not tell.
+    masks = replace(config.datacollator, mlm_probability_final=None, mlm_probability_final_step=None)
+    config = replace(config, dataset=replace(section, streaming=section.streaming or None), datacollator=masks)
+    rows_per_step = choose_rows_per_step(config, world=1)
+    if config.trainer.per_device_train_batch_size == "auto":  # The rows of a step do not depend on the choice.
+        rows = shared_rows(config, rows_per_step)
+        config = replace(config, trainer=replace(config.trainer, per_device_train_batch_size=rows))
+    with tempfile.TemporaryDirectory() as folder:
+        tokenizer = build_tokenizer(config, None, Path(folder))
+        reader = Reader(rows_per_step=rows_per_step, prepared_dir=Path(folder) / "tokenized")
+        data = build_config_data(config, tokenizer, reader)
+        loader = data.loader()
+        try:
+            step = next(loader)
+        finally:
+            loader.close()
+    batches = [batch for batch in step.micro_batches if isinstance(batch, PackedBatch)]
+    lines = [*([] if tokenizer.note is None else [tokenizer.note]), *map(scrub, data.notes)]
+    lines += [*(f"warning: {text}" for text in data.inventory.warnings()), *data.inventory.table()]
+    lines += describe_rows(batches[0], tokenizer)
+    return "\n".join([*lines, *describe_mix(batches, config, tokenizer)])
+
+
+def describe_rows(batch: PackedBatch, tokenizer: Tokenizer, num_rows: int = NUM_ROWS) -> Iterator[str]:
+    """The documents of the first rows as they are fed, and what is to be predicted in each."""
+    width = batch.input_ids.shape[1]
+    kept = batch.targets != IGNORE_INDEX
+    targets = dict(zip(batch.masked_index[kept].tolist(), batch.targets[kept].tolist()))
+    for row in range(min(num_rows, len(batch.input_ids))):
+        tokens, segments = batch.input_ids[row].numpy(), batch.segments.ids[row].numpy()
+        count = int(segments.max())
+        yield f"row {row}: {count} documents in {int((segments > 0).sum())} of {width} slots"
+        for number in range(1, count + 1):
+            slots = np.flatnonzero(segments == number)
+            yield f"  document {number}, slots {slots[0]} to {slots[-1]}: {tokenizer.decode(tokens[slots].tolist())}"
+            for slot in slots.tolist():
+                if (target := targets.get(row * width + slot)) is not None:
+                    fed, wanted = int(tokens[slot]), tokenizer.decode_token(target)
+                    yield f"    slot {slot}: predict {wanted!r} from {_describe_fed(fed, target, tokenizer)}"
+
+
+def _describe_fed(fed: int, target: int, tokenizer: Tokenizer) -> str:
+    if fed == tokenizer.mask_id:
+        return tokenizer.decode_token(fed)
+    return "itself, kept" if fed == target else f"random {tokenizer.decode_token(fed)!r}"
+
+
+def choose_mix(config: Config) -> tuple[float, float, float]:
+    """Shares of the predicted tokens that become [MASK], a random token, or stay."""
+    masks = config.datacollator
+    if masks.mask_all:
+        return 1.0, 0.0, 0.0
+    return masks.mask_fraction, masks.random_fraction, max(0.0, 1 - masks.mask_fraction - masks.random_fraction)
+
+
+def describe_mix(batches: Sequence[PackedBatch], config: Config, tokenizer: Tokenizer) -> list[str]:
+    """Shares of what stands in the place of predicted tokens, and the share of tokens that are predicted."""
+    num_masked = num_kept = num_predicted = num_ordinary = 0
+    for batch in batches:
+        kept = (batch.targets != IGNORE_INDEX).numpy()
+        slots, targets = batch.masked_index.numpy()[kept], batch.targets.numpy()[kept]
+        fed = batch.input_ids.numpy().reshape(-1).copy()
+        num_masked += int((fed[slots] == tokenizer.mask_id).sum())
+        num_kept += int((fed[slots] == targets).sum())
+        num_predicted += len(slots)
+        fed[slots] = targets
+        real = batch.segments.ids.numpy().reshape(-1) > 0
+        num_ordinary += int((~np.isin(fed[real], tokenizer.special_ids)).sum())
+    p, total = config.datacollator.mlm_probability, max(1, num_predicted)
+    wanted = ", ".join(f"{share:.0%}" for share in choose_mix(config))
+    return [
+        f"predicted: {num_predicted:,} of {num_ordinary:,} ordinary tokens of the first step = "
+        f"{num_predicted / max(1, num_ordinary):.2%} (datacollator.mlm_probability: {p:.2%})",
+        f"of these [MASK] {num_masked / total:.1%}, random {(num_predicted - num_masked - num_kept) / total:.1%}, "
+        f"kept {num_kept / total:.1%} (wanted: {wanted})",
+    ]

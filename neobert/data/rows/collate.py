@@ -1,0 +1,264 @@
+"""Rows of documents become one micro-batch of tensors.
+
+Layout of a row of S slots that holds documents a (3 tokens) and b (2 tokens), S = 11:
+
+    input_ids   [CLS] a0 a1 a2 [SEP] [CLS] b0 b1 [SEP] [PAD] [PAD]
+    positions     0    1  2  3   4     0    1  2   3     0     0
+    segments.ids  1    1  1  1   1     2    2  2   2     0     0
+    cu_seqlens    0                    5                 9            (the padding is a segment of its own)
+
+Which tokens are predicted is decided here, on the host, with counter-based random words, so that the training step
+meets no shape that depends on the content.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Literal, Protocol
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from neobert.data.rows.lanes import IntArray, Window
+from neobert.data.rows.order import Words, extend_keys, key, mask_words, mix, uniforms
+from neobert.data.rows.packing import SPECIALS_PER_SEGMENT, Piece
+from neobert.model.segments import Segments
+from neobert.types import IGNORE_INDEX, PackedBatch, PackedRow
+
+EVAL_TARGETS_MULTIPLE = 256
+"""Evaluation draws masks for each document, so their number varies a little; the arrays grow in steps of this."""
+
+
+class MaskPolicy(Protocol):
+    """Chooses the predicted tokens of a draw and what stands in their place."""
+
+    def corrupt(
+        self, tokens: IntArray, words: Words, offset: float, *, step: int
+    ) -> tuple[IntArray, NDArray[np.int64]]:
+        """`n` tokens, a random word for each, a number in [0, 1), and the step of training: the corrupted tokens and
+        the ascending places of the predicted ones."""
+
+    def max_targets(self, num_slots: int) -> int:
+        """Upper bound of the predicted tokens among `num_slots` slots of one draw, at any step."""
+
+
+def build_row(pieces: Sequence[Piece], window: Window, row_key: int, *, cls_id: int, sep_id: int) -> PackedRow:
+    """Fetches the tokens of a planned row and wraps every piece as `[CLS] ... [SEP]`."""
+    lengths = tuple(piece.length + SPECIALS_PER_SEGMENT for piece in pieces)
+    tokens = np.empty(sum(lengths), dtype=np.int32)
+    end = 0
+    for piece, length in zip(pieces, lengths):
+        start, end = end, end + length
+        tokens[start] = cls_id
+        tokens[start + 1 : end - 1] = window.get(piece)
+        tokens[end - 1] = sep_id
+    return PackedRow(
+        tokens=tokens,
+        lengths=lengths,
+        documents=tuple(int(window.documents[piece.document]) for piece in pieces),
+        offsets=tuple(piece.start for piece in pieces),
+        sources=tuple(int(window.sources[piece.document]) for piece in pieces),
+        key=row_key,
+    )
+
+
+def join_rows(rows: Sequence[PackedRow]) -> PackedRow:
+    """Rows side by side in one; it takes the key of the first."""
+    return PackedRow(
+        tokens=np.concatenate([row.tokens for row in rows]),
+        lengths=sum((row.lengths for row in rows), ()),
+        documents=sum((row.documents for row in rows), ()),
+        offsets=sum((row.offsets for row in rows), ()),
+        sources=sum((row.sources for row in rows), ()),
+        key=rows[0].key,
+    )
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class _Layout:
+    """Where the real tokens of a batch stand; `n` tokens of `k` segments in row order."""
+
+    tokens: IntArray
+    """`[n]`"""
+
+    lengths: NDArray[np.int64]
+    """`[k]` tokens of each segment."""
+
+    starts: NDArray[np.int64]
+    """`[k]` first token of each segment among the n."""
+
+    row_of: NDArray[np.int64]
+    """`[n]` row of each token."""
+
+    row_starts: NDArray[np.int64]
+    """`[rows]` first token of each row among the n."""
+
+    row_lengths: NDArray[np.int64]
+    """`[rows]`"""
+
+    positions: NDArray[np.int64]
+    """`[n]` position of each token in its segment."""
+
+    numbers: NDArray[np.int64]
+    """`[n]` number of each token's segment within its row, from 1."""
+
+    @property
+    def slots(self) -> NDArray[np.int64]:
+        """`[n]` slot of each token within its row."""
+        return np.arange(len(self.tokens)) - self.row_starts[self.row_of]
+
+
+def _layout(rows: Sequence[PackedRow]) -> _Layout:
+    lengths = np.array([length for row in rows for length in row.lengths], dtype=np.int64)
+    starts = np.cumsum(lengths) - lengths
+    row_lengths = np.array([len(row.tokens) for row in rows], dtype=np.int64)
+    numbers = np.array([number for row in rows for number in range(1, len(row.lengths) + 1)], dtype=np.int64)
+    tokens = np.concatenate([row.tokens for row in rows]) if rows else np.empty(0, dtype=np.int32)
+    return _Layout(
+        tokens=tokens,
+        lengths=lengths,
+        starts=starts,
+        row_of=np.repeat(np.arange(len(rows)), row_lengths),
+        row_starts=np.cumsum(row_lengths) - row_lengths,
+        row_lengths=row_lengths,
+        positions=np.arange(len(tokens)) - np.repeat(starts, lengths),
+        numbers=np.repeat(numbers, lengths),
+    )
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Collator:
+    """Turns rows into a `PackedBatch`; a pure function of the rows and of these settings."""
+
+    policy: MaskPolicy
+    seed: int
+    draw: Literal["row", "document"]
+    """What one draw of masks covers. `row`, for training: keyed by (seed, row key, slot), and the number of targets
+    per row is bounded, so that shapes are constant. `document`, for evaluation: keyed by (seed, source, document,
+    token), so that neither packing nor batch size nor the number of ranks changes a mask."""
+
+    max_seq_length: int
+    max_segments: int
+    """Most segments in a row; see `packing.max_segments_per_row`."""
+
+    pad_id: int
+    pad_to_multiple_of: int | None = None
+    """None: S is always `max_seq_length`. Else S is the longest row rounded up to this multiple."""
+
+    num_sources: int = 1
+
+    def __call__(self, rows: Sequence[PackedRow], num_rows: int | None = None, *, step: int = 0) -> PackedBatch:
+        """A batch of `num_rows` rows (default: as many as given) as they are masked at a step of training; rows beyond
+        those given are all padding."""
+        num_rows = len(rows) if num_rows is None else num_rows
+        layout = _layout(rows)
+        width = self._choose_width(layout.row_lengths)
+        flat = layout.row_of * width + layout.slots
+        corrupted, selected = self._corrupt(rows, layout, step)
+
+        input_ids = np.full(num_rows * width, self.pad_id, dtype=np.int32)
+        input_ids[flat] = corrupted
+        positions = np.zeros(num_rows * width, dtype=np.int32)
+        positions[flat] = layout.positions
+        segment_ids = np.zeros(num_rows * width, dtype=np.int32)
+        segment_ids[flat] = layout.numbers
+        masked_index, targets = self._targets(num_rows, width, flat[selected], layout.tokens[selected])
+        row_keys = np.full(num_rows, -1, dtype=np.int64)
+        row_keys[: len(rows)] = [row.key for row in rows]
+        borders = torch.from_numpy(self._borders(layout, num_rows, width))
+        shape = (num_rows, width)
+        return PackedBatch(
+            input_ids=torch.from_numpy(input_ids).view(shape),
+            positions=torch.from_numpy(positions).view(shape),
+            segments=Segments(
+                ids=torch.from_numpy(segment_ids).view(shape),
+                cu_seqlens=borders,
+                cu_seqlens_cpu=borders,
+                max_seqlen=width,
+            ),
+            masked_index=torch.from_numpy(masked_index),
+            targets=torch.from_numpy(targets),
+            row_keys=torch.from_numpy(row_keys),
+            source_tokens=self._source_tokens(rows, layout),
+            num_tokens=len(layout.tokens),
+            num_targets=len(selected),
+            num_documents=sum(offset == 0 for row in rows for offset in row.offsets),
+            attended_tokens=int(np.square(layout.lengths).sum()),
+            digest=_digest(layout, corrupted, selected, row_keys[: len(rows)]),
+        )
+
+    def _choose_width(self, row_lengths: NDArray[np.int64]) -> int:
+        if self.pad_to_multiple_of is None:
+            return self.max_seq_length
+        longest = max(1, int(row_lengths.max(initial=1)))
+        return min(self.max_seq_length, -(-longest // self.pad_to_multiple_of) * self.pad_to_multiple_of)
+
+    def _corrupt(self, rows: Sequence[PackedRow], layout: _Layout, step: int) -> tuple[IntArray, NDArray[np.int64]]:
+        """The corrupted tokens, and the places among the n tokens that are predicted, ascending."""
+        if self.draw == "row":
+            starts, row_keys = layout.row_starts, [row.key for row in rows]
+            keys = extend_keys(key(self.seed, "masks"), row_keys)
+            offsets = uniforms(extend_keys(key(self.seed, "mask_count"), row_keys))
+            words = mask_words(keys[layout.row_of], layout.slots)
+        else:
+            starts = layout.starts
+            documents = np.array([d for row in rows for d in row.documents], dtype=np.int64)
+            sources = np.array([s for row in rows for s in row.sources], dtype=np.int64)
+            firsts = np.array([o for row in rows for o in row.offsets], dtype=np.int64)
+            keys = extend_keys(extend_keys(key(self.seed, "masks"), sources), documents)
+            counts = extend_keys(extend_keys(key(self.seed, "mask_count"), sources), documents)
+            offsets = uniforms(extend_keys(counts, firsts))
+            words = mask_words(np.repeat(keys, layout.lengths), np.repeat(firsts, layout.lengths) + layout.positions)
+        corrupted = layout.tokens.copy()
+        selected = [np.empty(0, dtype=np.int64)]
+        ends = [*starts[1:].tolist(), len(corrupted)]
+        for start, end, offset in zip(starts.tolist(), ends, offsets.tolist()):
+            draw = layout.tokens[start:end], words[start:end], offset
+            corrupted[start:end], places = self.policy.corrupt(*draw, step=step)
+            selected.append(places + start)
+        return corrupted, np.concatenate(selected)
+
+    def _targets(
+        self, num_rows: int, width: int, slots: NDArray[np.int64], tokens: IntArray
+    ) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+        if self.draw == "row":
+            size = num_rows * self.policy.max_targets(width)
+        else:
+            size = max(1, -(-len(slots) // EVAL_TARGETS_MULTIPLE)) * EVAL_TARGETS_MULTIPLE
+        masked_index = np.zeros(size, dtype=np.int64)
+        targets = np.full(size, IGNORE_INDEX, dtype=np.int64)
+        masked_index[: len(slots)] = slots
+        targets[: len(slots)] = tokens
+        return masked_index, targets
+
+    def _borders(self, layout: _Layout, num_rows: int, width: int) -> IntArray:
+        """Borders of segments and paddings in the `num_rows * width` slots, filled up to a constant length."""
+        real = np.zeros(num_rows, dtype=np.int64)
+        real[: len(layout.row_lengths)] = layout.row_lengths
+        row_starts = np.arange(num_rows) * width
+        first_rows = layout.row_of[layout.starts]
+        segments = first_rows * width + layout.starts - layout.row_starts[first_rows]
+        paddings = (row_starts + real)[real < width]
+        borders = np.full(num_rows * (self.max_segments + 1) + 1, num_rows * width, dtype=np.int32)
+        found = np.sort(np.concatenate([segments, paddings]))
+        borders[: len(found)] = found
+        return borders
+
+    def _source_tokens(self, rows: Sequence[PackedRow], layout: _Layout) -> tuple[int, ...]:
+        sources = np.array([s for row in rows for s in row.sources], dtype=np.int64)
+        return tuple(np.bincount(sources, weights=layout.lengths, minlength=self.num_sources).astype(int).tolist())
+
+
+def _digest(layout: _Layout, corrupted: IntArray, selected: NDArray[np.int64], row_keys: NDArray[np.int64]) -> int:
+    """Sum over rows of one 64-bit hash of (row key; for each slot: token, segment number, target), modulo 2**64.
+
+    Padding does not count, so the digest of a step is the same however its rows are cut into micro-batches.
+    """
+    if not len(row_keys):
+        return 0
+    labels = np.zeros(len(corrupted), dtype=np.uint64)
+    labels[selected] = layout.tokens[selected].astype(np.uint64) + np.uint64(1)
+    numbers = layout.numbers.astype(np.uint64)
+    words = corrupted.astype(np.uint64) | (numbers << np.uint64(24)) | (labels << np.uint64(40))
+    sums = np.add.reduceat(mask_words(words, layout.slots), layout.row_starts)
+    return int(extend_keys(mix(sums), row_keys).sum(dtype=np.uint64))

@@ -1,0 +1,342 @@
+"""Evaluation documents: chosen once in source order, packed once, masked by (seed, source, document, token).
+
+Nothing of it depends on the number of ranks, lanes or threads: rank r of R takes rows r, r + R, ... of one plan, and
+every rank makes the same number of batches, the last ones padded with empty rows.
+"""
+
+import math
+import zlib
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, replace
+from typing import Any, NamedTuple
+
+import numpy as np
+from numpy.typing import NDArray
+
+from neobert.config.schema import Config
+from neobert.data.rows.collate import Collator, build_row
+from neobert.data.rows.lanes import LaneSettings, Window
+from neobert.data.rows.order import key
+from neobert.data.rows.packing import (
+    SPECIALS_PER_SEGMENT,
+    piece_lengths,
+    split_documents,
+)
+from neobert.data.source.inventory import NO_FILES, Inventory
+from neobert.data.source.splits import SplitSlice, check_disjoint, check_split, choose_eval_split, parse_split
+from neobert.data.source.text import Encode, RecordCounts
+from neobert.data.store.arrow import ArrowTexts, TokenStore
+from neobert.data.store.encode import encode_documents
+from neobert.data.store.opening import Place, Source, View
+from neobert.errors import DataError
+from neobert.types import PackedBatch
+
+_SCAN = 65536
+
+
+class EvalDocuments(NamedTuple):
+    """Usable documents in source order, numbered from 0."""
+
+    lengths: NDArray[np.int64]
+    get: Callable[[int], NDArray[Any]]
+    """Tokens of the document with this number, without special tokens."""
+
+    document_of: NDArray[np.int64]
+    """Number of the whole document of each, from 0; documents that were stored in pieces repeat theirs."""
+
+    rest: Place | None
+    """Where the source goes on after them."""
+
+    @property
+    def num_documents(self) -> int:
+        """Whole documents."""
+        return int(self.document_of.max(initial=-1)) + 1
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Limit:
+    """How many documents to take."""
+
+    documents: int | None = None
+    slots: int | None = None
+    """Stop when the documents fill this many slots of rows."""
+
+
+def collect_texts(view: View, encode: Encode, settings: LaneSettings, limit: Limit) -> EvalDocuments:
+    """The first usable documents of a text source, tokenised and kept in memory."""
+    assert not isinstance(view.documents, TokenStore)
+    counts = RecordCounts(max_bad=settings.max_bad_records, where="the evaluation documents")
+    tokens: list[NDArray[Any]] = []
+    num_slots, rest = 0, None
+    records = view.documents.records(view.span)
+    for document in encode_documents(records, encode, counts, settings.max_document_chars):
+        slots = int(_slots(np.array([len(document.tokens)]), settings)[0])
+        if not slots:
+            continue
+        tokens.append(document.tokens)
+        num_slots, rest = num_slots + slots, document.cursor
+        if len(tokens) == limit.documents or (limit.slots is not None and num_slots >= limit.slots):
+            break
+    lengths = np.array([len(t) for t in tokens], dtype=np.int64)
+    return EvalDocuments(lengths, tokens.__getitem__, np.arange(len(tokens)), rest)
+
+
+def collect_indexed(view: View, settings: LaneSettings, limit: Limit) -> EvalDocuments:
+    """The first usable documents of an indexed store; their tokens stay on disk."""
+    store = view.documents
+    assert isinstance(store, TokenStore)
+    first, last = view.rows
+    rows, lengths = np.empty(0, dtype=np.int64), np.empty(0, dtype=np.int64)
+    ranks, num_slots = rows, 0
+    for begin in range(first, last, _SCAN):
+        found = np.arange(begin, min(last, begin + _SCAN))
+        sizes = store.lengths(found)
+        slots = _slots(sizes, settings)
+        usable = np.flatnonzero(slots)
+        if limit.slots is not None:
+            usable = usable[num_slots + np.cumsum(slots[usable]) - slots[usable] < limit.slots]
+        # Where long documents are stored in pieces, all pieces of a document count as one.
+        rows, lengths = np.append(rows, found[usable]), np.append(lengths, sizes[usable])
+        ranks = np.unique(store.documents_of(rows), return_inverse=True)[1]
+        if limit.documents is not None:
+            kept = ranks < limit.documents
+            rows, lengths, is_full = rows[kept], lengths[kept], bool(len(ranks) and ranks[-1] >= limit.documents)
+            ranks = ranks[kept]
+        else:
+            is_full = False
+        num_slots = int(_slots(lengths, settings).sum())
+        if is_full or (limit.slots is not None and num_slots >= limit.slots):
+            break
+    rest = store.row_of(int(store.documents_of(rows[-1:])[0]) + 1) if len(rows) else first
+    return EvalDocuments(lengths, lambda number: store.content(int(rows[number])), ranks, rest)
+
+
+def _slots(lengths: NDArray[np.int64], settings: LaneSettings) -> NDArray[np.int64]:
+    """Slots that each document takes: of its segments, or of whole rows where every segment has its own; 0 when it is
+    not usable."""
+    documents, _, sizes, _ = piece_lengths(
+        lengths, settings.max_seq_length, settings.min_length, truncate=settings.truncate
+    )
+    if settings.packing == "one_per_row":
+        sizes = np.full_like(sizes, settings.max_seq_length)
+    else:
+        sizes = sizes + SPECIALS_PER_SEGMENT
+    return np.bincount(documents, weights=sizes, minlength=len(lengths)).astype(np.int64)
+
+
+class EvalSet:
+    """The rows that every evaluation runs over."""
+
+    def __init__(
+        self,
+        sources: Sequence[EvalDocuments],
+        settings: LaneSettings,
+        *,
+        seed: int,
+        batch_rows: int,
+        max_batches: int | None,
+        fingerprint: str,
+    ) -> None:
+        """`fingerprint` changes when the documents do."""
+        self._batch_rows, self._sources = batch_rows, sources
+        lengths = np.concatenate([source.lengths for source in sources])
+        numbers = np.concatenate([np.arange(len(source.lengths)) for source in sources])
+        source_of = np.repeat(np.arange(len(sources)), [len(source.lengths) for source in sources])
+        pieces, _ = split_documents(lengths, settings.max_seq_length, settings.min_length, truncate=settings.truncate)
+        self.num_tokens = sum(piece.length + SPECIALS_PER_SEGMENT for piece in pieces)
+        num_documents = sum(source.num_documents for source in sources)
+        plan = [len(lengths), num_documents, self.num_tokens, zlib.crc32(lengths.tobytes())]
+        self.fingerprint = f"{fingerprint} {plan}"
+        # Shuffled rows, so that a cap on the batches cuts long and short documents alike.
+        rows = settings.plan(pieces, key(seed, "eval_rows"))
+        self._rows = rows if max_batches is None else rows[: max_batches * batch_rows]
+        firsts = np.cumsum([0, *(source.num_documents for source in sources)])
+        document_of = np.concatenate([source.document_of + first for source, first in zip(sources, firsts)])
+        self.num_documents = len(np.unique(document_of[[piece.document for row in self._rows for piece in row]]))
+        """Documents of which at least a piece is evaluated."""
+
+        self._window = Window(
+            rows=self._rows,
+            get=lambda piece: sources[source_of[piece.document]].get(int(numbers[piece.document]))[
+                piece.start : piece.start + piece.length
+            ],
+            documents=numbers,
+            sources=source_of,
+            next_state={},
+        )
+
+    def documents(self) -> Iterator[NDArray[Any]]:
+        """Tokens of the documents in source order, without special tokens; stored pieces one by one."""
+        for source in self._sources:
+            yield from map(source.get, range(len(source.lengths)))
+
+    def num_batches(self, world: int) -> int:
+        """Batches that every rank makes."""
+        return math.ceil(math.ceil(len(self._rows) / world) / self._batch_rows)
+
+    def batches(self, collate: Collator, *, cls_id: int, sep_id: int, rank: int, world: int) -> Iterator[PackedBatch]:
+        """This rank's batches of `batch_rows` rows."""
+        mine = range(rank, len(self._rows), world)
+        for number in range(self.num_batches(world)):
+            chosen = mine[number * self._batch_rows : (number + 1) * self._batch_rows]
+            rows = [build_row(self._rows[row], self._window, row, cls_id=cls_id, sep_id=sep_id) for row in chosen]
+            yield collate(rows, num_rows=self._batch_rows)
+
+
+class Evaluation(NamedTuple):
+    """What is evaluated, and what of the training documents is set apart for it."""
+
+    eval_set: EvalSet | None
+    held_out: list[Place | None]
+    """For each source, where its held-out documents end in the training split; None when none are held out."""
+
+    notes: list[str]
+    inventory: Inventory = NO_FILES
+    """Files of the evaluation splits."""
+
+
+def choose_evaluation(
+    config: Config, sources: Sequence[Source], train: Sequence[View], settings: LaneSettings
+) -> Evaluation:
+    """The named split, else a split that is called like one, else the first documents of the training split.
+
+    Raises:
+        DataError: the split is not there, a streamed one has no budget, or all documents would be held out.
+    """
+    settings = replace(settings, packing="best_fit" if config.datacollator.pack_sequences else "one_per_row")
+    chosen = _choose_splits(config, sources)
+    nothing: list[Place | None] = [None] * len(sources)
+    inventory = NO_FILES
+    if any(split is not None for split in chosen):
+        found, notes, views = _collect_splits(config, sources, chosen, settings)
+        inventory = sum((view.inventory for view in views), NO_FILES)
+        held_out = nothing
+    elif config.dataset.eval_samples or config.dataset.validation_split:
+        found, views = _collect_held_out(config, sources, train, settings), train
+        held_out = [documents.rest if documents.num_documents else None for documents in found]
+        number = sum(documents.num_documents for documents in found)
+        notes = [f"evaluating on the first {number} documents, held out of training"]
+    else:
+        note = "no evaluation: no validation split, and neither dataset.eval_samples nor validation_split is set"
+        return Evaluation(None, nothing, [note])
+    if not any(documents.num_documents for documents in found):
+        return Evaluation(None, nothing, ["no evaluation: the evaluation split has no usable documents"], inventory)
+    eval_set = EvalSet(
+        found,
+        settings,
+        seed=config.trainer.eval_seed,
+        batch_rows=config.trainer.per_device_eval_batch_size,
+        max_batches=config.trainer.eval_max_batches,
+        fingerprint=" ".join(view.fingerprint for view in views),
+    )
+    return Evaluation(eval_set, held_out, notes, inventory)
+
+
+def _choose_splits(config: Config, sources: Sequence[Source]) -> list[SplitSlice | None]:
+    """The evaluation split of each source; None for a source that has none."""
+    text = config.dataset.eval_split
+    if text is None:
+        names = [choose_eval_split(list(source.splits), source.train_split.name) for source in sources]
+        return [None if name is None else parse_split(name) for name in names]
+    wanted = parse_split(text)
+    if not any(wanted.name in source.splits for source in sources):
+        check_split([name for source in sources for name in source.splits], wanted.name, "dataset.eval_split")
+    for source in sources:
+        if wanted.name == source.train_split.name and (wanted.is_whole or source.train_split.is_whole):
+            raise DataError(
+                f"dataset.eval_split: {text!r} is the training split; set dataset.eval_split: null and "
+                "dataset.eval_samples to hold out its first documents"
+            )
+        check_disjoint(source.train_split, wanted, source.count_train_split)
+    return [wanted if wanted.name in source.splits else None for source in sources]
+
+
+def _collect_splits(
+    config: Config, sources: Sequence[Source], chosen: Sequence[SplitSlice | None], settings: LaneSettings
+) -> tuple[list[EvalDocuments], list[str], Sequence[View]]:
+    pairs = [(source, split) for source, split in zip(sources, chosen) if split is not None]
+    shares = _share(config.dataset.eval_samples, [source.spec.weight for source, _ in pairs])
+    found, notes, views = [], [], []
+    for (source, split), share in zip(pairs, shares):
+        view = source.open(split)
+        documents = _collect(view, source, settings, _choose_limit(config, view, share, len(pairs)))
+        found.append(documents)
+        views.append(view)
+        of = f" of {source.spec.label}" if len(sources) > 1 else ""
+        notes += [f"evaluating on {documents.num_documents} documents of split {str(split)!r}{of}", *view.notes]
+    return found, notes, views
+
+
+def _collect_held_out(
+    config: Config, sources: Sequence[Source], train: Sequence[View], settings: LaneSettings
+) -> list[EvalDocuments]:
+    section, found = config.dataset, []
+    shares = _share(section.eval_samples, [source.spec.weight for source in sources])
+    for source, view, share in zip(sources, train, shares):
+        field, value = "dataset.eval_samples", share
+        if section.validation_split is not None:
+            field, value = "dataset.validation_split", _part_of(view, source, section.validation_split)
+        documents = _collect(view, source, settings, Limit(documents=value))
+        is_indexed = isinstance(view.documents, TokenStore)
+        if documents.num_documents < (value or 0) or (is_indexed and documents.rest == view.rows[1]):
+            raise DataError(
+                f"{field}: {section.eval_samples or section.validation_split} holds out every usable document of "
+                f"{str(source.train_split)!r} ({documents.num_documents}); lower it"
+            )
+        found.append(documents)
+    return found
+
+
+def _part_of(view: View, source: Source, fraction: float) -> int:
+    count = view.count()
+    if count is None:
+        raise DataError(
+            f"dataset.validation_split: {fraction} needs the number of documents, and {source.spec.label} is a stream "
+            "that does not tell it; write dataset.eval_samples, or dataset.streaming: false to tokenise it once"
+        )
+    return max(1, round(count * fraction))
+
+
+def _share(total: int | None, weights: Sequence[float | None]) -> list[int | None]:
+    """`total` cut by weights (None: equally), the largest remainders rounded up.
+
+    >>> _share(10, [2.0, 1.0])
+    [7, 3]
+    """
+    if total is None:
+        return [None] * len(weights)
+    known = [1.0 if weight is None else weight for weight in weights]
+    exact = [total * weight / sum(known) for weight in known]
+    shares = [math.floor(share) for share in exact]
+    by_remainder = sorted(range(len(exact)), key=lambda n: shares[n] - exact[n])
+    for number in by_remainder[: total - sum(shares)]:
+        shares[number] += 1
+    return list(shares)
+
+
+def _choose_limit(config: Config, view: View, share: int | None, num_views: int) -> Limit:
+    max_batches = config.trainer.eval_max_batches
+    if share is not None:
+        return Limit(documents=share)
+    if max_batches:
+        rows = max_batches * config.trainer.per_device_eval_batch_size
+        return Limit(slots=-(-rows * config.dataset.max_seq_length // num_views))
+    if isinstance(view.documents, TokenStore | ArrowTexts):
+        return Limit()
+    raise DataError(
+        "a streamed evaluation split needs a budget: set dataset.eval_samples (documents) or trainer.eval_max_batches, "
+        "or dataset.streaming: false to evaluate on all of it"
+    )
+
+
+def _collect(view: View, source: Source, settings: LaneSettings, limit: Limit) -> EvalDocuments:
+    if limit.documents == 0:
+        nothing = np.empty(0, dtype=np.int64)
+        return EvalDocuments(nothing, _no_document, nothing, None)
+    if isinstance(view.documents, TokenStore):
+        return collect_indexed(view, settings, limit)
+    return collect_texts(view, source.tokenizer.encode_batch, settings, limit)
+
+
+def _no_document(number: int) -> NDArray[Any]:
+    raise IndexError(number)

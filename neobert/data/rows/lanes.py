@@ -1,0 +1,235 @@
+"""Lanes: the independent, endless row sources that rows are drawn from in turn.
+
+Row g of a run comes from lane g modulo the number of lanes. A lane reads its share of the documents window by window;
+packing and shuffling happen inside a window only, and `open` is pure, so the state that opens a window is all that must
+be stored to have it again. A state is a small JSON object; `row` counts the rows of its window already used.
+
+A window is planned in three steps, for L slots in a row:
+
+    stream    the next documents of the lane, in tokens
+    split     pieces of at most L - 2 tokens
+    plan      pieces packed into rows; the rows in an order keyed by (seed, lane, epoch, window)
+
+As many lanes as find documents: an automatic number of lanes never ends a run.
+
+A source is cut by what it tells of its size, and not all of it need be documents: one line may be larger than many
+ranges, files sorted by length begin with empty texts, a row group holds nulls. Every lane is asked for its first
+document; while some have none, the source is cut anew for as many lanes as had one. That is a function of the data and
+the settings alone, so every process and every resume finds the same number, and the data state holds it.
+"""
+
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from typing import Any, Literal, Protocol
+
+import numpy as np
+from numpy.typing import NDArray
+
+from neobert.data.rows.order import Permutation, key
+from neobert.data.rows.packing import (
+    SPECIALS_PER_SEGMENT,
+    Piece,
+    best_fit,
+    max_segments_per_row,
+    one_per_row,
+    split_documents,
+)
+from neobert.errors import DataError
+
+IntArray = NDArray[np.int32]
+State = dict[str, Any]
+
+MAX_EMPTY_WINDOWS = 1000
+"""Windows in a row without a single row: then nothing will come."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True, eq=False)
+class Taken:
+    """The next documents of a stream."""
+
+    lengths: NDArray[np.int64]
+    """Tokens of each, special tokens not counted."""
+
+    get: Callable[[int, int, int], NDArray[Any]]
+    """`get(item, start, length)`: that stretch of a document."""
+
+    documents: NDArray[np.int64]
+    """Number of each document in its source."""
+
+    sources: NDArray[np.int64]
+    """Number of each document's source."""
+
+    starts: NDArray[np.int64]
+    """Token at which each begins here: above 0 where a large document goes on that an earlier take began."""
+
+    next_state: State
+    ended: bool
+    """Whether the epoch is over; `next_state` then begins the next one."""
+
+
+class DocumentStream(Protocol):
+    """The documents of one lane, epoch after epoch."""
+
+    @property
+    def size(self) -> int:
+        """Amount of text, about, in bytes; 0 when unknown."""
+
+    def start(self) -> State:
+        """The state before the first document."""
+
+    def take(self, state: State, max_documents: int) -> Taken:
+        """At most so many documents after `state`, none of the next epoch. Pure. Fewer when they are large."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True, eq=False)
+class Window:
+    """A planned stretch of a lane."""
+
+    rows: list[list[Piece]]
+    get: Callable[[Piece], NDArray[Any]]
+    """The tokens of a piece, integers without special tokens."""
+
+    documents: NDArray[np.int64]
+    """Number in its source of each document of the window."""
+
+    sources: NDArray[np.int64]
+    """Number of each document's source."""
+
+    next_state: State
+
+
+class Lane(Protocol):
+    """An endless source of rows."""
+
+    def start(self) -> State:
+        """The state before the first row."""
+
+    def open(self, state: State) -> Window:
+        """The window that `state` stands in. Pure: the same state gives the same rows for ever."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class LaneSettings:
+    """What decides how documents become rows, besides the documents."""
+
+    seed: int
+    max_seq_length: int
+    window_documents: int
+    min_length: int
+    truncate: bool
+    packing: Literal["best_fit", "one_per_row"]
+    shuffle: bool = True
+    """False keeps the order of the source: rows are ordered by their first document."""
+
+    max_document_chars: int = 1_000_000
+    max_bad_records: int = 100
+
+    def plan(self, pieces: list[Piece], order_key: int) -> list[list[Piece]]:
+        """The pieces as rows, in an order that the key decides."""
+        lengths = [piece.length + SPECIALS_PER_SEGMENT for piece in pieces]
+        if self.packing == "best_fit":
+            limit = max_segments_per_row(self.max_seq_length, packed=True)
+            rows = best_fit(lengths, self.max_seq_length, limit)
+        else:
+            rows = one_per_row(lengths)
+        if not self.shuffle:
+            return [[pieces[item] for item in items] for items in sorted(sorted(row) for row in rows)]
+        order = Permutation(len(rows), order_key)(np.arange(len(rows)))
+        return [[pieces[item] for item in rows[number]] for number in order.tolist()]
+
+
+class PackingLane:
+    """Rows from the documents of a stream."""
+
+    def __init__(self, stream: DocumentStream, settings: LaneSettings, lane: int) -> None:
+        self._stream, self._settings, self._lane = stream, settings, lane
+
+    def start(self) -> State:
+        counters = {"used": 0, "empty": 0, "dropped": 0}
+        return {"epoch": 0, "window": 0, "row": 0, **counters, "stream": self._stream.start()}
+
+    def open(self, state: State) -> Window:
+        settings, epoch = self._settings, state["epoch"]
+        taken = self._stream.take(state["stream"], settings.window_documents)
+        pieces, num_dropped = split_documents(
+            taken.lengths, settings.max_seq_length, settings.min_length, truncate=settings.truncate
+        )
+        starts = taken.starts.tolist()
+        pieces = [piece._replace(start=piece.start + starts[piece.document]) for piece in pieces]
+        next_state = {
+            "epoch": epoch,
+            "window": state["window"] + 1,
+            "row": 0,
+            "used": state["used"] + len(pieces),
+            "empty": 0 if pieces else state["empty"] + 1,
+            "dropped": state["dropped"] + num_dropped,
+            "stream": taken.next_state,
+        }
+        if next_state["empty"] > MAX_EMPTY_WINDOWS or (taken.ended and not epoch and not next_state["used"]):
+            raise self._no_rows()
+        if taken.ended:
+            # Where every epoch deals few documents out anew, a lane may have none in one and some in the next.
+            next_state |= {"epoch": epoch + 1, "window": 0, "used": 0}
+        return Window(
+            rows=settings.plan(pieces, key(settings.seed, "rows", self._lane, epoch, state["window"])),
+            get=lambda piece: taken.get(piece.document, piece.start, piece.length),
+            documents=taken.documents,
+            sources=taken.sources,
+            next_state=next_state,
+        )
+
+    def _no_rows(self) -> DataError:
+        """The error of a lane that holds nothing to train on, and would be read for ever."""
+        return DataError(
+            f"lane {self._lane} has no usable documents: all of them are empty, unreadable or shorter than "
+            "dataset.min_length; lower dataset.num_lanes or leave it null, lower dataset.min_length, or check "
+            "dataset.text_column"
+        )
+
+
+_THREADS = 8
+
+OpenStreams = Callable[[int], Sequence[DocumentStream]]
+"""Lane -> its stream of each source."""
+
+
+def fit_num_lanes(most: int, cut: Callable[[int], OpenStreams], settings: LaneSettings, *, weighted: bool) -> int:
+    """The number of lanes, at most `most`, of which each finds a document in its first epoch; 1 when nothing does.
+
+    Args:
+        cut: the streams of a number of lanes.
+        weighted: whether documents are drawn by the weights of the sources, which needs one of every source.
+    """
+    num_lanes = most
+    while num_lanes > 1:
+        open_streams = cut(num_lanes)
+        with ThreadPoolExecutor(_THREADS) as threads:
+            lanes = [threads.submit(_is_filled, open_streams(lane), settings, weighted) for lane in range(num_lanes)]
+            num_filled = sum(lane.result() for lane in lanes)
+        if num_filled == num_lanes:
+            break
+        num_lanes = max(1, num_filled)
+    return num_lanes
+
+
+def _is_filled(streams: Sequence[DocumentStream], settings: LaneSettings, weighted: bool) -> bool:
+    def has_pieces(lengths: NDArray[np.int64]) -> bool:
+        limits = (settings.max_seq_length, settings.min_length)
+        return bool(split_documents(lengths, *limits, truncate=settings.truncate)[0])
+
+    if weighted and not all(_finds(stream, len, settings) for stream in streams):
+        return False
+    return any(_finds(stream, has_pieces, settings) for stream in streams)
+
+
+def _finds(stream: DocumentStream, is_enough: Callable[[NDArray[np.int64]], int], settings: LaneSettings) -> bool:
+    """Whether the first epoch has documents with these lengths; few are read where the first ones do."""
+    state, count = stream.start(), 1
+    while True:
+        taken = stream.take(state, count)
+        if is_enough(taken.lengths):
+            return True
+        if taken.ended:
+            return False
+        state, count = taken.next_state, min(2 * count, settings.window_documents)

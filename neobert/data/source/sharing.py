@@ -1,0 +1,220 @@
+"""Shards shared out to lanes and to machines.
+
+| the shards are | lanes | `part` |
+|---|---|---|
+| plain files of lines | byte ranges, equal to a byte | byte ranges |
+| row groups of Parquet | stretches of about equal bytes | the same |
+| files that cannot be cut, shards of the hub | every n-th shard | stretches of about equal bytes |
+
+A cursor in source order is `{"shard": number, "position": position in it}`; a null position is before its first record.
+"""
+
+from bisect import bisect_left
+from collections.abc import Callable, Sequence
+from itertools import accumulate
+from typing import NamedTuple
+
+from neobert.data.rows.lanes import State
+from neobert.data.source.inventory import NO_FILES, Inventory
+from neobert.data.source.text import WHOLE, EveryNth, Reader, Records, Shard, ShardReader, Share, Span, read_shards
+from neobert.errors import DataError
+
+STREAM_LANES = 16
+"""Lanes of a stream when `dataset.num_lanes` is null and the data is large enough."""
+
+MIN_LANE_BYTES = 256 * 1024
+"""A smaller stretch of text is not worth a lane of its own: its windows would pack badly."""
+
+
+class Stretch(NamedTuple):
+    """Shard `number` between two positions in it, None being its own ends."""
+
+    number: int
+    after: State | None
+    until: State | None
+
+
+class Bounds(NamedTuple):
+    """A span as shards: from `first` to before `last`, the first one behind `after`, the last one up to `until`."""
+
+    first: int
+    after: State | None
+    last: int
+    until: State | None
+
+    def stretches(self) -> list[Stretch]:
+        """Every shard of the span."""
+        return [
+            Stretch(n, self.after if n == self.first else None, self.until if n == self.last - 1 else None)
+            for n in range(self.first, self.last)
+        ]
+
+
+def find_bounds(span: Span, num_shards: int) -> Bounds:
+    """The shards that a span touches."""
+    first, after = (0, None) if span.after is None else (span.after["shard"], span.after["position"])
+    if span.until is None:
+        return Bounds(first, after, num_shards, None)
+    until = span.until["position"]
+    return Bounds(first, after, span.until["shard"] + (until is not None), until)
+
+
+class ShardedSource:
+    """A source made of shards with a number each. Subclasses say how a shard is built and how large it is."""
+
+    fingerprint: str
+    notes: list[str]
+    inventory: Inventory = NO_FILES
+
+    def __init__(self, place: str, sizes: Sequence[int]) -> None:
+        self._place, self._sizes = place, list(sizes)
+
+    def build_shard(self, stretch: Stretch) -> Shard:
+        """A shard, or a stretch of it."""
+        raise NotImplementedError
+
+    def records(self, span: Span = WHOLE) -> Records:
+        bounds = find_bounds(span, len(self._sizes))
+        # The first shard begins by its cursor, not by a cut, so that its records keep their positions.
+        shards = [self.build_shard(stretch._replace(after=None)) for stretch in bounds.stretches()]
+        for record in read_shards(shards, {"shard": 0, "position": bounds.after}):
+            yield record._replace(cursor=record.cursor | {"shard": record.cursor["shard"] + bounds.first})
+
+    def readers(self, share: Share) -> list[Reader]:
+        stretches = find_bounds(share.span, len(self._sizes)).stretches()
+        return share_out(
+            lambda count: self._every_nth(stretches, share, count),
+            share,
+            most=len(stretches),
+            chosen=choose_num_lanes(len(stretches)),
+            place=self._place,
+        )
+
+    def count(self) -> int | None:
+        return None
+
+    def cursor_after(self, number: int) -> State:
+        left = number
+        for place in range(len(self._sizes)):
+            position, passed = self.position_after(place, left)
+            if passed == left:
+                return {"shard": place, "position": position}
+            left -= passed
+        raise too_few(self._place, number, number - left)
+
+    def position_after(self, place: int, number: int) -> tuple[State | None, int]:
+        """Position behind the record with this number in a shard, or behind its last one, and how many that were."""
+        position, passed = None, 0
+        for record in self.build_shard(Stretch(place, None, None)).read(None):
+            position, passed = record.cursor, passed + 1
+            if passed == number:
+                break
+        return position, passed
+
+    def part(self, number: int, count: int) -> Span:
+        check_part(number, count, len(self._sizes), self._place)
+        first, last = (choose_borders(self._sizes, count)[n] for n in (number, number + 1))
+        return Span(
+            after={"shard": first, "position": None} if number else None,
+            until={"shard": last, "position": None} if number + 1 < count else None,
+        )
+
+    def _every_nth(self, stretches: list[Stretch], share: Share, count: int) -> list[Reader]:
+        return [
+            ShardReader([self.build_shard(stretch) for stretch in stretches[lane::count]], share, lane)
+            for lane in range(count)
+        ]
+
+
+def share_out(
+    build: Callable[[int], list[Reader]], share: Share, *, most: int, chosen: int, place: str
+) -> list[Reader]:
+    """The readers of a share.
+
+    Args:
+        build: makes a number of readers over the source.
+        most: the largest number of stretches that the source is worth cutting into.
+        chosen: the number of readers where `share` leaves it open.
+
+    Raises:
+        DataError: `share.num_lanes` is more than `most`, and not `share.exact`.
+    """
+    if share.num_lanes is None:
+        return build(chosen)
+    if share.num_lanes <= most:
+        return build(share.num_lanes)
+    if not share.exact:
+        raise DataError(
+            f"dataset.num_lanes: {share.num_lanes}, but {place} has {most} shards to share out; "
+            "give at most that, or leave it null"
+        )
+    # A divisor, so that every stretch is shared by as many lanes. Each lane reads by objects of its own.
+    count = max(n for n in range(1, max(1, most) + 1) if share.num_lanes % n == 0)
+    sharing = share.num_lanes // count
+    copies = [build(count) for _ in range(sharing)]
+    return [EveryNth(copies[lane // count][lane % count], lane // count, sharing) for lane in range(share.num_lanes)]
+
+
+def choose_num_lanes(num_shards: int) -> int:
+    """Lanes for shards that cannot be cut: many, up to 16, whose shares differ little in size.
+
+    Equal shares where half of the lanes can be kept for them; else the last share of a round may be missing in a few.
+    """
+    most = max(1, min(STREAM_LANES, num_shards))
+    equal = max(n for n in range(1, most + 1) if -(-num_shards // n) <= 1.1 * (num_shards // n))
+    if 2 * equal >= most:
+        return equal
+    return max(n for n in range(1, most + 1) if -(-num_shards // n) * n <= 1.1 * num_shards)
+
+
+def choose_borders(sizes: Sequence[int], count: int) -> list[int]:
+    """Cuts shards into `count` runs of about equal size, none of them empty: the place where each begins, and the end.
+
+    >>> choose_borders([5, 1, 1, 1, 4], 3)
+    [0, 1, 4, 5]
+    """
+    weights = sizes if any(sizes) else [1] * len(sizes)
+    starts = list(accumulate(weights, initial=0))
+    borders = [0]
+    for part in range(1, count):
+        wanted = starts[-1] * part / count
+        place = bisect_left(starts, wanted)
+        if place and wanted - starts[place - 1] <= starts[place] - wanted:
+            place -= 1
+        borders.append(min(max(place, borders[-1] + 1), len(sizes) - (count - part)))
+    return [*borders, len(sizes)]
+
+
+def cut_spans(spans: Sequence[tuple[int, int, int]], count: int) -> list[list[tuple[int, int, int]]]:
+    """Cuts (file, begin, end) spans, seen as one stream of bytes, into `count` equal parts.
+
+    >>> cut_spans([(0, 0, 6), (1, 0, 4)], 2)
+    [[(0, 0, 5)], [(0, 5, 6), (1, 0, 4)]]
+    """
+    total = sum(end - begin for _, begin, end in spans)
+    parts = []
+    for part in range(count):
+        low, high = total * part // count, total * (part + 1) // count
+        pieces, passed = [], 0
+        for file, begin, end in spans:
+            start, stop = max(begin, begin + low - passed), min(end, begin + high - passed)
+            if start < stop:
+                pieces.append((file, start, stop))
+            passed += end - begin
+        parts.append(pieces)
+    return parts
+
+
+def check_part(number: int, count: int, most: int, place: str) -> None:
+    """Raises when stretch `number` of `count` cannot be had of a source with `most` stretches.
+
+    Raises:
+        DataError: naming the largest count.
+    """
+    if not 0 <= number < count <= most:
+        raise DataError(f"{place} cannot be cut into {count} parts; the largest possible number is {most}")
+
+
+def too_few(place: str, wanted: int, found: int) -> DataError:
+    """The error of a document number beyond the end."""
+    return DataError(f"{place} has {found} records, and number {wanted} was asked for; give a smaller number")

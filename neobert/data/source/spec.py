@@ -1,0 +1,238 @@
+"""`dataset.*` -> the list of sources it names, one `SourceSpec` each.
+
+Which column holds the text.
+"""
+
+import re
+from collections import Counter
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Literal
+
+import pyarrow as pa
+
+from neobert.config.schema_data import MAX_RECORD_BYTES, DatasetSection
+from neobert.data.source.codecs import codec_of_name
+from neobert.data.source.files import kind_of_name
+from neobert.errors import DataError
+
+TEXT_COLUMNS = ("text", "content", "sentence")
+"""Tried in this order when `dataset.text_column` is null."""
+
+_NO_TEXT = re.compile(
+    r"\w+://\S+|www\.\S+"  # An address.
+    r"|[\W\d_]*"  # No letter: a number, a date, a version.
+    r"|v?\d+(?:\.\w+)+(?:[-+][\w.]+)?"  # A version.
+    r"|\d{4}-\d\d-\d\dT[\d:.]+(?:Z|[+-][\d:]+)?"  # A time.
+    r"|(?=\S*[\d_@])[\w.:/@+=#-]+"  # An identifier: one word with a digit in it.
+)
+
+
+def may_be_text(values: Iterable[str]) -> bool:
+    """Whether one of these values is no address, number, version, time or identifier.
+
+    >>> may_be_text(["1.0.2", "1.1.0-rc1"]), may_be_text(["1.0.2", "the second release"])
+    (False, True)
+    """
+    return any(not _NO_TEXT.fullmatch(value.strip()) for value in values)
+
+
+def choose_candidates(values: Mapping[str, Sequence[str]], wanted: str | None) -> list[str]:
+    """The columns of strings that could be the text: one that is named or called so is believed, others are looked at.
+
+    Args:
+        values: some of each column; a column without is believed.
+    """
+    return [name for name, some in values.items() if is_believed(name, wanted) or not some or may_be_text(some)]
+
+
+def split_schema(schema: pa.Schema, wanted: str | None) -> tuple[list[str], list[str]]:
+    """(columns of text, the others with their types) of an Arrow schema.
+
+    A column without values (of type null) is one of text. So is a binary one that is named or called text: what is
+    UTF-8 in it is text. Several columns of one name are none.
+    """
+    counts = Counter(schema.names)
+    fields = [f for f in schema if counts[f.name] == 1]
+    texts = [f.name for f in fields if is_text(f.type) or (_may_hold_text(f.type) and is_believed(f.name, wanted))]
+    others = [f"{f.name}{_describe_kind(f, wanted)}" for f in fields if f.name not in texts]
+    return texts, others + [f"{name} ({count} columns)" for name, count in counts.items() if count > 1]
+
+
+def _describe_kind(column: pa.Field, wanted: str | None) -> str:
+    """The type of a column, where its name or type would let one think of text."""
+    if pa.types.is_primitive(column.type) and not is_believed(column.name, wanted):
+        return ""
+    return f" ({str(column.type).partition('<')[0]})"
+
+
+def is_text(kind: pa.DataType) -> bool:
+    """Whether a column of this type holds strings."""
+    kind = kind.value_type if pa.types.is_dictionary(kind) else kind
+    return bool(pa.types.is_string(kind) or pa.types.is_large_string(kind) or pa.types.is_string_view(kind))
+
+
+def _may_hold_text(kind: pa.DataType) -> bool:
+    is_binary = pa.types.is_binary(kind) or pa.types.is_large_binary(kind) or pa.types.is_binary_view(kind)
+    return bool(is_binary or pa.types.is_null(kind))
+
+
+def is_believed(name: str, wanted: str | None) -> bool:
+    """Whether a column is the text by its name alone."""
+    return name == wanted or name in TEXT_COLUMNS
+
+
+def choose_text_column(
+    text_columns: Sequence[str], other_columns: Sequence[str], wanted: str | None, place: str
+) -> tuple[str, str]:
+    """The column to read, and a sentence that says so.
+
+    Raises:
+        DataError: the wanted column is not there, or none was named and several would do.
+    """
+    if wanted is not None:
+        if wanted in text_columns:
+            return wanted, f"text from column {wanted!r} (dataset.text_column)"
+        is_there = any(name == wanted or name.startswith(f"{wanted} (") for name in other_columns)
+        kind = "holds no text" if is_there else "is not"
+        raise DataError(
+            f"dataset.text_column: {wanted!r} {kind} in {place}; "
+            f"text columns there: {', '.join(text_columns) or 'none'}"
+        )
+    for name in TEXT_COLUMNS:
+        if name in text_columns:
+            return name, f"text from column {name!r}"
+    if len(text_columns) == 1:
+        return text_columns[0], f"text from column {text_columns[0]!r}, the only one with text"
+    if text_columns:
+        raise DataError(
+            f"dataset.text_column is null and {place} has several text columns; name one of {', '.join(text_columns)}"
+        )
+    raise DataError(
+        f"{place} has no text column (columns: {', '.join(other_columns) or 'none'}); "
+        "choose another dataset.path, or name the column with dataset.text_column"
+    )
+
+
+PYTHON_STDLIB = "python_stdlib"
+"""The name of the corpus that is always there."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class SourceSpec:
+    """One source of documents, before anything of it was looked at."""
+
+    name: str | None = None
+    """Hub dataset, or `python_stdlib`."""
+
+    config: str | None = None
+    revision: str | None = None
+    path: tuple[str, ...] = ()
+    """Files, folders and patterns, local or remote; empty for a source with a name."""
+
+    split: str | None = None
+    """Training split or slice; None for the usual one."""
+
+    text_column: str | None = None
+    weight: float | None = None
+    """Share of the documents relative to the other sources; None reads each document once per epoch."""
+
+    max_documents: int | None = None
+    cache_dir: str | None = None
+    sample_by: Literal["line", "paragraph", "document"] = "line"
+    num_lanes: int | None = None
+    on_bad_shard: Literal["error", "skip"] = "error"
+    network_retries: int = 5
+    max_record_bytes: int = MAX_RECORD_BYTES
+
+    @property
+    def label(self) -> str:
+        """The source in a word or two, for messages and the log."""
+        if not self.path:
+            return str(self.name)
+        return self.path[0] if len(self.path) == 1 else f"{self.path[0]} (and {len(self.path) - 1} more)"
+
+
+def name_folders(specs: Sequence[SourceSpec], folder: Path) -> list[Path]:
+    """Where the tokens of each source go: a single source has the folder for itself."""
+    if len(specs) == 1:
+        return [folder]
+    words = [re.sub(r"[^A-Za-z0-9._]+", "-", Path(spec.label.rstrip("/")).name).strip("-.") for spec in specs]
+    return [folder / f"{number}-{word or 'source'}" for number, word in enumerate(words)]
+
+
+def describe_sources(section: DatasetSection) -> tuple[SourceSpec, ...]:
+    """The sources that `dataset.path`, else `dataset.mixture`, else `dataset.name` describes.
+
+    Raises:
+        DataError: none is named, or a name is written wrongly.
+    """
+    base = SourceSpec(
+        config=section.config,
+        revision=section.revision,
+        split=section.train_split,
+        text_column=section.text_column,
+        cache_dir=section.cache_dir,
+        sample_by=section.sample_by,
+        num_lanes=section.num_lanes,
+        on_bad_shard=section.on_bad_shard,
+        network_retries=section.network_retries,
+        max_record_bytes=section.max_record_bytes,
+    )
+    if section.path is not None:
+        return (replace(base, path=_as_tuple(section.path)),)
+    if section.mixture:
+        return tuple(
+            replace(
+                base,
+                name=source.name,
+                config=source.config,
+                revision=source.revision,
+                path=() if source.path is None else _as_tuple(source.path),
+                split=source.split or section.train_split,
+                text_column=source.text_column or section.text_column,
+                weight=source.weight,
+                max_documents=source.max_documents,
+            )
+            for source in section.mixture
+        )
+    if section.name is None:
+        raise DataError("no data is named: set dataset.path (files, folder) or dataset.name (hub, or python_stdlib)")
+    words = [word.strip() for name in _as_tuple(section.name) for word in name.split(",")]
+    return tuple(_parse_name(word, base) for word in words)
+
+
+def describe_source(source: str, *, text_column: str | None = None, config: str | None = None) -> SourceSpec:
+    """A source given as one word on a command line: what exists or looks like files is a path, all else a name.
+
+    Raises:
+        DataError: `config` of a source that has no configurations, or a name written wrongly.
+    """
+    files = Path(source).expanduser().exists() or "*" in source or "://" in source
+    files = files or source.startswith((".", "/", "~")) or _has_suffix(source)
+    if config is not None and (files or source == PYTHON_STDLIB):
+        raise DataError(f"--dataset-config: {config} belongs to a dataset of the hub, which {source} is not; remove it")
+    if files and source != PYTHON_STDLIB:
+        return SourceSpec(path=(source,), text_column=text_column)
+    return replace(_parse_name(source, SourceSpec()), text_column=text_column, config=config)
+
+
+def _parse_name(word: str, base: SourceSpec) -> SourceSpec:
+    name, colon, count = word.rpartition(":")
+    if not colon:
+        name, count = word, ""
+    if not name or (colon and not (count.isdecimal() and int(count) > 0)):
+        raise DataError(
+            f"dataset.name: {word!r} is not a name; write a hub dataset, or name:5000 for its first 5000 documents"
+        )
+    return replace(base, name=name, max_documents=int(count) if count else None)
+
+
+def _has_suffix(source: str) -> bool:
+    name = source.lower()
+    return kind_of_name(name) is not None or codec_of_name(name) is not None or name.endswith(".arrow")
+
+
+def _as_tuple(value: str | tuple[str, ...]) -> tuple[str, ...]:
+    return (value,) if isinstance(value, str) else value

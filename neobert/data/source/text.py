@@ -1,0 +1,306 @@
+"""Documents as text: what a source of text offers to lanes.
+
+A reader yields records in an order that depends on nothing but its cursor, so a window is read again from the cursor
+that opened it.
+"""
+
+import hashlib
+from collections.abc import Callable, Generator, Iterator, Sequence
+from dataclasses import dataclass
+from typing import NamedTuple, Protocol
+
+import numpy as np
+
+from neobert.config.schema_data import MAX_RECORD_BYTES
+from neobert.data.fingerprint import combine
+from neobert.data.rows.lanes import IntArray, State
+from neobert.data.rows.order import Permutation, key
+from neobert.data.source.inventory import Inventory
+from neobert.errors import DataError
+from neobert.secrets import build_logger
+
+logger = build_logger(__name__)
+
+Encode = Callable[[list[str]], list[IntArray]]
+
+WINDOW_CHARS = 4 << 20
+"""A window of text ends after this many characters even when it has few documents; about a million tokens."""
+
+
+class Record(NamedTuple):
+    """One entry of a text source."""
+
+    document: int
+    """Its number in the source."""
+
+    text: str | None
+    """None when the entry has no text: skipped and counted."""
+
+    problem: str | None
+    """Why the entry cannot be read, beginning with its place; counted as bad. None when it can."""
+
+    cursor: State
+    """Where reading goes on after this entry."""
+
+
+Records = Generator[Record, None, None]
+
+
+class Span(NamedTuple):
+    """A stretch of a source in its own order, between two cursors of its records."""
+
+    after: State | None = None
+    """Begins behind the record with this cursor; None: at the first."""
+
+    until: State | None = None
+    """Ends with the record that has this cursor; None: with the last."""
+
+
+WHOLE = Span()
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Share:
+    """How a source is shared out to lanes."""
+
+    seed: int
+    num_lanes: int | None
+    """None: the source chooses."""
+
+    span: Span = WHOLE
+    shuffle: bool = True
+    """False: shards and documents keep the order of the source."""
+
+    exact: bool = False
+    """True: exactly `num_lanes` readers even where the source has fewer stretches to share out. Lanes that share a
+    stretch then take every n-th record of it."""
+
+
+class Reader(Protocol):
+    """One lane's share of a text source, in an order of its own for every epoch."""
+
+    size: int
+    """About how many bytes of text it has, comparable between kinds of sources; 0 when unknown."""
+
+    def start(self) -> State:
+        """The cursor at the beginning of an epoch."""
+
+    def read(self, epoch: int, cursor: State, skip: frozenset[int] = frozenset()) -> Records:
+        """The records of an epoch from `cursor` on.
+
+        Args:
+            skip: numbers of shards to pass over.
+
+        Raises:
+            BadShard: a shard cannot be opened, decompressed or decoded.
+        """
+
+
+class TextSource(Protocol):
+    """The documents of one split as text. A cursor of its records holds for `Span` and for no reader."""
+
+    fingerprint: str
+    """Changes when the documents change."""
+
+    notes: list[str]
+    """What was found and chosen, for the console."""
+
+    inventory: Inventory
+    """Its files."""
+
+    def records(self, span: Span = WHOLE) -> Records:
+        """Records in source order."""
+
+    def readers(self, share: Share) -> list[Reader]:
+        """One reader for each lane. Together they read every record of the span once in an epoch."""
+
+    def count(self) -> int | None:
+        """Number of records where it is known without reading everything."""
+
+    def cursor_after(self, number: int) -> State:
+        """Cursor of the record with this number in source order, counted from 1.
+
+        Raises:
+            DataError: there are fewer records.
+        """
+
+    def part(self, number: int, count: int) -> Span:
+        """Stretch `number`, from 0, of `count` stretches of about equal size that follow one another.
+
+        Raises:
+            DataError: the source cannot be cut into so many.
+        """
+
+
+class TooLong(ValueError):
+    """A record of more bytes than `dataset.max_record_bytes`."""
+
+    def __init__(self, num_bytes: int, limit: int) -> None:
+        super().__init__(f"the record has {num_bytes:,} bytes, and dataset.max_record_bytes is {limit:,}")
+
+
+def check_length(text: str, max_record_bytes: int) -> None:
+    """Raises where a text is too long.
+
+    Raises:
+        TooLong: it has more than `max_record_bytes` bytes.
+    """
+    if len(text) * 4 > max_record_bytes and (size := len(text.encode("utf-8", "surrogatepass"))) > max_record_bytes:
+        raise TooLong(size, max_record_bytes)
+
+
+def add_limit(fingerprint: str, max_record_bytes: int) -> str:
+    """The fingerprint of the documents of data with this fingerprint: which records are too long is a part of it."""
+    if max_record_bytes == MAX_RECORD_BYTES:  # As in the fingerprints that were made before there was a limit.
+        return fingerprint
+    return combine(
+        [fingerprint], lambda parts: "sha256:" + hashlib.sha256(f"{parts[0]}\0{max_record_bytes}".encode()).hexdigest()
+    )
+
+
+class ShardFault(DataError):
+    """What a shard raises when it cannot be opened, decompressed or decoded."""
+
+
+class BadShard(DataError):
+    """A shard that cannot be read, and where reading goes on without the rest of it."""
+
+    def __init__(self, message: str, *, shard: int, next_cursor: State) -> None:
+        super().__init__(message)
+        self.shard, self.next_cursor = shard, next_cursor
+
+
+class Shard(Protocol):
+    """A stretch of a source that is read from its beginning to its end, usually a file."""
+
+    number: int
+    """Its number in the source; ranges of one file share it."""
+
+    size: int
+
+    def read(self, position: State | None) -> Records:
+        """Its records after `position` (None: all); a record's cursor is the position after it.
+
+        Raises:
+            ShardFault: it cannot be read.
+        """
+
+
+class ShardReader:
+    """Reads shards one after the other, in an order keyed by (seed, lane, epoch), or in the order given."""
+
+    def __init__(self, shards: Sequence[Shard], share: Share, lane: int) -> None:
+        self._shards, self._share, self._lane = shards, share, lane
+        self.size = sum(shard.size for shard in shards)
+
+    def start(self) -> State:
+        return {"shard": 0, "position": None}
+
+    def read(self, epoch: int, cursor: State, skip: frozenset[int] = frozenset()) -> Records:
+        shards, share = self._shards, self._share
+        if share.shuffle:
+            permute = Permutation(len(shards), key(share.seed, "shards", self._lane, epoch))
+            shards = [shards[number] for number in permute(np.arange(len(shards))).tolist()]
+        yield from read_shards(shards, cursor, skip)
+
+
+class EveryNth:
+    """One of `count` lanes that share a reader: of every `count` records it takes the one at place `turn`.
+
+    The cursor is `{"cursor": of the reader, "seen": records since the beginning of the epoch, modulo count}`.
+    """
+
+    def __init__(self, reader: Reader, turn: int, count: int) -> None:
+        self._reader, self._turn, self._count = reader, turn, count
+        self.size = reader.size // count
+
+    def start(self) -> State:
+        return {"cursor": self._reader.start(), "seen": 0}
+
+    def read(self, epoch: int, cursor: State, skip: frozenset[int] = frozenset()) -> Records:
+        seen = cursor["seen"]
+        try:
+            for record in self._reader.read(epoch, cursor["cursor"], skip):
+                mine, seen = seen == self._turn, (seen + 1) % self._count
+                if mine:
+                    yield record._replace(cursor={"cursor": record.cursor, "seen": seen})
+        except BadShard as bad:
+            after = {"cursor": bad.next_cursor, "seen": seen}
+            raise BadShard(str(bad), shard=bad.shard, next_cursor=after) from bad
+
+
+def read_shards(shards: Sequence[Shard], cursor: State, skip: frozenset[int] = frozenset()) -> Records:
+    """Records of shards in the order given, from the cursor `{"shard": place, "position": position in it}` on.
+
+    Raises:
+        BadShard: one of them cannot be read.
+    """
+    position = cursor["position"]
+    for place in range(cursor["shard"], len(shards)):
+        if shards[place].number not in skip:
+            try:
+                for record in shards[place].read(position):
+                    yield record._replace(cursor={"shard": place, "position": record.cursor})
+            except ShardFault as fault:
+                after = {"shard": place + 1, "position": None}
+                raise BadShard(str(fault), shard=shards[place].number, next_cursor=after) from fault
+        position = None
+
+
+def cut_end(text: str, start: int, max_chars: int) -> int:
+    """End of the part of `text` that begins at `start`: at most `max_chars` characters, after white space if any."""
+    limit = start + max_chars
+    if limit >= len(text):
+        return len(text)
+    after_space = max(text.rfind(space, start, limit) for space in (" ", "\n", "\t")) + 1
+    return after_space if after_space > start else limit
+
+
+def cut_text(text: str, max_chars: int) -> Iterator[str]:
+    """The whole text in parts of at most `max_chars` characters."""
+    start = 0
+    while start < len(text):
+        end = cut_end(text, start, max_chars)
+        yield text[start:end]
+        start = end
+
+
+@dataclass(kw_only=True, slots=True)
+class RecordCounts:
+    """Records of one reading that gave no document."""
+
+    max_bad: int
+    where: str
+    log: bool = True
+    bad: int = 0
+    skipped: int = 0
+    last_problem: str = ""
+
+    def add(self, record: Record) -> None:
+        """Counts a record without text.
+
+        Raises:
+            DataError: more than `max_bad` records cannot be read.
+        """
+        if record.problem is None:
+            self.skipped += 1
+        else:
+            self.add_bad(record.problem)
+
+    def add_bad(self, problem: str) -> None:
+        """Counts a record that cannot be read.
+
+        Args:
+            problem: why, beginning with its place.
+
+        Raises:
+            DataError: more than `max_bad` records cannot be read.
+        """
+        self.bad, self.last_problem = self.bad + 1, problem
+        if self.bad > self.max_bad:
+            raise DataError(
+                f"dataset.max_bad_records: {self.max_bad}, but {self.bad} records of {self.where} cannot be read, the "
+                f"last one at {problem}; mend the file, or raise dataset.max_bad_records to pass over them"
+            )
+        if self.log:
+            logger.warning("bad record passed over: %s", problem)

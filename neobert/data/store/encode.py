@@ -1,0 +1,134 @@
+"""A source of text tokenised from end to end, in its own order.
+
+Documents of a tokenised folder, read again from one end to the other; pieces of a document are put together.
+"""
+
+import os
+from collections import deque
+from collections.abc import Generator, Iterable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from typing import NamedTuple
+
+import numpy as np
+
+from neobert.data.rows.lanes import IntArray, State
+from neobert.data.source.text import WINDOW_CHARS, Encode, Record, RecordCounts, cut_text
+from neobert.data.store.arrow import TokenStore
+
+ENCODE_DOCUMENTS = 256
+"""Documents tokenised in one call."""
+
+
+class EncodedDocument(NamedTuple):
+    """A whole document of a source as tokens."""
+
+    document: int
+    tokens: IntArray
+    cursor: State
+    """Where reading goes on after it."""
+
+    bad: int = 0
+    """Records before it that cannot be read, as the counts had it when the document was met."""
+
+    skipped: int = 0
+    """Records before it without text."""
+
+
+class _Waiting(NamedTuple):
+    """A record that is not tokenised yet, with the counts of the records before it."""
+
+    record: Record
+    bad: int
+    skipped: int
+
+
+def encode_documents(
+    records: Iterable[Record], encode: Encode, counts: RecordCounts, max_document_chars: int, *, num_ahead: int = 0
+) -> Iterator[EncodedDocument]:
+    """Tokenises a source in its order, in batches of bounded size; texts over the limit are encoded in parts.
+
+    With `num_ahead`, that many batches are tokenised in a thread while the caller works on the one before and more
+    text is read. The order and the counts of a document do not depend on it.
+    """
+    if not num_ahead:
+        for batch in _batches(records, counts):
+            yield from _encode_batch(batch, encode, max_document_chars)
+        return
+    ahead: deque[Future[list[EncodedDocument]]] = deque()
+    with ThreadPoolExecutor(max_workers=1) as pool:
+        for batch in _batches(records, counts):
+            ahead.append(pool.submit(_encode_batch, batch, encode, max_document_chars))
+            if len(ahead) > num_ahead:
+                yield from ahead.popleft().result()
+        while ahead:
+            yield from ahead.popleft().result()
+
+
+def limit_threads(num_threads: int | None) -> None:
+    """Sets how many threads tokenise; None takes all cores.
+
+    The tokenizer's thread pool reads this once, when the process tokenises for the first time: call it before.
+    """
+    if num_threads is not None:
+        os.environ["RAYON_NUM_THREADS"] = str(num_threads)
+
+
+def _batches(records: Iterable[Record], counts: RecordCounts) -> Iterator[list[_Waiting]]:
+    waiting: list[_Waiting] = []
+    num_chars = 0
+    for record in records:
+        if record.text is None:
+            counts.add(record)
+            continue
+        waiting.append(_Waiting(record, counts.bad, counts.skipped))
+        num_chars += len(record.text)
+        if len(waiting) >= ENCODE_DOCUMENTS or num_chars >= WINDOW_CHARS:
+            yield waiting
+            waiting, num_chars = [], 0
+    if waiting:
+        yield waiting
+
+
+def _encode_batch(batch: list[_Waiting], encode: Encode, max_document_chars: int) -> list[EncodedDocument]:
+    cut = [list(cut_text(waiting.record.text or "", max_document_chars)) for waiting in batch]
+    tokens = iter(encode([text for texts in cut for text in texts]))
+    documents = []
+    for (record, bad, skipped), texts in zip(batch, cut):
+        parts = [next(tokens) for _ in texts]
+        whole = parts[0] if len(parts) == 1 else np.concatenate(parts)
+        documents.append(EncodedDocument(record.document, whole, record.cursor, bad, skipped))
+    return documents
+
+
+_BLOCK = 1 << 16
+
+
+class StoredTokens:
+    """A `TokenStore` as a source of whole documents; a cursor is `{"row": the next row}`."""
+
+    def __init__(self, store: TokenStore) -> None:
+        self._store = store
+        self.fingerprint: str = store.fingerprint
+
+    def documents(self, after: State | None, counts: RecordCounts) -> Generator[EncodedDocument, None, None]:
+        row = 0 if after is None else after["row"]
+        for end in self._ends(row):
+            pieces = [self._store.content(number) for number in range(row, end)]
+            tokens = np.concatenate(pieces).astype(np.int32, copy=False)
+            yield EncodedDocument(row, tokens, {"row": end}, counts.bad, counts.skipped)
+            row = end
+
+    def count(self) -> int | None:
+        return len(self._store) if self._store.document_numbers is None else None
+
+    def _ends(self, row: int) -> Generator[int, None, None]:
+        """For each document from `row` on: the row behind its last one."""
+        numbers = self._store.document_numbers
+        if numbers is None:
+            yield from range(row + 1, len(self._store) + 1)
+            return
+        for begin in range(row, len(self._store), _BLOCK):
+            block = numbers[begin : begin + _BLOCK + 1]
+            yield from (np.flatnonzero(block[1:] != block[:-1]) + begin + 1).tolist()
+        if row < len(self._store):
+            yield len(self._store)

@@ -1,0 +1,242 @@
+"""What a run would read, prepared before it: every split it needs, as one folder of tokens for each source.
+
+<folder>/train/ validation/ ...      tokenised splits, each complete or not there
+<folder>/dataset_dict.json           names them; written last, so that the folder is read only when it is whole
+"""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import yaml
+
+from neobert.config.schema_data import DatasetSection, TokenizerSection
+from neobert.data.source.formats import Documents, OpenSplit, list_splits
+from neobert.data.source.hub import HubSource
+from neobert.data.source.inventory import NO_FILES, Inventory
+from neobert.data.source.spec import SourceSpec, describe_sources, name_folders
+from neobert.data.source.splits import (
+    EVAL_SPLITS,
+    SplitSlice,
+    check_disjoint,
+    check_split,
+    choose_eval_split,
+    choose_train_split,
+    parse_split,
+)
+from neobert.data.source.text import Span, TextSource
+from neobert.data.store.arrow import TokenStore
+from neobert.data.store.encode import StoredTokens
+from neobert.data.store.opening import locate_slice
+from neobert.data.store.prepare import TextTokens, TokenSource, write_tokens
+from neobert.data.store.prepare_settings import Origin, PrepareSettings, choose_settings
+from neobert.data.store.token_writer import write_json
+from neobert.data.tokenizer import Tokenizer
+from neobert.errors import DataError
+from neobert.secrets import hide_credentials
+
+
+@dataclass(frozen=True, kw_only=True, slots=True, eq=False)
+class TextSplit:
+    """The documents of a split, or of a slice of one."""
+
+    name: str
+    """The split without the slice."""
+
+    source: TextSource
+    span: Span
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class PreparedSource:
+    """A source that is on disk as tokens."""
+
+    folder: Path
+    spec: SourceSpec
+    train_split: str
+    eval_split: str | None
+    manifests: dict[str, dict[str, Any]]
+    """By split."""
+
+    inventory: Inventory
+    """The files that were read."""
+
+
+def open_text_split(spec: SourceSpec, wanted: str | None, tokenizer: Tokenizer | None) -> TextSplit:
+    """A split of a source of text; None takes `train`, or the only one there is.
+
+    Raises:
+        DataError: it is not there, or is tokenised already.
+    """
+    splits = list_splits(spec)
+    split = parse_split(choose_train_split(list(splits), wanted))
+    return _cut_text(spec, splits[split.name](tokenizer), split)
+
+
+def _cut_text(spec: SourceSpec, source: Documents, split: SplitSlice, max_documents: int | None = None) -> TextSplit:
+    if isinstance(source, TokenStore):
+        raise DataError(f"{spec.label} is tokenised already; name text, or train on this folder as it is")
+    size = source.count()
+    if size is None and split.needs_size:
+        size = sum(1 for _ in source.records())  # Reads the source once; it is about to be tokenised anyway.
+    span = Span(*locate_slice(source, split, max_documents, size=size))
+    return TextSplit(name=split.name, source=source, span=span)
+
+
+def prepare_sources(
+    section: DatasetSection,
+    tokenizer: Tokenizer,
+    output: Path,
+    *,
+    tokenizer_name: str | None,
+    min_tokens: int | None = None,
+) -> list[PreparedSource]:
+    """Tokenises every source of `dataset.*`: to `output`, or to one folder in it for each of several.
+
+    Args:
+        min_tokens: keeps only training documents with at least so many tokens; sources may then be tokens already.
+
+    Raises:
+        DataError: a source cannot be used; nothing is tokenised before all of them were looked at.
+    """
+    specs = describe_sources(section)
+    jobs = [
+        _plan(spec, section, tokenizer, folder, min_tokens) for spec, folder in zip(specs, name_folders(specs, output))
+    ]
+    return [_prepare(job, tokenizer, tokenizer_name) for job in jobs]
+
+
+def data_overrides(prepared: Sequence[PreparedSource], section: DatasetSection) -> list[str]:
+    """The overrides that make a run with this `dataset` section read the prepared folders instead."""
+    overrides = ["dataset.streaming=false"]
+    if section.pre_tokenize:
+        overrides.append("dataset.pre_tokenize=false")
+    if len(prepared) == 1:
+        (source,) = prepared
+        overrides.append(f"dataset.path={source.folder}")
+        if section.train_split is not None:
+            overrides.append(f"dataset.train_split={source.train_split}")
+    else:
+        overrides += [f"dataset.mixture={_write_mixture(prepared)}", "dataset.path=null", "dataset.train_split=null"]
+    if section.eval_split is not None:
+        overrides.append(f"dataset.eval_split={next((p.eval_split for p in prepared if p.eval_split), None)}")
+    return overrides
+
+
+def describe_origin(spec: SourceSpec, opened: object, tokenizer_name: str | None) -> Origin:
+    """Words for the manifest. Of a path only the last part: the folder may be moved, and be given to others."""
+    return Origin(
+        source=", ".join(last_part(hide_credentials(path)) for path in spec.path) if spec.path else spec.name,
+        revision=opened.commit if isinstance(opened, HubSource) else spec.revision,
+        tokenizer=tokenizer_name,
+    )
+
+
+def name_tokenizer(section: TokenizerSection) -> str | None:
+    """The tokenizer in a word, without the folders above it."""
+    return section.name if section.path is None else last_part(section.path)
+
+
+def last_part(path: str) -> str:
+    return Path(path.rstrip("/")).name
+
+
+def describe_tokenizer(word: str) -> TokenizerSection:
+    """A tokenizer given as one word on a command line: a folder that exists or looks like one, else a hub name."""
+    is_path = Path(word).expanduser().exists() or word.startswith((".", "/", "~"))
+    return TokenizerSection(path=str(Path(word).expanduser())) if is_path else TokenizerSection(name=word)
+
+
+class _Opened(NamedTuple):
+    """A split that was looked at; nothing of it is written."""
+
+    tokens: TokenSource
+    settings: PrepareSettings
+    source: object
+    inventory: Inventory
+
+
+@dataclass(frozen=True, kw_only=True, slots=True, eq=False)
+class _Job:
+    """A source whose splits were looked at."""
+
+    spec: SourceSpec
+    folder: Path
+    train_split: str
+    eval_split: str | None
+    splits: dict[str, _Opened]
+
+
+def _plan(
+    spec: SourceSpec, section: DatasetSection, tokenizer: Tokenizer, folder: Path, min_tokens: int | None
+) -> _Job:
+    splits = list_splits(spec)
+    names = list(splits)
+    train = parse_split(choose_train_split(names, spec.split))
+    settings = choose_settings(section, spec, train, spec.max_documents)
+    settings = replace(settings, min_tokens=min_tokens or 0)
+    opened = {train.name: _open_tokens(spec, splits, train, tokenizer, settings, stored_allowed=min_tokens is not None)}
+    wanted, evaluation = section.eval_split or choose_eval_split(names, train.name), None
+    if wanted is not None:
+        check_split(names, wanted, "dataset.eval_split")
+        split = parse_split(wanted)
+        check_disjoint(train, split, lambda: splits[train.name](tokenizer).count())
+        # Two slices of one split need two names.
+        evaluation = split.name if split.name != train.name else EVAL_SPLITS[0]
+        settings = choose_settings(section, spec, split, None)
+        stored = min_tokens is not None
+        opened[evaluation] = _open_tokens(spec, splits, split, tokenizer, settings, stored_allowed=stored)
+    return _Job(spec=spec, folder=folder, train_split=train.name, eval_split=evaluation, splits=opened)
+
+
+def _open_tokens(
+    spec: SourceSpec,
+    splits: Mapping[str, OpenSplit],
+    split: SplitSlice,
+    tokenizer: Tokenizer,
+    settings: PrepareSettings,
+    *,
+    stored_allowed: bool,
+) -> _Opened:
+    found = splits[split.name](tokenizer)
+    if isinstance(found, TokenStore) and stored_allowed:
+        if not split.is_whole:
+            raise DataError(f"{split} is a slice of tokens that are on disk already; name the whole split")
+        return _Opened(StoredTokens(found), settings, found, NO_FILES)
+    text = _cut_text(spec, found, split, settings.max_documents)
+    tokens = TextTokens(text.source, tokenizer, settings.max_document_chars, text.span)
+    return _Opened(tokens, settings, text.source, text.source.inventory)
+
+
+def _prepare(job: _Job, tokenizer: Tokenizer, tokenizer_name: str | None) -> PreparedSource:
+    manifests = {
+        split: write_tokens(
+            opened.tokens,
+            tokenizer,
+            job.folder / split,
+            opened.settings,
+            origin=describe_origin(job.spec, opened.source, tokenizer_name),
+            replace_other=False,
+            label=str(job.folder / split),
+        )
+        for split, opened in job.splits.items()
+    }
+    write_json(job.folder / "dataset_dict.json", {"splits": list(manifests)})
+    return PreparedSource(
+        folder=job.folder,
+        spec=job.spec,
+        train_split=job.train_split,
+        eval_split=job.eval_split,
+        manifests=manifests,
+        inventory=sum((opened.inventory for opened in job.splits.values()), NO_FILES),
+    )
+
+
+def _write_mixture(prepared: Sequence[PreparedSource]) -> str:
+    entries = []
+    for source in prepared:
+        entry: dict[str, Any] = {"path": str(source.folder), "split": source.train_split}
+        entries.append(entry if source.spec.weight is None else entry | {"weight": source.spec.weight})
+    text: str = yaml.safe_dump(entries, default_flow_style=True, sort_keys=False, width=10**6)
+    return text.strip()

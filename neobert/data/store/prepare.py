@@ -1,0 +1,381 @@
+"""Documents tokenised once, into a folder that is then read by index.
+
+Documents stay in source order, and memory is bounded by a few batches, whatever the size of the corpus. All work is
+done in `.tmp-<name>/` beside the folder:
+
+    lock             held while a process works there
+    progress.json    the finished files, and the cursor behind the last document in them
+    output/          becomes the folder, by one rename, when it is complete
+
+A start that finds progress for the same documents, tokenizer and settings goes on behind it. Where files end depends
+on the tokens alone, so the bytes are those of a reading that was never interrupted.
+
+How far a long reading of documents has come: a bar on a terminal, a line now and then elsewhere.
+"""
+
+import json
+import shutil
+import sys
+import time
+from collections.abc import Generator, Iterator, Mapping
+from contextlib import closing, nullcontext, suppress
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from types import TracebackType
+from typing import Any, Protocol, Self
+
+from rich.console import Console
+from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
+
+from neobert.data.rows.lanes import IntArray, State
+from neobert.data.source.text import WHOLE, RecordCounts, Span, TextSource
+from neobert.data.store.arrow import read_manifest
+from neobert.data.store.encode import EncodedDocument, encode_documents
+from neobert.data.store.prepare_settings import UNNAMED, Origin, PrepareSettings, describe_differences, make_identity
+from neobert.data.store.token_writer import TokenWriter, write_description
+from neobert.data.tokenizer import Tokenizer
+from neobert.disk import locked, sync, write_json
+from neobert.errors import DataError
+from neobert.secrets import scrub
+
+LINE_SECONDS = 10.0
+"""Between two lines where there is no terminal."""
+
+
+class Meter:
+    """Shows documents, tokens, tokens per second, and the share done where the size is known.
+
+    Used as a context; the numbers given to `show` are totals, those before the first call do not count for the speed.
+    """
+
+    def __init__(self, label: str, *, console: Console | None = None) -> None:
+        self._label = label = scrub(label)
+        self._console = console or Console(file=sys.stderr, highlight=False)
+        self._progress = Progress(
+            TextColumn("{task.description}"),
+            BarColumn(),
+            TextColumn("{task.fields[line]}"),
+            TimeElapsedColumn(),
+            console=self._console,
+            disable=not self._console.is_terminal,
+            transient=True,
+        )
+        self._task = self._progress.add_task(label, total=None, line="")
+        self._first_tokens: int | None = None
+        self._started = self._shown = time.monotonic()
+
+    def __enter__(self) -> Self:
+        self._progress.start()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._progress.stop()
+
+    def show(self, documents: int, tokens: int, share: float | None) -> None:
+        """Totals so far; cheap enough to be called for every document."""
+        now = time.monotonic()
+        if self._first_tokens is None:
+            self._first_tokens, self._started = tokens, now
+        if now - self._shown < (0.2 if self._console.is_terminal else LINE_SECONDS):
+            return
+        self._shown = now
+        speed = (tokens - self._first_tokens) / max(now - self._started, 1e-9)
+        line = f"{documents:,} documents, {tokens:,} tokens, {speed:,.0f} tokens/s"
+        if self._console.is_terminal:
+            self._progress.update(self._task, line=line, completed=share, total=None if share is None else 1.0)
+            return
+        done = "" if share is None else f" ({share:.0%})"
+        self._console.print(f"{self._label}: {line}{done}", soft_wrap=True, markup=False)
+
+
+_PART_NUMBERS = 1 << 40
+"""Document numbers of part i begin at i times this: they rise over all parts, without knowing the parts before."""
+
+
+class TokenSource(Protocol):
+    """Documents as tokens, in source order."""
+
+    fingerprint: str
+
+    def documents(self, after: State | None, counts: RecordCounts) -> Generator[EncodedDocument, None, None]:
+        """The documents behind a cursor (None: all); records that give none are added to `counts`."""
+
+    def count(self) -> int | None:
+        """Records there are; None when that is not known."""
+
+
+class TextTokens:
+    """A source of text, tokenised while it is read."""
+
+    def __init__(self, source: TextSource, tokenizer: Tokenizer, max_document_chars: int, span: Span = WHOLE) -> None:
+        self._source, self._encode, self._span = source, tokenizer.encode_batch, span
+        self._max_document_chars = max_document_chars
+        self.fingerprint = source.fingerprint
+
+    def documents(self, after: State | None, counts: RecordCounts) -> Generator[EncodedDocument, None, None]:
+        span = self._span if after is None else Span(after, self._span.until)
+        with closing(self._source.records(span)) as records:
+            yield from encode_documents(records, self._encode, counts, self._max_document_chars, num_ahead=2)
+
+    def count(self) -> int | None:
+        return self._source.count() if self._span == WHOLE else None
+
+
+@dataclass(kw_only=True, slots=True)
+class _Progress:
+    """What is finished: the state of the writing at the end of a file."""
+
+    cursor: State | None = None
+    num_documents: int = 0
+    num_pieces: int = 0
+    num_tokens: int = 0
+    bad: int = 0
+    skipped: int = 0
+    empty: int = 0
+    """Documents whose text gives no token."""
+
+    short: int = 0
+    files: dict[str, Any] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True, eq=False)
+class _Job:
+    """Everything that decides what is written."""
+
+    tokens: TokenSource
+    tokenizer: Tokenizer
+    folder: Path
+    settings: PrepareSettings
+    origin: Origin
+    part: tuple[int, int] | None
+    label: str | None
+
+    @property
+    def work(self) -> Path:
+        return work_folder(self.folder)
+
+    def identity(self) -> dict[str, Any]:
+        return make_identity(self.tokens.fingerprint, self.tokenizer, self.settings, self.part)
+
+
+def work_folder(folder: Path) -> Path:
+    """Where a folder is while it is unfinished."""
+    return folder.with_name(f".tmp-{folder.name}")
+
+
+def prepare_tokens(
+    source: TextSource,
+    tokenizer: Tokenizer,
+    folder: Path,
+    settings: PrepareSettings,
+    *,
+    span: Span = WHOLE,
+    origin: Origin = UNNAMED,
+    part: tuple[int, int] | None = None,
+    replace_other: bool = True,
+    label: str | None = None,
+) -> dict[str, Any]:
+    """Makes `folder` hold the source's documents as tokens, or finds that it does; returns its manifest.
+
+    Args:
+        span: the stretch of the source to write.
+        part: (number from 0, count), where the folder is one of several that are joined later.
+        replace_other: whether a folder of ours with other documents or settings is replaced; else it is an error.
+        label: shows the progress under this name; None is silent.
+
+    Raises:
+        DataError: too many bad records, no usable document, or the folder holds something else.
+    """
+    tokens = TextTokens(source, tokenizer, settings.max_document_chars, span)
+    return write_tokens(
+        tokens, tokenizer, folder, settings, origin=origin, part=part, replace_other=replace_other, label=label
+    )
+
+
+def write_tokens(
+    tokens: TokenSource,
+    tokenizer: Tokenizer,
+    folder: Path,
+    settings: PrepareSettings,
+    *,
+    origin: Origin = UNNAMED,
+    part: tuple[int, int] | None = None,
+    replace_other: bool = True,
+    label: str | None = None,
+) -> dict[str, Any]:
+    """As `prepare_tokens`, for documents that may be tokens already."""
+    job = _Job(
+        tokens=tokens, tokenizer=tokenizer, folder=folder, settings=settings, origin=origin, part=part, label=label
+    )
+    if (found := _find(job, replace_other)) is not None:
+        if job.work.exists():  # Killed behind the last rename, or another process is at work there.
+            with suppress(DataError), locked(job.work):
+                shutil.rmtree(job.work)
+        return found
+    with locked(job.work):
+        if (found := _find(job, replace_other)) is not None:  # Written by another process in the meantime.
+            shutil.rmtree(job.work)
+            return found
+        try:
+            manifest = _write(job, _load_progress(job, replace_other))
+        except BaseException:
+            if not read_progress(job.work).get("files"):
+                shutil.rmtree(job.work)
+            raise
+        if folder.exists():
+            folder.rename(job.work / "replaced")
+        (job.work / "output").rename(folder)
+        sync(folder.parent)
+        shutil.rmtree(job.work)
+    return manifest
+
+
+def _find(job: _Job, replace_other: bool) -> dict[str, Any] | None:
+    """The manifest of a folder that is complete already.
+
+    Raises:
+        DataError: the folder is there and may not be replaced.
+    """
+    found, wanted = read_manifest(job.folder), job.identity()
+    if found is None and job.folder.exists():
+        raise DataError(f"{job.folder} is in the way: tokenised data is to be written there; move it or remove it")
+    if found is None:
+        return None
+    differences = describe_differences(found, wanted)
+    if differences and not replace_other:
+        raise DataError(f"{job.folder} holds other data ({differences}); choose another folder, or remove that one")
+    return None if differences else found
+
+
+def _load_progress(job: _Job, replace_other: bool) -> _Progress:
+    """What an interrupted writing has finished; files beyond that are removed.
+
+    Raises:
+        DataError: it was made with other settings, and may not be replaced.
+    """
+    saved = read_progress(job.work)
+    output = job.work / "output"
+    if saved:
+        differences = describe_differences(saved.pop("identity"), job.identity())
+        if differences and saved["files"] and not replace_other:
+            raise DataError(
+                f"{job.work} holds an unfinished writing of other data ({differences}); finish that one with its own "
+                "settings, or remove the folder"
+            )
+        sizes = {name: entry["bytes"] for name, entry in saved["files"].items()}
+        if not differences and all((output / n).is_file() and (output / n).stat().st_size == sizes[n] for n in sizes):
+            for path in output.iterdir():
+                if path.name not in sizes:
+                    path.unlink()
+            return _Progress(**saved)
+    shutil.rmtree(output, ignore_errors=True)
+    output.mkdir()
+    progress = _Progress()
+    _save_progress(job, progress)
+    return progress
+
+
+def read_progress(work: Path) -> dict[str, Any]:
+    """What a work folder holds of an unfinished writing: its `identity`, and the state behind its last whole file."""
+    path = work / "progress.json"
+    found: dict[str, Any] = json.loads(path.read_text()) if path.is_file() else {}
+    return found
+
+
+def _save_progress(job: _Job, progress: _Progress) -> None:
+    write_json(job.work / "progress.json", asdict(progress) | {"identity": job.identity()})
+
+
+def _write(job: _Job, progress: _Progress) -> dict[str, Any]:
+    """Writes what is missing of the folder, and its description; returns the manifest."""
+    settings, tokenizer, output = job.settings, job.tokenizer, job.work / "output"
+    writer = TokenWriter(
+        output,
+        around=(tokenizer.cls_id, tokenizer.sep_id) if settings.special_tokens else None,
+        special_tokens_mask=settings.special_tokens_mask,
+        document_numbers=settings.max_length is not None,
+        file_tokens=settings.file_tokens,
+        files=progress.files,
+    )
+    first_number = job.part[0] * _PART_NUMBERS if job.part else 0
+    total = job.tokens.count()
+    with Meter(job.label) if job.label else nullcontext() as meter:
+        for document in _documents(job, progress):
+            pieces = cut_tokens(document.tokens, settings.row_tokens)
+            finished = writer.add(pieces, first_number + progress.num_documents)
+            progress.num_documents += 1
+            progress.num_pieces += len(pieces)
+            progress.num_tokens += len(document.tokens)
+            if finished:
+                progress.cursor, progress.files = document.cursor, writer.files
+                _save_progress(job, progress)
+            if meter is not None:
+                meter.show(progress.num_documents, progress.num_tokens, _share_done(settings, progress, total))
+    if not progress.num_documents and job.part is None:
+        raise DataError(
+            f"the source has no usable documents ({progress.bad} cannot be read, {progress.skipped} without text, "
+            f"{progress.short} with fewer than {settings.min_tokens} tokens); check dataset.path and "
+            "dataset.text_column"
+        )
+    writer.finish_file()
+    manifest = _make_manifest(job, progress, writer.files)
+    write_description(output, files=list(writer.files), features=writer.features, manifest=manifest)
+    return manifest
+
+
+def _documents(job: _Job, progress: _Progress) -> Iterator[EncodedDocument]:
+    """The documents that are still to be written; `progress` counts what is passed over on the way."""
+    settings = job.settings
+    if progress.num_documents == settings.max_documents:
+        return
+    counts = RecordCounts(max_bad=settings.max_bad_records, where="the source")
+    counts.bad, counts.skipped = progress.bad, progress.skipped
+    with closing(job.tokens.documents(progress.cursor, counts)) as documents:
+        for document in documents:
+            progress.bad, progress.skipped = document.bad, document.skipped
+            if not len(document.tokens):
+                progress.empty += 1
+            elif len(document.tokens) < settings.min_tokens:
+                progress.short += 1
+            else:
+                yield document
+                if progress.num_documents == settings.max_documents:
+                    return
+    progress.bad, progress.skipped = counts.bad, counts.skipped
+
+
+def cut_tokens(tokens: IntArray, row_tokens: int | None) -> list[IntArray]:
+    """Consecutive pieces of at most `row_tokens` tokens.
+
+    >>> [piece.tolist() for piece in cut_tokens(np.arange(5), 2)]
+    [[0, 1], [2, 3], [4]]
+    """
+    if row_tokens is None or len(tokens) <= row_tokens:
+        return [tokens]
+    return [tokens[start : start + row_tokens] for start in range(0, len(tokens), row_tokens)]
+
+
+def _share_done(settings: PrepareSettings, progress: _Progress, total: int | None) -> float | None:
+    if settings.max_documents is not None:
+        return progress.num_documents / settings.max_documents
+    passed = progress.num_documents + progress.bad + progress.skipped + progress.empty + progress.short
+    return passed / total if total else None
+
+
+def _make_manifest(job: _Job, progress: _Progress, files: Mapping[str, Any]) -> dict[str, Any]:
+    tokenizer = job.tokenizer
+    return job.identity() | {
+        "source_label": job.origin.source,
+        "source_revision": job.origin.revision,
+        "tokenizer_name": job.origin.tokenizer,
+        "special_ids": {"cls": tokenizer.cls_id, "sep": tokenizer.sep_id, "unk": tokenizer.unk_id},
+        "num_documents": progress.num_documents,
+        "num_pieces": progress.num_pieces,
+        "num_tokens": progress.num_tokens,
+        "bad": progress.bad,
+        "skipped": progress.skipped + progress.empty,
+        "short": progress.short,
+        "files": dict(files),
+    }

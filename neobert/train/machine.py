@@ -1,0 +1,378 @@
+"""Where a run executes: device, precision, process group, and whether the machine can do what the config asks for.
+
+Accelerate brings device placement, autocast and DistributedDataParallel. The loader, the schedule, gradient
+accumulation and checkpoints are ours, so `Accelerator` prepares the model and nothing else.
+
+What the launcher asked for, as its variables tell, and whether this program gives it.
+
+A process that was started alone looks like a run of one process, and trains as one without a word: `accelerate launch
+--cpu --num_processes 2` starts one (only a GPU makes it start several), `srun` and `mpirun` start several that do not
+know each other. What they were asked for is in the environment:
+
+| launcher | variable |
+|---|---|
+| torchrun, `accelerate launch --multi_gpu`, PyTorchJob | `WORLD_SIZE` |
+| mpirun | `OMPI_COMM_WORLD_SIZE`, `PMI_SIZE`, `MV2_COMM_WORLD_SIZE` |
+| srun | `SLURM_STEP_NUM_TASKS` |
+| `accelerate launch` that starts one | `MASTER_ADDR` beside `ACCELERATE_USE_CPU`: only when several were wanted |
+
+Which precision `trainer.mixed_precision: auto` means on this machine.
+
+On a GPU the answer is in its capabilities: bf16 where it has it. On a CPU it is not: without instructions for it bf16
+is several times slower than fp32, with them several times faster, and libraries decide which of them are used. So two
+matrix products of the model's shape are timed, one in each precision. bf16 also converts weights and activations back
+and forth, so it is taken only when its product is clearly faster.
+
+The choice is part of what makes a run exact: it is one for all ranks, the run's config holds it, and a run that
+continues from a checkpoint keeps the checkpoint's.
+"""
+
+import importlib.util
+import os
+import resource
+import shutil
+import time
+from collections.abc import Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass, replace
+from datetime import timedelta
+from typing import Any, Self
+
+import torch
+import torch.distributed as dist
+from accelerate import Accelerator
+from accelerate.state import AcceleratorState
+from accelerate.utils import DistributedDataParallelKwargs
+from torch import Tensor, nn
+
+from neobert.config.schema import Config
+from neobert.errors import StartupError
+from neobert.kernels.linear_cross_entropy import choose_kernel
+from neobert.train.agreement import exchange
+
+
+@dataclass(frozen=True, kw_only=True, slots=True, eq=False)
+class Runtime:
+    """Device and process group of this process."""
+
+    accelerator: Accelerator
+    device: torch.device
+    rank: int
+    world: int
+    host_group: Any
+    """Process group of host-side collectives; None in a single process."""
+
+    patient_group: Any
+    """The same for the start, in which rank 0 may prepare data for hours."""
+
+    @property
+    def is_main(self) -> bool:
+        return self.rank == 0
+
+    def with_precision(self, mixed_precision: str) -> Self:
+        """This runtime, computing in another precision: `no` or `bf16`. Call it before `prepare_model`."""
+        return replace(self, accelerator=_build_accelerator(self.device.type, mixed_precision))
+
+    def prepare_model(self, module: nn.Module) -> nn.Module:
+        """`module` on the device, under autocast, and wrapped by DistributedDataParallel in several processes."""
+        return self.accelerator.prepare_model(module)
+
+    def no_sync(self, model: nn.Module) -> AbstractContextManager[Any]:
+        """Leaves gradients unreduced: for every micro-batch of a step but the last."""
+        return self.accelerator.no_sync(model) if self.world > 1 else nullcontext()
+
+    def sum_on_host(self, values: Sequence[int]) -> list[int]:
+        """Sums integers over all ranks without touching the device."""
+        if self.world == 1:
+            return list(values)
+        totals = torch.tensor(values, dtype=torch.int64)
+        dist.all_reduce(totals, group=self.host_group)
+        return totals.tolist()
+
+    def sum_on_device(self, values: Tensor) -> Tensor:
+        """Sums a tensor over all ranks."""
+        if self.world > 1:
+            dist.all_reduce(values)
+        return values
+
+    def max_on_device(self, values: Tensor) -> Tensor:
+        """The elementwise maximum of a tensor over all ranks."""
+        if self.world > 1:
+            dist.all_reduce(values, op=dist.ReduceOp.MAX)
+        return values
+
+    def gather_objects(self, value: Any, *, patient: bool = False) -> list[Any]:
+        """Every rank's picklable value, in rank order, on every rank. `patient`: waits for hours if need be."""
+        if self.world == 1:
+            return [value]
+        gathered: list[Any] = [None] * self.world
+        dist.all_gather_object(gathered, value, group=self.patient_group if patient else self.host_group)
+        return gathered
+
+    def from_main(self, values: Tensor) -> Tensor:
+        """Rank 0's values of a tensor, on every rank; the given one stays as it is."""
+        copy = values.detach().clone(memory_format=torch.contiguous_format)
+        if self.world > 1:
+            dist.broadcast(copy, src=0, group=self.host_group if copy.device.type == "cpu" else None)
+        return copy
+
+    def peak_memory_bytes(self) -> int:
+        """Highest memory in use so far: of the device's allocator on a GPU, of the whole process on a CPU."""
+        if self.device.type == "cuda":
+            return torch.cuda.max_memory_allocated(self.device)
+        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+
+    def close(self) -> None:
+        """Leaves the process group and forgets this run's precision, so that another run can start in this process."""
+        self.accelerator.end_training()
+        AcceleratorState._reset_state(reset_partial_state=True)
+
+
+SIZES = ("WORLD_SIZE", "OMPI_COMM_WORLD_SIZE", "PMI_SIZE", "MV2_COMM_WORLD_SIZE", "SLURM_STEP_NUM_TASKS")
+"""Variables with the number of processes that were asked for."""
+
+COMMANDS = (
+    "torchrun --nproc_per_node N SCRIPT CONFIG, or accelerate launch --multi_gpu --num_processes N SCRIPT CONFIG (on a "
+    "CPU too)"
+)
+"""What starts N processes that know each other."""
+
+PATIENCE = timedelta(days=7)
+"""How long processes wait for each other at the start, as for rank 0 to tokenise; one that dies is noticed at once."""
+
+
+def compute_dtype(config: Config) -> torch.dtype:
+    """Type of the matrix products; `trainer.mixed_precision` must be bound."""
+    assert config.trainer.mixed_precision != "auto"
+    return torch.bfloat16 if config.trainer.mixed_precision == "bf16" else torch.float32
+
+
+def choose_device_type(config: Config) -> str:
+    """`cuda` when there is a GPU and `trainer.use_cpu` does not forbid it, else `cpu`."""
+    return "cuda" if torch.cuda.is_available() and not config.trainer.use_cpu else "cpu"
+
+
+def is_installed(name: str) -> bool:
+    """Whether a package can be imported, without importing it."""
+    return importlib.util.find_spec(name) is not None
+
+
+def check_runtime(config: Config) -> None:
+    """Checks before any work that this machine can do what the config asks for.
+
+    Raises:
+        StartupError: one message with every problem, each with its key and remedy.
+    """
+    problems = []
+    device_type = choose_device_type(config)
+    if config.wandb.enabled and not is_installed("wandb"):
+        problems.append(
+            "wandb.enabled: true, but the package wandb is not installed; "
+            "run `pip install -e '.[wandb]'` or set wandb.enabled: false"
+        )
+    if config.trainer.mixed_precision == "bf16" and device_type == "cuda" and not torch.cuda.is_bf16_supported():
+        problems.append("trainer.mixed_precision: bf16, but this GPU has no bfloat16; set trainer.mixed_precision: no")
+    needs_compiler = config.trainer.torch_compile and config.trainer.torch_compile_backend == "inductor"
+    if needs_compiler and device_type == "cpu" and not any(shutil.which(name) for name in ("c++", "g++", "clang++")):
+        problems.append(
+            "trainer.torch_compile: true with torch_compile_backend: inductor needs a C++ compiler on a CPU and none "
+            "is on the PATH; install g++ or set trainer.torch_compile: false"
+        )
+    try:
+        choose_kernel(config.model.kernel_backend, device=torch.device(device_type))
+    except ValueError as error:
+        problems.append(str(error))
+    if problems:
+        raise StartupError("\n".join(problems))
+
+
+def settle_determinism(deterministic: bool) -> None:
+    """Has torch use operations that give the same bits every time, and raise where it has none; or allows all again.
+
+    Call it before CUDA starts: cuBLAS reads its workspace setting once. The flash kernels' backward and the compiler
+    follow the same switch. On a CPU every operation used here is deterministic anyway, so nothing becomes slower.
+    """
+    if deterministic:
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+        torch.backends.cudnn.benchmark = False
+        # Filling fresh memory costs time and only hides reads of memory that nobody wrote.
+        torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]
+    torch.use_deterministic_algorithms(deterministic)
+
+
+def _build_accelerator(device_type: str, mixed_precision: str) -> Accelerator:
+    # The precision is state of the process, and an earlier start may have left another; the process group stays.
+    AcceleratorState._reset_state()
+    return Accelerator(
+        cpu=device_type == "cpu",
+        mixed_precision=mixed_precision,
+        gradient_accumulation_steps=1,
+        kwargs_handlers=[DistributedDataParallelKwargs(broadcast_buffers=False, gradient_as_bucket_view=True)],
+    )
+
+
+def check_world(world: int, environment: Mapping[str, str] = os.environ) -> None:
+    """Raises when fewer processes found each other than the launcher was asked for: it started unconnected ones.
+
+    Raises:
+        StartupError: with the variable, both numbers and the remedy.
+    """
+    for name in SIZES:
+        asked = environment.get(name, "1")
+        if asked.isdecimal() and int(asked) > world:
+            raise StartupError(
+                f"the launcher started {asked} processes ({name}), but this one sees {world}; start with `{COMMANDS}`, "
+                f"one launcher on every machine; where one process is meant, unset {name}"
+            )
+
+
+def build_runtime(config: Config) -> Runtime:
+    """Joins the process group that the launcher describes, or runs alone. It computes in float32; see `with_precision`.
+
+    Raises:
+        StartupError: the launcher asked for several processes and they did not find each other.
+    """
+    settle_determinism(config.trainer.deterministic)
+    if config.trainer.tf32 and torch.cuda.is_available():
+        torch.set_float32_matmul_precision("high")
+    # The precision is bound when the process group is there, since all processes take one choice.
+    accelerator = _build_accelerator(choose_device_type(config), "no")
+    check_world(accelerator.num_processes)
+    several = accelerator.num_processes > 1
+    return Runtime(
+        accelerator=accelerator,
+        # Accelerate numbers the CPU of each process ("cpu:0"), a device that torch.load does not know.
+        device=accelerator.device if accelerator.device.type != "cpu" else torch.device("cpu"),
+        rank=accelerator.process_index,
+        world=accelerator.num_processes,
+        host_group=dist.new_group(backend="gloo") if several else None,
+        patient_group=dist.new_group(backend="gloo", timeout=PATIENCE) if several else None,
+    )
+
+
+ENGINES = {
+    "ACCELERATE_USE_DEEPSPEED": "DeepSpeed",
+    "ACCELERATE_USE_FSDP": "FSDP",
+    "ACCELERATE_USE_MEGATRON_LM": "Megatron-LM",
+    "ACCELERATE_USE_PARALLELISM_CONFIG": "a parallelism config",
+    "ACCELERATE_USE_SAGEMAKER": "SageMaker",
+}
+"""Variable of `accelerate launch` -> the engine it chooses, none of which is used here."""
+
+SETTINGS = {
+    "ACCELERATE_DYNAMO_BACKEND": "trainer.torch_compile",
+    "ACCELERATE_GRADIENT_ACCUMULATION_STEPS": "trainer.gradient_accumulation_steps",
+    "ACCELERATE_MIXED_PRECISION": "trainer.mixed_precision",
+}
+"""Variable of `accelerate launch` -> the key that decides instead."""
+
+
+def check_launcher(config: Config, environment: Mapping[str, str] = os.environ) -> None:
+    """Checks before any work that nothing was asked of the launcher that this program does not do.
+
+    Raises:
+        StartupError: with every such variable and its remedy.
+    """
+    problems = [
+        f"{name}: {environment[name]}: {engine} is not supported, every process keeps the whole model; start with "
+        f"{COMMANDS}, without a config file of accelerate that chooses it (unset the variable where it was exported)"
+        for name, engine in ENGINES.items()
+        if environment.get(name, "").lower() in ("true", "1", "yes", "on")
+    ]
+    for name, key in SETTINGS.items():
+        value = environment.get(name, "no").lower()
+        if value not in ("no", "1", str(_value_of(config, key)).lower()):
+            problems.append(f"{name}: {value} is not read here; write {key} in the config and leave it to the launcher")
+    if environment.get("ACCELERATE_USE_CPU", "").lower() == "true" and choose_device_type(config) != "cpu":
+        problems.append("ACCELERATE_USE_CPU: true, but trainer.use_cpu is false; write trainer.use_cpu: true")
+    if _started_one_of_several(environment):
+        problems.append(
+            "MASTER_ADDR is set beside ACCELERATE_USE_CPU, and no WORLD_SIZE: accelerate launch was asked for several "
+            "processes and started one, as it does with --cpu and without a GPU; "
+            f"start with {COMMANDS}; where one process is meant, unset MASTER_ADDR or start with python"
+        )
+    if problems:
+        raise StartupError("\n".join(problems))
+
+
+def _started_one_of_several(environment: Mapping[str, str]) -> bool:
+    alone = not any(name in environment for name in (*SIZES, "LOCAL_RANK"))
+    return alone and "ACCELERATE_USE_CPU" in environment and "MASTER_ADDR" in environment
+
+
+def _value_of(config: Config, key: str) -> object:
+    value: object = getattr(config.trainer, key.removeprefix("trainer."))
+    return value
+
+
+LEAST_GAIN = 1.2
+"""How many times faster the bf16 product must be on a CPU."""
+
+_ROWS, _FIRST_ROWS = 2048, 16
+"""Of a product; the first ones say how many of them `_SECONDS` pay for."""
+
+_REPEATS = 5
+_SECONDS = 0.1
+"""Of one product at most. Without instructions for bf16 some CPUs are a hundred times slower in it, and 2,048 rows of a
+base-size model take half a minute."""
+
+
+def bind_precision(config: Config, checkpoint_config: Config | None, runtime: Runtime) -> tuple[Config, list[str]]:
+    """The config with a precision in the place of `auto`, and what to say about it; collective.
+
+    Raises:
+        StartupError: the checkpoint's precision is bf16, and this GPU does not have it.
+    """
+    if config.trainer.mixed_precision != "auto":
+        return config, []
+    if checkpoint_config is None:
+        # Every GPU is asked, and one `no` is enough; on a CPU rank 0 measures.
+        asked = runtime.is_main or choose_device_type(config) == "cuda"
+        answers: list[Any] = exchange(runtime, choose_precision(config) if asked else None)
+        precision, reason = max(answer for answer in answers if answer is not None)  # `no` is more than `bf16`.
+    else:
+        precision, reason = checkpoint_config.trainer.mixed_precision, "the checkpoint's"
+        if precision == "bf16" and runtime.device.type == "cuda" and not torch.cuda.is_bf16_supported():
+            raise StartupError(
+                "trainer.mixed_precision: auto keeps the checkpoint's bf16, but this GPU has no bfloat16; "
+                "write trainer.mixed_precision: no to go on in float32"
+            )
+    bound = replace(config, trainer=replace(config.trainer, mixed_precision=precision))
+    return bound, [f"trainer.mixed_precision: auto is {precision}: {reason}"]
+
+
+def choose_precision(config: Config) -> tuple[str, str]:
+    """`bf16` or `no`, and the reason, with the numbers that were measured."""
+    if choose_device_type(config) == "cuda":
+        supported = torch.cuda.is_bf16_supported(including_emulation=False)
+        return ("bf16", "this GPU has bfloat16") if supported else ("no", "this GPU has no bfloat16")
+    inner, outer = config.model.hidden_size, config.model.intermediate_size
+    fp32, bf16 = (measure_product(_ROWS, inner, outer, dtype) for dtype in (torch.float32, torch.bfloat16))
+    return choose_faster(fp32=fp32, bf16=bf16), (
+        f"products of up to {_ROWS} x {inner} x {outer} make {bf16 / 1e9:,.1f} GFLOP/s in bf16 and {fp32 / 1e9:,.1f} "
+        f"in fp32 on this CPU (bf16 is taken from {LEAST_GAIN} times as many)"
+    )
+
+
+def choose_faster(*, fp32: float, bf16: float) -> str:
+    """The precision for two rates in FLOP/s."""
+    return "bf16" if bf16 >= LEAST_GAIN * fp32 else "no"
+
+
+def measure_product(rows: int, inner: int, outer: int, dtype: torch.dtype) -> float:
+    """FLOP/s of `[rows, inner] x [inner, outer]` on the CPU, with fewer rows where so many take too long: the best of a
+    few products, after two small ones of which the first finds its code."""
+    a, b = torch.ones(rows, inner, dtype=dtype), torch.ones(inner, outer, dtype=dtype)
+    first = min(rows, _FIRST_ROWS)
+    for _ in range(2):
+        seconds = _time_product(a[:first], b)
+    rows = min(rows, max(first, int(first * _SECONDS / seconds)))
+    best = min(_time_product(a[:rows], b) for _ in range(_REPEATS))
+    return 2 * rows * inner * outer / best
+
+
+def _time_product(a: torch.Tensor, b: torch.Tensor) -> float:
+    start = time.perf_counter()
+    with torch.no_grad():
+        torch.mm(a, b)
+    return time.perf_counter() - start

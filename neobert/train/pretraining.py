@@ -1,0 +1,148 @@
+"""Evaluation: the same documents and masks every time, whatever the training did and however many ranks help.
+
+What a run says about itself before the first step.
+"""
+
+from collections.abc import Callable, Iterator
+
+import torch
+
+from neobert.config.schema import Config
+from neobert.config.validate import warnings
+from neobert.data.pipeline import DataPipeline
+from neobert.kernels.linear_cross_entropy import choose_kernel
+from neobert.train.agreement import exchange
+from neobert.train.checkpoint.replicas import check_replicas
+from neobert.train.memory import memory_explained
+from neobert.train.record.metrics import EvalMetrics, Evaluation
+from neobert.train.run import Run
+from neobert.train.start import write_config
+from neobert.types import PackedBatch, TrainState
+from neobert.weights.vocabulary import VOCABULARY_TENSORS
+
+
+def log_evaluation(run: Run, state: TrainState, evaluate: Callable[[Run], Evaluation | None]) -> None:
+    """Evaluates the weights, and their average where there is one, and records both. Collective.
+
+    When the second of the two is interrupted, neither is recorded: the next start makes both.
+
+    Raises:
+        RankError: the ranks hold different weights.
+    """
+    check_replicas(run, state)
+    metrics, averaged = evaluate(run), None
+    if metrics is not None and run.average is not None and run.average.begun:
+        with run.average.swapped():
+            averaged = evaluate(run)
+        metrics = metrics if averaged is not None else None
+    run.tracker.log_eval(state, metrics, averaged)
+
+
+@torch.no_grad()
+def evaluate(run: Run) -> EvalMetrics | None:
+    """Masked-token loss and accuracy on the held-out documents; None when the run has none, or is asked to stop.
+
+    Masks are a function of (trainer.eval_seed, document, position), so two evaluations of the same weights agree, and
+    packing, batch size and the number of processes do not matter beyond rounding. All ranks have equally many batches
+    and agree before each of them, so that they leave together.
+    """
+    assert isinstance(run.data, DataPipeline), "the data of pretraining"
+    if run.data.eval_set is None:
+        return None
+    sums = torch.zeros(2, dtype=torch.float64, device=run.runtime.device)
+    counts = [0, 0]
+    with run.tracker.paused():
+        run.model.eval()
+        batches = run.data.eval_batches()
+        while (batch := _read_batch(run, batches)) is not None:
+            if run.stop_requested():
+                run.model.train()
+                return None
+            with memory_explained(run, batch, "eval"):
+                loss = run.model(batch.to(run.runtime.device, non_blocking=True))
+            sums += torch.stack([loss.loss_sum, loss.num_correct])
+            counts = [a + b for a, b in zip(counts, (batch.num_targets, batch.num_tokens))]
+        run.model.train()
+        loss_sum, num_correct = run.runtime.sum_on_device(sums).tolist()
+        num_targets, num_tokens = run.runtime.sum_on_host(counts)
+    return EvalMetrics(
+        loss=loss_sum / max(num_targets, 1),
+        accuracy=num_correct / max(num_targets, 1),
+        num_targets=num_targets,
+        num_tokens=num_tokens,
+        num_documents=run.data.eval_set.num_documents,
+    )
+
+
+def _read_batch(run: Run, batches: Iterator[PackedBatch]) -> PackedBatch | None:
+    """The next batch of this rank, None after the last; whether to stop is agreed upon then. Collective.
+
+    Raises:
+        RankError: another rank cannot read its documents.
+    """
+    batch, failure = None, None
+    try:
+        batch = next(batches, None)
+    except Exception as error:  # Raised again below, when the other ranks know.
+        failure = error
+    failed, *wishes = run.runtime.sum_on_host([int(failure is not None), *run.stop.wishes()])
+    if failed:
+        exchange(run.runtime, failure=failure)
+    run.stop.agree(*wishes)
+    return batch
+
+
+def announce(run: Run) -> None:
+    """Prints the model, the batch, the budget, what was found in the data and what is odd; saves the bound config."""
+    assert isinstance(run.data, DataPipeline), "the data of pretraining"
+    config, model, module = run.config, run.model_config, run.module
+    length, masks, batch = config.dataset.max_seq_length, config.datacollator, run.data.batch
+    rate = max(masks.mlm_probability, masks.mlm_probability_final or 0.0)
+    total = sum(p.numel() for p in module.parameters())
+    embeddings = sum(p.numel() for name, p in module.named_parameters() if name in VOCABULARY_TENSORS)
+    flops = module.encoder.flops_per_token(attended_length=length, predicted_fraction=rate)
+    slots, total_slots = run.rows_per_step * length, batch.rows_before(run.num_steps) * length
+    accumulation = run.rows_per_step // (config.trainer.micro_batch_rows * run.runtime.world)
+    budget = f"{run.num_steps:,} steps, {total_slots:,} row slots"
+    if run.data.num_tokens:
+        budget += f", {total_slots / run.data.num_tokens:.2f} epochs of {run.data.num_tokens:,} tokens"
+    lines = [
+        f"model     {config.model.name or 'NeoBERT'}: {model.num_hidden_layers} layers x {model.hidden_size}, "
+        f"{model.num_attention_heads} heads, {total:,} parameters ({total - embeddings:,} without the vocabulary)",
+        f"          at most {flops / 1e6:,.1f} MFLOP a token forward and backward (documents of {length} tokens)",
+        f"compute   {run.runtime.device}, {config.trainer.mixed_precision.replace('no', 'fp32')}, "
+        f"attention {run.attention.name} ({run.attention.kernel}), "
+        f"loss kernel {choose_kernel(config.model.kernel_backend, device=run.runtime.device)}, "
+        f"{run.runtime.world} process(es)",
+        f"tokens    vocabulary {run.tokenizer.size:,}, embedding rows {model.vocab_size:,}",
+        f"batch     {config.trainer.micro_batch_rows} rows x {accumulation} micro-batches x "
+        f"{run.runtime.world} process(es) = {run.rows_per_step} rows of {length} = {slots:,} slots a step",
+        f"budget    {budget}",
+    ]
+    if batch.warmup_steps:
+        lines.append(
+            f"warm-up   of the batch from {batch.start_rows} rows to {batch.rows} at step {batch.warmup_steps:,}, "
+            f"{batch.unit} at a time"
+        )
+    lines += [f"data      {note}" for note in run.data.notes]
+    lines.append(f"entropy   {run.data.unigram_entropy():.4f} nats: loss of a model that knows only token frequencies")
+    run.reporter.say("\n".join(lines))
+    odd = [*warnings(config, total_steps=run.num_steps), *slow_reading(config, run.runtime.device.type)]
+    for text in [*odd, *run.data.inventory.warnings()]:
+        run.reporter.warn(text)
+    write_config(config, run.runtime, run.output_dir, run.reporter)
+
+
+def slow_reading(config: Config, device_type: str) -> list[str]:
+    """Settings of `dataset` that make a GPU wait, where they were given; they are kept."""
+    data = config.dataset
+    found: list[str] = []
+    if device_type != "cuda":
+        return found
+    if data.num_workers == 0:
+        found.append("dataset.num_workers: 0 makes batches in the training thread, and the GPU waits; write null")
+    if data.prefetch_factor == 1:
+        found.append("dataset.prefetch_factor: 1 keeps a single step ready; a slow window stops the GPU; write null")
+    if data.pin_memory is False:
+        found.append("dataset.pin_memory: false makes the GPU wait for every copy of a batch; write null")
+    return found

@@ -1,0 +1,306 @@
+"""Figures of the steps since the last log: kept on the device, read back in one transfer.
+
+Per-step losses and norms stay device tensors until a logging point; then one stacked tensor crosses to the host and one
+all-reduce sums it over ranks, so that training never waits for a scalar.
+
+The metrics of a logging interval: sums over the steps since the last log line, and what they come to.
+
+The sums are a part of the saved state. They grow by one step at a time, so a run that resumes from saved sums adds the
+same numbers in the same order as one that was never stopped, and its next log line is the same bit for bit (all but
+what is measured with a clock).
+"""
+
+import math
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, field, replace
+from typing import Any, Protocol
+
+import numpy as np
+import torch
+
+from neobert.train.machine import Runtime
+from neobert.types import StepMetrics
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class StepRecord:
+    """One step as numbers, summed over ranks."""
+
+    step: int
+    loss_sum: float
+    num_correct: int | None
+    grad_norm: float
+    skipped: bool
+    digest: int
+    source_tokens: tuple[int, ...]
+    """Real tokens of each source."""
+
+    metrics: StepMetrics
+
+    @property
+    def loss(self) -> float:
+        """Mean in nats per masked token; 0 for a step without any."""
+        return float(np.float32(self.loss_sum) / np.float32(max(self.metrics.num_targets, 1)))
+
+    def as_line(self) -> dict[str, object]:
+        """The step's line of `log.jsonl`; `*_hex` are exact, for comparing runs bit for bit."""
+        line = {
+            "kind": "step",
+            "step": self.step,
+            "loss": self.loss,
+            "loss_hex": self.loss.hex(),
+            "grad_norm": self.grad_norm,
+            "grad_norm_hex": self.grad_norm.hex(),
+            "lr": self.metrics.lr,
+            "num_tokens": self.metrics.num_tokens,
+            "num_targets": self.metrics.num_targets,
+            "batch_digest": f"{self.digest:016x}",
+        }
+        return {**line, "skipped": True} if self.skipped else line
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class IntervalSums:
+    """Sums over the steps since the last log line and over all ranks; the times are this rank's."""
+
+    first_step: int = 0
+    """The first step in the sums; 0 without any."""
+
+    num_steps: int = 0
+    num_skipped: int = 0
+    num_profiled: int = 0
+    num_tokens: int = 0
+    num_slots: int = 0
+    num_targets: int = 0
+    attended_tokens: int = 0
+    loss_sum: float = 0.0
+    """Of the steps that were not skipped, like the next three."""
+
+    num_counted_targets: int = 0
+    num_correct: int = 0
+    grad_norm: float | None = None
+    """Of the last step that was not skipped."""
+
+    lr: float = 0.0
+    """Of the last step."""
+
+    data_wait: float = 0.0
+    """Seconds."""
+
+    seconds: float = 0.0
+    """Of training, without evaluations and saves."""
+
+    source_tokens: dict[str, int] = field(default_factory=dict)
+    """By the label of the source."""
+
+    def add(self, record: StepRecord, labels: Sequence[str]) -> "IntervalSums":
+        """The sums with one more step; `labels` are those of the sources."""
+        metrics, counted = record.metrics, not record.skipped
+        tokens = dict(self.source_tokens)
+        for label, count in zip(labels, record.source_tokens):
+            tokens[label] = tokens.get(label, 0) + count
+        return replace(
+            self,
+            first_step=self.first_step or record.step,
+            num_steps=self.num_steps + 1,
+            num_skipped=self.num_skipped + record.skipped,
+            num_tokens=self.num_tokens + metrics.num_tokens,
+            num_slots=self.num_slots + metrics.num_slots,
+            num_targets=self.num_targets + metrics.num_targets,
+            attended_tokens=self.attended_tokens + metrics.attended_tokens,
+            loss_sum=self.loss_sum + record.loss_sum if counted else self.loss_sum,
+            num_counted_targets=self.num_counted_targets + counted * metrics.num_targets,
+            num_correct=self.num_correct + counted * (record.num_correct or 0),
+            grad_norm=record.grad_norm if counted else self.grad_norm,
+            lr=metrics.lr,
+            data_wait=self.data_wait + metrics.data_wait,
+            source_tokens=tokens,
+        )
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Interval:
+    """What the steps of a logging interval come to; those that were skipped count in time and tokens only."""
+
+    loss: float
+    """Mean in nats per predicted token, over all ranks; NaN where every step was skipped."""
+
+    accuracy: float
+    """Fraction of the predictions that are right; meant only where they were counted."""
+
+    grad_norm: float | None
+    """Of the last step that was not skipped."""
+
+    lr: float
+    num_tokens: int
+    num_skipped: int
+    tokens_per_second: float
+    data_wait: float
+    """Fraction of the time."""
+
+    packing_fill: float
+    """Fraction of the slots that hold real tokens."""
+
+    attended_length: float
+    """Mean length of the document of a token."""
+
+    predicted_fraction: float
+    """Predicted tokens to all."""
+
+
+def summarise(sums: IntervalSums) -> Interval:
+    """The metrics of at least one step."""
+    targets, seconds = max(sums.num_counted_targets, 1), max(sums.seconds, 1e-9)
+    return Interval(
+        loss=sums.loss_sum / targets if sums.num_steps > sums.num_skipped else math.nan,
+        accuracy=sums.num_correct / targets,
+        grad_norm=sums.grad_norm,
+        lr=sums.lr,
+        num_tokens=sums.num_tokens,
+        num_skipped=sums.num_skipped,
+        tokens_per_second=sums.num_tokens / seconds,
+        data_wait=sums.data_wait / seconds,
+        packing_fill=sums.num_tokens / sums.num_slots,
+        attended_length=sums.attended_tokens / sums.num_tokens,
+        predicted_fraction=sums.num_targets / sums.num_tokens,
+    )
+
+
+def perplexity(loss: float) -> float:
+    """`exp(loss)`, infinity where it would overflow."""
+    return math.exp(loss) if loss < 700 else math.inf
+
+
+class Evaluation(Protocol):
+    """The figures of one evaluation."""
+
+    @property
+    def loss(self) -> float:
+        """What `trainer.save_best` compares: the lower the better."""
+
+    def as_line(self) -> dict[str, Any]:
+        """Its fields in `log.jsonl`."""
+
+    def as_values(self) -> dict[str, float]:
+        """What trackers get, by names with a section in front, such as `eval/loss`."""
+
+    def describe(self) -> str:
+        """One line for people."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class EvalMetrics:
+    """Figures over every masked token of the evaluation documents."""
+
+    loss: float
+    """Mean cross entropy in nats per masked token."""
+
+    accuracy: float
+    num_targets: int
+    num_tokens: int
+    num_documents: int
+
+    def as_line(self) -> dict[str, Any]:
+        return asdict(self)
+
+    def as_values(self) -> dict[str, float]:
+        return {
+            "eval/loss": self.loss,
+            "eval/perplexity": perplexity(self.loss),
+            "eval/accuracy": self.accuracy,
+        }
+
+    def describe(self) -> str:
+        return (
+            f"loss {self.loss:.4f} | ppl {perplexity(self.loss):.2f} | accuracy {self.accuracy:.2%} | "
+            f"{self.num_targets:,} masked tokens of {self.num_documents:,} documents"
+        )
+
+
+class MetricWindow:
+    """Collects steps; `read` turns those not yet read into records, `restart` begins the next logging interval."""
+
+    def __init__(self, runtime: Runtime, labels: Sequence[str]) -> None:
+        self._runtime, self._labels = runtime, labels
+        self._pending: list[tuple[int, StepMetrics]] = []
+        self._paused_at: float | None = None
+        self.restore(IntervalSums())
+
+    def restore(self, sums: IntervalSums) -> None:
+        """Continues with sums that were saved; what was added since the last `read` is forgotten."""
+        self._pending.clear()
+        self._sums, self._started, self._paused_at = sums, time.perf_counter(), None
+
+    @property
+    def num_pending(self) -> int:
+        """Steps whose figures were not read yet."""
+        return len(self._pending)
+
+    @property
+    def sums(self) -> IntervalSums:
+        """Of the interval up to the last `read`."""
+        now = time.perf_counter() if self._paused_at is None else self._paused_at
+        return replace(self._sums, seconds=self._sums.seconds + now - self._started)
+
+    def add(self, step: int, metrics: StepMetrics) -> None:
+        self._pending.append((step, metrics))
+
+    def note_profiled_step(self) -> None:
+        """One of the steps of the interval was slowed by the profiler."""
+        self._sums = replace(self._sums, num_profiled=self._sums.num_profiled + 1)
+
+    @contextmanager
+    def paused(self) -> Iterator[None]:
+        """Keeps evaluation and saving out of tokens per second."""
+        if self._paused_at is not None:  # Inside another pause.
+            yield
+            return
+        self._paused_at = time.perf_counter()
+        try:
+            yield
+        finally:
+            self._started += time.perf_counter() - self._paused_at
+            self._paused_at = None
+
+    def read(self) -> list[StepRecord]:
+        """Records of the steps added since the last read. Collective: every rank calls it at the same step."""
+        if not self._pending:
+            return []
+        steps, metrics = zip(*self._pending)
+        self._pending.clear()
+        device = self._runtime.device
+        losses = self._runtime.sum_on_device(torch.stack([m.loss_sum for m in metrics])).tolist()
+        norms = torch.stack([m.grad_norm for m in metrics]).tolist()
+        skipped = torch.stack([m.skipped for m in metrics]).tolist()
+        has_counts = metrics[0].num_correct is not None
+        correct: list[Any] = [None] * len(metrics)
+        if has_counts:
+            correct = self._runtime.sum_on_device(torch.stack([m.num_correct for m in metrics]).to(device)).tolist()
+        # int64 sums wrap around like the digest itself does, so the signed view loses nothing.
+        digests = [m.digest - 2**64 if m.digest >= 2**63 else m.digest for m in metrics]
+        counts = self._runtime.sum_on_host([*digests, *(n for m in metrics for n in m.source_tokens)])
+        width = len(metrics[0].source_tokens)
+        records = [
+            StepRecord(
+                step=step,
+                loss_sum=losses[n],
+                num_correct=correct[n],
+                grad_norm=norms[n],
+                skipped=skipped[n],
+                digest=counts[n] % 2**64,
+                source_tokens=tuple(counts[len(steps) + n * width : len(steps) + (n + 1) * width]),
+                metrics=metrics[n],
+            )
+            for n, step in enumerate(steps)
+        ]
+        for record in records:
+            self._sums = self._sums.add(record, self._labels)
+        return records
+
+    def restart(self) -> IntervalSums:
+        """The interval's sums, then a new interval. Call after `read`."""
+        sums = self.sums
+        self.restore(IntervalSums())
+        return sums

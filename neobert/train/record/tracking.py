@@ -1,0 +1,411 @@
+"""Everything a run records: console lines, `log.jsonl`, `events.jsonl` and optional trackers.
+
+`log.jsonl` and the console are always on; a tracker such as wandb is a further reader of the same records, and one that
+fails is switched off with a warning, since losing a picture must not lose a run.
+"""
+
+import json
+import math
+import os
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict, replace
+from pathlib import Path
+from types import MappingProxyType
+from typing import Any, Protocol
+
+import torch
+
+from neobert.config.nesting import parse_json
+from neobert.config.schema import Config
+from neobert.model.peak import peak_flops
+from neobert.objectives.mlm import MaskedLM
+from neobert.secrets import scrub_config
+from neobert.train.agreement import exchange
+from neobert.train.checkpoint.audit import Layout, ReplayAudit, ReplayDiverged, is_first_attempt, read_layout
+from neobert.train.machine import Runtime
+from neobert.train.numerics import SkippedStep, build_skipped_step
+from neobert.train.record.console import Reporter
+from neobert.train.record.metrics import (
+    Evaluation,
+    Interval,
+    IntervalSums,
+    MetricWindow,
+    StepRecord,
+    perplexity,
+    summarise,
+)
+from neobert.types import StepMetrics, TrainState
+
+MOST_PENDING = 1000
+"""Steps whose figures may wait on the device; more are written between two logging points."""
+
+
+class Sink(Protocol):
+    """An optional tracker."""
+
+    name: str
+
+    def log(self, values: dict[str, float], step: int) -> None: ...
+
+    def close(self) -> None: ...
+
+
+class JsonLines:
+    """An append-only file of one JSON object a line."""
+
+    def __init__(self, path: Path) -> None:
+        self._path = path
+        self._unwritten: list[str] = []
+
+    def read(self) -> list[dict[str, Any]]:
+        """All lines; one torn by a kill is left out."""
+        if not self._path.is_file():
+            return []
+        lines = []
+        for text in self._path.read_text(errors="replace").splitlines():
+            try:
+                line = parse_json(text)
+            except ValueError:
+                continue
+            if isinstance(line, dict) and isinstance(line.get("step"), int):
+                lines.append(line)
+        return lines
+
+    def rewrite(self, lines: list[dict[str, Any]]) -> None:
+        """Replaces the file: after a kill at any instant it holds the old lines or these."""
+        if not self._path.is_file():
+            return
+        temporary = JsonLines(self._path.with_suffix(".tmp"))
+        temporary._path.unlink(missing_ok=True)
+        temporary.append(lines)
+        temporary._path.replace(self._path)
+
+    def append(self, lines: list[dict[str, Any]]) -> None:
+        """Adds lines and flushes them to the disk; a reader never sees half of one after a clean exit.
+
+        A number that is not finite becomes null: JSON has no word for it.
+
+        Raises:
+            OSError: they could not be written; the next call writes them too.
+        """
+        for line in lines:
+            numbers = {k: None for k, v in line.items() if isinstance(v, float) and not math.isfinite(v)}
+            self._unwritten.append(json.dumps(line | numbers, allow_nan=False) + "\n")
+        size = self._path.stat().st_size if self._path.exists() else 0
+        try:
+            with self._path.open("a") as handle:
+                handle.writelines(self._unwritten)
+                handle.flush()
+                os.fsync(handle.fileno())
+        except OSError:
+            if self._path.exists():
+                os.truncate(self._path, size)  # Half a line would spoil the line after it.
+            raise
+        self._unwritten.clear()
+
+
+class Tracker:
+    """The run's record. All ranks call it at the same steps; rank 0 writes."""
+
+    def __init__(
+        self,
+        *,
+        runtime: Runtime,
+        config: Config,
+        output_dir: Path,
+        reporter: Reporter,
+        module: MaskedLM,
+        num_steps: int,
+        source_labels: Sequence[str],
+        sinks: list[Sink],
+    ) -> None:
+        self._runtime, self._config, self._module = runtime, config, module
+        self._num_steps, self._labels = num_steps, source_labels
+        self._reporter, self._sinks = reporter, sinks
+        self._log, self._events = JsonLines(output_dir / "log.jsonl"), JsonLines(output_dir / "events.jsonl")
+        self._window = MetricWindow(runtime, source_labels)
+        self._is_partial = False
+        self._layout = Layout(processes=runtime.world, micro_batch_rows=config.trainer.micro_batch_rows)
+        self._layout_before = self._layout
+        if runtime.is_main:
+            events = self._events.read()
+            self._events.rewrite(events)  # Without a line that a kill has torn, before this start adds one.
+            self._layout_before = read_layout(events) or self._layout
+        self._audit: ReplayAudit | None = None
+        self._evaluated_step: int | None = None
+        self._eval_loss: float | None = None
+        self.step = 0
+        """The last step that was added."""
+
+        self.skipped: list[SkippedStep] = []
+        """The last skipped steps of this start."""
+
+        self.trained = False
+        """Whether this start made any step."""
+
+    def say(self, text: str) -> None:
+        self._reporter.say(text)
+
+    def warn(self, text: str) -> None:
+        self._reporter.warn(text)
+
+    def begin(self, state: TrainState) -> None:
+        """Opens the record at `state`: lines of steps after it belong to a run that was killed. They are dropped, and
+        the steps made again are compared with them. Collective."""
+        found: tuple[list[dict[str, Any]], Layout, bool] = ([], self._layout, False)
+        if self._runtime.is_main:
+            lines = self._log.read()
+            # At step 0 nothing is kept: the first evaluation is made anew too.
+            kept = [line for line in lines if 0 < state.step >= line["step"]]
+            evaluated = any(line["kind"] == "eval" and line["step"] == state.step for line in kept)
+            later = [line for line in lines if line["kind"] == "step" and line["step"] > state.step]
+            found = (later if is_first_attempt(self._events.read()) else [], self._layout_before, evaluated)
+            self._log.rewrite(kept)
+        old_steps, before, evaluated = exchange(self._runtime, found)[0]
+        self._audit = ReplayAudit(old_steps, before=before, now=self._layout) if old_steps else None
+        self._evaluated_step = state.step if evaluated else None
+        self.step = state.step
+        if state.step == 0:
+            self.event("started", 0)
+        self._reporter.start_progress(done=state.step, total=self._num_steps)
+        self._window.restore(IntervalSums(**state.interval))
+        # Earlier versions saved no sums: what came before, since the last log line, is not known.
+        self._is_partial = state.step > 0 and not state.interval
+
+    def forget_replay(self) -> None:
+        """Compares no further steps with those before the last `begin`."""
+        self._audit = None
+
+    def flush(self) -> None:
+        """Writes the lines of all steps so far. Collective, and waits for the device."""
+        self._write_steps()
+
+    def settled(self, state: TrainState) -> TrainState:
+        """`state` with what must be saved of the logging interval; after `flush` or inside `paused`."""
+        return replace(state, interval=asdict(self._window.sums))
+
+    @contextmanager
+    def paused(self) -> Iterator[None]:
+        """For evaluation and saving: the steps so far are written first, the time does not count as training."""
+        self._write_steps()
+        with self._window.paused():
+            yield
+
+    def add(self, state: TrainState, metrics: StepMetrics) -> None:
+        """Takes one step's figures without waiting for the device."""
+        self.trained, self.step = True, state.step
+        self._window.add(state.step, metrics)
+        if self._window.num_pending == MOST_PENDING:
+            self._write_steps()
+        self._reporter.advance(state.step)
+
+    def note_profiled_step(self) -> None:
+        """The step that comes next was profiled: the log line of its interval says so, since it was slowed."""
+        self._window.note_profiled_step()
+
+    def log(self, state: TrainState, statistics: Mapping[str, float] = MappingProxyType({})) -> None:
+        """Ends a logging interval: one console line, one `log` line, one record to every tracker. `statistics` go into
+        the two latter."""
+        self._write_steps()
+        sums = self._window.restart()
+        if not sums.num_steps:
+            return
+        interval, partial = summarise(sums), {"partial": True} if self._is_partial else {}
+        values = self._choose_values(interval, sums)
+        self._is_partial = False
+        peak = max(self._runtime.gather_objects(self._runtime.peak_memory_bytes()))
+        by_source = None if len(self._labels) < 2 else sums.source_tokens
+        line = {
+            "kind": "log",
+            "step": state.step,
+            "first_step": sums.first_step,
+            "loss": interval.loss,
+            "skipped": interval.num_skipped,
+            "tokens_per_second": interval.tokens_per_second,
+            "mfu": values.get("train/mfu"),
+            "data_wait": interval.data_wait,
+            "packing_fill": interval.packing_fill,
+            "peak_memory_bytes": peak,
+            "weight_norm": values.get("train/weight_norm"),
+            "accuracy": values.get("train/accuracy"),
+            "tokens": state.tokens,
+            "source_tokens": by_source,
+            "seconds": sums.seconds,
+            **statistics,
+        }
+        profiled = {"profiled_steps": sums.num_profiled} if sums.num_profiled else {}
+        self._append(self._log, [line | profiled | partial])
+        self._reporter.say(self._describe(state.step, values))
+        if by_source is not None:
+            shares = ", ".join(f"{count / interval.num_tokens:.1%} {label}" for label, count in by_source.items())
+            self._reporter.say(f"      tokens by source: {shares}")
+        self._send(values | {f"train/{name}": value for name, value in statistics.items()}, state.step)
+
+    def _choose_values(self, interval: Interval, sums: IntervalSums) -> dict[str, float]:
+        """What console and trackers show of an interval: the figures that this run has, by the trackers' names."""
+        trainer, pretraining = self._config.trainer, self._config.task == "pretraining"
+        values: dict[str, float] = {
+            "train/loss": interval.loss,
+            "train/learning_rate": interval.lr,
+            "train/tokens_per_sec": interval.tokens_per_second,
+            "train/data_wait": interval.data_wait,
+            "train/packing_fill": interval.packing_fill,
+        }
+        if pretraining:
+            values["train/perplexity"] = perplexity(interval.loss)
+        # Of masked language modelling: pairs are no tokens that are projected onto the vocabulary.
+        predicted = interval.predicted_fraction if pretraining else 0.0
+        mfu = self._mfu(interval.tokens_per_second, interval.attended_length, predicted)
+        if mfu is not None:
+            values["train/mfu"] = mfu
+        if interval.grad_norm is not None and trainer.log_grad_norm:
+            values["train/grad_norm"] = interval.grad_norm
+        if interval.num_skipped:
+            values["train/skipped_steps"] = interval.num_skipped
+        if sums.num_profiled:
+            values["train/profiled_steps"] = sums.num_profiled
+        if self._is_partial:
+            values["train/partial_interval_steps"] = sums.num_steps
+        if trainer.log_weight_norms:
+            values["train/weight_norm"] = self._weight_norm()
+        if trainer.log_train_accuracy:
+            values["train/accuracy"] = interval.accuracy
+        return values
+
+    def log_eval(self, state: TrainState, metrics: Evaluation | None, averaged: Evaluation | None = None) -> None:
+        """Records an evaluation of the weights and, if given, of their moving average, in lines of kind `eval` and
+        `eval_ema`; None (no evaluation data) records nothing."""
+        self._evaluated_step = state.step
+        self._eval_loss = None if metrics is None else metrics.loss
+        if metrics is None:
+            return
+        found = {"eval": metrics} if averaged is None else {"eval": metrics, "eval_ema": averaged}
+        # Both lines in one write: an evaluation that is in the file is not made again.
+        self._append(self._log, [{"kind": kind, "step": state.step, **m.as_line()} for kind, m in found.items()])
+        for label, (kind, m) in zip(("eval ", "ema  "), found.items()):
+            self._reporter.say(f"{label} step {state.step:>7,} | {m.describe()}")
+            mark = kind.removeprefix("eval")
+            self._send({name.replace("/", f"{mark}/", 1): x for name, x in m.as_values().items()}, state.step)
+
+    def evaluated(self, step: int) -> bool:
+        """Whether this process evaluated at `step`."""
+        return self._evaluated_step == step
+
+    def eval_loss(self, step: int) -> float | None:
+        """Evaluation loss at `step`; None when this process did not evaluate there."""
+        return self._eval_loss if self.evaluated(step) else None
+
+    def event(self, kind: str, step: int, **details: Any) -> None:
+        """Notes an incident in `events.jsonl`, without secrets."""
+        line = {"event": kind, "step": step, "time": time.time(), **asdict(self._layout), **scrub_config(details)}
+        self._append(self._events, [line])
+
+    def note_files(self, files: list[dict[str, Any]]) -> None:
+        """Writes what was found of every data file, unless an earlier start has found the same."""
+        if not (self._runtime.is_main and files):
+            return
+        known = [event["files"] for event in self._events.read() if event["event"] == "inventory"]
+        if known[-1:] != [scrub_config({"files": files})["files"]]:
+            self.event("inventory", 0, files=files)
+
+    def close(self) -> None:
+        """Writes what is pending and closes the trackers."""
+        self._write_steps()
+        self._end_audit()
+        for sink in list(self._sinks):
+            self._guard(sink, sink.close)
+        self._reporter.stop_progress()
+
+    def _write_steps(self) -> None:
+        records = self._window.read()
+        lines = [record.as_line() for record in records]
+        self._append(self._log, lines)
+        for record in records:
+            if record.skipped:
+                self._note_skipped(record)
+        self._compare_with_first_attempt(lines)
+
+    def _note_skipped(self, record: StepRecord) -> None:
+        step = build_skipped_step(
+            self._runtime, step=record.step, loss=record.loss, grad_norm=record.grad_norm, metrics=record.metrics
+        )
+        self.skipped = [*self.skipped, step][-MOST_PENDING:]
+        self.warn(step.describe())
+        # As texts, which tell a NaN from an infinity.
+        numbers = {"loss": str(step.loss), "grad_norm": str(step.grad_norm)}
+        self.event("skipped_step", step.step, **numbers, rows=step.rows, suspects=step.suspects)
+
+    def _compare_with_first_attempt(self, lines: list[dict[str, Any]]) -> None:
+        if self._audit is None:
+            return
+        difference = self._audit.compare(lines)
+        if difference is not None:
+            self.warn(difference)
+            self.event("replay_differs", self.step, difference=difference)
+            if self._config.trainer.replay_audit == "strict":
+                raise ReplayDiverged(f"{difference}; trainer.replay_audit: strict stops the run")
+        if self._audit.done:
+            self._end_audit()
+
+    def _end_audit(self) -> None:
+        if self._audit is not None:
+            self.say(self._audit.verdict())
+            self.event("replay_audit", self.step, verdict=self._audit.verdict(), differ=self._audit.num_different)
+            self._audit = None
+
+    def _append(self, target: JsonLines, lines: list[dict[str, Any]]) -> None:
+        if not (self._runtime.is_main and lines):
+            return
+        try:
+            target.append(lines)
+        except OSError as error:  # Full for a while: checkpoints decide whether the run can go on, not its record.
+            self.warn(f"a record could not be written ({error}); it is kept and written with the next one")
+
+    def _send(self, values: dict[str, float], step: int) -> None:
+        for sink in list(self._sinks):
+            self._guard(sink, lambda sink=sink: sink.log(values, step))  # type: ignore[misc]
+
+    def _guard(self, sink: Sink, action: Callable[[], None]) -> None:
+        try:
+            action()
+        except Exception as error:  # A tracker may raise anything: network, disk, its own bugs.
+            self.warn(f"{sink.name} failed ({error}) and is switched off; the run and log.jsonl go on")
+            if sink in self._sinks:
+                self._sinks.remove(sink)
+
+    def _mfu(self, tokens_per_second: float, attended_length: float, predicted_fraction: float) -> float | None:
+        peak = peak_flops(self._runtime.device)
+        if peak is None:
+            return None
+        flops_per_token = self._module.encoder.flops_per_token(
+            attended_length=attended_length, predicted_fraction=predicted_fraction
+        )
+        return tokens_per_second * flops_per_token / (peak * self._runtime.world)
+
+    def _weight_norm(self) -> float:
+        norms = torch._foreach_norm([p.detach() for p in self._module.parameters()])
+        return torch.linalg.vector_norm(torch.stack(norms)).item()
+
+    def _describe(self, step: int, values: dict[str, float]) -> str:
+        parts = [f"train step {step:>7,}", f"loss {values['train/loss']:.4f}"]
+        if "train/perplexity" in values:
+            parts.append(f"ppl {values['train/perplexity']:.2f}")
+        parts.append(f"lr {values['train/learning_rate']:.2e}")
+        if "train/grad_norm" in values:
+            parts.append(f"grad {values['train/grad_norm']:.3f}")
+        if "train/accuracy" in values:
+            parts.append(f"accuracy {values['train/accuracy']:.2%}")
+        if "train/skipped_steps" in values:
+            parts.append(f"skipped {values['train/skipped_steps']}")
+        slowed = (
+            f" (slowed: {values['train/profiled_steps']} steps profiled)" if "train/profiled_steps" in values else ""
+        )
+        parts.append(f"{values['train/tokens_per_sec']:,.0f} tokens/s{slowed}")
+        if "train/mfu" in values:
+            parts.append(f"mfu {values['train/mfu']:.1%}")
+        parts.append(f"data wait {values['train/data_wait']:.1%}")
+        if "train/partial_interval_steps" in values:
+            parts.append(f"of the last {values['train/partial_interval_steps']} steps only (resumed in between)")
+        return " | ".join(parts)
