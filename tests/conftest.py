@@ -10,12 +10,16 @@ from pathlib import Path
 import pytest
 import torch
 
+MOST_WORKERS = 8
+"""Each takes a gigabyte, and on more cores the longest test decides."""
+
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 # Commands ignore a signal that they were started to ignore. Tests send it, however pytest was started (`nohup pytest`).
 signal.signal(signal.SIGHUP, signal.SIG_DFL)
 # Models of a few thousand weights are faster on one core, and other work on the machine does not stall them. Child
 # processes inherit it: a resumed run is compared with one of this process bit for bit.
 os.environ["OMP_NUM_THREADS"] = "1"
+os.environ["TORCHINDUCTOR_COMPILE_THREADS"] = "1"
 torch.set_num_threads(1)
 # Read when triton is imported, which the imports below do with some builds of torch: without a GPU its kernels run in
 # the interpreter.
@@ -28,6 +32,16 @@ from small_corpus import make_texts
 from neobert.config.load import config_to_yaml, load_config, parse_config
 from neobert.config.schema import Config
 from neobert.data.tokenizer import train_tokenizer
+
+
+def pytest_xdist_auto_num_workers(config: pytest.Config) -> int:
+    """Processes that share the tests; 0 is this one alone.
+
+    Each imports torch first, which takes longer than most files of tests: those that are chosen by name run here.
+    """
+    chosen = config.option.keyword or all("::" in word or word.endswith(".py") for word in config.args)
+    count = min(MOST_WORKERS, len(os.sched_getaffinity(0)))
+    return 0 if chosen or count == 1 else count
 
 
 @pytest.fixture(scope="session", autouse=True)

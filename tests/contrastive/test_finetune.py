@@ -96,7 +96,9 @@ def test_a_resumed_run_equals_the_uninterrupted_one(
     assert all(bool((last[0][name] == last[1][name]).all()) for name in last[0])
 
 
-def test_kill_9_and_resume_with_latest(contrastive: Contrastive, tmp_path: Path) -> None:
+def test_kill_9_and_resume_with_latest(
+    contrastive: Contrastive, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     overrides = ["trainer.max_steps=60", "trainer.logging_steps=1", "trainer.save_steps=5", "model.dropout_prob=0.1"]
     whole, killed = tmp_path / "whole", tmp_path / "killed"
     config_file = tmp_path / "run.yaml"
@@ -112,11 +114,9 @@ def test_kill_9_and_resume_with_latest(contrastive: Contrastive, tmp_path: Path)
     os.kill(victim.pid, signal.SIGKILL)
     victim.wait()
     assert max(int(p.name) for p in (killed / "checkpoints").iterdir() if p.name.isdecimal()) < 60
-    again = subprocess.run(
-        [*command, "--trainer.resume_from_checkpoint", "latest"], cwd=ROOT, capture_output=True, text=True, timeout=120
-    )
-    assert again.returncode == 0, again.stdout + again.stderr
-    assert "steps bit-identical" in again.stdout
+    capsys.readouterr()
+    assert call("contrastive/finetune.py", config_file, "--trainer.resume_from_checkpoint", "latest") == 0
+    assert "steps bit-identical" in capsys.readouterr().out
     assert exact_steps(killed) == exact_steps(whole)
 
 
