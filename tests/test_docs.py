@@ -66,7 +66,7 @@ def commands_of(page: Path) -> list[str]:
 
 
 def names_in(line: str) -> set[str]:
-    """Names of what a command reads or writes: `mine` for `tokenizers/mine`, `outputs/mine/config.yaml`, `mine.yaml`."""
+    """Of what a command reads or writes: `mine` for `tokenizers/mine`, `outputs/mine/config.yaml` and `mine.yaml`."""
     words = [word.split("/") for word in shlex.split(line)]
     made = {parts[1] for parts in words if parts[0] in ("outputs", "tokenizers", "tokenized_data") and len(parts) > 1}
     return (made | {parts[-1].removesuffix(".yaml") for parts in words if parts[-1].endswith(".yaml")}) - {"quickstart"}
