@@ -40,8 +40,8 @@ def pytest_xdist_auto_num_workers(config: pytest.Config) -> int:
     Each imports torch first, which takes longer than most files of tests: those that are chosen by name run here.
     """
     chosen = config.option.keyword or all("::" in word or word.endswith(".py") for word in config.args)
-    count = min(MOST_WORKERS, len(os.sched_getaffinity(0)))
-    return 0 if chosen or count == 1 else count
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    return 0 if chosen or cores == 1 else min(MOST_WORKERS, cores)
 
 
 @pytest.fixture(scope="session", autouse=True)
