@@ -79,33 +79,35 @@ def tokenizer_folder(tmp_path_factory: pytest.TempPathFactory, texts: list[str])
 def tiny(corpus: Path, tokenizer_folder: Path) -> Callable[..., Config]:
     """Builds the config of a run that takes a second: `tiny(output_dir, "trainer.max_steps=3", ...)`."""
 
+    base = [
+        "seed=3",
+        "model.hidden_size=32",
+        "model.num_hidden_layers=2",
+        "model.num_attention_heads=2",
+        "model.intermediate_size=48",
+        "model.max_position_embeddings=64",
+        f"dataset.path={corpus}",
+        "dataset.max_seq_length=64",
+        "dataset.eval_samples=12",
+        "dataset.num_lanes=2",
+        "dataset.window_documents=32",
+        f"tokenizer.path={tokenizer_folder}",
+        "optimizer.lr=1e-2",
+        "scheduler.warmup_steps=2",
+        "trainer.max_steps=12",
+        "trainer.per_device_train_batch_size=4",
+        "trainer.per_device_eval_batch_size=4",
+        "trainer.mixed_precision=no",
+        "trainer.logging_steps=3",
+        "trainer.eval_steps=4",
+        "trainer.save_steps=4",
+        "trainer.save_total_limit=null",
+        "trainer.use_cpu=true",
+        "trainer.output_dir=outputs/tiny",
+    ]
+    text = config_to_yaml(load_config(None, base))
+
     def build(output_dir: Path, *overrides: str) -> Config:
-        base = [
-            "seed=3",
-            "model.hidden_size=32",
-            "model.num_hidden_layers=2",
-            "model.num_attention_heads=2",
-            "model.intermediate_size=48",
-            "model.max_position_embeddings=64",
-            f"dataset.path={corpus}",
-            "dataset.max_seq_length=64",
-            "dataset.eval_samples=12",
-            "dataset.num_lanes=2",
-            "dataset.window_documents=32",
-            f"tokenizer.path={tokenizer_folder}",
-            "optimizer.lr=1e-2",
-            "scheduler.warmup_steps=2",
-            "trainer.max_steps=12",
-            "trainer.per_device_train_batch_size=4",
-            "trainer.per_device_eval_batch_size=4",
-            "trainer.mixed_precision=no",
-            "trainer.logging_steps=3",
-            "trainer.eval_steps=4",
-            "trainer.save_steps=4",
-            "trainer.save_total_limit=null",
-            "trainer.use_cpu=true",
-            f"trainer.output_dir={output_dir}",
-        ]
-        return parse_config(config_to_yaml(load_config(None, base)), overrides)
+        return parse_config(text, [f"trainer.output_dir={output_dir}", *overrides])
 
     return build
