@@ -10,12 +10,16 @@ from pathlib import Path
 import pytest
 import torch
 
+MOST_WORKERS = 8
+"""Each takes a gigabyte, and on more cores the longest test decides."""
+
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 # Commands ignore a signal that they were started to ignore. Tests send it, however pytest was started (`nohup pytest`).
 signal.signal(signal.SIGHUP, signal.SIG_DFL)
 # Models of a few thousand weights are faster on one core, and other work on the machine does not stall them. Child
 # processes inherit it: a resumed run is compared with one of this process bit for bit.
 os.environ["OMP_NUM_THREADS"] = "1"
+os.environ["TORCHINDUCTOR_COMPILE_THREADS"] = "1"
 torch.set_num_threads(1)
 # Read when triton is imported, which the imports below do with some builds of torch: without a GPU its kernels run in
 # the interpreter.
@@ -28,6 +32,16 @@ from small_corpus import make_texts
 from neobert.config.load import config_to_yaml, load_config, parse_config
 from neobert.config.schema import Config
 from neobert.data.tokenizer import train_tokenizer
+
+
+def pytest_xdist_auto_num_workers(config: pytest.Config) -> int:
+    """Processes that share the tests; 0 is this one alone.
+
+    Each imports torch first, which takes longer than most files of tests: those that are chosen by name run here.
+    """
+    chosen = config.option.keyword or all("::" in word or word.endswith(".py") for word in config.args)
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    return 0 if chosen or cores == 1 else min(MOST_WORKERS, cores)
 
 
 @pytest.fixture(scope="session", autouse=True)
@@ -65,33 +79,35 @@ def tokenizer_folder(tmp_path_factory: pytest.TempPathFactory, texts: list[str])
 def tiny(corpus: Path, tokenizer_folder: Path) -> Callable[..., Config]:
     """Builds the config of a run that takes a second: `tiny(output_dir, "trainer.max_steps=3", ...)`."""
 
+    base = [
+        "seed=3",
+        "model.hidden_size=32",
+        "model.num_hidden_layers=2",
+        "model.num_attention_heads=2",
+        "model.intermediate_size=48",
+        "model.max_position_embeddings=64",
+        f"dataset.path={corpus}",
+        "dataset.max_seq_length=64",
+        "dataset.eval_samples=12",
+        "dataset.num_lanes=2",
+        "dataset.window_documents=32",
+        f"tokenizer.path={tokenizer_folder}",
+        "optimizer.lr=1e-2",
+        "scheduler.warmup_steps=2",
+        "trainer.max_steps=12",
+        "trainer.per_device_train_batch_size=4",
+        "trainer.per_device_eval_batch_size=4",
+        "trainer.mixed_precision=no",
+        "trainer.logging_steps=3",
+        "trainer.eval_steps=4",
+        "trainer.save_steps=4",
+        "trainer.save_total_limit=null",
+        "trainer.use_cpu=true",
+        "trainer.output_dir=outputs/tiny",
+    ]
+    text = config_to_yaml(load_config(None, base))
+
     def build(output_dir: Path, *overrides: str) -> Config:
-        base = [
-            "seed=3",
-            "model.hidden_size=32",
-            "model.num_hidden_layers=2",
-            "model.num_attention_heads=2",
-            "model.intermediate_size=48",
-            "model.max_position_embeddings=64",
-            f"dataset.path={corpus}",
-            "dataset.max_seq_length=64",
-            "dataset.eval_samples=12",
-            "dataset.num_lanes=2",
-            "dataset.window_documents=32",
-            f"tokenizer.path={tokenizer_folder}",
-            "optimizer.lr=1e-2",
-            "scheduler.warmup_steps=2",
-            "trainer.max_steps=12",
-            "trainer.per_device_train_batch_size=4",
-            "trainer.per_device_eval_batch_size=4",
-            "trainer.mixed_precision=no",
-            "trainer.logging_steps=3",
-            "trainer.eval_steps=4",
-            "trainer.save_steps=4",
-            "trainer.save_total_limit=null",
-            "trainer.use_cpu=true",
-            f"trainer.output_dir={output_dir}",
-        ]
-        return parse_config(config_to_yaml(load_config(None, base)), overrides)
+        return parse_config(text, [f"trainer.output_dir={output_dir}", *overrides])
 
     return build

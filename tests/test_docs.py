@@ -5,15 +5,18 @@ import json
 import re
 import runpy
 import shlex
+import shutil
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
-from ports import free_port
+from children import run_in_two
 from small_corpus import make_texts
+from torch.distributed.run import parse_args
 
 import neobert.config.load as config_load
+from neobert.commands import staged_run as pipeline
 
 ROOT = Path(__file__).parents[1]
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
@@ -57,19 +60,39 @@ TOKENIZER_KEYS = [key for key in TINY if key.startswith("--tokenizer.")]
 
 
 def commands_of(page: Path) -> list[str]:
+    """Those that are not run by the gate itself."""
     blocks = re.findall(r"^```bash\n(.*?)^```", page.read_text(), re.S | re.M)
-    return [line for block in blocks for line in block.replace("\\\n", " ").splitlines() if line.strip()]
+    lines = [line for block in blocks for line in block.replace("\\\n", " ").splitlines() if line.strip()]
+    return [line for line in lines if not line.startswith(ENVIRONMENT)]
 
 
-def own_commands() -> list[tuple[str, str]]:
-    found = [(page.name, line) for page in PAGES for line in commands_of(page)]
-    return [(page, line) for page, line in found if not line.startswith(ENVIRONMENT)]
+def names_in(line: str) -> set[str]:
+    """Of what a command reads or writes: `mine` for `tokenizers/mine`, `outputs/mine/config.yaml` and `mine.yaml`."""
+    words = [word.split("/") for word in shlex.split(line)]
+    made = {parts[1] for parts in words if parts[0] in ("outputs", "tokenizers", "tokenized_data") and len(parts) > 1}
+    return (made | {parts[-1].removesuffix(".yaml") for parts in words if parts[-1].endswith(".yaml")}) - {"quickstart"}
 
 
-@pytest.fixture(scope="module")
-def workplace(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def chains_of(page: Path) -> list[list[str]]:
+    """The commands of a page, in order, in groups that have no name in common: each runs without the others."""
+    chains: list[tuple[set[str], list[str]]] = []
+    for line in commands_of(page):
+        names = names_in(line)
+        joined = [chain for chain in chains if chain[0] & names]
+        chains = [chain for chain in chains if chain not in joined]
+        chains.append((names.union(*(c[0] for c in joined)), [*(x for c in joined for x in c[1]), line]))
+    return [lines for _, lines in chains]
+
+
+FIRST = commands_of(ROOT / "README.md")[0]
+CHAINS = [
+    pytest.param(lines, id=f"{page.name}-{number}") for page in PAGES for number, lines in enumerate(chains_of(page), 1)
+]
+
+
+def make_clone(folder: Path) -> Path:
     """A folder that looks like a clone, with a text of the user's own."""
-    folder = tmp_path_factory.mktemp("clone")
+    folder.mkdir()
     for name in ("scripts", "configs"):
         (folder / name).symlink_to(ROOT / name)
     lines = [json.dumps({"text": text}) + "\n" for text in make_texts(120)]
@@ -91,6 +114,20 @@ def workplace(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
+@pytest.fixture
+def clone(tmp_path: Path) -> Path:
+    return make_clone(tmp_path / "clone")
+
+
+@pytest.fixture(scope="module")
+def quickstart(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """`outputs/quickstart`, which the first command of the README makes: readers of the other commands have it."""
+    folder = make_clone(tmp_path_factory.mktemp("first") / "clone")
+    with pytest.MonkeyPatch.context() as patch:
+        run(FIRST, folder, patch)
+    return folder / "outputs" / "quickstart"
+
+
 def tiny_overrides(words: list[str]) -> list[str]:
     """`TINY`, which wins over a command's own words; but tokenised data, its tokenizer, and the budget of a run that is
     only prepared or profiled stay those of the command."""
@@ -107,7 +144,7 @@ def tiny_overrides(words: list[str]) -> list[str]:
     return [word for key, value in pairs.items() if key not in own for word in (key, value)]
 
 
-def run(line: str, workplace: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def run(line: str, clone: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     words = shlex.split(line)
     target = None
     if ">" in words:
@@ -126,47 +163,62 @@ def run(line: str, workplace: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         words += ["--seconds", "0.1", "--speed-steps", "2"] if "yardstick.py" in line else []
     if "save_cost.py" in line:
         words += ["--hidden-size", "64", "--num-layers", "1", "--vocab-size", "512", "--repeats", "1"]
-    monkeypatch.chdir(workplace)
+    monkeypatch.chdir(clone)
+    # That a stage gets a process of its own is seen in the tests of pipelines.
+    monkeypatch.setattr(pipeline, "run_command", lambda command: run_script([*command[1:]]))
     if words[0] == "torchrun":
-        launch = [sys.executable, "-m", "torch.distributed.run", "--master_port", str(free_port()), *words[1:]]
-        done = subprocess.run(launch, capture_output=True, text=True, timeout=120)
-        assert done.returncode == 0, done.stdout + done.stderr
+        options = parse_args(words[1:])
+        assert options.nproc_per_node == "2"
+        run_in_two(lambda: run_script([options.training_script, *options.training_script_args]), clone)
         return
     assert words[0] == "python", f"do not know how to run: {line}"
-    monkeypatch.setattr(sys, "argv", words[1:])
     if target is not None:
         done = subprocess.run([sys.executable, *words[1:]], capture_output=True, text=True)
         assert done.returncode == 0, done.stderr
         Path(target).write_text(done.stdout)
         assert "trainer.report_to" in done.stderr, "the edits are listed"
         return
-    with pytest.raises(SystemExit) as exit_info:
-        runpy.run_path(words[1], run_name="__main__")
-    assert not exit_info.value.code, line
+    assert run_script(words[1:]) == 0, line
 
 
-@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
-def test_the_commands_of_a_page_run_in_order(page: Path, workplace: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    for line in commands_of(page):
-        if not line.startswith(ENVIRONMENT):
-            run(line, workplace, monkeypatch)
+def run_script(words: list[str]) -> int:
+    """The exit code of a script with its arguments, in this process."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(sys, "argv", words)
+        with pytest.raises(SystemExit) as ended:
+            runpy.run_path(words[0], run_name="__main__")
+    return int(ended.value.code or 0)
 
 
-def test_the_pages_have_commands() -> None:
-    assert len(own_commands()) > 10
+@pytest.mark.parametrize("lines", CHAINS)
+def test_the_commands_of_the_pages_run_in_order(
+    lines: list[str], clone: Path, quickstart: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if lines[0] != FIRST:
+        shutil.copytree(quickstart, clone / "outputs" / "quickstart")
+    for line in lines:
+        run(line, clone, monkeypatch)
+
+
+def test_every_command_of_a_page_is_in_one_chain() -> None:
+    for page in PAGES:
+        lines = [line for chain in chains_of(page) for line in chain]
+        assert sorted(lines) == sorted(commands_of(page))
+    named = {page.stem for page in PAGES if commands_of(page)}
     pages = {"README", "training", "evaluation", "inference", "prepare", "data-and-resume", "export", "contrastive"}
-    pages |= {"recipes"}
-    assert {page for page, _ in own_commands()} >= {f"{name}.md" for name in pages}
+    assert named >= pages | {"recipes"}
+    prepare = chains_of(ROOT / "docs" / "prepare.md")
+    assert len(prepare) > 2
+    assert [len(chain) for chain in prepare if "train_tokenizer.py" in chain[0]] == [5], "what uses it comes after it"
 
 
 def test_the_python_blocks_of_the_pages_run(
-    workplace: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    clone: Path, quickstart: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.chdir(workplace)
+    monkeypatch.chdir(clone)
+    shutil.copytree(quickstart, clone / "outputs" / "quickstart")
     real = config_load.load_config
     monkeypatch.setattr(config_load, "load_config", lambda path, more=(): real(path, [*more, *TINY]))
-    if not (workplace / "outputs" / "quickstart").exists():
-        run("python scripts/pretraining/pretrain.py configs/pretraining/quickstart.yaml", workplace, monkeypatch)
     pages = [ROOT / "README.md", ROOT / "docs" / "inference.md"]
     blocks = [b for page in pages for b in re.findall(r"^```python\n(.*?)^```", page.read_text(), re.S | re.M)]
     assert len(blocks) == 3
@@ -194,7 +246,7 @@ EXPORT_BLOCKS = {
 
 @pytest.mark.parametrize("name", EXPORT_BLOCKS)
 def test_a_python_block_of_the_export_page_runs(
-    name: str, workplace: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    name: str, clone: Path, quickstart: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     blocks = re.findall(r"^```python\n(.*?)^```", (ROOT / "docs" / "export.md").read_text(), re.S | re.M)
     assert len(blocks) == len(EXPORT_BLOCKS), "a block that is not listed would not be run"
@@ -203,14 +255,13 @@ def test_a_python_block_of_the_export_page_runs(
     assert optional <= packages
     for package in sorted(packages):
         pytest.importorskip(package)
-    monkeypatch.chdir(workplace)
-    if not (workplace / "outputs" / "quickstart").exists():
-        run("python scripts/pretraining/pretrain.py configs/pretraining/quickstart.yaml", workplace, monkeypatch)
+    monkeypatch.chdir(clone)
+    shutil.copytree(quickstart, clone / "outputs" / "quickstart")
     for form in ("native", "remote_code"):
         output = {"native": "outputs/quickstart_hf", "remote_code": "outputs/quickstart_code"}[form]
-        if output in block and not (workplace / output).exists():
+        if output in block:
             export = f"python scripts/export/export_hf.py outputs/quickstart --output {output} --format {form}"
-            run(export, workplace, monkeypatch)
+            run(export, clone, monkeypatch)
     capsys.readouterr()
     exec(compile(block, "export.md", "exec"), {})
     assert printed in capsys.readouterr().out

@@ -9,7 +9,7 @@
 
 Columns are those that were named, else the first of the usual names that a row has.
 
-How the rows of the sets that are known by a short key (`neobert.data.known_sets`) become pairs.
+How the rows of the sets that are known by a short key (`neobert.data.source.known_sets`) become pairs.
 """
 
 from collections.abc import Callable, Iterator, Mapping, Sequence

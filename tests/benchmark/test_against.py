@@ -1,12 +1,14 @@
 """The comparison gives everybody the same tokens and masks, and its table says who is faster."""
 
 import json
+import subprocess
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 
-from neobert.benchmark.against import AgainstSettings, Outcome, compare, describe, padded_inputs, prepare
+from neobert.benchmark.against import RUNS, AgainstSettings, Outcome, compare, describe, padded_inputs, prepare
 from neobert.types import IGNORE_INDEX
 
 
@@ -35,11 +37,33 @@ def test_packed_and_padded_steps_hold_about_as_many_tokens(settings: AgainstSett
     assert mean[0] == pytest.approx(mean[1], rel=0.2)
 
 
-def test_a_round_of_two(settings: AgainstSettings) -> None:
-    table = compare(settings, ["ours", "transformers"], rounds=1)
-    assert [line.split("|")[1].strip() for line in table.splitlines()[2:]] == ["ours", "transformers"]
-    assert "| ours | " in table
+def test_a_contestant_in_a_process_of_its_own(settings: AgainstSettings) -> None:
+    table = compare(settings, ["ours"], rounds=1)
+    assert [line.split("|")[1].strip() for line in table.splitlines()[2:]] == ["ours"]
     assert torch.get_num_threads() == 1
+
+
+def test_contestants_take_turns(settings: AgainstSettings, monkeypatch: pytest.MonkeyPatch) -> None:
+    turns = []
+
+    def run(command: list[str], **more: Any) -> subprocess.CompletedProcess[str]:
+        turns.append(command[3])
+        measured = {"tokens_per_second": 100.0 * len(turns), "peak_memory_bytes": 10**9}
+        return subprocess.CompletedProcess(command, 0, f"a warning\n{json.dumps(measured)}\n", "")
+
+    monkeypatch.setattr(subprocess, "run", run)
+    table = compare(settings, ["ours", "transformers"], rounds=2)
+    assert turns == ["ours", "transformers"] * 2
+    assert [line.split("|")[1].strip() for line in table.splitlines()[2:]] == ["ours", "transformers"]
+    assert table.splitlines()[-1] == "| transformers | 300 | 200 - 400 | 1.50 | 1.00 GB | 1.00 |"
+
+
+@pytest.mark.parametrize("name", ["reference", "transformers"])
+def test_another_contestant(settings: AgainstSettings, name: str) -> None:
+    """In this process: that each gets one of its own is seen above."""
+    outcome = RUNS[name](settings, prepare(settings))
+    assert outcome.tokens_per_second > 0
+    assert outcome.peak_memory_bytes > 0
 
 
 def test_ratios_are_to_the_first() -> None:

@@ -1,20 +1,16 @@
 """Two processes train on the pairs one process would, against the same negatives, and agree with it."""
 
 import json
-import subprocess
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
-from ports import free_port
+from children import run_in_two
 
-from neobert.config.load import config_to_yaml
+from neobert.cli import EXIT_CODES
 from neobert.config.schema import Config
 from neobert.contrastive.finetune import finetune
-
-ROOT = Path(__file__).parents[2]
 
 
 def lines(folder: Path, kind: str) -> list[dict[str, Any]]:
@@ -23,20 +19,8 @@ def lines(folder: Path, kind: str) -> list[dict[str, Any]]:
 
 
 def launch(folder: Path, config: Config) -> None:
-    config_file = folder / "run.yaml"
-    config_file.write_text(config_to_yaml(config))
-    port = ["--nproc_per_node", "2", "--master_port", str(free_port())]
-    command = [
-        sys.executable,
-        "-m",
-        "torch.distributed.run",
-        *port,
-        "scripts/contrastive/finetune.py",
-        str(config_file),
-    ]
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=120)
-    assert done.returncode == 0, done.stdout + done.stderr
-    assert done.stdout.count("budget") == 1, "only one process speaks"
+    printed = run_in_two(lambda: EXIT_CODES[finetune(config).reason], folder)
+    assert [text.count("budget") for text in printed] == [1, 0], "only one process speaks"
 
 
 def test_two_processes_equal_one(contrastive: Callable[..., Config], tmp_path: Path, all_sets: str) -> None:

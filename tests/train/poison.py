@@ -1,15 +1,12 @@
 """Ways to make chosen rows bad, and to run training in a child process that is there at once."""
 
-import os
-import sys
-import time
-import traceback
 from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from children import fork
 
 from neobert.cli import EXIT_CODES
 from neobert.config.schema import Config
@@ -67,38 +64,10 @@ def fork_run(
     world: int = 1,
     port: int = 0,
 ) -> int:
-    """Trains in a forked child, which has everything imported already; returns its process id.
+    """Trains in a forked child, after `before` was called there; returns its process id, see `fork`."""
 
-    The child ends with the exit code of the script, or 1 after an error, whose traceback is in `log`.
-    """
-    child = os.fork()
-    if child:
-        return child
-    code = 1
-    try:
-        with log.open("w") as file:
-            os.dup2(file.fileno(), 1)
-            os.dup2(file.fileno(), 2)
-        sys.stdout, sys.stderr = os.fdopen(1, "w", closefd=False), os.fdopen(2, "w", closefd=False)
-        if world > 1:
-            names = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": world, "MASTER_ADDR": "127.0.0.1"}
-            os.environ.update({k: str(v) for k, v in {**names, "MASTER_PORT": port}.items()})
+    def work() -> int:
         before()
-        code = EXIT_CODES[pretrain(config).reason]
-    except BaseException:
-        traceback.print_exc()
-    finally:
-        sys.stdout.flush()
-        sys.stderr.flush()
-        os._exit(code)
+        return EXIT_CODES[pretrain(config).reason]
 
-
-def wait_for(process: int, seconds: float = 60) -> int:
-    """Exit code of a child, negative for the signal that killed it."""
-    deadline = time.monotonic() + seconds
-    while time.monotonic() < deadline:
-        done, status = os.waitpid(process, os.WNOHANG)
-        if done:
-            return os.waitstatus_to_exitcode(status)
-        time.sleep(0.01)
-    raise AssertionError(f"process {process} did not end within {seconds} s")
+    return fork(work, log, rank=rank, world=world, port=port)

@@ -7,7 +7,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from poison import fork_run, wait_for
+from children import wait_for
+from poison import fork_run
 from ports import free_port
 from records import exact_steps, log_lines
 

@@ -2,13 +2,12 @@
 
 import json
 import shutil
-import subprocess
-import sys
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import torch
+from calls import call
 from records import log_lines
 from safetensors.torch import load_file, save_file
 
@@ -23,7 +22,6 @@ from neobert.weights.load import load_encoder_weights
 from neobert.weights.manifest import CheckpointError, check_contents
 
 Tiny = Callable[..., Config]
-ROOT = Path(__file__).parents[2]
 
 
 @pytest.fixture(scope="module")
@@ -37,12 +35,12 @@ def weights_of(run: Path, step: int, name: str = "model") -> dict[str, torch.Ten
     return load_file(run / "checkpoints" / str(step) / f"{name}.safetensors")
 
 
-def test_the_mean_of_the_last_three(tmp_path: Path, run: Path) -> None:
+def test_the_mean_of_the_last_three(tmp_path: Path, run: Path, capsys: pytest.CaptureFixture[str]) -> None:
     output = tmp_path / "mean"
-    command = [sys.executable, "scripts/average_checkpoints.py", str(run), "--last", "3", "--output", str(output)]
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True)
+    capsys.readouterr()
+    assert call("average_checkpoints.py", run, "--last", "3", "--output", output) == 0
     expected = f"{output}/: the mean of 3 checkpoints of {run} (step x share): 8 x 0.3333, 10 x 0.3333, 12 x 0.3333\n"
-    assert done.stdout == expected
+    assert capsys.readouterr().out == expected
     found = load_file(output / "model.safetensors")
     sources = [weights_of(run, step) for step in (8, 10, 12)]
     assert found.keys() == sources[0].keys()

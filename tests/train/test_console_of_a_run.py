@@ -6,7 +6,8 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from poison import fork_run, wait_for
+from children import wait_for
+from poison import fork_run
 
 from neobert.config.schema import Config
 

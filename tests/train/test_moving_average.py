@@ -1,13 +1,12 @@
 """`trainer.ema_decay`: evaluated, saved, continued bit for bit, and used by whatever loads a checkpoint."""
 
 import json
-import subprocess
-import sys
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import torch
+from calls import call
 from records import exact_steps, log_lines
 from safetensors.torch import load_file
 
@@ -23,7 +22,6 @@ from neobert.weights.load import load_encoder_weights
 from neobert.weights.manifest import read_manifest
 
 Tiny = Callable[..., Config]
-ROOT = Path(__file__).parents[2]
 EMA = ["trainer.ema_decay=0.8", "model.dropout_prob=0.1"]
 
 
@@ -140,7 +138,9 @@ def test_a_damaged_average_is_found(tiny: Tiny, tmp_path: Path) -> None:
         pretrain(tiny(out, *EMA, "trainer.resume_from_checkpoint=latest"))
 
 
-def test_it_can_be_loaded_exported_and_used_by_the_scripts(tmp_path: Path, whole: Path) -> None:
+def test_it_can_be_loaded_exported_and_used_by_the_scripts(
+    tmp_path: Path, whole: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     averaged = load_encoder_weights(whole, weights="ema")
     assert equal(averaged.tensors, read(whole, 12))
     assert torch.equal(load(whole, weights="ema").masked_lm.head_weight, read(whole, 12)["encoder.embedding.weight"])
@@ -154,9 +154,9 @@ def test_it_can_be_loaded_exported_and_used_by_the_scripts(tmp_path: Path, whole
     assert torch.equal(rows, averaged.tensors["encoder.embedding.weight"][: len(rows)])
     answers = []
     for kind in ("model", "ema"):
-        command = [sys.executable, "scripts/predict.py", str(whole), "the [MASK] sees", "--json", "--weights", kind]
-        shown = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True)
-        answers.append(json.loads(shown.stdout))
+        capsys.readouterr()
+        assert call("predict.py", whole, "the [MASK] sees", "--json", "--weights", kind) == 0
+        answers.append(json.loads(capsys.readouterr().out))
     assert answers[0] != answers[1]
 
 

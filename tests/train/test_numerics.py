@@ -10,7 +10,8 @@ from typing import Any
 
 import pytest
 import torch
-from poison import fork_run, poison, rows_of_step, wait_for
+from children import wait_for
+from poison import fork_run, poison, rows_of_step
 from ports import free_port
 from records import exact_steps, log_lines
 from safetensors.torch import load_file

@@ -1,17 +1,16 @@
 """Optimizers in a run: clipping is logged, groups can be divided anew on a resume, replicas stay equal."""
 
-import subprocess
-import sys
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
-from ports import free_port
+from children import run_in_two
 from records import exact_steps, log_lines
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
-from neobert.config.load import config_to_yaml
+from neobert.cli import EXIT_CODES
 from neobert.config.schema import Config
 from neobert.errors import StartupError
 from neobert.kernels.linear_cross_entropy import KERNELS
@@ -20,30 +19,25 @@ from neobert.model.config import ModelConfig
 from neobert.model.encoder import Encoder
 from neobert.objectives.mlm import MaskedLM
 from neobert.optim.groups import OwnSettings, build_parameter_groups
+from neobert.train import loop
 from neobert.train.checkpoint.identity import describe_groups
 from neobert.train.loop import pretrain
 
-ROOT = Path(__file__).parents[2]
 Tiny = Callable[..., Config]
 MUON = "optimizer.name=muonclip"
 CLIPPING = (MUON, "optimizer.muon_config.clipping_interval=2", "optimizer.muon_config.clipping_threshold=0.02")
 
-KEEPING_EVERY_RANK = """
-import sys
-from safetensors.torch import save_file
-from neobert.config.load import load_config
-from neobert.train import loop
 
-finish = loop.finish
+def keep_weights(folder: Path) -> None:
+    """From here on, every rank of a run writes its weights at the end."""
+    finish = loop.finish
 
-def keep(run, state, **job):
-    weights = {name: tensor.contiguous() for name, tensor in run.module.state_dict().items()}
-    save_file(weights, f"{sys.argv[2]}/rank-{run.runtime.rank}.safetensors")
-    finish(run, state, **job)
+    def keep(run: Any, state: Any, **job: Any) -> None:
+        weights = {name: tensor.contiguous() for name, tensor in run.module.state_dict().items()}
+        save_file(weights, folder / f"rank-{run.runtime.rank}.safetensors")
+        finish(run, state, **job)
 
-loop.finish = keep
-loop.pretrain(load_config(sys.argv[1]))
-"""
+    loop.finish = keep
 
 
 def test_clipping_is_logged_and_changes_what_is_trained(tiny: Tiny, tmp_path: Path) -> None:
@@ -115,13 +109,13 @@ def test_replicas_stay_equal_with_muonclip_and_clipping(tiny: Tiny, tmp_path: Pa
     options = [*CLIPPING, "trainer.global_batch_size=8", "trainer.max_steps=20", "trainer.eval_steps=0"]
     options += ["optimizer.muon_config.muon_decay=0.01"]
     pretrain(tiny(one, *options))
-    script, config_file = tmp_path / "script.py", tmp_path / "run.yaml"
-    script.write_text(KEEPING_EVERY_RANK)
-    config_file.write_text(config_to_yaml(tiny(tmp_path / "two", *options, "trainer.per_device_train_batch_size=2")))
-    torchrun = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2"]
-    command = [*torchrun, "--master_port", str(free_port()), str(script), str(config_file), str(tmp_path)]
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=120)
-    assert done.returncode == 0, done.stdout + done.stderr
+    config = tiny(tmp_path / "two", *options, "trainer.per_device_train_batch_size=2")
+
+    def train() -> int:
+        keep_weights(tmp_path)
+        return EXIT_CODES[pretrain(config).reason]
+
+    run_in_two(train, tmp_path)
     first, second = (load_file(tmp_path / f"rank-{rank}.safetensors") for rank in (0, 1))
     alone = load_file(one / "checkpoints/20/model.safetensors")
     assert sum(line["clipped_heads"] for line in log_lines(tmp_path / "two", "log")) > 0

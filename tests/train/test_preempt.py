@@ -15,7 +15,8 @@ from typing import Any
 import pytest
 import torch
 from calls import call
-from poison import fork_run, wait_for
+from children import wait_for
+from poison import fork_run
 from ports import free_port
 from records import exact_steps, log_lines
 

@@ -7,10 +7,12 @@ from pathlib import Path
 
 import pytest
 import torch
+from children import run_in_two
 from ports import free_port
 from records import log_lines
 from safetensors.torch import load_file
 
+from neobert.cli import EXIT_CODES
 from neobert.config.load import config_to_yaml
 from neobert.config.schema import Config
 from neobert.train.loop import pretrain
@@ -32,7 +34,8 @@ def test_two_processes_equal_one(tiny: Callable[..., Config], tmp_path: Path) ->
     pretrain(tiny(in_one, *batch, f"trainer.resume_from_checkpoint={two / 'checkpoints' / '4'}"))
     check_equal(one, in_one, after=4)
     resume = f"trainer.resume_from_checkpoint={one / 'checkpoints' / '4'}"
-    launch(tmp_path, tiny(in_two, *batch, resume, "trainer.per_device_train_batch_size=4"))
+    config = tiny(in_two, *batch, resume, "trainer.per_device_train_batch_size=4")
+    run_in_two(lambda: EXIT_CODES[pretrain(config).reason], tmp_path)
     check_equal(one, in_two, after=4)
 
 

@@ -9,7 +9,8 @@ from typing import Any
 
 import pytest
 import torch
-from poison import fork_run, wait_for
+from children import wait_for
+from poison import fork_run
 from ports import free_port
 from ranks import outcome_of, run_ranks
 

@@ -5,10 +5,12 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+from children import run_in_two
 from records import exact_steps, log_lines
 from safetensors.torch import load_file
-from test_processes import check_equal, launch
+from test_processes import check_equal
 
+from neobert.cli import EXIT_CODES
 from neobert.commands.replay import replay_row
 from neobert.config.schema import Config
 from neobert.errors import StartupError
@@ -80,7 +82,8 @@ def test_two_processes_equal_one(tiny: Tiny, tmp_path: Path) -> None:
     one, two = tmp_path / "one", tmp_path / "two"
     pretrain(tiny(one, *EVERYTHING))
     resume = f"trainer.resume_from_checkpoint={one}/checkpoints/4"
-    launch(tmp_path, tiny(two, *EVERYTHING, "trainer.per_device_train_batch_size=2", resume))
+    config = tiny(two, *EVERYTHING, "trainer.per_device_train_batch_size=2", resume)
+    run_in_two(lambda: EXIT_CODES[pretrain(config).reason], tmp_path)
     check_equal(one, two, after=4)
 
 
