@@ -20,32 +20,27 @@ from typing import Any, get_type_hints
 
 import yaml
 
-from neobert.config.fields import FIELDS, SECTIONS
-from neobert.config.leaves import LeafError, parse_value
+from neobert.config.fields import FIELDS, SECTIONS, Field, LeafError, parse_value
 from neobert.config.refused import explain_word, find_refusal, find_renamed, is_below_known_name
+from neobert.config.rules import BUDGETS, validate
+from neobert.config.rules_data import OF_HUB_SOURCE, SOURCES
 from neobert.config.schema import Config
-from neobert.config.source import Leaf, Tree, YamlError, parse_yaml, read_yaml_text
-from neobert.config.validate import BUDGETS, validate
-from neobert.config.validate_data import OF_HUB_SOURCE, SOURCES
-from neobert.config.variables import VariableError, escape_variables, substitute
+from neobert.config.source import (
+    Leaf,
+    Tree,
+    VariableError,
+    YamlError,
+    escape_variables,
+    parse_yaml,
+    read_yaml_text,
+    substitute,
+)
 from neobert.errors import UserError
 from neobert.model.config import ARCHITECTURE
 from neobert.secrets import find_marker, hide_credentials
 
 SENTENCES = "trainer.fill_mask_texts"
 """The one key whose values are saved as they are."""
-
-_HOME = (
-    "model.init_from",
-    "tokenizer.path",
-    "trainer.output_dir",
-    "trainer.resume_from_checkpoint",
-    "dataset.cache_dir",
-    "dataset.pre_tokenize_output",
-    "wandb.dir",
-    "contrastive.pretrained_checkpoint_dir",
-)
-"""Keys in which a first `~` is the home folder; where data is named it is expanded when that is opened."""
 
 
 class ConfigError(UserError):
@@ -326,11 +321,16 @@ def _parse_leaves(draft: _Draft) -> dict[str, Any]:
     values = {}
     for key, value in draft.written.items():
         try:
-            parsed = parse_value(FIELDS[key], value)
-            values[key] = os.path.expanduser(parsed) if key in _HOME and parsed else parsed
+            values[key] = _expand_home(FIELDS[key], parse_value(FIELDS[key], value))
         except LeafError as error:
             draft.refuse(key, f"{key}: {error}")
     return values
+
+
+def _expand_home(field: Field, value: Any) -> Any:
+    """A first `~` of a path is the home folder; where data is named it is expanded when that is opened."""
+    is_path = field.known.path and field.kind is str
+    return os.path.expanduser(value) if is_path and value else value
 
 
 def _refuse_hidden(draft: _Draft, values: dict[str, Any]) -> None:

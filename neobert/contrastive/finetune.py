@@ -2,8 +2,8 @@
 
 import shlex
 
+from neobert.config.rules import warnings
 from neobert.config.schema import Config
-from neobert.config.validate import warnings
 from neobert.contrastive.data import build_contrastive_data
 from neobert.contrastive.evaluate import evaluate_sets
 from neobert.contrastive.module import ContrastiveEncoder, Objective

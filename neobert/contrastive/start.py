@@ -10,9 +10,9 @@ from pathlib import Path
 from typing import Any
 
 from neobert.config.nesting import parse_json
+from neobert.config.rules import validate
 from neobert.config.schema import Config, ModelSection
 from neobert.config.schema_data import TokenizerSection
-from neobert.config.validate import validate
 from neobert.data.tokenizer import load_tokenizer
 from neobert.model.config import ModelConfig
 from neobert.train.runtime import StartupError

@@ -1,7 +1,7 @@
 """What a run says about itself before the first step."""
 
+from neobert.config.rules import warnings
 from neobert.config.schema import Config
-from neobert.config.validate import warnings
 from neobert.data.pipeline import DataPipeline
 from neobert.kernels.linear_cross_entropy import choose_kernel
 from neobert.train.run import Run

@@ -8,12 +8,12 @@ from typing import Any
 
 import pytest
 import torch
+from neobert.config.resume_rules import ALLOWED, DECLARED, EVALUATION, FIXED, HELD_OUT, ORDER, SOURCE
 from records import exact_steps, log_lines
 from rewriting import edit_train_state, rewrite_manifest
 
 from neobert.config.fields import FIELDS
 from neobert.config.load import ConfigError
-from neobert.config.resume_rules import ALLOWED, DECLARED, EVALUATION, FIXED, HELD_OUT, ORDER, SOURCE
 from neobert.config.schema import Config
 from neobert.data.tokenizer import load_tokenizer
 from neobert.inference.load import load_masked_lm
