@@ -164,7 +164,7 @@ def key(
             the default is then an error.
         tasks: the tasks that read it, separated by spaces; empty for all.
         changes: words of `CHANGES`, separated by spaces.
-        path: a path of this machine, in which a first `~` is the home folder.
+        path: a path, or an address: a first `~` is the home folder, and `token=x` in it no secret.
         machine: the processes of a run may differ in it.
     """
     known = Known(

@@ -20,7 +20,7 @@ from typing import Any, get_type_hints
 
 import yaml
 
-from neobert.config.fields import FIELDS, SECTIONS, Field, LeafError, parse_value
+from neobert.config.fields import FIELDS, SECTIONS, Field, LeafError, list_fields, parse_value
 from neobert.config.refused import explain_word, find_refusal, find_renamed, is_below_known_name
 from neobert.config.rules import BUDGETS, validate
 from neobert.config.rules_data import OF_HUB_SOURCE, SOURCES
@@ -144,15 +144,16 @@ def config_to_yaml(config: Config) -> str:
 def without_secrets(config: Config) -> Config:
     """The config as it is written to disk: credentials hidden, but for the sentences that the model is to complete."""
     values = {key: entry.value_in(config) for key, entry in FIELDS.items()}
-    return build_config({k: v if k == SENTENCES else _hide(v) for k, v in values.items()})
+    return build_config({k: v if k == SENTENCES else _hide(FIELDS[k], v) for k, v in values.items()})
 
 
-def _hide(value: Any) -> Any:
+def _hide(field: Field, value: Any) -> Any:
     if dataclasses.is_dataclass(value) and not isinstance(value, type):
-        return dataclasses.replace(value, **{f.name: _hide(getattr(value, f.name)) for f in dataclasses.fields(value)})
+        parts = list_fields(type(value))
+        return dataclasses.replace(value, **{part.key: _hide(part, getattr(value, part.key)) for part in parts})
     if isinstance(value, tuple):
-        return tuple(_hide(item) for item in value)
-    return hide_credentials(value) if isinstance(value, str) else value
+        return tuple(_hide(field, item) for item in value)
+    return hide_credentials(value, is_path=field.known.path) if isinstance(value, str) else value
 
 
 def save_config(config: Config, path: str | Path) -> None:

@@ -107,8 +107,7 @@ def check_texts(config: Config) -> Iterator[str]:
         value = field.value_in(config)
         if field.kind is str and value == "":
             yield f"{field.key}: may not be empty" + ("; write null" if field.nullable else "")
-        names_data = field.known.path or field.key == "contrastive.pretraining_dataset"
-        if names_data and any("${" in text for text in ([value] if isinstance(value, str) else value or ())):
+        if field.known.path and any("${" in text for text in ([value] if isinstance(value, str) else value or ())):
             yield f"{field.key}: {value!r} holds a reference that is not replaced; only ${{variables.x}} is"
     for text in config.trainer.fill_mask_texts or ():
         if "[MASK]" not in text:

@@ -10,7 +10,7 @@ from neobert.config.key import key
 class PairSource:
     """One set of `contrastive.sets` or `contrastive.eval_sets`."""
 
-    name: str | None = key(None, resume="order", changes="source")
+    name: str | None = key(None, path=True, resume="order", changes="source")
     """A known set (its key, hub name or the last part of that), any dataset of the hub, or a local file or folder."""
 
     config: str | None = key(None, resume="order", changes="source")
@@ -102,7 +102,9 @@ class ContrastiveSection:
     )
     """Share of the steps that train on texts of `pretraining_dataset` instead of pairs."""
 
-    pretraining_dataset: str | None = key(None, needs="contrastive.pretraining_prob", resume="order", changes="source")
+    pretraining_dataset: str | None = key(
+        None, path=True, needs="contrastive.pretraining_prob", resume="order", changes="source"
+    )
     """Texts for `pretraining_prob`: a dataset of the hub, or a local file or folder. Needs `preprocess.py` too."""
 
     pretraining_objective: Literal["simcse", "mlm"] = key(

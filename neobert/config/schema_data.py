@@ -22,7 +22,7 @@ class MixtureSource:
     revision: str | None = key(None, resume="order", changes="source")
     """Branch, tag or commit of the hub dataset."""
 
-    path: str | tuple[str, ...] | None = key(None, resume="order", changes="source")
+    path: str | tuple[str, ...] | None = key(None, path=True, resume="order", changes="source")
     """Files or folder, as `dataset.path`."""
 
     split: str | None = key(None, resume="order", changes="source")

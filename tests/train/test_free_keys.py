@@ -157,6 +157,7 @@ def trunk(tiny: Tiny, tmp_path_factory: pytest.TempPathFactory) -> Callable[[str
     return build
 
 
+@pytest.mark.filterwarnings("ignore:Anomaly Detection has been enabled")
 @pytest.mark.parametrize(("base", "changes"), TRIED, ids=[next(iter(changes)) for _, changes in TRIED])
 def test_a_free_key_changes_nothing_that_is_learned(
     tiny: Tiny, trunk: Callable[[str], Path], tmp_path: Path, base: str, changes: dict[str, str]

@@ -98,7 +98,7 @@ FACTS: dict[str, Any] = {
         ({"trainer.z_loss": 1e-4, "trainer.gradient_clipping": None}, (), {"needs declaring"}),
         ({"trainer.skip_spikes": 6, "trainer.max_bad_steps": 2, "trainer.rollback_steps": 9}, (), {"needs declaring"}),
         ({"dataset.on_bad_shard": "skip", "dataset.max_bad_records": 9}, (), {"needs declaring"}),
-        ({"contrastive.learn_temperature": True}, (), {"fixed"}),
+        ({"contrastive.learn_temperature": False}, (), {"fixed"}),
         ({FINAL_MASKS: 200}, (), {"free"}),
         ({FINAL_MASKS: 50, "datacollator.mlm_probability_final_step": 50}, (), {"free", "needs declaring"}),
         ({"data fingerprint": "g", "dataset.mixture": mixture(b=2.0)}, (), {"needs declaring"}),
