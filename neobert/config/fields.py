@@ -55,8 +55,8 @@ class Field:
     @property
     def item(self) -> type | None:
         """What a list of mappings holds: the dataclass of its items."""
-        kinds = get_args(self.kind) if get_origin(self.kind) is tuple else ()
-        return kinds[0] if kinds and dataclasses.is_dataclass(kinds[0]) else None
+        first: Any = get_args(self.kind)[0] if get_origin(self.kind) is tuple else None
+        return first if isinstance(first, type) and dataclasses.is_dataclass(first) else None
 
     @property
     def type_name(self) -> str:

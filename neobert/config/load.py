@@ -13,7 +13,7 @@ import dataclasses
 import difflib
 import os
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, get_type_hints
@@ -303,15 +303,27 @@ def _is_known(draft: _Draft, key: str) -> bool:
 def suggest_key(key: str) -> str | None:
     """The key of the schema that was probably meant, or the section for an unknown section."""
     section, _, name = key.rpartition(".")
-    here = [known for known in FIELDS if known.rpartition(".")[0] == section]
-    elsewhere = [known for known in FIELDS if known.rpartition(".")[2] == name]
+    names = {known: known.rpartition(".")[2] for known in FIELDS}
+    here = {known: short for known, short in names.items() if known.rpartition(".")[0] == section}
+    elsewhere = [known for known, short in names.items() if short == name]
     if section not in SECTIONS and not elsewhere and not section:
         close = difflib.get_close_matches(key, [*SECTIONS, *here], 1)
         return close[0] if close else None
-    close = (
-        elsewhere or difflib.get_close_matches(key, here, 1, 0.75) or difflib.get_close_matches(key, FIELDS, 1, 0.75)
-    )
-    return close[0] if close else None
+    if elsewhere:
+        return max(elsewhere, key=lambda known: difflib.SequenceMatcher(None, key, known).ratio())
+    fuller = [known for known, short in here.items() if _shortens(name, short)]
+    return min(fuller, key=len) if fuller else _find_close(name, here) or _find_close(name, names)
+
+
+def _shortens(name: str, known: str) -> bool:
+    """Whether every word of `name` begins one of `known`: `num_heads` and `num_attention_heads`."""
+    return all(any(word.startswith(part) for word in known.split("_")) for part in name.split("_"))
+
+
+def _find_close(name: str, keys: Mapping[str, str]) -> str | None:
+    """The key whose name is spelled most like `name`: sections apart, or two short names in one would look alike."""
+    close = difflib.get_close_matches(name, keys.values(), 1, 0.75)
+    return next(known for known, short in keys.items() if short == close[0]) if close else None
 
 
 def _first_key(section: str) -> str:

@@ -160,12 +160,12 @@ def _edit_words(draft: _Draft) -> None:
 
 def _remove_unneeded(draft: _Draft) -> None:
     """That code said nothing about keys that had no effect: of Muon beside another optimizer, of another task."""
-    unmet = True
-    while unmet:  # What needs a key that is removed has no effect either.
-        fields = [FIELDS[key] for key in draft.values if key in FIELDS]
-        unmet = {f.key: need for f in fields for need in reversed(f.needs) if not need.holds(draft.read)}
-        for key, need in unmet.items():
-            draft.remove(key, f"it has no effect {need.reason(draft.read)}")
+    fields = [FIELDS[key] for key in draft.values if key in FIELDS]
+    unmet = {f.key: need for f in fields for need in reversed(f.needs) if not need.holds(draft.read)}
+    for key, need in unmet.items():
+        draft.remove(key, f"it has no effect {need.reason(draft.read)}")
+    if unmet:  # What needs a key that was removed has no effect either.
+        _remove_unneeded(draft)
 
 
 def _edit_source(draft: _Draft) -> None:

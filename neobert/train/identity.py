@@ -225,7 +225,7 @@ class _Classifier:
             named = self.now["tokenizer.path"] is None and not self.now["tokenizer.train"]
             return "fixed" if named and self.now[key] is not None else "free"
         resume = FIELDS[key].known.choose_class(self.now.__getitem__)
-        return self._declared(key) if resume in ("declared", "order") else resume
+        return self._declared(key) if resume == "declared" or resume == "order" else resume
 
     def _classify_data(self) -> Kind:
         if self.switched:
