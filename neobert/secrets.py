@@ -91,11 +91,17 @@ def _items(value: Any) -> list[Any]:
     return list(value) if isinstance(value, list | tuple) else []
 
 
-def hide_credentials(text: str) -> str:
+def hide_credentials(text: str, *, is_path: bool = False) -> str:
     """`text` without what is a secret wherever it stands: users, passwords and signatures in addresses, values that are
-    assigned to a secret name (`api_key=...`), tokens of known shape."""
-    text = _ADDRESS.sub(lambda address: _hide_in_address(address.group()), text)
-    return _SHAPES.sub(mark_hidden("token"), _ASSIGNED.sub(_hide_value, text))
+    assigned to a secret name (`api_key=...`), tokens of known shape.
+
+    Args:
+        is_path: `text` is a path or an address. In a path, `token=bpe` is the name of a folder.
+    """
+    if not (is_path and "://" not in text):
+        text = _ADDRESS.sub(lambda address: _hide_in_address(address.group()), text)
+        text = _ASSIGNED.sub(_hide_value, text)
+    return _SHAPES.sub(mark_hidden("token"), text)
 
 
 def _hide_in_address(address: str) -> str:

@@ -8,7 +8,7 @@ from calls import call
 
 from neobert.benchmark.experiment_plan import Place, build_job_config, check_plan, grid, load_plan
 from neobert.config.load import config_to_yaml, load_config
-from neobert.config.validate import warnings
+from neobert.config.rules import warnings
 from neobert.train.loop import pretrain
 
 ROOT = Path(__file__).parents[1]

@@ -7,8 +7,8 @@ from typing import Any
 
 from neobert.config.load import ConfigError, load_config, without_secrets
 from neobert.config.nesting import parse_json
+from neobert.config.rules import BUDGETS
 from neobert.config.schema import Config
-from neobert.config.validate import BUDGETS
 from neobert.errors import StartupError, UserError
 from neobert.train.checkpoint.run_folder import holds_run
 from neobert.train.start import is_own, read_checkpoint_config, read_train_state

@@ -7,8 +7,8 @@ from typing import NoReturn
 
 from neobert.config.load import ConfigError, config_to_yaml, load_config, split_arguments
 from neobert.config.reference import build_help
+from neobert.config.rules import warnings
 from neobert.config.schema import Config
-from neobert.config.validate import warnings
 from neobert.output import print_result
 from neobert.secrets import scrub
 

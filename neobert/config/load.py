@@ -13,39 +13,34 @@ import dataclasses
 import difflib
 import os
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, get_type_hints
 
 import yaml
 
-from neobert.config.fields import FIELDS, SECTIONS
-from neobert.config.leaves import LeafError, parse_value
+from neobert.config.fields import FIELDS, SECTIONS, Field, LeafError, list_fields, parse_value
 from neobert.config.refused import explain_word, find_refusal, find_renamed, is_below_known_name
+from neobert.config.rules import BUDGETS, validate
+from neobert.config.rules_data import OF_HUB_SOURCE, SOURCES
 from neobert.config.schema import Config
-from neobert.config.source import Leaf, Tree, YamlError, parse_yaml, read_yaml_text
-from neobert.config.validate import BUDGETS, validate
-from neobert.config.validate_data import OF_HUB_SOURCE, SOURCES
-from neobert.config.variables import VariableError, escape_variables, substitute
+from neobert.config.source import (
+    Leaf,
+    Tree,
+    VariableError,
+    YamlError,
+    escape_variables,
+    parse_yaml,
+    read_yaml_text,
+    substitute,
+)
 from neobert.errors import UserError
 from neobert.model.config import ARCHITECTURE
 from neobert.secrets import find_marker, hide_credentials
 
 SENTENCES = "trainer.fill_mask_texts"
 """The one key whose values are saved as they are."""
-
-_HOME = (
-    "model.init_from",
-    "tokenizer.path",
-    "trainer.output_dir",
-    "trainer.resume_from_checkpoint",
-    "dataset.cache_dir",
-    "dataset.pre_tokenize_output",
-    "wandb.dir",
-    "contrastive.pretrained_checkpoint_dir",
-)
-"""Keys in which a first `~` is the home folder; where data is named it is expanded when that is opened."""
 
 
 class ConfigError(UserError):
@@ -149,15 +144,16 @@ def config_to_yaml(config: Config) -> str:
 def without_secrets(config: Config) -> Config:
     """The config as it is written to disk: credentials hidden, but for the sentences that the model is to complete."""
     values = {key: entry.value_in(config) for key, entry in FIELDS.items()}
-    return build_config({k: v if k == SENTENCES else _hide(v) for k, v in values.items()})
+    return build_config({k: v if k == SENTENCES else _hide(FIELDS[k], v) for k, v in values.items()})
 
 
-def _hide(value: Any) -> Any:
+def _hide(field: Field, value: Any) -> Any:
     if dataclasses.is_dataclass(value) and not isinstance(value, type):
-        return dataclasses.replace(value, **{f.name: _hide(getattr(value, f.name)) for f in dataclasses.fields(value)})
+        parts = list_fields(type(value))
+        return dataclasses.replace(value, **{part.key: _hide(part, getattr(value, part.key)) for part in parts})
     if isinstance(value, tuple):
-        return tuple(_hide(item) for item in value)
-    return hide_credentials(value) if isinstance(value, str) else value
+        return tuple(_hide(field, item) for item in value)
+    return hide_credentials(value, is_path=field.known.path) if isinstance(value, str) else value
 
 
 def save_config(config: Config, path: str | Path) -> None:
@@ -307,15 +303,27 @@ def _is_known(draft: _Draft, key: str) -> bool:
 def suggest_key(key: str) -> str | None:
     """The key of the schema that was probably meant, or the section for an unknown section."""
     section, _, name = key.rpartition(".")
-    here = [known for known in FIELDS if known.rpartition(".")[0] == section]
-    elsewhere = [known for known in FIELDS if known.rpartition(".")[2] == name]
+    names = {known: known.rpartition(".")[2] for known in FIELDS}
+    here = {known: short for known, short in names.items() if known.rpartition(".")[0] == section}
+    elsewhere = [known for known, short in names.items() if short == name]
     if section not in SECTIONS and not elsewhere and not section:
         close = difflib.get_close_matches(key, [*SECTIONS, *here], 1)
         return close[0] if close else None
-    close = (
-        elsewhere or difflib.get_close_matches(key, here, 1, 0.75) or difflib.get_close_matches(key, FIELDS, 1, 0.75)
-    )
-    return close[0] if close else None
+    if elsewhere:
+        return max(elsewhere, key=lambda known: difflib.SequenceMatcher(None, key, known).ratio())
+    fuller = [known for known, short in here.items() if _shortens(name, short)]
+    return min(fuller, key=len) if fuller else _find_close(name, here) or _find_close(name, names)
+
+
+def _shortens(name: str, known: str) -> bool:
+    """Whether every word of `name` begins one of `known`: `num_heads` and `num_attention_heads`."""
+    return all(any(word.startswith(part) for word in known.split("_")) for part in name.split("_"))
+
+
+def _find_close(name: str, keys: Mapping[str, str]) -> str | None:
+    """The key whose name is spelled most like `name`: sections apart, or two short names in one would look alike."""
+    close = difflib.get_close_matches(name, keys.values(), 1, 0.75)
+    return next(known for known, short in keys.items() if short == close[0]) if close else None
 
 
 def _first_key(section: str) -> str:
@@ -326,11 +334,16 @@ def _parse_leaves(draft: _Draft) -> dict[str, Any]:
     values = {}
     for key, value in draft.written.items():
         try:
-            parsed = parse_value(FIELDS[key], value)
-            values[key] = os.path.expanduser(parsed) if key in _HOME and parsed else parsed
+            values[key] = _expand_home(FIELDS[key], parse_value(FIELDS[key], value))
         except LeafError as error:
             draft.refuse(key, f"{key}: {error}")
     return values
+
+
+def _expand_home(field: Field, value: Any) -> Any:
+    """A first `~` of a path is the home folder; where data is named it is expanded when that is opened."""
+    is_path = field.known.path and field.kind is str
+    return os.path.expanduser(value) if is_path and value else value
 
 
 def _refuse_hidden(draft: _Draft, values: dict[str, Any]) -> None:

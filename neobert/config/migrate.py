@@ -11,17 +11,13 @@ from typing import Any
 
 import yaml
 
-from neobert.config.fields import FIELDS, SECTIONS
-from neobert.config.leaves import LeafError, parse_value
+from neobert.config.fields import FIELDS, SECTIONS, LeafError, parse_value
+from neobert.config.key import show_value
 from neobert.config.load import ConfigError, parse_config
-from neobert.config.reference import show_value
 from neobert.config.refused import find_refusal, find_renamed
+from neobert.config.rules import BUDGETS
 from neobert.config.schema_optimizer import MUON
-from neobert.config.source import Leaf, Tree, YamlError, parse_yaml
-from neobert.config.validate import BUDGETS
-from neobert.config.validate_contrastive import OF_CONTRASTIVE, OF_MASKING, WITHOUT_EFFECT
-from neobert.config.validate_optimizer import CLIPPING
-from neobert.config.variables import VariableError, substitute
+from neobert.config.source import Leaf, Tree, VariableError, YamlError, parse_yaml, substitute
 from neobert.errors import UserError
 
 _DEFAULTS: dict[str, Any] = {
@@ -162,17 +158,14 @@ def _edit_words(draft: _Draft) -> None:
             draft.write(key, words[old], f"changed {key} from {old} to {words[old]}")
 
 
-def _edit_optimizer(draft: _Draft) -> None:
-    """That code read `muon_config` with Muon only, and said nothing about it otherwise."""
-    name, prefix = draft.read("optimizer.name"), "optimizer.muon_config."
-    reason = f"it has no effect with optimizer.name: {name}"
-    leaves = [key for key in draft.values if key in FIELDS and key.startswith(prefix)]
-    if name in MUON:
-        reason = "it has no effect with enable_clipping: false"
-        off = not draft.read(f"{prefix}enable_clipping")
-        leaves = [key for key in leaves if off and key.removeprefix(prefix) in CLIPPING]
-    for key in leaves:
-        draft.remove(key, reason)
+def _remove_unneeded(draft: _Draft) -> None:
+    """That code said nothing about keys that had no effect: of Muon beside another optimizer, of another task."""
+    fields = [FIELDS[key] for key in draft.values if key in FIELDS]
+    unmet = {f.key: need for f in fields for need in reversed(f.needs) if not need.holds(draft.read)}
+    for key, need in unmet.items():
+        draft.remove(key, f"it has no effect {need.reason(draft.read)}")
+    if unmet:  # What needs a key that was removed has no effect either.
+        _remove_unneeded(draft)
 
 
 def _edit_source(draft: _Draft) -> None:
@@ -194,11 +187,6 @@ def _edit_ngpt(draft: _Draft) -> None:
     draft.write(key, new, f"changed {key} from {old} to {new}: 2/3 of it are used here, all of it there")
 
 
-def _leave_other_task(draft: _Draft) -> None:
-    for key in [key for key in draft.values if key.startswith("contrastive.") or key in OF_CONTRASTIVE]:
-        draft.remove(key, "it is read in contrastive fine-tuning only")
-
-
 def _edit_contrastive(draft: _Draft) -> None:
     """What that code called simcse has in-batch and hard negatives; its tokenizer was named apart from the weights."""
     if draft.word("contrastive.loss_type") in ("", "simcse"):
@@ -206,14 +194,6 @@ def _edit_contrastive(draft: _Draft) -> None:
     if draft.read("contrastive.pretrained_checkpoint_dir") is not None:
         for key in [key for key in draft.values if key.startswith("tokenizer.")]:
             draft.remove(key, "the tokenizer is the checkpoint's")
-    if draft.read("contrastive.pretraining_dataset") is None and "contrastive.pretraining_prob" in draft.values:
-        draft.remove("contrastive.pretraining_prob", "it needs contrastive.pretraining_dataset here")
-    for key in [key for key in WITHOUT_EFFECT if key in draft.values and draft.read(key) != FIELDS[key].default]:
-        draft.remove(key, "it has no effect on contrastive fine-tuning")
-    mixed = draft.read("contrastive.pretraining_prob") > 0
-    if not (mixed and draft.read("contrastive.pretraining_objective") == "mlm"):
-        for key in [key for key in OF_MASKING if key in draft.values]:
-            draft.remove(key, "it is read in steps of contrastive.pretraining_objective: mlm only")
 
 
 def _write_contrastive_defaults(draft: _Draft) -> None:
@@ -268,9 +248,8 @@ def _write_clipping_default(draft: _Draft) -> None:
 
 _EDITS: dict[str, tuple[Callable[[_Draft], None], ...]] = {
     "pretraining": (
-        _leave_other_task,
         _edit_words,
-        _edit_optimizer,
+        _remove_unneeded,
         _edit_source,
         _edit_ngpt,
         _edit_lengths,
@@ -280,9 +259,9 @@ _EDITS: dict[str, tuple[Callable[[_Draft], None], ...]] = {
     ),
     "contrastive": (
         _edit_words,
-        _edit_optimizer,
         _edit_ngpt,
         _edit_contrastive,
+        _remove_unneeded,
         _edit_lengths,
         _choose_budget,
         _write_contrastive_defaults,

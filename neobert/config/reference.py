@@ -6,9 +6,9 @@ python -m neobert.config.reference        # writes docs/configuration.md
 import sys
 import textwrap
 from pathlib import Path
-from typing import Any
 
 from neobert.config.fields import FIELDS, SECTIONS, Field
+from neobert.config.key import RESUME, show_value
 from neobert.config.refused import EXPLAINED, LATER, REFUSED, RENAMED, WORDS
 
 _INTRODUCTION = """\
@@ -69,6 +69,19 @@ model:
 ```
 
 `$$variables` and `$${variables` stand for the text with one dollar.
+
+## On resume
+
+Every setting of a resumed run is compared with the checkpoint's. The column "on resume" of the tables says what another
+value does; a key that only some runs read (`only with`) is an error in the others.
+
+| on resume | another value |
+|---|---|
+"""
+
+_REST = """
+Another source (`dataset.path`, `name`, `mixture`, ...) is its own declaration, and the same data under another name is
+free; see [data-and-resume.md](data-and-resume.md#identity).
 """
 
 _RENAMED = """
@@ -103,13 +116,13 @@ _LATER = """
 
 def build_markdown() -> str:
     """The text of docs/configuration.md."""
-    parts = [_INTRODUCTION]
+    parts = [_INTRODUCTION, *(f"| {name} | {text} |\n" for name, text in RESUME.items()), _REST]
     for section, about in [("", "Keys outside of sections."), *SECTIONS.items()]:
         rows = [_markdown_row(f) for f in FIELDS.values() if f.key.rpartition(".")[0] == section]
         title = f"`{section}`" if section else "Top level"
         parts.append(f"\n## {title}\n\n{about}\n")
         if rows:
-            parts += ["\n| key | type | default | meaning |\n|---|---|---|---|\n", *rows]
+            parts += ["\n| key | type | default | on resume | meaning |\n|---|---|---|---|---|\n", *rows]
     parts += [_RENAMED, *(f"| `{old}` | `{new}` |\n" for old, new in sorted(RENAMED.items()))]
     parts += [_REFUSED, *(f"| `{key}` | {_escape(text)} |\n" for key, text in sorted(REFUSED.items()))]
     parts += [_WORDS, *(f"| `{word}` | `{key}` |\n" for word, key in sorted(WORDS.items()))]
@@ -129,23 +142,31 @@ def build_help(usage: str, description: str) -> str:
         "keys:",
     ]
     for field in FIELDS.values():
-        lines.append(f"  --{field.key}  ({field.type_name}; default {show_value(field.default)})")
-        lines += textwrap.wrap(field.doc, 100, initial_indent="      ", subsequent_indent="      ")
+        lines.append(f"  --{field.key}  ({_describe_values(field)}; default {show_value(field.default)})")
+        about = f"{field.doc}{_describe_needs(field)} On resume: {field.known.resume}."
+        lines += textwrap.wrap(about, 100, initial_indent="      ", subsequent_indent="      ")
     return "\n".join(lines)
-
-
-def show_value(value: Any) -> str:
-    """A value as it would be written in YAML."""
-    if value is None or isinstance(value, bool):
-        return {None: "null", True: "true", False: "false"}[value]
-    if isinstance(value, tuple):
-        return "[" + ", ".join(show_value(item) for item in value) + "]"
-    return str(value)
 
 
 def _markdown_row(field: Field) -> str:
     name = field.key.rpartition(".")[2]
-    return f"| `{name}` | {_escape(field.type_name)} | `{show_value(field.default)}` | {_escape(field.doc)} |\n"
+    cells = [
+        f"`{name}`",
+        _describe_values(field),
+        f"`{show_value(field.default)}`",
+        str(field.known.resume),
+        f"{field.doc}{_describe_needs(field)}",
+    ]
+    return f"| {' | '.join(map(_escape, cells))} |\n"
+
+
+def _describe_values(field: Field) -> str:
+    return ", ".join(part for part in (field.type_name, field.known.range_text) if part)
+
+
+def _describe_needs(field: Field) -> str:
+    """What it needs by itself, beside what its section needs."""
+    return f" Only with {'; '.join(map(str, field.known.needs))}." if field.known.needs else ""
 
 
 def _escape(text: str) -> str:

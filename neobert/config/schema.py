@@ -8,6 +8,7 @@ which is frozen: a value derived from it lives in the object that derived it.
 from dataclasses import dataclass, field
 from typing import Literal
 
+from neobert.config.key import key, section, when
 from neobert.config.schema_contrastive import ContrastiveSection
 from neobert.config.schema_data import DatacollatorSection, DatasetSection, TokenizerSection
 from neobert.config.schema_optimizer import OptimizerSection
@@ -18,114 +19,116 @@ from neobert.config.schema_trainer import TrainerSection
 class ModelSection:
     """The encoder to train. The vocabulary and the padding id come from the tokenizer."""
 
-    name: str | None = None
+    name: str | None = key(None, resume="free")
     """A label: shown in the model summary, and the run's name in wandb when `wandb.name` is null."""
 
-    init_from: str | None = None
+    init_from: str | None = key(None, path=True, resume="free")
     """Initial weights of a fresh run: a run or checkpoint folder, an exported folder, or a model of the hub
     (`owner/model`, `owner/model@revision`) in the EuroBERT or NeoBERT layout. Its architecture is taken where the keys
     of `model` are not given; a key that is given must agree. With another tokenizer, embeddings are copied by the text
     of the tokens. A run that is resumed has all of it from its checkpoint."""
 
-    init_weights: Literal["model", "ema"] = "model"
+    init_weights: Literal["model", "ema"] = key("model", needs="model.init_from", resume="free")
     """With `init_from`: ema takes the moving average of a checkpoint of ours instead of its weights."""
 
-    init_tile: bool = False
+    init_tile: bool = key(False, needs="model.init_from", resume="free")
     """true: `init_from` may be smaller (fewer layers, narrower, heads of the same width): its weights are repeated to
     fill this model, see docs/training.md. Give the larger sizes; the rest of the architecture is the source's."""
 
-    init_drop_decoder_bias: bool = False
+    init_drop_decoder_bias: bool = key(False, needs="model.init_from", tasks="pretraining", resume="free")
     """true: leave out the bias that the vocabulary projection of `init_from` may have (published NeoBERT has one)."""
 
-    hidden_size: int = 768
+    hidden_size: int = key(768, at_least=1, resume="fixed")
     """Width of the residual stream; a multiple of `num_attention_heads`."""
 
-    num_hidden_layers: int = 12
+    num_hidden_layers: int = key(12, at_least=1, resume="fixed")
     """Number of encoder blocks."""
 
-    num_attention_heads: int = 12
+    num_attention_heads: int = key(12, at_least=1, resume="fixed")
     """Attention heads of each block; with `rope` the head width `hidden_size / num_attention_heads` must be even."""
 
-    intermediate_size: int = 3072
+    intermediate_size: int = key(3072, at_least=1, resume="fixed")
     """Width of the feed-forward layer. SwiGLU uses 2/3 of it, rounded up to a multiple of 8, so that both activations
     have about the same number of parameters."""
 
-    max_position_embeddings: int = 1024
+    max_position_embeddings: int = key(1024, at_least=1, resume=when("model.rope", "declared", otherwise="fixed"))
     """Longest document the model can read, in tokens; at least `dataset.max_seq_length`."""
 
-    vocab_size: int | None = None
+    vocab_size: int | None = key(None, at_least=1, resume="fixed")
     """Rows of the embedding. null: the tokenizer's size rounded up to a multiple of 128. Smaller than the tokenizer is
     an error, larger is kept."""
 
-    rope: bool = True
+    rope: bool = key(True, resume="fixed")
     """true: rotary position embeddings; false: learned ones, counted from 0 in every document."""
 
-    rope_theta: float = 10000.0
+    rope_theta: float = key(10000.0, above=0, resume="declared")
     """Base of the rotary frequencies; larger values suit longer documents."""
 
-    rms_norm: bool = True
+    rms_norm: bool = key(True, resume="fixed")
     """true: RMSNorm; false: LayerNorm."""
 
-    hidden_act: Literal["swiglu", "gelu"] = "swiglu"
+    hidden_act: Literal["swiglu", "gelu"] = key("swiglu", resume="fixed")
     """Feed-forward activation."""
 
-    dropout_prob: float = 0.0
+    dropout_prob: float = key(0.0, at_least=0, below=1, resume="declared")
     """Dropout on the outputs of attention and feed-forward layers, never on attention probabilities."""
 
-    norm_eps: float = 1e-5
+    norm_eps: float = key(1e-5, above=0, resume="fixed")
     """Added to the variance in every norm."""
 
-    embedding_init_range: float = 0.02
+    embedding_init_range: float = key(0.02, above=0, resume="free")
     """Embeddings start uniform in (-range, range)."""
 
-    decoder_init_range: float = 0.02
+    decoder_init_range: float = key(0.02, above=0, resume="free")
     """Linear layers start uniform in (-range, range)."""
 
-    tie_word_embeddings: bool = True
+    tie_word_embeddings: bool = key(True, resume="fixed")
     """Predict tokens with the embedding matrix itself instead of a second matrix."""
 
-    attn_backend: Literal["auto", "sdpa", "flash_attn_varlen", "flex"] = "auto"
+    attn_backend: Literal["auto", "sdpa", "flash_attn_varlen", "flex"] = key("auto", resume="free")
     """auto takes `flash_attn_varlen` where it can run (CUDA, bf16) and `sdpa` elsewhere; the log names the choice.
     A backend named here that cannot run is an error. `flex` is torch's FlexAttention, for CUDA."""
 
-    kernel_backend: Literal["auto", "torch", "triton", "liger"] = "auto"
+    kernel_backend: Literal["auto", "torch", "triton", "liger"] = key("auto", resume="free")
     """What computes the loss from hidden states and vocabulary: auto takes `triton` on CUDA where it can be imported,
     else `torch`; the log names the choice. A kernel named here that cannot run is an error."""
 
-    local_attention: int | None = None
+    local_attention: int | None = key(None, at_least=1, resume="fixed")
     """Sliding window in tokens: a token attends to those of its document at most `local_attention // 2` places away, to
     either side. null: every layer attends to whole documents."""
 
-    global_attention_every: int = 3
+    global_attention_every: int = key(
+        3, at_least=2, because="1 leaves no layer a window", needs="model.local_attention", resume="fixed"
+    )
     """With `local_attention`: layers 0, k, 2k, ... attend to whole documents all the same."""
 
-    qk_norm: bool = False
+    qk_norm: bool = key(False, resume="fixed")
     """RMSNorm of the queries and keys of every head, with a learned gain, before the rotary positions: attention logits
     cannot grow without bound."""
 
-    embedding_norm: bool = False
+    embedding_norm: bool = key(False, resume="fixed")
     """A norm between the embedding and the first block."""
 
-    decoder_bias: bool = False
+    decoder_bias: bool = key(False, resume="fixed")
     """A bias for each token on the vocabulary projection, 0 at the start. Published NeoBERT has one."""
 
-    init: Literal["uniform", "truncated_normal", "megatron", "small"] = "uniform"
+    init: Literal["uniform", "truncated_normal", "megatron", "small"] = key("uniform", resume="free")
     """Initial weights. `uniform`: within `embedding_init_range` and `decoder_init_range`. `truncated_normal`: normal
     with `init_std`, cut at twice that. `megatron`: normal with `init_std`, divided by sqrt(2 `num_hidden_layers`) in
     the layers that write into the residual stream. `small`: normal with sqrt(2 / (5 `hidden_size`)), and
     2 / (`num_hidden_layers` sqrt(`hidden_size`)) in those layers."""
 
-    init_std: float | None = None
+    init_std: float | None = key(None, above=0, resume="free")
     """Standard deviation of `truncated_normal` and `megatron`; null is 0.02."""
 
-    init_zero_residual: bool = False
+    init_zero_residual: bool = key(False, resume="free")
     """The layers that write into the residual stream start at 0, and so every block as the identity."""
 
-    ngpt: bool = False
+    ngpt: bool = key(False, resume="fixed")
     """The normalised model (nGPT): hidden states and the vectors of all matrices have length 1, learned scales take the
     place of norms. Needs `optimizer.weight_decay: 0`; a warm-up is not needed."""
 
-    base_scale: float | None = None
+    base_scale: float | None = key(None, above=0, resume="fixed")
     """With `ngpt`: where the stored scales start; the smaller, the faster they learn. null: 1 / sqrt(`hidden_size`)."""
 
 
@@ -133,36 +136,53 @@ class ModelSection:
 class SchedulerSection:
     """Learning rate: linear warm-up, then a decay that ends at `final_lr_ratio` and stays there."""
 
-    name: Literal["cosine", "linear", "constant", "wsd", "inverse_sqrt"] = "cosine"
+    name: Literal["cosine", "linear", "constant", "wsd", "inverse_sqrt"] = key("cosine", resume="schedule")
     """cosine and linear decay from the warm-up on. wsd is stable until its cool-down. constant and inverse_sqrt go on
     for ever, or until a cool-down if there is one; inverse_sqrt does not fall below `final_lr_ratio`."""
 
-    warmup_steps: int = 2000
+    warmup_steps: int = key(2000, at_least=0, resume="schedule")
     """Steps until the peak learning rate is reached."""
 
-    warmup_percent: float | None = None
+    warmup_percent: float | None = key(None, at_least=0, at_most=100, resume="schedule")
     """Warm-up as a percentage (0 to 100) of `total_steps`; wins over `warmup_steps`."""
 
-    decay_steps: int | None = None
+    decay_steps: int | None = key(
+        None,
+        at_least=1,
+        needs="scheduler.name=cosine|linear|wsd or scheduler.cooldown_steps or scheduler.cooldown_percent",
+        resume="schedule",
+    )
     """The step at which the decay ENDS, counted from the start of the run; null is `total_steps`."""
 
-    decay_percent: float | None = None
+    decay_percent: float | None = key(
+        None,
+        at_least=0,
+        at_most=100,
+        needs="scheduler.name=cosine|linear|wsd or scheduler.cooldown_steps or scheduler.cooldown_percent",
+        resume="schedule",
+    )
     """End of the decay as a percentage (0 to 100) of `total_steps`; wins over `decay_steps`."""
 
-    cooldown_steps: int | None = None
+    cooldown_steps: int | None = key(
+        None, at_least=1, needs="scheduler.name=wsd|constant|inverse_sqrt", resume="schedule"
+    )
     """How many steps the decay of wsd takes; it ends at `decay_steps`. Also for constant and inverse_sqrt; null: none,
     which wsd refuses."""
 
-    cooldown_percent: float | None = None
+    cooldown_percent: float | None = key(
+        None, above=0, at_most=100, needs="scheduler.name=wsd|constant|inverse_sqrt", resume="schedule"
+    )
     """Length of the cool-down as a percentage (0 to 100) of `total_steps`; wins over `cooldown_steps`."""
 
-    cooldown_shape: Literal["linear", "1-sqrt", "cosine"] = "1-sqrt"
+    cooldown_shape: Literal["linear", "1-sqrt", "cosine"] = key(
+        "1-sqrt", needs="scheduler.name=wsd|constant|inverse_sqrt", resume="schedule"
+    )
     """Form of the cool-down, if there is one: 1 - x, 1 - sqrt(x), or half a cosine."""
 
-    total_steps: int | None = None
+    total_steps: int | None = key(None, at_least=1, resume="schedule")
     """What the percentages refer to; null is the number of steps of the run."""
 
-    final_lr_ratio: float = 0.1
+    final_lr_ratio: float = key(0.1, at_least=0, at_most=1, resume="schedule")
     """Learning rate after the decay, as a share of the peak."""
 
 
@@ -170,31 +190,31 @@ class SchedulerSection:
 class WandbSection:
     """Weights & Biases, an optional second place for the metrics."""
 
-    enabled: bool = False
+    enabled: bool = key(False, resume="free")
     """Send metrics to wandb; an error before any work when it is not installed."""
 
-    project: str = "neo-bert"
+    project: str = key("neo-bert", resume="free")
     """Project name."""
 
-    entity: str | None = None
+    entity: str | None = key(None, resume="free")
     """User or team; null is the default of the account."""
 
-    name: str | None = None
+    name: str | None = key(None, resume="free")
     """Run name; null is `model.name`, and without one the name of `trainer.output_dir`."""
 
-    tags: tuple[str, ...] = ()
+    tags: tuple[str, ...] = key((), resume="free")
     """Tags of the run."""
 
-    mode: Literal["online", "offline", "disabled"] = "online"
+    mode: Literal["online", "offline", "disabled"] = key("online", resume="free")
     """offline writes to `dir` for a later `wandb sync`."""
 
-    dir: str = "logs/wandb"
+    dir: str = key("logs/wandb", path=True, resume="free")
     """Folder of wandb's own files."""
 
-    resume: Literal["never", "allow", "must", "auto"] = "never"
+    resume: Literal["never", "allow", "must", "auto"] = key("never", resume="free")
     """wandb's resume policy."""
 
-    watch: Literal["off", "gradients", "parameters", "all"] = "off"
+    watch: Literal["off", "gradients", "parameters", "all"] = key("off", resume="free")
     """What wandb records as histograms; slows training."""
 
 
@@ -202,21 +222,21 @@ class WandbSection:
 class Config:
     """A whole run."""
 
-    task: Literal["pretraining", "contrastive"] = "pretraining"
+    task: Literal["pretraining", "contrastive"] = key("pretraining", resume="fixed")
     """What to do with this file: `scripts/pretraining/pretrain.py` or `scripts/contrastive/finetune.py`."""
 
-    seed: int = 0
+    seed: int = key(0, at_least=0, below=2**63, resume="order")
     """Seed of initial weights, data order, masks and dropout."""
 
-    model: ModelSection = field(default_factory=ModelSection)
-    dataset: DatasetSection = field(default_factory=DatasetSection)
-    tokenizer: TokenizerSection = field(default_factory=TokenizerSection)
-    datacollator: DatacollatorSection = field(default_factory=DatacollatorSection)
-    optimizer: OptimizerSection = field(default_factory=OptimizerSection)
-    scheduler: SchedulerSection = field(default_factory=SchedulerSection)
-    trainer: TrainerSection = field(default_factory=TrainerSection)
-    wandb: WandbSection = field(default_factory=WandbSection)
-    contrastive: ContrastiveSection = field(default_factory=ContrastiveSection)
+    model: ModelSection = section(ModelSection)
+    dataset: DatasetSection = section(DatasetSection)
+    tokenizer: TokenizerSection = section(TokenizerSection)
+    datacollator: DatacollatorSection = section(DatacollatorSection)
+    optimizer: OptimizerSection = section(OptimizerSection)
+    scheduler: SchedulerSection = section(SchedulerSection)
+    trainer: TrainerSection = section(TrainerSection)
+    wandb: WandbSection = section(WandbSection)
+    contrastive: ContrastiveSection = section(ContrastiveSection, tasks="contrastive")
 
     given: frozenset[str] = field(default=frozenset(), compare=False, repr=False)
     """No key: the dotted keys that were written down, in a file or on the command line."""

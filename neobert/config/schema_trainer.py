@@ -3,195 +3,226 @@
 from dataclasses import dataclass
 from typing import Literal
 
+from neobert.config.key import key, when
+
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class TrainerSection:
     """The run. Exactly one of `max_steps`, `max_tokens` and `num_train_epochs` is its budget."""
 
-    max_steps: int | None = None
+    max_steps: int | None = key(None, at_least=1, resume="schedule")
     """Budget in optimizer steps."""
 
-    max_tokens: int | None = None
+    max_tokens: int | None = key(None, at_least=1, tasks="pretraining", resume="schedule")
     """Budget in row slots (padding included): steps = ceil(max_tokens / (global batch in rows * max_seq_length))."""
 
-    num_train_epochs: float | None = None
+    num_train_epochs: float | None = key(None, above=0, resume="schedule")
     """Budget in passes over the data; the source's number of tokens must be known."""
 
-    per_device_train_batch_size: int | Literal["auto"] = 16
+    per_device_train_batch_size: int | Literal["auto"] = key(
+        16, at_least=1, resume=when("model.dropout_prob or trainer.enforce_full_packed_batches=false", "declared")
+    )
     """Rows of one micro-batch on one device. auto: the most that fit in memory and divide `global_batch_size`, which
     must be given; the run writes the number into its config."""
 
-    per_device_eval_batch_size: int = 32
+    per_device_eval_batch_size: int = key(
+        32, at_least=1, tasks="pretraining", resume=when("trainer.eval_max_batches", "declared"), changes="evaluation"
+    )
     """Rows of one evaluation batch on one device."""
 
-    gradient_accumulation_steps: int | None = None
+    gradient_accumulation_steps: int | None = key(None, at_least=1, resume="free")
     """Micro-batches per optimizer step; null is 1, or what `global_batch_size` asks for. Rows per step =
     `per_device_train_batch_size` x this x processes."""
 
-    global_batch_size: int | None = None
+    global_batch_size: int | None = key(None, at_least=1, resume="declared", changes="batch")
     """Rows per optimizer step over all processes; derives the accumulation, which must then be null."""
 
-    batch_size_warmup_start: int | None = None
+    batch_size_warmup_start: int | None = key(
+        None,
+        at_least=1,
+        needs="trainer.batch_size_warmup_steps",
+        tasks="pretraining",
+        resume="declared",
+        changes="batch",
+    )
     """Rows of the first step, over all processes, when the batch grows to its full size; a multiple of
     `per_device_train_batch_size` x processes. null: the full batch from the first step on."""
 
-    batch_size_warmup_steps: int | None = None
+    batch_size_warmup_steps: int | None = key(
+        None,
+        at_least=1,
+        needs="trainer.batch_size_warmup_start",
+        tasks="pretraining",
+        resume="declared",
+        changes="batch",
+    )
     """Step at which the batch has its full size. It grows evenly, by the greatest common divisor of
     `batch_size_warmup_start` and the full batch; the micro-batch stays and the accumulation grows."""
 
-    enforce_full_packed_batches: bool = True
+    enforce_full_packed_batches: bool = key(True, tasks="pretraining", resume="order")
     """With packing. true: every micro-batch is `per_device_train_batch_size` full rows. false: each micro-batch packs
     that many documents, without looking ahead, into as many rows as they need."""
 
-    output_dir: str = "outputs/neobert"
+    output_dir: str = key("outputs/neobert", path=True, machine=True, resume="free")
     """The run's folder: config, logs and checkpoints."""
 
-    overwrite_output_dir: bool = False
+    overwrite_output_dir: bool = key(False, resume="free")
     """Start anew in a folder that holds a run; the old run is renamed aside. Without it that is an error, and so is a
     folder with `checkpoints` in it that is no run's."""
 
-    resume_from_checkpoint: str | None = None
+    resume_from_checkpoint: str | None = key(None, path=True, resume="free")
     """`latest` (or true, auto), a step, or the path of a checkpoint; null (or false) starts fresh. `latest` with no
     checkpoint there starts fresh and says so; with damaged ones it takes the newest that is whole."""
 
-    resume_allow: tuple[str, ...] = ()
+    resume_allow: tuple[str, ...] = key((), resume="free")
     """Keys that may differ from the checkpoint's on resume although they change what is learned, for example
     `[dataset.max_seq_length, optimizer.weight_decay]`. The error of a resume names those it needs."""
 
-    save_model: bool = True
+    save_model: bool = key(True, resume="free")
     """false: write no checkpoint at all, not even at the end."""
 
-    save_strategy: Literal["steps", "no"] = "steps"
+    save_strategy: Literal["steps", "no"] = key("steps", resume="free")
     """no: only the checkpoint at the end, as `save_steps: 0`."""
 
-    save_steps: int = 1000
+    save_steps: int = key(1000, at_least=0, resume="free")
     """Steps between checkpoints; 0 saves only at the end."""
 
-    save_total_limit: int | None = 3
+    save_total_limit: int | None = key(3, at_least=0, resume="free")
     """Newest checkpoints to keep; null or 0 keeps all. Damaged ones do not count."""
 
-    save_milestone_steps: tuple[int, ...] = ()
+    save_milestone_steps: tuple[int, ...] = key(
+        (), at_least=1, needs=("trainer.save_model", "trainer.save_strategy=steps"), resume="free"
+    )
     """Steps that are saved and kept for ever, whatever `save_steps` and `save_total_limit` say."""
 
-    save_milestone_every: int | None = None
+    save_milestone_every: int | None = key(
+        None, at_least=1, needs=("trainer.save_model", "trainer.save_strategy=steps"), resume="free"
+    )
     """Every multiple of this is saved and kept for ever; null: none."""
 
-    save_best: bool = False
+    save_best: bool = key(False, needs=("trainer.save_model", "trainer.save_strategy=steps"), resume="free")
     """Also keep the checkpoint with the lowest evaluation loss. Saves must be evaluated: `save_steps` is a multiple of
     `eval_steps`."""
 
-    async_save: bool = False
+    async_save: bool = key(False, needs=("trainer.save_model", "trainer.save_strategy=steps"), resume="free")
     """Copy the state, then write the checkpoint while training goes on. Needs memory for one more copy of weights and
     optimizer."""
 
-    eval_strategy: Literal["steps", "no"] = "steps"
+    eval_strategy: Literal["steps", "no"] = key("steps", resume="free")
     """no: evaluate only at the end, as `eval_steps: 0`."""
 
-    eval_steps: int = 1000
+    eval_steps: int = key(1000, at_least=0, resume="free")
     """Steps between evaluations; 0 evaluates only at the end."""
 
-    eval_max_batches: int | None = None
+    eval_max_batches: int | None = key(None, at_least=1, tasks="pretraining", resume="declared", changes="evaluation")
     """Upper bound of evaluation batches, counted over all devices; null has none."""
 
-    eval_seed: int = 0
+    eval_seed: int = key(0, at_least=0, below=2**63, tasks="pretraining", resume="declared", changes="evaluation")
     """Seed of the evaluation masks; they depend on nothing else of the run."""
 
-    logging_steps: int = 50
+    logging_steps: int = key(50, at_least=0, resume="free")
     """Steps between log lines; 0 never logs training."""
 
-    log_train_accuracy: bool = False
+    log_train_accuracy: bool = key(False, tasks="pretraining", resume="free")
     """Log the share of masked tokens predicted exactly; costs an arg-max over the vocabulary."""
 
-    log_grad_norm: bool = True
+    log_grad_norm: bool = key(True, resume="free")
     """Log the gradient's L2 norm before clipping."""
 
-    log_weight_norms: bool = True
+    log_weight_norms: bool = key(True, resume="free")
     """Log the L2 norm of all weights with every log line."""
 
-    log_statistics: bool = False
+    log_statistics: bool = key(False, needs="trainer.logging_steps", tasks="pretraining", resume="free")
     """Log gradient norms and weight norms by kind of weight, and the logsumexp of the logits, with every log line."""
 
-    gradient_checkpointing: bool = False
+    gradient_checkpointing: bool = key(False, resume="free")
     """Recompute each block's activations in the backward pass: less memory, about a third more time."""
 
-    gradient_checkpointing_every: int = 1
+    gradient_checkpointing_every: int = key(1, at_least=1, needs="trainer.gradient_checkpointing", resume="free")
     """With `gradient_checkpointing`: recompute every k-th block only; 1 is all of them."""
 
-    gradient_clipping: float | None = 1.0
+    gradient_clipping: float | None = key(1.0, above=0, because="null never clips", resume="declared")
     """Clip the gradient's L2 norm to this; null never clips."""
 
-    mixed_precision: Literal["no", "bf16", "auto"] = "bf16"
+    mixed_precision: Literal["no", "bf16", "auto"] = key("bf16", resume="free")
     """bf16 computes in bfloat16 and keeps weights in float32; no computes in float32. fp32 and false are read as no,
     true as bf16. auto: bf16 where the GPU has it; on a CPU, where its matrix products are measured to be faster. The
     run writes the choice into its config, and a resumed run keeps it."""
 
-    tf32: bool = True
+    tf32: bool = key(True, resume="free")
     """Allow TF32 in float32 matrix products on CUDA."""
 
-    masked_logits_only_loss: bool = True
+    masked_logits_only_loss: bool = key(True, tasks="pretraining", resume="free")
     """true: vocabulary logits are computed for masked tokens only. false: for all tokens, slower, for comparison."""
 
-    z_loss: float = 0.0
+    z_loss: float = key(
+        0.0, at_least=0, needs="task=pretraining or contrastive.pretraining_objective=mlm", resume="declared"
+    )
     """Coefficient z of z * logsumexp(logits)^2 in the training loss of every target, which keeps logits small; 1e-4 is
     usual, 0 is off. Evaluation leaves it out."""
 
-    ema_decay: float | None = None
+    ema_decay: float | None = key(None, above=0, below=1, resume="declared")
     """Keep an exponential moving average of the weights beside them, with this decay per step (0.999 looks back over
     about 1,000 steps): evaluated as `eval_ema`, saved as `ema.safetensors`. Costs one more copy of the weights. null
     keeps none."""
 
-    ema_start_step: int = 0
+    ema_start_step: int = key(0, at_least=0, needs="trainer.ema_decay", resume="declared")
     """With `ema_decay`: the average begins with the weights after this step."""
 
-    torch_compile: bool = False
+    torch_compile: bool = key(False, resume="free")
     """Compile the model with torch.compile."""
 
-    torch_compile_backend: Literal["inductor", "aot_eager", "eager"] = "inductor"
+    torch_compile_backend: Literal["inductor", "aot_eager", "eager"] = key("inductor", resume="free")
     """Backend of torch.compile."""
 
-    torch_compile_dynamic: bool | None = None
+    torch_compile_dynamic: bool | None = key(None, resume="free")
     """Compile for changing shapes; null is false, because shapes are constant here."""
 
-    use_cpu: bool = False
+    use_cpu: bool = key(False, resume="free")
     """Train on the CPU even when there is a GPU."""
 
-    disable_tqdm: bool = False
+    disable_tqdm: bool = key(False, machine=True, resume="free")
     """Show no progress bar."""
 
-    max_bad_steps: int = 5
+    max_bad_steps: int = key(5, at_least=1, resume="declared")
     """Stop with exit code 76 after so many skipped steps in a row, or when more than 1% of the last 1,000 steps were
     skipped. A step is skipped when the loss or the gradient is not finite, or by `skip_spikes`."""
 
-    skip_spikes: float | None = None
+    skip_spikes: float | None = key(None, above=0, resume="declared")
     """Also skip a step whose loss or gradient norm is more than this many standard deviations above the mean of the
     last 128 steps that were not skipped (6 is usual); null skips none."""
 
-    rollback_steps: int | None = None
+    rollback_steps: int | None = key(
+        None,
+        at_least=1,
+        needs=("trainer.save_model", "trainer.save_strategy=steps", "trainer.save_steps"),
+        resume="declared",
+    )
     """When `max_bad_steps` is reached: go back to the newest checkpoint at least this many steps old and pass over the
     rows trained on since, at most 3 times in a run; null stops the run instead."""
 
-    detect_anomaly: bool = False
+    detect_anomaly: bool = key(False, resume="free")
     """Check the result of every operation of the backward pass and stop at the first that is not a number; slow."""
 
-    max_hours: float | None = None
+    max_hours: float | None = key(None, above=0, resume="free")
     """Save and stop with exit code 75 before this many hours have passed since the start; null has no limit."""
 
-    replay_audit: Literal["warn", "strict"] = "warn"
+    replay_audit: Literal["warn", "strict"] = key("warn", resume="free")
     """Steps made again after a crash are compared with `log.jsonl`. warn: a difference is reported. strict: it stops
     the run."""
 
-    deterministic: bool = False
+    deterministic: bool = key(False, resume="free")
     """Use only operations that give the same bits every time; slower on a GPU, already so on a CPU."""
 
-    profiler_steps_start: int | None = None
+    profiler_steps_start: int | None = key(None, at_least=1, needs="trainer.profiler_steps", resume="free")
     """First step (from 1, as in the log) that torch's profiler records; with `profiler_steps`. Leave it some steps to
     warm up."""
 
-    profiler_steps: int = 0
+    profiler_steps: int = key(0, at_least=0, needs="trainer.profiler_steps_start", resume="free")
     """Steps to profile; 0 profiles nothing. Process 0 writes `profiler_trace.json` into `output_dir`, and on CUDA
     `snapshot.pickle`, the history of the allocator."""
 
-    fill_mask_texts: tuple[str, ...] | None = None
+    fill_mask_texts: tuple[str, ...] | None = key(None, resume="free")
     """Texts with [MASK] that the model completes at the end of the run. null takes the beginnings of the first
     evaluation documents and hides one token of each; `[]` shows none."""
 

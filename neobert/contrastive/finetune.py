@@ -13,9 +13,9 @@ from pathlib import Path
 from typing import Any
 
 from neobert.config.nesting import parse_json
+from neobert.config.rules import validate, warnings
 from neobert.config.schema import Config, ModelSection
 from neobert.config.schema_data import TokenizerSection
-from neobert.config.validate import validate, warnings
 from neobert.contrastive.evaluate import evaluate_sets
 from neobert.contrastive.module import ContrastiveEncoder, Objective
 from neobert.contrastive.pair_data import build_contrastive_data

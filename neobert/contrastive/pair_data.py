@@ -6,9 +6,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from neobert.config.rules_data import FORMS
 from neobert.config.schema import Config
 from neobert.config.schema_contrastive import PairSource
-from neobert.config.validate_contrastive import FORMS
 from neobert.contrastive.batches import PairCollator
 from neobert.contrastive.examples import FORM_WORDS, Form
 from neobert.contrastive.pair_order import Kind, PairLane, PairOrder, TrainSet, describe_shares

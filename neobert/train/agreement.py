@@ -22,7 +22,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
 import neobert
-from neobert.config.fields import FIELDS
+from neobert.config.fields import FIELDS, Field
 from neobert.config.schema import Config
 from neobert.errors import StartupError, UserError
 from neobert.secrets import scrub
@@ -200,49 +200,26 @@ PACKAGES = ("torch", "transformers", "accelerate", "safetensors", "tokenizers", 
 READERS = ("datasets", "pyarrow")
 """Packages that read data."""
 
-PATHS = frozenset(
-    (
-        "dataset.path",
-        "dataset.pre_tokenize_output",
-        "tokenizer.path",
-        "model.init_from",
-        "contrastive.pretrained_checkpoint_dir",
-    )
-)
-"""Keys that say where something lies: whether they are given is compared, and not what they say."""
-
-MACHINE = frozenset(
-    (
-        "trainer.output_dir",
-        "dataset.cache_dir",
-        "dataset.num_workers",
-        "dataset.num_proc",
-        "dataset.prefetch_factor",
-        "dataset.pin_memory",
-        "dataset.network_retries",
-        "trainer.disable_tqdm",
-    )
-)
-"""Keys that follow the machine; `wandb` is rank 0's alone, and `lock.check_shared` compares the output folder."""
-
 A_PATH = "(a path)"
 
 
 def describe_config(config: Config) -> Facts:
-    """Every key that decides what is trained or in which order the ranks meet."""
+    """Every key that decides what is trained or in which order the ranks meet. `wandb` is rank 0's alone, and
+    `lock.check_shared` compares the output folder."""
     return {
-        key: _without_path(key, field.value_in(config))
+        key: _without_path(field, field.value_in(config))
         for key, field in FIELDS.items()
-        if key not in MACHINE and not key.startswith("wandb.")
+        if not field.known.machine and not key.startswith("wandb.")
     }
 
 
-def _without_path(key: str, value: Any) -> Any:
-    if key == "dataset.mixture":
+def _without_path(field: Field, value: Any) -> Any:
+    """Of what says where something lies, whether it is given is compared, and not what it says."""
+    if field.key == "dataset.mixture":
         return [asdict(replace(source, path=source.path and A_PATH)) for source in value]
-    if key in PATHS or (key == "trainer.resume_from_checkpoint" and "/" in (value or "")):
+    if field.known.path and (field.key != "trainer.resume_from_checkpoint" or "/" in (value or "")):
         return value and A_PATH
-    return [asdict(item) for item in value] if key in ("contrastive.sets", "contrastive.eval_sets") else value
+    return [asdict(item) for item in value] if field.item is not None else value
 
 
 def describe_program() -> Facts:

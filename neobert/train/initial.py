@@ -14,8 +14,8 @@ from typing import Any
 
 from torch import Tensor
 
+from neobert.config.rules import validate
 from neobert.config.schema import Config, ModelSection, TokenizerSection
-from neobert.config.validate import validate
 from neobert.data.rows.order import key
 from neobert.data.tokenizer import Tokenizer, load_tokenizer
 from neobert.errors import DataError, StartupError

@@ -7,8 +7,8 @@ from collections.abc import Callable, Iterator
 
 import torch
 
+from neobert.config.rules import warnings
 from neobert.config.schema import Config
-from neobert.config.validate import warnings
 from neobert.data.pipeline import DataPipeline
 from neobert.kernels.linear_cross_entropy import choose_kernel
 from neobert.train.agreement import exchange

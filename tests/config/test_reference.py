@@ -43,9 +43,9 @@ def test_types_in_words():
 
 def test_the_table_shows_defaults_and_escapes_bars():
     page = build_markdown()
-    assert "| `max_steps` | integer or null | `null` | Budget in optimizer steps. |" in page
-    assert "| `hidden_act` | swiglu \\| gelu | `swiglu` |" in page
-    assert "| `betas` | list of 2 numbers | `[0.9, 0.95]` |" in page
+    assert "| `max_steps` | integer or null, at least 1 | `null` | schedule | Budget in optimizer steps. |" in page
+    assert "| `hidden_act` | swiglu \\| gelu | `swiglu` | fixed |" in page
+    assert "| `betas` | list of 2 numbers, at least 0 and less than 1 | `[0.9, 0.95]` | declared |" in page
 
 
 def test_the_examples_of_the_page_load():

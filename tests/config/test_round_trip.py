@@ -5,13 +5,12 @@ from typing import Any, get_args, get_origin
 
 import pytest
 
-from neobert.config.fields import COUNT_OR_AUTO, FIELDS, TEXTS, Field
+from neobert.config.fields import COUNT_OR_AUTO, FIELDS, TEXTS, Field, can_be_declared
 from neobert.config.load import build_config, config_to_yaml, load_config, parse_config, save_config
-from neobert.config.resume_rules import ALLOWED
+from neobert.config.rules import BUDGETS, validate
 from neobert.config.schema import Config
 from neobert.config.schema_contrastive import PairSource
 from neobert.config.schema_data import MixtureSource
-from neobert.config.validate import BUDGETS, validate
 
 NASTY = [
     "none",
@@ -96,7 +95,7 @@ def random_value(field: Field, rng: random.Random) -> Any:
     if get_origin(field.kind) is tuple:
         item, *rest = get_args(field.kind)
         if field.key == "trainer.resume_allow":
-            return tuple(rng.sample(ALLOWED, 2))
+            return tuple(rng.sample([key for key, field in FIELDS.items() if can_be_declared(field)], 2))
         if rest == [...] and item is int:
             return tuple(rng.randint(1, 10**6) for _ in range(rng.randint(0, 3)))
         if rest == [...]:

@@ -157,9 +157,10 @@ def test_paths_and_names_are_saved_as_they_are_whatever_the_environment_holds(mo
     words = ["corpora", "wiki2024", "token=bpe", "my_token", "Secret-Garden", "api_key", "hf_data", "a b", "*.jsonl"]
     words += ["sk-learn-experiments-of-may-2024", "password", "s3://bucket", "key=7", "\u00fcber", "*"]
     base = ["tokenizer.train=true", "trainer.max_steps=1"]
+    paths = ("trainer.output_dir", "wandb.dir")
     for _ in range(20):
         values = {
-            key: "/".join(["x", *draw.choices(words, k=draw.randint(2, 4))])
+            key: "/".join([*([] if key in paths else ["x"]), *draw.choices(words, k=draw.randint(2, 4))])
             for key in ("dataset.path", "trainer.output_dir", "wandb.dir", "wandb.project", "model.name")
         }
         for variable in ("S3_KEY", "HF_TOKEN", "DB_PASSWORD", "SIGNING_SECRET", "SOME_API_KEY"):
@@ -169,6 +170,17 @@ def test_paths_and_names_are_saved_as_they_are_whatever_the_environment_holds(mo
             monkeypatch.setenv(variable, piece)
         config = parse_config("", [*base, *(f"{key}={value}" for key, value in values.items())])
         assert parse_config(config_to_yaml(without_secrets(config))) == config
+
+
+@pytest.mark.parametrize("path", ["token=bpe", "token=bpe/part-0.jsonl", "api_key=1/secret=2"])
+def test_a_folder_with_the_name_of_a_secret_is_a_path(path: str) -> None:
+    base = ["tokenizer.train=true", "trainer.max_steps=1"]
+    mixture = f"dataset.mixture=[{{path: '{path}'}}, {{path: [x, '{path}']}}]"
+    for given in (f"dataset.path={path}", f"dataset.path=['{path}', x]", mixture):
+        config = parse_config("", [*base, given])
+        assert parse_config(config_to_yaml(without_secrets(config))) == config
+    signed = parse_config("", [*base, f"dataset.path=https://host/a.jsonl?{path}"])
+    assert "<hidden:" in config_to_yaml(without_secrets(signed))
 
 
 def test_a_part_of_a_path_stays_in_what_is_printed(monkeypatch: pytest.MonkeyPatch) -> None:

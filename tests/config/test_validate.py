@@ -4,9 +4,9 @@ import pytest
 
 from neobert.config.fields import FIELDS
 from neobert.config.load import build_config
+from neobert.config.rules import validate, warnings
 from neobert.config.schema import Config
 from neobert.config.schema_data import MixtureSource
-from neobert.config.validate import validate, warnings
 
 VALID = {"dataset.name": "python_stdlib", "tokenizer.train": True, "trainer.max_steps": 10_000}
 
@@ -101,7 +101,7 @@ ERRORS = [
     ({"dataset__min_length": 512}, "dataset.min_length: 512 would drop every document"),
     ({"dataset__max_seq_length": 2, "dataset__min_length": 1}, "dataset.max_seq_length: 2 must be at least 3"),
     ({"dataset__eval_samples": 0}, "dataset.eval_samples: 0 must be at least 1"),
-    ({"dataset__num_workers": -1}, "dataset.num_workers: -1 must not be negative"),
+    ({"dataset__num_workers": -1}, "dataset.num_workers: -1 must be at least 0"),
     ({"dataset__prefetch_factor": 0}, "dataset.prefetch_factor: 0 must be at least 1"),
     (
         {"tokenizer__name": "a"},
@@ -114,13 +114,16 @@ ERRORS = [
     ),
     (
         {"tokenizer__train": False, "tokenizer__name": "a", "tokenizer__vocab_size": 1000},
-        "tokenizer.vocab_size: 1000 is only for tokenizer.train: true; remove it (model.vocab_size is the size",
+        "tokenizer.vocab_size: 1000 has no effect without tokenizer.train; set that, or remove this key",
     ),
     (
         {"tokenizer__train": False, "tokenizer__path": "a", "tokenizer__train_documents": 5},
-        "tokenizer.train_documents: 5 is only for tokenizer.train: true; remove it",
+        "tokenizer.train_documents: 5 has no effect without tokenizer.train; set that, or remove this key",
     ),
-    ({"tokenizer__revision": "main"}, "tokenizer.revision: 'main' belongs to tokenizer.name, which is null"),
+    (
+        {"tokenizer__revision": "main"},
+        "tokenizer.revision: main has no effect without tokenizer.name; set that, or remove this key",
+    ),
     ({"tokenizer__vocab_size": 200}, "tokenizer.vocab_size: 200 is less than the 256 bytes and 5 special tokens"),
     ({"tokenizer__vocab_size": 2}, "tokenizer.vocab_size: 2 must be at least 16"),
     (
@@ -134,10 +137,10 @@ ERRORS = [
         "datacollator.pad_to_multiple_of: 100 does not divide dataset.max_seq_length = 512",
     ),
     ({"optimizer__lr": 0.0}, "optimizer.lr: 0.0 must be greater than 0"),
-    ({"optimizer__betas": (0.9, 1.0)}, "optimizer.betas: [0.9, 1.0] must both be at least 0 and less than 1"),
-    ({"optimizer__weight_decay": -0.1}, "optimizer.weight_decay: -0.1 must not be negative"),
-    ({"scheduler__warmup_percent": 101.0}, "scheduler.warmup_percent: 101.0 must be a percentage from 0 to 100"),
-    ({"scheduler__decay_percent": -1.0}, "scheduler.decay_percent: -1.0 must be a percentage from 0 to 100"),
+    ({"optimizer__betas": (0.9, 1.0)}, "optimizer.betas: [0.9, 1.0] must be at least 0 and less than 1"),
+    ({"optimizer__weight_decay": -0.1}, "optimizer.weight_decay: -0.1 must be at least 0"),
+    ({"scheduler__warmup_percent": 101.0}, "scheduler.warmup_percent: 101.0 must be from 0 to 100"),
+    ({"scheduler__decay_percent": -1.0}, "scheduler.decay_percent: -1.0 must be from 0 to 100"),
     ({"scheduler__final_lr_ratio": 2.0}, "scheduler.final_lr_ratio: 2.0 must be from 0 to 1"),
     (
         {"scheduler__decay_steps": 500},
@@ -181,42 +184,45 @@ ERRORS = [
     ),
     (
         {"trainer__profiler_steps": 3},
-        "trainer.profiler_steps_start: is needed with trainer.profiler_steps = 3; give both, or none",
+        "trainer.profiler_steps: 3 has no effect without trainer.profiler_steps_start; set that, or remove",
     ),
     (
         {"trainer__profiler_steps_start": 3},
-        "trainer.profiler_steps: is needed with trainer.profiler_steps_start = 3; give both, or none",
+        "trainer.profiler_steps_start: 3 has no effect without trainer.profiler_steps; set that, or remove",
     ),
     (
         {"trainer__profiler_steps_start": 10_001, "trainer__profiler_steps": 1},
         "trainer.profiler_steps_start: 10001 is after the last step, trainer.max_steps = 10000; choose an earlier one",
     ),
     (
-        {"trainer__profiler_steps_start": 0, "trainer__profiler_steps": 1},
-        "trainer.profiler_steps_start: 0 must be at least 1",
+        {"trainer__profiler_steps_start": -1, "trainer__profiler_steps": 1},
+        "trainer.profiler_steps_start: -1 must be at least 1",
     ),
-    ({"trainer__profiler_steps": -1}, "trainer.profiler_steps: -1 must not be negative"),
-    ({"trainer__save_steps": -1}, "trainer.save_steps: -1 must not be negative"),
-    ({"trainer__eval_steps": -1}, "trainer.eval_steps: -1 must not be negative"),
-    ({"trainer__logging_steps": -1}, "trainer.logging_steps: -1 must not be negative"),
+    (
+        {"trainer__profiler_steps": -1, "trainer__profiler_steps_start": 3},
+        "trainer.profiler_steps: -1 must be at least 0",
+    ),
+    ({"trainer__save_steps": -1}, "trainer.save_steps: -1 must be at least 0"),
+    ({"trainer__eval_steps": -1}, "trainer.eval_steps: -1 must be at least 0"),
+    ({"trainer__logging_steps": -1}, "trainer.logging_steps: -1 must be at least 0"),
     ({"trainer__max_bad_steps": 0}, "trainer.max_bad_steps: 0 must be at least 1"),
     ({"trainer__skip_spikes": 0.0}, "trainer.skip_spikes: 0.0 must be greater than 0"),
     ({"trainer__rollback_steps": 0}, "trainer.rollback_steps: 0 must be at least 1"),
     ({"trainer__max_hours": 0.0}, "trainer.max_hours: 0.0 must be greater than 0"),
     (
         {"trainer__rollback_steps": 100, "trainer__save_steps": 0},
-        "trainer.rollback_steps: 100 goes back to a checkpoint, but trainer.save_steps = 0 writes none on the way",
+        "trainer.rollback_steps: 100 has no effect without trainer.save_steps; set that, or remove this key",
     ),
     (
         {"trainer__rollback_steps": 100, "trainer__save_model": False, "trainer__save_steps": 0},
-        "trainer.rollback_steps: 100 goes back to a checkpoint, but trainer.save_model = False writes none on the way",
+        "trainer.rollback_steps: 100 has no effect without trainer.save_model; set that, or remove this key",
     ),
     ({"trainer__gradient_clipping": 0.0}, "trainer.gradient_clipping: 0.0 must be greater than 0 (null never clips)"),
     ({"trainer__output_dir": ""}, "trainer.output_dir: may not be empty"),
     ({"wandb__name": ""}, "wandb.name: may not be empty; write null"),
     ({"trainer__fill_mask_texts": ("a",)}, "trainer.fill_mask_texts: 'a' has no [MASK] to fill in"),
-    ({"seed": -1}, "seed: -1 must not be negative"),
-    ({"seed": 2**63}, "must be less than 2**63"),
+    ({"seed": -1}, "seed: -1 must be at least 0"),
+    ({"seed": 2**63}, f"seed: {2**63} must be at least 0 and less than {2**63}"),
     (
         {"model__attn_backend": "flash_attn_varlen", "trainer__use_cpu": True},
         "model.attn_backend: flash_attn_varlen needs a GPU, but trainer.use_cpu is true; write model.attn_backend",
@@ -240,17 +246,17 @@ ERRORS = [
     ),
     (
         {"model__global_attention_every": 4},
-        "model.global_attention_every: 4 has no effect without model.local_attention; set the window, or remove",
+        "model.global_attention_every: 4 has no effect without model.local_attention; set that, or remove",
     ),
     (
         {"trainer__gradient_checkpointing_every": 2},
-        "trainer.gradient_checkpointing_every: 2 has no effect without trainer.gradient_checkpointing: true; set",
+        "trainer.gradient_checkpointing_every: 2 has no effect without trainer.gradient_checkpointing; set",
     ),
     (
         {"trainer__gradient_checkpointing": True, "trainer__gradient_checkpointing_every": 0},
         "trainer.gradient_checkpointing_every: 0 must be at least 1",
     ),
-    ({"trainer__z_loss": -1e-4}, "trainer.z_loss: -0.0001 must not be negative"),
+    ({"trainer__z_loss": -1e-4}, "trainer.z_loss: -0.0001 must be at least 0"),
     (
         {"dataset__pin_memory": True, "trainer__use_cpu": True},
         "dataset.pin_memory: true needs a GPU, but trainer.use_cpu",

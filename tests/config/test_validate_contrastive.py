@@ -35,19 +35,28 @@ def test_a_short_config_is_enough_and_comes_back_equal() -> None:
         ("contrastive.temperature=0", "contrastive.temperature: 0.0 must be at least 0.01"),
         ("contrastive.num_hard_negatives=-1", "contrastive.num_hard_negatives: -1 must be at least 0"),
         ("contrastive.pretraining_prob=1", "pretraining_prob: 1.0 must be at least 0 and less than 1"),
-        ("contrastive.pretraining_prob=0.3", "pretraining_prob: 0.3 needs contrastive.pretraining_dataset"),
-        ("contrastive.pretraining_dataset=x", "pretraining_dataset: x is never read with"),
+        (
+            "contrastive.pretraining_prob=0.3",
+            "pretraining_prob: 0.3 has no effect without contrastive.pretraining_dataset; set that",
+        ),
+        (
+            "contrastive.pretraining_dataset=x",
+            "pretraining_dataset: x has no effect without contrastive.pretraining_prob; set that",
+        ),
         ("contrastive.loss_type=simcse", "loss_type: simcse compares two dropout masks"),
-        ("contrastive.false_negative_margin=-1", "false_negative_margin: -1.0 must not be negative"),
+        ("contrastive.false_negative_margin=-1", "false_negative_margin: -1.0 must be at least 0 (null keeps"),
         ("contrastive.matryoshka_dims=[8, 8]", "matryoshka_dims: [8, 8] must be different widths"),
-        ("dataset.alpha=-1", "dataset.alpha: -1.0 must not be negative"),
+        ("dataset.alpha=-1", "dataset.alpha: -1.0 must be at least 0"),
         ("dataset.mixture=[{name: x}]", "dataset.mixture: "),
         ("dataset.train_split=train", "dataset.train_split: train has no effect with task: contrastive"),
-        ("datacollator.pack_sequences=false", "datacollator.pack_sequences: False has no effect"),
+        ("datacollator.pack_sequences=false", "datacollator.pack_sequences: false has no effect"),
         ("trainer.max_tokens=100", "trainer.max_tokens: 100 has no effect"),
         ("trainer.torch_compile=true", "trainer.torch_compile_dynamic: the length of a batch is that of its texts"),
-        ("trainer.z_loss=0.1", "trainer.z_loss: 0.1 has no effect without steps of"),
-        ("contrastive.pretraining_objective=mlm", "pretraining_objective: mlm has no effect with"),
+        (
+            "trainer.z_loss=0.1",
+            "trainer.z_loss: 0.1 has no effect with task: contrastive and contrastive.pretraining_objective: simcse",
+        ),
+        ("contrastive.pretraining_objective=mlm", "pretraining_objective: mlm has no effect without"),
         (
             "contrastive.sets=[{name: x, label_column: a, positive_column: b}]",
             "contrastive.sets: [0].positive_column: b has no effect beside label_column",
@@ -89,7 +98,9 @@ def test_keys_of_one_task_are_refused_in_the_other() -> None:
         "contrastive.temperature",
         "dataset.alpha",
     ]
-    assert all("is read with task: contrastive only" in error for error in found)
+    assert all(
+        "has no effect with task: pretraining; remove it, or write task: contrastive" in error for error in found
+    )
 
 
 def test_a_tokenizer_is_needed_only_without_a_checkpoint() -> None:

@@ -6,8 +6,8 @@ from typing import Any
 import pytest
 
 from neobert.config.load import ConfigError, parse_config
+from neobert.config.rules import validate, warnings
 from neobert.config.schema import Config
-from neobert.config.validate import validate, warnings
 
 
 def config(*overrides: str) -> Config:
@@ -21,7 +21,7 @@ WRONG: list[tuple[list[str], str]] = [
     (["scheduler.name=wsd", "scheduler.cooldown_steps=0"], "scheduler.cooldown_steps: 0 must be at least 1"),
     (
         ["scheduler.name=wsd", "scheduler.cooldown_percent=101"],
-        "scheduler.cooldown_percent: 101.0 must be a percentage greater than 0 and at most 100",
+        "scheduler.cooldown_percent: 101.0 must be greater than 0 and at most 100",
     ),
     (["scheduler.name=constant", "scheduler.decay_steps=9000"], "scheduler.decay_steps: 9000 has no effect"),
     (["scheduler.name=inverse_sqrt", "scheduler.decay_percent=50"], "scheduler.decay_percent: 50.0 has no effect"),
@@ -36,9 +36,12 @@ WRONG: list[tuple[list[str], str]] = [
     ),
     (
         ["trainer.batch_size_warmup_start=16"],
-        "trainer.batch_size_warmup_start: 16 needs trainer.batch_size_warmup_steps beside it",
+        "trainer.batch_size_warmup_start: 16 has no effect without trainer.batch_size_warmup_steps; set that",
     ),
-    (["trainer.batch_size_warmup_steps=9"], "trainer.batch_size_warmup_steps: 9 needs trainer.batch_size_warmup_start"),
+    (
+        ["trainer.batch_size_warmup_steps=9"],
+        "trainer.batch_size_warmup_steps: 9 has no effect without trainer.batch_size_warmup_start; set",
+    ),
     (
         ["trainer.batch_size_warmup_steps=9", "trainer.batch_size_warmup_start=20"],
         "trainer.batch_size_warmup_start: 20 is not a multiple of trainer.per_device_train_batch_size = 16; write 32",
@@ -71,7 +74,7 @@ WRONG: list[tuple[list[str], str]] = [
     ),
     (
         ["datacollator.mask_units=words", "datacollator.span_max_words=3"],
-        "datacollator.span_max_words: 3 has no effect with datacollator.mask_units: words; remove it, or write spans",
+        "datacollator.span_max_words: 3 has no effect with datacollator.mask_units: words; remove it, or write",
     ),
 ]
 

@@ -13,13 +13,12 @@ from rewriting import edit_train_state, rewrite_manifest
 
 from neobert.config.fields import FIELDS
 from neobert.config.load import ConfigError
-from neobert.config.resume_rules import ALLOWED, DECLARED, EVALUATION, FIXED, HELD_OUT, ORDER, SOURCE
 from neobert.config.schema import Config
 from neobert.data.tokenizer import load_tokenizer
 from neobert.errors import StartupError
 from neobert.inference.load import load_masked_lm
 from neobert.train import loop
-from neobert.train.checkpoint.identity import as_int64, check_next_batch, compare
+from neobert.train.checkpoint.identity import FINAL_MASKS, as_int64, check_next_batch, compare
 from neobert.train.loop import pretrain
 from neobert.types import PackedBatch
 
@@ -67,23 +66,22 @@ class Consumed:
 # ---- the rules ----
 
 
-def test_the_classes_are_disjoint_and_name_keys() -> None:
-    assert not set(FIXED) & set(ALLOWED)
-    assert not set(SOURCE) & set(ALLOWED)
-    assert set(ORDER) <= set(DECLARED) <= set(ALLOWED)
-    assert {*FIXED, *ALLOWED, *SOURCE} <= set(FIELDS)
-    assert len(ALLOWED) == len(set(ALLOWED))
-    assert {*HELD_OUT, *EVALUATION} <= set(ALLOWED)
+def mixture(**weights: float) -> list[dict[str, Any]]:
+    """The facts of `dataset.mixture`: a source `a`, and those that are named."""
+    return [{"path": "a", "weight": 1.0}, *({"path": name, "weight": weight} for name, weight in weights.items())]
 
 
 FACTS: dict[str, Any] = {
-    **dict.fromkeys((*FIXED, *SOURCE, *ALLOWED), 1),
+    **dict.fromkeys(FIELDS, 1),
+    "model.dropout_prob": 0.0,
+    FINAL_MASKS: None,
     "tokenizer.path": None,
     "tokenizer.train": True,
     "tokenizer.name": None,
     "optimizer.lr": 1e-3,
     "trainer.max_steps": 100,
     "trainer.per_device_train_batch_size": 4,
+    "dataset.mixture": mixture(b=1.0),
     "wandb.enabled": False,
     "tokenizer digest": "a",
     "data fingerprint": "f",
@@ -93,8 +91,20 @@ FACTS: dict[str, Any] = {
 @pytest.mark.parametrize(
     ("changes", "allow", "kinds"),
     [
-        ({"optimizer.lr": 2.0, "trainer.max_steps": 5, "wandb.enabled": True}, (), {"free"}),
+        ({"optimizer.lr": 2.0, "trainer.max_steps": 5}, (), {"schedule"}),
+        ({"wandb.enabled": True, "trainer.save_steps": 5}, (), {"free"}),
         ({"trainer.per_device_train_batch_size": 2}, (), {"free"}),
+        ({"trainer.per_device_train_batch_size": 2, "model.dropout_prob": 0.1}, (), {"needs declaring"}),
+        ({"trainer.z_loss": 1e-4, "trainer.gradient_clipping": None}, (), {"needs declaring"}),
+        ({"trainer.skip_spikes": 6, "trainer.max_bad_steps": 2, "trainer.rollback_steps": 9}, (), {"needs declaring"}),
+        ({"dataset.on_bad_shard": "skip", "dataset.max_bad_records": 9}, (), {"needs declaring"}),
+        ({"contrastive.learn_temperature": False}, (), {"fixed"}),
+        ({FINAL_MASKS: 200}, (), {"free"}),
+        ({FINAL_MASKS: 50, "datacollator.mlm_probability_final_step": 50}, (), {"free", "needs declaring"}),
+        ({"data fingerprint": "g", "dataset.mixture": mixture(b=2.0)}, (), {"needs declaring"}),
+        ({"data fingerprint": "g", "dataset.mixture": mixture(b=2.0)}, ("dataset.mixture",), {"declared"}),
+        ({"data fingerprint": "g", "dataset.mixture": mixture(c=1.0)}, (), {"source"}),
+        ({"dataset.mixture": mixture(b=2.0)}, (), {"free"}),
         ({"model.num_hidden_layers": 3}, ("model.num_hidden_layers",), {"fixed"}),
         ({"tokenizer digest": "b"}, (), {"fixed"}),
         ({"data fingerprint": "g"}, (), {"fixed"}),
@@ -136,7 +146,11 @@ def test_classes_of_differences(changes: dict[str, Any], allow: tuple[str, ...],
         ({"dataset.num_lanes": 2}, True, True, False),
         ({"trainer.global_batch_size": 2}, True, False, False),
         ({"datacollator.mlm_probability": 2}, True, False, False),
-        ({"datacollator.mlm_probability_final_step": 2}, True, False, False),
+        ({"datacollator.mlm_probability_final_step": 2, FINAL_MASKS: 2}, True, False, False),
+        ({FINAL_MASKS: 2}, True, False, False),
+        ({"datacollator.mlm_probability_final_step": 2}, True, False, True),
+        ({"trainer.z_loss": 2}, True, False, True),
+        ({"data fingerprint": "g", "dataset.mixture": mixture(b=2.0)}, True, True, False),
         ({"datacollator.mask_units": 2}, True, False, False),
         ({"trainer.batch_size_warmup_start": 2}, True, False, False),
         ({"optimizer.eps": 2}, True, False, True),
@@ -183,6 +197,10 @@ def test_resume_allow_is_checked_with_the_config(tiny: Tiny, tmp_path: Path) -> 
         ("model.rope_theta=50000", r"model.rope_theta +needs declaring +10000.0 -> 50000.0"),
         ("trainer.per_device_train_batch_size=8", r"trainer.global_batch_size +needs declaring +4 -> 8"),
         ("model.num_hidden_layers=3", r"model.num_hidden_layers +fixed +2 -> 3"),
+        ("trainer.z_loss=1e-4", r"trainer.z_loss +needs declaring +0.0 -> 0.0001"),
+        ("trainer.gradient_clipping=null", r"trainer.gradient_clipping +needs declaring +1.0 -> null"),
+        ("trainer.skip_spikes=6", r"trainer.skip_spikes +needs declaring +null -> 6.0"),
+        ("dataset.on_bad_shard=skip", r'dataset.on_bad_shard +needs declaring +"error" -> "skip"'),
         ("model.hidden_act=gelu", r'model.hidden_act +fixed +"swiglu" -> "gelu"'),
     ],
 )
@@ -192,9 +210,10 @@ def test_an_undeclared_change_is_refused_before_anything_is_loaded(
     monkeypatch.setattr("neobert.train.checkpoint.resume.load_file", lambda path: pytest.fail("the weights were read"))
     with pytest.raises(StartupError, match=message) as caught:
         pretrain(resumed(tiny, trained, tmp_path / "run", override))
-    key = "trainer.global_batch_size" if "per_device" in override else override.partition("=")[0]
+    key = override.partition("=")[0]
+    keys = f"{key},trainer.global_batch_size" if "per_device" in override else key
     if "fixed" not in message:
-        assert f"accept the change with trainer.resume_allow=[{key}]" in str(caught.value)
+        assert f"accept the change with trainer.resume_allow=[{keys}]" in str(caught.value)
 
 
 def test_another_tokenizer_is_refused_with_both_digests(
@@ -281,10 +300,12 @@ def test_digests_of_ranks_are_summed_around() -> None:
 def test_free_keys_need_no_word(tiny: Tiny, trained: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     out = tmp_path / "run"
     free = ["optimizer.lr=1e-3", "scheduler.name=linear", "dataset.num_workers=0", "trainer.logging_steps=1"]
-    pretrain(resumed(tiny, trained, out, *free, "trainer.per_device_train_batch_size=2", "trainer.global_batch_size=4"))
+    pretrain(resumed(tiny, trained, out, *free))
     printed = capsys.readouterr().out
     assert "differs from" in printed
-    assert any(line.split() == ["optimizer.lr", "free", "0.01", "->", "0.001"] for line in printed.splitlines())
+    lines = [line.split() for line in printed.splitlines()]
+    assert ["optimizer.lr", "schedule", "0.01", "->", "0.001"] in lines
+    assert ["dataset.num_workers", "free", "null", "->", "0"] in lines
     assert log_lines(out, "step")[0]["lr"] < 1e-3
 
 
@@ -298,11 +319,12 @@ def test_another_batch_keeps_the_row_counter(
     consumed.steps.clear()
     out = tmp_path / "run"
     change = ["trainer.per_device_train_batch_size=3", "trainer.gradient_accumulation_steps=2"]
-    pretrain(resumed(tiny, trained, out, *change, "trainer.resume_allow=[trainer.global_batch_size]"))
+    declared = ["trainer.per_device_train_batch_size", "trainer.global_batch_size"]  # The first for its dropout masks.
+    pretrain(resumed(tiny, trained, out, *change, f"trainer.resume_allow=[{','.join(declared)}]"))
     assert consumed.numbers() == list(range(16, 16 + 4 * 6)), "4 steps of 4 rows, then 6 a step: none lost, none twice"
     assert all(same_rows[key] == layout for rows in consumed.steps for key, layout in rows), "the same rows"
     (event,) = (e for e in events_of(out) if e["event"] == "resumed")
-    assert event["declared"] == ["trainer.global_batch_size"]
+    assert event["declared"] == declared
 
 
 @pytest.mark.parametrize(
@@ -376,7 +398,7 @@ def test_a_run_goes_on_at_a_longer_context(tiny: Tiny, trained: Path, tmp_path: 
         "model.rope_theta=50000",
         "trainer.per_device_train_batch_size=2",
         "trainer.resume_allow=[dataset.max_seq_length,model.max_position_embeddings,model.rope_theta,"
-        "trainer.global_batch_size]",
+        "trainer.global_batch_size,trainer.per_device_train_batch_size]",
     ]
     result = pretrain(resumed(tiny, trained, out, *longer))
     assert (result.state.step, result.reason) == (8, "finished")

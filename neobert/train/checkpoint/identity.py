@@ -6,7 +6,10 @@
 | needs declaring | changes what is learned; taken when `trainer.resume_allow` names it |
 | declared | was named |
 | source | another source was named: the order of rows begins at its first row |
-| free | everything else |
+| schedule | length of the run and learning rate, functions of the step: may always change |
+| free | changes nothing that is learned |
+
+The class of a key is written at its field in the schema.
 
 Another order of rows (row shape, lanes, seed, source) begins at row 0. Another global batch does not: the position is
 the number of the next row, so no row is lost or repeated.
@@ -18,19 +21,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, is_dataclass
 from typing import Any, Literal
 
-from neobert.config.fields import FIELDS
+from neobert.config.fields import FIELDS, list_fields, list_keys
 from neobert.config.load import without_secrets
-from neobert.config.resume_rules import (
-    BATCH_WARMUP,
-    DECLARED,
-    EVAL_BATCH,
-    EVALUATION,
-    FIXED,
-    HELD_OUT,
-    MASKING,
-    ORDER,
-    SOURCE,
-)
 from neobert.config.schema import Config
 from neobert.data.fingerprint import fits
 from neobert.data.rows.loader import ORDER_KEYS, OrderIdentity
@@ -38,7 +30,7 @@ from neobert.errors import StartupError
 from neobert.model.config import ModelConfig
 from neobert.optim.groups import list_decayed
 
-Kind = Literal["fixed", "needs declaring", "declared", "source", "free"]
+Kind = Literal["fixed", "needs declaring", "declared", "source", "schedule", "free"]
 Facts = dict[str, Any]
 
 FINGERPRINT = "data fingerprint"
@@ -46,27 +38,22 @@ TOKENIZER = "tokenizer digest"
 SPECIAL_IDS = "tokenizer special ids"
 GROUPS = "optimizer groups"
 BATCH = "trainer.global_batch_size"
+MASK_END = "datacollator.mlm_probability_final_step"
+FINAL_MASKS = "step of the final masked fraction"
+"""`MASK_END`, or the end of the run where that is null."""
 
-_FIXED = frozenset((*FIXED, "model.pad_token_id", TOKENIZER, SPECIAL_IDS, GROUPS))
+_FIXED = ("model.pad_token_id", TOKENIZER, SPECIAL_IDS, GROUPS)
+"""Facts that are no keys and never change; all others that are no keys follow from keys."""
+
 _ORDER_FACTS = {name: key for name, key in ORDER_KEYS.items() if name != "packing"}
 """Field of `OrderIdentity` -> the key that makes it; `packing` comes from two keys, which are facts themselves."""
 
 _FULL_ROWS = "trainer.enforce_full_packed_batches"
 _OF_THE_START = ("trainer.resume_from_checkpoint", "trainer.resume_allow", "trainer.overwrite_output_dir")
 _FOLLOW_THE_SOURCE = ("dataset.num_lanes", "dataset.window_documents")
-MASK_END = "datacollator.mlm_probability_final_step"
-_IN_THE_ROWS = (
-    *MASKING,
-    MASK_END,
-    "dataset.alpha",
-    "contrastive.num_hard_negatives",
-    "contrastive.pretraining_prob",
-    "contrastive.pretraining_objective",
-    "contrastive.loss_type",
-    "contrastive.anchor_prefix",
-    "contrastive.positive_prefix",
-)
-"""Change what is in the next rows, and not which rows they are."""
+_SOURCE, _SPLIT, _EVALUATION = list_keys("source"), list_keys("split"), list_keys("evaluation")
+_ORDER = frozenset(k for k, f in FIELDS.items() if f.known.resume == "order") - _SOURCE - _SPLIT
+_NEXT_BATCH = list_keys("batch") | _ORDER | {FINAL_MASKS, FINGERPRINT}
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -100,7 +87,7 @@ class Comparison:
     @property
     def restarts_order(self) -> bool:
         """Whether the order of rows begins anew."""
-        return any(d.key in ORDER or d.key == FINGERPRINT for d in self.differences)
+        return any(d.key in _ORDER or d.key == FINGERPRINT for d in self.differences)
 
     @property
     def refused(self) -> tuple[Difference, ...]:
@@ -159,7 +146,7 @@ def build_facts(
     facts |= {key: order[name] for name, key in _ORDER_FACTS.items() if name in order}
     if not config.datacollator.pack_sequences:
         facts[_FULL_ROWS] = None  # It decides about packed rows only.
-    facts[BATCH], facts[MASK_END] = rows_per_step, mask_end
+    facts[BATCH], facts[FINAL_MASKS] = rows_per_step, mask_end
     facts[FINGERPRINT], facts[TOKENIZER] = fingerprint, tokenizer_digest
     facts[SPECIAL_IDS] = None if special_ids is None else list(special_ids)
     facts[GROUPS] = groups
@@ -174,18 +161,20 @@ def compare(saved: Facts, now: Facts, allow: Sequence[str], *, same_ranks: bool)
         same_ranks: whether processes and micro-batch are the checkpoint's.
     """
     changed = {key for key in now if _differs(key, saved.get(key), now[key])}
+    if FINAL_MASKS not in changed:
+        changed.discard(MASK_END)  # Written in another way.
+    kinds = _Classifier(saved, now, frozenset(changed), frozenset(allow))
     differences = tuple(
-        Difference(key=key, saved=saved.get(key), now=now[key], kind=_classify(key, changed, now, allow))
+        Difference(key=key, saved=saved.get(key), now=now[key], kind=kinds.classify(key))
         for key in now
         if key in changed and key not in _OF_THE_START
     )
     used = {d.key for d in differences if d.kind == "declared"}
     next_fit = now["datacollator.pack_sequences"] and not now[_FULL_ROWS]
-    moved = changed & {*ORDER, *_IN_THE_ROWS, *BATCH_WARMUP, BATCH, FINGERPRINT}
     return Comparison(
         differences=differences,
         unneeded=tuple(key for key in allow if key not in used),
-        same_next_batch=not moved and (same_ranks or not next_fit),
+        same_next_batch=changed.isdisjoint(_NEXT_BATCH) and (same_ranks or not next_fit),
     )
 
 
@@ -199,31 +188,65 @@ def _differs(key: str, saved: Any, now: Any) -> bool:
     return (list(saved) if isinstance(saved, tuple) else saved) != (list(now) if isinstance(now, tuple) else now)
 
 
-def _classify(key: str, changed: set[str], now: Facts, allow: Sequence[str]) -> Kind:
-    declared: Kind = "declared" if key in allow else "needs declaring"
-    switched = FINGERPRINT in changed and not changed.isdisjoint(SOURCE)
-    if key in _FIXED or (key == "model.max_position_embeddings" and not now["model.rope"]):
-        return "fixed"  # Learned positions are weights of that number of rows.
-    if key == "tokenizer.name":
-        # A tokenizer of the hub is not fetched only to compare it: another name is another tokenizer.
-        named = now["tokenizer.path"] is None and not now["tokenizer.train"] and now[key] is not None
-        return "fixed" if named else "free"
-    if key == FINGERPRINT:
-        if switched:
+@dataclass(frozen=True, slots=True)
+class _Classifier:
+    """What the difference of each key is, given all of them."""
+
+    saved: Facts
+    now: Facts
+    changed: frozenset[str]
+    allow: frozenset[str]
+
+    @property
+    def named(self) -> frozenset[str]:
+        """Keys that name other data than they did."""
+        return frozenset(key for key in self.changed & _SOURCE if _name_others(key, self.saved.get(key), self.now[key]))
+
+    @property
+    def switched(self) -> bool:
+        """Whether other data is read because other data was named."""
+        return FINGERPRINT in self.changed and bool(self.named)
+
+    def classify(self, key: str) -> Kind:
+        if key == FINGERPRINT:
+            return self._classify_data()
+        if key not in FIELDS:
+            return "fixed" if key in _FIXED else "free"
+        if self.switched and key in (*_SOURCE, *_FOLLOW_THE_SOURCE):
             return "source"
-        held_out = changed & set(HELD_OUT)
-        if not held_out:
+        if self.switched and key in _EVALUATION:
+            return "free"
+        if key in _SOURCE:
+            return self._declared(key) if FINGERPRINT in self.changed and key not in self.named else "free"
+        if key in _SPLIT - _EVALUATION:
+            return self._declared(key) if FINGERPRINT in self.changed and not self.switched else "free"
+        if key == "tokenizer.name":
+            # A tokenizer of the hub is not fetched only to compare it: another name is another tokenizer.
+            named = self.now["tokenizer.path"] is None and not self.now["tokenizer.train"]
+            return "fixed" if named and self.now[key] is not None else "free"
+        resume = FIELDS[key].known.choose_class(self.now.__getitem__)
+        return self._declared(key) if resume == "declared" or resume == "order" else resume
+
+    def _classify_data(self) -> Kind:
+        if self.switched:
+            return "source"
+        reasons = self.changed & (_SPLIT | (_SOURCE - self.named))
+        if not reasons:
             return "fixed"
-        return "declared" if held_out <= set(allow) else "needs declaring"
-    if switched and key in (*SOURCE, *_FOLLOW_THE_SOURCE):
-        return "source"
-    if key in EVALUATION and not switched:
-        return declared
-    if key == EVAL_BATCH and now["trainer.eval_max_batches"] is not None:
-        return declared
-    if key in HELD_OUT:
-        return declared if FINGERPRINT in changed and not switched else "free"
-    return declared if key in DECLARED else "free"
+        return "declared" if reasons <= self.allow else "needs declaring"
+
+    def _declared(self, key: str) -> Literal["declared", "needs declaring"]:
+        return "declared" if key in self.allow else "needs declaring"
+
+
+def _name_others(key: str, saved: Any, now: Any) -> bool:
+    """Whether two values name other data, and not the same sources with other weights or columns."""
+    item = FIELDS[key].item
+    if item is None:
+        return True
+    names = [field.key for field in list_fields(item) if "source" in field.known.changes]
+    before, after = ([[entry.get(name) for name in names] for entry in entries] for entries in (saved or [], now))
+    return before != after
 
 
 def check_comparison(comparison: Comparison, where: str, *, advice_on_batch: str) -> None:

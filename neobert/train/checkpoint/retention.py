@@ -15,7 +15,6 @@ from typing import NamedTuple
 
 from neobert.config.fields import FIELDS
 from neobert.config.nesting import parse_json
-from neobert.config.resume_rules import EVAL_BATCH
 from neobert.config.schema import Config
 from neobert.testing.faults import fault_point
 from neobert.train.checkpoint.commit import remove_tree
@@ -37,7 +36,7 @@ _TEST = (
 )
 """Keys that decide an evaluation's result beside its documents and the weights."""
 
-_CAPPED = ("trainer.eval_max_batches", EVAL_BATCH, "datacollator.pack_sequences")
+_CAPPED = ("trainer.eval_max_batches", "trainer.per_device_eval_batch_size", "datacollator.pack_sequences")
 """The same where only so many batches are evaluated."""
 
 

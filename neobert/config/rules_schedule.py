@@ -1,10 +1,9 @@
-"""Rules about what changes over a run: the learning rate, the rows of a step, the share of masked tokens; and masks."""
+"""Rules about what changes over a run: the learning rate, and the rows of a step."""
 
 from collections.abc import Iterator
 
 from neobert.config.fields import FIELDS
 from neobert.config.schema import Config, SchedulerSection
-from neobert.config.schema_data import DatacollatorSection
 
 FILL_THE_RUN = ("cosine", "linear")
 """Schedules whose decay takes all the time from the warm-up on; the others may have a cool-down."""
@@ -27,39 +26,14 @@ def check_schedule(config: Config) -> Iterator[str]:
 
 def _check_cooldown(config: Config) -> Iterator[str]:
     schedule = config.scheduler
-    given = [key for key in ("cooldown_steps", "cooldown_percent") if FIELDS[f"scheduler.{key}"].value_in(config)]
-    for key in given:
-        if schedule.name in FILL_THE_RUN:
-            yield (
-                f"scheduler.{key}: {FIELDS[f'scheduler.{key}'].value_in(config)} has no effect with scheduler.name:"
-                f" {schedule.name}, whose decay begins at the end of the warm-up; remove it, or write"
-                " scheduler.name: wsd"
-            )
+    given = schedule.cooldown_steps is not None or schedule.cooldown_percent is not None
     if schedule.name == "wsd" and not given:
         yield (
             "scheduler.cooldown_percent: null, but scheduler.name: wsd needs the length of its decay; write 10, or"
             " scheduler.cooldown_steps, or scheduler.name: constant for a run without one"
         )
-    if not given:
-        yield from _check_unused(config)
-    elif schedule.name not in FILL_THE_RUN:
+    if given and schedule.name not in FILL_THE_RUN:
         yield from _check_room(schedule)
-
-
-def _check_unused(config: Config) -> Iterator[str]:
-    """Keys that describe a decay, when there is none. `final_lr_ratio` and `cooldown_shape` may stand in the file of a
-    stable run whose decays branch off."""
-    name = config.scheduler.name
-    if name == "wsd":
-        return
-    for key in ("cooldown_shape",) if name in FILL_THE_RUN else ("decay_steps", "decay_percent"):
-        field = FIELDS[f"scheduler.{key}"]
-        value = field.value_in(config)
-        if value != field.default:
-            yield (
-                f"scheduler.{key}: {value} has no effect with scheduler.name: {name} and no cool-down; remove it, or"
-                " write scheduler.name: wsd with scheduler.cooldown_percent"
-            )
 
 
 def _check_room(schedule: SchedulerSection) -> Iterator[str]:
@@ -81,7 +55,7 @@ def _check_room(schedule: SchedulerSection) -> Iterator[str]:
             )
 
 
-def schedule_warnings(config: Config, steps: int | None) -> Iterator[str]:
+def warn_about_schedule(config: Config, steps: int | None) -> Iterator[str]:
     """What of the schedule does not fit into a run of `steps`; nothing when their number is not known."""
     schedule = config.scheduler
     if steps is None:
@@ -114,17 +88,7 @@ def schedule_warnings(config: Config, steps: int | None) -> Iterator[str]:
 def check_batch_warmup(config: Config) -> Iterator[str]:
     """Errors of `trainer.batch_size_warmup_*`."""
     trainer = config.trainer
-    start, steps, rows = (
-        trainer.batch_size_warmup_start,
-        trainer.batch_size_warmup_steps,
-        trainer.per_device_train_batch_size,
-    )
-    if (start is None) != (steps is None):
-        given, missing = ("start", "steps") if steps is None else ("steps", "start")
-        yield (
-            f"trainer.batch_size_warmup_{given}: {start if steps is None else steps} needs"
-            f" trainer.batch_size_warmup_{missing} beside it; set both, or neither"
-        )
+    start, rows = trainer.batch_size_warmup_start, trainer.per_device_train_batch_size
     if start is None or start < 1:
         return
     if rows != "auto" and rows >= 1 and start % rows:
@@ -137,43 +101,4 @@ def check_batch_warmup(config: Config) -> Iterator[str]:
         yield (
             f"trainer.batch_size_warmup_start: {start} rows are no fewer than trainer.global_batch_size = {total};"
             " lower it, or remove the warm-up"
-        )
-
-
-def check_masks(config: Config) -> Iterator[str]:
-    """Errors of what is masked in `datacollator`."""
-    masks = config.datacollator
-    if masks.mlm_probability_final_step is not None and masks.mlm_probability_final is None:
-        yield (
-            f"datacollator.mlm_probability_final_step: {masks.mlm_probability_final_step} has no effect without"
-            " datacollator.mlm_probability_final; set that, or remove this key"
-        )
-    defaults = {key: FIELDS[f"datacollator.{key}"].default for key in ("mask_fraction", "random_fraction")}
-    mix = {"mask_fraction": masks.mask_fraction, "random_fraction": masks.random_fraction}
-    if masks.mask_all:
-        for key, value in mix.items():
-            if value != defaults[key]:
-                yield (
-                    f"datacollator.{key}: {value} has no effect with datacollator.mask_all: true, which hides every"
-                    " predicted token; remove one of the two"
-                )
-    elif all(0 <= value <= 1 for value in mix.values()):
-        yield from _check_mix(masks)
-    if masks.span_max_words != FIELDS["datacollator.span_max_words"].default and masks.mask_units != "spans":
-        yield (
-            f"datacollator.span_max_words: {masks.span_max_words} has no effect with datacollator.mask_units:"
-            f" {masks.mask_units}; remove it, or write spans"
-        )
-
-
-def _check_mix(masks: DatacollatorSection) -> Iterator[str]:
-    if masks.mask_fraction + masks.random_fraction > 1 + 1e-9:
-        yield (
-            f"datacollator.random_fraction: {masks.random_fraction} + datacollator.mask_fraction ="
-            f" {masks.mask_fraction} is more than 1; lower one of them, the rest of the predicted tokens is kept"
-        )
-    if masks.mask_fraction + masks.random_fraction == 0:
-        yield (
-            "datacollator.mask_fraction: 0 beside datacollator.random_fraction = 0 leaves every predicted token in its"
-            " place, so there is nothing to learn; raise one of them"
         )

@@ -1,0 +1,295 @@
+"""What makes a config unusable, and what is allowed but probably not meant. Pure: nothing is read, nothing is changed.
+
+What a key says of itself in the schema (its range, what it needs, who reads it) is checked here for all keys alike;
+rules over several keys follow, those of data and schedules in `rules_data` and `rules_schedule`. Each sentence begins
+with a dotted key and names the value and the remedy.
+"""
+
+import math
+from collections.abc import Iterator
+from typing import Any
+
+from neobert.config.fields import FIELDS, Field, can_be_declared, list_fields
+from neobert.config.key import show_value
+from neobert.config.rules_data import check_contrastive, check_dataset, check_masks, check_rows, check_tokenizer
+from neobert.config.rules_schedule import check_batch_warmup, check_schedule, warn_about_schedule
+from neobert.config.schema import Config
+from neobert.config.schema_optimizer import MUON
+from neobert.model.config import variant_problems
+
+BUDGETS = ("trainer.max_steps", "trainer.max_tokens", "trainer.num_train_epochs")
+"""Exactly one of these is set."""
+
+
+def validate(config: Config) -> list[str]:
+    """Everything that makes `config` unusable, one sentence each; an empty list when there is nothing."""
+    return [error for rule in _RULES for error in rule(config)]
+
+
+def warnings(config: Config, *, total_steps: int | None = None) -> list[str]:
+    """What is allowed but probably not meant.
+
+    Args:
+        config: A config without errors.
+        total_steps: Optimizer steps of the run, when they are known better than from `trainer.max_steps`.
+    """
+    found = []
+    length = config.dataset.max_seq_length
+    for key in ("tokenizer.max_length", "datacollator.max_length"):
+        value = FIELDS[key].value_in(config)
+        if value is not None and value != length:
+            found.append(f"{key}: {value} has no effect, rows have dataset.max_seq_length = {length} slots; remove it")
+    if config.tokenizer.path is not None and config.tokenizer.name is not None:
+        used, unused = config.tokenizer.path, config.tokenizer.name
+        found.append(f"tokenizer.name: {unused!r} is not used, the tokenizer is tokenizer.path = {used!r}")
+    if config.datacollator.pad_to_multiple_of is not None and config.datacollator.pack_sequences:
+        value = config.datacollator.pad_to_multiple_of
+        found.append(
+            f"datacollator.pad_to_multiple_of: {value} has no effect with datacollator.pack_sequences: true;"
+            " packed rows always have dataset.max_seq_length slots"
+        )
+    if config.trainer.detect_anomaly:
+        found.append(
+            "trainer.detect_anomaly: true checks every operation of the backward pass, which takes several times as"
+            " long; write false when the operation is found"
+        )
+    if config.model.ngpt:
+        key = "scheduler.warmup_steps" if config.scheduler.warmup_percent is None else "scheduler.warmup_percent"
+        if value := FIELDS[key].value_in(config):
+            found.append(f"{key}: {value}, but the normalised model (model.ngpt: true) needs no warm-up; write 0")
+    profiled = config.trainer.profiler_steps_start
+    if profiled is not None and total_steps is not None and profiled > total_steps:
+        found.append(
+            f"trainer.profiler_steps_start: {profiled} is after the last step of the run, {total_steps}; nothing will"
+            " be profiled"
+        )
+    return found + list(warn_about_schedule(config, total_steps or config.trainer.max_steps))
+
+
+# ---- what keys say of themselves ----
+
+
+def check_ranges(config: Config) -> Iterator[str]:
+    """Numbers out of the range of their key."""
+    for field in FIELDS.values():
+        yield from _check_range(field.key, field, field.value_in(config))
+
+
+def _check_range(name: str, field: Field, value: Any) -> Iterator[str]:
+    if field.item is not None:
+        for number, item in enumerate(value):
+            for part in list_fields(field.item):
+                yield from _check_range(f"{name}: [{number}].{part.key}", part, getattr(item, part.key))
+    elif field.known.range_text:
+        numbers = value if isinstance(value, tuple) else (value,)
+        if not all(field.known.allows(number) for number in numbers if number not in (None, "auto")):
+            because = f" ({field.known.because})" if field.known.because else ""
+            yield f"{name}: {show_value(value)} must be {field.known.range_text}{because}"
+
+
+def check_needs(config: Config) -> Iterator[str]:
+    """Keys that have no effect with the rest of the config: of another task too."""
+
+    def read(key: str) -> Any:
+        return FIELDS[key].value_in(config)
+
+    for key, field in FIELDS.items():
+        value = read(key)
+        unmet = () if value == field.default else [need for need in field.needs if not need.holds(read)]
+        if unmet:
+            shown = show_value(value) if field.item is None else "a list"
+            yield f"{key}: {shown} has no effect {unmet[0].reason(read)}; {unmet[0].remedy}"
+
+
+def check_texts(config: Config) -> Iterator[str]:
+    """Texts that are empty, hold a reference that nothing replaces, or lack what they are for."""
+    for field in FIELDS.values():
+        value = field.value_in(config)
+        if field.kind is str and value == "":
+            yield f"{field.key}: may not be empty" + ("; write null" if field.nullable else "")
+        if field.known.path and any("${" in text for text in ([value] if isinstance(value, str) else value or ())):
+            yield f"{field.key}: {value!r} holds a reference that is not replaced; only ${{variables.x}} is"
+    for text in config.trainer.fill_mask_texts or ():
+        if "[MASK]" not in text:
+            yield f"trainer.fill_mask_texts: {text!r} has no [MASK] to fill in"
+
+
+# ---- rules over several keys ----
+
+
+def check_model(config: Config) -> Iterator[str]:
+    """The architecture, and what of `model.init_from` it takes."""
+    model = config.model
+    size, heads = model.hidden_size, model.num_attention_heads
+    if size >= 1 and heads >= 1:
+        if size % heads:
+            yield f"model.hidden_size: {size} is not a multiple of model.num_attention_heads = {heads}"
+        elif model.rope and (size // heads) % 2:
+            yield (
+                f"model.hidden_size: {size} / model.num_attention_heads = {heads} gives heads of width {size // heads};"
+                " model.rope needs an even width"
+            )
+    yield from variant_problems(model)
+    if model.ngpt and config.optimizer.weight_decay > 0:
+        yield (
+            f"optimizer.weight_decay: {config.optimizer.weight_decay} does nothing with model.ngpt: true, whose"
+            " matrices are scaled to length 1 after every step; write 0"
+        )
+    if model.init_drop_decoder_bias and model.decoder_bias:
+        yield "model.init_drop_decoder_bias: true leaves out what model.decoder_bias: true needs; write false for one"
+    if model.max_position_embeddings < config.dataset.max_seq_length:
+        yield (
+            f"model.max_position_embeddings: {model.max_position_embeddings} is less than dataset.max_seq_length ="
+            f" {config.dataset.max_seq_length}; raise it, or lower the length"
+        )
+
+
+def check_optimizer(config: Config) -> Iterator[str]:
+    """Keys that contradict `optimizer.name` or the model."""
+    section, muon = config.optimizer, "optimizer.muon_config"
+    if section.name in MUON:
+        variant = "qk_norm" if config.model.qk_norm else "ngpt" if config.model.ngpt else None
+        if section.muon_config.enable_clipping and variant:
+            yield (
+                f"{muon}.enable_clipping: true has nothing to clip with model.{variant}: true, whose queries and keys "
+                f"have a fixed length; write {muon}.enable_clipping: false"
+            )
+        if section.groups.matrices.weight_decay is not None:
+            yield (
+                f"optimizer.groups.matrices.weight_decay: {section.groups.matrices.weight_decay} is written "
+                f"{muon}.muon_decay with optimizer.name: {section.name}"
+            )
+    if section.name == "adam" and section.decoupled_weight_decay:
+        yield (
+            "optimizer.decoupled_weight_decay: true contradicts optimizer.name: adam, whose decay is part of the "
+            "gradient; write adamw"
+        )
+
+
+def check_budget(config: Config) -> Iterator[str]:
+    """One budget, and a profile within it."""
+    given = [f"{key} = {FIELDS[key].value_in(config)}" for key in BUDGETS if FIELDS[key].value_in(config) is not None]
+    if len(given) != 1:
+        named = " and ".join(given) if given else "none"
+        yield f"trainer.max_steps: set exactly one of {', '.join(BUDGETS)}; this config sets {named}"
+    start, steps = config.trainer.profiler_steps_start, config.trainer.max_steps
+    if start is not None and steps is not None and start > steps:
+        yield (
+            f"trainer.profiler_steps_start: {start} is after the last step, trainer.max_steps = {steps}; choose an"
+            " earlier one"
+        )
+
+
+def check_batch(config: Config) -> Iterator[str]:
+    """Rows of a step and of a micro-batch."""
+    trainer = config.trainer
+    total, rows = trainer.global_batch_size, trainer.per_device_train_batch_size
+    if rows == "auto":
+        yield from _check_automatic_batch(config)
+    if total is None or total < 1 or (rows != "auto" and rows < 1):
+        return
+    if trainer.gradient_accumulation_steps is not None:
+        yield (
+            f"trainer.gradient_accumulation_steps: {trainer.gradient_accumulation_steps} is set beside"
+            f" trainer.global_batch_size = {total}, which derives it; write null for one of the two"
+        )
+    if rows != "auto" and total % rows:
+        below, above = total // rows * rows, math.ceil(total / rows) * rows
+        yield (
+            f"trainer.global_batch_size: {total} is not a multiple of trainer.per_device_train_batch_size = {rows};"
+            f" write {f'{below} or ' if below else ''}{above}"
+        )
+
+
+def _check_automatic_batch(config: Config) -> Iterator[str]:
+    """The machine may decide about micro-batches, never about what is trained on."""
+    if config.task == "contrastive":
+        yield (
+            "trainer.per_device_train_batch_size: auto measures steps of pretraining; write the rows that go through"
+            " the encoder at once with task: contrastive"
+        )
+    if config.trainer.global_batch_size is None:
+        yield (
+            "trainer.per_device_train_batch_size: auto needs trainer.global_batch_size, or the memory of the machine"
+            " would decide how many rows a step has; set it, or write a number"
+        )
+    if config.datacollator.pack_sequences and not config.trainer.enforce_full_packed_batches:
+        yield (
+            "trainer.per_device_train_batch_size: auto needs trainer.enforce_full_packed_batches: true, since without"
+            " it each micro-batch is packed by itself; write true there, or a number here"
+        )
+
+
+def check_saving(config: Config) -> Iterator[str]:
+    """The best checkpoint needs evaluations; keys that may be declared to change on resume."""
+    trainer = config.trainer
+    evaluates = trainer.eval_strategy == "steps" and trainer.eval_steps >= 1
+    saves = trainer.save_best and trainer.save_model and trainer.save_strategy == "steps" and trainer.save_steps >= 1
+    if saves and not (evaluates and trainer.save_steps % trainer.eval_steps == 0):
+        yield (
+            f"trainer.save_best: true needs an evaluation at every save, but trainer.save_steps = {trainer.save_steps}"
+            f" is not a multiple of trainer.eval_steps = {trainer.eval_steps if evaluates else 0}; make it one"
+        )
+    for key in trainer.resume_allow:
+        if key not in FIELDS:
+            known = ", ".join(name for name, field in FIELDS.items() if can_be_declared(field))
+            yield f"trainer.resume_allow: {key} is no key; the keys that can be declared are {known}"
+        elif FIELDS[key].known.resume == "fixed":
+            yield f"trainer.resume_allow: {key} can never change on resume: start a new run with it"
+        elif not can_be_declared(FIELDS[key]):
+            yield f"trainer.resume_allow: {key} may change without being declared; remove it"
+
+
+def check_average(config: Config) -> Iterator[str]:
+    """The moving average of the weights."""
+    trainer = config.trainer
+    start, steps = trainer.ema_start_step, trainer.max_steps
+    if trainer.ema_decay is not None and steps is not None and start >= max(steps, 1):
+        yield (
+            f"trainer.ema_start_step: {start} is not before the end of the run at trainer.max_steps = {steps}; lower it"
+        )
+    if trainer.ema_decay is not None and config.model.ngpt:
+        yield (
+            f"trainer.ema_decay: {trainer.ema_decay}, but the mean of vectors of length 1 is shorter, and those of"
+            " model.ngpt: true must have length 1; remove it"
+        )
+
+
+def check_device(config: Config) -> Iterator[str]:
+    """What a device cannot do."""
+    backend, kernel = config.model.attn_backend, config.model.kernel_backend
+    if config.trainer.use_cpu:
+        if backend in ("flash_attn_varlen", "flex"):
+            remedy = "write model.attn_backend: auto"
+            yield f"model.attn_backend: {backend} needs a GPU, but trainer.use_cpu is true; {remedy}"
+        if kernel == "liger":
+            remedy = "write model.kernel_backend: auto"
+            yield f"model.kernel_backend: liger needs a GPU, but trainer.use_cpu is true; {remedy}"
+    elif backend == "flash_attn_varlen" and config.trainer.mixed_precision == "no":
+        yield (
+            "model.attn_backend: flash_attn_varlen needs trainer.mixed_precision: bf16, it is no;"
+            " write model.attn_backend: auto"
+        )
+    if config.dataset.pin_memory and config.trainer.use_cpu:
+        yield "dataset.pin_memory: true needs a GPU, but trainer.use_cpu is true; write null"
+
+
+_RULES = (
+    check_ranges,
+    check_needs,
+    check_texts,
+    check_model,
+    check_dataset,
+    check_tokenizer,
+    check_rows,
+    check_masks,
+    check_optimizer,
+    check_budget,
+    check_batch,
+    check_saving,
+    check_schedule,
+    check_batch_warmup,
+    check_average,
+    check_device,
+    check_contrastive,
+)

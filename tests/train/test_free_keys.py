@@ -1,0 +1,178 @@
+"""A key of resume class `free` changes nothing that is learned: three steps after a resume with another value of it are
+bit-equal to those without.
+
+Keys are tried together, some in groups of their own because they exclude each other; where a group differs, each of its
+keys is tried alone to name the one. What cannot be tried stands in `UNTRIED` with the reason.
+"""
+
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import pytest
+from records import log_lines
+
+from neobert.config.fields import FIELDS
+from neobert.config.schema import Config
+from neobert.train.loop import pretrain
+
+Tiny = Callable[..., Config]
+
+BASES: dict[str, list[str]] = {
+    "dropout": ["model.dropout_prob=0.1"],
+    "muonclip": ["optimizer.name=muonclip", "optimizer.muon_config.clipping_interval=1", "model.dropout_prob=0.1"],
+    "unpacked": ["datacollator.pack_sequences=false"],
+}
+"""Runs of four steps, of which each trial continues one."""
+
+TRIED: list[tuple[str, dict[str, str]]] = [
+    (
+        "dropout",
+        {
+            "model.name": "another",
+            "model.init_from": "outputs/nowhere",
+            "model.init_weights": "ema",
+            "model.init_tile": "true",
+            "model.init_drop_decoder_bias": "true",
+            "model.embedding_init_range": "0.5",
+            "model.decoder_init_range": "0.5",
+            "model.attn_backend": "sdpa",  # Of a CPU; those of a GPU round in other places.
+            "model.kernel_backend": "torch",
+            "dataset.pre_tokenize_output": "outputs/nowhere",
+            "dataset.num_proc": "1",
+            "dataset.cache_dir": "outputs/nowhere",
+            "dataset.network_retries": "1",
+            "dataset.num_workers": "0",
+            "dataset.prefetch_factor": "1",
+            "dataset.persistent_workers": "false",
+            "dataset.pin_memory": "false",
+            "tokenizer.path": "outputs/nowhere",  # The checkpoint has it; another one has another digest.
+            "tokenizer.trust_remote_code": "true",
+            "tokenizer.max_length": "32",
+            "tokenizer.allow_special_token_rewrite": "true",
+            "datacollator.max_length": "32",
+            "trainer.per_device_eval_batch_size": "3",
+            "trainer.gradient_accumulation_steps": "1",  # Another number is another trainer.global_batch_size.
+            "trainer.overwrite_output_dir": "true",
+            "trainer.resume_allow": "[seed]",
+            "trainer.save_steps": "2",
+            "trainer.save_total_limit": "1",
+            "trainer.save_milestone_steps": "[5]",
+            "trainer.save_milestone_every": "3",
+            "trainer.save_best": "true",
+            "trainer.async_save": "true",
+            "trainer.eval_steps": "1",
+            "trainer.logging_steps": "1",
+            "trainer.log_train_accuracy": "true",
+            "trainer.log_weight_norms": "false",
+            "trainer.log_statistics": "true",
+            "trainer.gradient_checkpointing": "true",
+            "trainer.gradient_checkpointing_every": "2",
+            "trainer.tf32": "false",
+            "trainer.torch_compile_backend": "eager",
+            "trainer.torch_compile_dynamic": "true",
+            "trainer.disable_tqdm": "true",
+            "trainer.detect_anomaly": "true",
+            "trainer.max_hours": "10",
+            "trainer.replay_audit": "strict",
+            "trainer.profiler_steps_start": "6",
+            "trainer.profiler_steps": "1",
+            "trainer.fill_mask_texts": "['the [MASK] sat']",
+            "wandb.project": "another",
+            "wandb.entity": "another",
+            "wandb.name": "another",
+            "wandb.tags": "[another]",
+            "wandb.mode": "offline",
+            "wandb.dir": "outputs/nowhere",
+            "wandb.resume": "allow",
+            "wandb.watch": "all",
+        },
+    ),
+    (
+        "dropout",
+        {
+            "model.init": "megatron",
+            "model.init_std": "0.5",
+            "model.init_zero_residual": "true",
+            "tokenizer.train": "true",
+            "tokenizer.algorithm": "wordpiece",
+            "tokenizer.vocab_size": "300",
+            "tokenizer.train_documents": "7",
+            "trainer.save_model": "false",
+            "trainer.save_strategy": "no",
+            "trainer.eval_strategy": "no",
+            "trainer.log_grad_norm": "false",
+        },
+    ),
+    ("muonclip", {"optimizer.muon_config.clipping_qk_chunk_size": "7"}),
+    ("unpacked", {"datacollator.pad_to_multiple_of": "8"}),
+]
+"""Base, and other values of its keys."""
+
+BESIDE = {"tokenizer.train": ["tokenizer.path=null"]}
+"""What another value needs beside it."""
+
+_ROUNDS = "computes the same, and rounds in other places: "
+_START = "is read by a fresh start of fine-tuning only: a resume has it from its checkpoint"
+
+UNTRIED: dict[str, str] = {
+    "trainer.output_dir": "every trial is in another folder",
+    "trainer.resume_from_checkpoint": "every trial sets it",
+    "trainer.per_device_train_batch_size": f"{_ROUNDS}sums are added by micro-batch",
+    "trainer.mixed_precision": f"{_ROUNDS}bfloat16 or float32",
+    "trainer.masked_logits_only_loss": f"{_ROUNDS}the matrix product with the vocabulary has other rows",
+    "trainer.torch_compile": f"{_ROUNDS}compiled operations are fused; takes long",
+    "trainer.use_cpu": f"{_ROUNDS}a GPU, where the machine has one",
+    "trainer.deterministic": "sets switches of the process; test_deterministic.py tries it in one of its own",
+    "tokenizer.revision": "needs tokenizer.name, which is a tokenizer of the hub",
+    "wandb.enabled": "needs the package wandb; test_interval.py resumes with a stand-in",
+    "dataset.force_redownload": "is read by scripts/contrastive/preprocess.py only",
+    "contrastive.pretrained_checkpoint_dir": _START,
+    "contrastive.pretrained_checkpoint": _START,
+    "contrastive.allow_random_weights": _START,
+}
+
+COMPARED = ("step", "loss_hex", "lr", "num_tokens", "num_targets", "batch_digest")
+
+
+def test_every_free_key_is_tried_or_has_a_reason() -> None:
+    free = {key for key, field in FIELDS.items() if "free" in field.known.classes}
+    tried = [key for _, changes in TRIED for key in changes]
+    assert len(tried) == len(set(tried))
+    assert set(tried).isdisjoint(UNTRIED)
+    assert {*tried, *UNTRIED} == free
+
+
+@pytest.fixture(scope="module")
+def trunk(tiny: Tiny, tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
+    """The folder of a base and its first four steps."""
+    made: dict[str, Path] = {}
+
+    def build(base: str) -> Path:
+        if base not in made:
+            made[base] = tmp_path_factory.mktemp(base) / "run"
+            pretrain(tiny(made[base], *BASES[base], "trainer.max_steps=4", "scheduler.total_steps=12"))
+        return made[base]
+
+    return build
+
+
+@pytest.mark.filterwarnings("ignore:Anomaly Detection has been enabled")
+@pytest.mark.parametrize(("base", "changes"), TRIED, ids=[next(iter(changes)) for _, changes in TRIED])
+def test_a_free_key_changes_nothing_that_is_learned(
+    tiny: Tiny, trunk: Callable[[str], Path], tmp_path: Path, base: str, changes: dict[str, str]
+) -> None:
+    def resume(name: str, keys: Sequence[str]) -> list[tuple[Any, ...]]:
+        out = tmp_path / name
+        more = [f"{key}={changes[key]}" for key in keys] + [word for key in keys for word in BESIDE.get(key, ())]
+        start = ["trainer.max_steps=7", "scheduler.total_steps=12", f"trainer.resume_from_checkpoint={trunk(base)}"]
+        config = tiny(out, *BASES[base], *start, *more)
+        for key in keys:
+            assert FIELDS[key].value_in(config) != FIELDS[key].value_in(tiny(out, *BASES[base], *start)), key
+        pretrain(config)
+        return [tuple(step[field] for field in COMPARED) for step in log_lines(out, "step")]
+
+    expected = resume("without", [])
+    assert [step[0] for step in expected] == [5, 6, 7]
+    if resume("together", list(changes)) != expected:
+        pytest.fail(f"not free: {[key for key in changes if resume(key, [key]) != expected] or 'together'}")
