@@ -17,8 +17,8 @@ from torch import Tensor
 
 from neobert.train.agreement import describe_ranges, join_ranges
 from neobert.train.machine import Runtime
-from neobert.train.step import not_finite
-from neobert.types import StepMetrics, TrainState
+from neobert.train.step import StepMetrics, not_finite
+from neobert.types import TrainState
 
 SPIKE_WINDOW = 128
 """Steps whose mean and deviation a step is compared with; before that many, nothing is a spike."""
@@ -158,7 +158,7 @@ def build_skipped_step(
     runtime: Runtime, *, step: int, loss: float, grad_norm: float, metrics: StepMetrics
 ) -> SkippedStep:
     """Collective: gathers the step's rows from all ranks."""
-    finite = torch.isfinite(metrics.micro_losses).tolist()
+    finite = torch.isfinite(metrics.result.micro_losses).tolist()
     keys = [micro.tolist() for micro in metrics.row_keys]
     gathered = runtime.gather_objects([(key, good) for row, good in zip(keys, finite) for key in row])
     rows = [item for rank in gathered for item in rank]

@@ -27,7 +27,7 @@ from neobert.train.memory import OutOfMemory
 from neobert.train.numerics import Guard
 from neobert.train.run import build_run
 from neobert.train.step import train_step
-from neobert.types import PackedBatch, TrainState
+from neobert.types import PackedBatch, StepBatch, TrainState
 
 Tiny = Callable[..., Config]
 
@@ -98,11 +98,11 @@ class Killed(BaseException):
 def kill_before(monkeypatch: pytest.MonkeyPatch, step: int) -> None:
     real = loop.take_step
 
-    def killed(run: Any, state: TrainState, given: Any) -> Any:
+    def killed(run: Any, state: TrainState, *batch: Any) -> Any:
         if state.step + 1 == step:
             run.runtime.close()
             raise Killed
-        return real(run, state, given)
+        return real(run, state, *batch)
 
     monkeypatch.setattr(loop, "take_step", killed)
 
@@ -270,9 +270,9 @@ def test_rollback_passes_over_the_rows_and_every_resume_does(
     seen: list[int] = []
     real = loop.take_step
 
-    def record(run: Any, state: TrainState, given: Any) -> Any:
-        seen.extend(key for micro in given.batch.micro_batches for key in micro.row_keys.tolist())
-        return real(run, state, given)
+    def record(run: Any, state: TrainState, batch: StepBatch, *others: Any) -> Any:
+        seen.extend(key for micro in batch.micro_batches for key in micro.row_keys.tolist())
+        return real(run, state, batch, *others)
 
     monkeypatch.setattr(loop, "take_step", record)
     settings = ["trainer.max_bad_steps=2", "trainer.rollback_steps=3"]

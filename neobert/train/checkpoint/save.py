@@ -19,7 +19,7 @@ from neobert.train.agreement import PACKAGES, agree
 from neobert.train.checkpoint.commit import Outcome, Write
 from neobert.train.checkpoint.identity import describe_groups
 from neobert.train.checkpoint.replicas import check_replicas
-from neobert.train.checkpoint.retention import build_retention, prune
+from neobert.train.checkpoint.retention import is_milestone, prune
 from neobert.train.run import Run
 from neobert.train.start import FORMAT_VERSION
 from neobert.types import TrainState
@@ -30,7 +30,7 @@ Copy = Callable[[Tensor], Tensor]
 
 def save_is_due(run: Run, step: int) -> bool:
     """Whether a checkpoint is written after this step: every `trainer.save_steps`, and at milestones."""
-    return (run.save_steps > 0 and step % run.save_steps == 0) or build_retention(run.config).is_milestone(step)
+    return (run.save_steps > 0 and step % run.save_steps == 0) or is_milestone(run.config.trainer, step)
 
 
 def save_checkpoint(run: Run, state: TrainState, *, wait: bool = False) -> Path | None:
@@ -81,7 +81,7 @@ def complete_save(run: Run, *, wait: bool = False) -> Path | None:
     run.tracker.say(f"saved {outcome.path}/ ({outcome.num_bytes / 1e6:,.1f} MB, {rate:.2f} GB/s)")
     if run.runtime.is_main:
         try:
-            _, problems = prune(run.output_dir, build_retention(run.config))
+            _, problems = prune(run.output_dir, run.config.trainer)
         except OSError as error:
             problems = [f"old checkpoints could not be looked through: {error}"]
         for problem in problems:

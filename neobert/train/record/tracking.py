@@ -36,7 +36,8 @@ from neobert.train.record.metrics import (
     perplexity,
     summarise,
 )
-from neobert.types import StepMetrics, TrainState
+from neobert.train.step import StepMetrics
+from neobert.types import TrainState
 
 MOST_PENDING = 1000
 """Steps whose figures may wait on the device; more are written between two logging points."""
