@@ -4,7 +4,7 @@ Opening a run: everything that can be wrong with machine, folder, checkpoint and
 """
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, fields
+from dataclasses import asdict, dataclass, fields
 from functools import partial
 from pathlib import Path
 from typing import Any, Protocol
@@ -15,8 +15,8 @@ from torch.optim import Optimizer
 from neobert.config.schema import Config
 from neobert.data.pipeline import Reader, build_tokenizer
 from neobert.data.rows.batch_size import BatchSchedule
-from neobert.data.rows.lanes import State
-from neobert.data.rows.loader import Loader, OrderIdentity
+from neobert.data.rows.lanes import RowOrder, State
+from neobert.data.rows.loader import Loader
 from neobert.data.source.inventory import Inventory
 from neobert.data.tokenizer import Tokenizer
 from neobert.model.attention import AttentionBackend
@@ -46,7 +46,6 @@ from neobert.train.build import (
     choose_rows_per_step,
 )
 from neobert.train.checkpoint.commit import Committer
-from neobert.train.checkpoint.identity import describe_order
 from neobert.train.checkpoint.replicas import compare_tensors, list_tensors
 from neobert.train.checkpoint.retention import name_test
 from neobert.train.compile_check import check_compiled_gradients
@@ -179,7 +178,7 @@ class RunData(Protocol):
     """What a run reads: `DataPipeline` in pretraining."""
 
     @property
-    def identity(self) -> OrderIdentity: ...
+    def order(self) -> RowOrder: ...
 
     @property
     def fingerprint(self) -> str: ...
@@ -305,7 +304,7 @@ def build_run(
 
 def describe_data(data: RunData, num_steps: int) -> dict[str, Any]:
     """What has to be equal on all ranks of the data that they found."""
-    order = {f"order of the rows: {name}": value for name, value in describe_order(data.identity).items()}
+    order = {f"order of the rows: {name}": value for name, value in asdict(data.order).items()}
     return {
         "data fingerprint": data.fingerprint,
         "fingerprint of the evaluation data": data.eval_fingerprint,

@@ -11,7 +11,7 @@ every later resume passes over them too.
 """
 
 from collections.abc import Mapping
-from dataclasses import fields, replace
+from dataclasses import asdict, fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -34,7 +34,6 @@ from neobert.train.checkpoint.identity import (
     check_comparison,
     compare,
     describe_groups,
-    describe_order,
 )
 from neobert.train.checkpoint.replicas import check_replicas
 from neobert.train.checkpoint.retention import choose_best_of_each, list_scores
@@ -129,7 +128,7 @@ def describe_run(run: Run) -> Facts:
     return build_facts(
         run.config,
         run.model_config,
-        describe_order(run.data.identity),
+        asdict(run.data.order),
         rows_per_step=run.rows_per_step,
         mask_end=choose_mask_end(run.config, run.num_steps),
         fingerprint=run.data.fingerprint,
