@@ -1,6 +1,7 @@
 """The types that cross the borders between packages. Frozen; they hold data and no behaviour beyond moving it."""
 
-from dataclasses import dataclass, field, fields
+from collections.abc import Mapping
+from dataclasses import dataclass, field, fields, replace
 from typing import Any, NamedTuple, Protocol, Self
 
 import numpy as np
@@ -215,3 +216,12 @@ class TrainState:
 
     interval: dict[str, Any] = field(default_factory=dict)
     """Sums over the steps since the last log line (`IntervalSums`). Filled in when the state is saved."""
+
+    @classmethod
+    def from_saved(cls, saved: Mapping[str, Any]) -> Self:
+        """The state in a `train_state.json`, which holds more than that, and of earlier versions less."""
+        return cls(**{f.name: saved[f.name] for f in fields(cls) if f.name in saved})
+
+    def for_new_order(self) -> Self:
+        """The state under another order of rows: positions, skipped steps and spikes belong to the old one."""
+        return replace(self, data={}, skip_rows=[], skipped_steps=[], spike_window=[])

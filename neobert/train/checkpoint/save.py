@@ -16,7 +16,7 @@ from neobert.config.load import config_to_yaml, without_secrets
 from neobert.data.rows.loader import merge_states
 from neobert.data.tokenizer import tokenizer_info
 from neobert.train.agreement import PACKAGES, agree
-from neobert.train.checkpoint.commit import Outcome, Write
+from neobert.train.checkpoint.commit import SaveResult, Write
 from neobert.train.checkpoint.identity import describe_groups
 from neobert.train.checkpoint.replicas import check_replicas
 from neobert.train.checkpoint.retention import is_milestone, prune
@@ -90,7 +90,7 @@ def complete_save(run: Run, *, wait: bool = False) -> Path | None:
     return outcome.path
 
 
-def _report_failure(run: Run, outcome: Outcome) -> None:
+def _report_failure(run: Run, outcome: SaveResult) -> None:
     assert outcome.problem is not None
     run.tracker.event("save_failed", outcome.step, problem=outcome.problem)
     if run.committer.gave_up:
