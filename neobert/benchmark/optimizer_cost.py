@@ -66,7 +66,8 @@ def measure_times(settings: StepSettings, *, cpu_time: bool = False) -> Optimize
     source = made_up_rows(settings)
     model, _, _ = build_model(settings, source.model, device, dtype)
     section = OptimizerSection(lr=1e-6)
-    optimizers = {name: build_optimizer(model, replace(section, name=name), dtype=dtype) for name in OPTIMIZERS}
+    sections = {name: replace(section, name=name) for name in OPTIMIZERS}  # type: ignore[arg-type]
+    optimizers = {name: build_optimizer(model, own, dtype=dtype) for name, own in sections.items()}
     clip = QKClip(model.module.encoder, MuonSection(clipping_interval=1, clipping_threshold=1e9))
     batches = [batch.to(device) for batch in itertools.islice(source.batches, min(8, settings.steps))]
     seconds: dict[str, list[float]] = {name: [] for name in ("passes", "measured", *optimizers)}

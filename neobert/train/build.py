@@ -1,7 +1,7 @@
 """The parts of a run that are derived from the config and from each other; `run.build_run` puts them together."""
 
 import math
-from dataclasses import replace
+from dataclasses import fields, replace
 from pathlib import Path
 from typing import Protocol
 
@@ -99,34 +99,12 @@ def build_model_config(config: Config, tokenizer: Tokenizer) -> ModelConfig:
         DataError: `model.vocab_size` is smaller than the tokenizer.
     """
     section = config.model
-    return ModelConfig(
-        hidden_size=section.hidden_size,
-        num_hidden_layers=section.num_hidden_layers,
-        num_attention_heads=section.num_attention_heads,
-        intermediate_size=section.intermediate_size,
-        max_position_embeddings=section.max_position_embeddings,
-        vocab_size=padded_vocab_size(section.vocab_size, tokenizer.size),
-        pad_token_id=tokenizer.pad_id,
-        rope=section.rope,
-        rope_theta=section.rope_theta,
-        rms_norm=section.rms_norm,
-        hidden_act=section.hidden_act,
-        dropout_prob=section.dropout_prob,
-        norm_eps=section.norm_eps,
-        embedding_init_range=section.embedding_init_range,
-        decoder_init_range=section.decoder_init_range,
-        tie_word_embeddings=section.tie_word_embeddings,
-        local_attention=section.local_attention,
-        global_attention_every=section.global_attention_every,
-        qk_norm=section.qk_norm,
-        embedding_norm=section.embedding_norm,
-        decoder_bias=section.decoder_bias,
-        init=section.init,
-        init_std=section.init_std,
-        init_zero_residual=section.init_zero_residual,
-        ngpt=section.ngpt,
-        base_scale=section.base_scale,
-    )
+    of_tokenizer = {
+        "vocab_size": padded_vocab_size(section.vocab_size, tokenizer.size),
+        "pad_token_id": tokenizer.pad_id,
+    }
+    names = (f.name for f in fields(ModelConfig) if f.name not in of_tokenizer)
+    return ModelConfig(**{name: getattr(section, name) for name in names}, **of_tokenizer)
 
 
 def build_mask_policy(tokenizer: Tokenizer, probability: float, *, mask_all: bool) -> MaskPolicy:
