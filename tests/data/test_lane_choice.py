@@ -158,7 +158,7 @@ def test_fewer_lanes_where_some_find_nothing(kind, config_of, make_data, monkeyp
 @pytest.mark.parametrize("kind", [one_huge_line, sorted_by_length, few_indexed, mixed_by_weights])
 def test_a_number_that_was_asked_for_may_be_too_large(kind, config_of, make_data, monkeypatch):
     config = config_of(kind)
-    num_lanes = usual_lanes(monkeypatch, make_data, config).num_lanes
+    num_lanes = usual_lanes(monkeypatch, make_data, config).order.num_lanes
     config = replace(config, dataset=replace(config.dataset, num_lanes=num_lanes))
     with pytest.raises(DataError, match=r"no usable documents.*lower dataset.num_lanes or leave it null"):
         read_world(make_data, config, 1, 0, None, 14)
