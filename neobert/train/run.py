@@ -339,6 +339,6 @@ def _wire(
             sinks=build_sinks(config, runtime, output_dir, module, reporter),
         ),
         committer=Committer(runtime, output_dir),
-        guard=Guard(runtime, max_bad_steps=config.trainer.max_bad_steps, skip_spikes=config.trainer.skip_spikes),
+        guard=Guard(runtime, config.trainer),
         num_steps=num_steps,
     )

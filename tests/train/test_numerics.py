@@ -18,6 +18,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from neobert.cli import EXIT_CODES
 from neobert.config.schema import Config
+from neobert.config.schema_trainer import TrainerSection
 from neobert.objectives.mlm import MaskedLM
 from neobert.train import loop, numerics
 from neobert.train.agreement import describe_ranges, join_ranges
@@ -161,7 +162,7 @@ def build_guard(max_bad_steps: int = 5, skip_spikes: float | None = None) -> Gua
     runtime = Runtime(
         accelerator=None, device=torch.device("cpu"), rank=0, world=1, host_group=None, patient_group=None
     )  # type: ignore[arg-type]
-    return Guard(runtime, max_bad_steps=max_bad_steps, skip_spikes=skip_spikes)
+    return Guard(runtime, TrainerSection(max_bad_steps=max_bad_steps, skip_spikes=skip_spikes))
 
 
 def test_more_than_one_percent_of_the_last_thousand_steps_stop_the_run() -> None:
@@ -227,7 +228,7 @@ def test_spikes_mean_the_same_after_a_resume_with_another_number_of_processes(
     def build(world: int) -> Guard:
         # Processes with equal losses: a sum over them is a product.
         runtime = SimpleNamespace(device=torch.device("cpu"), world=world, sum_on_device=lambda x: world * x)
-        return Guard(runtime, max_bad_steps=5, skip_spikes=3.0)  # type: ignore[arg-type]
+        return Guard(runtime, TrainerSection(skip_spikes=3.0))  # type: ignore[arg-type]
 
     def judge(guard: Guard, world: int, loss: float, norm: float) -> bool:
         return bool(guard.judge(torch.tensor(10 * loss / world), torch.tensor(norm), num_targets=10))
