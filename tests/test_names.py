@@ -11,8 +11,10 @@ KNOWN_TWICE = {
     "Evaluation",
     "Job",
     "MaskPolicy",
+    "Reader",
     "_Draft",
     "_Dumper",
+    "_Job",
     "command_line",
     "load",
 }

@@ -3,7 +3,7 @@
 import math
 from dataclasses import fields, replace
 from pathlib import Path
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 from torch.optim import Optimizer
@@ -99,10 +99,8 @@ def build_model_config(config: Config, tokenizer: Tokenizer) -> ModelConfig:
         DataError: `model.vocab_size` is smaller than the tokenizer.
     """
     section = config.model
-    of_tokenizer = {
-        "vocab_size": padded_vocab_size(section.vocab_size, tokenizer.size),
-        "pad_token_id": tokenizer.pad_id,
-    }
+    vocab_size = padded_vocab_size(section.vocab_size, tokenizer.size)
+    of_tokenizer: dict[str, Any] = {"vocab_size": vocab_size, "pad_token_id": tokenizer.pad_id}
     names = (f.name for f in fields(ModelConfig) if f.name not in of_tokenizer)
     return ModelConfig(**{name: getattr(section, name) for name in names}, **of_tokenizer)
 

@@ -10,9 +10,8 @@ from tokenizers import models
 from transformers import PreTrainedTokenizerFast
 
 from neobert.data.fingerprint import combine, fits
-from neobert.data.store import arrow, arrow_texts, token_writer
-from neobert.data.store.arrow import TokenStore, load_table, read_manifest
-from neobert.data.store.arrow_texts import ArrowTexts, choose_indexed_lanes
+from neobert.data.store import arrow, token_writer
+from neobert.data.store.arrow import ArrowTexts, TokenStore, choose_indexed_lanes, load_table, read_manifest
 from neobert.data.store.token_writer import TokenWriter, write_description
 from neobert.data.tokenizer import Tokenizer
 from neobert.errors import DataError
@@ -194,7 +193,7 @@ def test_large_strings(tmp_path):
 
 
 def test_lanes_are_at_least_a_window(tmp_path):
-    assert [choose_indexed_lanes(n, 1024) for n in (0, 1000, 2048, 10**9)] == [1, 1, 2, arrow_texts.INDEXED_LANES]
+    assert [choose_indexed_lanes(n, 1024) for n in (0, 1000, 2048, 10**9)] == [1, 1, 2, arrow.INDEXED_LANES]
 
 
 @pytest.mark.parametrize("num_files", [1, 3])

@@ -11,8 +11,7 @@ from datasets import Dataset
 from records import exact_steps, log_lines
 
 from neobert.config.schema import Config
-from neobert.data.store.arrow import TokenStore
-from neobert.data.store.arrow_texts import ArrowTexts
+from neobert.data.store.arrow import ArrowTexts, TokenStore
 from neobert.errors import StartupError
 from neobert.train.loop import pretrain
 

@@ -25,8 +25,7 @@ from neobert.data.rows.packing import (
 from neobert.data.source.inventory import NO_FILES, Inventory
 from neobert.data.source.splits import SplitSlice, check_disjoint, check_split, choose_eval_split, parse_split
 from neobert.data.source.text import Encode, RecordCounts
-from neobert.data.store.arrow import TokenStore
-from neobert.data.store.arrow_texts import ArrowTexts
+from neobert.data.store.arrow import ArrowTexts, TokenStore
 from neobert.data.store.encode import encode_documents
 from neobert.data.store.opening import Place, Source, View
 from neobert.errors import DataError

@@ -10,9 +10,8 @@ from neobert.data.rows.lanes import DocumentStream, Lane, OpenStreams, PackingLa
 from neobert.data.rows.order import key
 from neobert.data.rows.packing import SPECIALS_PER_SEGMENT, piece_lengths
 from neobert.data.rows.streams import IndexedStream, MixtureStream, TextStream
-from neobert.data.source.text import LaneReader, Share
-from neobert.data.store.arrow import TokenStore
-from neobert.data.store.arrow_texts import ArrowTexts, choose_indexed_lanes
+from neobert.data.source.text import Reader, Share
+from neobert.data.store.arrow import ArrowTexts, TokenStore, choose_indexed_lanes
 from neobert.data.store.opening import View
 from neobert.data.tokenizer import Tokenizer
 
@@ -184,7 +183,7 @@ def _source_opener(
     )
 
 
-def _readers(view: View, order: RowOrder, num_lanes: int | None, *, exact: bool, seed: int = 0) -> list[LaneReader]:
+def _readers(view: View, order: RowOrder, num_lanes: int | None, *, exact: bool, seed: int = 0) -> list[Reader]:
     assert not isinstance(view.documents, TokenStore)
     share = Share(seed=seed, num_lanes=num_lanes, span=view.span, shuffle=order.shuffle, exact=exact)
     return view.documents.readers(share)

@@ -45,8 +45,7 @@ from neobert.data.source.plain import open_text
 from neobert.data.source.spec import PYTHON_STDLIB, SourceSpec, describe_sources
 from neobert.data.source.splits import find_split
 from neobert.data.source.walk import covers
-from neobert.data.store.arrow import TokenStore, column_names
-from neobert.data.store.arrow_texts import ArrowTexts, IndexedTexts
+from neobert.data.store.arrow import ArrowTexts, IndexedTexts, TokenStore, column_names
 from neobert.data.tokenizer import Tokenizer
 from neobert.errors import DataError
 

@@ -30,7 +30,7 @@ from neobert.data.source.sharing import (
     share_out,
 )
 from neobert.data.source.spec import SourceSpec
-from neobert.data.source.text import LaneReader, Record, Records, ShardFault, ShardReader, Share, Span, add_limit
+from neobert.data.source.text import Reader, Record, Records, ShardFault, ShardReader, Share, Span, add_limit
 
 BOM = b"\xef\xbb\xbf"
 """Some programs write this mark at the beginning of a file; it is not part of the text."""
@@ -224,7 +224,7 @@ class FileSource(ShardedSource):
         begin, end = stretch.after or {"offset": 0}, stretch.until or {"offset": None}
         return self._range(stretch.number, begin["offset"], end["offset"], None if stretch.after else 0)
 
-    def readers(self, share: Share) -> list[LaneReader]:
+    def readers(self, share: Share) -> list[Reader]:
         if not self._cuttable:
             return super().readers(share)
         spans = [
@@ -233,7 +233,7 @@ class FileSource(ShardedSource):
         ]
         most = max(1, sum(end - begin for _, begin, end in spans) // MIN_LANE_BYTES)
 
-        def build(count: int) -> list[LaneReader]:
+        def build(count: int) -> list[Reader]:
             return [
                 ShardReader(
                     [self._range(n, begin, end, None if begin else 0) for n, begin, end in spans_of_lane], share, lane

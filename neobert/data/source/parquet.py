@@ -31,8 +31,8 @@ from neobert.data.source.sharing import (
     too_few,
 )
 from neobert.data.source.spec import TEXT_COLUMNS, SourceSpec, choose_text_column, may_be_text, split_schema
-from neobert.data.source.text import LaneReader, Record, Records, ShardFault, ShardReader, Share, TooLong, add_limit
-from neobert.data.store.arrow_texts import as_text
+from neobert.data.source.text import Reader, Record, Records, ShardFault, ShardReader, Share, TooLong, add_limit
+from neobert.data.store.arrow import as_text
 from neobert.errors import DataError
 
 _BATCH_ROWS = 256
@@ -158,11 +158,11 @@ class ParquetSource(ShardedSource):
         row_group = self._row_groups[stretch.number]
         return RowGroupShard(row_group, stretch.number, begin["row"], end["row"], self._max_record_bytes)
 
-    def readers(self, share: Share) -> list[LaneReader]:
+    def readers(self, share: Share) -> list[Reader]:
         stretches = find_bounds(share.span, len(self._sizes)).stretches()
         shards = [self.build_shard(stretch) for stretch in stretches]
 
-        def build(count: int) -> list[LaneReader]:
+        def build(count: int) -> list[Reader]:
             borders = choose_borders([shard.size for shard in shards], count)
             return [
                 ShardReader([self.build_shard(stretch) for stretch in stretches[begin:end]], share, lane)

@@ -16,7 +16,7 @@ from typing import NamedTuple
 
 from neobert.data.rows.lanes import State
 from neobert.data.source.inventory import NO_FILES, Inventory
-from neobert.data.source.text import WHOLE, EveryNth, LaneReader, Records, Shard, ShardReader, Share, Span, read_shards
+from neobert.data.source.text import WHOLE, EveryNth, Reader, Records, Shard, ShardReader, Share, Span, read_shards
 from neobert.errors import DataError
 
 STREAM_LANES = 16
@@ -80,7 +80,7 @@ class ShardedSource:
         for record in read_shards(shards, {"shard": 0, "position": bounds.after}):
             yield record._replace(cursor=record.cursor | {"shard": record.cursor["shard"] + bounds.first})
 
-    def readers(self, share: Share) -> list[LaneReader]:
+    def readers(self, share: Share) -> list[Reader]:
         stretches = find_bounds(share.span, len(self._sizes)).stretches()
         return share_out(
             lambda count: self._every_nth(stretches, share, count),
@@ -119,7 +119,7 @@ class ShardedSource:
             until={"shard": last, "position": None} if number + 1 < count else None,
         )
 
-    def _every_nth(self, stretches: list[Stretch], share: Share, count: int) -> list[LaneReader]:
+    def _every_nth(self, stretches: list[Stretch], share: Share, count: int) -> list[Reader]:
         return [
             ShardReader([self.build_shard(stretch) for stretch in stretches[lane::count]], share, lane)
             for lane in range(count)
@@ -127,8 +127,8 @@ class ShardedSource:
 
 
 def share_out(
-    build: Callable[[int], list[LaneReader]], share: Share, *, most: int, chosen: int, place: str
-) -> list[LaneReader]:
+    build: Callable[[int], list[Reader]], share: Share, *, most: int, chosen: int, place: str
+) -> list[Reader]:
     """The readers of a share.
 
     Args:

@@ -76,7 +76,7 @@ class Share:
     stretch then take every n-th record of it."""
 
 
-class LaneReader(Protocol):
+class Reader(Protocol):
     """One lane's share of a text source, in an order of its own for every epoch."""
 
     size: int
@@ -111,7 +111,7 @@ class TextSource(Protocol):
     def records(self, span: Span = WHOLE) -> Records:
         """Records in source order."""
 
-    def readers(self, share: Share) -> list[LaneReader]:
+    def readers(self, share: Share) -> list[Reader]:
         """One reader for each lane. Together they read every record of the span once in an epoch."""
 
     def count(self) -> int | None:
@@ -210,7 +210,7 @@ class EveryNth:
     The cursor is `{"cursor": of the reader, "seen": records since the beginning of the epoch, modulo count}`.
     """
 
-    def __init__(self, reader: LaneReader, turn: int, count: int) -> None:
+    def __init__(self, reader: Reader, turn: int, count: int) -> None:
         self._reader, self._turn, self._count = reader, turn, count
         self.size = reader.size // count
 

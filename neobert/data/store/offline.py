@@ -148,7 +148,7 @@ def describe_tokenizer(word: str) -> TokenizerSection:
     return TokenizerSection(path=str(Path(word).expanduser())) if is_path else TokenizerSection(name=word)
 
 
-class _SplitTokens(NamedTuple):
+class _Opened(NamedTuple):
     """A split that was looked at; nothing of it is written."""
 
     tokens: TokenSource
@@ -158,19 +158,19 @@ class _SplitTokens(NamedTuple):
 
 
 @dataclass(frozen=True, kw_only=True, slots=True, eq=False)
-class _SourcePlan:
+class _Job:
     """A source whose splits were looked at."""
 
     spec: SourceSpec
     folder: Path
     train_split: str
     eval_split: str | None
-    splits: dict[str, _SplitTokens]
+    splits: dict[str, _Opened]
 
 
 def _plan(
     spec: SourceSpec, section: DatasetSection, tokenizer: Tokenizer, folder: Path, min_tokens: int | None
-) -> _SourcePlan:
+) -> _Job:
     splits = list_splits(spec)
     names = list(splits)
     train = parse_split(choose_train_split(names, spec.split))
@@ -187,7 +187,7 @@ def _plan(
         settings = choose_settings(section, spec, split, None)
         stored = min_tokens is not None
         opened[evaluation] = _open_tokens(spec, splits, split, tokenizer, settings, stored_allowed=stored)
-    return _SourcePlan(spec=spec, folder=folder, train_split=train.name, eval_split=evaluation, splits=opened)
+    return _Job(spec=spec, folder=folder, train_split=train.name, eval_split=evaluation, splits=opened)
 
 
 def _open_tokens(
@@ -198,18 +198,18 @@ def _open_tokens(
     settings: PrepareSettings,
     *,
     stored_allowed: bool,
-) -> _SplitTokens:
+) -> _Opened:
     found = splits[split.name](tokenizer)
     if isinstance(found, TokenStore) and stored_allowed:
         if not split.is_whole:
             raise DataError(f"{split} is a slice of tokens that are on disk already; name the whole split")
-        return _SplitTokens(StoredTokens(found), settings, found, NO_FILES)
+        return _Opened(StoredTokens(found), settings, found, NO_FILES)
     text = _cut_text(spec, found, split, settings.max_documents)
     tokens = TextTokens(text.source, tokenizer, settings.max_document_chars, text.span)
-    return _SplitTokens(tokens, settings, text.source, text.source.inventory)
+    return _Opened(tokens, settings, text.source, text.source.inventory)
 
 
-def _prepare(job: _SourcePlan, tokenizer: Tokenizer, tokenizer_name: str | None) -> PreparedSource:
+def _prepare(job: _Job, tokenizer: Tokenizer, tokenizer_name: str | None) -> PreparedSource:
     manifests = {
         split: write_tokens(
             opened.tokens,
