@@ -1,7 +1,8 @@
 """The types that cross the borders between packages. Frozen; they hold data and no behaviour beyond moving it."""
 
-from dataclasses import dataclass, field, fields
-from typing import Any, Protocol, Self
+from collections.abc import Mapping
+from dataclasses import dataclass, field, fields, replace
+from typing import Any, NamedTuple, Protocol, Self
 
 import numpy as np
 import torch
@@ -149,6 +150,16 @@ class MicroBatch(Protocol):
     def record_stream(self, stream: Any) -> None: ...
 
 
+class StepCounts(NamedTuple):
+    """What the rows of one optimizer step hold, of one rank or of all."""
+
+    num_targets: int
+    num_tokens: int
+    num_documents: int
+    num_slots: int
+    attended_tokens: int
+
+
 @dataclass(frozen=True, kw_only=True, slots=True, eq=False)
 class StepBatch:
     """What one rank consumes in one optimizer step, and the loader's state after it: state travels with the data."""
@@ -158,29 +169,13 @@ class StepBatch:
     """JSON-ready positions of the data order after these rows; save this, never the loader's live state."""
 
     @property
-    def num_tokens(self) -> int:
-        return sum(b.num_tokens for b in self.micro_batches)
+    def counts(self) -> StepCounts:
+        return StepCounts(*(sum(getattr(b, name) for b in self.micro_batches) for name in StepCounts._fields))
 
     @property
     def source_tokens(self) -> tuple[int, ...]:
         """Real tokens of each source."""
         return tuple(map(sum, zip(*(b.source_tokens for b in self.micro_batches))))
-
-    @property
-    def num_targets(self) -> int:
-        return sum(b.num_targets for b in self.micro_batches)
-
-    @property
-    def num_documents(self) -> int:
-        return sum(b.num_documents for b in self.micro_batches)
-
-    @property
-    def num_slots(self) -> int:
-        return sum(b.num_slots for b in self.micro_batches)
-
-    @property
-    def attended_tokens(self) -> int:
-        return sum(b.attended_tokens for b in self.micro_batches)
 
     @property
     def digest(self) -> int:
@@ -196,42 +191,6 @@ class LossSum:
 
     num_correct: Tensor | None = None
     """Number of targets predicted exactly, int64 scalar; None when not asked for."""
-
-
-@dataclass(frozen=True, kw_only=True, slots=True, eq=False)
-class StepMetrics:
-    """One optimizer step. Tensors stay on the device; numbers are the host's; sums are over all ranks."""
-
-    loss_sum: Tensor
-    """fp32 scalar of THIS rank: reduced over ranks when the step's line is written."""
-
-    micro_losses: Tensor
-    """fp32 `[n]`: the loss sum of each micro-batch of this rank."""
-
-    num_correct: Tensor | None
-    grad_norm: Tensor
-    """Global L2 norm before clipping."""
-
-    skipped: Tensor
-    """bool scalar, equal on all ranks: the step left parameters and optimizer as they were."""
-
-    row_keys: tuple[Tensor, ...]
-    """Global row numbers of each micro-batch of this rank, on the host."""
-
-    num_targets: int
-    num_tokens: int
-    num_documents: int
-    num_slots: int
-    attended_tokens: int
-    source_tokens: tuple[int, ...]
-    """Real tokens of each source in this rank's rows."""
-
-    digest: int
-    """This rank's digest; summed over ranks when the step's line is written."""
-
-    lr: float
-    data_wait: float
-    """Seconds this rank waited for its batch."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -257,3 +216,12 @@ class TrainState:
 
     interval: dict[str, Any] = field(default_factory=dict)
     """Sums over the steps since the last log line (`IntervalSums`). Filled in when the state is saved."""
+
+    @classmethod
+    def from_saved(cls, saved: Mapping[str, Any]) -> Self:
+        """The state in a `train_state.json`, which holds more than that, and of earlier versions less."""
+        return cls(**{f.name: saved[f.name] for f in fields(cls) if f.name in saved})
+
+    def for_new_order(self) -> Self:
+        """The state under another order of rows: positions, skipped steps and spikes belong to the old one."""
+        return replace(self, data={}, skip_rows=[], skipped_steps=[], spike_window=[])

@@ -30,6 +30,7 @@ BARE = [
     "kernels.linear_cross_entropy",
     "objectives.mlm",
     "optim.optimizers",
+    "optim.schedule",
     "benchmark.step_time",
     "benchmark.profile_analysis",
     "benchmark.step_command",

@@ -38,7 +38,7 @@ from neobert.types import IGNORE_INDEX, PackedBatch
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class Outcome:
+class SpeedResult:
     """What one contestant did."""
 
     tokens_per_second: float
@@ -102,7 +102,7 @@ def prepare(settings: AgainstSettings) -> Prepared:
     return Prepared(model=model, tokenizer=tokenizer, pieces=read_pieces(settings, tokenizer))
 
 
-def run_ours(settings: AgainstSettings, given: Prepared, **changes: bool | str) -> Outcome:
+def run_ours(settings: AgainstSettings, given: Prepared, **changes: bool | str) -> SpeedResult:
     """Our step on packed rows, with settings of the step benchmark changed."""
     source = RowSource(
         model=given.model,
@@ -112,16 +112,16 @@ def run_ours(settings: AgainstSettings, given: Prepared, **changes: bool | str) 
     )
     shared = {name: getattr(settings, name) for name in ("preset", "length", "rows", "precision", "steps", "warmup")}
     figures = measure_step(StepSettings(**{**shared, **changes}), source)
-    return Outcome(tokens_per_second=figures.tokens_per_second, peak_memory_bytes=figures.peak_memory_bytes)
+    return SpeedResult(tokens_per_second=figures.tokens_per_second, peak_memory_bytes=figures.peak_memory_bytes)
 
 
-def run_reference(settings: AgainstSettings, given: Prepared) -> Outcome:
+def run_reference(settings: AgainstSettings, given: Prepared) -> SpeedResult:
     """Our model without what makes it fast."""
     plain = {"all_positions": True, "plain_adamw": True}
     return run_ours(settings, given, attention="masked", kernel="reference", **plain)
 
 
-def run_transformers(settings: AgainstSettings, given: Prepared) -> Outcome:
+def run_transformers(settings: AgainstSettings, given: Prepared) -> SpeedResult:
     """The loop that one writes with transformers."""
     torch.manual_seed(0)
     model = EuroBertForMaskedLM(_describe(given)).train()
@@ -141,7 +141,7 @@ def run_transformers(settings: AgainstSettings, given: Prepared) -> Outcome:
         if number >= settings.warmup:
             seconds += clock() - start
             tokens += batch.num_tokens
-    return Outcome(tokens_per_second=tokens / seconds, peak_memory_bytes=peak_memory_bytes(torch.device("cpu")))
+    return SpeedResult(tokens_per_second=tokens / seconds, peak_memory_bytes=peak_memory_bytes(torch.device("cpu")))
 
 
 def padded_inputs(batch: PackedBatch) -> dict[str, torch.Tensor]:
@@ -185,18 +185,18 @@ def compare(settings: AgainstSettings, names: Sequence[str], rounds: int) -> str
     load_tokenizer(TokenizerSection(path=settings.tokenizer))
     if not Path(settings.text).is_file():
         raise ValueError(f"{settings.text}: there is no such file; give JSONL (or .gz) with a field `text`")
-    found: dict[str, list[Outcome]] = {name: [] for name in names}
+    found: dict[str, list[SpeedResult]] = {name: [] for name in names}
     for _ in range(rounds):
         for name in names:
             command = [sys.executable, "-m", __name__, name, json.dumps(dataclasses.asdict(settings))]
             done = subprocess.run(command, capture_output=True, text=True)
             if done.returncode:
                 raise ValueError(f"{name}: {done.stderr.strip().splitlines()[-1]}")
-            found[name].append(Outcome(**json.loads(done.stdout.splitlines()[-1])))
+            found[name].append(SpeedResult(**json.loads(done.stdout.splitlines()[-1])))
     return describe(found, base=names[0])
 
 
-def describe(found: dict[str, list[Outcome]], *, base: str) -> str:
+def describe(found: dict[str, list[SpeedResult]], *, base: str) -> str:
     """Medians, their spread, and ratios to the contestant called `base`."""
     lines = ["| | tokens/s | lowest - highest | ratio | peak memory | ratio |", "|---|---|---|---|---|---|"]
     speed = {name: statistics.median(o.tokens_per_second for o in all_) for name, all_ in found.items()}
@@ -210,7 +210,7 @@ def describe(found: dict[str, list[Outcome]], *, base: str) -> str:
     return "\n".join(lines)
 
 
-RUNS: dict[str, Callable[[AgainstSettings, Prepared], Outcome]] = {
+RUNS: dict[str, Callable[[AgainstSettings, Prepared], SpeedResult]] = {
     "ours": run_ours,
     "compiled": lambda settings, given: run_ours(settings, given, compile=True),
     "reference": run_reference,

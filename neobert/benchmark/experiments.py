@@ -39,7 +39,7 @@ _WIDTH, _LEFT, _RIGHT, _TOP, _ROW, _BOTTOM = 760, 190, 70, 44, 20, 44
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class Outcome:
+class TrialResult:
     """One finished run."""
 
     variant: str
@@ -61,12 +61,12 @@ class Outcome:
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class Row:
+class ResultRow:
     """The runs of one entry at one learning rate."""
 
     variant: str
     learning_rate: str | None
-    outcomes: tuple[Outcome, ...]
+    outcomes: tuple[TrialResult, ...]
     best: bool
 
     @property
@@ -78,9 +78,9 @@ class Row:
         return self.variant if self.learning_rate is None else f"{self.variant} {self.learning_rate}"
 
 
-def best_outcomes(outcomes: Sequence[Outcome]) -> dict[str, Outcome]:
+def best_outcomes(outcomes: Sequence[TrialResult]) -> dict[str, TrialResult]:
     """For each entry the run with seed 0 that has the lowest loss; entries without a loss are left out."""
-    best: dict[str, Outcome] = {}
+    best: dict[str, TrialResult] = {}
     for outcome in outcomes:
         if outcome.seed != 0 or outcome.loss is None:
             continue
@@ -90,14 +90,14 @@ def best_outcomes(outcomes: Sequence[Outcome]) -> dict[str, Outcome]:
     return best
 
 
-def build_rows(outcomes: Sequence[Outcome]) -> list[Row]:
+def build_rows(outcomes: Sequence[TrialResult]) -> list[ResultRow]:
     """The runs by entry and learning rate, in the order they come in."""
     best = best_outcomes(outcomes)
-    groups: dict[tuple[str, str | None], list[Outcome]] = {}
+    groups: dict[tuple[str, str | None], list[TrialResult]] = {}
     for outcome in outcomes:
         groups.setdefault((outcome.variant, outcome.learning_rate), []).append(outcome)
     return [
-        Row(
+        ResultRow(
             variant=variant,
             learning_rate=rate,
             outcomes=tuple(group),
@@ -107,7 +107,7 @@ def build_rows(outcomes: Sequence[Outcome]) -> list[Row]:
     ]
 
 
-def describe(outcomes: Sequence[Outcome]) -> str:
+def describe(outcomes: Sequence[TrialResult]) -> str:
     """A table in Markdown, the best learning rate of each entry in bold, and what to mind about it."""
     rows = build_rows(outcomes)
     lines = [
@@ -119,7 +119,7 @@ def describe(outcomes: Sequence[Outcome]) -> str:
     return "\n".join([*lines, *([""] if notes else []), *notes])
 
 
-def _describe_row(row: Row) -> str:
+def _describe_row(row: ResultRow) -> str:
     losses = row.losses
     name, rate = row.variant, row.learning_rate or "of the config"
     if row.best:
@@ -137,7 +137,7 @@ def _describe_row(row: Row) -> str:
     )
 
 
-def _edge(rows: Sequence[Row], variant: str) -> list[str]:
+def _edge(rows: Sequence[ResultRow], variant: str) -> list[str]:
     """A sentence when the best rate is the lowest or the highest that was tried."""
     tried = sorted((row for row in rows if row.variant == variant and row.learning_rate), key=_rate)
     if len(tried) < 2:
@@ -150,11 +150,11 @@ def _edge(rows: Sequence[Row], variant: str) -> list[str]:
     ]
 
 
-def _rate(row: Row) -> float:
+def _rate(row: ResultRow) -> float:
     return float(row.learning_rate or "nan")
 
 
-def draw(outcomes: Sequence[Outcome], title: str) -> str:
+def draw(outcomes: Sequence[TrialResult], title: str) -> str:
     """One line of dots for each entry and learning rate, as SVG: a dot is a run, filled at the best rate."""
     rows = build_rows(outcomes)
     losses = [loss for row in rows for loss in row.losses] or [0.0]
@@ -184,7 +184,7 @@ def draw(outcomes: Sequence[Outcome], title: str) -> str:
     return "\n".join([*parts, "</svg>"]) + "\n"
 
 
-def _draw_row(row: Row, y: float, place: Callable[[float], float]) -> list[str]:
+def _draw_row(row: ResultRow, y: float, place: Callable[[float], float]) -> list[str]:
     weight = ' font-weight="bold"' if row.best else ""
     parts = [f'<text x="{_LEFT - 10}" y="{y + 4:.1f}" text-anchor="end"{weight}>{escape(row.label)}</text>']
     fill = "#4878a8" if row.best else "white"
@@ -201,7 +201,7 @@ def _draw_row(row: Row, y: float, place: Callable[[float], float]) -> list[str]:
 SCORE = "score.json"
 
 
-def run_plan(plan: Plan, place: Place) -> Iterator[tuple[Job, Outcome]]:
+def run_plan(plan: Plan, place: Place) -> Iterator[tuple[Job, TrialResult]]:
     """Makes the runs of a plan, or finds them made, one after another.
 
     Raises:
@@ -221,9 +221,9 @@ def run_plan(plan: Plan, place: Place) -> Iterator[tuple[Job, Outcome]]:
             yield job, run_job(plan, job, place)
 
 
-def finished(plan: Plan, place: Place) -> list[Outcome]:
+def finished(plan: Plan, place: Place) -> list[TrialResult]:
     """All runs of the plan that are finished, also those of other starts, in the order of the plan."""
-    found: list[Outcome] = []
+    found: list[TrialResult] = []
     for variant in plan.variants:
         for first in grid(variant):
             for seed in range(plan.seeds_at_best + 1):
@@ -233,7 +233,7 @@ def finished(plan: Plan, place: Place) -> list[Outcome]:
     return found
 
 
-def run_job(plan: Plan, job: Job, place: Place) -> Outcome:
+def run_job(plan: Plan, job: Job, place: Place) -> TrialResult:
     """One run, trained and scored. A run whose numbers went bad has no loss."""
     config, run = build_job_config(plan, job, place), place.run_dir(job)
     if (run / SCORE).is_file():
@@ -248,7 +248,7 @@ def run_job(plan: Plan, job: Job, place: Place) -> Outcome:
     return outcome
 
 
-def _make(job: Job, config: Config, run: Path, data: Path) -> Outcome:
+def _make(job: Job, config: Config, run: Path, data: Path) -> TrialResult:
     found = None
     try:
         train(config)
@@ -256,7 +256,7 @@ def _make(job: Job, config: Config, run: Path, data: Path) -> Outcome:
     except Stopped as stopped:
         if stopped.reason != "numbers":
             raise
-    return Outcome(
+    return TrialResult(
         variant=job.variant.name,
         learning_rate=job.learning_rate,
         seed=job.seed,
@@ -266,13 +266,13 @@ def _make(job: Job, config: Config, run: Path, data: Path) -> Outcome:
     )
 
 
-def read_outcome(job: Job, run: Path, config: Config) -> Outcome:
+def read_outcome(job: Job, run: Path, config: Config) -> TrialResult:
     """What a finished run left behind. Raises PlanError when it was made with other settings."""
     # The file is read anew, not compared as text: keys that came later have their defaults in it.
     saved = load_saved_config(run / "config.yaml")
     if _what_is_made(saved) != _what_is_made(_with_choices_of(saved, without_secrets(config))):
         raise PlanError(f"{run} holds a finished run with other settings than {job.name}; give another --output")
-    return Outcome(**json.loads((run / SCORE).read_text()))
+    return TrialResult(**json.loads((run / SCORE).read_text()))
 
 
 def _with_choices_of(saved: Config, config: Config) -> Config:
@@ -289,7 +289,7 @@ def _what_is_made(config: Config) -> Config:
     )
 
 
-def write_results(plan: Plan, place: Place, outcomes: Sequence[Outcome]) -> str:
+def write_results(plan: Plan, place: Place, outcomes: Sequence[TrialResult]) -> str:
     """`results.json`, `results.md` and `results.svg` in the plan's folder; the table."""
     results: dict[str, Any] = {
         "plan": plan.name,

@@ -59,7 +59,7 @@ def our_batches(config: Config, tokenizer: Tokenizer, folder: Path) -> Generator
     loader = data.loader()
     try:
         for step in loader:
-            yield step.num_tokens, step.num_slots
+            yield step.counts.num_tokens, step.counts.num_slots
     finally:
         loader.close()
 

@@ -14,7 +14,7 @@ import itertools
 import statistics
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 
 import torch
@@ -22,10 +22,10 @@ from torch import Tensor
 
 from neobert.benchmark.settings import StepSettings
 from neobert.benchmark.step_time import Autocast, build_model, made_up_rows
-from neobert.optim.muon import MuonSettings
+from neobert.config.schema_optimizer import MuonSection, OptimizerSection
 from neobert.optim.optimizers import OPTIMIZERS, build_optimizer, step_unless
 from neobert.optim.orthogonal import ORTHOGONALIZATIONS, orthogonalize
-from neobert.optim.qk_clip import ClipSettings, QKClip
+from neobert.optim.qk_clip import QKClip
 from neobert.types import PackedBatch
 
 
@@ -65,9 +65,10 @@ def measure_times(settings: StepSettings, *, cpu_time: bool = False) -> Optimize
     dtype = torch.bfloat16 if settings.precision == "bf16" else torch.float32
     source = made_up_rows(settings)
     model, _, _ = build_model(settings, source.model, device, dtype)
-    build = partial(build_optimizer, model, lr=1e-6, weight_decay=0.1, betas=(0.9, 0.95), eps=1e-8)
-    optimizers = {name: build(name=name, muon=MuonSettings(dtype=dtype)) for name in OPTIMIZERS}
-    clip = QKClip(model.module.encoder, ClipSettings(interval=1, threshold=1e9))
+    section = OptimizerSection(lr=1e-6)
+    sections = {name: replace(section, name=name) for name in OPTIMIZERS}  # type: ignore[arg-type]
+    optimizers = {name: build_optimizer(model, own, dtype=dtype) for name, own in sections.items()}
+    clip = QKClip(model.module.encoder, MuonSection(clipping_interval=1, clipping_threshold=1e9))
     batches = [batch.to(device) for batch in itertools.islice(source.batches, min(8, settings.steps))]
     seconds: dict[str, list[float]] = {name: [] for name in ("passes", "measured", *optimizers)}
     keep = torch.zeros((), dtype=torch.bool, device=device)

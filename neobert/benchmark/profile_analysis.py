@@ -58,7 +58,7 @@ class ProfileError(UserError):
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class Span:
+class TraceSpan:
     """A time that one operation or kernel owns, in microseconds."""
 
     start: float
@@ -175,11 +175,11 @@ Calls = list[tuple[str, str, float]]
 """Name, category and microseconds of every call."""
 
 
-def _analyse_cpu(events: Sequence[Event], steps: dict[int, Event]) -> tuple[Windows, list[Span], Calls]:
+def _analyse_cpu(events: Sequence[Event], steps: dict[int, Event]) -> tuple[Windows, list[TraceSpan], Calls]:
     windows = [(e["ts"], e["ts"] + e["dur"]) for e in steps.values()]
     thread = next(iter(steps.values()))["tid"]
     work = [e for e in events if e["tid"] == thread and e["cat"] in ("cpu_op", "user_annotation")]
-    spans: list[Span] = []
+    spans: list[TraceSpan] = []
     own: dict[int, float] = defaultdict(float)
     chosen: dict[int, tuple[str, str]] = {}
     for start, end in windows:
@@ -191,7 +191,7 @@ def _analyse_cpu(events: Sequence[Event], steps: dict[int, Event]) -> tuple[Wind
                 around = [e["name"] for e in stack[:-1]]
                 chosen[key] = (innermost["name"], classify(innermost["name"], around))
             name, category = chosen[key]
-            spans.append(Span(start=at, end=min(to, end), name=name, category=category))
+            spans.append(TraceSpan(start=at, end=min(to, end), name=name, category=category))
             own[key] += min(to, end) - at
     return windows, spans, [(*chosen[key], time) for key, time in own.items()]
 
@@ -218,7 +218,7 @@ def flatten(events: Sequence[Event]) -> Iterator[tuple[float, float, list[Event]
 
 def _analyse_cuda(
     events: Sequence[Event], kernels: Sequence[Event], steps: dict[int, Event]
-) -> tuple[Windows, list[Span], Calls]:
+) -> tuple[Windows, list[TraceSpan], Calls]:
     marks = list(steps.values())
     start = marks[0]["ts"]
     host_end = marks[-1]["ts"] + marks[-1]["dur"]
@@ -233,7 +233,7 @@ def _analyse_cuda(
         if to <= at:
             continue
         category = classify(event["name"], around.get(event["args"].get("correlation"), ()))
-        spans.append(Span(start=at, end=to, name=event["name"], category=category))
+        spans.append(TraceSpan(start=at, end=to, name=event["name"], category=category))
         calls.append((event["name"], category, to - at))
     return [(start, end)], list(without_overlap(spans)), calls
 
@@ -261,7 +261,7 @@ def _names_around_launches(events: Sequence[Event]) -> dict[int, list[str]]:
     return found
 
 
-def without_overlap(spans: Sequence[Span]) -> Iterator[Span]:
+def without_overlap(spans: Sequence[TraceSpan]) -> Iterator[TraceSpan]:
     """The same times, each once: of simultaneous spans the one of the earlier category, then the one begun first."""
     ranks = {category: rank for rank, category in enumerate(CATEGORIES)}
     borders = sorted(
@@ -273,13 +273,13 @@ def without_overlap(spans: Sequence[Span]) -> Iterator[Span]:
     for time, begins, number in borders:
         if active and time > cursor:
             winner = spans[min(active, key=lambda n: (ranks[spans[n].category], spans[n].start, n))]
-            yield Span(start=cursor, end=time, name=winner.name, category=winner.category)
+            yield TraceSpan(start=cursor, end=time, name=winner.name, category=winner.category)
         cursor = time
         (active.add if begins else active.remove)(number)
 
 
 def _summarise(
-    device: Literal["cpu", "cuda"], steps: dict[int, Event], windows: Windows, spans: Sequence[Span], calls: Calls
+    device: Literal["cpu", "cuda"], steps: dict[int, Event], windows: Windows, spans: Sequence[TraceSpan], calls: Calls
 ) -> Analysis:
     total = sum(end - start for start, end in windows)
     times = dict.fromkeys(CATEGORIES, 0.0)
@@ -319,7 +319,7 @@ def _add_up(calls: Calls, num_steps: int, total: float) -> list[Operation]:
     return sorted(found, key=lambda o: -o.share)
 
 
-def _find_gaps(windows: Windows, spans: Sequence[Span], steps: dict[int, Event]) -> Iterator[Gap]:
+def _find_gaps(windows: Windows, spans: Sequence[TraceSpan], steps: dict[int, Event]) -> Iterator[Gap]:
     """Times inside of the windows that no span covers."""
     for start, end in windows:
         inside = sorted((s.start, s.end, s.name) for s in spans if start <= s.start < end)

@@ -32,7 +32,7 @@ def find_states(data: DataPipeline, shares: Sequence[float]) -> list[State]:
     loader, states = data.loader(), []
     for step in loader:
         states.append(step.state)
-        if sum(lane["epoch"] > 0 for lane in step.state["lanes"].values()) * 2 >= data.train.num_lanes:
+        if sum(lane["epoch"] > 0 for lane in step.state["lanes"].values()) * 2 >= data.train.order.num_lanes:
             break
     loader.close()
     return [states[int(share * (len(states) - 1))] for share in shares]

@@ -26,6 +26,7 @@ from torch.optim import Optimizer
 
 from neobert.benchmark.settings import PRESETS, StepSettings
 from neobert.benchmark.step_batches import SPECIALS, RowShape, made_up_policy, make_batches, make_documents
+from neobert.config.schema_optimizer import OptimizerSection
 from neobert.kernels.linear_cross_entropy import KERNELS, choose_kernel
 from neobert.model.attention import AttentionBackend, choose_attention
 from neobert.model.config import ModelConfig
@@ -72,10 +73,10 @@ class PlainAdamW(torch.optim.AdamW):
         return super().step(closure)
 
 
-def build_plain_adamw(module: torch.nn.Module, *, lr: float, weight_decay: float) -> PlainAdamW:
+def build_plain_adamw(module: torch.nn.Module, section: OptimizerSection) -> PlainAdamW:
     """The optimizer of the benchmark without its fused kernel."""
-    groups = build_parameter_groups(module, weight_decay=weight_decay)
-    return PlainAdamW(groups, lr=lr, betas=(0.9, 0.95), eps=1e-8, foreach=False)
+    groups = build_parameter_groups(module, section)
+    return PlainAdamW(groups, lr=section.lr, betas=section.betas, eps=section.eps, foreach=False)
 
 
 _GEMM_SIZE = {"cpu": 1024, "cuda": 8192}
@@ -227,9 +228,8 @@ def measure_step(settings: StepSettings, source: RowSource | None = None) -> Ste
 
 
 def _build_optimizer(model: nn.Module, settings: StepSettings) -> Optimizer:
-    if settings.plain_adamw:
-        return build_plain_adamw(model, lr=1e-4, weight_decay=0.1)
-    return build_optimizer(model, name="adamw", lr=1e-4, weight_decay=0.1, betas=(0.9, 0.95), eps=1e-8)
+    section = OptimizerSection(lr=1e-4)
+    return build_plain_adamw(model, section) if settings.plain_adamw else build_optimizer(model, section)
 
 
 def build_model(

@@ -2,19 +2,20 @@
 
 import json
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from neobert.config.load import ConfigError
 from neobert.config.nesting import parse_json
+from neobert.config.schema_trainer import TrainerSection
 from neobert.errors import StartupError
 from neobert.model.config import ModelConfig
 from neobert.train.build import choose_mask_end
 from neobert.train.checkpoint.identity import Facts, build_facts, compare
 from neobert.train.checkpoint.retention import (
-    Retention,
-    build_retention,
     choose_best_of_each,
+    is_milestone,
     list_scores,
     prune,
     read_score,
@@ -61,7 +62,7 @@ def list_run(run: Path, now: float) -> list[str]:
         CheckpointError: there is no checkpoint.
     """
     folders = _folders(run)
-    retention = _read_retention(folders[-1])
+    section = _read_section(folders[-1])
     *aside, best = choose_best_of_each(list_scores(run, valid_steps(run))).values() or (None,)
     lines = [f"{'step':>10} {'MB':>10} {'age':>8} {'eval loss':>10}  notes"]
     for folder in folders:
@@ -74,7 +75,7 @@ def list_run(run: Path, now: float) -> list[str]:
             notes.append("best")
         if folder.name in map(str, aside):
             notes.append("best of another evaluation")
-        if retention is not None and folder.name.isdecimal() and retention.is_milestone(int(folder.name)):
+        if section is not None and folder.name.isdecimal() and is_milestone(section, int(folder.name)):
             notes.append("milestone")
         age, shown = _describe_age(now - folder.stat().st_mtime), "-" if loss is None else f"{loss:.4f}"
         lines.append(f"{folder.name:>10} {size:>10} {age:>8} {shown:>10}  {', '.join(notes)}".rstrip())
@@ -88,9 +89,9 @@ def _describe_age(seconds: float) -> str:
     return f"{max(seconds, 0):.0f} s"
 
 
-def _read_retention(folder: Path) -> Retention | None:
+def _read_section(folder: Path) -> TrainerSection | None:
     try:
-        return build_retention(read_checkpoint_config(folder))
+        return read_checkpoint_config(folder).trainer
     except (StartupError, ConfigError, OSError):
         return None
 
@@ -150,12 +151,12 @@ def prune_run(run: Path, *, keep: int | None, dry_run: bool) -> list[str]:
     steps = valid_steps(run)
     if not steps:
         raise CheckpointError(f"{run} has no valid checkpoint: nothing is deleted")
-    retention = build_retention(read_checkpoint_config(run / "checkpoints" / str(steps[-1])))
+    section = read_checkpoint_config(run / "checkpoints" / str(steps[-1])).trainer
     if keep is not None:
-        retention = Retention(newest=keep, milestones=retention.milestones, every=retention.every, best=retention.best)
+        section = replace(section, save_total_limit=keep)
     acquire_lock(run)
     try:
-        removed, problems = prune(run, retention, dry_run=dry_run)
+        removed, problems = prune(run, section, dry_run=dry_run)
     finally:
         release_lock(run)
     kept = [step for step in steps if step not in removed]

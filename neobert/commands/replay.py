@@ -87,7 +87,7 @@ def replay_row(path: Path, row: int) -> ReplayedRow:
     # From the row that the checkpoint's last step ended with, back through the rows of all steps.
     numbered = data.batch.rows_before(saved["step"]) - (saved["data"]["next_row"] - row)
     step = data.batch.steps_for(numbered + 1)
-    spy, lanes = _Spy(data.collate, max(0, step - 1)), data.identity.num_lanes
+    spy, lanes = _Spy(data.collate, max(0, step - 1)), data.order.num_lanes
     settings = replace(
         data.loader_settings,
         batch=constant_batch(lanes),
@@ -99,7 +99,7 @@ def replay_row(path: Path, row: int) -> ReplayedRow:
     )
     loader = Loader(
         data.train.lane_opener(),
-        identity=data.identity,
+        order=data.order,
         settings=settings,
         collate=spy,
         cls_id=tokenizer.cls_id,
@@ -128,7 +128,7 @@ def _build_pipeline(checkpoint: Path, saved: dict[str, Any]) -> tuple[DataPipeli
             f"the data under this run changed: {checkpoint} was trained on a source with fingerprint "
             f"{saved['data_fingerprint']}, the same settings now find {data.fingerprint}; restore the files"
         )
-    if data.identity.packing == "next_fit":
+    if data.order.packing == "next_fit":
         raise StartupError(
             "trainer.enforce_full_packed_batches: false packs each micro-batch by itself, so a row has no number of "
             "its own; only runs with full rows, or without packing, can be replayed"

@@ -12,7 +12,7 @@ Columns are those that were named, else the first of the usual names that a row 
 How the rows of the sets that are known by a short key (`neobert.data.source.known_sets`) become pairs.
 """
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -253,3 +253,24 @@ SETS: dict[str, HubSet] = {
     "WIKIHOW": HubSet(parts=(HubPart(examples=_columns("text", "summary")),)),
 }
 """Key -> set. `_columns` takes the first text of a positive column that holds a list."""
+
+
+def join(judgements: Iterable[RawRow], queries: Iterable[RawRow], corpus: Iterable[RawRow]) -> Iterator[Example]:
+    """A pair for every judgement above 0, in their order, of the texts that they name. Only these are kept."""
+    wanted = [
+        (str(row["query-id"]), str(row["corpus-id"])) for row in judgements if (as_number(row.get("score", 1)) or 0) > 0
+    ]
+    anchors = _texts(queries, {query for query, _ in wanted})
+    positives = _texts(corpus, {document for _, document in wanted})
+    for query, document in wanted:
+        if anchors.get(query) and positives.get(document):
+            yield Example(anchor=anchors[query], positive=positives[document])
+
+
+def _texts(rows: Iterable[RawRow], wanted: set[str]) -> dict[str, str]:
+    found = {}
+    for row in rows:
+        name = str(row.get("_id", row.get("id")))
+        if name in wanted:
+            found[name] = as_text(row.get("text"))
+    return found

@@ -17,7 +17,7 @@ from neobert.config.rules import validate, warnings
 from neobert.config.schema import Config, ModelSection
 from neobert.config.schema_data import TokenizerSection
 from neobert.contrastive.evaluate import evaluate_sets
-from neobert.contrastive.module import ContrastiveEncoder, Objective
+from neobert.contrastive.module import ContrastiveEncoder
 from neobert.contrastive.pair_data import build_contrastive_data
 from neobert.data.tokenizer import load_tokenizer
 from neobert.errors import StartupError
@@ -157,16 +157,6 @@ def build_contrastive_module(
 ) -> ContrastiveEncoder:
     """The encoder with its initial weights on the device, compiled if asked for."""
     section = config.contrastive
-    objective = Objective(
-        pooling=section.pooling,
-        temperature=section.temperature,
-        learn_temperature=section.learn_temperature,
-        hard_negative_weight=section.hard_negative_weight,
-        both_directions=section.both_directions,
-        false_negative_margin=section.false_negative_margin,
-        matryoshka_dims=section.matryoshka_dims,
-        trains_head=section.pretraining_prob > 0 and section.pretraining_objective == "mlm",
-    )
     if any(dim >= model_config.hidden_size for dim in section.matryoshka_dims):
         raise StartupError(
             f"contrastive.matryoshka_dims: {list(section.matryoshka_dims)} must be less than the width of the model,"
@@ -174,7 +164,7 @@ def build_contrastive_module(
         )
     module = ContrastiveEncoder(
         build_encoder(config, model_config, attention),
-        objective,
+        section,
         kernel=KERNELS[choose_kernel(config.model.kernel_backend, device=runtime.device)],
         z_loss=config.trainer.z_loss,
     ).to(runtime.device)

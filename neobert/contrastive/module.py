@@ -11,7 +11,6 @@ temperature is one more.
 
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -19,6 +18,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from neobert.config.schema_contrastive import ContrastiveSection
 from neobert.contrastive.batches import PairBatch
 from neobert.contrastive.losses import cosent, first_row, gather, info_nce, sum_over_blocks, sup_con
 from neobert.inference.pooling import choose_pooling
@@ -34,35 +34,20 @@ TEMPERATURE = "log_scale"
 """Name of its logarithm, negated, among the weights; see `neobert.weights.load.TRAINING_ONLY`."""
 
 
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Objective:
-    """How embeddings are made and compared; see `contrastive` in the configuration."""
-
-    pooling: str = "mean"
-    temperature: float = 0.05
-    learn_temperature: bool = False
-    hard_negative_weight: float = 0.0
-    both_directions: bool = False
-    false_negative_margin: float | None = None
-    matryoshka_dims: tuple[int, ...] = ()
-    trains_head: bool = False
-    """Whether some steps are masked language modelling; else an untied vocabulary projection stays as it is."""
-
-
 class ContrastiveEncoder(MaskedLM):
     """An encoder that is trained on pairs; `forward` takes a `PairBatch`, and a `PackedBatch` as `MaskedLM` does."""
 
     def __init__(
-        self, encoder: Encoder, objective: Objective, *, kernel: LinearCrossEntropy, z_loss: float = 0.0
+        self, encoder: Encoder, section: ContrastiveSection, *, kernel: LinearCrossEntropy, z_loss: float = 0.0
     ) -> None:
         super().__init__(encoder, kernel=kernel, z_loss=z_loss)
-        self.objective = objective
-        self.pool = choose_pooling(objective.pooling)
-        if self.decoder is not None:
-            self.decoder.requires_grad_(objective.trains_head)
+        self.section = section
+        self.pool = choose_pooling(section.pooling)
+        if self.decoder is not None:  # It stays as it is where no step is masked language modelling.
+            self.decoder.requires_grad_(section.pretraining_prob > 0 and section.pretraining_objective == "mlm")
         self.log_scale: nn.Parameter | None = None
-        if objective.learn_temperature:
-            self.log_scale = nn.Parameter(torch.tensor(-math.log(objective.temperature)))
+        if section.learn_temperature:
+            self.log_scale = nn.Parameter(torch.tensor(-math.log(section.temperature)))
 
     def load_state_dict(self, state_dict: Mapping[str, Any], strict: bool = True, assign: bool = False) -> Any:
         """As always; a pretrained encoder has no temperature, which then keeps its first value."""
@@ -116,12 +101,12 @@ class ContrastiveEncoder(MaskedLM):
     def scale(self) -> Tensor | float:
         """1 / temperature."""
         if self.log_scale is None:
-            return 1 / self.objective.temperature
+            return 1 / self.section.temperature
         return self.log_scale.exp().clamp(max=LARGEST_SCALE)
 
     def _contrast(self, vectors: Tensor, batch: PairBatch) -> Tensor:
         """The mean of the losses at every width."""
-        widths = [*self.objective.matryoshka_dims, vectors.shape[1]]
+        widths = [*self.section.matryoshka_dims, vectors.shape[1]]
         losses = [self._contrast_at(F.normalize(vectors[:, :width], dim=1), batch) for width in widths]
         return torch.stack(losses).mean()
 
@@ -140,7 +125,7 @@ class ContrastiveEncoder(MaskedLM):
             similarities, scores = gather((anchors * positives).sum(dim=1)), gather(batch.scores)
             return len(anchors) * cosent(similarities, scores, scale=self.scale)
         total = self._find_positives(units, anchors, positives, batch)
-        if self.objective.both_directions:
+        if self.section.both_directions:
             total = (total + self._find_anchors(anchors, positives, batch)) / 2
         return total
 
@@ -158,7 +143,7 @@ class ContrastiveEncoder(MaskedLM):
         own = begin + torch.arange(num_rows, device=units.device)
         places = begin + num_rows + torch.arange(num_rows * num_negatives, device=units.device)
         everything, all_ids, all_absent = gather(candidates), gather(ids), gather(absent.to(torch.uint8)).bool()
-        weight = self.objective.hard_negative_weight
+        weight = self.section.hard_negative_weight
 
         def loss(anchors: Tensor, own: Tensor, anchor_ids: Tensor, positive_ids: Tensor, places: Tensor) -> Tensor:
             bonus = None
@@ -171,7 +156,7 @@ class ContrastiveEncoder(MaskedLM):
                 (all_absent | _same_text(all_ids, anchor_ids, positive_ids)).scatter(1, own[:, None], False),
                 scale=self.scale,
                 bonus_NM=bonus,
-                margin=self.objective.false_negative_margin,
+                margin=self.section.false_negative_margin,
             )
 
         anchor_ids, positive_ids = batch.text_ids[batch.anchors], batch.text_ids[batch.positives]
@@ -185,7 +170,7 @@ class ContrastiveEncoder(MaskedLM):
 
         def loss(positives: Tensor, own: Tensor, ids: Tensor, positive_ids: Tensor) -> Tensor:
             excluded = _same_text(all_ids, positive_ids, ids).scatter(1, own[:, None], False)
-            margin = self.objective.false_negative_margin
+            margin = self.section.false_negative_margin
             return info_nce(positives, everything, own, excluded, scale=self.scale, margin=margin)
 
         return sum_over_blocks(loss, positives, own, ids, positive_ids)

@@ -27,9 +27,9 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from neobert.config.schema_contrastive import PairSource
+from neobert.config.schema_contrastive import ContrastiveSection, PairSource
 from neobert.contrastive.batches import NoMasks, PairBatch, PairCollator
-from neobert.contrastive.module import ContrastiveEncoder, Objective
+from neobert.contrastive.module import ContrastiveEncoder
 from neobert.contrastive.pair_order import TrainSet
 from neobert.contrastive.reading import open_source
 from neobert.data.rows.collate import Collator
@@ -131,7 +131,7 @@ def build_module(args: argparse.Namespace, vocab_size: int, pad_id: int, *, padd
     if args.model is not None:
         loaded = load(args.model, device="cpu").masked_lm
         config = replace(loaded.encoder.config, dropout_prob=0.0)  # Variants are to have one and the same loss.
-        module = kind(Encoder(config, attention), Objective(), kernel=KERNELS["torch"])
+        module = kind(Encoder(config, attention), ContrastiveSection(), kernel=KERNELS["torch"])
         module.load_state_dict(loaded.state_dict())
         return module.to(device)
     config = ModelConfig(
@@ -144,7 +144,7 @@ def build_module(args: argparse.Namespace, vocab_size: int, pad_id: int, *, padd
         pad_token_id=pad_id,
     )
     torch.manual_seed(0)
-    return kind(Encoder(config, attention), Objective(), kernel=KERNELS["torch"]).to(device)
+    return kind(Encoder(config, attention), ContrastiveSection(), kernel=KERNELS["torch"]).to(device)
 
 
 def measure(args: argparse.Namespace, variant: str) -> Measurement:

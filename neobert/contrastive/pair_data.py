@@ -16,8 +16,8 @@ from neobert.contrastive.prepare_sets import NamedSource, describe, is_same_sour
 from neobert.contrastive.set_folder import PairStore, SetInfo, list_sets, sets_folder
 from neobert.data.pipeline import Reader
 from neobert.data.rows.batch_size import BatchSchedule, constant_batch
-from neobert.data.rows.lanes import State
-from neobert.data.rows.loader import Loader, LoaderSettings, OrderIdentity, sum_counters
+from neobert.data.rows.lanes import RowOrder, State
+from neobert.data.rows.loader import Loader, LoaderSettings, sum_counters
 from neobert.data.source.inventory import NO_FILES, Inventory
 from neobert.data.tokenizer import Tokenizer
 from neobert.errors import DataError
@@ -50,8 +50,8 @@ class ContrastiveData:
     tokenizer: Tokenizer
     sets: tuple[TrainSet, ...]
     held_out: tuple[HeldOut, ...]
-    order: PairOrder
-    identity: OrderIdentity
+    pair_order: PairOrder
+    order: RowOrder
     loader_settings: LoaderSettings
     collate: PairCollator
     fingerprint: str
@@ -75,7 +75,7 @@ class ContrastiveData:
     @property
     def num_rows(self) -> int:
         """Pairs of all sets, without the texts of `contrastive.pretraining_dataset`."""
-        paired = self.sets[:-1] if self.order.pretraining_prob else self.sets
+        paired = self.sets[:-1] if self.pair_order.pretraining_prob else self.sets
         return sum(len(item) for item in paired)
 
     @property
@@ -91,8 +91,8 @@ class ContrastiveData:
     def loader(self, state: State | None = None, skip: Sequence[tuple[int, int]] = (), step: int = 0) -> Loader:
         """The training batches of this rank from step `step` on, after `state` or from the start."""
         return Loader(
-            lambda _: PairLane(self.sets, self.order, self.tokenizer.encode_batch),
-            identity=self.identity,
+            lambda _: PairLane(self.sets, self.pair_order, self.tokenizer.encode_batch),
+            order=self.order,
             settings=self.loader_settings,
             collate=self.collate,
             cls_id=self.tokenizer.cls_id,
@@ -123,7 +123,7 @@ def build_contrastive_data(config: Config, tokenizer: Tokenizer, reader: Reader)
     sets = tuple(_build_train_set(config, item, store) for item, store in chosen.train)
     if chosen.pretraining is not None:
         sets = (*sets, _build_train_set(config, *chosen.pretraining, pretraining=True))
-    order = PairOrder(
+    pair_order = PairOrder(
         seed=config.seed,
         rows_per_step=reader.rows_per_step,
         alpha=data.alpha,
@@ -137,8 +137,8 @@ def build_contrastive_data(config: Config, tokenizer: Tokenizer, reader: Reader)
         tokenizer=tokenizer,
         sets=sets,
         held_out=held_out,
-        order=order,
-        identity=_build_identity(config),
+        pair_order=pair_order,
+        order=_build_row_order(config),
         # All rows of a process are compared with each other.
         loader_settings=reader.loader_settings(
             data, batch=constant_batch(reader.rows_per_step), micro_batch_rows=reader.rows_per_step // reader.world
@@ -152,7 +152,7 @@ def build_contrastive_data(config: Config, tokenizer: Tokenizer, reader: Reader)
             masks=build_train_masks(config, tokenizer),
         ),
         fingerprint=_fingerprint(chosen, sets),
-        notes=_notes(sets, order, held_out),
+        notes=_notes(sets, pair_order, held_out),
     )
 
 
@@ -281,8 +281,8 @@ def _held_out(config: Config, chosen: ChosenSets) -> tuple[HeldOut, ...]:
     )
 
 
-def _build_identity(config: Config) -> OrderIdentity:
-    return OrderIdentity(
+def _build_row_order(config: Config) -> RowOrder:
+    return RowOrder(
         seed=config.seed,
         num_lanes=1,
         window_documents=0,  # A window is a step.

@@ -15,7 +15,7 @@ from typing import Any
 from neobert import cli
 from neobert.config.schema import Config
 from neobert.config.schema_contrastive import PairSource
-from neobert.contrastive.reading import HubRows, Opened, describes_columns, open_source, read_hub
+from neobert.contrastive.reading import FoundSet, HubRows, describes_columns, open_source, read_hub
 from neobert.contrastive.set_folder import SetInfo, list_sets, read_info, sets_folder, write_manifest, write_set
 from neobert.data.source.codecs import strip_codec
 from neobert.data.source.known_sets import choose_set, list_names
@@ -108,7 +108,7 @@ def _with_real_path(described: dict[str, Any]) -> dict[str, Any]:
 
 
 def prepare(
-    config: Config, hub: HubRows = read_hub, tell: Callable[[Opened], None] = lambda opened: None
+    config: Config, hub: HubRows = read_hub, tell: Callable[[FoundSet], None] = lambda opened: None
 ) -> list[tuple[SetInfo, bool]]:
     """Prepares the sets of a config; each with whether it was made now.
 
@@ -144,7 +144,7 @@ def prepare(
     return done
 
 
-def say_found(opened: Opened) -> None:
+def say_found(opened: FoundSet) -> None:
     """Prints what was found in the files of a set."""
     for note in opened.found.notes():
         print(f"{opened.label}: {note}")

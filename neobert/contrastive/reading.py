@@ -19,7 +19,7 @@ from datasets import Dataset, DatasetDict, load_dataset, load_from_disk
 
 from neobert.config.schema_contrastive import PairSource
 from neobert.config.schema_data import DatasetSection
-from neobert.contrastive.examples import FORM_WORDS, SETS, Example, Form, RawRow, as_number, as_text, choose_columns
+from neobert.contrastive.examples import FORM_WORDS, SETS, Example, Form, RawRow, choose_columns, join
 from neobert.data.source.codecs import DAMAGED
 from neobert.data.source.delimited import read_header, read_rows
 from neobert.data.source.files import DataFile, kind_of_name, local_file
@@ -49,7 +49,7 @@ HubRows = Callable[[str, str | None, str, str | None], Iterable[RawRow]]
 
 
 @dataclass(frozen=True, kw_only=True, slots=True, eq=False)
-class Opened:
+class FoundSet:
     """A source that can be read."""
 
     form: Form
@@ -92,7 +92,7 @@ class Limits:
     counts: RecordCounts
 
 
-def open_source(source: PairSource, hub: HubRows = read_hub, section: DatasetSection = _DEFAULTS) -> Opened:
+def open_source(source: PairSource, hub: HubRows = read_hub, section: DatasetSection = _DEFAULTS) -> FoundSet:
     """The examples of one entry of `contrastive.sets`.
 
     `section` tells how many records may be bad, and how large one may be.
@@ -141,7 +141,7 @@ def describes_columns(source: PairSource) -> bool:
 # ---- the hub ----
 
 
-def _open_known(key: str, revision: str | None, hub: HubRows) -> Opened:
+def _open_known(key: str, revision: str | None, hub: HubRows) -> FoundSet:
     known, hub_name = SETS[key], KNOWN_SETS[key]
     if known.joined:
         examples = join(
@@ -156,34 +156,13 @@ def _open_known(key: str, revision: str | None, hub: HubRows) -> Opened:
             for row in hub(hub_name, part.config, part.split, revision)
             for example in part.examples(row)
         )
-    return Opened(form="pairs", examples=examples, label=f"{hub_name} of the hub")
-
-
-def join(judgements: Iterable[RawRow], queries: Iterable[RawRow], corpus: Iterable[RawRow]) -> Iterator[Example]:
-    """A pair for every judgement above 0, in their order, of the texts that they name. Only these are kept."""
-    wanted = [
-        (str(row["query-id"]), str(row["corpus-id"])) for row in judgements if (as_number(row.get("score", 1)) or 0) > 0
-    ]
-    anchors = _texts(queries, {query for query, _ in wanted})
-    positives = _texts(corpus, {document for _, document in wanted})
-    for query, document in wanted:
-        if anchors.get(query) and positives.get(document):
-            yield Example(anchor=anchors[query], positive=positives[document])
-
-
-def _texts(rows: Iterable[RawRow], wanted: set[str]) -> dict[str, str]:
-    found = {}
-    for row in rows:
-        name = str(row.get("_id", row.get("id")))
-        if name in wanted:
-            found[name] = as_text(row.get("text"))
-    return found
+    return FoundSet(form="pairs", examples=examples, label=f"{hub_name} of the hub")
 
 
 # ---- files ----
 
 
-def _open_local(source: PairSource, path: Path, limits: Limits) -> Opened:
+def _open_local(source: PairSource, path: Path, limits: Limits) -> FoundSet:
     label = str(path)
     if source.config is not None or source.revision is not None:
         raise DataError(f"{label} is on the disk; config and revision belong to datasets of the hub: remove them")
@@ -198,7 +177,7 @@ def _open_local(source: PairSource, path: Path, limits: Limits) -> Opened:
             read_file(_look_into([local_file(file)], file.name)[0], limits)
             for file in (judgements, *(_find(path, name) for name in ("queries", "corpus")))
         )
-        return Opened(form="pairs", examples=join(rows, queries, corpus), label=label)
+        return FoundSet(form="pairs", examples=join(rows, queries, corpus), label=label)
     if any((path / name).is_file() for name in ("dataset_dict.json", "state.json")):
         return _by_columns(source, _number(_read_saved(path, source.split), label, limits), label)
     return _by_files(source, label, limits)
@@ -216,7 +195,7 @@ def _find(folder: Path, stem: str) -> Path:
     return found[0]
 
 
-def _by_files(source: PairSource, label: str, limits: Limits) -> Opened:
+def _by_files(source: PairSource, label: str, limits: Limits) -> FoundSet:
     """The examples of a file or of the files of a split, each file with columns of its own."""
     try:
         found = list_data_files(SourceSpec(path=(label,)))
@@ -252,10 +231,10 @@ def _by_files(source: PairSource, label: str, limits: Limits) -> Opened:
             remark = None if count else f"no {FORM_WORDS[form]} in its rows"
             reports[file.url] = FileReport(url=file.url, content=file.layers, num_usable=count, remark=remark)
 
-    return Opened(form=form, examples=examples(), label=label, inventory=found.inventory, reports=reports)
+    return FoundSet(form=form, examples=examples(), label=label, inventory=found.inventory, reports=reports)
 
 
-def _choose_of_file(source: PairSource, file: DataFile, limits: Limits) -> Opened | None:
+def _choose_of_file(source: PairSource, file: DataFile, limits: Limits) -> FoundSet | None:
     """Examples of a file; None where it has no rows.
 
     Raises:
@@ -392,14 +371,14 @@ def _find_problem(value: Any, max_record_bytes: int) -> str | None:
     return next((problem for part in parts if (problem := _find_problem(part, max_record_bytes))), None)
 
 
-def _by_columns(source: PairSource, rows: Iterable[RawRow], label: str) -> Opened:
+def _by_columns(source: PairSource, rows: Iterable[RawRow], label: str) -> FoundSet:
     opened = _choose_columns(source, rows, label)
     if opened is None:
         raise DataError(f"{label} has no rows")
     return opened
 
 
-def _choose_columns(source: PairSource, rows: Iterable[RawRow], label: str) -> Opened | None:
+def _choose_columns(source: PairSource, rows: Iterable[RawRow], label: str) -> FoundSet | None:
     """Examples of rows by the columns that the first of them have; None where there are no rows."""
     iterator = iter(rows)
     first = list(itertools.islice(iterator, _COLUMN_SAMPLE))
@@ -407,4 +386,4 @@ def _choose_columns(source: PairSource, rows: Iterable[RawRow], label: str) -> O
         return None
     columns = choose_columns(source, list(dict.fromkeys(name for row in first for name in row if name)), label)
     examples = (example for row in itertools.chain(first, iterator) for example in columns.examples(row))
-    return Opened(form=columns.form, examples=examples, label=label)
+    return FoundSet(form=columns.form, examples=examples, label=label)

@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 
@@ -21,10 +21,10 @@ from neobert.data.fingerprint import combine, fits
 from neobert.data.rows.batch_size import BatchSchedule, build_batch_schedule
 from neobert.data.rows.collate import Collator, MaskPolicy
 from neobert.data.rows.evaluation import EvalSet, choose_evaluation
-from neobert.data.rows.lanes import State
-from neobert.data.rows.loader import Loader, LoaderSettings, OrderIdentity, sum_counters
+from neobert.data.rows.lanes import RowOrder, State
+from neobert.data.rows.loader import Loader, LoaderSettings, sum_counters
 from neobert.data.rows.packing import max_segments_per_row
-from neobert.data.rows.training import TrainData, TrainPart, build_lane_settings, build_train
+from neobert.data.rows.training import TrainData, TrainPart, build_row_order, build_train
 from neobert.data.source.inventory import NO_FILES, Inventory
 from neobert.data.source.spec import describe_sources
 from neobert.data.store.encode import limit_threads
@@ -91,7 +91,6 @@ class DataPipeline:
 
     tokenizer: Tokenizer
     train: TrainData
-    identity: OrderIdentity
     loader_settings: LoaderSettings
     collate: Collator
     eval_set: EvalSet | None
@@ -104,6 +103,10 @@ class DataPipeline:
 
     inventory: Inventory
     """The files of all sources."""
+
+    @property
+    def order(self) -> RowOrder:
+        return self.train.order
 
     @property
     def eval_fingerprint(self) -> str | None:
@@ -129,7 +132,7 @@ class DataPipeline:
     def num_rows(self) -> int | None:
         """What the loader counts as rows in one pass, where a row is one piece of a document: without packing, and with
         `trainer.enforce_full_packed_batches: false`. None when rows are packed, or when unknown."""
-        return None if self.identity.packing == "best_fit" else self.train.num_pieces
+        return None if self.order.packing == "best_fit" else self.train.num_pieces
 
     @property
     def batch(self) -> BatchSchedule:
@@ -144,7 +147,7 @@ class DataPipeline:
         """
         return Loader(
             self.train.lane_opener(),
-            identity=self.identity,
+            order=self.order,
             settings=self.loader_settings,
             collate=self.collate,
             cls_id=self.tokenizer.cls_id,
@@ -183,7 +186,7 @@ class DataPipeline:
                 counts += np.bincount(block, minlength=len(counts))
         else:
             open_lane = self.train.lane_opener()
-            for number in range(min(_ENTROPY_WINDOWS, self.train.num_lanes)):
+            for number in range(min(_ENTROPY_WINDOWS, self.train.order.num_lanes)):
                 lane = open_lane(number)
                 window = lane.open(lane.start())
                 for piece in (piece for row in window.rows for piece in row):
@@ -211,9 +214,10 @@ def build_data(
     to = reader.prepared_dir if section.pre_tokenize_output is None else Path(section.pre_tokenize_output)
     sources = list_sources(section, tokenizer, to, reader.main_first)
     views = [source.open(source.train_split, source.spec.max_documents) for source in sources]
-    evaluation = choose_evaluation(config, sources, views, build_lane_settings(config, views))
+    order = build_row_order(config, views)
+    evaluation = choose_evaluation(config, sources, views, order)
     parts = [_build_part(source, view, held_out) for source, view, held_out in zip(sources, views, evaluation.held_out)]
-    train = build_train(parts, tokenizer, build_lane_settings(config, views), section)
+    train = build_train(parts, tokenizer, order, section)
     collate = replace(_build_collate(config, tokenizer, train_masks), num_sources=len(sources))
     loader_settings = reader.loader_settings(
         section,
@@ -226,7 +230,6 @@ def build_data(
     return DataPipeline(
         tokenizer=tokenizer,
         train=train,
-        identity=_build_identity(config, train),
         loader_settings=loader_settings,
         collate=collate,
         eval_set=evaluation.eval_set,
@@ -256,21 +259,6 @@ def _build_part(source: Source, view: View, held_out: Place | None) -> TrainPart
     return TrainPart(view=rest, label=source.spec.label, weight=source.spec.weight)
 
 
-def _build_identity(config: Config, train: TrainData) -> OrderIdentity:
-    settings = train.settings
-    return OrderIdentity(
-        seed=config.seed,
-        num_lanes=train.num_lanes,
-        window_documents=settings.window_documents,
-        max_seq_length=settings.max_seq_length,
-        min_length=settings.min_length,
-        truncate=settings.truncate,
-        shuffle=settings.shuffle,
-        max_document_chars=settings.max_document_chars,
-        packing=_choose_packing(config),
-    )
-
-
 def _note_source(source: Source, view: View) -> list[str]:
     found = f"training on split {str(source.train_split)!r} of {source.spec.label}"
     return [f"{found}; splits found: {', '.join(source.splits)}", *view.notes]
@@ -293,12 +281,6 @@ def _build_collate(config: Config, tokenizer: Tokenizer, masks: MaskPolicy) -> C
         pad_id=tokenizer.pad_id,
         pad_to_multiple_of=None if packed else config.datacollator.pad_to_multiple_of,
     )
-
-
-def _choose_packing(config: Config) -> Literal["best_fit", "next_fit", "none"]:
-    if not config.datacollator.pack_sequences:
-        return "none"
-    return "best_fit" if config.trainer.enforce_full_packed_batches else "next_fit"
 
 
 def build_tokenizer(
@@ -356,12 +338,12 @@ def _load_folder(config: Config, folder: Path) -> Tokenizer:
 
 
 def _note_shared_lanes(train: TrainData, world: int) -> list[str]:
-    readers = world // math.gcd(world, train.num_lanes)
+    readers = world // math.gcd(world, train.order.num_lanes)
     if readers == 1 or train.store is not None:
         return []
     return [
-        f"each of the {train.num_lanes} lanes is read and tokenised by {readers} processes; with a dataset.num_lanes "
-        f"that is a multiple of {world}, everything is read once"
+        f"each of the {train.order.num_lanes} lanes is read and tokenised by {readers} processes; with a "
+        f"dataset.num_lanes that is a multiple of {world}, everything is read once"
     ]
 
 

@@ -17,25 +17,17 @@ of the schedule, so that the rate of every group is a function of the step. Wher
 two groups, decayed and not. A resumed run may group its weights in another way: `regroup_state` goes by their names.
 """
 
-from collections.abc import Collection, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 from torch import Tensor, nn
 
+from neobert.config.schema_optimizer import MUON, GroupSection, OptimizerSection
+
 ROLES = ("matrices", "head", "embeddings", "vectors")
 DECAYED = ("matrices", "head")
 """Roles with weight decay."""
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class OwnSettings:
-    """What a role has of its own; None is what the optimizer has for it."""
-
-    lr: float | None = None
-    """Peak learning rate."""
-
-    weight_decay: float | None = None
 
 
 def choose_role(name: str, parameter: Tensor, *, is_embedding: bool) -> str:
@@ -47,29 +39,23 @@ def choose_role(name: str, parameter: Tensor, *, is_embedding: bool) -> str:
     return "matrices" if "layers" in name.split(".") else "head"
 
 
-def build_parameter_groups(
-    module: nn.Module,
-    *,
-    weight_decay: float,
-    lr: float = 1.0,
-    own: Mapping[str, OwnSettings] | None = None,
-    apart: Collection[str] = (),
-    decoupled: bool = False,
-) -> list[dict[str, Any]]:
+def choose_own_settings(section: OptimizerSection) -> dict[str, GroupSection]:
+    """Settings by role, of the roles that have their own. With Muon the matrices always have: their decay is Muon's."""
+    own = {role: getattr(section.groups, role) for role in ROLES}
+    if section.name in MUON:
+        own["matrices"] = replace(own["matrices"], weight_decay=section.muon_config.muon_decay)
+    return {role: settings for role, settings in own.items() if settings != GroupSection()}
+
+
+def build_parameter_groups(module: nn.Module, section: OptimizerSection) -> list[dict[str, Any]]:
     """Groups of all trainable parameters, each parameter in exactly one, in the order of `named_parameters`.
 
-    A shared parameter appears once. Empty groups are left out.
-
-    Args:
-        lr: peak learning rate.
-        own: settings by role; such a role has a group of its own.
-        apart: further roles that have one.
-        decoupled: decay `weight_decay * lr / peak lr` in a step instead of `weight_decay * lr`.
+    A shared parameter appears once. A role with its own settings has its own group. Empty groups are left out.
     """
     embeddings = {id(p) for m in module.modules() if isinstance(m, nn.Embedding) for p in m.parameters(recurse=False)}
-    own = own or {}
+    own = choose_own_settings(section)
     members: dict[tuple[str, ...], list[tuple[str, nn.Parameter]]] = {}
-    for roles in _partition({*own, *apart}):
+    for roles in _partition(set(own)):
         members[roles] = []
     for name, parameter in module.named_parameters():
         if parameter.requires_grad:
@@ -77,20 +63,20 @@ def build_parameter_groups(
             next(found for roles, found in members.items() if role in roles).append((name, parameter))
     groups = []
     for roles, found in members.items():
-        settings = own.get(roles[0], OwnSettings())
-        peak = lr if settings.lr is None else settings.lr
+        settings = own.get(roles[0], GroupSection())
+        peak = section.lr if settings.lr is None else settings.lr
         decay = settings.weight_decay
         if decay is None:
-            decay = weight_decay if roles[0] in DECAYED else 0.0
+            decay = section.weight_decay if roles[0] in DECAYED else 0.0
         if found:
             groups.append(
                 {
                     "params": [parameter for _, parameter in found],
                     "names": [name for name, _ in found],
                     "roles": list(roles),
-                    "weight_decay": decay / peak if decoupled else decay,
+                    "weight_decay": decay / peak if section.decoupled_weight_decay else decay,
                     "lr": peak,
-                    "lr_factor": peak / lr,
+                    "lr_factor": peak / section.lr,
                 }
             )
     return groups

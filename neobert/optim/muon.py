@@ -28,6 +28,7 @@ from torch import Tensor
 from torch.optim import Optimizer
 from torch.optim.adamw import adamw
 
+from neobert.config.schema_optimizer import MuonSection
 from neobert.optim.orthogonal import orthogonalize, reference_orthogonal
 
 PARTS: dict[str, int] = {"qkv": 3, "gate_up": 2}
@@ -38,26 +39,6 @@ _MOST_ELEMENTS = 2**26
 """Of the matrices that go through the products together: bounds the memory of a step."""
 
 
-@dataclass(frozen=True, kw_only=True, slots=True)
-class MuonSettings:
-    """What the update of the matrices depends on, beside learning rate and weight decay."""
-
-    beta: float = 0.95
-    nesterov: bool = False
-    orthogonalization: str = "polar_express"
-    """A key of ORTHOGONALIZATIONS."""
-
-    num_steps: int = 5
-    norm_factor: str = "spectral"
-    """A key of NORM_FACTORS."""
-
-    row_beta: float = 0.95
-    """Decay of the mean squares of rows, for NorMuon."""
-
-    dtype: torch.dtype = torch.float32
-    """Type of the products."""
-
-
 class Muon(Optimizer):
     """Muon for the group of the role `matrices`, AdamW for the others; the formulas are at the head of this module."""
 
@@ -66,16 +47,17 @@ class Muon(Optimizer):
     def __init__(
         self,
         groups: Iterable[dict[str, Any]],
-        settings: MuonSettings,
+        section: MuonSection,
         *,
+        dtype: torch.dtype,
         equal_rows: bool,
         lr: float,
         betas: tuple[float, float],
         eps: float,
     ) -> None:
-        """`equal_rows` makes it NorMuon; `betas` and `eps` are AdamW's."""
+        """`dtype` is the type of the products, `equal_rows` makes it NorMuon; `betas` and `eps` are AdamW's."""
         super().__init__(groups, {"lr": lr, "betas": betas, "eps": eps, "fused": True})
-        self.settings = settings
+        self.section, self.dtype = section, dtype
         self.equal_rows = equal_rows
 
     @torch.no_grad()
@@ -118,7 +100,7 @@ class Muon(Optimizer):
         )
 
     def _step_matrices(self, group: dict[str, Any], given: list[tuple[str, Tensor]], found_inf: Tensor | None) -> None:
-        settings, lr = self.settings, group["lr"]
+        section, lr = self.section, group["lr"]
         names, params = [name for name, _ in given], [p for _, p in given]
         grads = [p.grad for p in params if p.grad is not None]
         for p in params:
@@ -128,9 +110,9 @@ class Muon(Optimizer):
                     self.state[p]["row_squares"] = p.new_zeros(p.shape[0], 1)
         skip = None if found_inf is None else found_inf != 0
         means = [self.state[p]["momentum"] for p in params]
-        for mean, new in zip(means, torch._foreach_lerp(means, grads, 1 - settings.beta)):
+        for mean, new in zip(means, torch._foreach_lerp(means, grads, 1 - section.muon_beta)):
             _write(mean, new, skip)
-        directions = list(torch._foreach_lerp(grads, means, settings.beta)) if settings.nesterov else means
+        directions = list(torch._foreach_lerp(grads, means, section.muon_beta)) if section.nesterov else means
         if group["weight_decay"]:
             kept = 1 - lr * group["weight_decay"]
             torch._foreach_mul_(params, kept if skip is None else torch.where(skip, 1.0, kept))
@@ -141,20 +123,18 @@ class Muon(Optimizer):
 
     def _orthogonal(self, batch: "_Batch", skip: Tensor | None) -> Tensor:
         """What is subtracted from the weights of a batch, for a learning rate of 1; zeros where the step is skipped."""
-        settings = self.settings
+        section = self.section
         stack = torch.stack(batch.directions)
-        if skip is not None and settings.nesterov:  # A gradient that is not finite is no part of the means.
+        if skip is not None and section.nesterov:  # A gradient that is not finite is no part of the means.
             stack = torch.where(skip, 0.0, stack)
-        updates = orthogonalize(
-            stack, method=settings.orthogonalization, num_steps=settings.num_steps, dtype=settings.dtype
-        )
+        updates = orthogonalize(stack, method=section.orthogonalization, num_steps=section.ns_steps, dtype=self.dtype)
         if self.equal_rows:
             means = updates.square().mean(2, keepdim=True)
-            squares = torch.lerp(torch.stack(batch.squares), means, 1 - settings.row_beta)
+            squares = torch.lerp(torch.stack(batch.squares), means, 1 - section.normuon_beta2)
             for old, new in zip(batch.squares, squares):
                 _write(old, new, skip)
             updates = equalize_rows(updates, squares)
-        factor = NORM_FACTORS[settings.norm_factor](*stack.shape[1:])
+        factor = NORM_FACTORS[section.norm_factor](*stack.shape[1:])
         return updates.mul_(factor if skip is None else torch.where(skip, 0.0, factor))
 
 
@@ -209,7 +189,7 @@ def reference_muon(
     weight: Tensor,
     gradients: list[Tensor],
     *,
-    settings: MuonSettings,
+    section: MuonSection,
     equal_rows: bool,
     lr: float,
     weight_decay: float,
@@ -217,15 +197,16 @@ def reference_muon(
     """One matrix after an update with each of `gradients`, by the formulas above, term by term; for tests."""
     mean, squares = torch.zeros_like(weight), torch.zeros_like(weight[:, 0])
     rows, columns = weight.shape
+    beta, row_beta = section.muon_beta, section.normuon_beta2
     for gradient in gradients:
-        mean = settings.beta * mean + (1 - settings.beta) * gradient
-        direction = settings.beta * mean + (1 - settings.beta) * gradient if settings.nesterov else mean
-        update = reference_orthogonal(direction, settings.orthogonalization, settings.num_steps)
+        mean = beta * mean + (1 - beta) * gradient
+        direction = beta * mean + (1 - beta) * gradient if section.nesterov else mean
+        update = reference_orthogonal(direction, section.orthogonalization, section.ns_steps)
         if equal_rows:
-            squares = settings.row_beta * squares + (1 - settings.row_beta) * (update * update).sum(1) / columns
+            squares = row_beta * squares + (1 - row_beta) * (update * update).sum(1) / columns
             even = update / (squares.sqrt() + _NORMUON_EPS)[:, None]
             update = even * update.norm() / even.norm()
-        scale = NORM_FACTORS[settings.norm_factor](rows, columns)
+        scale = NORM_FACTORS[section.norm_factor](rows, columns)
         weight = (1 - lr * weight_decay) * weight - lr * scale * update
     return weight
 

@@ -9,18 +9,17 @@ steps keep every bit. An optimizer of another kind says that it does the same wi
 Matrices that return to the unit sphere after every optimizer step, for the normalised model.
 """
 
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from neobert.config.schema_optimizer import MUON
+from neobert.config.schema_optimizer import OptimizerSection
 from neobert.model.ngpt import UnitMatrix, normalise_
-from neobert.optim.groups import OwnSettings, build_parameter_groups
-from neobert.optim.muon import Muon, MuonSettings
+from neobert.optim.groups import build_parameter_groups
+from neobert.optim.muon import Muon
 from neobert.optim.stable_adamw import StableAdamW
 
 
@@ -58,78 +57,61 @@ def keep_unit_length(optimizer: Optimizer, matrices: Sequence[UnitMatrix]) -> No
 Groups = list[dict[str, Any]]
 
 
-@dataclass(frozen=True, kw_only=True, slots=True)
-class OptimizerSettings:
-    """What an optimizer of OPTIMIZERS is built from, beside its groups."""
-
-    lr: float
-    betas: tuple[float, float]
-    eps: float
-    muon: MuonSettings = field(default_factory=MuonSettings)
-
-
-def build_adamw(groups: Groups, settings: OptimizerSettings) -> torch.optim.Optimizer:
+def build_adamw(groups: Groups, section: OptimizerSection, dtype: torch.dtype) -> Optimizer:
     """AdamW with decoupled weight decay (Loshchilov & Hutter, arXiv 1711.05101), one fused kernel per step.
 
     Fused on the CPU too: it is three times faster there, and the other implementations read a scalar at each step.
     """
-    return torch.optim.AdamW(groups, lr=settings.lr, betas=settings.betas, eps=settings.eps, fused=True)
+    return torch.optim.AdamW(groups, lr=section.lr, betas=section.betas, eps=section.eps, fused=True)
 
 
-def build_adam(groups: Groups, settings: OptimizerSettings) -> torch.optim.Optimizer:
+def build_adam(groups: Groups, section: OptimizerSection, dtype: torch.dtype) -> Optimizer:
     """Adam (Kingma & Ba, arXiv 1412.6980); weight decay is added to the gradient, as the gradient of an L2 penalty."""
-    return torch.optim.Adam(groups, lr=settings.lr, betas=settings.betas, eps=settings.eps, fused=True)
+    return torch.optim.Adam(groups, lr=section.lr, betas=section.betas, eps=section.eps, fused=True)
 
 
-def build_stable_adamw(groups: Groups, settings: OptimizerSettings) -> torch.optim.Optimizer:
+def build_stable_adamw(groups: Groups, section: OptimizerSection, dtype: torch.dtype) -> Optimizer:
     """AdamW with update clipping."""
-    return StableAdamW(groups, lr=settings.lr, betas=settings.betas, eps=settings.eps)
+    return StableAdamW(groups, lr=section.lr, betas=section.betas, eps=section.eps)
 
 
-def build_muon(groups: Groups, settings: OptimizerSettings) -> torch.optim.Optimizer:
+def build_muon(groups: Groups, section: OptimizerSection, dtype: torch.dtype) -> Optimizer:
     """Muon on the matrices of the blocks and AdamW on the rest."""
-    return Muon(groups, settings.muon, equal_rows=False, lr=settings.lr, betas=settings.betas, eps=settings.eps)
+    return _build_muon(groups, section, dtype, equal_rows=False)
 
 
-def build_normuon(groups: Groups, settings: OptimizerSettings) -> torch.optim.Optimizer:
+def build_normuon(groups: Groups, section: OptimizerSection, dtype: torch.dtype) -> Optimizer:
     """NorMuon on the matrices of the blocks and AdamW on the rest."""
-    return Muon(groups, settings.muon, equal_rows=True, lr=settings.lr, betas=settings.betas, eps=settings.eps)
+    return _build_muon(groups, section, dtype, equal_rows=True)
 
 
-def build_optimizer(
-    module: nn.Module,
-    *,
-    name: str,
-    lr: float,
-    weight_decay: float,
-    betas: tuple[float, float],
-    eps: float,
-    own: Mapping[str, OwnSettings] | None = None,
-    decoupled_weight_decay: bool = False,
-    muon: MuonSettings | None = None,
-) -> torch.optim.Optimizer:
-    """The optimizer called `name` over the parameter groups of `module`; `own` are settings of single roles.
+def _build_muon(groups: Groups, section: OptimizerSection, dtype: torch.dtype, *, equal_rows: bool) -> Muon:
+    return Muon(
+        groups,
+        section.muon_config,
+        dtype=dtype,
+        equal_rows=equal_rows,
+        lr=section.lr,
+        betas=section.betas,
+        eps=section.eps,
+    )
+
+
+def build_optimizer(module: nn.Module, section: OptimizerSection, *, dtype: torch.dtype = torch.float32) -> Optimizer:
+    """The optimizer over the parameter groups of `module`; `dtype` is the type of its matrix products, if it has any.
 
     Raises ValueError for an unknown name.
     """
-    if name not in OPTIMIZERS:
-        raise ValueError(f"optimizer.name: {name!r} is unknown; write one of {', '.join(OPTIMIZERS)}")
-    groups = build_parameter_groups(
-        module,
-        lr=lr,
-        weight_decay=weight_decay,
-        own=own,
-        apart=("matrices",) if name in MUON else (),
-        decoupled=decoupled_weight_decay,
-    )
-    return OPTIMIZERS[name](groups, OptimizerSettings(lr=lr, betas=betas, eps=eps, muon=muon or MuonSettings()))
+    if section.name not in OPTIMIZERS:
+        raise ValueError(f"optimizer.name: {section.name!r} is unknown; write one of {', '.join(OPTIMIZERS)}")
+    return OPTIMIZERS[section.name](build_parameter_groups(module, section), section, dtype)
 
 
-OPTIMIZERS: dict[str, Callable[[Groups, OptimizerSettings], torch.optim.Optimizer]] = {
+OPTIMIZERS: dict[str, Callable[[Groups, OptimizerSection, torch.dtype], Optimizer]] = {
     "adamw": build_adamw,
     "adam": build_adam,
     "stable_adamw": build_stable_adamw,
     "muonclip": build_muon,
     "normuon": build_normuon,
 }
-"""Builders `fn(groups, settings)`; every optimizer of the table can leave out a step on the device."""
+"""Builders `fn(groups, section, dtype of matrix products)`; every optimizer here can leave out a step on the device."""

@@ -20,13 +20,13 @@ Legend: B rows, S slots of a row, T = B * S, L layers, N heads, D head size, H h
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
+from neobert.config.schema_optimizer import MuonSection
 from neobert.model.encoder import Encoder
 from neobert.model.layers import EncoderBlock
 from neobert.model.segments import Segments
@@ -35,37 +35,17 @@ Largest = Callable[[Tensor], Tensor]
 """The elementwise maximum over all processes."""
 
 
-@dataclass(frozen=True, kw_only=True, slots=True)
-class ClipSettings:
-    """When and how much."""
-
-    threshold: float = 50.0
-    alpha: float = 0.5
-    """Share of the queries, as an exponent."""
-
-    warmup_steps: int = 0
-    """Steps at the start without clipping."""
-
-    interval: int = 10
-    """Every n-th step clips."""
-
-    chunk_size: int = 1024
-    """Queries whose logits are in memory at once."""
-
-    last_micro_batch_only: bool = False
-    """Measure the last micro-batch of a step alone."""
-
-    def due(self, step: int) -> bool:
-        """Whether the step of this number, counted from 0, clips."""
-        return step >= self.warmup_steps and (step + 1) % self.interval == 0
+def clips_in_step(section: MuonSection, step: int) -> bool:
+    """Whether the step of this number, counted from 0, clips."""
+    return step >= section.clipping_warmup_steps and (step + 1) % section.clipping_interval == 0
 
 
 class QKClip:
     """Measures and clips the heads of one encoder."""
 
-    def __init__(self, encoder: Encoder, settings: ClipSettings, *, largest: Largest = lambda logits: logits) -> None:
+    def __init__(self, encoder: Encoder, section: MuonSection, *, largest: Largest = lambda logits: logits) -> None:
         """`largest` makes the maximum of this process the one of all."""
-        self._encoder, self._settings, self._largest = encoder, settings, largest
+        self._encoder, self._section, self._largest = encoder, section, largest
         self._blocks = [block for block in encoder.layers if isinstance(block, EncoderBlock)]
         self._logits_LN: Tensor | None = None
         """Largest logits of the step so far, while a step is measured."""
@@ -76,7 +56,7 @@ class QKClip:
     @contextmanager
     def measuring(self, step: int, num_micro_batches: int) -> Iterator[None]:
         """Around forward passes and optimizer step of a step, counted from 0; in most of them nothing happens."""
-        if not self._settings.due(step):
+        if not clips_in_step(self._section, step):
             yield
             return
         config, device = self._encoder.config, self._encoder.embedding.weight.device
@@ -119,7 +99,7 @@ class QKClip:
     ) -> None:
         if layer == 0:
             self._passes_left -= 1
-        if self._settings.last_micro_batch_only and self._passes_left:
+        if self._section.capture_last_microbatch_only and self._passes_left:
             return
         assert self._logits_LN is not None, "observed outside of `measuring`"
         block, kind = self._blocks[layer], x_TH.device.type
@@ -137,7 +117,7 @@ class QKClip:
             segments.ids,
             positions_BS,
             window=self._encoder.windows[layer],
-            chunk_size=self._settings.chunk_size,
+            chunk_size=self._section.clipping_qk_chunk_size,
         )
         self._logits_LN[layer] = torch.maximum(self._logits_LN[layer], found_N)
 
@@ -145,12 +125,13 @@ class QKClip:
     def _clip(self, found_inf: Tensor | None) -> None:
         if self._logits_LN is None:
             return
-        logits_LN, settings = self._largest(self._logits_LN), self._settings
-        exceeds_LN = (logits_LN > settings.threshold) & torch.isfinite(logits_LN)
+        logits_LN = self._largest(self._logits_LN)
+        threshold, alpha = self._section.clipping_threshold, self._section.clipping_alpha
+        exceeds_LN = (logits_LN > threshold) & torch.isfinite(logits_LN)
         if found_inf is not None:
             exceeds_LN &= found_inf == 0
-        eta_LN = torch.where(exceeds_LN, settings.threshold / logits_LN, 1.0)
-        factors_L2N = torch.stack((eta_LN**settings.alpha, eta_LN ** (1 - settings.alpha)), dim=1)
+        eta_LN = torch.where(exceeds_LN, threshold / logits_LN, 1.0)
+        factors_L2N = torch.stack((eta_LN**alpha, eta_LN ** (1 - alpha)), dim=1)
         for block, factors_2N in zip(self._blocks, factors_L2N):
             weight = block.qkv.weight
             rows = weight[: 2 * weight.shape[1]].view(2, block.num_heads, block.head_dim, weight.shape[1])

@@ -24,12 +24,16 @@ import math
 from collections.abc import Callable
 from dataclasses import dataclass
 
+from neobert.config.schema import SchedulerSection
+
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Schedule:
-    """A learning rate for every step of a run. Raises ValueError for an unknown name or shape."""
+    """A learning rate for every step of a run."""
 
-    name: str
+    section: SchedulerSection
+    """Has the name, the shape of the cool-down and the final ratio."""
+
     base_lr: float
     warmup_steps: int
     """Steps below the base rate."""
@@ -37,21 +41,8 @@ class Schedule:
     decay_steps: int
     """Step at which the final rate is reached, counted from the start of the run; later than `warmup_steps`."""
 
-    final_lr_ratio: float
-    """Final rate over base rate."""
-
-    cooldown_steps: int = 0
+    cooldown_steps: int
     """Length of the decay that ends at `decay_steps`; at most `decay_steps - warmup_steps`. 0: none."""
-
-    cooldown_shape: str = "1-sqrt"
-
-    def __post_init__(self) -> None:
-        if self.name not in SCHEDULES:
-            raise ValueError(f"scheduler.name: {self.name!r} is unknown; write one of {', '.join(SCHEDULES)}")
-        if self.cooldown_shape not in COOLDOWNS:
-            raise ValueError(
-                f"scheduler.cooldown_shape: {self.cooldown_shape!r} is unknown; write one of {', '.join(COOLDOWNS)}"
-            )
 
     def __call__(self, step: int) -> float:
         """The learning rate of `step`, counted from 0."""
@@ -60,54 +51,45 @@ class Schedule:
         return self.base_lr * self._factor(step)
 
     def _factor(self, step: int) -> float:
-        body, start = SCHEDULES[self.name], self.decay_steps - self.cooldown_steps
+        section = self.section
+        body, start = SCHEDULES[section.name], self.decay_steps - self.cooldown_steps
         if not self.cooldown_steps or step < start:
             return body(self, step)
         if step >= self.decay_steps:
-            return self.final_lr_ratio
-        share = COOLDOWNS[self.cooldown_shape]((step - start) / self.cooldown_steps)
-        return self.final_lr_ratio + (body(self, start) - self.final_lr_ratio) * share
+            return section.final_lr_ratio
+        factor = COOLDOWNS[section.cooldown_shape]((step - start) / self.cooldown_steps)
+        return section.final_lr_ratio + (body(self, start) - section.final_lr_ratio) * factor
 
 
-def build_schedule(
-    *,
-    name: str,
-    base_lr: float,
-    warmup_steps: int,
-    warmup_percent: float | None,
-    decay_steps: int | None,
-    decay_percent: float | None,
-    cooldown_steps: int | None = None,
-    cooldown_percent: float | None = None,
-    cooldown_shape: str = "1-sqrt",
-    total_steps: int | None,
-    final_lr_ratio: float,
-    num_steps: int,
-) -> Schedule:
-    """The schedule of a run of `num_steps`, from the fields of the `scheduler` section.
+def build_schedule(section: SchedulerSection, *, base_lr: float, num_steps: int) -> Schedule:
+    """The schedule of a run of `num_steps`.
 
     Percents (0-100, rounded down to a step) refer to `total_steps`, which is `num_steps` where it is None, and win over
     steps. The decay ends at `total_steps` unless said otherwise. A warm-up longer than that is cut to it, an end of
-    decay before the end of the warm-up is moved behind it, and a cool-down longer than the steps between the two is cut
+    decay before the end of the warm-up is moved after it, and a cool-down longer than the steps between the two is cut
     to them. Raises ValueError for an unknown name or shape.
     """
-    total = num_steps if total_steps is None else total_steps
-    if warmup_percent is not None:
-        warmup_steps = int(total * warmup_percent / 100)
-    if decay_percent is not None:
-        decay_steps = int(total * decay_percent / 100)
-    if cooldown_percent is not None:
-        cooldown_steps = int(total * cooldown_percent / 100)
-    warmup_steps = min(warmup_steps, total)
+    if section.name not in SCHEDULES:
+        raise ValueError(f"scheduler.name: {section.name!r} is unknown; write one of {', '.join(SCHEDULES)}")
+    if section.cooldown_shape not in COOLDOWNS:
+        raise ValueError(
+            f"scheduler.cooldown_shape: {section.cooldown_shape!r} is unknown; write one of {', '.join(COOLDOWNS)}"
+        )
+    total = num_steps if section.total_steps is None else section.total_steps
+
+    def choose(steps: int | None, percent: float | None) -> int | None:
+        return steps if percent is None else int(total * percent / 100)
+
+    warmup_steps = min(choose(section.warmup_steps, section.warmup_percent) or 0, total)
+    decay_steps = choose(section.decay_steps, section.decay_percent)
     end = max(total if decay_steps is None else decay_steps, warmup_steps + 1)
+    cooldown_steps = choose(section.cooldown_steps, section.cooldown_percent) or 0
     return Schedule(
-        name=name,
+        section=section,
         base_lr=base_lr,
         warmup_steps=warmup_steps,
         decay_steps=end,
-        final_lr_ratio=final_lr_ratio,
-        cooldown_steps=min(cooldown_steps or 0, end - warmup_steps),
-        cooldown_shape=cooldown_shape,
+        cooldown_steps=min(cooldown_steps, end - warmup_steps),
     )
 
 
@@ -123,7 +105,7 @@ def _decaying(shape: Callable[[float], float]) -> Callable[[Schedule, int], floa
     """A decay that fills the time from the warm-up to `decay_steps`."""
 
     def factor(schedule: Schedule, step: int) -> float:
-        floor, start, end = schedule.final_lr_ratio, schedule.warmup_steps, schedule.decay_steps
+        floor, start, end = schedule.section.final_lr_ratio, schedule.warmup_steps, schedule.decay_steps
         return floor if step >= end else floor + (1 - floor) * shape((step - start) / (end - start))
 
     return factor
@@ -134,7 +116,7 @@ def _constant(schedule: Schedule, step: int) -> float:
 
 
 def _inverse_sqrt(schedule: Schedule, step: int) -> float:
-    return max(schedule.final_lr_ratio, math.sqrt((schedule.warmup_steps + 1) / (step + 1)))
+    return max(schedule.section.final_lr_ratio, math.sqrt((schedule.warmup_steps + 1) / (step + 1)))
 
 
 COOLDOWNS: dict[str, Callable[[float], float]] = {

@@ -1,15 +1,15 @@
 """The parts of a run that are derived from the config and from each other; `run.build_run` puts them together."""
 
 import math
-from dataclasses import replace
+from dataclasses import fields, replace
 from pathlib import Path
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 from torch.optim import Optimizer
 
 from neobert.config.schema import Config
-from neobert.config.schema_optimizer import MUON, GroupSection
+from neobert.config.schema_optimizer import MUON
 from neobert.config.schema_trainer import TrainerSection
 from neobert.data.pipeline import DataPipeline, Reader, build_data
 from neobert.data.rows.batch_size import BatchSchedule
@@ -23,12 +23,9 @@ from neobert.model.config import ModelConfig
 from neobert.model.encoder import Encoder
 from neobert.objectives.masking import MaskPolicy
 from neobert.objectives.mlm import MaskedLM
-from neobert.optim.groups import ROLES, OwnSettings
 from neobert.optim.moving_average import WeightAverage
-from neobert.optim.muon import MuonSettings
 from neobert.optim.optimizers import build_optimizer, keep_unit_length
-from neobert.optim.qk_clip import ClipSettings, QKClip
-from neobert.optim.schedule import Schedule, build_schedule
+from neobert.optim.qk_clip import QKClip
 from neobert.train.machine import Runtime, choose_device_type, compute_dtype
 from neobert.train.record.console import Reporter
 from neobert.train.record.tracking import Sink
@@ -102,34 +99,10 @@ def build_model_config(config: Config, tokenizer: Tokenizer) -> ModelConfig:
         DataError: `model.vocab_size` is smaller than the tokenizer.
     """
     section = config.model
-    return ModelConfig(
-        hidden_size=section.hidden_size,
-        num_hidden_layers=section.num_hidden_layers,
-        num_attention_heads=section.num_attention_heads,
-        intermediate_size=section.intermediate_size,
-        max_position_embeddings=section.max_position_embeddings,
-        vocab_size=padded_vocab_size(section.vocab_size, tokenizer.size),
-        pad_token_id=tokenizer.pad_id,
-        rope=section.rope,
-        rope_theta=section.rope_theta,
-        rms_norm=section.rms_norm,
-        hidden_act=section.hidden_act,
-        dropout_prob=section.dropout_prob,
-        norm_eps=section.norm_eps,
-        embedding_init_range=section.embedding_init_range,
-        decoder_init_range=section.decoder_init_range,
-        tie_word_embeddings=section.tie_word_embeddings,
-        local_attention=section.local_attention,
-        global_attention_every=section.global_attention_every,
-        qk_norm=section.qk_norm,
-        embedding_norm=section.embedding_norm,
-        decoder_bias=section.decoder_bias,
-        init=section.init,
-        init_std=section.init_std,
-        init_zero_residual=section.init_zero_residual,
-        ngpt=section.ngpt,
-        base_scale=section.base_scale,
-    )
+    vocab_size = padded_vocab_size(section.vocab_size, tokenizer.size)
+    of_tokenizer: dict[str, Any] = {"vocab_size": vocab_size, "pad_token_id": tokenizer.pad_id}
+    names = (f.name for f in fields(ModelConfig) if f.name not in of_tokenizer)
+    return ModelConfig(**{name: getattr(section, name) for name in names}, **of_tokenizer)
 
 
 def build_mask_policy(tokenizer: Tokenizer, probability: float, *, mask_all: bool) -> MaskPolicy:
@@ -192,30 +165,7 @@ def build_config_data(config: Config, tokenizer: Tokenizer, reader: Reader) -> D
 def build_run_optimizer(config: Config, module: MaskedLM) -> Optimizer:
     """The optimizer over all weights. Orthogonal factors are computed in the type of all matrix products. With
     `model.ngpt` it scales the matrices to length 1 after every step."""
-    section, muon = config.optimizer, config.optimizer.muon_config
-    roles = {role: getattr(section.groups, role) for role in ROLES}
-    own = {role: OwnSettings(lr=x.lr, weight_decay=x.weight_decay) for role, x in roles.items() if x != GroupSection()}
-    if section.name in MUON:
-        own["matrices"] = OwnSettings(lr=section.groups.matrices.lr, weight_decay=muon.muon_decay)
-    optimizer = build_optimizer(
-        module,
-        name=section.name,
-        lr=section.lr,
-        weight_decay=section.weight_decay,
-        betas=section.betas,
-        eps=section.eps,
-        own=own,
-        decoupled_weight_decay=section.decoupled_weight_decay,
-        muon=MuonSettings(
-            beta=muon.muon_beta,
-            nesterov=muon.nesterov,
-            orthogonalization=muon.orthogonalization,
-            num_steps=muon.ns_steps,
-            norm_factor=muon.norm_factor,
-            row_beta=muon.normuon_beta2,
-            dtype=compute_dtype(config),
-        ),
-    )
+    optimizer = build_optimizer(module, config.optimizer, dtype=compute_dtype(config))
     keep_unit_length(optimizer, module.unit_matrices())
     return optimizer
 
@@ -225,15 +175,7 @@ def build_clip(config: Config, module: MaskedLM, optimizer: Optimizer, runtime: 
     muon = config.optimizer.muon_config
     if config.optimizer.name not in MUON or not muon.enable_clipping:
         return None
-    settings = ClipSettings(
-        threshold=muon.clipping_threshold,
-        alpha=muon.clipping_alpha,
-        warmup_steps=muon.clipping_warmup_steps,
-        interval=muon.clipping_interval,
-        chunk_size=muon.clipping_qk_chunk_size,
-        last_micro_batch_only=muon.capture_last_microbatch_only,
-    )
-    clip = QKClip(module.encoder, settings, largest=runtime.max_on_device)
+    clip = QKClip(module.encoder, muon, largest=runtime.max_on_device)
     clip.clip_after(optimizer)
     return clip
 
@@ -244,25 +186,6 @@ def build_average(config: Config, module: MaskedLM) -> WeightAverage | None:
     if trainer.ema_decay is None:
         return None
     return WeightAverage(module, decay=trainer.ema_decay, start_step=trainer.ema_start_step)
-
-
-def build_run_schedule(config: Config, num_steps: int) -> Schedule:
-    """The learning rate as a function of the step."""
-    section = config.scheduler
-    return build_schedule(
-        name=section.name,
-        base_lr=config.optimizer.lr,
-        warmup_steps=section.warmup_steps,
-        warmup_percent=section.warmup_percent,
-        decay_steps=section.decay_steps,
-        decay_percent=section.decay_percent,
-        cooldown_steps=section.cooldown_steps,
-        cooldown_percent=section.cooldown_percent,
-        cooldown_shape=section.cooldown_shape,
-        final_lr_ratio=section.final_lr_ratio,
-        total_steps=section.total_steps,
-        num_steps=num_steps,
-    )
 
 
 def build_module(config: Config, model_config: ModelConfig, attention: AttentionBackend, runtime: Runtime) -> MaskedLM:

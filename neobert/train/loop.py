@@ -25,8 +25,8 @@ from neobert.train.pretraining import announce, evaluate, log_evaluation
 from neobert.train.record.metrics import Evaluation
 from neobert.train.record.profiling import DATA_WAIT, profiled
 from neobert.train.run import Run, build_run
-from neobert.train.step import BatchCopier, train_step
-from neobert.types import StepBatch, StepMetrics, TrainState
+from neobert.train.step import BatchCopier, StepMetrics, train_step
+from neobert.types import StepBatch, StepCounts, TrainState
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -122,13 +122,14 @@ def training_steps(run: Run, state: TrainState) -> Iterator[tuple[TrainState, St
     try:
         while state.step < run.num_steps:
             with run.stop.timing_step(), anomalies():
-                given = next_batch(run, loader)
-                if given is None:
+                found = next_batch(run, loader)
+                if found is None:
                     return
+                batch, counts, data_wait = found
                 if expected is not None:
-                    check_next_batch(expected, run.runtime.sum_on_host([as_int64(given.batch.digest)])[0])
+                    check_next_batch(expected, run.runtime.sum_on_host([as_int64(batch.digest)])[0])
                     expected = None
-                state, metrics = take_step(run, state, replace(given, batch=copier.copy(given.batch)))
+                state, metrics = take_step(run, state, copier.copy(batch), counts, data_wait)
             if not frozen:
                 freeze_what_lives()
                 frozen = True
@@ -173,21 +174,9 @@ def freeze_what_lives() -> None:
     gc.freeze()
 
 
-@dataclass(frozen=True, kw_only=True, slots=True, eq=False)
-class GivenBatch:
-    """This rank's batch of a step, and its figures summed over ranks."""
-
-    batch: StepBatch
-    num_targets: int
-    num_tokens: int
-    num_documents: int
-    num_slots: int
-    attended_tokens: int
-    data_wait: float
-
-
-def next_batch(run: Run, loader: Loader) -> GivenBatch | None:
-    """The next batch, or None when the ranks agree to stop before it.
+def next_batch(run: Run, loader: Loader) -> tuple[StepBatch, StepCounts, float] | None:
+    """This rank's next batch, the counts of all ranks, and the seconds this one waited; None when the ranks agree to
+    stop before it.
 
     Here is the one host-side collective of a step. A rank that is asked to stop while it waits for data, or whose data
     cannot be read, joins it with zeros, so that the others neither wait for ever nor make a step without it.
@@ -199,9 +188,7 @@ def next_batch(run: Run, loader: Loader) -> GivenBatch | None:
     except Exception as error:  # Raised again below, when the other ranks know.
         failure = error
     data_wait = time.perf_counter() - start
-    counts = [0] * 5
-    if batch is not None:
-        counts = [batch.num_targets, batch.num_tokens, batch.num_documents, batch.num_slots, batch.attended_tokens]
+    counts = [0] * len(StepCounts._fields) if batch is None else batch.counts
     *sums, failed, signalled, out_of_time = run.runtime.sum_on_host(
         [*counts, int(failure is not None), *run.stop.wishes()]
     )
@@ -210,21 +197,14 @@ def next_batch(run: Run, loader: Loader) -> GivenBatch | None:
     if run.stop.agree(signalled, out_of_time):
         return None
     assert batch is not None, "a batch is withheld only when a stop is wanted"
-    num_targets, num_tokens, num_documents, num_slots, attended_tokens = sums
-    return GivenBatch(
-        batch=batch,
-        num_targets=num_targets,
-        num_tokens=num_tokens,
-        num_documents=num_documents,
-        num_slots=num_slots,
-        attended_tokens=attended_tokens,
-        data_wait=data_wait,
-    )
+    return batch, StepCounts(*sums), data_wait
 
 
-def take_step(run: Run, state: TrainState, given: GivenBatch) -> tuple[TrainState, StepMetrics]:
-    """One optimizer step on a batch of the device: the state after it, and its figures, which stay there."""
-    runtime, batch = run.runtime, given.batch
+def take_step(
+    run: Run, state: TrainState, batch: StepBatch, counts: StepCounts, data_wait: float
+) -> tuple[TrainState, StepMetrics]:
+    """One optimizer step on a batch of the device: the state after it, and its metrics, which stay there."""
+    runtime = run.runtime
     torch.manual_seed(step_seed(run.config.seed, state.step, runtime.rank))
     lr = run.schedule(state.step)
     measuring = run.clip.measuring(state.step, len(batch.micro_batches)) if run.clip else nullcontext()
@@ -236,37 +216,29 @@ def take_step(run: Run, state: TrainState, given: GivenBatch) -> tuple[TrainStat
             run.optimizer,
             batch.micro_batches,
             lr=lr,
-            scale=runtime.world / max(given.num_targets, 1),
+            scale=runtime.world / max(counts.num_targets, 1),
             gradient_clipping=run.config.trainer.gradient_clipping,
-            judge=partial(run.guard.judge, num_targets=given.num_targets),
+            judge=partial(run.guard.judge, num_targets=counts.num_targets),
             no_sync=lambda: runtime.no_sync(run.model),
             observe=observe,
         )
     state = replace(
         state,
         step=state.step + 1,
-        tokens=state.tokens + given.num_tokens,
-        targets=state.targets + given.num_targets,
-        documents=state.documents + given.num_documents,
+        tokens=state.tokens + counts.num_tokens,
+        targets=state.targets + counts.num_targets,
+        documents=state.documents + counts.num_documents,
         data=batch.state,
     )
     if run.average is not None:
         run.average.update(state.step, result.skipped)
     run.guard.add(state.step, result.skipped)
     return state, StepMetrics(
-        loss_sum=result.loss_sum,
-        micro_losses=result.micro_losses,
-        num_correct=result.num_correct,
-        grad_norm=result.grad_norm,
-        skipped=result.skipped,
+        result=result,
         row_keys=tuple(micro.row_keys for micro in batch.micro_batches),
-        num_targets=given.num_targets,
-        num_tokens=given.num_tokens,
-        num_documents=given.num_documents,
-        num_slots=given.num_slots,
-        attended_tokens=given.attended_tokens,
+        counts=counts,
         source_tokens=batch.source_tokens,
         digest=batch.digest,
         lr=lr,
-        data_wait=given.data_wait,
+        data_wait=data_wait,
     )

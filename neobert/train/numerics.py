@@ -15,10 +15,11 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
+from neobert.config.schema_trainer import TrainerSection
 from neobert.train.agreement import describe_ranges, join_ranges
 from neobert.train.machine import Runtime
-from neobert.train.step import not_finite
-from neobert.types import StepMetrics, TrainState
+from neobert.train.step import StepMetrics, not_finite
+from neobert.types import TrainState
 
 SPIKE_WINDOW = 128
 """Steps whose mean and deviation a step is compared with; before that many, nothing is a spike."""
@@ -50,8 +51,8 @@ class LateFlag:
 class Guard:
     """Decides about skipping, and counts."""
 
-    def __init__(self, runtime: Runtime, *, max_bad_steps: int, skip_spikes: float | None) -> None:
-        self._runtime, self._max_bad_steps, self._deviations = runtime, max_bad_steps, skip_spikes
+    def __init__(self, runtime: Runtime, section: TrainerSection) -> None:
+        self._runtime, self._section = runtime, section
         self.begin(TrainState())
 
     def begin(self, state: TrainState) -> None:
@@ -73,12 +74,12 @@ class Guard:
             num_targets: over all ranks.
         """
         bad = not_finite(loss_sum, grad_norm)
-        if self._deviations is None or num_targets == 0:
+        if self._section.skip_spikes is None or num_targets == 0:
             return bad
         # The norm is the same on all ranks, and yet summed with the loss: one rounding apart would be two decisions.
         shares = torch.stack([loss_sum / num_targets, grad_norm / self._runtime.world])
         values_2 = self._runtime.sum_on_device(shares)
-        limits_2 = self._window_2N.mean(dim=1) + self._deviations * self._window_2N.std(dim=1)
+        limits_2 = self._window_2N.mean(dim=1) + self._section.skip_spikes * self._window_2N.std(dim=1)
         skip = bad | (values_2 > limits_2).any()
         moved_2N = torch.cat([self._window_2N[:, 1:], values_2[:, None]], dim=1)
         self._window_2N = torch.where(skip, self._window_2N, moved_2N)
@@ -117,7 +118,7 @@ class Guard:
     @property
     def verdict(self) -> str | None:
         """Why the run cannot go on, None when it can."""
-        if (in_row := self.num_in_row) >= self._max_bad_steps:
+        if (in_row := self.num_in_row) >= self._section.max_bad_steps:
             return f"trainer.max_bad_steps: {in_row} steps in a row were skipped, the last is {self._known_step}"
         if len(self._skipped) > RECENT_SHARE * RECENT_STEPS:
             return (
@@ -158,7 +159,7 @@ def build_skipped_step(
     runtime: Runtime, *, step: int, loss: float, grad_norm: float, metrics: StepMetrics
 ) -> SkippedStep:
     """Collective: gathers the step's rows from all ranks."""
-    finite = torch.isfinite(metrics.micro_losses).tolist()
+    finite = torch.isfinite(metrics.result.micro_losses).tolist()
     keys = [micro.tolist() for micro in metrics.row_keys]
     gathered = runtime.gather_objects([(key, good) for row, good in zip(keys, finite) for key in row])
     rows = [item for rank in gathered for item in rank]

@@ -4,7 +4,7 @@ Opening a run: everything that can be wrong with machine, folder, checkpoint and
 """
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass, fields
 from functools import partial
 from pathlib import Path
 from typing import Any, Protocol
@@ -15,8 +15,8 @@ from torch.optim import Optimizer
 from neobert.config.schema import Config
 from neobert.data.pipeline import Reader, build_tokenizer
 from neobert.data.rows.batch_size import BatchSchedule
-from neobert.data.rows.lanes import State
-from neobert.data.rows.loader import Loader, OrderIdentity
+from neobert.data.rows.lanes import RowOrder, State
+from neobert.data.rows.loader import Loader
 from neobert.data.source.inventory import Inventory
 from neobert.data.tokenizer import Tokenizer
 from neobert.model.attention import AttentionBackend
@@ -24,7 +24,7 @@ from neobert.model.config import ModelConfig
 from neobert.objectives.mlm import MaskedLM
 from neobert.optim.moving_average import WeightAverage
 from neobert.optim.qk_clip import QKClip
-from neobert.optim.schedule import Schedule
+from neobert.optim.schedule import Schedule, build_schedule
 from neobert.train.agreement import (
     check_equal,
     describe_checkpoint,
@@ -41,13 +41,11 @@ from neobert.train.build import (
     build_model_config,
     build_module,
     build_run_optimizer,
-    build_run_schedule,
     build_sinks,
     choose_num_steps,
     choose_rows_per_step,
 )
 from neobert.train.checkpoint.commit import Committer
-from neobert.train.checkpoint.identity import describe_order
 from neobert.train.checkpoint.replicas import compare_tensors, list_tensors
 from neobert.train.checkpoint.retention import name_test
 from neobert.train.compile_check import check_compiled_gradients
@@ -64,8 +62,8 @@ from neobert.weights.load import EncoderWeights
 
 
 @dataclass(frozen=True, kw_only=True, slots=True, eq=False)
-class Opened:
-    """A run that may begin: its machine, folder, settings and vocabulary are settled, its data and model not built."""
+class RunSetup:
+    """A run that may begin: its machine, folder, config and vocabulary are there, its data and model not yet."""
 
     config: Config
     """As it was given, with what was chosen in the place of `auto`."""
@@ -80,9 +78,6 @@ class Opened:
     checkpoint_config: Config | None
     saved: dict[str, Any] | None
     """The checkpoint's `train_state.json`."""
-
-    initial: EncoderWeights | None
-    """What `model.init_from` names, for a fresh start."""
 
     tokenizer: Tokenizer
     model_config: ModelConfig
@@ -104,9 +99,12 @@ class Opened:
         )
 
 
-def open_run(config: Config, runtime: Runtime) -> Opened:
+def open_run(config: Config, runtime: Runtime) -> tuple[RunSetup, EncoderWeights | None]:
     """Checks machine and compiler, finds the checkpoint, takes the output folder, loads the tokenizer, replaces `auto`.
     Collective, within `sharing_errors`.
+
+    Returns:
+        The setup, and what `model.init_from` names, for a fresh start.
 
     Raises:
         StartupError: the run cannot start as configured, or its ranks differ; the message names the key and the
@@ -148,7 +146,7 @@ def open_run(config: Config, runtime: Runtime) -> Opened:
     )
     for sentence in (*chosen, *checked, *more):
         reporter.say(sentence)
-    return Opened(
+    setup = RunSetup(
         config=config,
         runtime=runtime,
         stop=stop,
@@ -157,12 +155,12 @@ def open_run(config: Config, runtime: Runtime) -> Opened:
         checkpoint=checkpoint,
         checkpoint_config=checkpoint_config,
         saved=saved,
-        initial=initial,
         tokenizer=tokenizer,
         model_config=model_config,
         attention=attention,
         rows_per_step=rows_per_step,
     )
+    return setup, initial
 
 
 def _bind_initial(config: Config, checkpoint_config: Config | None) -> tuple[Config, EncoderWeights | None]:
@@ -180,7 +178,7 @@ class RunData(Protocol):
     """What a run reads: `DataPipeline` in pretraining."""
 
     @property
-    def identity(self) -> OrderIdentity: ...
+    def order(self) -> RowOrder: ...
 
     @property
     def fingerprint(self) -> str: ...
@@ -212,25 +210,12 @@ class RunData(Protocol):
 
 
 @dataclass(frozen=True, kw_only=True, slots=True, eq=False)
-class Run:
+class Run(RunSetup):
     """What `build_run` wired. Training changes the weights, the optimizer, the record and the two that watch it."""
 
-    config: Config
-    """As it was given, with what was chosen in the place of `auto`."""
-
-    runtime: Runtime
-    output_dir: Path
-    checkpoint: Path | None
-    """Where this start continues from; None for a fresh start."""
-
-    checkpoint_config: Config | None
-    saved: dict[str, Any] | None
-    """The checkpoint's `train_state.json`."""
-
-    tokenizer: Tokenizer
     data: RunData
-    model_config: ModelConfig
-    attention: AttentionBackend
+    """`data.batch` has the rows of each step."""
+
     module: MaskedLM
     """The plain module: its names are the checkpoint's."""
 
@@ -249,14 +234,8 @@ class Run:
 
     schedule: Schedule
     tracker: Tracker
-    reporter: Reporter
     committer: Committer
     guard: Guard
-    stop: StopRequest
-    rows_per_step: int
-    """Global batch: rows over micro-batches and ranks, after a warm-up of the batch; `data.batch` has those of each
-    step."""
-
     num_steps: int
 
     def stop_requested(self) -> bool:
@@ -308,24 +287,24 @@ def build_run(
     check_launcher(config)
     runtime = build_runtime(config)
     with sharing_errors(runtime):
-        opened = open_run(bind(config), runtime)
-        config, tokenizer, runtime = opened.config, opened.tokenizer, opened.runtime
-        data = build_data(config, tokenizer, opened.reader)
+        setup, initial = open_run(bind(config), runtime)
+        config, tokenizer, runtime = setup.config, setup.tokenizer, setup.runtime
+        data = build_data(config, tokenizer, setup.reader)
         num_steps = choose_num_steps(config, data)
         check_equal(runtime, lambda: describe_data(data, num_steps))
-        module = build_module(config, opened.model_config, opened.attention, runtime)
-        if opened.initial is not None:
-            opened.reporter.say(copy_initial_weights(module, opened.initial, tokenizer, tile=config.model.init_tile))
+        module = build_module(config, setup.model_config, setup.attention, runtime)
+        if initial is not None:
+            setup.reporter.say(copy_initial_weights(module, initial, tokenizer, tile=config.model.init_tile))
         optimizer = build_run_optimizer(config, module)
-        compare_tensors(runtime, list_tensors(module, optimizer), "before the first step", opened.reporter.warn)
+        compare_tensors(runtime, list_tensors(module, optimizer), "before the first step", setup.reporter.warn)
     model = runtime.prepare_model(module)  # Has collectives of its own, so no rank may be missing.
     with sharing_errors(runtime):
-        return _wire(opened, data, module, model, optimizer, num_steps)
+        return _wire(setup, data, module, model, optimizer, num_steps)
 
 
 def describe_data(data: RunData, num_steps: int) -> dict[str, Any]:
     """What has to be equal on all ranks of the data that they found."""
-    order = {f"order of the rows: {name}": value for name, value in describe_order(data.identity).items()}
+    order = {f"order of the rows: {name}": value for name, value in asdict(data.order).items()}
     return {
         "data fingerprint": data.fingerprint,
         "fingerprint of the evaluation data": data.eval_fingerprint,
@@ -335,28 +314,20 @@ def describe_data(data: RunData, num_steps: int) -> dict[str, Any]:
 
 
 def _wire(
-    opened: Opened, data: RunData, module: MaskedLM, model: nn.Module, optimizer: Optimizer, num_steps: int
+    setup: RunSetup, data: RunData, module: MaskedLM, model: nn.Module, optimizer: Optimizer, num_steps: int
 ) -> Run:
     """Everything that trains `module` on `data` and records it."""
-    config, runtime, output_dir, reporter = opened.config, opened.runtime, opened.output_dir, opened.reporter
+    config, runtime, output_dir, reporter = setup.config, setup.runtime, setup.output_dir, setup.reporter
     return Run(
-        config=config,
-        runtime=runtime,
-        output_dir=output_dir,
-        checkpoint=opened.checkpoint,
-        checkpoint_config=opened.checkpoint_config,
-        saved=opened.saved,
-        tokenizer=opened.tokenizer,
+        **{f.name: getattr(setup, f.name) for f in fields(setup)},
         data=data,
-        model_config=opened.model_config,
-        attention=opened.attention,
         module=module,
         model=model,
         optimizer=optimizer,
         clip=build_clip(config, module, optimizer, runtime),
         average=build_average(config, module),
         statistics=Statistics(module) if config.trainer.log_statistics else None,
-        schedule=build_run_schedule(config, num_steps),
+        schedule=build_schedule(config.scheduler, base_lr=config.optimizer.lr, num_steps=num_steps),
         tracker=Tracker(
             runtime=runtime,
             config=config,
@@ -367,10 +338,7 @@ def _wire(
             source_labels=data.labels,
             sinks=build_sinks(config, runtime, output_dir, module, reporter),
         ),
-        reporter=reporter,
         committer=Committer(runtime, output_dir),
-        guard=Guard(runtime, max_bad_steps=config.trainer.max_bad_steps, skip_spikes=config.trainer.skip_spikes),
-        stop=opened.stop,
-        rows_per_step=opened.rows_per_step,
+        guard=Guard(runtime, config.trainer),
         num_steps=num_steps,
     )

@@ -25,7 +25,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from neobert.optim.optimizers import step_unless
-from neobert.types import LossSum, MicroBatch, StepBatch
+from neobert.types import LossSum, MicroBatch, StepBatch, StepCounts
 
 Judge = Callable[[Tensor, Tensor], Tensor]
 """`fn(loss_sum of this rank, grad_norm) -> bool scalar on the device`: whether to skip the step, equal on all ranks."""
@@ -33,10 +33,10 @@ Judge = Callable[[Tensor, Tensor], Tensor]
 
 @dataclass(frozen=True, kw_only=True, slots=True, eq=False)
 class StepResult:
-    """What a step leaves on the device."""
+    """What a step leaves on the device; `skipped` is equal on all ranks."""
 
     loss_sum: Tensor
-    """fp32 scalar: this rank's sum over its micro-batches."""
+    """fp32 scalar: this rank's sum over its micro-batches; reduced over ranks when the step's line is written."""
 
     micro_losses: Tensor
     """fp32 `[n]`: the loss sum of each micro-batch."""
@@ -47,6 +47,28 @@ class StepResult:
 
     skipped: Tensor
     """bool scalar: parameters and optimizer state are what they were before the step."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True, eq=False)
+class StepMetrics:
+    """One optimizer step of a run. Tensors stay on the device; numbers are the host's."""
+
+    result: StepResult
+    row_keys: tuple[Tensor, ...]
+    """Global row numbers of each micro-batch of this rank, on the host."""
+
+    counts: StepCounts
+    """Of all ranks."""
+
+    source_tokens: tuple[int, ...]
+    """Real tokens of each source in this rank's rows."""
+
+    digest: int
+    """This rank's digest; summed over ranks when the step's line is written."""
+
+    lr: float
+    data_wait: float
+    """Seconds this rank waited for its batch."""
 
 
 def not_finite(loss_sum: Tensor, grad_norm: Tensor) -> Tensor:

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 
-from neobert.benchmark.against import RUNS, AgainstSettings, Outcome, compare, describe, padded_inputs, prepare
+from neobert.benchmark.against import RUNS, AgainstSettings, SpeedResult, compare, describe, padded_inputs, prepare
 from neobert.types import IGNORE_INDEX
 
 
@@ -67,8 +67,10 @@ def test_another_contestant(settings: AgainstSettings, name: str) -> None:
 
 
 def test_ratios_are_to_the_first() -> None:
-    slow = [Outcome(tokens_per_second=50.0, peak_memory_bytes=4 * 10**9)]
-    table = describe({"ours": [Outcome(tokens_per_second=100.0, peak_memory_bytes=10**9)], "other": slow}, base="ours")
+    slow = [SpeedResult(tokens_per_second=50.0, peak_memory_bytes=4 * 10**9)]
+    table = describe(
+        {"ours": [SpeedResult(tokens_per_second=100.0, peak_memory_bytes=10**9)], "other": slow}, base="ours"
+    )
     assert table.splitlines()[-1] == "| other | 50 | 50 - 50 | 0.50 | 4.00 GB | 4.00 |"
 
 

@@ -10,7 +10,7 @@ from calls import call
 
 from neobert.benchmark import experiments, trial
 from neobert.benchmark.experiment_plan import Job, PlanError, Variant, grid, load_plan
-from neobert.benchmark.experiments import Outcome, best_outcomes, describe, draw
+from neobert.benchmark.experiments import TrialResult, best_outcomes, describe, draw
 from neobert.config.load import config_to_yaml, load_config
 from neobert.config.schema import Config
 from neobert.inference.mlm_loss import LossSettings
@@ -175,8 +175,8 @@ def test_a_killed_run_goes_on_and_ends_as_one_left_alone(folder: Path, monkeypat
     assert '"resumed"' in events
 
 
-def outcome(variant: str, rate: str | None, seed: int, loss: float | None) -> Outcome:
-    return Outcome(
+def outcome(variant: str, rate: str | None, seed: int, loss: float | None) -> TrialResult:
+    return TrialResult(
         variant=variant,
         learning_rate=rate,
         seed=seed,

@@ -12,8 +12,9 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from neobert.config.schema_contrastive import ContrastiveSection
 from neobert.contrastive.batches import PairBatch, PairCollator
-from neobert.contrastive.module import ContrastiveEncoder, Objective
+from neobert.contrastive.module import ContrastiveEncoder
 from neobert.contrastive.pair_order import TrainSet
 from neobert.inference.packed import hidden_states
 from neobert.kernels.linear_cross_entropy import KERNELS
@@ -33,6 +34,9 @@ MASKS = MaskPolicy(
     random_ids=np.arange(5, 50, dtype=np.int32),
 )
 
+HEAD = {"pretraining_prob": 0.5, "pretraining_objective": "mlm"}
+"""With which the vocabulary projection is trained too."""
+
 
 def model(**changes: Any) -> ContrastiveEncoder:
     architecture = {
@@ -46,10 +50,10 @@ def model(**changes: Any) -> ContrastiveEncoder:
         "embedding_init_range": 0.5,
         "decoder_init_range": 0.2,
     }
-    objective = {name: changes.pop(name) for name in list(changes) if name in Objective.__dataclass_fields__}
+    section = {name: changes.pop(name) for name in list(changes) if name in ContrastiveSection.__dataclass_fields__}
     torch.manual_seed(0)
     encoder = Encoder(ModelConfig(**{**architecture, **changes}), ATTENTION["sdpa"])
-    return ContrastiveEncoder(encoder, Objective(**objective), kernel=KERNELS["torch"])
+    return ContrastiveEncoder(encoder, ContrastiveSection(**section), kernel=KERNELS["torch"])
 
 
 def make_rows(*counts: int, seed: int = 0) -> list[PackedRow]:
@@ -108,7 +112,7 @@ def test_cached_gradients_are_those_of_the_whole_batch(kind: str) -> None:
     rows = make_rows(*((3, 2, 4, 2, 3) if kind == "infonce" else (2,) * 5 if kind == "cosent" else (1,) * 5))
     module = model(learn_temperature=True, both_directions=True, matryoshka_dims=(4, 8)).double()
     if kind == "mlm":
-        module = model(tie_word_embeddings=False, trains_head=True).double()
+        module = model(tie_word_embeddings=False, **HEAD).double()
     direct = collate(rows, kind=kind, num_negatives=2)
     whole, expected = gradients(module, direct)
     assert len(direct.chunks) == 1
@@ -222,7 +226,7 @@ def test_matryoshka_is_the_mean_over_widths() -> None:
 
 def test_an_untied_projection_is_trained_only_where_some_steps_mask() -> None:
     batch = collate(make_rows(2, 2, 2))
-    frozen, trained = model(tie_word_embeddings=False), model(tie_word_embeddings=False, trains_head=True)
+    frozen, trained = model(tie_word_embeddings=False), model(tie_word_embeddings=False, **HEAD)
     assert "decoder.weight" not in gradients(frozen, batch)[1]
     found = gradients(trained, batch)[1]
     assert found["decoder.weight"].abs().sum() == 0, "there for the reduction over processes"

@@ -11,11 +11,12 @@ import pytest
 import zstandard
 from remote_files import FaultyFileSystem
 
+from neobert.config.schema_data import DatasetSection
 from neobert.data.source import files as files_module
 from neobert.data.source.files import fingerprint_files, list_files, local_file
 from neobert.data.source.formats import list_splits
 from neobert.data.source.network import is_transient, with_retries
-from neobert.data.source.spec import SourceSpec
+from neobert.data.source.spec import SourceSpec, describe_sources
 from neobert.data.source.text import BadShard, Share, Span
 from neobert.errors import DataError
 
@@ -127,7 +128,7 @@ def test_a_file_that_was_replaced_is_an_error(tmp_path, remote):
 
     for url in ("faulty://bucket/a.jsonl", str(tmp_path / "a.jsonl"), str(tmp_path / "a.parquet")):
         make = parquet if url.endswith("parquet") else jsonl
-        spec = SourceSpec(path=(url,), on_bad_shard="skip")
+        (spec,) = describe_sources(DatasetSection(path=url, on_bad_shard="skip"))
         (reader,) = list_splits(spec)["train"](None).readers(Share(seed=1, num_lanes=1))
         records = reader.read(0, reader.start())
         cursor = [record.cursor for record in islice(records, 10)][-1]
@@ -250,7 +251,7 @@ def test_a_connection_that_never_returns(remote):
 def test_opening_waits_for_the_network_too(remote, monkeypatch):
     remote.store["bucket/a.jsonl"] = jsonl(10)
     remote.faults["bucket/a.jsonl"] = [ConnectionResetError("reset")]
-    spec = SourceSpec(path=("faulty://bucket/a.jsonl",), network_retries=1)
+    (spec,) = describe_sources(DatasetSection(path="faulty://bucket/a.jsonl", network_retries=1))
     monkeypatch.setattr(with_retries, "__kwdefaults__", {"sleep": lambda seconds: None})
     assert len(list(list_splits(spec)["train"](None).records())) == 10
 

@@ -7,9 +7,10 @@ import random
 
 import pytest
 
+from neobert.config.schema_data import DatasetSection
 from neobert.data.source.files import local_file
 from neobert.data.source.formats import list_splits
-from neobert.data.source.spec import SourceSpec
+from neobert.data.source.spec import describe_sources
 from neobert.data.source.text import Share, Span
 from neobert.errors import DataError
 
@@ -19,7 +20,7 @@ NOT_CLOSED = "a quotation mark that is not closed"
 
 
 def open_source(path, **values):
-    return list_splits(SourceSpec(path=(str(path),), **values))["train"](None)
+    return list_splits(*describe_sources(DatasetSection(path=str(path), **values)))["train"](None)
 
 
 # name of the file, content, the texts, and line: beginning of each problem

@@ -9,9 +9,10 @@ import pyarrow.parquet as pq
 import pytest
 import zstandard
 
+from neobert.config.schema_data import DatasetSection
 from neobert.data.source.files import DataFile
 from neobert.data.source.formats import list_splits
-from neobert.data.source.spec import SourceSpec
+from neobert.data.source.spec import describe_sources
 from neobert.data.source.text import BadShard, Share
 from neobert.errors import DataError
 
@@ -40,7 +41,7 @@ def write_corpus(folder, ending):
 
 
 def open_source(folder, **values):
-    return list_splits(SourceSpec(path=(str(folder),), **values))["train"](None)
+    return list_splits(*describe_sources(DatasetSection(path=str(folder), **values)))["train"](None)
 
 
 def read_on(reader, skip=frozenset(), epoch=0):

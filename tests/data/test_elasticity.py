@@ -55,7 +55,7 @@ def test_an_epoch_has_every_token_once(kind, corpora, texts, tokenizer, make_con
     open_lane = data.train.lane_opener()
     for epoch in (0, 1):
         found = Counter()
-        for number in range(data.train.num_lanes):
+        for number in range(data.train.order.num_lanes):
             lane = open_lane(number)
             state = lane.start()
             while state["epoch"] <= epoch:
@@ -93,7 +93,7 @@ def test_an_error_ahead_leaves_the_batches_before_it(tmp_path, make_config, make
 def test_order_of_the_source_is_kept_without_shuffling(kind, corpora, texts, tokenizer, make_config, make_data):
     config = make_config(**dataset_values(kind, corpora), num_lanes=None, window_documents=None, shuffle_buffer_size=0)
     data = make_data(replace(config, datacollator=replace(config.datacollator, pack_sequences=False)))
-    assert data.train.num_lanes == 1
+    assert data.train.order.num_lanes == 1
     lane = data.train.lane_opener()(0)
     state, found = lane.start(), []
     while state["epoch"] < 2:
@@ -109,7 +109,7 @@ def test_order_of_the_source_is_kept_without_shuffling(kind, corpora, texts, tok
 def test_a_neighbourhood_becomes_lanes_and_windows(size, lanes, window, corpora, make_config, make_data):
     config = make_config(path=str(corpora["jsonl.gz"]), num_lanes=None, window_documents=None, shuffle_buffer_size=size)
     train = make_data(config).train
-    assert (train.num_lanes, train.settings.window_documents) == (lanes, window)
+    assert (train.order.num_lanes, train.order.window_documents) == (lanes, window)
 
 
 def test_a_share_of_the_documents_is_held_out(corpora, make_config, make_data):

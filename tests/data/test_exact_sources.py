@@ -13,9 +13,10 @@ import pytest
 import zstandard
 from datasets import Dataset
 
+from neobert.config.schema_data import DatasetSection
 from neobert.data.source import hub, lines, parquet
 from neobert.data.source.formats import list_splits
-from neobert.data.source.spec import SourceSpec
+from neobert.data.source.spec import describe_sources
 from neobert.data.source.text import WHOLE, Share, Span, TextSource
 from neobert.errors import DataError
 
@@ -98,7 +99,9 @@ def made(tmp_path_factory):
     for kind in KINDS:
         folder = root / kind.replace(".", "_")
         folder.mkdir()
-        spec = SourceSpec(path=(str(folder),), sample_by=kind.split(".")[0] if "txt" in kind else "line")
+        (spec,) = describe_sources(
+            DatasetSection(path=str(folder), sample_by=kind.split(".")[0] if "txt" in kind else "line")
+        )
         for number, texts in enumerate(files):
             if kind == "parquet":
                 pq.write_table(pa.table({"text": texts}), folder / f"{number}.parquet", row_group_size=8)
@@ -114,7 +117,7 @@ def made(tmp_path_factory):
         elif kind not in ("parquet", "hub"):
             write_bytes(folder / f"empty.{'txt' if 'txt' in kind else kind}", b"")
         if kind == "hub":
-            spec = SourceSpec(name=str(folder), cache_dir=str(root / "cache"))
+            (spec,) = describe_sources(DatasetSection(name=str(folder), cache_dir=str(root / "cache")))
         found[kind] = (list_splits(spec)["train"](None), list(chain(*(expected_texts(kind, texts) for texts in files))))
     return found
 

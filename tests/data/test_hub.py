@@ -1,18 +1,20 @@
 import pytest
 from huggingface_hub import errors as hf_errors
 
+from neobert.config.schema_data import DatasetSection
 from neobert.data.source import hub
 from neobert.data.source.formats import list_splits
 from neobert.data.source.hub import HubShard, HubSource, open_hub, pin_hub
 from neobert.data.source.sharing import Stretch
-from neobert.data.source.spec import SourceSpec
+from neobert.data.source.spec import SourceSpec, describe_sources
 from neobert.data.source.text import BadShard, Share, Span
 from neobert.errors import DataError
 
 
 @pytest.fixture
 def section(corpora, tmp_path):
-    return SourceSpec(name=str(corpora["jsonl.gz"]), cache_dir=str(tmp_path / "cache"))
+    (spec,) = describe_sources(DatasetSection(name=str(corpora["jsonl.gz"]), cache_dir=str(tmp_path / "cache")))
+    return spec
 
 
 def test_a_named_data_set_is_read_in_the_order_of_its_files(section, texts):
@@ -60,7 +62,7 @@ def test_a_data_set_that_cannot_be_reached(monkeypatch):
 
     monkeypatch.setattr(hub, "get_dataset_split_names", unreachable)
     monkeypatch.setattr(hub.HfApi, "dataset_info", unreachable)
-    section = SourceSpec(name="nobody/nothing", network_retries=0)
+    (section,) = describe_sources(DatasetSection(name="nobody/nothing", network_retries=0))
     for failing in (lambda: list_splits(section), lambda: pin_hub(section)):
         with pytest.raises(
             DataError, match=r"dataset.name: nobody/nothing cannot be read: .*Couldn't reach.*dataset.network_retries"

@@ -13,12 +13,13 @@ import pyarrow.parquet as pq
 import pytest
 import zstandard
 
+from neobert.config.schema_data import DatasetSection
 from neobert.data.source import codecs as decompress
 from neobert.data.source import files, intake
 from neobert.data.source import spec as columns
 from neobert.data.source.formats import list_data_files, list_splits
 from neobert.data.source.inventory import FileReport, Inventory
-from neobert.data.source.spec import SourceSpec
+from neobert.data.source.spec import SourceSpec, describe_sources
 from neobert.data.source.splits import find_split
 from neobert.data.source.text import Share, Span
 from neobert.errors import DataError
@@ -47,7 +48,7 @@ def jsonl(*records):
 
 
 def open_source(path, split="train", **values):
-    return list_splits(SourceSpec(path=(str(path),), **values))[split](None)
+    return list_splits(*describe_sources(DatasetSection(path=str(path), **values)))[split](None)
 
 
 def texts_of(source):
@@ -214,7 +215,7 @@ def write(path, text="x"):
 
 
 def listed(path, **values):
-    found = list_data_files(SourceSpec(path=(str(path),), **values))
+    found = list_data_files(*describe_sources(DatasetSection(path=str(path), **values)))
     names = {split: [os.path.basename(file.url) for file in found.files_of(split)] for split in found.splits.values()}
     return names, {os.path.basename(r.url): r.problem for r in found.inventory.files if r.problem is not None}
 

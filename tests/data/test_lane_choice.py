@@ -12,7 +12,7 @@ from datasets import Dataset
 from reading import read_world
 
 from neobert.config.schema_data import MixtureSource
-from neobert.data.rows.lanes import LaneSettings, fit_num_lanes
+from neobert.data.rows.lanes import RowOrder, fit_num_lanes
 from neobert.data.source import lines, parquet
 from neobert.errors import DataError
 
@@ -141,10 +141,12 @@ def test_fewer_lanes_where_some_find_nothing(kind, config_of, make_data, monkeyp
     config = config_of(kind)
     usual, train = usual_lanes(monkeypatch, make_data, config), make_data(config).train
     assert caplog.records == [], "what is bad is told when it is read, not when lanes are counted"
-    assert 1 <= train.num_lanes < usual.num_lanes
-    assert f"{train.num_lanes} lanes (of {usual.num_lanes} lanes some would find no document" in train.notes[0]
+    assert 1 <= train.order.num_lanes < usual.order.num_lanes
+    assert (
+        f"{train.order.num_lanes} lanes (of {usual.order.num_lanes} lanes some would find no document" in train.notes[0]
+    )
     expected = read_world(make_data, config, 1, 0, None, 4)
-    assert expected[-1][2]["num_lanes"] == train.num_lanes
+    assert expected[-1][2]["num_lanes"] == train.order.num_lanes
     if kind is not mixed_by_weights:
         assert max(lane["epoch"] for lane in expected[-1][2]["lanes"].values()) >= 1
     draw = random.Random(kind.__name__)
@@ -156,7 +158,7 @@ def test_fewer_lanes_where_some_find_nothing(kind, config_of, make_data, monkeyp
 @pytest.mark.parametrize("kind", [one_huge_line, sorted_by_length, few_indexed, mixed_by_weights])
 def test_a_number_that_was_asked_for_may_be_too_large(kind, config_of, make_data, monkeypatch):
     config = config_of(kind)
-    num_lanes = usual_lanes(monkeypatch, make_data, config).num_lanes
+    num_lanes = usual_lanes(monkeypatch, make_data, config).order.num_lanes
     config = replace(config, dataset=replace(config.dataset, num_lanes=num_lanes))
     with pytest.raises(DataError, match=r"no usable documents.*lower dataset.num_lanes or leave it null"):
         read_world(make_data, config, 1, 0, None, 14)
@@ -179,15 +181,13 @@ def test_a_lane_whose_epoch_has_nothing_by_chance_goes_to_the_next(config_of, ma
 def test_a_source_without_documents_stays_an_error(tmp_path, make_config, make_data):
     jsonl(tmp_path / "a.jsonl", SHORT * 20)
     data = make_data(make_config(path=str(tmp_path), num_lanes=None, min_length=5))
-    assert data.train.num_lanes == 1
+    assert data.train.order.num_lanes == 1
     with pytest.raises(DataError, match=r"lane 0 has no usable documents"):
         next(data.loader())
 
 
 def test_lanes_that_all_find_something_are_looked_at_once(monkeypatch):
-    settings = LaneSettings(
-        seed=0, max_seq_length=8, window_documents=8, min_length=1, truncate=False, packing="best_fit"
-    )
+    order = RowOrder(seed=0, max_seq_length=8, window_documents=8, min_length=1, truncate=False, packing="best_fit")
     counts = []
 
     def cut(num_lanes):
@@ -195,6 +195,6 @@ def test_lanes_that_all_find_something_are_looked_at_once(monkeypatch):
         return lambda lane: []
 
     monkeypatch.setattr("neobert.data.rows.lanes._is_filled", lambda *_: True)
-    assert fit_num_lanes(16, cut, settings, weighted=False) == 16
-    assert fit_num_lanes(1, cut, settings, weighted=False) == 1
+    assert fit_num_lanes(16, cut, order, weighted=False) == 16
+    assert fit_num_lanes(1, cut, order, weighted=False) == 1
     assert counts == [16]

@@ -6,13 +6,14 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
+from neobert.config.schema_data import DatasetSection
 from neobert.data.rows import streams as streams_module
-from neobert.data.rows.lanes import LaneSettings, PackingLane
+from neobert.data.rows.lanes import PackingLane, RowOrder
 from neobert.data.rows.streams import IndexedStream, TextStream
 from neobert.data.source.text import Record, cut_end, cut_text
 from neobert.errors import DataError
 
-SETTINGS = LaneSettings(seed=3, max_seq_length=12, window_documents=8, min_length=1, truncate=False, packing="best_fit")
+ORDER = RowOrder(seed=3, max_seq_length=12, window_documents=8, min_length=1, truncate=False, packing="best_fit")
 KINDS = ("indexed", "text_indexed", "jsonl", "jsonl.gz", "parquet")
 
 
@@ -54,14 +55,16 @@ def count_chars(texts):
     return [np.frombuffer(text.encode(), dtype=np.uint8).astype(np.int32) for text in texts]
 
 
-def indexed_lane(store, settings, lane, num_lanes):
+def indexed_lane(store, order, lane, num_lanes):
     last = len(store)
-    stream = IndexedStream(store=store, settings=settings, lane=lane, num_lanes=num_lanes, first=0, last=last)
-    return PackingLane(stream, settings, lane)
+    stream = IndexedStream(store=store, order=order, lane=lane, num_lanes=num_lanes, first=0, last=last)
+    return PackingLane(stream, order, lane)
 
 
-def text_lane(reader, settings, lane):
-    return PackingLane(TextStream(reader=reader, encode=count_chars, settings=settings, lane=lane), settings, lane)
+def text_lane(reader, order, lane, max_bad_records=100):
+    section = DatasetSection(max_bad_records=max_bad_records)
+    stream = TextStream(reader=reader, encode=count_chars, order=order, section=section, lane=lane)
+    return PackingLane(stream, order, lane)
 
 
 def read_epoch(lane, epoch=0):
@@ -92,16 +95,16 @@ def test_epochs_and_lanes_differ_in_order(kind, corpora, make_config, make_data)
 def test_every_epoch_permutes_all_documents_anew():
     """A window of another epoch, and of another lane, holds other documents."""
     store = ListStore([5] * 400)
-    lane = indexed_lane(store, SETTINGS, 0, 2)
+    lane = indexed_lane(store, ORDER, 0, 2)
 
     def opened(epoch):
         stream = {"epoch": epoch, "position": 0, "offset": 0}
         return set(lane.open({**lane.start(), "epoch": epoch, "stream": stream}).documents.tolist())
 
     first, second = opened(0), opened(1)
-    assert len(first) == len(second) == SETTINGS.window_documents
+    assert len(first) == len(second) == ORDER.window_documents
     assert len(first & second) < 4
-    other = indexed_lane(store, SETTINGS, 1, 2)
+    other = indexed_lane(store, ORDER, 1, 2)
     assert not first & set(other.open(other.start()).documents.tolist())
 
 
@@ -112,7 +115,7 @@ def test_a_document_larger_than_a_window_goes_on_in_the_next(window_tokens, monk
     store = ListStore(lengths)
     found = Counter()
     for number in range(2):
-        tokens, state = read_epoch(indexed_lane(store, SETTINGS, number, 2))
+        tokens, state = read_epoch(indexed_lane(store, ORDER, number, 2))
         found += tokens
         assert state["stream"]["offset"] == state["dropped"] == 0
     assert found == Counter(t for d in range(len(lengths)) for t in store.content(d).tolist())
@@ -121,21 +124,21 @@ def test_a_document_larger_than_a_window_goes_on_in_the_next(window_tokens, monk
 def test_truncation_takes_the_first_piece_even_of_a_huge_document(monkeypatch):
     monkeypatch.setattr(streams_module, "WINDOW_TOKENS", 15)
     store = ListStore([7, 900, 13])
-    tokens, _ = read_epoch(indexed_lane(store, replace(SETTINGS, truncate=True), 0, 1))
+    tokens, _ = read_epoch(indexed_lane(store, replace(ORDER, truncate=True), 0, 1))
     assert sorted(tokens) == [*range(7), *range(1000, 1010), *range(2000, 2010)]
 
 
 def test_dropped_tails_are_counted_once(monkeypatch):
     monkeypatch.setattr(streams_module, "WINDOW_TOKENS", 25)
-    _, state = read_epoch(indexed_lane(ListStore([52, 2, 10, 33]), replace(SETTINGS, min_length=4), 0, 1))
+    _, state = read_epoch(indexed_lane(ListStore([52, 2, 10, 33]), replace(ORDER, min_length=4), 0, 1))
     assert state["dropped"] == 3
 
 
 def test_lanes_without_documents_are_an_error():
-    for lane in (indexed_lane(ListStore([0, 0]), SETTINGS, 0, 1), indexed_lane(ListStore([5]), SETTINGS, 1, 2)):
+    for lane in (indexed_lane(ListStore([0, 0]), ORDER, 0, 1), indexed_lane(ListStore([5]), ORDER, 1, 2)):
         with pytest.raises(DataError, match=r"lane \d has no usable documents.*dataset.num_lanes"):
             lane.open(lane.start())
-    lane = text_lane(ListReader(["", ""]), SETTINGS, 4)
+    lane = text_lane(ListReader(["", ""]), ORDER, 4)
     with pytest.raises(DataError, match="lane 4 has no usable documents"):
         lane.open(lane.start())
 
@@ -143,12 +146,12 @@ def test_lanes_without_documents_are_an_error():
 def test_a_huge_text_is_cut_and_nothing_is_lost(monkeypatch):
     monkeypatch.setattr(streams_module, "WINDOW_CHARS", 50)
     texts = ["short", "many words " * 40, "x" * 300, "end"]
-    settings = replace(SETTINGS, max_document_chars=25)
-    lane = text_lane(ListReader(texts), settings, 0)
+    order = replace(ORDER, max_document_chars=25)
+    lane = text_lane(ListReader(texts), order, 0)
     state, text, windows = lane.start(), "", 0
     while state["epoch"] == 0:
         window = lane.open(state)
-        assert text_lane(ListReader(texts), settings, 0).open(state).rows == window.rows
+        assert text_lane(ListReader(texts), order, 0).open(state).rows == window.rows
         pieces = sorted(piece for row in window.rows for piece in row)
         text += "".join(bytes(window.get(piece).astype(np.uint8)).decode() for piece in pieces)
         assert sum(piece.length for piece in pieces) <= 50 + 25
@@ -165,11 +168,11 @@ def test_cuts_are_at_white_space_where_there_is_some():
 
 def test_bad_and_empty_records_are_counted_and_bounded():
     texts = ["one", "BAD", "", "two", "BAD", "three"]
-    settings = replace(SETTINGS, window_documents=2, max_bad_records=2)
-    lane = text_lane(ListReader(texts), settings, 0)
+    order = replace(ORDER, window_documents=2)
+    lane = text_lane(ListReader(texts), order, 0, max_bad_records=2)
     _, state = read_epoch(lane, epoch=2)
     stream = state["stream"]
     assert (stream["bad"], stream["skipped"], stream["bad_in_epoch"]) == (6, 3, 0)
-    strict = text_lane(ListReader(texts), replace(settings, max_bad_records=1), 0)
+    strict = text_lane(ListReader(texts), order, 0, max_bad_records=1)
     with pytest.raises(DataError, match=r"dataset.max_bad_records: 1, but 2 records.*list:4: broken"):
         read_epoch(strict)

@@ -5,8 +5,9 @@ import json
 import pytest
 from datasets import Dataset
 
+from neobert.config.schema_data import DatasetSection
 from neobert.data.source.formats import StdlibSource, list_splits
-from neobert.data.source.spec import SourceSpec
+from neobert.data.source.spec import describe_sources
 from neobert.data.source.text import Share, Span
 from neobert.errors import DataError
 
@@ -18,7 +19,7 @@ def write(path, *texts):
 
 
 def splits_of(*paths, **values):
-    return list_splits(SourceSpec(path=tuple(map(str, paths)), **values))
+    return list_splits(*describe_sources(DatasetSection(path=tuple(map(str, paths)), **values)))
 
 
 def texts_of(splits, name="train"):

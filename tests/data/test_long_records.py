@@ -12,9 +12,10 @@ import zstandard
 from datasets import Dataset
 from reading import read_world
 
+from neobert.config.schema_data import DatasetSection
 from neobert.data.source.formats import list_splits
 from neobert.data.source.record_file import RecordFile
-from neobert.data.source.spec import SourceSpec
+from neobert.data.source.spec import describe_sources
 from neobert.data.source.text import Share, Span
 
 LIMIT = 200
@@ -107,7 +108,7 @@ def open_source(name, folder, limit=LIMIT):
         if name == "hub"
         else {"path": (str(folder),)}
     )
-    spec = SourceSpec(**places, sample_by=SAMPLE_BY.get(name, "line"), max_record_bytes=limit)
+    (spec,) = describe_sources(DatasetSection(**places, sample_by=SAMPLE_BY.get(name, "line"), max_record_bytes=limit))
     return list_splits(spec)["train"](None)
 
 
@@ -164,7 +165,7 @@ def test_a_line_that_unfolds_to_much_more_is_not_held(ending, tmp_path):
     path = tmp_path / f"a.{ending}"
     path.write_bytes(gzip.compress(content, 1) if ending.endswith("gz") else zstandard.compress(content))
     del content, unfolded
-    good = SourceSpec(path=(str(path),), max_record_bytes=1 << 20)
+    (good,) = describe_sources(DatasetSection(path=str(path), max_record_bytes=1 << 20))
     tracemalloc.start()
     source = list_splits(good)["train"](None)
     records = list(source.records())

@@ -333,7 +333,7 @@ def test_folders_without_data_or_with_two_kinds(tmp_path, make_config, make_data
 
 def test_train_split_named_train_is_fine_without_splits(corpora, make_config, make_data):
     for kind in ("indexed", "jsonl"):
-        assert make_data(make_config(path=str(corpora[kind]), train_split="train")).train.num_lanes == 3
+        assert make_data(make_config(path=str(corpora[kind]), train_split="train")).train.order.num_lanes == 3
 
 
 def test_the_largest_lane_is_told(tmp_path, make_config, make_data):

@@ -9,14 +9,15 @@ from functools import partial
 import numpy as np
 import pytest
 
+from neobert.config.schema_data import DatasetSection
 from neobert.data.rows import streams as streams_module
-from neobert.data.rows.lanes import LaneSettings
+from neobert.data.rows.lanes import RowOrder
 from neobert.data.rows.streams import TextStream
 from neobert.data.source.network import with_retries
 from neobert.data.source.text import Record
 from neobert.errors import DataError
 
-SETTINGS = LaneSettings(seed=3, max_seq_length=12, window_documents=8, min_length=1, truncate=False, packing="best_fit")
+ORDER = RowOrder(seed=3, max_seq_length=12, window_documents=8, min_length=1, truncate=False, packing="best_fit")
 
 
 def as_bytes(texts):
@@ -87,7 +88,8 @@ class Unsteady:
 
 
 def take_all(reader, retries):
-    stream = TextStream(reader=reader, encode=as_bytes, settings=SETTINGS, lane=0, network_retries=retries)
+    section = DatasetSection(network_retries=retries)
+    stream = TextStream(reader=reader, encode=as_bytes, order=ORDER, section=section, lane=0)
     state, documents = stream.start(), []
     while state["epoch"] == 0:
         taken = stream.take(state, 8)

@@ -9,18 +9,19 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
+from neobert.config.schema_data import DatasetSection
 from neobert.data.source.files import DataFile, local_file
 from neobert.data.source.formats import list_splits
 from neobert.data.source.lines import FileShard
 from neobert.data.source.plain import SAMPLE_BY, Paragraphs
 from neobert.data.source.record_file import RecordFile
-from neobert.data.source.spec import SourceSpec
+from neobert.data.source.spec import describe_sources
 from neobert.data.source.text import Span
 from neobert.errors import DataError
 
 
 def open_source(path, **values):
-    return list_splits(SourceSpec(path=(str(path),), **values))["train"](None)
+    return list_splits(*describe_sources(DatasetSection(path=str(path), **values)))["train"](None)
 
 
 def texts_of(source):

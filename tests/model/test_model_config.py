@@ -1,11 +1,13 @@
 """The architecture's config: sizes, round trip, errors."""
 
 import json
+from dataclasses import MISSING, fields
 from typing import Any
 
 import pytest
 from packed import tiny_config
 
+from neobert.config.schema import ModelSection
 from neobert.model.config import ModelConfig
 
 
@@ -27,6 +29,15 @@ def test_a_file_of_before_the_variants_still_loads() -> None:
     for name in ("init", "init_std", "init_zero_residual", "ngpt", "base_scale"):
         del values[name]
     assert ModelConfig.from_dict(values) == tiny_config()
+
+
+def test_every_field_but_the_padding_is_a_key_of_the_section_with_the_same_default() -> None:
+    section = ModelSection()
+    for field in fields(ModelConfig):
+        if field.name != "pad_token_id" and field.default is not MISSING:
+            assert getattr(section, field.name) == field.default, field.name
+        elif field.name != "pad_token_id":
+            assert hasattr(section, field.name), field.name
 
 
 def test_layers_with_a_window() -> None:

@@ -6,6 +6,7 @@ import pytest
 import torch
 from torch import nn
 
+from neobert.config.schema_optimizer import OptimizerSection
 from neobert.optim.optimizers import OPTIMIZERS, build_optimizer, step_unless
 
 
@@ -13,7 +14,7 @@ def build(name: str) -> tuple[nn.Module, torch.optim.Optimizer]:
     torch.manual_seed(0)
     block = nn.ModuleDict({"qkv": nn.Linear(5, 15), "down": nn.Linear(8, 5)})
     module = nn.ModuleDict({"0": nn.Embedding(7, 5), "1": nn.Linear(5, 3), "layers": nn.ModuleList([block])})
-    return module, build_optimizer(module, name=name, lr=0.1, weight_decay=0.1, betas=(0.9, 0.95), eps=1e-8)
+    return module, build_optimizer(module, OptimizerSection(name=name, lr=0.1))
 
 
 def make_step(module: nn.Module, optimizer: torch.optim.Optimizer, seed: int, *, bad: bool = False) -> None:

@@ -8,7 +8,8 @@ import pytest
 import torch
 from torch import nn
 
-from neobert.optim.muon import NORM_FACTORS, MuonSettings, equalize_rows, reference_muon, split_matrices
+from neobert.config.schema_optimizer import MuonSection, OptimizerSection
+from neobert.optim.muon import NORM_FACTORS, equalize_rows, reference_muon, split_matrices
 from neobert.optim.optimizers import build_optimizer, step_unless
 from neobert.optim.orthogonal import ORTHOGONALIZATIONS, orthogonalize, polar_express, reference_orthogonal
 
@@ -35,11 +36,12 @@ class Model(nn.Module):
         self.decoder = nn.Linear(H, 7, bias=False)
 
 
-def build(name: str, **options: Any) -> tuple[Model, torch.optim.Optimizer]:
+def build(name: str, weights: torch.dtype = torch.float32, **muon: Any) -> tuple[Model, torch.optim.Optimizer]:
     torch.manual_seed(0)
-    module = Model().to(options.pop("weights", torch.float64))
-    settings = {"lr": 0.1, "weight_decay": 0.3, "betas": (0.9, 0.95), "eps": 1e-8, **options}
-    return module, build_optimizer(module, name=name, **settings)
+    module = Model().to(weights)
+    own = MuonSection(muon_decay=0.3, **muon)
+    section = OptimizerSection(name=name, lr=0.1, weight_decay=0.3, muon_config=own)  # type: ignore[arg-type]
+    return module, build_optimizer(module, section, dtype=weights)
 
 
 def gradients(module: Model, seed: int) -> list[torch.Tensor]:
@@ -64,16 +66,15 @@ def make_steps(module: Model, optimizer: torch.optim.Optimizer, seeds: range) ->
     ],
 )
 def test_three_steps_equal_the_definition(method: str, nesterov: bool, factor: str, name: str, num_steps: int) -> None:
-    settings = MuonSettings(
-        beta=0.8,
-        nesterov=nesterov,
-        orthogonalization=method,
-        num_steps=num_steps,
-        norm_factor=factor,
-        row_beta=0.9,
-        dtype=torch.float64,
-    )
-    module, optimizer = build(name, muon=settings)
+    settings: dict[str, Any] = {
+        "muon_beta": 0.8,
+        "nesterov": nesterov,
+        "orthogonalization": method,
+        "ns_steps": num_steps,
+        "norm_factor": factor,
+        "normuon_beta2": 0.9,
+    }
+    module, optimizer = build(name, torch.float64, **settings)
     before = copy.deepcopy(module.state_dict())
     make_steps(module, optimizer, range(3))
     grads = {n: [gradients(module, s)[i] for s in range(3)] for i, (n, _) in enumerate(module.named_parameters())}
@@ -87,7 +88,7 @@ def test_three_steps_equal_the_definition(method: str, nesterov: bool, factor: s
             wanted = reference_muon(
                 before[key][part],
                 [g[part] for g in grads[key]],
-                settings=settings,
+                section=MuonSection(**settings),
                 equal_rows=name == "normuon",
                 lr=0.1,
                 weight_decay=0.3,
@@ -98,8 +99,8 @@ def test_three_steps_equal_the_definition(method: str, nesterov: bool, factor: s
 
 
 def test_everything_but_the_matrices_of_the_blocks_is_adamw_to_the_bit() -> None:
-    module, optimizer = build("normuon", weights=torch.float32)
-    other, adamw = build("adamw", weights=torch.float32)
+    module, optimizer = build("normuon")
+    other, adamw = build("adamw")
     make_steps(module, optimizer, range(4))
     make_steps(other, adamw, range(4))
     for name, weight in module.state_dict().items():
@@ -108,9 +109,9 @@ def test_everything_but_the_matrices_of_the_blocks_is_adamw_to_the_bit() -> None
 
 
 def test_a_saved_state_continues_to_the_bit() -> None:
-    module, optimizer = build("normuon", weights=torch.float32)
+    module, optimizer = build("normuon")
     make_steps(module, optimizer, range(3))
-    other, again = build("normuon", weights=torch.float32)
+    other, again = build("normuon")
     other.load_state_dict(module.state_dict())
     again.load_state_dict(copy.deepcopy(optimizer.state_dict()))
     make_steps(module, optimizer, range(3, 6))
@@ -121,7 +122,7 @@ def test_a_saved_state_continues_to_the_bit() -> None:
 
 @pytest.mark.parametrize("name", ["muonclip", "normuon"])
 def test_a_step_that_is_left_out_keeps_every_bit_with_nesterov_and_decay(name: str) -> None:
-    module, optimizer = build(name, weights=torch.float32, muon=MuonSettings(nesterov=True))
+    module, optimizer = build(name, nesterov=True)
     make_steps(module, optimizer, range(2))
     weights = {key: value.clone() for key, value in module.state_dict().items()}
     state = copy.deepcopy(optimizer.state_dict()["state"])

@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 import torch
 
+from neobert.config.schema_optimizer import MuonSection
 from neobert.kernels.linear_cross_entropy import KERNELS
 from neobert.model.attention import ATTENTION
 from neobert.model.config import ModelConfig
@@ -14,7 +15,7 @@ from neobert.model.encoder import Encoder
 from neobert.model.segments import Segments
 from neobert.objectives.mlm import MaskedLM
 from neobert.optim.optimizers import step_unless
-from neobert.optim.qk_clip import ClipSettings, QKClip, largest_logits
+from neobert.optim.qk_clip import QKClip, clips_in_step, largest_logits
 
 H, N, S = 16, 2, 10
 IDS = torch.tensor([[1] * 4 + [2] * 6, [1] * 7 + [0] * 3], dtype=torch.int32)
@@ -80,7 +81,7 @@ def test_the_largest_logit_is_that_of_a_pair_in_one_document(window: int | None,
 def test_it_is_measured_on_the_queries_and_keys_that_the_attention_takes(options: dict[str, Any]) -> None:
     seen: list[Any] = []
     encoder = build(seen, **options).encoder
-    clip = QKClip(encoder, ClipSettings(interval=1))
+    clip = QKClip(encoder, MuonSection(clipping_interval=1))
     with clip.measuring(0, 2):
         encoder(tokens(1), POSITIONS, SEGMENTS)
         encoder(tokens(2), POSITIONS, SEGMENTS)
@@ -93,8 +94,8 @@ def test_it_is_measured_on_the_queries_and_keys_that_the_attention_takes(options
 
 def test_the_last_micro_batch_alone() -> None:
     encoder = build().encoder
-    clip = QKClip(encoder, ClipSettings(interval=1, last_micro_batch_only=True))
-    alone = QKClip(encoder, ClipSettings(interval=1))
+    clip = QKClip(encoder, MuonSection(clipping_interval=1, capture_last_microbatch_only=True))
+    alone = QKClip(encoder, MuonSection(clipping_interval=1))
     with clip.measuring(0, 2):
         encoder(tokens(1), POSITIONS, SEGMENTS)
         encoder(tokens(2), POSITIONS, SEGMENTS)
@@ -114,7 +115,7 @@ def clipped_step(module: MaskedLM, clip: QKClip, *, skip: bool = False) -> None:
 
 
 def measure(module: MaskedLM) -> torch.Tensor:
-    clip = QKClip(module.encoder, ClipSettings(interval=1))
+    clip = QKClip(module.encoder, MuonSection(clipping_interval=1))
     with clip.measuring(0, 1):
         module.encoder(tokens(1), POSITIONS, SEGMENTS)
         found = clip._logits_LN
@@ -130,7 +131,7 @@ def test_a_head_above_the_threshold_is_brought_down_to_it_and_no_other_weight_ch
     over = before[0] > threshold
     assert over.sum() == 1
     head = int(over.nonzero())
-    clip = QKClip(module.encoder, ClipSettings(interval=1, threshold=threshold, alpha=0.25))
+    clip = QKClip(module.encoder, MuonSection(clipping_interval=1, clipping_threshold=threshold, clipping_alpha=0.25))
     clipped_step(module, clip)
     after = measure(module)
     assert after[0, head].item() == pytest.approx(threshold, rel=1e-5)
@@ -154,7 +155,7 @@ def test_a_head_above_the_threshold_is_brought_down_to_it_and_no_other_weight_ch
 def test_a_step_that_is_left_out_clips_nothing() -> None:
     module = build()
     weights = {name: p.detach().clone() for name, p in module.named_parameters()}
-    clip = QKClip(module.encoder, ClipSettings(interval=1, threshold=1e-3))
+    clip = QKClip(module.encoder, MuonSection(clipping_interval=1, clipping_threshold=1e-3))
     clipped_step(module, clip, skip=True)
     assert all(torch.equal(p, weights[name]) for name, p in module.named_parameters())
     assert clip.read()["clipped_heads"] == 0
@@ -167,16 +168,20 @@ def test_logits_that_are_not_numbers_clip_nothing() -> None:
     with torch.no_grad():
         module.encoder.layers[0].qkv.weight[0] = torch.inf
     before = module.encoder.layers[1].qkv.weight.detach().clone()
-    clipped_step(module, QKClip(module.encoder, ClipSettings(interval=1, threshold=1e-3)), skip=True)
+    clipped_step(module, QKClip(module.encoder, MuonSection(clipping_interval=1, clipping_threshold=1e-3)), skip=True)
     assert torch.equal(module.encoder.layers[1].qkv.weight, before)
 
 
 def test_which_steps_clip() -> None:
-    assert [step for step in range(8) if ClipSettings(interval=2).due(step)] == [1, 3, 5, 7]
-    assert [step for step in range(8) if ClipSettings(interval=2, warmup_steps=4).due(step)] == [5, 7]
-    assert [step for step in range(3) if ClipSettings(interval=1, warmup_steps=1).due(step)] == [1, 2]
+    def steps(interval: int, warmup: int) -> list[int]:
+        section = MuonSection(clipping_interval=interval, clipping_warmup_steps=warmup)
+        return [step for step in range(8) if clips_in_step(section, step)]
+
+    assert steps(2, 0) == [1, 3, 5, 7]
+    assert steps(2, 4) == [5, 7]
+    assert steps(1, 5) == [5, 6, 7]
     module = build()
-    clip = QKClip(module.encoder, ClipSettings(interval=2))
+    clip = QKClip(module.encoder, MuonSection(clipping_interval=2))
     with clip.measuring(0, 1):
         assert module.encoder.observe is None
 
@@ -186,7 +191,7 @@ def test_measuring_changes_no_gradient(autocast: bool) -> None:
     grads = []
     for interval in (1, 2):
         module = build()
-        clip = QKClip(module.encoder, ClipSettings(interval=interval))
+        clip = QKClip(module.encoder, MuonSection(clipping_interval=interval))
         precision = torch.autocast("cpu", torch.bfloat16) if autocast else nullcontext()
         with clip.measuring(0, 1), precision:
             assert (module.encoder.observe is not None) == (interval == 1)

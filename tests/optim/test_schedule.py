@@ -5,7 +5,13 @@ from typing import Any
 
 import pytest
 
+from neobert.config.schema import SchedulerSection
 from neobert.optim.schedule import COOLDOWNS, SCHEDULES, Schedule, build_schedule
+
+
+def build(*, base_lr: float = 1.0, num_steps: int = 200, **section: Any) -> Schedule:
+    values = {"name": "linear", "warmup_steps": 10, **section}
+    return build_schedule(SchedulerSection(**values), base_lr=base_lr, num_steps=num_steps)
 
 
 @pytest.mark.parametrize(
@@ -16,7 +22,7 @@ from neobert.optim.schedule import COOLDOWNS, SCHEDULES, Schedule, build_schedul
     ],
 )
 def test_table(name: str, expected: list[float]) -> None:
-    schedule = Schedule(name=name, base_lr=1.0, warmup_steps=3, decay_steps=7, final_lr_ratio=0.2)
+    schedule = build(name=name, warmup_steps=3, decay_steps=7, final_lr_ratio=0.2)
     assert [schedule(step) for step in range(10)] == pytest.approx(expected)
     assert schedule(1_000_000) == pytest.approx(0.2)
 
@@ -56,7 +62,7 @@ W = [0.25, 0.5, 0.75]
     ],
 )
 def test_stable_parts_and_cooldowns(name: str, settings: dict[str, Any], expected: list[float]) -> None:
-    schedule = Schedule(name=name, base_lr=1.0, warmup_steps=3, decay_steps=10, final_lr_ratio=0.2, **settings)
+    schedule = build(name=name, warmup_steps=3, decay_steps=10, final_lr_ratio=0.2, **settings)
     assert [schedule(step) for step in range(12)] == pytest.approx(expected)
 
 
@@ -64,7 +70,7 @@ def test_stable_parts_and_cooldowns(name: str, settings: dict[str, Any], expecte
 @pytest.mark.parametrize("name", SCHEDULES)
 def test_every_schedule_starts_at_the_base_and_ends_at_the_floor(name: str, shape: str) -> None:
     cooldown = 0 if name in ("cosine", "linear") else 20
-    schedule = Schedule(
+    schedule = build(
         name=name,
         base_lr=3e-4,
         warmup_steps=0,
@@ -80,30 +86,15 @@ def test_every_schedule_starts_at_the_base_and_ends_at_the_floor(name: str, shap
 
 
 def test_inverse_sqrt_stops_at_the_final_ratio() -> None:
-    schedule = Schedule(name="inverse_sqrt", base_lr=2.0, warmup_steps=3, decay_steps=10, final_lr_ratio=0.5)
+    schedule = build(name="inverse_sqrt", base_lr=2.0, warmup_steps=3, decay_steps=10, final_lr_ratio=0.5)
     assert [schedule(step) for step in (14, 15, 16, 1000)] == pytest.approx([2 * math.sqrt(4 / 15), 1.0, 1.0, 1.0])
 
 
 def test_a_branch_equals_its_trunk_until_the_decay_begins() -> None:
-    trunk = settled(name="constant", num_steps=100)
-    branch = settled(name="wsd", num_steps=60, cooldown_steps=20)
+    trunk = build(name="constant", num_steps=100)
+    branch = build(name="wsd", num_steps=60, cooldown_steps=20)
     assert [trunk(step) for step in range(41)] == [branch(step) for step in range(41)]
     assert trunk(41) > branch(41)
-
-
-def settled(**changes: Any) -> Schedule:
-    values: dict[str, Any] = {
-        "name": "linear",
-        "base_lr": 1.0,
-        "warmup_steps": 10,
-        "warmup_percent": None,
-        "decay_steps": None,
-        "decay_percent": None,
-        "total_steps": None,
-        "final_lr_ratio": 0.1,
-        "num_steps": 200,
-    }
-    return build_schedule(**{**values, **changes})
 
 
 @pytest.mark.parametrize(
@@ -118,7 +109,7 @@ def settled(**changes: Any) -> Schedule:
     ],
 )
 def test_length_of_the_cooldown(changes: dict[str, Any], cooldown: int) -> None:
-    assert settled(name="wsd", **changes).cooldown_steps == cooldown
+    assert build(name="wsd", **changes).cooldown_steps == cooldown
 
 
 @pytest.mark.parametrize(
@@ -134,12 +125,12 @@ def test_length_of_the_cooldown(changes: dict[str, Any], cooldown: int) -> None:
     ],
 )
 def test_percents_and_defaults(changes: dict[str, Any], warmup: int, decay: int) -> None:
-    schedule = settled(**changes)
+    schedule = build(**changes)
     assert (schedule.warmup_steps, schedule.decay_steps) == (warmup, decay)
 
 
 def test_an_unknown_schedule_is_an_error() -> None:
     with pytest.raises(ValueError, match=r"scheduler\.name: 'step' is unknown; write one of cosine, linear"):
-        settled(name="step")
+        build(name="step")
     with pytest.raises(ValueError, match=r"scheduler\.cooldown_shape: 'sqrt' is unknown; write one of linear, 1-sqrt"):
-        settled(name="wsd", cooldown_shape="sqrt")
+        build(name="wsd", cooldown_shape="sqrt")

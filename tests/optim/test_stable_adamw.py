@@ -6,16 +6,17 @@ import pytest
 import torch
 from torch import nn
 
+from neobert.config.schema_optimizer import OptimizerSection
 from neobert.optim.optimizers import build_optimizer
 
 BETAS, EPS, LR, DECAY = (0.9, 0.95), 1e-8, 0.1, 0.2
 
 
-def train(name: str, gradients: list[torch.Tensor], **options: float) -> torch.Tensor:
+def train(name: str, gradients: list[torch.Tensor]) -> torch.Tensor:
     module = nn.Linear(3, 2, bias=False)
     nn.init.constant_(module.weight, 1.0)
-    settings = {"lr": LR, "weight_decay": DECAY, "betas": BETAS, "eps": EPS, **options}
-    optimizer = build_optimizer(module, name=name, **settings)  # type: ignore[arg-type]
+    section = OptimizerSection(name=name, lr=LR, weight_decay=DECAY, betas=BETAS, eps=EPS)  # type: ignore[arg-type]
+    optimizer = build_optimizer(module, section)
     for gradient in gradients:
         module.weight.grad = gradient.clone()
         optimizer.step()

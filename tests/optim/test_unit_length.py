@@ -3,13 +3,14 @@
 import pytest
 import torch
 
+from neobert.config.schema_optimizer import OptimizerSection
 from neobert.optim.optimizers import OPTIMIZERS, build_optimizer, keep_unit_length, step_unless
 
 
 def build(name: str) -> tuple[torch.nn.Module, torch.optim.Optimizer]:
     torch.manual_seed(0)
     module = torch.nn.Sequential(torch.nn.Linear(5, 3), torch.nn.Linear(3, 4, bias=False), torch.nn.Linear(4, 4))
-    optimizer = build_optimizer(module, name=name, lr=0.1, weight_decay=0.0, betas=(0.9, 0.95), eps=1e-8)
+    optimizer = build_optimizer(module, OptimizerSection(name=name, lr=0.1, weight_decay=0.0))
     keep_unit_length(optimizer, [(module[0].weight, 1), (module[1].weight, 0)])
     return module, optimizer
 

@@ -14,12 +14,12 @@ from records import exact_steps, log_lines
 
 from neobert.config.schema import Config
 from neobert.objectives.mlm import MaskedLM
-from neobert.train.checkpoint.audit import Layout, ReplayAudit, ReplayDiverged, is_first_attempt, read_layout
+from neobert.train.checkpoint.audit import RankLayout, ReplayAudit, ReplayDiverged, is_first_attempt, read_layout
 from neobert.train.loop import pretrain
 from neobert.types import LossSum
 
 Tiny = Callable[..., Config]
-HERE = Layout(processes=1, micro_batch_rows=4)
+HERE = RankLayout(processes=1, micro_batch_rows=4)
 
 
 def make_line(step: int, **changes: Any) -> dict[str, Any]:
@@ -65,7 +65,7 @@ def test_the_first_difference_is_named_by_its_cause_and_only_once(changes: dict[
 
 
 def test_another_layout_compares_batches_and_reports_rounding() -> None:
-    now = Layout(processes=2, micro_batch_rows=2)
+    now = RankLayout(processes=2, micro_batch_rows=2)
     audit = ReplayAudit([make_line(5), make_line(6)], before=HERE, now=now)
     assert audit.compare([make_line(5), make_line(6, loss_hex=(2.0 + 3e-7).hex())]) is None
     assert audit.verdict() == (

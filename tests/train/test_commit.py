@@ -15,7 +15,7 @@ from records import exact_steps
 from safetensors.torch import load_file
 
 from neobert.config.schema import Config
-from neobert.train.checkpoint.commit import Committer, Outcome, describe_failure
+from neobert.train.checkpoint.commit import Committer, SaveResult, describe_failure
 from neobert.train.checkpoint.resume import resume_or_start
 from neobert.train.checkpoint.save import commit, complete_save, save_checkpoint
 from neobert.train.finish import finish
@@ -32,7 +32,7 @@ def write(text: str) -> Callable[[Path], None]:
     return lambda path: path.write_text(text) and None
 
 
-def save(runtime: Any, out: Path, step: int, files: dict[str, Any], *, background: bool = False) -> Outcome:
+def save(runtime: Any, out: Path, step: int, files: dict[str, Any], *, background: bool = False) -> SaveResult:
     committer = Committer(runtime, out)
     committer.begin(step, files, background=background)
     outcome = committer.poll(wait=True)
@@ -58,7 +58,7 @@ def test_everything_is_on_the_disk_before_the_name_is(tmp_path: Path, monkeypatc
         path.mkdir()
         (path / "tokenizer.json").write_text("{}")
 
-    def work(runtime: Any) -> Outcome:
+    def work(runtime: Any) -> SaveResult:
         files: dict[str, Any] = {f"random_states_{runtime.rank}.pkl": write("r")}
         if runtime.is_main:
             files |= {"model.safetensors": write("weights"), "tokenizer": write_folder}
@@ -85,7 +85,7 @@ def test_everything_is_on_the_disk_before_the_name_is(tmp_path: Path, monkeypatc
 def test_a_rank_that_fails_fails_the_save_on_all(tmp_path: Path, broken_rank: int, background: bool) -> None:
     run_ranks(2, lambda runtime: save(runtime, tmp_path, 4, {f"r{runtime.rank}": write("x")}))
 
-    def work(runtime: Any) -> tuple[Outcome, Outcome]:
+    def work(runtime: Any) -> tuple[SaveResult, SaveResult]:
         def fail(path: Path) -> None:
             raise OSError(errno.EIO, os.strerror(errno.EIO))
 

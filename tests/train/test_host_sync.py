@@ -9,6 +9,7 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from neobert.config.schema import Config
+from neobert.config.schema_optimizer import MuonSection, OptimizerSection
 from neobert.kernels.linear_cross_entropy import KERNELS
 from neobert.model.attention import ATTENTION
 from neobert.model.config import ModelConfig
@@ -16,7 +17,7 @@ from neobert.model.encoder import Encoder
 from neobert.model.segments import Segments
 from neobert.objectives.mlm import MaskedLM
 from neobert.optim.optimizers import OPTIMIZERS, build_optimizer, keep_unit_length, step_unless
-from neobert.optim.qk_clip import ClipSettings, QKClip
+from neobert.optim.qk_clip import QKClip
 from neobert.train.loop import training_steps
 from neobert.train.numerics import LateFlag
 from neobert.train.run import build_run
@@ -81,7 +82,7 @@ def model_and_batch(**options: Any) -> tuple[MaskedLM, PackedBatch]:
 
 def waits(module: MaskedLM, batch: PackedBatch, *, autocast: bool, name: str = "adamw") -> WaitsForTheDevice:
     """One step as the trainer makes it, after one that builds the optimizer's state."""
-    optimizer = build_optimizer(module, name=name, lr=1e-3, weight_decay=0.1, betas=(0.9, 0.95), eps=1e-8)
+    optimizer = build_optimizer(module, OptimizerSection(name=name, lr=1e-3))
     keep_unit_length(optimizer, module.unit_matrices())
 
     def step() -> None:
@@ -123,8 +124,8 @@ def test_no_optimizer_waits_for_the_device(name: str) -> None:
 
 def test_measuring_and_clipping_attention_logits_never_wait() -> None:
     module, batch = model_and_batch()
-    optimizer = build_optimizer(module, name="muonclip", lr=1e-3, weight_decay=0.1, betas=(0.9, 0.95), eps=1e-8)
-    clip = QKClip(module.encoder, ClipSettings(interval=1, threshold=1e-6))
+    optimizer = build_optimizer(module, OptimizerSection(name="muonclip", lr=1e-3))
+    clip = QKClip(module.encoder, MuonSection(clipping_interval=1, clipping_threshold=1e-6))
     clip.clip_after(optimizer)
 
     def step() -> None:

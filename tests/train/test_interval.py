@@ -18,7 +18,8 @@ from test_run import FakeWandb, install
 from neobert.config.schema import Config
 from neobert.train.loop import pretrain
 from neobert.train.record.metrics import Interval, IntervalSums, StepRecord, summarise
-from neobert.types import StepMetrics
+from neobert.train.step import StepMetrics, StepResult
+from neobert.types import StepCounts
 
 Tiny = Callable[..., Config]
 MEASURED = ("tokens_per_second", "data_wait", "seconds", "peak_memory_bytes")
@@ -31,17 +32,15 @@ def sum_up(steps: list[StepRecord], seconds: float) -> IntervalSums:
 
 def record(*, loss_sum: float, num_targets: int, num_tokens: int, skipped: bool = False) -> StepRecord:
     metrics = StepMetrics(
-        loss_sum=torch.tensor(loss_sum),
-        micro_losses=torch.tensor([loss_sum]),
-        num_correct=None,
-        grad_norm=torch.tensor(2.0),
-        skipped=torch.tensor(skipped),
+        result=StepResult(
+            loss_sum=torch.tensor(loss_sum),
+            micro_losses=torch.tensor([loss_sum]),
+            num_correct=None,
+            grad_norm=torch.tensor(2.0),
+            skipped=torch.tensor(skipped),
+        ),
         row_keys=(),
-        num_targets=num_targets,
-        num_tokens=num_tokens,
-        num_documents=1,
-        num_slots=100,
-        attended_tokens=30 * num_tokens,
+        counts=StepCounts(num_targets, num_tokens, num_documents=1, num_slots=100, attended_tokens=30 * num_tokens),
         source_tokens=(num_tokens,),
         digest=0,
         lr=num_tokens / 1000,

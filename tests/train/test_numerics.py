@@ -19,6 +19,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from neobert.cli import EXIT_CODES
 from neobert.config.schema import Config
+from neobert.config.schema_trainer import TrainerSection
 from neobert.objectives.mlm import MaskedLM
 from neobert.train import loop, numerics
 from neobert.train.agreement import describe_ranges, join_ranges
@@ -28,7 +29,7 @@ from neobert.train.memory import OutOfMemory
 from neobert.train.numerics import Guard
 from neobert.train.run import build_run
 from neobert.train.step import train_step
-from neobert.types import PackedBatch, TrainState
+from neobert.types import PackedBatch, StepBatch, TrainState
 
 Tiny = Callable[..., Config]
 
@@ -99,11 +100,11 @@ class Killed(BaseException):
 def kill_before(monkeypatch: pytest.MonkeyPatch, step: int) -> None:
     real = loop.take_step
 
-    def killed(run: Any, state: TrainState, given: Any) -> Any:
+    def killed(run: Any, state: TrainState, *batch: Any) -> Any:
         if state.step + 1 == step:
             run.runtime.close()
             raise Killed
-        return real(run, state, given)
+        return real(run, state, *batch)
 
     monkeypatch.setattr(loop, "take_step", killed)
 
@@ -162,7 +163,7 @@ def build_guard(max_bad_steps: int = 5, skip_spikes: float | None = None) -> Gua
     runtime = Runtime(
         accelerator=None, device=torch.device("cpu"), rank=0, world=1, host_group=None, patient_group=None
     )  # type: ignore[arg-type]
-    return Guard(runtime, max_bad_steps=max_bad_steps, skip_spikes=skip_spikes)
+    return Guard(runtime, TrainerSection(max_bad_steps=max_bad_steps, skip_spikes=skip_spikes))
 
 
 def test_more_than_one_percent_of_the_last_thousand_steps_stop_the_run() -> None:
@@ -228,7 +229,7 @@ def test_spikes_mean_the_same_after_a_resume_with_another_number_of_processes(
     def build(world: int) -> Guard:
         # Processes with equal losses: a sum over them is a product.
         runtime = SimpleNamespace(device=torch.device("cpu"), world=world, sum_on_device=lambda x: world * x)
-        return Guard(runtime, max_bad_steps=5, skip_spikes=3.0)  # type: ignore[arg-type]
+        return Guard(runtime, TrainerSection(skip_spikes=3.0))  # type: ignore[arg-type]
 
     def judge(guard: Guard, world: int, loss: float, norm: float) -> bool:
         return bool(guard.judge(torch.tensor(10 * loss / world), torch.tensor(norm), num_targets=10))
@@ -271,9 +272,9 @@ def test_rollback_passes_over_the_rows_and_every_resume_does(
     seen: list[int] = []
     real = loop.take_step
 
-    def record(run: Any, state: TrainState, given: Any) -> Any:
-        seen.extend(key for micro in given.batch.micro_batches for key in micro.row_keys.tolist())
-        return real(run, state, given)
+    def record(run: Any, state: TrainState, batch: StepBatch, *others: Any) -> Any:
+        seen.extend(key for micro in batch.micro_batches for key in micro.row_keys.tolist())
+        return real(run, state, batch, *others)
 
     monkeypatch.setattr(loop, "take_step", record)
     settings = ["trainer.max_bad_steps=2", "trainer.rollback_steps=3"]

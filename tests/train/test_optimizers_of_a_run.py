@@ -12,13 +12,14 @@ from safetensors.torch import load_file, save_file
 
 from neobert.cli import EXIT_CODES
 from neobert.config.schema import Config
+from neobert.config.schema_optimizer import GroupSection, GroupsSection, OptimizerSection
 from neobert.errors import StartupError
 from neobert.kernels.linear_cross_entropy import KERNELS
 from neobert.model.attention import ATTENTION
 from neobert.model.config import ModelConfig
 from neobert.model.encoder import Encoder
 from neobert.objectives.mlm import MaskedLM
-from neobert.optim.groups import OwnSettings, build_parameter_groups
+from neobert.optim.groups import build_parameter_groups
 from neobert.train import loop
 from neobert.train.checkpoint.identity import describe_groups
 from neobert.train.loop import pretrain
@@ -57,8 +58,15 @@ def test_clipping_is_logged_and_changes_what_is_trained(tiny: Tiny, tmp_path: Pa
     assert exact_steps(clipped)[4:] != exact_steps(off)[4:]
 
 
-@pytest.mark.parametrize("own", [{}, {"vectors": OwnSettings(lr=1.0), "matrices": OwnSettings()}])
-def test_checkpoints_of_two_groups_are_recognised_however_the_groups_are_divided(own: dict[str, OwnSettings]) -> None:
+@pytest.mark.parametrize(
+    "section",
+    [
+        OptimizerSection(),
+        OptimizerSection(groups=GroupsSection(vectors=GroupSection(lr=1.0), matrices=GroupSection(weight_decay=0.1))),
+        OptimizerSection(name="normuon"),
+    ],
+)
+def test_checkpoints_of_two_groups_are_recognised_however_the_groups_are_divided(section: OptimizerSection) -> None:
     config = ModelConfig(
         hidden_size=16,
         num_hidden_layers=1,
@@ -71,7 +79,7 @@ def test_checkpoints_of_two_groups_are_recognised_however_the_groups_are_divided
         tie_word_embeddings=False,
     )
     module = MaskedLM(Encoder(config, ATTENTION["sdpa"]), kernel=KERNELS["torch"])
-    groups = build_parameter_groups(module, weight_decay=0.1, own=own)
+    groups = build_parameter_groups(module, section)
     # As the first version wrote it into train_state.json.
     assert describe_groups(groups) == "5+5 tensors, 090f24167a8d43f9"
 

@@ -303,8 +303,8 @@ def test_weights_that_part_stop_the_run_before_they_are_saved(tiny: Tiny, tmp_pa
     step = loop.take_step
 
     def damage() -> None:
-        def take_step(run: Any, state: Any, given: Any) -> Any:
-            made = step(run, state, given)
+        def take_step(run: Any, *batch: Any) -> Any:
+            made = step(run, *batch)
             if made[0].step == 6:
                 run.module.encoder.layers[1].qkv.weight.data[0, 0] += 1
             return made

@@ -11,12 +11,13 @@ import pytest
 from neobert.commands.inspect_checkpoints import list_run
 from neobert.config.load import ConfigError
 from neobert.config.schema import Config
+from neobert.config.schema_trainer import TrainerSection
 from neobert.errors import StartupError
 from neobert.train.checkpoint.retention import (
-    Retention,
     Score,
     choose_best,
     choose_best_of_each,
+    choose_removed,
     name_test,
     prune,
     read_score,
@@ -28,25 +29,30 @@ from neobert.weights.folder import checkpoint_steps, valid_steps
 Tiny = Callable[..., Config]
 
 
-def retention(newest: int = 2, milestones: tuple[int, ...] = (), every: int = 0, best: bool = False) -> Retention:
-    return Retention(newest=newest, milestones=milestones, every=every, best=best)
+def settings(
+    newest: int | None, milestones: tuple[int, ...] = (), every: int | None = None, best: bool = False
+) -> TrainerSection:
+    return TrainerSection(
+        save_total_limit=newest, save_milestone_steps=milestones, save_milestone_every=every, save_best=best
+    )
 
 
 @pytest.mark.parametrize(
     ("kept", "best", "removed"),
     [
-        (retention(2), None, [10, 20, 25]),
-        (retention(0), None, []),
-        (retention(9), None, []),
-        (retention(1, milestones=(10, 11)), None, [20, 25, 30]),
-        (retention(2, every=20), None, [10, 25]),
-        (retention(2, best=True), 25, [10, 20]),
-        (retention(2, best=False), 25, [10, 20, 25]),
-        (retention(1, milestones=(10,), every=15, best=True), 20, [25]),
+        (settings(2), None, [10, 20, 25]),
+        (settings(0), None, []),
+        (settings(None), None, []),
+        (settings(9), None, []),
+        (settings(1, milestones=(10, 11)), None, [20, 25, 30]),
+        (settings(2, every=20), None, [10, 25]),
+        (settings(2, best=True), 25, [10, 20]),
+        (settings(2, best=False), 25, [10, 20, 25]),
+        (settings(1, milestones=(10,), every=15, best=True), 20, [25]),
     ],
 )
-def test_what_goes(kept: Retention, best: int | None, removed: list[int]) -> None:
-    assert kept.choose_removed([10, 20, 25, 30, 40], best) == removed
+def test_what_goes(kept: TrainerSection, best: int | None, removed: list[int]) -> None:
+    assert choose_removed(kept, [10, 20, 25, 30, 40], best) == removed
 
 
 def test_the_best_is_the_lowest_loss_and_the_earlier_of_two() -> None:
@@ -105,7 +111,7 @@ def test_damaged_newer_folders_do_not_count(tiny: Tiny, tmp_path: Path) -> None:
     for torn in (40, 50):
         shutil.copytree(out / "checkpoints" / "12", out / "checkpoints" / str(torn))
         os.truncate(out / "checkpoints" / str(torn) / "optimizer.bin", 10)
-    removed, problems = prune(out, retention(2))
+    removed, problems = prune(out, settings(2))
     assert (removed, problems) == ([2, 4], [])
     assert checkpoint_steps(out) == [6, 12, 40, 50]
     assert valid_steps(out) == [6, 12]

@@ -327,7 +327,7 @@ def test_steps_are_written_without_logging_points(tiny: Tiny, tmp_path: Path, mo
     monkeypatch.setattr(tracking, "MOST_PENDING", 2)
     seen: list[int] = []
     monkeypatch.setattr(
-        tracking.JsonLines,
+        tracking.LineFile,
         "append",
         lambda self, lines: seen.extend(x["step"] for x in lines if x.get("kind") == "step"),
     )

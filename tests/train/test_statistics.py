@@ -12,6 +12,7 @@ from test_host_sync import WaitsForTheDevice, model_and_batch
 
 from neobert.config.load import ConfigError
 from neobert.config.schema import Config
+from neobert.config.schema_optimizer import OptimizerSection
 from neobert.optim.optimizers import build_optimizer
 from neobert.train.loop import pretrain
 from neobert.train.record.statistics import Statistics
@@ -48,7 +49,7 @@ def test_a_run_logs_them_and_is_the_run_without_them(tiny: Tiny, tmp_path: Path)
 
 def test_the_figures_are_those_of_the_definitions() -> None:
     module, batch = model_and_batch()
-    optimizer = build_optimizer(module, name="adamw", lr=1e-3, weight_decay=0.1, betas=(0.9, 0.95), eps=1e-8)
+    optimizer = build_optimizer(module, OptimizerSection(lr=1e-3))
     statistics = Statistics(module)
     hidden = module.encoder(batch.input_ids, batch.positions, batch.segments)
     chosen = batch.masked_index[batch.targets != IGNORE_INDEX]

@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 
 from neobert.config.schema import Config
 from neobert.data.rows.collate import Collator, build_row
-from neobert.data.rows.lanes import LaneSettings, Window
+from neobert.data.rows.lanes import RowOrder, Window
 from neobert.data.rows.order import key
 from neobert.data.rows.packing import (
     SPECIALS_PER_SEGMENT,
@@ -62,15 +62,15 @@ class Limit:
     """Stop when the documents fill this many slots of rows."""
 
 
-def collect_texts(view: View, encode: Encode, settings: LaneSettings, limit: Limit) -> EvalDocuments:
+def collect_texts(view: View, encode: Encode, order: RowOrder, limit: Limit, *, max_bad_records: int) -> EvalDocuments:
     """The first usable documents of a text source, tokenised and kept in memory."""
     assert not isinstance(view.documents, TokenStore)
-    counts = RecordCounts(max_bad=settings.max_bad_records, where="the evaluation documents")
+    counts = RecordCounts(max_bad=max_bad_records, where="the evaluation documents")
     tokens: list[NDArray[Any]] = []
     num_slots, rest = 0, None
     records = view.documents.records(view.span)
-    for document in encode_documents(records, encode, counts, settings.max_document_chars):
-        slots = int(_slots(np.array([len(document.tokens)]), settings)[0])
+    for document in encode_documents(records, encode, counts, order.max_document_chars):
+        slots = int(_slots(np.array([len(document.tokens)]), order)[0])
         if not slots:
             continue
         tokens.append(document.tokens)
@@ -81,7 +81,7 @@ def collect_texts(view: View, encode: Encode, settings: LaneSettings, limit: Lim
     return EvalDocuments(lengths, tokens.__getitem__, np.arange(len(tokens)), rest)
 
 
-def collect_indexed(view: View, settings: LaneSettings, limit: Limit) -> EvalDocuments:
+def collect_indexed(view: View, order: RowOrder, limit: Limit) -> EvalDocuments:
     """The first usable documents of an indexed store; their tokens stay on disk."""
     store = view.documents
     assert isinstance(store, TokenStore)
@@ -91,7 +91,7 @@ def collect_indexed(view: View, settings: LaneSettings, limit: Limit) -> EvalDoc
     for begin in range(first, last, _SCAN):
         found = np.arange(begin, min(last, begin + _SCAN))
         sizes = store.lengths(found)
-        slots = _slots(sizes, settings)
+        slots = _slots(sizes, order)
         usable = np.flatnonzero(slots)
         if limit.slots is not None:
             usable = usable[num_slots + np.cumsum(slots[usable]) - slots[usable] < limit.slots]
@@ -104,21 +104,19 @@ def collect_indexed(view: View, settings: LaneSettings, limit: Limit) -> EvalDoc
             ranks = ranks[kept]
         else:
             is_full = False
-        num_slots = int(_slots(lengths, settings).sum())
+        num_slots = int(_slots(lengths, order).sum())
         if is_full or (limit.slots is not None and num_slots >= limit.slots):
             break
     rest = store.row_of(int(store.documents_of(rows[-1:])[0]) + 1) if len(rows) else first
     return EvalDocuments(lengths, lambda number: store.content(int(rows[number])), ranks, rest)
 
 
-def _slots(lengths: NDArray[np.int64], settings: LaneSettings) -> NDArray[np.int64]:
+def _slots(lengths: NDArray[np.int64], order: RowOrder) -> NDArray[np.int64]:
     """Slots that each document takes: of its segments, or of whole rows where every segment has its own; 0 when it is
     not usable."""
-    documents, _, sizes, _ = piece_lengths(
-        lengths, settings.max_seq_length, settings.min_length, truncate=settings.truncate
-    )
-    if settings.packing == "one_per_row":
-        sizes = np.full_like(sizes, settings.max_seq_length)
+    documents, _, sizes, _ = piece_lengths(lengths, order.max_seq_length, order.min_length, truncate=order.truncate)
+    if order.packing != "best_fit":
+        sizes = np.full_like(sizes, order.max_seq_length)
     else:
         sizes = sizes + SPECIALS_PER_SEGMENT
     return np.bincount(documents, weights=sizes, minlength=len(lengths)).astype(np.int64)
@@ -130,7 +128,7 @@ class EvalSet:
     def __init__(
         self,
         sources: Sequence[EvalDocuments],
-        settings: LaneSettings,
+        order: RowOrder,
         *,
         seed: int,
         batch_rows: int,
@@ -142,13 +140,13 @@ class EvalSet:
         lengths = np.concatenate([source.lengths for source in sources])
         numbers = np.concatenate([np.arange(len(source.lengths)) for source in sources])
         source_of = np.repeat(np.arange(len(sources)), [len(source.lengths) for source in sources])
-        pieces, _ = split_documents(lengths, settings.max_seq_length, settings.min_length, truncate=settings.truncate)
+        pieces, _ = split_documents(lengths, order.max_seq_length, order.min_length, truncate=order.truncate)
         self.num_tokens = sum(piece.length + SPECIALS_PER_SEGMENT for piece in pieces)
         num_documents = sum(source.num_documents for source in sources)
         plan = [len(lengths), num_documents, self.num_tokens, zlib.crc32(lengths.tobytes())]
         self.fingerprint = f"{fingerprint} {plan}"
         # Shuffled rows, so that a cap on the batches cuts long and short documents alike.
-        rows = settings.plan(pieces, key(seed, "eval_rows"))
+        rows = order.plan(pieces, key(seed, "eval_rows"))
         self._rows = rows if max_batches is None else rows[: max_batches * batch_rows]
         firsts = np.cumsum([0, *(source.num_documents for source in sources)])
         document_of = np.concatenate([source.document_of + first for source, first in zip(sources, firsts)])
@@ -195,24 +193,22 @@ class Evaluation(NamedTuple):
     """Files of the evaluation splits."""
 
 
-def choose_evaluation(
-    config: Config, sources: Sequence[Source], train: Sequence[View], settings: LaneSettings
-) -> Evaluation:
+def choose_evaluation(config: Config, sources: Sequence[Source], train: Sequence[View], order: RowOrder) -> Evaluation:
     """The named split, else a split that is called like one, else the first documents of the training split.
 
     Raises:
         DataError: the split is not there, a streamed one has no budget, or all documents would be held out.
     """
-    settings = replace(settings, packing="best_fit" if config.datacollator.pack_sequences else "one_per_row")
+    order = replace(order, packing="best_fit" if config.datacollator.pack_sequences else "none")
     chosen = _choose_splits(config, sources)
     nothing: list[Place | None] = [None] * len(sources)
     inventory = NO_FILES
     if any(split is not None for split in chosen):
-        found, notes, views = _collect_splits(config, sources, chosen, settings)
+        found, notes, views = _collect_splits(config, sources, chosen, order)
         inventory = sum((view.inventory for view in views), NO_FILES)
         held_out = nothing
     elif config.dataset.eval_samples or config.dataset.validation_split:
-        found, views = _collect_held_out(config, sources, train, settings), train
+        found, views = _collect_held_out(config, sources, train, order), train
         held_out = [documents.rest if documents.num_documents else None for documents in found]
         number = sum(documents.num_documents for documents in found)
         notes = [f"evaluating on the first {number} documents, held out of training"]
@@ -223,7 +219,7 @@ def choose_evaluation(
         return Evaluation(None, nothing, ["no evaluation: the evaluation split has no usable documents"], inventory)
     eval_set = EvalSet(
         found,
-        settings,
+        order,
         seed=config.trainer.eval_seed,
         batch_rows=config.trainer.per_device_eval_batch_size,
         max_batches=config.trainer.eval_max_batches,
@@ -252,14 +248,14 @@ def _choose_splits(config: Config, sources: Sequence[Source]) -> list[SplitSlice
 
 
 def _collect_splits(
-    config: Config, sources: Sequence[Source], chosen: Sequence[SplitSlice | None], settings: LaneSettings
+    config: Config, sources: Sequence[Source], chosen: Sequence[SplitSlice | None], order: RowOrder
 ) -> tuple[list[EvalDocuments], list[str], Sequence[View]]:
     pairs = [(source, split) for source, split in zip(sources, chosen) if split is not None]
     shares = _share(config.dataset.eval_samples, [source.spec.weight for source, _ in pairs])
     found, notes, views = [], [], []
     for (source, split), share in zip(pairs, shares):
         view = source.open(split)
-        documents = _collect(view, source, settings, _choose_limit(config, view, share, len(pairs)))
+        documents = _collect(config, view, source, order, _choose_limit(config, view, share, len(pairs)))
         found.append(documents)
         views.append(view)
         of = f" of {source.spec.label}" if len(sources) > 1 else ""
@@ -268,7 +264,7 @@ def _collect_splits(
 
 
 def _collect_held_out(
-    config: Config, sources: Sequence[Source], train: Sequence[View], settings: LaneSettings
+    config: Config, sources: Sequence[Source], train: Sequence[View], order: RowOrder
 ) -> list[EvalDocuments]:
     section, found = config.dataset, []
     shares = _share(section.eval_samples, [source.spec.weight for source in sources])
@@ -276,7 +272,7 @@ def _collect_held_out(
         field, value = "dataset.eval_samples", share
         if section.validation_split is not None:
             field, value = "dataset.validation_split", _part_of(view, source, section.validation_split)
-        documents = _collect(view, source, settings, Limit(documents=value))
+        documents = _collect(config, view, source, order, Limit(documents=value))
         is_indexed = isinstance(view.documents, TokenStore)
         if documents.num_documents < (value or 0) or (is_indexed and documents.rest == view.rows[1]):
             raise DataError(
@@ -329,13 +325,14 @@ def _choose_limit(config: Config, view: View, share: int | None, num_views: int)
     )
 
 
-def _collect(view: View, source: Source, settings: LaneSettings, limit: Limit) -> EvalDocuments:
+def _collect(config: Config, view: View, source: Source, order: RowOrder, limit: Limit) -> EvalDocuments:
     if limit.documents == 0:
         nothing = np.empty(0, dtype=np.int64)
         return EvalDocuments(nothing, _no_document, nothing, None)
     if isinstance(view.documents, TokenStore):
-        return collect_indexed(view, settings, limit)
-    return collect_texts(view, source.tokenizer.encode_batch, settings, limit)
+        return collect_indexed(view, order, limit)
+    max_bad = config.dataset.max_bad_records
+    return collect_texts(view, source.tokenizer.encode_batch, order, limit, max_bad_records=max_bad)
 
 
 def _no_document(number: int) -> NDArray[Any]:

@@ -110,23 +110,28 @@ class Lane(Protocol):
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class LaneSettings:
-    """What decides how documents become rows, besides the documents."""
+class RowOrder:
+    """What decides, beside the documents, how they become rows and in which order: a data state is valid only under
+    the same values, and holds them."""
 
     seed: int
-    max_seq_length: int
+    num_lanes: int = 0
+    """0 while it is being chosen."""
+
     window_documents: int
+    max_seq_length: int
     min_length: int
     truncate: bool
-    packing: Literal["best_fit", "one_per_row"]
     shuffle: bool = True
     """False keeps the order of the source: rows are ordered by their first document."""
 
     max_document_chars: int = 1_000_000
-    max_bad_records: int = 100
+    packing: Literal["best_fit", "next_fit", "none"]
+    """best_fit: full rows planned over a window. next_fit: each micro-batch packs its documents without looking ahead.
+    none: one document per row."""
 
     def plan(self, pieces: list[Piece], order_key: int) -> list[list[Piece]]:
-        """The pieces as rows, in an order that the key decides."""
+        """The pieces of a window as rows, in an order that the key decides; next_fit packs them later."""
         lengths = [piece.length + SPECIALS_PER_SEGMENT for piece in pieces]
         if self.packing == "best_fit":
             limit = max_segments_per_row(self.max_seq_length, packed=True)
@@ -142,18 +147,18 @@ class LaneSettings:
 class PackingLane:
     """Rows from the documents of a stream."""
 
-    def __init__(self, stream: DocumentStream, settings: LaneSettings, lane: int) -> None:
-        self._stream, self._settings, self._lane = stream, settings, lane
+    def __init__(self, stream: DocumentStream, order: RowOrder, lane: int) -> None:
+        self._stream, self._order, self._lane = stream, order, lane
 
     def start(self) -> State:
         counters = {"used": 0, "empty": 0, "dropped": 0}
         return {"epoch": 0, "window": 0, "row": 0, **counters, "stream": self._stream.start()}
 
     def open(self, state: State) -> Window:
-        settings, epoch = self._settings, state["epoch"]
-        taken = self._stream.take(state["stream"], settings.window_documents)
+        order, epoch = self._order, state["epoch"]
+        taken = self._stream.take(state["stream"], order.window_documents)
         pieces, num_dropped = split_documents(
-            taken.lengths, settings.max_seq_length, settings.min_length, truncate=settings.truncate
+            taken.lengths, order.max_seq_length, order.min_length, truncate=order.truncate
         )
         starts = taken.starts.tolist()
         pieces = [piece._replace(start=piece.start + starts[piece.document]) for piece in pieces]
@@ -172,7 +177,7 @@ class PackingLane:
             # Where every epoch deals few documents out anew, a lane may have none in one and some in the next.
             next_state |= {"epoch": epoch + 1, "window": 0, "used": 0}
         return Window(
-            rows=settings.plan(pieces, key(settings.seed, "rows", self._lane, epoch, state["window"])),
+            rows=order.plan(pieces, key(order.seed, "rows", self._lane, epoch, state["window"])),
             get=lambda piece: taken.get(piece.document, piece.start, piece.length),
             documents=taken.documents,
             sources=taken.sources,
@@ -194,7 +199,7 @@ OpenStreams = Callable[[int], Sequence[DocumentStream]]
 """Lane -> its stream of each source."""
 
 
-def fit_num_lanes(most: int, cut: Callable[[int], OpenStreams], settings: LaneSettings, *, weighted: bool) -> int:
+def fit_num_lanes(most: int, cut: Callable[[int], OpenStreams], order: RowOrder, *, weighted: bool) -> int:
     """The number of lanes, at most `most`, of which each finds a document in its first epoch; 1 when nothing does.
 
     Args:
@@ -205,7 +210,7 @@ def fit_num_lanes(most: int, cut: Callable[[int], OpenStreams], settings: LaneSe
     while num_lanes > 1:
         open_streams = cut(num_lanes)
         with ThreadPoolExecutor(_THREADS) as threads:
-            lanes = [threads.submit(_is_filled, open_streams(lane), settings, weighted) for lane in range(num_lanes)]
+            lanes = [threads.submit(_is_filled, open_streams(lane), order, weighted) for lane in range(num_lanes)]
             num_filled = sum(lane.result() for lane in lanes)
         if num_filled == num_lanes:
             break
@@ -213,17 +218,17 @@ def fit_num_lanes(most: int, cut: Callable[[int], OpenStreams], settings: LaneSe
     return num_lanes
 
 
-def _is_filled(streams: Sequence[DocumentStream], settings: LaneSettings, weighted: bool) -> bool:
+def _is_filled(streams: Sequence[DocumentStream], order: RowOrder, weighted: bool) -> bool:
     def has_pieces(lengths: NDArray[np.int64]) -> bool:
-        limits = (settings.max_seq_length, settings.min_length)
-        return bool(split_documents(lengths, *limits, truncate=settings.truncate)[0])
+        limits = (order.max_seq_length, order.min_length)
+        return bool(split_documents(lengths, *limits, truncate=order.truncate)[0])
 
-    if weighted and not all(_finds(stream, len, settings) for stream in streams):
+    if weighted and not all(_finds(stream, len, order) for stream in streams):
         return False
-    return any(_finds(stream, has_pieces, settings) for stream in streams)
+    return any(_finds(stream, has_pieces, order) for stream in streams)
 
 
-def _finds(stream: DocumentStream, is_enough: Callable[[NDArray[np.int64]], int], settings: LaneSettings) -> bool:
+def _finds(stream: DocumentStream, is_enough: Callable[[NDArray[np.int64]], int], order: RowOrder) -> bool:
     """Whether the first epoch has documents with these lengths; few are read where the first ones do."""
     state, count = stream.start(), 1
     while True:
@@ -232,4 +237,4 @@ def _finds(stream: DocumentStream, is_enough: Callable[[NDArray[np.int64]], int]
             return True
         if taken.ended:
             return False
-        state, count = taken.next_state, min(2 * count, settings.window_documents)
+        state, count = taken.next_state, min(2 * count, order.window_documents)

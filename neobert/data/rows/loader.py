@@ -16,11 +16,11 @@ from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import asdict, dataclass, replace
-from typing import Literal, Protocol
+from typing import Protocol
 
 from neobert.data.rows.batch_size import BatchSchedule
 from neobert.data.rows.collate import build_row, join_rows
-from neobert.data.rows.lanes import Lane, State, Window
+from neobert.data.rows.lanes import Lane, RowOrder, State, Window
 from neobert.data.rows.packing import Piece, max_segments_per_row, next_fit
 from neobert.errors import DataError
 from neobert.types import MicroBatch, PackedRow, StepBatch
@@ -40,23 +40,6 @@ POLL_SECONDS = 0.1
 """Between two looks at whether to stop while a batch is waited for."""
 
 
-@dataclass(frozen=True, kw_only=True, slots=True)
-class OrderIdentity:
-    """What the order of rows depends on besides the documents: a state is valid only under the same values."""
-
-    seed: int
-    num_lanes: int
-    window_documents: int
-    max_seq_length: int
-    min_length: int
-    truncate: bool
-    shuffle: bool
-    max_document_chars: int
-    packing: Literal["best_fit", "next_fit", "none"]
-    """best_fit: full rows planned over a window. next_fit: each micro-batch packs its documents without looking ahead.
-    none: one document per row."""
-
-
 ORDER_KEYS = {
     "seed": "seed",
     "num_lanes": "dataset.num_lanes",
@@ -68,10 +51,10 @@ ORDER_KEYS = {
     "max_document_chars": "dataset.max_document_chars",
     "packing": "datacollator.pack_sequences, trainer.enforce_full_packed_batches",
 }
-"""Field of `OrderIdentity` -> the config key that makes it."""
+"""Field of `RowOrder` -> the config key that makes it."""
 
 
-def check_state(state: State, identity: OrderIdentity) -> None:
+def check_state(state: State, order: RowOrder) -> None:
     """Raises when a saved state belongs to another order of rows.
 
     Raises:
@@ -84,7 +67,7 @@ def check_state(state: State, identity: OrderIdentity) -> None:
         )
     changed = [
         f"{ORDER_KEYS[name]} was {state.get(name)!r} and is {value!r}"
-        for name, value in asdict(identity).items()
+        for name, value in asdict(order).items()
         if state.get(name) != value
     ]
     if changed:
@@ -219,7 +202,7 @@ class _Assembler:
     def __init__(
         self,
         open_lane: Callable[[int], Lane],
-        identity: OrderIdentity,
+        order: RowOrder,
         settings: LoaderSettings,
         collate: Collate,
         cls_id: int,
@@ -228,19 +211,19 @@ class _Assembler:
         skip: Sequence[tuple[int, int]],
         step: int,
     ) -> None:
-        self._identity, self._settings, self._collate = identity, settings, collate
+        self._order, self._settings, self._collate = order, settings, collate
         self._skip, self._step = tuple(skip), step
         self._cls_id, self._sep_id = cls_id, sep_id
         self._next_row: int = 0 if state is None else state["next_row"]
         # Documents that share a row by next_fit must go to one rank: then whole micro-batches take turns, not rows.
-        self._unit = settings.micro_batch_rows if identity.packing == "next_fit" else 1
-        cycle = math.lcm(identity.num_lanes, self._unit * settings.world)
-        mine = list(dict.fromkeys(row % identity.num_lanes for row in range(cycle) if self._is_mine(row)))
+        self._unit = settings.micro_batch_rows if order.packing == "next_fit" else 1
+        cycle = math.lcm(order.num_lanes, self._unit * settings.world)
+        mine = list(dict.fromkeys(row % order.num_lanes for row in range(cycle) if self._is_mine(row)))
         saved = {} if state is None else {n: s for n, s in state["lanes"].items() if int(n) in set(mine)}
-        first = [lane for lane in mine if lane >= self._next_row % identity.num_lanes]
-        order = [*first, *(lane for lane in mine if lane not in set(first))]
+        first = [lane for lane in mine if lane >= self._next_row % order.num_lanes]
+        lanes = [*first, *(lane for lane in mine if lane not in set(first))]
         self._mine = frozenset(mine)
-        self._lane_rows = _LaneRows(open_lane, order, saved, settings.num_workers)
+        self._lane_rows = _LaneRows(open_lane, lanes, saved, settings.num_workers)
 
     def step(self) -> StepBatch:
         """The micro-batches of this rank's next optimizer step, and the state after them."""
@@ -250,7 +233,7 @@ class _Assembler:
             row, self._next_row = self._next_row, self._next_row + 1
             skipped = any(start <= row < end for start, end in self._skip)
             given += not skipped
-            lane = row % self._identity.num_lanes
+            lane = row % self._order.num_lanes
             if lane not in self._mine:
                 continue
             pieces, window = self._lane_rows.take(lane)
@@ -262,7 +245,7 @@ class _Assembler:
         state = {
             "version": VERSION,
             "next_row": self._next_row,
-            **asdict(self._identity),
+            **asdict(self._order),
             "lanes": self._lane_rows.snapshot(),
         }
         return StepBatch(micro_batches=tuple(batches), state=state)
@@ -274,8 +257,8 @@ class _Assembler:
         return (row // self._unit) % self._settings.world == self._settings.rank
 
     def _micro_batch(self, rows: list[PackedRow]) -> MicroBatch:
-        if self._identity.packing == "next_fit":
-            length = self._identity.max_seq_length
+        if self._order.packing == "next_fit":
+            length = self._order.max_seq_length
             limit = max_segments_per_row(length, packed=True)
             plan = next_fit([len(row.tokens) for row in rows], length, limit)
             rows = [join_rows([rows[item] for item in items]) for items in plan]
@@ -297,7 +280,7 @@ class Loader:
         self,
         open_lane: Callable[[int], Lane],
         *,
-        identity: OrderIdentity,
+        order: RowOrder,
         settings: LoaderSettings,
         collate: Collate,
         cls_id: int,
@@ -319,7 +302,7 @@ class Loader:
                     f"{per_micro_step}"
                 )
         if state is not None:
-            check_state(state, identity)
+            check_state(state, order)
         uneven = [(start, end) for start, end in skip if (end - start) % per_micro_step]
         if uneven:
             raise DataError(
@@ -327,7 +310,7 @@ class Loader:
                 f"with trainer.per_device_train_batch_size: {settings.micro_batch_rows}; their number must be a "
                 f"multiple of {per_micro_step}"
             )
-        self._assembler = _Assembler(open_lane, identity, settings, collate, cls_id, sep_id, state, skip, step)
+        self._assembler = _Assembler(open_lane, order, settings, collate, cls_id, sep_id, state, skip, step)
         self._stop = threading.Event()
         self._ready: queue.Queue[StepBatch | BaseException] = queue.Queue(maxsize=max(1, settings.prefetch_steps))
         self._ahead: StepBatch | BaseException | None = None

@@ -24,7 +24,8 @@ from typing import Any, Protocol
 import numpy as np
 from numpy.typing import NDArray
 
-from neobert.data.rows.lanes import DocumentStream, LaneSettings, State, Taken
+from neobert.config.schema import DatasetSection
+from neobert.data.rows.lanes import DocumentStream, RowOrder, State, Taken
 from neobert.data.rows.order import Permutation, extend_keys, key, uniforms
 from neobert.data.rows.packing import SPECIALS_PER_SEGMENT
 from neobert.data.source.network import with_retries
@@ -59,7 +60,7 @@ class IndexedStream:
     """
 
     store: IndexedTokens
-    settings: LaneSettings
+    order: RowOrder
     lane: int
     num_lanes: int
     first: int
@@ -69,7 +70,7 @@ class IndexedStream:
 
     source: int = 0
     seed: int | None = None
-    """Of the permutation; None is the seed of the settings."""
+    """Of the permutation; None is the seed of the order."""
 
     @property
     def size(self) -> int:
@@ -109,9 +110,9 @@ class IndexedStream:
         )
 
     def _permute(self, places: NDArray[np.int64], epoch: int) -> NDArray[np.int64]:
-        if not self.settings.shuffle:
+        if not self.order.shuffle:
             return places
-        seed = self.settings.seed if self.seed is None else self.seed
+        seed = self.order.seed if self.seed is None else self.seed
         return Permutation(self.last - self.first, key(seed, "documents", epoch))(places)
 
     def _limit_tokens(self, lengths: NDArray[np.int64]) -> tuple[NDArray[np.int64], int]:
@@ -120,8 +121,8 @@ class IndexedStream:
         The last of them is cut after a whole number of pieces; the second value is how many of its tokens were taken,
         or 0 when it was not cut.
         """
-        content = self.settings.max_seq_length - SPECIALS_PER_SEGMENT
-        truncate = self.settings.truncate
+        content = self.order.max_seq_length - SPECIALS_PER_SEGMENT
+        truncate = self.order.truncate
         ends = np.cumsum(np.minimum(lengths, content) if truncate else lengths)
         if not len(ends) or ends[-1] <= WINDOW_TOKENS:
             return lengths, 0
@@ -177,11 +178,10 @@ class TextStream:
 
     reader: Reader
     encode: Encode
-    settings: LaneSettings
+    order: RowOrder
+    section: DatasetSection
     lane: int
     source: int = 0
-    network_retries: int = 0
-    skip_bad_shards: bool = False
     log: bool = True
     """Whether bad records and shards are named, each once."""
 
@@ -199,7 +199,7 @@ class TextStream:
         def read() -> tuple[_Reading, RecordCounts]:
             return self._read(state, max_documents, where)
 
-        reading, counts = with_retries(read, retries=self.network_retries, where=where)
+        reading, counts = with_retries(read, retries=self.section.network_retries, where=where)
         tokens = self.encode(reading.texts) if reading.texts else []
         next_state = {
             "epoch": state["epoch"],
@@ -223,15 +223,14 @@ class TextStream:
         )
 
     def _read(self, state: State, max_documents: int, where: str) -> tuple[_Reading, RecordCounts]:
-        settings = self.settings
         # The same records are bad in every epoch: they are named once.
         log, bad = self.log and state["epoch"] == 0, state["bad_in_epoch"]
-        counts = RecordCounts(max_bad=settings.max_bad_records, where=where, log=log, bad=bad)
+        counts = RecordCounts(max_bad=self.section.max_bad_records, where=where, log=log, bad=bad)
         reading = _Reading(
             cursor=state["cursor"],
             char=state["char"],
             max_documents=max_documents,
-            max_document_chars=settings.max_document_chars,
+            max_document_chars=self.order.max_document_chars,
             skipped_shards=list(state["skipped_shards"]),
         )
         while True:
@@ -239,7 +238,7 @@ class TextStream:
                 self._read_on(reading, state["epoch"], counts)
                 return reading, counts
             except BadShard as error:
-                if not self.skip_bad_shards:
+                if self.section.on_bad_shard != "skip":
                     raise
                 if self.log:
                     logger.warning("passed over, now and in every epoch: %s", error)

@@ -47,12 +47,12 @@ def open_delimited(files: Sequence[DataFile], spec: SourceSpec) -> FileSource:
         try:
             headers[file.url] = read_header(file, spec.text_column)
         except ShardFault:
-            if spec.on_bad_shard == "error":
+            if spec.section.on_bad_shard == "error":
                 raise
         except FAULTS as error:
             if is_transient(error):
                 raise
-            if spec.on_bad_shard == "error":
+            if spec.section.on_bad_shard == "error":
                 raise DataError(cannot_read(file, error)) from error
     if not headers:
         raise DataError(f"dataset.path: no file of {spec.label} can be read; restore the files")
@@ -81,7 +81,7 @@ def _choose_own(found: Inspected, headers: Mapping[str, Header], column: str, sp
         except DataError as error:
             names = ", ".join(header.columns)
             problems[file.url] = f"has no column {column!r} (columns: {names})"
-            if spec.on_bad_shard == "error":
+            if spec.section.on_bad_shard == "error":
                 raise DataError(
                     f"dataset.path: the header of {file.url} is {names}; every file needs column {column!r}, once"
                 ) from error
@@ -115,7 +115,7 @@ def _choose_usual(found: Inspected, headers: Mapping[str, Header], spec: SourceS
         try:
             cells = _read_cells(file, header, spec)
         except DataError:
-            if spec.on_bad_shard == "error":
+            if spec.section.on_bad_shard == "error":
                 raise
             continue  # Its sample says so again, and takes it out.
         choices.append(cells.split(header, wanted))
@@ -135,7 +135,7 @@ def _read_cells(file: DataFile, header: Header, spec: SourceSpec) -> _Cells:
         DataError: no row has as many fields as the header.
     """
     cells, problems = _Cells(), list[str]()
-    with closing(read_rows(file, header, spec.max_record_bytes)) as rows:
+    with closing(read_rows(file, header, spec.section.max_record_bytes)) as rows:
         for line, fields, problem in islice(rows, _SAMPLE_ROWS):
             if problem is not None:
                 problems.append(f"{file.url}:{line}: {problem}")

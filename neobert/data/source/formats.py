@@ -247,7 +247,7 @@ def _splits_of_saved(spec: SourceSpec, folder: Path) -> Mapping[str, OpenSplit]:
 
 
 def _list_path(spec: SourceSpec, path: str) -> Listing:
-    found = with_retries(lambda: list_files(path), retries=spec.network_retries, where=f"dataset.path: {path}")
+    found = with_retries(lambda: list_files(path), retries=spec.section.network_retries, where=f"dataset.path: {path}")
     if not any(found) and len(spec.path) > 1:
         raise DataError(f"dataset.path: {path} does not exist, or has no files; take it out of the list")
     return found
@@ -280,7 +280,7 @@ def _check_folders(spec: SourceSpec, found: Sequence[DataFile]) -> None:
 
 def _open_saved(spec: SourceSpec, folder: Path, tokenizer: Tokenizer | None) -> Documents:
     if "input_ids" not in column_names(folder):
-        return ArrowTexts(folder, spec.text_column, spec.max_record_bytes)
+        return ArrowTexts(folder, spec.text_column, spec.section.max_record_bytes)
     if tokenizer is None:
         raise DataError(f"{folder} is tokenised already; a tokenizer is trained on text")
     return TokenStore(folder, tokenizer)
@@ -295,7 +295,7 @@ def _open_files(spec: SourceSpec, files: Sequence[DataFile], inventory: Inventor
         )
     opener = FORMATS[kinds[0]]
     where = f"dataset.path: {spec.label}"
-    source = with_retries(lambda: opener(files, spec), retries=spec.network_retries, where=where)
+    source = with_retries(lambda: opener(files, spec), retries=spec.section.network_retries, where=where)
     source.inventory = inventory.with_content(source.reports)
     return source
 

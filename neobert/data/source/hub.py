@@ -201,16 +201,16 @@ def open_hub(pin: HubPin, split: str) -> HubSource:
 
     def load() -> HubSource:
         dataset = load_dataset(
-            name, spec.config, split=split, revision=commit, streaming=True, cache_dir=spec.cache_dir
+            name, spec.config, split=split, revision=commit, streaming=True, cache_dir=spec.section.cache_dir
         )
         described = (dataset.info.splits or {}).get(split)
         return HubSource(
-            _spread(dataset, spec.num_lanes),
+            _spread(dataset, spec.section.num_lanes),
             column=spec.text_column,
             place=name,
             fingerprint=fingerprint,
             count=(described.num_examples or None) if described is not None else None,
-            max_record_bytes=spec.max_record_bytes,
+            max_record_bytes=spec.section.max_record_bytes,
         )
 
     source = _ask_hub(spec, load)
@@ -227,7 +227,7 @@ def _ask_hub(spec: SourceSpec, ask: Callable[[], Result]) -> Result:
         DataError: it does not, or refuses.
     """
     try:
-        return with_retries(ask, retries=spec.network_retries, where=f"dataset.name: {spec.name}")
+        return with_retries(ask, retries=spec.section.network_retries, where=f"dataset.name: {spec.name}")
     except DataError:
         raise
     except Exception as error:

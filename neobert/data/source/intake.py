@@ -124,7 +124,7 @@ def inspect_files(files: Sequence[DataFile], spec: SourceSpec) -> Inspected:
     """Looks into files of one format.
 
     Raises:
-        DataError: one of them has no text and `spec.on_bad_shard` is error, or all are empty.
+        DataError: one of them has no text and `spec.section.on_bad_shard` is error, or all are empty.
     """
     chosen = choose_spread([file for file in files if file.is_remote], MAX_REMOTE)
     chosen += [file for file in files if not file.is_remote]
@@ -158,12 +158,12 @@ def check_problems(problems: Mapping[str, str], spec: SourceSpec, *, left: int) 
     Raises:
         DataError: it names the first of them.
     """
-    if not problems or (spec.on_bad_shard == "skip" and left > 0):
+    if not problems or (spec.section.on_bad_shard == "skip" and left > 0):
         return
     named = [f"{url} {problem}" for url, problem in problems.items()]
     found = named[0] if len(named) == 1 else f"{len(named):,} files have no text that can be read: {name_some(named)}"
     remedy = f"take {'it' if len(named) == 1 else 'them'} out of dataset.path{OR_SKIP_SHARD}"
-    if spec.on_bad_shard == "skip":
+    if spec.section.on_bad_shard == "skip":
         remedy = "no other file is left in dataset.path"
     raise DataError(f"{found}, {remedy}")
 

@@ -195,7 +195,7 @@ def open_jsonl(files: Sequence[DataFile], spec: SourceSpec) -> FileSource:
         DataError: there is no text column, or a file has no text.
     """
     found = inspect_files(files, spec)
-    samples = dict(read_samples(found, lambda file: _sample(file, spec.max_record_bytes)))
+    samples = dict(read_samples(found, lambda file: _sample(file, spec.section.max_record_bytes)))
     found.is_sampled = True
     found.drop(
         {
@@ -222,7 +222,7 @@ def open_jsonl(files: Sequence[DataFile], spec: SourceSpec) -> FileSource:
         if file.url in columns:
             return columns[file.url]
         try:
-            column, problem = _choose_column(file, _sample(file, spec.max_record_bytes), usual, spec)
+            column, problem = _choose_column(file, _sample(file, spec.section.max_record_bytes), usual, spec)
         except ShardFault:
             return usual  # Damaged, which is said where it is.
         if problem is not None:
@@ -253,7 +253,7 @@ def _choose_usual(found: Inspected, samples: Mapping[DataFile, Fields], spec: So
         candidates = first.candidates(wanted)
         if not candidates or (wanted is not None and wanted not in candidates):
             names = TEXT_COLUMNS if wanted is None else (wanted,)
-            candidates = [*candidates, *_search_all(found.kept, names, spec.max_record_bytes)]
+            candidates = [*candidates, *_search_all(found.kept, names, spec.section.max_record_bytes)]
     nested = next((file for file, fields in samples.items() if fields.num_objects == 1 and fields.inner_list), None)
     if not candidates and nested is not None:
         raise DataError(f"{nested.url} {_no_column(nested, samples[nested], '', spec)}")
@@ -265,13 +265,13 @@ def _first_records(found: Inspected) -> Fields:
     for file in found.kept:
         try:
             with closing(
-                FileShard(file, 0, collector, max_record_bytes=found.spec.max_record_bytes).read(None)
+                FileShard(file, 0, collector, max_record_bytes=found.spec.section.max_record_bytes).read(None)
             ) as records:
                 for _ in records:
                     if collector.fields.num_objects == COLUMN_SAMPLE:
                         return collector.fields
         except ShardFault as error:
-            if found.spec.on_bad_shard == "error":
+            if found.spec.section.on_bad_shard == "error":
                 raise DataError(str(error)) from error
     return collector.fields
 
@@ -291,7 +291,7 @@ def _choose_column(file: DataFile, fields: Fields, usual: str, spec: SourceSpec)
         return usual, f"has several text columns ({', '.join(own)}); name one with dataset.text_column"
     if usual in fields.texts or fields.others.get(usual) == "null":
         return usual, None  # Its texts are empty, and nothing is wrong.
-    later = _search(file, [usual, *names], spec.max_record_bytes)
+    later = _search(file, [usual, *names], spec.section.max_record_bytes)
     return (usual, _no_column(file, fields, usual, spec)) if later is None else (later, None)
 
 

@@ -276,18 +276,18 @@ def build_file_source(found: Inspected, form: LineFormat, notes: Sequence[str], 
     """A source over files of one format.
 
     Raises:
-        DataError: one has no text or cannot be read, and `spec.on_bad_shard` is error.
+        DataError: one has no text or cannot be read, and `spec.section.on_bad_shard` is error.
     """
     if not found.is_sampled:
-        check_samples(found, lambda file: sample_lines(file, form, spec.max_record_bytes))
-    fingerprint = fingerprint_files(found.kept, skip_unreadable=spec.on_bad_shard == "skip")
+        check_samples(found, lambda file: sample_lines(file, form, spec.section.max_record_bytes))
+    fingerprint = fingerprint_files(found.kept, skip_unreadable=spec.section.on_bad_shard == "skip")
     source = FileSource(
         found.kept,
         form,
         place=spec.label,
         notes=[*notes, *found.notes],
-        fingerprint=add_limit(fingerprint, spec.max_record_bytes),
-        max_record_bytes=spec.max_record_bytes,
+        fingerprint=add_limit(fingerprint, spec.section.max_record_bytes),
+        max_record_bytes=spec.section.max_record_bytes,
     )
     source.reports = found.reports
     return source

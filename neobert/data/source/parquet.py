@@ -190,7 +190,7 @@ def open_parquet(files: Sequence[DataFile], spec: SourceSpec) -> ParquetSource:
         DataError: a file has no footer or no text column, or all are empty.
     """
     found = inspect_files(files, spec)
-    skip = spec.on_bad_shard == "skip"
+    skip = spec.section.on_bad_shard == "skip"
     with ThreadPoolExecutor(_FOOTER_THREADS) as threads:
         footers = dict(zip([file.url for file in found], threads.map(lambda file: _read_footer(file, skip), found)))
     read = [footer for footer in footers.values() if footer is not None]
@@ -213,8 +213,8 @@ def open_parquet(files: Sequence[DataFile], spec: SourceSpec) -> ParquetSource:
         row_groups,
         place=spec.label,
         notes=[note, *found.notes],
-        fingerprint=add_limit(fingerprint_files(found.kept, skip_unreadable=skip), spec.max_record_bytes),
-        max_record_bytes=spec.max_record_bytes,
+        fingerprint=add_limit(fingerprint_files(found.kept, skip_unreadable=skip), spec.section.max_record_bytes),
+        max_record_bytes=spec.section.max_record_bytes,
     )
     source.reports = found.reports
     return source

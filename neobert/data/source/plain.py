@@ -108,11 +108,11 @@ def open_text(files: Sequence[DataFile], spec: SourceSpec) -> FileSource:
         DataError: a file has no text.
     """
     found = inspect_files(files, spec)
-    check_samples(found, lambda file: _sample(file, spec.max_record_bytes))
-    others = ", ".join(word for word in SAMPLE_BY if word != spec.sample_by)
-    unit = "file" if spec.sample_by == "document" else spec.sample_by
-    note = f"one document a {unit} of plain text (dataset.sample_by: {spec.sample_by}; or {others})"
-    return build_file_source(found, SAMPLE_BY[spec.sample_by], [note], spec)
+    check_samples(found, lambda file: _sample(file, spec.section.max_record_bytes))
+    others = ", ".join(word for word in SAMPLE_BY if word != spec.section.sample_by)
+    unit = "file" if spec.section.sample_by == "document" else spec.section.sample_by
+    note = f"one document a {unit} of plain text (dataset.sample_by: {spec.section.sample_by}; or {others})"
+    return build_file_source(found, SAMPLE_BY[spec.section.sample_by], [note], spec)
 
 
 @lru_cache(maxsize=1 << 14)

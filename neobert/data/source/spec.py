@@ -6,13 +6,12 @@ Which column holds the text.
 import re
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
-from typing import Literal
 
 import pyarrow as pa
 
-from neobert.config.schema_data import MAX_RECORD_BYTES, DatasetSection
+from neobert.config.schema_data import DatasetSection, MixtureSource
 from neobert.data.source.codecs import codec_of_name
 from neobert.data.source.files import kind_of_name
 from neobert.errors import DataError
@@ -120,31 +119,15 @@ PYTHON_STDLIB = "python_stdlib"
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class SourceSpec:
-    """One source of documents, before anything of it was looked at."""
+class SourceSpec(MixtureSource):
+    """One source of documents, before anything of it was looked at: what is null in an entry of a mixture is replaced
+    by what `dataset` says."""
 
-    name: str | None = None
-    """Hub dataset, or `python_stdlib`."""
-
-    config: str | None = None
-    revision: str | None = None
     path: tuple[str, ...] = ()
     """Files, folders and patterns, local or remote; empty for a source with a name."""
 
-    split: str | None = None
-    """Training split or slice; None for the usual one."""
-
-    text_column: str | None = None
-    weight: float | None = None
-    """Share of the documents relative to the other sources; None reads each document once per epoch."""
-
-    max_documents: int | None = None
-    cache_dir: str | None = None
-    sample_by: Literal["line", "paragraph", "document"] = "line"
-    num_lanes: int | None = None
-    on_bad_shard: Literal["error", "skip"] = "error"
-    network_retries: int = 5
-    max_record_bytes: int = MAX_RECORD_BYTES
+    section: DatasetSection = field(default_factory=DatasetSection)
+    """How all sources are read."""
 
     @property
     def label(self) -> str:
@@ -173,34 +156,25 @@ def describe_sources(section: DatasetSection) -> tuple[SourceSpec, ...]:
         revision=section.revision,
         split=section.train_split,
         text_column=section.text_column,
-        cache_dir=section.cache_dir,
-        sample_by=section.sample_by,
-        num_lanes=section.num_lanes,
-        on_bad_shard=section.on_bad_shard,
-        network_retries=section.network_retries,
-        max_record_bytes=section.max_record_bytes,
+        section=section,
     )
     if section.path is not None:
         return (replace(base, path=_as_tuple(section.path)),)
     if section.mixture:
-        return tuple(
-            replace(
-                base,
-                name=source.name,
-                config=source.config,
-                revision=source.revision,
-                path=() if source.path is None else _as_tuple(source.path),
-                split=source.split or section.train_split,
-                text_column=source.text_column or section.text_column,
-                weight=source.weight,
-                max_documents=source.max_documents,
-            )
-            for source in section.mixture
-        )
+        return tuple(_describe_entry(entry, section) for entry in section.mixture)
     if section.name is None:
         raise DataError("no data is named: set dataset.path (files, folder) or dataset.name (hub, or python_stdlib)")
     words = [word.strip() for name in _as_tuple(section.name) for word in name.split(",")]
     return tuple(_parse_name(word, base) for word in words)
+
+
+def _describe_entry(entry: MixtureSource, section: DatasetSection) -> SourceSpec:
+    values = asdict(entry) | {
+        "path": () if entry.path is None else _as_tuple(entry.path),
+        "split": entry.split or section.train_split,
+        "text_column": entry.text_column or section.text_column,
+    }
+    return SourceSpec(**values, section=section)
 
 
 def describe_source(source: str, *, text_column: str | None = None, config: str | None = None) -> SourceSpec:

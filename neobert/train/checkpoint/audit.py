@@ -30,7 +30,7 @@ class ReplayDiverged(UserError):
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class Layout:
+class RankLayout:
     """How a process shares out a batch; another one rounds differently."""
 
     processes: int
@@ -40,11 +40,11 @@ class Layout:
         return f"{self.processes} process(es) x {self.micro_batch_rows} rows"
 
 
-def read_layout(events: Sequence[Line]) -> Layout | None:
+def read_layout(events: Sequence[Line]) -> RankLayout | None:
     """The layout of the process that wrote the last event; None when there is no event that tells."""
     if not events or "micro_batch_rows" not in events[-1]:
         return None
-    return Layout(processes=events[-1]["processes"], micro_batch_rows=events[-1]["micro_batch_rows"])
+    return RankLayout(processes=events[-1]["processes"], micro_batch_rows=events[-1]["micro_batch_rows"])
 
 
 def is_first_attempt(events: Sequence[Line]) -> bool:
@@ -61,7 +61,7 @@ def is_first_attempt(events: Sequence[Line]) -> bool:
 class ReplayAudit:
     """Waits for the steps of `old_lines` to be made again."""
 
-    def __init__(self, old_lines: Iterable[Line], *, before: Layout, now: Layout) -> None:
+    def __init__(self, old_lines: Iterable[Line], *, before: RankLayout, now: RankLayout) -> None:
         self._old = {line["step"]: line for line in old_lines}
         self._before, self._now = before, now
         self._fields = EXACT if before == now else EXACT[:1]

@@ -38,7 +38,7 @@ MOST_FAILURES = 3
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class Outcome:
+class SaveResult:
     """How a save ended; equal on every rank."""
 
     step: int
@@ -70,7 +70,7 @@ class _Flight:
     temporary: Path
     started: float
     written: _Written | None = None
-    outcome: Outcome | None = None
+    outcome: SaveResult | None = None
     thread: threading.Thread | None = None
 
 
@@ -103,7 +103,7 @@ class Committer:
         flight = _Flight(step=step, temporary=self._folder / (name or ""), started=time.perf_counter())
         self._flight = flight
         if problem is not None:
-            flight.outcome = Outcome(step=step, path=None, problem=problem, fatal=fatal)
+            flight.outcome = SaveResult(step=step, path=None, problem=problem, fatal=fatal)
         elif background:
             # Not a daemon: whatever ends the interpreter but a kill waits until the files are written.
             flight.thread = threading.Thread(target=self._write, args=(flight, files), name="checkpoint")
@@ -111,7 +111,7 @@ class Committer:
         else:
             self._write(flight, files)
 
-    def poll(self, *, wait: bool = False) -> Outcome | None:
+    def poll(self, *, wait: bool = False) -> SaveResult | None:
         """The outcome of the save in flight, once; None while it is written and when there is none. Collective."""
         flight = self._flight
         if flight is None:
@@ -159,7 +159,7 @@ class Committer:
             outcome = self._commit(flight, every)
         flight.outcome = self._runtime.gather_objects(outcome)[0]
 
-    def _commit(self, flight: _Flight, every: list[_Written]) -> Outcome:
+    def _commit(self, flight: _Flight, every: list[_Written]) -> SaveResult:
         problems = [f"rank {rank}: {w.problem}" if rank else w.problem for rank, w in enumerate(every) if w.problem]
         problem = "; ".join(p for p in problems if p) or None
         files = {name: record for written in every for name, record in written.files.items()}
@@ -172,9 +172,9 @@ class Committer:
                 problem = describe_failure(error, self._output_dir)
         if problem is not None:
             remove_tree(flight.temporary)
-            return Outcome(step=flight.step, path=None, problem=problem, fatal=not self._output_dir.is_dir())
+            return SaveResult(step=flight.step, path=None, problem=problem, fatal=not self._output_dir.is_dir())
         seconds = time.perf_counter() - flight.started
-        return Outcome(step=flight.step, path=final, num_bytes=manifest.num_bytes, seconds=seconds)
+        return SaveResult(step=flight.step, path=final, num_bytes=manifest.num_bytes, seconds=seconds)
 
 
 def _write_files(folder: Path, files: Mapping[str, Write], step: int) -> _Written:

@@ -25,7 +25,7 @@ from neobert.config.fields import FIELDS, list_fields, list_keys
 from neobert.config.load import without_secrets
 from neobert.config.schema import Config
 from neobert.data.fingerprint import fits
-from neobert.data.rows.loader import ORDER_KEYS, OrderIdentity
+from neobert.data.rows.loader import ORDER_KEYS
 from neobert.errors import StartupError
 from neobert.model.config import ModelConfig
 from neobert.optim.groups import list_decayed
@@ -46,7 +46,7 @@ _FIXED = ("model.pad_token_id", TOKENIZER, SPECIAL_IDS, GROUPS)
 """Facts that are no keys and never change; all others that are no keys follow from keys."""
 
 _ORDER_FACTS = {name: key for name, key in ORDER_KEYS.items() if name != "packing"}
-"""Field of `OrderIdentity` -> the key that makes it; `packing` comes from two keys, which are facts themselves."""
+"""Field of `RowOrder` -> the key that makes it; `packing` comes from two keys, which are facts themselves."""
 
 _FULL_ROWS = "trainer.enforce_full_packed_batches"
 _OF_THE_START = ("trainer.resume_from_checkpoint", "trainer.resume_allow", "trainer.overwrite_output_dir")
@@ -137,7 +137,7 @@ def build_facts(
     """Everything that identifies a run, by key; secrets are left out, and what is not known is None.
 
     Args:
-        order: fields of `OrderIdentity`, as it is now or as the checkpoint's data state holds them.
+        order: fields of `RowOrder`, as it is now or as the checkpoint's data state holds them.
         mask_end: the step at which the share of masked tokens reaches its final value, where it changes.
     """
     public = without_secrets(config)
@@ -282,11 +282,6 @@ def describe_groups(groups: Sequence[Mapping[str, Any]]) -> str:
     names = [part for part in list_decayed(groups) if part]
     digest = hashlib.sha256(json.dumps(names).encode()).hexdigest()[:16]
     return f"{'+'.join(str(len(group)) for group in names)} tensors, {digest}"
-
-
-def describe_order(identity: OrderIdentity) -> dict[str, Any]:
-    """The order of rows of this start, as `build_facts` takes it."""
-    return asdict(identity)
 
 
 def check_next_batch(saved: str | None, found: int) -> None:

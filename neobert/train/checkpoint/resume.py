@@ -11,7 +11,7 @@ every later resume passes over them too.
 """
 
 from collections.abc import Mapping
-from dataclasses import fields, replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -34,7 +34,6 @@ from neobert.train.checkpoint.identity import (
     check_comparison,
     compare,
     describe_groups,
-    describe_order,
 )
 from neobert.train.checkpoint.replicas import check_replicas
 from neobert.train.checkpoint.retention import choose_best_of_each, list_scores
@@ -76,19 +75,11 @@ def resume_or_start(run: Run) -> TrainState:
     check_replicas(run, TrainState(step=run.saved["step"]))
     _check_counters(run.checkpoint, run.saved)
     _check_rng_state(run, run.checkpoint, run.saved)
-    known = {f.name for f in fields(TrainState)}
-    state = TrainState(**{name: value for name, value in run.saved.items() if name in known})
+    state = TrainState.from_saved(run.saved)
     if state.data and not comparison.same_next_batch:
         state = replace(state, data={**state.data, "next_batch_digest": None})
     if comparison.restarts_order:
-        # Whatever else the state holds belongs to the rows of the old order.
-        state = TrainState(
-            step=state.step,
-            tokens=state.tokens,
-            targets=state.targets,
-            documents=state.documents,
-            interval=state.interval,
-        )
+        state = state.for_new_order()
     if run.runtime.is_main and is_own(run.checkpoint, run.output_dir):
         _supersede_later_steps(run, state.step)
     run.tracker.begin(state)
@@ -129,7 +120,7 @@ def describe_run(run: Run) -> Facts:
     return build_facts(
         run.config,
         run.model_config,
-        describe_order(run.data.identity),
+        asdict(run.data.order),
         rows_per_step=run.rows_per_step,
         mask_end=choose_mask_end(run.config, run.num_steps),
         fingerprint=run.data.fingerprint,

@@ -9,13 +9,13 @@ import json
 import os
 import secrets
 from collections.abc import Collection, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
 
 from neobert.config.fields import FIELDS
 from neobert.config.nesting import parse_json
 from neobert.config.schema import Config
+from neobert.config.schema_trainer import TrainerSection
 from neobert.testing.faults import fault_point
 from neobert.train.checkpoint.commit import remove_tree
 from neobert.weights.folder import valid_steps
@@ -40,39 +40,21 @@ _CAPPED = ("trainer.eval_max_batches", "trainer.per_device_eval_batch_size", "da
 """The same where only so many batches are evaluated."""
 
 
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Retention:
-    """What is kept."""
-
-    newest: int
-    """Number of newest checkpoints; 0 keeps all."""
-
-    milestones: tuple[int, ...]
-    every: int
-    """Steps that are multiples of this are kept for ever; 0: none."""
-
-    best: bool
-
-    def is_milestone(self, step: int) -> bool:
-        return step in self.milestones or (self.every > 0 and step % self.every == 0)
-
-    def choose_removed(self, steps: Sequence[int], best: int | None, aside: Collection[int] = ()) -> list[int]:
-        """Of valid steps in ascending order, those to delete; `aside` are the best ones of other tests."""
-        if not self.newest:
-            return []
-        kept = {best, *aside} if self.best else set()
-        return [step for step in steps[: -self.newest] if not self.is_milestone(step) and step not in kept]
+def is_milestone(section: TrainerSection, step: int) -> bool:
+    """Whether the checkpoint of this step is kept for ever."""
+    every = section.save_milestone_every or 0
+    return step in section.save_milestone_steps or (every > 0 and step % every == 0)
 
 
-def build_retention(config: Config) -> Retention:
-    """From `trainer.save_total_limit`, `save_milestone_steps`, `save_milestone_every`, `save_best`."""
-    trainer = config.trainer
-    return Retention(
-        newest=trainer.save_total_limit or 0,
-        milestones=trainer.save_milestone_steps,
-        every=trainer.save_milestone_every or 0,
-        best=trainer.save_best,
-    )
+def choose_removed(
+    section: TrainerSection, steps: Sequence[int], best: int | None, aside: Collection[int] = ()
+) -> list[int]:
+    """Of valid steps in ascending order, those to delete; `aside` are the best ones of other tests."""
+    newest = section.save_total_limit or 0
+    if not newest:
+        return []
+    kept = {best, *aside} if section.save_best else set()
+    return [step for step in steps[:-newest] if not is_milestone(section, step) and step not in kept]
 
 
 class Score(NamedTuple):
@@ -124,7 +106,7 @@ def choose_best_of_each(scores: dict[int, Score]) -> dict[str | None, int]:
     return {test: step for test, step in found.items() if step is not None}
 
 
-def prune(output_dir: Path, retention: Retention, *, dry_run: bool = False) -> tuple[list[int], list[str]]:
+def prune(output_dir: Path, section: TrainerSection, *, dry_run: bool = False) -> tuple[list[int], list[str]]:
     """Deletes what need not stay, and what earlier deletions left behind; rank 0 only, after a commit.
 
     Returns:
@@ -132,9 +114,9 @@ def prune(output_dir: Path, retention: Retention, *, dry_run: bool = False) -> t
     """
     folder = output_dir / "checkpoints"
     steps = valid_steps(output_dir)
-    scores = list_scores(output_dir, steps) if retention.best else {}
+    scores = list_scores(output_dir, steps) if section.save_best else {}
     *aside, best = choose_best_of_each(scores).values() or (None,)
-    removed = retention.choose_removed(steps, best, aside)
+    removed = choose_removed(section, steps, best, aside)
     if dry_run:
         return removed, []
     if best is not None:

@@ -16,10 +16,10 @@ from neobert.config.load import config_to_yaml, without_secrets
 from neobert.data.rows.loader import merge_states
 from neobert.data.tokenizer import tokenizer_info
 from neobert.train.agreement import PACKAGES, agree
-from neobert.train.checkpoint.commit import Outcome, Write
+from neobert.train.checkpoint.commit import SaveResult, Write
 from neobert.train.checkpoint.identity import describe_groups
 from neobert.train.checkpoint.replicas import check_replicas
-from neobert.train.checkpoint.retention import build_retention, prune
+from neobert.train.checkpoint.retention import is_milestone, prune
 from neobert.train.run import Run
 from neobert.train.start import FORMAT_VERSION
 from neobert.types import TrainState
@@ -30,7 +30,7 @@ Copy = Callable[[Tensor], Tensor]
 
 def save_is_due(run: Run, step: int) -> bool:
     """Whether a checkpoint is written after this step: every `trainer.save_steps`, and at milestones."""
-    return (run.save_steps > 0 and step % run.save_steps == 0) or build_retention(run.config).is_milestone(step)
+    return (run.save_steps > 0 and step % run.save_steps == 0) or is_milestone(run.config.trainer, step)
 
 
 def save_checkpoint(run: Run, state: TrainState, *, wait: bool = False) -> Path | None:
@@ -81,7 +81,7 @@ def complete_save(run: Run, *, wait: bool = False) -> Path | None:
     run.tracker.say(f"saved {outcome.path}/ ({outcome.num_bytes / 1e6:,.1f} MB, {rate:.2f} GB/s)")
     if run.runtime.is_main:
         try:
-            _, problems = prune(run.output_dir, build_retention(run.config))
+            _, problems = prune(run.output_dir, run.config.trainer)
         except OSError as error:
             problems = [f"old checkpoints could not be looked through: {error}"]
         for problem in problems:
@@ -90,7 +90,7 @@ def complete_save(run: Run, *, wait: bool = False) -> Path | None:
     return outcome.path
 
 
-def _report_failure(run: Run, outcome: Outcome) -> None:
+def _report_failure(run: Run, outcome: SaveResult) -> None:
     assert outcome.problem is not None
     run.tracker.event("save_failed", outcome.step, problem=outcome.problem)
     if run.committer.gave_up:

@@ -21,7 +21,7 @@ import numpy as np
 import torch
 
 from neobert.train.machine import Runtime
-from neobert.types import StepMetrics
+from neobert.train.step import StepMetrics
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -42,7 +42,7 @@ class StepRecord:
     @property
     def loss(self) -> float:
         """Mean in nats per masked token; 0 for a step without any."""
-        return float(np.float32(self.loss_sum) / np.float32(max(self.metrics.num_targets, 1)))
+        return float(np.float32(self.loss_sum) / np.float32(max(self.metrics.counts.num_targets, 1)))
 
     def as_line(self) -> dict[str, object]:
         """The step's line of `log.jsonl`; `*_hex` are exact, for comparing runs bit for bit."""
@@ -54,8 +54,8 @@ class StepRecord:
             "grad_norm": self.grad_norm,
             "grad_norm_hex": self.grad_norm.hex(),
             "lr": self.metrics.lr,
-            "num_tokens": self.metrics.num_tokens,
-            "num_targets": self.metrics.num_targets,
+            "num_tokens": self.metrics.counts.num_tokens,
+            "num_targets": self.metrics.counts.num_targets,
             "batch_digest": f"{self.digest:016x}",
         }
         return {**line, "skipped": True} if self.skipped else line
@@ -97,7 +97,7 @@ class IntervalSums:
 
     def add(self, record: StepRecord, labels: Sequence[str]) -> "IntervalSums":
         """The sums with one more step; `labels` are those of the sources."""
-        metrics, counted = record.metrics, not record.skipped
+        metrics, counts, counted = record.metrics, record.metrics.counts, not record.skipped
         tokens = dict(self.source_tokens)
         for label, count in zip(labels, record.source_tokens):
             tokens[label] = tokens.get(label, 0) + count
@@ -106,12 +106,12 @@ class IntervalSums:
             first_step=self.first_step or record.step,
             num_steps=self.num_steps + 1,
             num_skipped=self.num_skipped + record.skipped,
-            num_tokens=self.num_tokens + metrics.num_tokens,
-            num_slots=self.num_slots + metrics.num_slots,
-            num_targets=self.num_targets + metrics.num_targets,
-            attended_tokens=self.attended_tokens + metrics.attended_tokens,
+            num_tokens=self.num_tokens + counts.num_tokens,
+            num_slots=self.num_slots + counts.num_slots,
+            num_targets=self.num_targets + counts.num_targets,
+            attended_tokens=self.attended_tokens + counts.attended_tokens,
             loss_sum=self.loss_sum + record.loss_sum if counted else self.loss_sum,
-            num_counted_targets=self.num_counted_targets + counted * metrics.num_targets,
+            num_counted_targets=self.num_counted_targets + counted * counts.num_targets,
             num_correct=self.num_correct + counted * (record.num_correct or 0),
             grad_norm=record.grad_norm if counted else self.grad_norm,
             lr=metrics.lr,
@@ -271,13 +271,14 @@ class MetricWindow:
         steps, metrics = zip(*self._pending)
         self._pending.clear()
         device = self._runtime.device
-        losses = self._runtime.sum_on_device(torch.stack([m.loss_sum for m in metrics])).tolist()
-        norms = torch.stack([m.grad_norm for m in metrics]).tolist()
-        skipped = torch.stack([m.skipped for m in metrics]).tolist()
-        has_counts = metrics[0].num_correct is not None
+        results = [m.result for m in metrics]
+        losses = self._runtime.sum_on_device(torch.stack([r.loss_sum for r in results])).tolist()
+        norms = torch.stack([r.grad_norm for r in results]).tolist()
+        skipped = torch.stack([r.skipped for r in results]).tolist()
+        has_counts = results[0].num_correct is not None
         correct: list[Any] = [None] * len(metrics)
         if has_counts:
-            correct = self._runtime.sum_on_device(torch.stack([m.num_correct for m in metrics]).to(device)).tolist()
+            correct = self._runtime.sum_on_device(torch.stack([r.num_correct for r in results]).to(device)).tolist()
         # int64 sums wrap around like the digest itself does, so the signed view loses nothing.
         digests = [m.digest - 2**64 if m.digest >= 2**63 else m.digest for m in metrics]
         counts = self._runtime.sum_on_host([*digests, *(n for m in metrics for n in m.source_tokens)])

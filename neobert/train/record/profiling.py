@@ -19,7 +19,8 @@ from torch.profiler import ProfilerActivity, profile, record_function
 
 from neobert.train.checkpoint.run_folder import SNAPSHOT, TRACE
 from neobert.train.run import Run
-from neobert.types import StepMetrics, TrainState
+from neobert.train.step import StepMetrics
+from neobert.types import TrainState
 
 DATA_WAIT = "data wait"
 """Name of the time that a step waits for its batch, in the trace."""

@@ -4,9 +4,6 @@
 fails is switched off with a warning, since losing a picture must not lose a run.
 """
 
-import json
-import math
-import os
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -17,16 +14,16 @@ from typing import Any, Protocol
 
 import torch
 
-from neobert.config.nesting import parse_json
 from neobert.config.schema import Config
 from neobert.model.peak import peak_flops
 from neobert.objectives.mlm import MaskedLM
 from neobert.secrets import scrub_config
 from neobert.train.agreement import exchange
-from neobert.train.checkpoint.audit import Layout, ReplayAudit, ReplayDiverged, is_first_attempt, read_layout
+from neobert.train.checkpoint.audit import RankLayout, ReplayAudit, ReplayDiverged, is_first_attempt, read_layout
 from neobert.train.machine import Runtime
 from neobert.train.numerics import SkippedStep, build_skipped_step
 from neobert.train.record.console import Reporter
+from neobert.train.record.line_file import LineFile
 from neobert.train.record.metrics import (
     Evaluation,
     Interval,
@@ -36,7 +33,8 @@ from neobert.train.record.metrics import (
     perplexity,
     summarise,
 )
-from neobert.types import StepMetrics, TrainState
+from neobert.train.step import StepMetrics
+from neobert.types import TrainState
 
 MOST_PENDING = 1000
 """Steps whose figures may wait on the device; more are written between two logging points."""
@@ -50,60 +48,6 @@ class Sink(Protocol):
     def log(self, values: dict[str, float], step: int) -> None: ...
 
     def close(self) -> None: ...
-
-
-class JsonLines:
-    """An append-only file of one JSON object a line."""
-
-    def __init__(self, path: Path) -> None:
-        self._path = path
-        self._unwritten: list[str] = []
-
-    def read(self) -> list[dict[str, Any]]:
-        """All lines; one torn by a kill is left out."""
-        if not self._path.is_file():
-            return []
-        lines = []
-        for text in self._path.read_text(errors="replace").splitlines():
-            try:
-                line = parse_json(text)
-            except ValueError:
-                continue
-            if isinstance(line, dict) and isinstance(line.get("step"), int):
-                lines.append(line)
-        return lines
-
-    def rewrite(self, lines: list[dict[str, Any]]) -> None:
-        """Replaces the file: after a kill at any instant it holds the old lines or these."""
-        if not self._path.is_file():
-            return
-        temporary = JsonLines(self._path.with_suffix(".tmp"))
-        temporary._path.unlink(missing_ok=True)
-        temporary.append(lines)
-        temporary._path.replace(self._path)
-
-    def append(self, lines: list[dict[str, Any]]) -> None:
-        """Adds lines and flushes them to the disk; a reader never sees half of one after a clean exit.
-
-        A number that is not finite becomes null: JSON has no word for it.
-
-        Raises:
-            OSError: they could not be written; the next call writes them too.
-        """
-        for line in lines:
-            numbers = {k: None for k, v in line.items() if isinstance(v, float) and not math.isfinite(v)}
-            self._unwritten.append(json.dumps(line | numbers, allow_nan=False) + "\n")
-        size = self._path.stat().st_size if self._path.exists() else 0
-        try:
-            with self._path.open("a") as handle:
-                handle.writelines(self._unwritten)
-                handle.flush()
-                os.fsync(handle.fileno())
-        except OSError:
-            if self._path.exists():
-                os.truncate(self._path, size)  # Half a line would spoil the line after it.
-            raise
-        self._unwritten.clear()
 
 
 class Tracker:
@@ -124,10 +68,10 @@ class Tracker:
         self._runtime, self._config, self._module = runtime, config, module
         self._num_steps, self._labels = num_steps, source_labels
         self._reporter, self._sinks = reporter, sinks
-        self._log, self._events = JsonLines(output_dir / "log.jsonl"), JsonLines(output_dir / "events.jsonl")
+        self._log, self._events = LineFile(output_dir / "log.jsonl"), LineFile(output_dir / "events.jsonl")
         self._window = MetricWindow(runtime, source_labels)
         self._is_partial = False
-        self._layout = Layout(processes=runtime.world, micro_batch_rows=config.trainer.micro_batch_rows)
+        self._layout = RankLayout(processes=runtime.world, micro_batch_rows=config.trainer.micro_batch_rows)
         self._layout_before = self._layout
         if runtime.is_main:
             events = self._events.read()
@@ -154,7 +98,7 @@ class Tracker:
     def begin(self, state: TrainState) -> None:
         """Opens the record at `state`: lines of steps after it belong to a run that was killed. They are dropped, and
         the steps made again are compared with them. Collective."""
-        found: tuple[list[dict[str, Any]], Layout, bool] = ([], self._layout, False)
+        found: tuple[list[dict[str, Any]], RankLayout, bool] = ([], self._layout, False)
         if self._runtime.is_main:
             lines = self._log.read()
             # At step 0 nothing is kept: the first evaluation is made anew too.
@@ -355,7 +299,7 @@ class Tracker:
             self.event("replay_audit", self.step, verdict=self._audit.verdict(), differ=self._audit.num_different)
             self._audit = None
 
-    def _append(self, target: JsonLines, lines: list[dict[str, Any]]) -> None:
+    def _append(self, target: LineFile, lines: list[dict[str, Any]]) -> None:
         if not (self._runtime.is_main and lines):
             return
         try:
