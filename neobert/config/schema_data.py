@@ -13,6 +13,7 @@ MAX_RECORD_BYTES = 64 << 20
 class MixtureSource:
     """One source of `dataset.mixture`."""
 
+    # On resume another name or path is another source; other weights and limits of the same ones are declared.
     name: str | None = key(None, resume="order", changes="source")
     """Hub dataset or `python_stdlib`. Not used when `path` is given."""
 
@@ -73,6 +74,7 @@ class DatasetSection:
     """Tokenise text once to `pre_tokenize_output` before training, as `streaming: false` does: rank 0 works, others
     wait."""
 
+    # The documents are compared, not where they lie: free.
     pre_tokenize_output: str | None = key(None, path=True, tasks="pretraining", resume="free")
     """Folder for tokenised text; null is the folder `tokenized` of `trainer.output_dir` in a run, and `path` or
     `tokenized_data/` for `preprocess.py`."""
@@ -86,6 +88,7 @@ class DatasetSection:
     max_seq_length: int = key(512, at_least=3, because="[CLS], one token and [SEP]", resume="order")
     """Slots of a row, [CLS] and [SEP] included: the one length that decides."""
 
+    # Declared only where the documents become others.
     text_column: str | None = key(None, tasks="pretraining", resume="order", changes="split")
     """Column with the text. null takes `text`, `content` or `sentence`, or the only text column there is. Not needed
     for data that has `input_ids`."""
@@ -99,6 +102,7 @@ class DatasetSection:
     """Split to train on, or a slice of one: `train[:1%]`, `train[1000:]`. null is `train`, or everything where there
     are no splits."""
 
+    # Losses before and after could not be compared: declared, as all that decides what is evaluated.
     eval_split: str | None = key(None, tasks="pretraining", resume="declared", changes="split evaluation")
     """Split (or slice) to evaluate on. null looks for validation, eval, test or dev, and then for `eval_samples` and
     `validation_split`."""
@@ -130,6 +134,7 @@ class DatasetSection:
     max_document_chars: int = key(1_000_000, at_least=1, tasks="pretraining", resume="order")
     """Longer texts are cut into pieces of this size, at white space, before they are tokenised."""
 
+    # Decides which records train, but moves no row that was read: declared, and the order continues.
     max_bad_records: int = key(100, at_least=0, resume="declared")
     """Records that cannot be read are counted and skipped; more of them than this in one lane's epoch stop the run. A
     broken quotation mark of CSV costs its line, which is a record here."""
@@ -138,6 +143,7 @@ class DatasetSection:
     """A longer record (a line of JSONL or text, a paragraph, a file, a row of CSV, a cell of Parquet) is never held in
     memory: it is a bad record. The default is 64 MiB."""
 
+    # As max_bad_records: it may be set after the file was met, and the order continues.
     on_bad_shard: Literal["error", "skip"] = key("error", tasks="pretraining", resume="declared")
     """A file that cannot be opened or decompressed, or that has no text in it. error: stop. skip: continue with the
     next one, now and whenever this stretch is read again; the data state keeps the list of those that failed on the
@@ -182,9 +188,11 @@ class DatasetSection:
 class TokenizerSection:
     """The tokenizer: named (`name` or `path`) or trained (`train: true`)."""
 
+    # Fixed where it names the one in use: it is not fetched only to be compared.
     name: str | None = key(None, resume="fixed")
     """Tokenizer on the Hugging Face hub. Not used when `path` is given."""
 
+    # The checkpoint brings the tokenizer, and its digest is compared: how it was found or trained is free.
     path: str | None = key(None, path=True, resume="free")
     """Folder with a saved tokenizer. Replaces `name`."""
 
@@ -298,6 +306,7 @@ class DatacollatorSection:
     """true: several documents share a row and each attends to itself only, so that almost no slot is padding.
     false: one document per row."""
 
+    # Dropout masks have the shape of the batch.
     pad_to_multiple_of: int | None = key(
         None, at_least=1, tasks="pretraining", resume=when("model.dropout_prob", "declared")
     )
