@@ -103,7 +103,7 @@ class ContrastiveSection:
     pretraining_prob: float = key(
         0.0, at_least=0, below=1, needs="contrastive.pretraining_dataset", resume="declared", changes="batch"
     )
-    """Share of the steps that train on texts of `pretraining_dataset` instead of pairs."""
+    """Fraction of the steps that train on texts of `pretraining_dataset` instead of pairs."""
 
     pretraining_dataset: str | None = key(
         None, path=True, needs="contrastive.pretraining_prob", resume="order", changes="source"

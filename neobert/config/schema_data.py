@@ -33,7 +33,7 @@ class MixtureSource:
     """Column with the text; null is `dataset.text_column`."""
 
     weight: float | None = key(None, above=0, because="leave a source out by removing it", resume="order")
-    """Share of the documents, relative to the other weights; the source is read again when it ends. null for every
+    """Fraction of the documents, relative to the other weights; the source is read again when it ends. null for every
     source: each document once per epoch."""
 
     max_documents: int | None = key(None, at_least=1, resume="order")
@@ -63,8 +63,8 @@ class DatasetSection:
 
     mixture: tuple[MixtureSource, ...] = key((), tasks="pretraining", resume="order", changes="source")
     """Several sources: a list of mappings with `name` or `path`, and optionally `weight`, `max_documents`, `config`,
-    `revision`, `split`, `text_column`. Replaces `name`. With weights, documents are drawn in these shares and a source
-    that ends begins again; without, each document comes once per epoch."""
+    `revision`, `split`, `text_column`. Replaces `name`. With weights, documents are drawn in these proportions and a
+    source that ends begins again; without, each document comes once per epoch."""
 
     streaming: bool | None = key(None, tasks="pretraining", resume="order", changes="source")
     """null: text files are streamed, `save_to_disk` folders are indexed. true: never build an index.
@@ -114,8 +114,8 @@ class DatasetSection:
     validation_split: float | None = key(
         None, above=0, below=1, tasks="pretraining", resume="declared", changes="split evaluation"
     )
-    """Without an evaluation split: hold out this share (0 to 1) of the training documents, the first ones. The source's
-    size must be known."""
+    """Without an evaluation split: hold out this fraction (0 to 1) of the training documents, the first ones. The size
+    of the source must be known."""
 
     min_length: int = key(5, at_least=0, tasks="pretraining", resume="order")
     """Documents, and the tails of split documents, with fewer tokens than this are dropped and counted."""
@@ -161,7 +161,7 @@ class DatasetSection:
 
     persistent_workers: bool = key(True, resume="free")
     """true: reader threads and their open windows stay during evaluations. false: they are closed before an evaluation
-    and opened again behind it, which frees their memory and costs the time to open a window of each lane."""
+    and opened again after it, which frees their memory and costs the time to open a window of each lane."""
 
     pin_memory: bool | None = key(None, machine=True, resume="free")
     """Put batches into page-locked memory, so that copies to the GPU overlap with work; null: yes on CUDA."""
@@ -181,7 +181,7 @@ class DatasetSection:
     """Contrastive: use every set that is prepared in `path`, whatever `name` says; `preprocess.py` fetches nothing."""
 
     force_redownload: bool = key(False, tasks="contrastive", resume="free")
-    """Contrastive: `preprocess.py` prepares sets anew that are there already."""
+    """Contrastive: `preprocess.py` prepares sets again that are there already."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -237,12 +237,13 @@ class DatacollatorSection:
         resume="declared",
         changes="batch",
     )
-    """Share of a row's ordinary tokens that is predicted. 20% is the rate of the NeoBERT paper."""
+    """Fraction of a row's ordinary tokens that is predicted. 20% is the rate of the NeoBERT paper."""
 
     mlm_probability_final: float | None = key(
         None, above=0, at_most=1, tasks="pretraining", resume="declared", changes="batch"
     )
-    """The share at the end of training: from `mlm_probability` on it changes linearly with the step. null: constant."""
+    """The fraction at the end of training: from `mlm_probability` on it changes linearly with the step.
+    null: constant."""
 
     mlm_probability_final_step: int | None = key(
         None,
@@ -258,13 +259,13 @@ class DatacollatorSection:
     eval_mlm_probability: float = key(
         0.15, above=0, at_most=1, tasks="pretraining", resume="declared", changes="evaluation"
     )
-    """The same share in evaluation, always 80/10/10 and token by token, so that losses of runs with different masking
-    compare."""
+    """The same fraction in evaluation, always 80/10/10 and token by token, so that losses of runs with different
+    masking compare."""
 
     mask_units: Literal["tokens", "words", "spans"] = key(
         "tokens", needs="task=pretraining or contrastive.pretraining_objective=mlm", resume="declared", changes="batch"
     )
-    """What is drawn until the share is reached. tokens: each by itself. words: all tokens of a word. spans: up to
+    """What is drawn until the fraction is reached. tokens: each by itself. words: all tokens of a word. spans: up to
     `span_max_words` words in a row, the fewer the likelier. The last unit of a row may be cut short. words and spans
     need a tokenizer that marks where words begin."""
 
@@ -285,7 +286,7 @@ class DatacollatorSection:
         resume="declared",
         changes="batch",
     )
-    """Share of the predicted tokens that becomes [MASK] in training."""
+    """Fraction of the predicted tokens that becomes [MASK] in training."""
 
     random_fraction: float = key(
         0.1,
@@ -295,7 +296,7 @@ class DatacollatorSection:
         resume="declared",
         changes="batch",
     )
-    """Share of the predicted tokens that becomes a random token in training; the rest stays as it is."""
+    """Fraction of the predicted tokens that becomes a random token in training; the rest stays as it is."""
 
     mask_all: bool = key(
         False, needs="task=pretraining or contrastive.pretraining_objective=mlm", resume="declared", changes="batch"

@@ -70,7 +70,7 @@ class MuonSection:
     clipping_alpha: float = key(
         0.5, at_least=0, at_most=1, needs="optimizer.muon_config.enable_clipping", resume="declared"
     )
-    """Share of the shrinking that queries take, as an exponent; keys take the rest."""
+    """Fraction of the shrinking that queries take, as an exponent; keys take the rest."""
 
     clipping_warmup_steps: int = key(0, at_least=0, needs="optimizer.muon_config.enable_clipping", resume="declared")
     """Steps at the start without clipping."""

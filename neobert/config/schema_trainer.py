@@ -71,7 +71,7 @@ class TrainerSection:
     """The run's folder: config, logs and checkpoints."""
 
     overwrite_output_dir: bool = key(False, resume="free")
-    """Start anew in a folder that holds a run; the old run is renamed aside. Without it that is an error, and so is a
+    """Start again in a folder that holds a run; the old run is renamed aside. Without it that is an error, and so is a
     folder with `checkpoints` in it that is no run's."""
 
     resume_from_checkpoint: str | None = key(None, path=True, resume="free")
@@ -109,7 +109,7 @@ class TrainerSection:
     `eval_steps`."""
 
     async_save: bool = key(False, needs=("trainer.save_model", "trainer.save_strategy=steps"), resume="free")
-    """Copy the state, then write the checkpoint while training goes on. Needs memory for one more copy of weights and
+    """Copy the state, then write the checkpoint while training continues. Needs memory for one more copy of weights and
     optimizer."""
 
     eval_strategy: Literal["steps", "no"] = key("steps", resume="free")
@@ -129,7 +129,7 @@ class TrainerSection:
     """Steps between log lines; 0 never logs training."""
 
     log_train_accuracy: bool = key(False, tasks="pretraining", resume="free")
-    """Log the share of masked tokens predicted exactly; costs an arg-max over the vocabulary."""
+    """Log the fraction of masked tokens predicted exactly; costs an arg-max over the vocabulary."""
 
     log_grad_norm: bool = key(True, resume="free")
     """Log the gradient's L2 norm before clipping."""
@@ -149,7 +149,7 @@ class TrainerSection:
     gradient_clipping: float | None = key(1.0, above=0, because="null never clips", resume="declared")
     """Clip the gradient's L2 norm to this; null never clips."""
 
-    # Free, as tf32, kernels and compile: the same computation, rounded in other places.
+    # Free, as tf32, kernels and compile: the same computation, rounded differently.
     mixed_precision: Literal["no", "bf16", "auto"] = key("bf16", resume="free")
     """bf16 computes in bfloat16 and keeps weights in float32; no computes in float32. fp32 and false are read as no,
     true as bf16. auto: bf16 where the GPU has it; on a CPU, where its matrix products are measured to be faster. The
@@ -206,7 +206,7 @@ class TrainerSection:
         needs=("trainer.save_model", "trainer.save_strategy=steps", "trainer.save_steps"),
         resume="declared",
     )
-    """When `max_bad_steps` is reached: go back to the newest checkpoint at least this many steps old and pass over the
+    """When `max_bad_steps` is reached: go back to the newest checkpoint at least this many steps old and skip the
     rows trained on since, at most 3 times in a run; null stops the run instead."""
 
     detect_anomaly: bool = key(False, resume="free")
