@@ -352,7 +352,7 @@ def _refuse_hidden(draft: _Draft, values: dict[str, Any]) -> None:
         if marker is not None:
             draft.refuse(
                 key,
-                f"{key}: {marker} is where a secret was hidden when this value was saved; give the whole value "
+                f"{key}: {marker} stands where a secret was hidden when this value was saved; give the whole value "
                 f"again, in the file or with --{key} VALUE",
             )
 

@@ -134,12 +134,12 @@ def test_a_hidden_value_is_refused_on_load_and_read_for_comparison(tmp_path: Pat
     config = parse_config("", [f"dataset.path={path}", "tokenizer.train=true", "trainer.max_steps=1"])
     file = tmp_path / "config.yaml"
     file.write_text(config_to_yaml(without_secrets(config)))
-    with pytest.raises(ConfigError, match=r"dataset.path: <hidden:X-Amz-Signature> is .* --dataset.path VALUE"):
+    with pytest.raises(ConfigError, match=r"dataset.path: <hidden:X-Amz-Signature> stands .* --dataset.path VALUE"):
         parse_config(file.read_text())
     assert parse_config(file.read_text(), [f"dataset.path={path}"]) == config
     assert load_saved_config(file) == without_secrets(config)
     earlier = file.read_text().replace("<hidden:X-Amz-Signature>", "***")
-    with pytest.raises(ConfigError, match=r"dataset.path: \*\*\* is where a secret was hidden"):
+    with pytest.raises(ConfigError, match=r"dataset.path: \*\*\* stands where a secret was hidden"):
         parse_config(earlier)
 
 
@@ -147,7 +147,7 @@ def test_a_hidden_value_inside_a_list_is_refused_too() -> None:
     mixture = (MixtureSource(path="https://me:hush@host/a.jsonl"), MixtureSource(path="b.jsonl"))
     config = parse_config("", ["dataset.path=x", "tokenizer.train=true", "trainer.max_steps=1"])
     saved = without_secrets(replace(config, dataset=replace(config.dataset, path=None, mixture=mixture)))
-    with pytest.raises(ConfigError, match=r"dataset.mixture: <hidden:credentials> is where"):
+    with pytest.raises(ConfigError, match=r"dataset.mixture: <hidden:credentials> stands"):
         parse_config(config_to_yaml(saved))
 
 
