@@ -5,7 +5,7 @@
 | saved configs | credentials in addresses, `api_key=...`, tokens of known shape | `hide_credentials` |
 | console, logs, events, trackers, errors | the same, `name: value`, secret variables | `scrub` |
 
-A marker stands where a secret was (`<hidden:X-Amz-Signature>`). A config with a marker in it cannot be mistaken for the
+A marker is where a secret was (`<hidden:X-Amz-Signature>`). A config with a marker in it cannot be mistaken for the
 config that was saved: loading it is an error. So a config is changed only where there surely is a secret, and never
 because a part of a path is also the value of some variable; a log line may be hidden more freely: nothing reads it.
 
@@ -71,7 +71,7 @@ def is_secret_name(name: str) -> bool:
 
 
 def mark_hidden(name: str) -> str:
-    """What stands where the secret `name` was."""
+    """The marker of the secret `name`."""
     return f"<hidden:{name}>"
 
 

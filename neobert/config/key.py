@@ -94,7 +94,7 @@ def when(condition: str, then: Resume, *, otherwise: Resume = "free") -> When:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Known:
-    """What `key` was told, beside the default."""
+    """The arguments of `key`, beside the default."""
 
     resume: Resume | When
     at_least: float | None = None

@@ -134,10 +134,10 @@ def config_to_yaml(config: Config) -> str:
     tree: dict[str, Any] = {}
     for key, entry in FIELDS.items():
         *path, name = key.split(".")
-        place = tree
+        target = tree
         for section in path:
-            place = place.setdefault(section, {})
-        place[name] = _to_plain(entry.value_in(config))
+            target = target.setdefault(section, {})
+        target[name] = _to_plain(entry.value_in(config))
     return yaml.dump(tree, Dumper=_Dumper, sort_keys=False, allow_unicode=True, width=120)
 
 
@@ -226,7 +226,7 @@ def _add_overrides(draft: _Draft, overrides: Sequence[str]) -> None:
         if text is None and FIELDS[key].kind is not bool:
             draft.refuse(key, f"{key}: --{key} needs a value, {FIELDS[key].type_name}")
             continue
-        if text == "" and FIELDS[key].nullable:  # Else the run would be about another source, or begin anew.
+        if text == "" and FIELDS[key].nullable:  # Else the run would be about another source, or start again.
             draft.refuse(key, f"{key}: is empty on the command line (a variable that is not set?); null means none")
             continue
         leaf = Leaf("true" if text is None else text)

@@ -59,7 +59,7 @@ def migrate(text: str) -> tuple[str, list[str]]:
     """The YAML `text` in this code's keys, and one sentence for each edit.
 
     Raises:
-        MigrationError: not YAML, another task than pretraining, or values that no edit can mend.
+        MigrationError: not YAML, another task than pretraining, or values that no edit can fix.
     """
     try:
         tree = parse_yaml(text)
@@ -80,7 +80,7 @@ def migrate(text: str) -> tuple[str, list[str]]:
     try:
         parse_config(result, source="the migrated file")
     except ConfigError as error:
-        raise MigrationError(f"{error}\nMend these keys in the old file and migrate it again.") from error
+        raise MigrationError(f"{error}\nFix these keys in the old file and migrate it again.") from error
     return result, draft.edits
 
 
@@ -290,8 +290,8 @@ def _to_yaml(draft: _Draft) -> str:
     tree: dict[str, Any] = {"variables": draft.variables} if draft.variables else {}
     for key in [*(key for key in FIELDS if key in values), *(key for key in values if key not in FIELDS)]:
         *path, name = key.split(".")
-        place = tree
+        target = tree
         for part in path:
-            place = place.setdefault(part, {})
-        place[name] = values[key]
+            target = target.setdefault(part, {})
+        target[name] = values[key]
     return yaml.dump(tree, Dumper=_Dumper, sort_keys=False, allow_unicode=True, width=120)

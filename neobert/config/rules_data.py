@@ -122,8 +122,8 @@ def check_masks(config: Config) -> Iterator[str]:
         )
     if masks.mask_fraction + masks.random_fraction == 0:
         yield (
-            "datacollator.mask_fraction: 0 beside datacollator.random_fraction = 0 leaves every predicted token in its"
-            " place, so there is nothing to learn; raise one of them"
+            "datacollator.mask_fraction: 0 beside datacollator.random_fraction = 0 keeps every predicted token as"
+            " it is, so there is nothing to learn; raise one of them"
         )
 
 
@@ -195,17 +195,17 @@ def _check_objective(config: Config) -> Iterator[str]:
     if config.trainer.torch_compile and not config.trainer.torch_compile_dynamic:
         yield (
             "trainer.torch_compile_dynamic: the length of a batch is that of its texts, so every batch would"
-            " be compiled anew; write true, or trainer.torch_compile: false"
+            " be compiled again; write true, or trainer.torch_compile: false"
         )
 
 
-def _check_source(place: str, source: PairSource) -> Iterator[str]:
+def _check_source(name: str, source: PairSource) -> Iterator[str]:
     if source.name is None:
-        yield f"{place} names no set; give it a name"
+        yield f"{name} names no set; give it a name"
     if source.score_column is not None and source.label_column is not None:
-        yield f"{place}.score_column: {source.score_column!r} is set beside label_column; a set has one of them"
+        yield f"{name}.score_column: {source.score_column!r} is set beside label_column; a set has one of them"
     for key in ("positive_column", "negative_columns"):
         beside = "label_column" if source.label_column is not None else "score_column"
         takes_it = source.label_column is None and (key == "positive_column" or source.score_column is None)
         if getattr(source, key) is not None and not takes_it:
-            yield f"{place}.{key}: {getattr(source, key)} has no effect beside {beside}; remove one of them"
+            yield f"{name}.{key}: {getattr(source, key)} has no effect beside {beside}; remove one of them"

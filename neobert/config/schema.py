@@ -22,6 +22,7 @@ class ModelSection:
     name: str | None = key(None, resume="free")
     """A label: shown in the model summary, and the run's name in wandb when `wandb.name` is null."""
 
+    # A resume has weights and architecture from its checkpoint: free, as what follows and all initial weights.
     init_from: str | None = key(None, path=True, resume="free")
     """Initial weights of a fresh run: a run or checkpoint folder, an exported folder, or a model of the hub
     (`owner/model`, `owner/model@revision`) in the EuroBERT or NeoBERT layout. Its architecture is taken where the keys
@@ -51,6 +52,7 @@ class ModelSection:
     """Width of the feed-forward layer. SwiGLU uses 2/3 of it, rounded up to a multiple of 8, so that both activations
     have about the same number of parameters."""
 
+    # Learned positions are weights, of that number of rows.
     max_position_embeddings: int = key(1024, at_least=1, resume=when("model.rope", "declared", otherwise="fixed"))
     """Longest document the model can read, in tokens; at least `dataset.max_seq_length`."""
 
@@ -85,6 +87,7 @@ class ModelSection:
     tie_word_embeddings: bool = key(True, resume="fixed")
     """Predict tokens with the embedding matrix itself instead of a second matrix."""
 
+    # Free: the same attention and loss, rounded differently.
     attn_backend: Literal["auto", "sdpa", "flash_attn_varlen", "flex"] = key("auto", resume="free")
     """auto takes `flash_attn_varlen` where it can run (CUDA, bf16) and `sdpa` elsewhere; the log names the choice.
     A backend named here that cannot run is an error. `flex` is torch's FlexAttention, for CUDA."""
@@ -94,7 +97,7 @@ class ModelSection:
     else `torch`; the log names the choice. A kernel named here that cannot run is an error."""
 
     local_attention: int | None = key(None, at_least=1, resume="fixed")
-    """Sliding window in tokens: a token attends to those of its document at most `local_attention // 2` places away, to
+    """Sliding window in tokens: a token attends to those of its document at most `local_attention // 2` tokens away, to
     either side. null: every layer attends to whole documents."""
 
     global_attention_every: int = key(
@@ -136,8 +139,9 @@ class ModelSection:
 class SchedulerSection:
     """Learning rate: linear warm-up, then a decay that ends at `final_lr_ratio` and stays there."""
 
+    # A schedule may change without being declared, so that decays branch off a trunk and runs grow; the log says so.
     name: Literal["cosine", "linear", "constant", "wsd", "inverse_sqrt"] = key("cosine", resume="schedule")
-    """cosine and linear decay from the warm-up on. wsd is stable until its cool-down. constant and inverse_sqrt go on
+    """cosine and linear decay from the warm-up on. wsd is stable until its cool-down. constant and inverse_sqrt last
     for ever, or until a cool-down if there is one; inverse_sqrt does not fall below `final_lr_ratio`."""
 
     warmup_steps: int = key(2000, at_least=0, resume="schedule")
@@ -183,12 +187,12 @@ class SchedulerSection:
     """What the percentages refer to; null is the number of steps of the run."""
 
     final_lr_ratio: float = key(0.1, at_least=0, at_most=1, resume="schedule")
-    """Learning rate after the decay, as a share of the peak."""
+    """Learning rate after the decay, as a fraction of the peak."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class WandbSection:
-    """Weights & Biases, an optional second place for the metrics."""
+    """Weights & Biases, an optional second record of the metrics."""
 
     enabled: bool = key(False, resume="free")
     """Send metrics to wandb; an error before any work when it is not installed."""

@@ -10,6 +10,7 @@ from neobert.config.key import key
 class PairSource:
     """One set of `contrastive.sets` or `contrastive.eval_sets`."""
 
+    # On resume other sets are another source; other columns, prefixes and limits of the same ones are declared.
     name: str | None = key(None, path=True, resume="order", changes="source")
     """A known set (its key, hub name or the last part of that), any dataset of the hub, or a local file or folder."""
 
@@ -56,6 +57,7 @@ class ContrastiveSection:
     columns (`anchor_column`, `positive_column`, `negative_columns`, `score_column`, `label_column`) and prefixes
     (`anchor_prefix`, `positive_prefix`). Replaces `dataset.name`."""
 
+    # Losses before and after could not be compared: declared.
     eval_sets: tuple[PairSource, ...] = key((), resume="declared", changes="evaluation")
     """What to evaluate on, written the same way: scored pairs by Spearman's correlation, other pairs by retrieval
     (nDCG@10 and MRR). `dataset.eval_samples` holds out pairs of every training set besides."""
@@ -69,6 +71,7 @@ class ContrastiveSection:
     temperature: float = key(0.05, at_least=0.01, resume="declared")
     """Cosine similarities are divided by this."""
 
+    # One weight more or less: fixed.
     learn_temperature: bool = key(False, resume="fixed")
     """true: the temperature is a weight that starts at `temperature` and never falls below 0.01."""
 
@@ -100,7 +103,7 @@ class ContrastiveSection:
     pretraining_prob: float = key(
         0.0, at_least=0, below=1, needs="contrastive.pretraining_dataset", resume="declared", changes="batch"
     )
-    """Share of the steps that train on texts of `pretraining_dataset` instead of pairs."""
+    """Fraction of the steps that train on texts of `pretraining_dataset` instead of pairs."""
 
     pretraining_dataset: str | None = key(
         None, path=True, needs="contrastive.pretraining_prob", resume="order", changes="source"
@@ -112,6 +115,7 @@ class ContrastiveSection:
     )
     """What these steps do: `simcse`, or masked language modelling as in pretraining."""
 
+    # Read by a fresh start only: free.
     pretrained_checkpoint_dir: str | None = key(None, path=True, resume="free")
     """The encoder to start from: a run folder, its `checkpoints`, an exported folder or a name of the hub. Its
     architecture and tokenizer are used; a key of `model` that says otherwise is an error."""

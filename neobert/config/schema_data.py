@@ -13,6 +13,7 @@ MAX_RECORD_BYTES = 64 << 20
 class MixtureSource:
     """One source of `dataset.mixture`."""
 
+    # On resume another name or path is another source; other weights and limits of the same ones are declared.
     name: str | None = key(None, resume="order", changes="source")
     """Hub dataset or `python_stdlib`. Not used when `path` is given."""
 
@@ -32,7 +33,7 @@ class MixtureSource:
     """Column with the text; null is `dataset.text_column`."""
 
     weight: float | None = key(None, above=0, because="leave a source out by removing it", resume="order")
-    """Share of the documents, relative to the other weights; the source is read again when it ends. null for every
+    """Fraction of the documents, relative to the other weights; the source is read again when it ends. null for every
     source: each document once per epoch."""
 
     max_documents: int | None = key(None, at_least=1, resume="order")
@@ -62,8 +63,8 @@ class DatasetSection:
 
     mixture: tuple[MixtureSource, ...] = key((), tasks="pretraining", resume="order", changes="source")
     """Several sources: a list of mappings with `name` or `path`, and optionally `weight`, `max_documents`, `config`,
-    `revision`, `split`, `text_column`. Replaces `name`. With weights, documents are drawn in these shares and a source
-    that ends begins again; without, each document comes once per epoch."""
+    `revision`, `split`, `text_column`. Replaces `name`. With weights, documents are drawn in these proportions and a
+    source that ends begins again; without, each document comes once per epoch."""
 
     streaming: bool | None = key(None, tasks="pretraining", resume="order", changes="source")
     """null: text files are streamed, `save_to_disk` folders are indexed. true: never build an index.
@@ -73,6 +74,7 @@ class DatasetSection:
     """Tokenise text once to `pre_tokenize_output` before training, as `streaming: false` does: rank 0 works, others
     wait."""
 
+    # The documents are compared, not where they lie: free.
     pre_tokenize_output: str | None = key(None, path=True, tasks="pretraining", resume="free")
     """Folder for tokenised text; null is the folder `tokenized` of `trainer.output_dir` in a run, and `path` or
     `tokenized_data/` for `preprocess.py`."""
@@ -86,6 +88,7 @@ class DatasetSection:
     max_seq_length: int = key(512, at_least=3, because="[CLS], one token and [SEP]", resume="order")
     """Slots of a row, [CLS] and [SEP] included: the one length that decides."""
 
+    # Declared only where the documents become others.
     text_column: str | None = key(None, tasks="pretraining", resume="order", changes="split")
     """Column with the text. null takes `text`, `content` or `sentence`, or the only text column there is. Not needed
     for data that has `input_ids`."""
@@ -99,6 +102,7 @@ class DatasetSection:
     """Split to train on, or a slice of one: `train[:1%]`, `train[1000:]`. null is `train`, or everything where there
     are no splits."""
 
+    # Losses before and after could not be compared: declared, as all that decides what is evaluated.
     eval_split: str | None = key(None, tasks="pretraining", resume="declared", changes="split evaluation")
     """Split (or slice) to evaluate on. null looks for validation, eval, test or dev, and then for `eval_samples` and
     `validation_split`."""
@@ -110,8 +114,8 @@ class DatasetSection:
     validation_split: float | None = key(
         None, above=0, below=1, tasks="pretraining", resume="declared", changes="split evaluation"
     )
-    """Without an evaluation split: hold out this share (0 to 1) of the training documents, the first ones. The source's
-    size must be known."""
+    """Without an evaluation split: hold out this fraction (0 to 1) of the training documents, the first ones. The size
+    of the source must be known."""
 
     min_length: int = key(5, at_least=0, tasks="pretraining", resume="order")
     """Documents, and the tails of split documents, with fewer tokens than this are dropped and counted."""
@@ -130,6 +134,7 @@ class DatasetSection:
     max_document_chars: int = key(1_000_000, at_least=1, tasks="pretraining", resume="order")
     """Longer texts are cut into pieces of this size, at white space, before they are tokenised."""
 
+    # Decides which records train, but moves no row that was read: declared, and the order continues.
     max_bad_records: int = key(100, at_least=0, resume="declared")
     """Records that cannot be read are counted and skipped; more of them than this in one lane's epoch stop the run. A
     broken quotation mark of CSV costs its line, which is a record here."""
@@ -138,6 +143,7 @@ class DatasetSection:
     """A longer record (a line of JSONL or text, a paragraph, a file, a row of CSV, a cell of Parquet) is never held in
     memory: it is a bad record. The default is 64 MiB."""
 
+    # As max_bad_records: it may be set after the file was met, and the order continues.
     on_bad_shard: Literal["error", "skip"] = key("error", tasks="pretraining", resume="declared")
     """A file that cannot be opened or decompressed, or that has no text in it. error: stop. skip: continue with the
     next one, now and whenever this stretch is read again; the data state keeps the list of those that failed on the
@@ -155,7 +161,7 @@ class DatasetSection:
 
     persistent_workers: bool = key(True, resume="free")
     """true: reader threads and their open windows stay during evaluations. false: they are closed before an evaluation
-    and opened again behind it, which frees their memory and costs the time to open a window of each lane."""
+    and opened again after it, which frees their memory and costs the time to open a window of each lane."""
 
     pin_memory: bool | None = key(None, machine=True, resume="free")
     """Put batches into page-locked memory, so that copies to the GPU overlap with work; null: yes on CUDA."""
@@ -175,16 +181,18 @@ class DatasetSection:
     """Contrastive: use every set that is prepared in `path`, whatever `name` says; `preprocess.py` fetches nothing."""
 
     force_redownload: bool = key(False, tasks="contrastive", resume="free")
-    """Contrastive: `preprocess.py` prepares sets anew that are there already."""
+    """Contrastive: `preprocess.py` prepares sets again that are there already."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class TokenizerSection:
     """The tokenizer: named (`name` or `path`) or trained (`train: true`)."""
 
+    # Fixed where it names the one in use: it is not fetched only to be compared.
     name: str | None = key(None, resume="fixed")
     """Tokenizer on the Hugging Face hub. Not used when `path` is given."""
 
+    # The checkpoint brings the tokenizer, and its digest is compared: how it was found or trained is free.
     path: str | None = key(None, path=True, resume="free")
     """Folder with a saved tokenizer. Replaces `name`."""
 
@@ -229,12 +237,13 @@ class DatacollatorSection:
         resume="declared",
         changes="batch",
     )
-    """Share of a row's ordinary tokens that is predicted. 20% is the rate of the NeoBERT paper."""
+    """Fraction of a row's ordinary tokens that is predicted. 20% is the rate of the NeoBERT paper."""
 
     mlm_probability_final: float | None = key(
         None, above=0, at_most=1, tasks="pretraining", resume="declared", changes="batch"
     )
-    """The share at the end of training: from `mlm_probability` on it changes linearly with the step. null: constant."""
+    """The fraction at the end of training: from `mlm_probability` on it changes linearly with the step.
+    null: constant."""
 
     mlm_probability_final_step: int | None = key(
         None,
@@ -250,13 +259,13 @@ class DatacollatorSection:
     eval_mlm_probability: float = key(
         0.15, above=0, at_most=1, tasks="pretraining", resume="declared", changes="evaluation"
     )
-    """The same share in evaluation, always 80/10/10 and token by token, so that losses of runs with different masking
-    compare."""
+    """The same fraction in evaluation, always 80/10/10 and token by token, so that losses of runs with different
+    masking compare."""
 
     mask_units: Literal["tokens", "words", "spans"] = key(
         "tokens", needs="task=pretraining or contrastive.pretraining_objective=mlm", resume="declared", changes="batch"
     )
-    """What is drawn until the share is reached. tokens: each by itself. words: all tokens of a word. spans: up to
+    """What is drawn until the fraction is reached. tokens: each by itself. words: all tokens of a word. spans: up to
     `span_max_words` words in a row, the fewer the likelier. The last unit of a row may be cut short. words and spans
     need a tokenizer that marks where words begin."""
 
@@ -277,7 +286,7 @@ class DatacollatorSection:
         resume="declared",
         changes="batch",
     )
-    """Share of the predicted tokens that becomes [MASK] in training."""
+    """Fraction of the predicted tokens that becomes [MASK] in training."""
 
     random_fraction: float = key(
         0.1,
@@ -287,7 +296,7 @@ class DatacollatorSection:
         resume="declared",
         changes="batch",
     )
-    """Share of the predicted tokens that becomes a random token in training; the rest stays as it is."""
+    """Fraction of the predicted tokens that becomes a random token in training; the rest stays as it is."""
 
     mask_all: bool = key(
         False, needs="task=pretraining or contrastive.pretraining_objective=mlm", resume="declared", changes="batch"
@@ -298,6 +307,7 @@ class DatacollatorSection:
     """true: several documents share a row and each attends to itself only, so that almost no slot is padding.
     false: one document per row."""
 
+    # Dropout masks have the shape of the batch.
     pad_to_multiple_of: int | None = key(
         None, at_least=1, tasks="pretraining", resume=when("model.dropout_prob", "declared")
     )

@@ -13,6 +13,7 @@ MUON = ("muonclip", "normuon")
 class GroupSection:
     """Settings of one kind of weights that differ from those of the others."""
 
+    # Free to change with the schedule, which multiplies it.
     lr: float | None = key(None, above=0, resume="schedule")
     """Peak learning rate of these weights; null is `optimizer.lr`. The schedule multiplies it."""
 
@@ -69,7 +70,7 @@ class MuonSection:
     clipping_alpha: float = key(
         0.5, at_least=0, at_most=1, needs="optimizer.muon_config.enable_clipping", resume="declared"
     )
-    """Share of the shrinking that queries take, as an exponent; keys take the rest."""
+    """Fraction of the shrinking that queries take, as an exponent; keys take the rest."""
 
     clipping_warmup_steps: int = key(0, at_least=0, needs="optimizer.muon_config.enable_clipping", resume="declared")
     """Steps at the start without clipping."""
@@ -77,6 +78,7 @@ class MuonSection:
     clipping_interval: int = key(10, at_least=1, needs="optimizer.muon_config.enable_clipping", resume="declared")
     """Attention logits are measured and clipped in every n-th step."""
 
+    # The same maxima, fewer at once.
     clipping_qk_chunk_size: int = key(1024, at_least=1, needs="optimizer.muon_config.enable_clipping", resume="free")
     """Queries whose logits are computed at once while measuring; bounds its memory."""
 
@@ -96,6 +98,7 @@ class OptimizerSection:
     with clipped attention logits; normuon, the same with rows of equal size. Embeddings, norms and biases do not
     decay."""
 
+    # Free to change with the schedule, which multiplies it.
     lr: float = key(6e-4, above=0, resume="schedule")
     """Peak learning rate."""
 

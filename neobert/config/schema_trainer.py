@@ -10,6 +10,7 @@ from neobert.config.key import key, when
 class TrainerSection:
     """The run. Exactly one of `max_steps`, `max_tokens` and `num_train_epochs` is its budget."""
 
+    # A run may grow: what follows its length, the schedule and the final masked fraction, follows the new one.
     max_steps: int | None = key(None, at_least=1, resume="schedule")
     """Budget in optimizer steps."""
 
@@ -19,17 +20,20 @@ class TrainerSection:
     num_train_epochs: float | None = key(None, above=0, resume="schedule")
     """Budget in passes over the data; the source's number of tokens must be known."""
 
+    # Dropout masks are drawn, and rows that need not be full are packed, by micro-batch.
     per_device_train_batch_size: int | Literal["auto"] = key(
         16, at_least=1, resume=when("model.dropout_prob or trainer.enforce_full_packed_batches=false", "declared")
     )
     """Rows of one micro-batch on one device. auto: the most that fit in memory and divide `global_batch_size`, which
     must be given; the run writes the number into its config."""
 
+    # `eval_max_batches` counts these batches.
     per_device_eval_batch_size: int = key(
         32, at_least=1, tasks="pretraining", resume=when("trainer.eval_max_batches", "declared"), changes="evaluation"
     )
     """Rows of one evaluation batch on one device."""
 
+    # The rows of a step are compared as `global_batch_size`, however they are written.
     gradient_accumulation_steps: int | None = key(None, at_least=1, resume="free")
     """Micro-batches per optimizer step; null is 1, or what `global_batch_size` asks for. Rows per step =
     `per_device_train_batch_size` x this x processes."""
@@ -67,7 +71,7 @@ class TrainerSection:
     """The run's folder: config, logs and checkpoints."""
 
     overwrite_output_dir: bool = key(False, resume="free")
-    """Start anew in a folder that holds a run; the old run is renamed aside. Without it that is an error, and so is a
+    """Start again in a folder that holds a run; the old run is renamed aside. Without it that is an error, and so is a
     folder with `checkpoints` in it that is no run's."""
 
     resume_from_checkpoint: str | None = key(None, path=True, resume="free")
@@ -105,7 +109,7 @@ class TrainerSection:
     `eval_steps`."""
 
     async_save: bool = key(False, needs=("trainer.save_model", "trainer.save_strategy=steps"), resume="free")
-    """Copy the state, then write the checkpoint while training goes on. Needs memory for one more copy of weights and
+    """Copy the state, then write the checkpoint while training continues. Needs memory for one more copy of weights and
     optimizer."""
 
     eval_strategy: Literal["steps", "no"] = key("steps", resume="free")
@@ -114,6 +118,7 @@ class TrainerSection:
     eval_steps: int = key(1000, at_least=0, resume="free")
     """Steps between evaluations; 0 evaluates only at the end."""
 
+    # Losses before and after could not be compared.
     eval_max_batches: int | None = key(None, at_least=1, tasks="pretraining", resume="declared", changes="evaluation")
     """Upper bound of evaluation batches, counted over all devices; null has none."""
 
@@ -124,7 +129,7 @@ class TrainerSection:
     """Steps between log lines; 0 never logs training."""
 
     log_train_accuracy: bool = key(False, tasks="pretraining", resume="free")
-    """Log the share of masked tokens predicted exactly; costs an arg-max over the vocabulary."""
+    """Log the fraction of masked tokens predicted exactly; costs an arg-max over the vocabulary."""
 
     log_grad_norm: bool = key(True, resume="free")
     """Log the gradient's L2 norm before clipping."""
@@ -144,6 +149,7 @@ class TrainerSection:
     gradient_clipping: float | None = key(1.0, above=0, because="null never clips", resume="declared")
     """Clip the gradient's L2 norm to this; null never clips."""
 
+    # Free, as tf32, kernels and compile: the same computation, rounded differently.
     mixed_precision: Literal["no", "bf16", "auto"] = key("bf16", resume="free")
     """bf16 computes in bfloat16 and keeps weights in float32; no computes in float32. fp32 and false are read as no,
     true as bf16. auto: bf16 where the GPU has it; on a CPU, where its matrix products are measured to be faster. The
@@ -161,6 +167,7 @@ class TrainerSection:
     """Coefficient z of z * logsumexp(logits)^2 in the training loss of every target, which keeps logits small; 1e-4 is
     usual, 0 is off. Evaluation leaves it out."""
 
+    # The average is saved with the weights.
     ema_decay: float | None = key(None, above=0, below=1, resume="declared")
     """Keep an exponential moving average of the weights beside them, with this decay per step (0.999 looks back over
     about 1,000 steps): evaluated as `eval_ema`, saved as `ema.safetensors`. Costs one more copy of the weights. null
@@ -184,6 +191,7 @@ class TrainerSection:
     disable_tqdm: bool = key(False, machine=True, resume="free")
     """Show no progress bar."""
 
+    # Which steps count, and where training continues after bad ones, decides what is learned.
     max_bad_steps: int = key(5, at_least=1, resume="declared")
     """Stop with exit code 76 after so many skipped steps in a row, or when more than 1% of the last 1,000 steps were
     skipped. A step is skipped when the loss or the gradient is not finite, or by `skip_spikes`."""
@@ -198,7 +206,7 @@ class TrainerSection:
         needs=("trainer.save_model", "trainer.save_strategy=steps", "trainer.save_steps"),
         resume="declared",
     )
-    """When `max_bad_steps` is reached: go back to the newest checkpoint at least this many steps old and pass over the
+    """When `max_bad_steps` is reached: go back to the newest checkpoint at least this many steps old and skip the
     rows trained on since, at most 3 times in a run; null stops the run instead."""
 
     detect_anomaly: bool = key(False, resume="free")

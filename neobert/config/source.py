@@ -194,7 +194,7 @@ def _as_text(variables: dict[str, Tree], parents: tuple[str, ...]) -> Callable[[
     def replace(match: re.Match[str]) -> str:
         value = _look_up(_name(match), variables, parents)
         if not isinstance(value, Leaf):
-            raise VariableError(f"{match.group()} stands inside a text, but it is a list or a mapping")
+            raise VariableError(f"{match.group()} is inside a text, but it is a list or a mapping")
         return value.text
 
     return replace

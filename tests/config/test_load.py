@@ -416,7 +416,7 @@ def test_doubled_dollars_are_plain_text():
     [
         ("wandb: {dir: $variables.zzz}", "wandb.dir: there is no variable 'zzz' in the section `variables:`"),
         ("wandb: {dir: '{$variables.root.x}/a'}", "there is no variable 'root.x'"),
-        ("wandb: {dir: 'a/{$variables.betas}'}", "{$variables.betas} stands inside a text, but it is a list"),
+        ("wandb: {dir: 'a/{$variables.betas}'}", "{$variables.betas} is inside a text, but it is a list"),
     ],
 )
 def test_wrong_references(line, message):

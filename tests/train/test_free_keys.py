@@ -113,7 +113,7 @@ BESIDE = {"tokenizer.train": ["tokenizer.path=null"]}
 """What another value needs beside it."""
 
 _ROUNDS = "computes the same, and rounds in other places: "
-_START = "is read by a fresh start of fine-tuning only: a resume has it from its checkpoint"
+_TUNING = "is of fine-tuning; test_finetune.py resumes with another value"
 
 UNTRIED: dict[str, str] = {
     "trainer.output_dir": "every trial is in another folder",
@@ -126,10 +126,10 @@ UNTRIED: dict[str, str] = {
     "trainer.deterministic": "sets switches of the process; test_deterministic.py tries it in one of its own",
     "tokenizer.revision": "needs tokenizer.name, which is a tokenizer of the hub",
     "wandb.enabled": "needs the package wandb; test_interval.py resumes with a stand-in",
-    "dataset.force_redownload": "is read by scripts/contrastive/preprocess.py only",
-    "contrastive.pretrained_checkpoint_dir": _START,
-    "contrastive.pretrained_checkpoint": _START,
-    "contrastive.allow_random_weights": _START,
+    "dataset.force_redownload": _TUNING,
+    "contrastive.pretrained_checkpoint_dir": _TUNING,
+    "contrastive.pretrained_checkpoint": _TUNING,
+    "contrastive.allow_random_weights": _TUNING,
 }
 
 COMPARED = ("step", "loss_hex", "lr", "num_tokens", "num_targets", "batch_digest")

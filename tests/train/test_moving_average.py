@@ -174,7 +174,7 @@ def test_settings_that_mean_nothing_are_errors(tiny: Tiny, tmp_path: Path) -> No
         (["trainer.ema_decay=1"], r"trainer.ema_decay: 1.0 must be greater than 0 and less than 1"),
         (["trainer.ema_start_step=3"], r"ema_start_step: 3 has no effect without trainer.ema_decay"),
         (["trainer.ema_decay=0.9", "trainer.ema_start_step=12"], r"12 is not before the end of the run"),
-        (["model.init_weights=ema"], r"model.init_weights: ema is about model.init_from, which is null"),
+        (["model.init_weights=ema"], r"model.init_weights: ema has no effect without model.init_from"),
     ):
         with pytest.raises(ConfigError, match=message):
             tiny(tmp_path / "run", *overrides)

@@ -194,12 +194,15 @@ def test_a_new_run_in_a_used_folder_neither_deletes_nor_mixes(tiny: Tiny, tmp_pa
             "trainer.save_steps = 6 is not a multiple of",
         ),
         (["trainer.save_best=true", "trainer.eval_strategy=no"], "is not a multiple of trainer.eval_steps = 0"),
-        (["trainer.save_best=true", "trainer.save_model=false"], "has no effect, trainer.save_model is false"),
+        (
+            ["trainer.save_best=true", "trainer.save_model=false"],
+            "save_best: true has no effect without trainer.save_model",
+        ),
         (
             ["trainer.save_milestone_steps=[3]", "trainer.save_strategy=no"],
-            "trainer.save_strategy is no",
+            "has no effect with trainer.save_strategy: no",
         ),
-        (["trainer.save_milestone_steps=[0]"], "must be steps of at least 1"),
+        (["trainer.save_milestone_steps=[0]"], r"save_milestone_steps: .0. must be at least 1"),
         (["trainer.save_milestone_every=0"], "must be at least 1"),
         (["trainer.async_save=true", "trainer.save_strategy=no"], "has no effect"),
     ],

@@ -75,5 +75,5 @@ def test_the_figures_are_those_of_the_definitions() -> None:
 
 
 def test_without_log_lines_there_is_nowhere_to_put_them(tiny: Tiny, tmp_path: Path) -> None:
-    with pytest.raises(ConfigError, match=r"trainer.log_statistics: true has no effect with trainer.logging_steps = 0"):
+    with pytest.raises(ConfigError, match=r"trainer.log_statistics: true has no effect without trainer.logging_steps"):
         tiny(tmp_path / "run", "trainer.log_statistics=true", "trainer.logging_steps=0")
