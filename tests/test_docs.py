@@ -205,7 +205,7 @@ def test_every_command_of_a_page_is_in_one_chain() -> None:
         lines = [line for chain in chains_of(page) for line in chain]
         assert sorted(lines) == sorted(commands_of(page))
     named = {page.stem for page in PAGES if commands_of(page)}
-    pages = {"README", "training", "evaluation", "inference", "prepare", "data-and-resume", "export", "contrastive"}
+    pages = {"README", "training", "evaluation", "inference", "prepare", "data", "resume", "export", "contrastive"}
     assert named >= pages | {"recipes"}
     prepare = chains_of(ROOT / "docs" / "prepare.md")
     assert len(prepare) > 2

@@ -81,7 +81,7 @@ value does; a key that only some runs read (`only with`) is an error in the othe
 
 _REST = """
 Another source (`dataset.path`, `name`, `mixture`, ...) is its own declaration, and the same data under another name is
-free; see [data-and-resume.md](data-and-resume.md#identity).
+free; see [resume.md](resume.md#identity).
 """
 
 _RENAMED = """

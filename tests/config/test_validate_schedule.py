@@ -66,7 +66,7 @@ WRONG: list[tuple[list[str], str]] = [
     ),
     (
         ["datacollator.mask_fraction=0", "datacollator.random_fraction=0"],
-        "datacollator.mask_fraction: 0 beside datacollator.random_fraction = 0 leaves every predicted token",
+        "datacollator.mask_fraction: 0 beside datacollator.random_fraction = 0 keeps every predicted token",
     ),
     (
         ["datacollator.mask_all=true", "datacollator.random_fraction=0"],

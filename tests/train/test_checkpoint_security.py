@@ -137,7 +137,7 @@ def test_no_saved_file_holds_a_secret(tiny: Tiny, tmp_path: Path, monkeypatch: p
     resume = ["trainer.max_steps=3", "trainer.resume_from_checkpoint=latest"]
     assert pretrain(tiny(out, *resume, *secret)).state.step == 3
     table = (out / "training.log").read_text().split("(checkpoint -> now):\n")[1].splitlines()
-    assert table[0].split() == ["trainer.max_steps", "free", "2", "->", "3"]
+    assert table[0].split() == ["trainer.max_steps", "schedule", "2", "->", "3"]
     assert not table[1].startswith("  "), "and nothing else"
 
 

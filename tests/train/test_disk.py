@@ -15,7 +15,7 @@ from neobert.cli import EXIT_CODES
 from neobert.config.schema import Config
 from neobert.errors import StartupError
 from neobert.train import loop, start
-from neobert.train.checkpoint.save import save as checkpoint
+from neobert.train.checkpoint import save as checkpoint
 from neobert.train.loop import pretrain
 from neobert.train.record import line_file
 from neobert.weights.folder import checkpoint_steps, valid_steps

@@ -88,7 +88,7 @@ def test_diff(tiny: Tiny, run: Path, tmp_path: Path, capsys: pytest.CaptureFixtu
     assert call("checkpoint.py", "diff", str(run), str(other)) == 0
     table = {line.split()[0]: line.split()[1:] for line in capsys.readouterr().out.splitlines()}
     assert table["seed"] == ["needs", "declaring", "3", "->", "9"]
-    assert table["optimizer.lr"] == ["free", "0.01", "->", "0.001"]
+    assert table["optimizer.lr"] == ["schedule", "0.01", "->", "0.001"]
 
 
 # ---- replay ----

@@ -13,6 +13,7 @@ from neobert.config.load import ConfigError
 from neobert.config.schema import Config
 from neobert.config.schema_trainer import TrainerSection
 from neobert.errors import StartupError
+from neobert.train.checkpoint import commit
 from neobert.train.checkpoint.retention import (
     Score,
     choose_best,
@@ -22,7 +23,6 @@ from neobert.train.checkpoint.retention import (
     prune,
     read_score,
 )
-from neobert.train.checkpoint.save import commit
 from neobert.train.loop import pretrain
 from neobert.weights.folder import checkpoint_steps, valid_steps
 
