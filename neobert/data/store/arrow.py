@@ -22,10 +22,10 @@ from neobert.config.schema_data import MAX_RECORD_BYTES
 from neobert.data.fingerprint import Fingerprint, digest_documents, spread
 from neobert.data.rows.lanes import State
 from neobert.data.rows.order import Permutation, key
-from neobert.data.source.inventory import NO_FILES, Inventory
+from neobert.data.source.documents import TextDocuments
 from neobert.data.source.sharing import check_part, too_few
 from neobert.data.source.spec import choose_candidates, choose_text_column, split_schema
-from neobert.data.source.text import WHOLE, Reader, Record, Records, Share, Span, TooLong, add_limit
+from neobert.data.source.text import WHOLE, LaneReader, Record, Records, Sharding, Span, TooLong, add_limit
 from neobert.data.tokenizer import Tokenizer
 from neobert.errors import DataError
 
@@ -245,13 +245,11 @@ def _list_arrays(chunk: pa.Array, folder: Path) -> tuple[NDArray[Any], NDArray[A
     return offsets, chunk.values.to_numpy(zero_copy_only=True)
 
 
-class IndexedTexts:
+class IndexedTexts(TextDocuments):
     """Texts with random access; a cursor is `{"position": number of texts before}`. Subclasses give size and texts."""
 
-    fingerprint: str
-    notes: list[str]
     num_bytes: int
-    inventory: Inventory = NO_FILES
+    is_indexed = True
 
     def __len__(self) -> int:
         raise NotImplementedError
@@ -273,17 +271,18 @@ class IndexedTexts:
         return Record(document, text if text is not None and text.strip() else None, None, cursor)
 
     def records(self, span: Span = WHOLE) -> Records:
-        first, last = self._bounds(span)
+        first, last = self._numbers(span)
         for document in range(first, last):
             yield self.record(document, {"position": document + 1})
 
-    def readers(self, share: Share) -> list[Reader]:
-        first, last = self._bounds(share.span)
-        count = share.num_lanes or choose_indexed_lanes(last - first, _LANE_DOCUMENTS)
-        return [PermutedReader(self, share, lane, count, first, last) for lane in range(count)]
+    def readers(self, sharding: Sharding, span: Span = WHOLE) -> list[LaneReader]:
+        first, last = self._numbers(span)
+        count = sharding.num_lanes or choose_indexed_lanes(last - first, _LANE_DOCUMENTS)
+        return [PermutedReader(self, sharding, lane, count, first, last) for lane in range(count)]
 
-    def count(self) -> int:
-        return len(self)
+    def count(self, span: Span = WHOLE) -> int:
+        first, last = self._numbers(span)
+        return last - first
 
     def cursor_after(self, number: int) -> State:
         if number > len(self):
@@ -300,8 +299,8 @@ class IndexedTexts:
     def _label(self) -> str:
         return f"the source of {len(self)} documents"
 
-    def _bounds(self, span: Span) -> tuple[int, int]:
-        return span.after["position"] if span.after else 0, span.until["position"] if span.until else len(self)
+    def _numbers(self, span: Span) -> tuple[int, int]:
+        return span.numbers("position", len(self))
 
 
 class ArrowTexts(IndexedTexts):
@@ -372,8 +371,10 @@ def _examples(column: pa.ChunkedArray) -> list[str]:
 class PermutedReader:
     """Documents [first, last) in one permutation per epoch; lane v of V owns places v, v + V, ..."""
 
-    def __init__(self, texts: IndexedTexts, share: Share, lane: int, num_lanes: int, first: int, last: int) -> None:
-        self._texts, self._share, self._lane, self._num_lanes = texts, share, lane, num_lanes
+    def __init__(
+        self, texts: IndexedTexts, sharding: Sharding, lane: int, num_lanes: int, first: int, last: int
+    ) -> None:
+        self._texts, self._sharding, self._lane, self._num_lanes = texts, sharding, lane, num_lanes
         self._first, self._size = first, max(0, last - first)
         self._num_places = (self._size - lane + num_lanes - 1) // num_lanes
         self.size = texts.num_bytes * self._num_places // max(1, len(texts))
@@ -382,11 +383,11 @@ class PermutedReader:
         return {"position": 0}
 
     def read(self, epoch: int, cursor: State, skip: frozenset[int] = frozenset()) -> Records:
-        permute = Permutation(self._size, key(self._share.seed, "documents", epoch))
+        permute = Permutation(self._size, key(self._sharding.seed, "documents", epoch))
         for begin in range(cursor["position"], self._num_places, _LANE_DOCUMENTS):
             positions = np.arange(begin, min(self._num_places, begin + _LANE_DOCUMENTS))
             places = positions * self._num_lanes + self._lane
-            documents = (permute(places) if self._share.shuffle else places) + self._first
+            documents = (permute(places) if self._sharding.shuffle else places) + self._first
             for position, document in zip(positions.tolist(), documents.tolist()):
                 yield self._texts.record(document, {"position": position + 1})
 

@@ -1,0 +1,255 @@
+"""One interface for the documents of a split, indexed or streamed, and what all sources of text have in common.
+
+| the documents are | `is_tokenised` | `is_indexed` | class |
+|---|---|---|---|
+| tokens on disk | yes | yes | `store.tokens.StoredTokens` |
+| texts with random access | no | yes | `store.arrow.IndexedTexts` |
+| texts in shards that are read from their beginning | no | no | `source.sharing.ShardedSource` |
+
+Every stretch of documents is a `Span` of their cursors; what a cursor holds is the business of the class alone.
+"""
+
+from collections.abc import Callable, Generator, Iterator
+from contextlib import closing
+from dataclasses import dataclass
+from typing import Any, NamedTuple, Protocol
+
+import numpy as np
+from numpy.typing import NDArray
+
+from neobert.data.rows.lanes import DocumentStream, LaneSettings, State
+from neobert.data.rows.packing import SPECIALS_PER_SEGMENT, piece_lengths
+from neobert.data.rows.streams import TextStream
+from neobert.data.source.inventory import NO_FILES, Inventory
+from neobert.data.source.text import WHOLE, Encode, LaneReader, RecordCounts, Records, Sharding, Span
+from neobert.data.store.encode import EncodedDocument, encode_documents
+from neobert.errors import DataError
+
+
+class FirstDocuments(NamedTuple):
+    """Usable documents in source order, numbered from 0."""
+
+    lengths: NDArray[np.int64]
+    get: Callable[[int], NDArray[Any]]
+    """Tokens of the document with this number, without special tokens."""
+
+    document_of: NDArray[np.int64]
+    """Number of the whole document of each, from 0; documents that were stored in pieces repeat theirs."""
+
+    last: State | None
+    """Cursor of the last one; None without any."""
+
+    @property
+    def num_documents(self) -> int:
+        """Whole documents."""
+        return int(self.document_of.max(initial=-1)) + 1
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class StreamSettings:
+    """How the documents of one source become the streams of lanes."""
+
+    lanes: LaneSettings
+    encode: Encode
+    source: int = 0
+    """Number of the source."""
+
+    num_tokens: int = 0
+    """Of the span, where it is known."""
+
+    network_retries: int = 0
+    skip_bad_shards: bool = False
+    log: bool = True
+    """Whether bad records and shards are named."""
+
+
+class Documents(Protocol):
+    """The documents of one split in an order of their own, with a cursor after each."""
+
+    fingerprint: str
+    """Changes when the documents change."""
+
+    notes: list[str]
+    """What was found and chosen, for the console."""
+
+    inventory: Inventory
+    """Their files."""
+
+    is_tokenised: bool
+    is_indexed: bool
+    """Whether a document can be read without those before it."""
+
+    in_place: bool
+    """Whether lanes read them where they are; else they are tokenised to disk first."""
+
+    def count(self, span: Span = WHOLE) -> int | None:
+        """Number of documents where it is known without reading them."""
+
+    def size(self, span: Span, settings: LaneSettings) -> tuple[int, int] | None:
+        """(tokens with special tokens, pieces) of one pass, where known without reading everything."""
+
+    def slice(self, first: int, last: int | None, *, size: int | None = None, is_cap: bool = False) -> Span:
+        """Documents [first, last); None: up to the end.
+
+        Args:
+            size: number of documents, where it is known.
+            is_cap: there may be fewer than `last`.
+
+        Raises:
+            DataError: there are fewer, and `last` is no cap.
+        """
+
+    def first(
+        self,
+        span: Span,
+        settings: LaneSettings,
+        encode: Encode,
+        *,
+        num_documents: int | None = None,
+        num_slots: int | None = None,
+    ) -> FirstDocuments:
+        """The first usable documents: so many, or until they fill so many slots of rows."""
+
+    def open(
+        self, span: Span, encode: Encode, counts: RecordCounts, max_document_chars: int, *, num_ahead: int = 0
+    ) -> Generator[EncodedDocument, None, None]:
+        """Whole documents as tokens, in order; records that give none are added to `counts`.
+
+        Args:
+            num_ahead: batches of text that are tokenised in a thread ahead of the caller.
+        """
+
+    def choose_num_lanes(self, span: Span, settings: LaneSettings) -> int:
+        """Lanes that the documents are worth, when nobody says how many."""
+
+    def streams(self, span: Span, sharding: Sharding, settings: StreamSettings) -> Callable[[int], DocumentStream]:
+        """Lane -> its documents."""
+
+    def token_blocks(self, max_tokens: int) -> Iterator[NDArray[Any]]:
+        """Runs of tokens, spread evenly, together at most about `max_tokens`; none of text."""
+
+    def as_text(self, label: str) -> "TextDocuments":
+        """These documents as text.
+
+        Raises:
+            DataError: they are tokens; `label` names the source.
+        """
+
+
+class TextDocuments:
+    """The documents of one split as text. Subclasses say what a record, a cursor and a reader are."""
+
+    fingerprint: str
+    notes: list[str]
+    inventory: Inventory = NO_FILES
+    is_tokenised = False
+    is_indexed = False
+    in_place = True
+
+    def records(self, span: Span = WHOLE) -> Records:
+        """Records in source order."""
+        raise NotImplementedError
+
+    def readers(self, sharding: Sharding, span: Span = WHOLE) -> list[LaneReader]:
+        """One reader for each lane. Together they read every record of the span once in an epoch; their cursors are
+        none of the source."""
+        raise NotImplementedError
+
+    def count(self, span: Span = WHOLE) -> int | None:
+        raise NotImplementedError
+
+    def cursor_after(self, number: int) -> State:
+        """Cursor of the record with this number in source order, counted from 1.
+
+        Raises:
+            DataError: there are fewer records.
+        """
+        raise NotImplementedError
+
+    def part(self, number: int, count: int) -> Span:
+        """Part `number`, from 0, of `count` parts of about equal size that follow one another.
+
+        Raises:
+            DataError: the source cannot be cut into so many.
+        """
+        raise NotImplementedError
+
+    def size(self, span: Span, settings: LaneSettings) -> tuple[int, int] | None:
+        return None
+
+    def slice(self, first: int, last: int | None, *, size: int | None = None, is_cap: bool = False) -> Span:
+        after = self.cursor_after(first) if first else None
+        if last is None or last == size:
+            return Span(after)
+        try:
+            return Span(after, self.cursor_after(last))
+        except DataError:
+            if not is_cap:
+                raise
+            return Span(after)  # Fewer documents than the cap: all of them.
+
+    def first(
+        self,
+        span: Span,
+        settings: LaneSettings,
+        encode: Encode,
+        *,
+        num_documents: int | None = None,
+        num_slots: int | None = None,
+    ) -> FirstDocuments:
+        """The first usable documents; their tokens are kept in memory."""
+        counts = RecordCounts(max_bad=settings.max_bad_records, where="the evaluation documents")
+        tokens: list[NDArray[Any]] = []
+        slots_done, last = 0, None
+        with closing(self.open(span, encode, counts, settings.max_document_chars)) as documents:
+            for document in documents:
+                slots = int(count_slots(np.array([len(document.tokens)]), settings)[0])
+                if not slots:
+                    continue
+                tokens.append(document.tokens)
+                slots_done, last = slots_done + slots, document.cursor
+                if len(tokens) == num_documents or (num_slots is not None and slots_done >= num_slots):
+                    break
+        lengths = np.array([len(t) for t in tokens], dtype=np.int64)
+        return FirstDocuments(lengths, tokens.__getitem__, np.arange(len(tokens)), last)
+
+    def open(
+        self, span: Span, encode: Encode, counts: RecordCounts, max_document_chars: int, *, num_ahead: int = 0
+    ) -> Generator[EncodedDocument, None, None]:
+        with closing(self.records(span)) as records:
+            yield from encode_documents(records, encode, counts, max_document_chars, num_ahead=num_ahead)
+
+    def choose_num_lanes(self, span: Span, settings: LaneSettings) -> int:
+        return len(self.readers(Sharding(seed=0, num_lanes=None, shuffle=settings.shuffle), span))
+
+    def streams(self, span: Span, sharding: Sharding, settings: StreamSettings) -> Callable[[int], DocumentStream]:
+        readers = self.readers(sharding, span)
+        return lambda lane: TextStream(
+            reader=readers[lane],
+            encode=settings.encode,
+            settings=settings.lanes,
+            lane=lane,
+            source=settings.source,
+            network_retries=settings.network_retries,
+            skip_bad_shards=settings.skip_bad_shards,
+            log=settings.log,
+        )
+
+    def token_blocks(self, max_tokens: int) -> Iterator[NDArray[Any]]:
+        return iter(())
+
+    def as_text(self, label: str) -> "TextDocuments":
+        return self
+
+
+def count_slots(lengths: NDArray[np.int64], settings: LaneSettings) -> NDArray[np.int64]:
+    """Slots that each document takes: of its segments, or of whole rows where every segment has its own; 0 when it is
+    not usable."""
+    documents, _, sizes, _ = piece_lengths(
+        lengths, settings.max_seq_length, settings.min_length, truncate=settings.truncate
+    )
+    if settings.packing == "one_per_row":
+        sizes = np.full_like(sizes, settings.max_seq_length)
+    else:
+        sizes = sizes + SPECIALS_PER_SEGMENT
+    return np.bincount(documents, weights=sizes, minlength=len(lengths)).astype(np.int64)
