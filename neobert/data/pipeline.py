@@ -221,7 +221,7 @@ def build_data(
     )
     found = [note for source, view in zip(sources, views) for note in _note_source(source, view)]
     threads = _note_threads(section, loader_settings)
-    inventory = sum((view.inventory for view in views), NO_FILES) + evaluation.inventory
+    inventory = sum((view.documents.inventory for view in views), NO_FILES) + evaluation.inventory
     return DataPipeline(
         tokenizer=tokenizer,
         train=train,
@@ -231,7 +231,7 @@ def build_data(
         eval_set=evaluation.eval_set,
         eval_collate=replace(collate, policy=eval_masks, seed=config.trainer.eval_seed, draw="document"),
         fingerprint=combine(
-            (view.fingerprint for view in evaluation.train),
+            (view.documents.fingerprint for view in evaluation.train),
             lambda prints: _hash(
                 section.sample_by,
                 [
@@ -274,7 +274,7 @@ def _build_identity(config: Config, train: TrainData) -> OrderIdentity:
 
 def _note_source(source: Source, view: View) -> list[str]:
     found = f"training on split {str(source.train_split)!r} of {source.spec.label}"
-    return [f"{found}; splits found: {', '.join(source.splits)}", *view.notes]
+    return [f"{found}; splits found: {', '.join(source.splits)}", *view.documents.notes]
 
 
 def _note_threads(section: DatasetSection, settings: LoaderSettings) -> str:

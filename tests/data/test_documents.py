@@ -47,12 +47,12 @@ def test_documents_are_cut_counted_and_read_alike(kind, folder, tokenizer, texts
         assert read(documents, span, tokenizer) == whole[first:last]
         assert documents.count(span) == (len(whole[first:last]) if documents.is_indexed else None)
     assert read(documents, documents.slice(140, 150, size=150), tokenizer) == whole[140:]
-    found = documents.first(documents.slice(5, None), SETTINGS, tokenizer.encode_batch, num_documents=12)
+    found = documents.first(documents.slice(5, None), SETTINGS, tokenizer.encode_batch, 12, None)
     assert found.num_documents == 12
     tokens = [token for number in range(len(found.lengths)) for token in found.get(number).tolist()]
     assert tokens == [token for document in whole[5:17] for token in document]
     assert read(documents, WHOLE.beyond(found.last), tokenizer) == whole[17:], "what is held out is not read again"
-    few = documents.first(WHOLE, SETTINGS, tokenizer.encode_batch, num_slots=100)
+    few = documents.first(WHOLE, SETTINGS, tokenizer.encode_batch, None, 100)
     assert 0 < few.num_documents < 12
 
 

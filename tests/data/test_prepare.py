@@ -126,7 +126,7 @@ class GivenTokens:
     def __init__(self, documents):
         self._documents = documents
 
-    def open(self, span, encode, counts, max_document_chars, *, num_ahead=0):
+    def open(self, span, encode, counts, max_document_chars, num_ahead=0):
         for number in range(*span.numbers("n", len(self._documents))):
             tokens = np.array(self._documents[number], dtype=np.int32)
             yield EncodedDocument(number, tokens, {"n": number + 1}, counts.bad, counts.skipped)

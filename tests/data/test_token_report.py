@@ -27,7 +27,7 @@ class Given:
     def __init__(self, documents):
         self._documents = documents
 
-    def open(self, span, encode, counts, max_document_chars, *, num_ahead=0):
+    def open(self, span, encode, counts, max_document_chars, num_ahead=0):
         for number, tokens in enumerate(self._documents):
             yield EncodedDocument(number, np.array(tokens, dtype=np.int32), {})
 

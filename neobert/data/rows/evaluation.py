@@ -110,7 +110,7 @@ def choose_evaluation(
     rest, inventory = train, NO_FILES
     if any(split is not None for split in chosen):
         found, notes, views = _collect_splits(config, sources, chosen, settings)
-        inventory = sum((view.inventory for view in views), NO_FILES)
+        inventory = sum((view.documents.inventory for view in views), NO_FILES)
     elif config.dataset.eval_samples or config.dataset.validation_split:
         found, views = _collect_held_out(config, sources, train, settings), train
         rest = [view.beyond(documents.last) for view, documents in zip(train, found)]
@@ -127,7 +127,7 @@ def choose_evaluation(
         seed=config.trainer.eval_seed,
         batch_rows=config.trainer.per_device_eval_batch_size,
         max_batches=config.trainer.eval_max_batches,
-        fingerprint=" ".join(view.fingerprint for view in views),
+        fingerprint=" ".join(view.documents.fingerprint for view in views),
     )
     return EvaluationChoice(eval_set, rest, notes, inventory)
 
@@ -164,7 +164,10 @@ def _collect_splits(
         found.append(documents)
         views.append(view)
         of = f" of {source.spec.label}" if len(sources) > 1 else ""
-        notes += [f"evaluating on {documents.num_documents} documents of split {str(split)!r}{of}", *view.notes]
+        notes += [
+            f"evaluating on {documents.num_documents} documents of split {str(split)!r}{of}",
+            *view.documents.notes,
+        ]
     return found, notes, views
 
 
@@ -237,7 +240,7 @@ def _take_first(
         nothing = np.empty(0, dtype=np.int64)
         return FirstDocuments(nothing, _no_document, nothing, None)
     encode = source.tokenizer.encode_batch
-    return view.documents.first(view.span, settings, encode, num_documents=num_documents, num_slots=num_slots)
+    return view.documents.first(view.span, settings, encode, num_documents, num_slots)
 
 
 def _no_document(number: int) -> NDArray[Any]:

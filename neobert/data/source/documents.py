@@ -12,7 +12,7 @@ Every stretch of documents is a `Span` of their cursors; what a cursor holds is 
 from collections.abc import Callable, Generator, Iterator
 from contextlib import closing
 from dataclasses import dataclass
-from typing import Any, NamedTuple, Protocol
+from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -63,7 +63,7 @@ class StreamSettings:
     """Whether bad records and shards are named."""
 
 
-class Documents(Protocol):
+class Documents:
     """The documents of one split in an order of their own, with a cursor after each."""
 
     fingerprint: str
@@ -72,21 +72,23 @@ class Documents(Protocol):
     notes: list[str]
     """What was found and chosen, for the console."""
 
-    inventory: Inventory
+    inventory: Inventory = NO_FILES
     """Their files."""
 
-    is_tokenised: bool
-    is_indexed: bool
+    is_tokenised = False
+    is_indexed = False
     """Whether a document can be read without those before it."""
 
-    in_place: bool
+    in_place = True
     """Whether lanes read them where they are; else they are tokenised to disk first."""
 
     def count(self, span: Span = WHOLE) -> int | None:
         """Number of documents where it is known without reading them."""
+        raise NotImplementedError
 
     def size(self, span: Span, settings: LaneSettings) -> tuple[int, int] | None:
-        """(tokens with special tokens, pieces) of one pass, where known without reading everything."""
+        """(tokens with special tokens, pieces) of one pass; None for text."""
+        return None
 
     def slice(self, first: int, last: int | None, *, size: int | None = None, is_cap: bool = False) -> Span:
         """Documents [first, last); None: up to the end.
@@ -98,35 +100,35 @@ class Documents(Protocol):
         Raises:
             DataError: there are fewer, and `last` is no cap.
         """
+        raise NotImplementedError
 
     def first(
-        self,
-        span: Span,
-        settings: LaneSettings,
-        encode: Encode,
-        *,
-        num_documents: int | None = None,
-        num_slots: int | None = None,
+        self, span: Span, settings: LaneSettings, encode: Encode, num_documents: int | None, num_slots: int | None
     ) -> FirstDocuments:
-        """The first usable documents: so many, or until they fill so many slots of rows."""
+        """The first usable documents: so many, or until they fill so many slots of rows, or all."""
+        raise NotImplementedError
 
     def open(
-        self, span: Span, encode: Encode, counts: RecordCounts, max_document_chars: int, *, num_ahead: int = 0
+        self, span: Span, encode: Encode, counts: RecordCounts, max_document_chars: int, num_ahead: int = 0
     ) -> Generator[EncodedDocument, None, None]:
         """Whole documents as tokens, in order; records that give none are added to `counts`.
 
         Args:
             num_ahead: batches of text that are tokenised in a thread ahead of the caller.
         """
+        raise NotImplementedError
 
     def choose_num_lanes(self, span: Span, settings: LaneSettings) -> int:
         """Lanes that the documents are worth, when nobody says how many."""
+        raise NotImplementedError
 
     def streams(self, span: Span, sharding: Sharding, settings: StreamSettings) -> Callable[[int], DocumentStream]:
         """Lane -> its documents."""
+        raise NotImplementedError
 
     def token_blocks(self, max_tokens: int) -> Iterator[NDArray[Any]]:
         """Runs of tokens, spread evenly, together at most about `max_tokens`; none of text."""
+        return iter(())
 
     def as_text(self, label: str) -> "TextDocuments":
         """These documents as text.
@@ -134,17 +136,11 @@ class Documents(Protocol):
         Raises:
             DataError: they are tokens; `label` names the source.
         """
+        raise DataError(f"{label} is tokenised already; name text, or train on this folder as it is")
 
 
-class TextDocuments:
+class TextDocuments(Documents):
     """The documents of one split as text. Subclasses say what a record, a cursor and a reader are."""
-
-    fingerprint: str
-    notes: list[str]
-    inventory: Inventory = NO_FILES
-    is_tokenised = False
-    is_indexed = False
-    in_place = True
 
     def records(self, span: Span = WHOLE) -> Records:
         """Records in source order."""
@@ -153,9 +149,6 @@ class TextDocuments:
     def readers(self, sharding: Sharding, span: Span = WHOLE) -> list[LaneReader]:
         """One reader for each lane. Together they read every record of the span once in an epoch; their cursors are
         none of the source."""
-        raise NotImplementedError
-
-    def count(self, span: Span = WHOLE) -> int | None:
         raise NotImplementedError
 
     def cursor_after(self, number: int) -> State:
@@ -174,9 +167,6 @@ class TextDocuments:
         """
         raise NotImplementedError
 
-    def size(self, span: Span, settings: LaneSettings) -> tuple[int, int] | None:
-        return None
-
     def slice(self, first: int, last: int | None, *, size: int | None = None, is_cap: bool = False) -> Span:
         after = self.cursor_after(first) if first else None
         if last is None or last == size:
@@ -189,32 +179,25 @@ class TextDocuments:
             return Span(after)  # Fewer documents than the cap: all of them.
 
     def first(
-        self,
-        span: Span,
-        settings: LaneSettings,
-        encode: Encode,
-        *,
-        num_documents: int | None = None,
-        num_slots: int | None = None,
+        self, span: Span, settings: LaneSettings, encode: Encode, num_documents: int | None, num_slots: int | None
     ) -> FirstDocuments:
-        """The first usable documents; their tokens are kept in memory."""
+        # Their tokens are kept in memory.
         counts = RecordCounts(max_bad=settings.max_bad_records, where="the evaluation documents")
         tokens: list[NDArray[Any]] = []
         slots_done, last = 0, None
-        with closing(self.open(span, encode, counts, settings.max_document_chars)) as documents:
-            for document in documents:
-                slots = int(count_slots(np.array([len(document.tokens)]), settings)[0])
-                if not slots:
-                    continue
-                tokens.append(document.tokens)
-                slots_done, last = slots_done + slots, document.cursor
-                if len(tokens) == num_documents or (num_slots is not None and slots_done >= num_slots):
-                    break
+        for document in self.open(span, encode, counts, settings.max_document_chars):
+            slots = int(count_slots(np.array([len(document.tokens)]), settings)[0])
+            if not slots:
+                continue
+            tokens.append(document.tokens)
+            slots_done, last = slots_done + slots, document.cursor
+            if len(tokens) == num_documents or (num_slots is not None and slots_done >= num_slots):
+                break
         lengths = np.array([len(t) for t in tokens], dtype=np.int64)
         return FirstDocuments(lengths, tokens.__getitem__, np.arange(len(tokens)), last)
 
     def open(
-        self, span: Span, encode: Encode, counts: RecordCounts, max_document_chars: int, *, num_ahead: int = 0
+        self, span: Span, encode: Encode, counts: RecordCounts, max_document_chars: int, num_ahead: int = 0
     ) -> Generator[EncodedDocument, None, None]:
         with closing(self.records(span)) as records:
             yield from encode_documents(records, encode, counts, max_document_chars, num_ahead=num_ahead)
@@ -234,9 +217,6 @@ class TextDocuments:
             skip_bad_shards=settings.skip_bad_shards,
             log=settings.log,
         )
-
-    def token_blocks(self, max_tokens: int) -> Iterator[NDArray[Any]]:
-        return iter(())
 
     def as_text(self, label: str) -> "TextDocuments":
         return self

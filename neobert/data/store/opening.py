@@ -20,7 +20,6 @@ from neobert.data.fingerprint import combine
 from neobert.data.rows.lanes import State
 from neobert.data.source.documents import Documents
 from neobert.data.source.formats import OpenSplit, list_splits
-from neobert.data.source.inventory import Inventory
 from neobert.data.source.spec import SourceSpec, describe_sources, name_folders
 from neobert.data.source.splits import SplitSlice, choose_eval_split, choose_train_split, parse_split, slice_bounds
 from neobert.data.source.text import WHOLE, RecordCounts, Span, cut_text
@@ -37,12 +36,7 @@ class View:
 
     documents: Documents
     spec: SourceSpec
-    fingerprint: str
-    """Of what the documents were made of."""
-
-    notes: tuple[str, ...]
-    inventory: Inventory
-    span: Span = WHOLE
+    span: Span
 
     def count(self) -> int | None:
         """Documents, where their number is known without reading them."""
@@ -75,20 +69,13 @@ class Source:
         to_disk = self.section.streaming is False or self.section.pre_tokenize or not found.in_place
         if to_disk and not found.is_tokenised:
             if found.count() is not None or not split.needs_size:
-                return self._prepare(found, split, max_documents)
+                return View(documents=self._prepare(found, split, max_documents), spec=self.spec, span=WHOLE)
             # The size is known when the whole split is on disk; only then can it be sliced.
-            view = self._prepare(found, SplitSlice(name=split.name), None)
-        else:
-            view = View(
-                documents=found,
-                spec=self.spec,
-                fingerprint=found.fingerprint,
-                notes=tuple(found.notes),
-                inventory=found.inventory,
-            )
-        return replace(view, span=locate_slice(view.documents, split, max_documents))
+            found = self._prepare(found, SplitSlice(name=split.name), None)
+        return View(documents=found, spec=self.spec, span=locate_slice(found, split, max_documents))
 
-    def _prepare(self, documents: Documents, split: SplitSlice, max_documents: int | None) -> View:
+    def _prepare(self, documents: Documents, split: SplitSlice, max_documents: int | None) -> Documents:
+        """The documents as tokens on disk; they have the fingerprint of what they are made of."""
         folder = self.prepared_dir / split.folder_name
         span = locate_slice(documents, split, max_documents)
         settings = choose_settings(self.section, self.spec, split, max_documents)
@@ -97,13 +84,11 @@ class Source:
             manifest = prepare_tokens(documents, self.tokenizer, folder, settings, span=span, label=str(folder))
         numbers = {key: manifest[key] for key in ("num_documents", "num_tokens", "bad", "skipped")}
         note = "tokenised to {}: {num_documents:,} documents, {num_tokens:,} tokens; {bad} bad, {skipped} without text"
-        return View(
-            documents=StoredTokens(TokenStore(folder, self.tokenizer)),
-            spec=self.spec,
-            fingerprint=combine([documents.fingerprint], lambda parts: _hash(parts[0], str(span))),
-            notes=(*documents.notes, note.format(folder, **numbers)),
-            inventory=documents.inventory,
-        )
+        stored = StoredTokens(TokenStore(folder, self.tokenizer))
+        stored.fingerprint = combine([documents.fingerprint], lambda parts: _hash(parts[0], str(span)))
+        stored.notes = [*documents.notes, note.format(folder, **numbers)]
+        stored.inventory = documents.inventory
+        return stored
 
 
 def list_sources(

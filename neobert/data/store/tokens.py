@@ -9,27 +9,23 @@ from numpy.typing import NDArray
 from neobert.data.rows.lanes import DocumentStream, LaneSettings, State
 from neobert.data.rows.packing import SPECIALS_PER_SEGMENT, piece_lengths
 from neobert.data.rows.streams import IndexedStream
-from neobert.data.source.documents import FirstDocuments, StreamSettings, TextDocuments, count_slots
-from neobert.data.source.inventory import NO_FILES, Inventory
+from neobert.data.source.documents import Documents, FirstDocuments, StreamSettings, count_slots
 from neobert.data.source.text import WHOLE, Encode, RecordCounts, Sharding, Span
 from neobert.data.store.arrow import TokenStore, choose_indexed_lanes
 from neobert.data.store.encode import EncodedDocument
-from neobert.errors import DataError
 
 _SCAN = 1 << 16
 
 
-class StoredTokens:
+class StoredTokens(Documents):
     """The documents of a `TokenStore`; a cursor is `{"row": the next row}`."""
 
-    inventory: Inventory = NO_FILES
     is_tokenised = True
     is_indexed = True
-    in_place = True
 
     def __init__(self, store: TokenStore) -> None:
         self.store = store
-        self.fingerprint: str = store.fingerprint
+        self.fingerprint = store.fingerprint
         self.notes = store.notes
 
     def count(self, span: Span = WHOLE) -> int:
@@ -46,15 +42,9 @@ class StoredTokens:
         return Span(self._cursor(first) if first else None, None if last is None else self._cursor(last))
 
     def first(
-        self,
-        span: Span,
-        settings: LaneSettings,
-        encode: Encode,
-        *,
-        num_documents: int | None = None,
-        num_slots: int | None = None,
+        self, span: Span, settings: LaneSettings, encode: Encode, num_documents: int | None, num_slots: int | None
     ) -> FirstDocuments:
-        """The first usable documents; their tokens stay on disk."""
+        # Their tokens stay on disk.
         store = self.store
         first, last = self._rows(span)
         rows, lengths = np.empty(0, dtype=np.int64), np.empty(0, dtype=np.int64)
@@ -82,7 +72,7 @@ class StoredTokens:
         return FirstDocuments(lengths, lambda number: store.content(int(rows[number])), ranks, cursor)
 
     def open(
-        self, span: Span, encode: Encode, counts: RecordCounts, max_document_chars: int, *, num_ahead: int = 0
+        self, span: Span, encode: Encode, counts: RecordCounts, max_document_chars: int, num_ahead: int = 0
     ) -> Generator[EncodedDocument, None, None]:
         row, last = self._rows(span)
         for end in self._ends(row, last):
@@ -111,9 +101,6 @@ class StoredTokens:
 
     def token_blocks(self, max_tokens: int) -> Iterator[NDArray[Any]]:
         return self.store.token_blocks(max_tokens)
-
-    def as_text(self, label: str) -> TextDocuments:
-        raise DataError(f"{label} is tokenised already; name text, or train on this folder as it is")
 
     def _rows(self, span: Span) -> tuple[int, int]:
         return span.numbers("row", len(self.store))
