@@ -21,10 +21,11 @@ from neobert.data.source.formats import list_splits
 from neobert.data.source.spec import describe_source
 from neobert.data.source.text import Record
 from neobert.data.store import prepare, token_writer
-from neobert.data.store.arrow import TokenStore, read_manifest
+from neobert.data.store.arrow import read_manifest
 from neobert.data.store.encode import EncodedDocument
 from neobert.data.store.prepare import cut_tokens, prepare_tokens, work_folder
 from neobert.data.store.prepare_settings import Origin, PrepareSettings
+from neobert.data.store.tokens import TokenStore
 from neobert.errors import DataError
 from neobert.train.memory import current_bytes, forget_peak, peak_bytes
 

@@ -9,7 +9,8 @@ import pytest
 from calls import call
 from datasets import Dataset, load_from_disk
 
-from neobert.data.store.arrow import TokenStore, read_manifest
+from neobert.data.store.arrow import read_manifest
+from neobert.data.store.tokens import TokenStore
 
 
 @pytest.fixture

@@ -2,7 +2,7 @@
 
 | the documents are | `is_tokenised` | `is_indexed` | class |
 |---|---|---|---|
-| tokens on disk | yes | yes | `store.tokens.StoredTokens` |
+| tokens on disk | yes | yes | `store.tokens.TokenStore` |
 | texts with random access | no | yes | `store.arrow.IndexedTexts` |
 | texts in shards that are read from their beginning | no | no | `source.sharing.ShardedSource` |
 

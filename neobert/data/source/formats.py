@@ -3,7 +3,7 @@
 | the source is | split names | its documents |
 |---|---|---|
 | `python_stdlib` | train | `StdlibSource` |
-| a folder of `save_to_disk` | train, or its own | `StoredTokens` where there are input_ids, else `ArrowTexts` |
+| a folder of `save_to_disk` | train, or its own | `TokenStore` where there are input_ids, else `ArrowTexts` |
 | files, folders of them, patterns, local or remote | by their names | one of `FORMATS` |
 | a hub name | the hub's | `HubSource` |
 
@@ -46,8 +46,8 @@ from neobert.data.source.plain import open_text
 from neobert.data.source.spec import PYTHON_STDLIB, SourceSpec, describe_sources
 from neobert.data.source.splits import find_split
 from neobert.data.source.walk import covers
-from neobert.data.store.arrow import ArrowTexts, IndexedTexts, TokenStore, column_names
-from neobert.data.store.tokens import StoredTokens
+from neobert.data.store.arrow import ArrowTexts, IndexedTexts, column_names
+from neobert.data.store.tokens import TokenStore
 from neobert.data.tokenizer import Tokenizer
 from neobert.errors import DataError
 
@@ -282,7 +282,7 @@ def _open_saved(spec: SourceSpec, folder: Path, tokenizer: Tokenizer | None) -> 
         return ArrowTexts(folder, spec.text_column, spec.max_record_bytes)
     if tokenizer is None:
         raise DataError(f"{folder} is tokenised already; a tokenizer is trained on text")
-    return StoredTokens(TokenStore(folder, tokenizer))
+    return TokenStore(folder, tokenizer)
 
 
 def _open_files(spec: SourceSpec, files: Sequence[DataFile], inventory: Inventory, _: Tokenizer | None) -> Documents:

@@ -23,10 +23,9 @@ from neobert.data.source.formats import OpenSplit, list_splits
 from neobert.data.source.spec import SourceSpec, describe_sources, name_folders
 from neobert.data.source.splits import SplitSlice, choose_eval_split, choose_train_split, parse_split, slice_bounds
 from neobert.data.source.text import WHOLE, RecordCounts, Span, cut_text
-from neobert.data.store.arrow import TokenStore
 from neobert.data.store.prepare import prepare_tokens
 from neobert.data.store.prepare_settings import choose_settings
-from neobert.data.store.tokens import StoredTokens
+from neobert.data.store.tokens import TokenStore
 from neobert.data.tokenizer import Tokenizer
 
 
@@ -84,7 +83,7 @@ class Source:
             manifest = prepare_tokens(documents, self.tokenizer, folder, settings, span=span, label=str(folder))
         numbers = {key: manifest[key] for key in ("num_documents", "num_tokens", "bad", "skipped")}
         note = "tokenised to {}: {num_documents:,} documents, {num_tokens:,} tokens; {bad} bad, {skipped} without text"
-        stored = StoredTokens(TokenStore(folder, self.tokenizer))
+        stored = TokenStore(folder, self.tokenizer)
         stored.fingerprint = combine([documents.fingerprint], lambda parts: _hash(parts[0], str(span)))
         stored.notes = [*documents.notes, note.format(folder, **numbers)]
         stored.inventory = documents.inventory

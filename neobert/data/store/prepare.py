@@ -113,7 +113,7 @@ class _Progress:
 
 
 @dataclass(frozen=True, kw_only=True, slots=True, eq=False)
-class _Job:
+class _Preparation:
     """Everything that decides what is written."""
 
     documents: Documents
@@ -161,7 +161,7 @@ def prepare_tokens(
     Raises:
         DataError: too many bad records, no usable document, or the folder holds something else.
     """
-    job = _Job(
+    job = _Preparation(
         documents=documents,
         span=span,
         tokenizer=tokenizer,
@@ -194,7 +194,7 @@ def prepare_tokens(
     return manifest
 
 
-def _find(job: _Job, replace_other: bool) -> dict[str, Any] | None:
+def _find(job: _Preparation, replace_other: bool) -> dict[str, Any] | None:
     """The manifest of a folder that is complete already.
 
     Raises:
@@ -211,7 +211,7 @@ def _find(job: _Job, replace_other: bool) -> dict[str, Any] | None:
     return None if differences else found
 
 
-def _load_progress(job: _Job, replace_other: bool) -> _Progress:
+def _load_progress(job: _Preparation, replace_other: bool) -> _Progress:
     """What an interrupted writing has finished; files beyond that are removed.
 
     Raises:
@@ -246,11 +246,11 @@ def read_progress(work: Path) -> dict[str, Any]:
     return found
 
 
-def _save_progress(job: _Job, progress: _Progress) -> None:
+def _save_progress(job: _Preparation, progress: _Progress) -> None:
     write_json(job.work / "progress.json", asdict(progress) | {"identity": job.identity()})
 
 
-def _write(job: _Job, progress: _Progress) -> dict[str, Any]:
+def _write(job: _Preparation, progress: _Progress) -> dict[str, Any]:
     """Writes what is missing of the folder, and its description; returns the manifest."""
     settings, tokenizer, output = job.settings, job.tokenizer, job.work / "output"
     writer = TokenWriter(
@@ -287,7 +287,7 @@ def _write(job: _Job, progress: _Progress) -> dict[str, Any]:
     return manifest
 
 
-def _documents(job: _Job, progress: _Progress) -> Iterator[EncodedDocument]:
+def _documents(job: _Preparation, progress: _Progress) -> Iterator[EncodedDocument]:
     """The documents that are still to be written; `progress` counts what is passed over on the way."""
     settings = job.settings
     if progress.num_documents == settings.max_documents:
@@ -327,7 +327,7 @@ def _share_done(settings: PrepareSettings, progress: _Progress, total: int | Non
     return passed / total if total else None
 
 
-def _make_manifest(job: _Job, progress: _Progress, files: Mapping[str, Any]) -> dict[str, Any]:
+def _make_manifest(job: _Preparation, progress: _Progress, files: Mapping[str, Any]) -> dict[str, Any]:
     tokenizer = job.tokenizer
     return job.identity() | {
         "source_label": job.origin.source,
