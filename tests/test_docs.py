@@ -231,8 +231,8 @@ def test_the_first_two_blocks_of_the_readme_are_the_two_commands() -> None:
 
 
 def test_the_tests_that_the_fault_matrix_names_exist() -> None:
-    named = set(re.findall(r"\btest_\w+(?=\.py::|`|\[)", (ROOT / "docs" / "data-and-resume.md").read_text()))
-    named |= set(re.findall(r"::(test_\w+)", (ROOT / "docs" / "data-and-resume.md").read_text()))
+    page = (ROOT / "docs" / "resume.md").read_text()
+    named = {*re.findall(r"\btest_\w+(?=\.py::|`|\[)", page), *re.findall(r"::(test_\w+)", page)}
     assert len(named) > 30
     sources = [path.read_text() for path in (ROOT / "tests").rglob("test_*.py")]
     files = {path.stem for path in (ROOT / "tests").rglob("test_*.py")}

@@ -11,8 +11,9 @@ from transformers import PreTrainedTokenizerFast
 
 from neobert.data.fingerprint import combine, fits
 from neobert.data.store import arrow, token_writer
-from neobert.data.store.arrow import ArrowTexts, TokenStore, choose_indexed_lanes, load_table, read_manifest
+from neobert.data.store.arrow import ArrowTexts, choose_indexed_lanes, load_table, read_manifest
 from neobert.data.store.token_writer import TokenWriter, write_description
+from neobert.data.store.tokens import TokenStore
 from neobert.data.tokenizer import Tokenizer
 from neobert.errors import DataError
 
