@@ -8,13 +8,10 @@ from pathlib import Path
 PACKAGE = Path(__file__).parent.parent / "neobert"
 
 KNOWN_TWICE = {
-    "Evaluation",
     "Job",
     "MaskPolicy",
-    "Reader",
     "_Draft",
     "_Dumper",
-    "_Job",
     "command_line",
     "load",
 }

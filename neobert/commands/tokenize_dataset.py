@@ -17,10 +17,9 @@ from neobert import cli
 from neobert.config.schema_data import DatasetSection
 from neobert.data.rows.packing import SPECIALS_PER_SEGMENT
 from neobert.data.source.spec import describe_source
-from neobert.data.source.text import WHOLE, Span
 from neobert.data.store.arrow import read_manifest
 from neobert.data.store.encode import limit_threads
-from neobert.data.store.offline import TextSplit, describe_origin, describe_tokenizer, name_tokenizer, open_text_split
+from neobert.data.store.offline import describe_origin, describe_tokenizer, name_tokenizer, open_text_split
 from neobert.data.store.prepare import prepare_tokens, read_progress, work_folder
 from neobert.data.store.prepare_settings import PrepareSettings, describe_differences, make_identity
 from neobert.data.store.report import list_folders, write_report
@@ -138,7 +137,7 @@ def _tokenize(args: argparse.Namespace) -> None:
     check_mask_token(tokenizer)
     if tokenizer.note is not None:
         cli.say(f"warning: {tokenizer.note}")
-    split = open_text_split(spec, args.split, tokenizer)
+    source, span = open_text_split(spec, args.split, tokenizer)
     settings = PrepareSettings(
         max_document_chars=DatasetSection().max_document_chars,
         max_bad_records=DatasetSection().max_bad_records,
@@ -149,20 +148,22 @@ def _tokenize(args: argparse.Namespace) -> None:
         max_length=args.max_length,
         max_documents=args.max_samples or spec.max_documents,
     )
-    for note in [*split.source.inventory.notes(), *split.source.notes]:
+    for note in [*source.inventory.notes(), *source.notes]:
         print(scrub(note))
-    cli.say(*(f"warning: {text}" for text in split.source.inventory.warnings()))
-    folder, part, span = args.output, args.shard, split.span
+    cli.say(*(f"warning: {text}" for text in source.inventory.warnings()))
+    folder, part = args.output, args.shard
     if part is not None:
-        check_parts(args.output, split.source.fingerprint, tokenizer, settings, part[1])
-        folder, span = part_folder(args.output, *part), _choose_part(split, *part)
+        check_parts(args.output, source.fingerprint, tokenizer, settings, part[1])
+        if not span.is_whole:
+            raise DataError(f"--shard cuts a whole split, and --split: {args.split} is a slice; drop one of them")
+        folder, span = part_folder(args.output, *part), source.part(*part)
     manifest: dict[str, Any] | None = prepare_tokens(
-        split.source,
+        source,
         tokenizer,
         folder,
         settings,
         span=span,
-        origin=describe_origin(spec, split.source, name_tokenizer(section)),
+        origin=describe_origin(spec, source, name_tokenizer(section)),
         part=part,
         replace_other=False,
         label=str(folder),
@@ -176,12 +177,6 @@ def _tokenize(args: argparse.Namespace) -> None:
             return
         _say_written(args.output, manifest)
     print(f"train on it with: --dataset.path {shlex.quote(str(args.output))} --dataset.streaming false")
-
-
-def _choose_part(split: TextSplit, number: int, count: int) -> Span:
-    if split.span != WHOLE:
-        raise DataError(f"--shard cuts a whole split, and --split is a slice of {split.name}; drop one of them")
-    return split.source.part(number, count)
 
 
 def _say_written(folder: Path, manifest: dict[str, Any]) -> None:

@@ -24,11 +24,11 @@ from neobert.data.rows.evaluation import EvalSet, choose_evaluation
 from neobert.data.rows.lanes import RowOrder, State
 from neobert.data.rows.loader import Loader, LoaderSettings, sum_counters
 from neobert.data.rows.packing import max_segments_per_row
-from neobert.data.rows.training import TrainData, TrainPart, build_row_order, build_train
+from neobert.data.rows.training import TrainData, build_row_order, build_train
 from neobert.data.source.inventory import NO_FILES, Inventory
 from neobert.data.source.spec import describe_sources
 from neobert.data.store.encode import limit_threads
-from neobert.data.store.opening import Place, Source, View, list_sources, open_training_texts
+from neobert.data.store.opening import Source, View, list_sources, open_training_texts
 from neobert.data.tokenizer import Tokenizer, check_mask_token, load_tokenizer, train_tokenizer
 from neobert.types import PackedBatch
 
@@ -181,8 +181,8 @@ class DataPipeline:
         million where it is larger), the first window of up to 4 lanes of a stream.
         """
         counts = np.zeros(self.tokenizer.size, dtype=np.int64)
-        if self.train.store is not None:
-            for block in self.train.store.token_blocks(_ENTROPY_TOKENS):
+        if self.train.tokens is not None:
+            for block in self.train.tokens.token_blocks(_ENTROPY_TOKENS):
                 counts += np.bincount(block, minlength=len(counts))
         else:
             open_lane = self.train.lane_opener()
@@ -216,8 +216,7 @@ def build_data(
     views = [source.open(source.train_split, source.spec.max_documents) for source in sources]
     order = build_row_order(config, views)
     evaluation = choose_evaluation(config, sources, views, order)
-    parts = [_build_part(source, view, held_out) for source, view, held_out in zip(sources, views, evaluation.held_out)]
-    train = build_train(parts, tokenizer, order, section)
+    train = build_train(evaluation.train, tokenizer, order, section)
     collate = replace(_build_collate(config, tokenizer, train_masks), num_sources=len(sources))
     loader_settings = reader.loader_settings(
         section,
@@ -226,7 +225,7 @@ def build_data(
     )
     found = [note for source, view in zip(sources, views) for note in _note_source(source, view)]
     threads = _note_threads(section, loader_settings)
-    inventory = sum((view.inventory for view in views), NO_FILES) + evaluation.inventory
+    inventory = sum((view.documents.inventory for view in views), NO_FILES) + evaluation.inventory
     return DataPipeline(
         tokenizer=tokenizer,
         train=train,
@@ -235,10 +234,13 @@ def build_data(
         eval_set=evaluation.eval_set,
         eval_collate=replace(collate, policy=eval_masks, seed=config.trainer.eval_seed, draw="document"),
         fingerprint=combine(
-            (part.view.fingerprint for part in parts),
+            (view.documents.fingerprint for view in evaluation.train),
             lambda prints: _hash(
                 section.sample_by,
-                [(one, part.view.begin, part.view.end, part.weight) for one, part in zip(prints, parts)],
+                [
+                    (one, *map(_describe_cursor, view.span), view.spec.weight)
+                    for one, view in zip(prints, evaluation.train)
+                ],
             ),
         ),
         inventory=inventory,
@@ -253,15 +255,14 @@ def build_data(
     )
 
 
-def _build_part(source: Source, view: View, held_out: Place | None) -> TrainPart:
-    """What of a source is trained on: all behind the documents that are held out."""
-    rest = view if held_out is None else replace(view, begin=held_out)
-    return TrainPart(view=rest, label=source.spec.label, weight=source.spec.weight)
+def _describe_cursor(cursor: State | None) -> State | int | None:
+    """As it is in fingerprints: that of tokens on disk is the bare row, from before they had cursors."""
+    return cursor["row"] if cursor is not None and cursor.keys() == {"row"} else cursor
 
 
 def _note_source(source: Source, view: View) -> list[str]:
     found = f"training on split {str(source.train_split)!r} of {source.spec.label}"
-    return [f"{found}; splits found: {', '.join(source.splits)}", *view.notes]
+    return [f"{found}; splits found: {', '.join(source.splits)}", *view.documents.notes]
 
 
 def _note_threads(section: DatasetSection, settings: LoaderSettings) -> str:
@@ -339,7 +340,7 @@ def _load_folder(config: Config, folder: Path) -> Tokenizer:
 
 def _note_shared_lanes(train: TrainData, world: int) -> list[str]:
     readers = world // math.gcd(world, train.order.num_lanes)
-    if readers == 1 or train.store is not None:
+    if readers == 1 or train.tokens is not None:
         return []
     return [
         f"each of the {train.order.num_lanes} lanes is read and tokenised by {readers} processes; with a "

@@ -13,12 +13,12 @@ from pathlib import Path
 from typing import BinaryIO, NamedTuple
 
 from neobert.data.rows.lanes import State
+from neobert.data.source.documents import TextDocuments
 from neobert.data.source.formats import list_splits
 from neobert.data.source.lines import BOM
 from neobert.data.source.spec import describe_source
 from neobert.data.source.splits import check_split
-from neobert.data.source.text import Span, TextSource
-from neobert.data.store.arrow import TokenStore
+from neobert.data.source.text import Span
 from neobert.errors import OR_SKIP_SHARD, DataError
 
 STDIN = "-"
@@ -60,7 +60,7 @@ class InputRecord(NamedTuple):
 class Texts:
     """The texts of an input in their order, and what was passed over."""
 
-    def __init__(self, source: TextSource, label: str) -> None:
+    def __init__(self, source: TextDocuments, label: str) -> None:
         self._source, self.label = source, label
         self.fingerprint = source.fingerprint
         self.notes = [*source.notes, *(f"warning: {text}" for text in source.inventory.warnings())]
@@ -125,9 +125,7 @@ def _open(path: str, label: str, text_column: str | None, split: str | None) -> 
         raise DataError(f"{label} has the splits {', '.join(splits)}; choose one with --split, or name a file")
     name = split or next(iter(splits))
     check_split(list(splits), name, "--split")
-    source = splits[name](None)
-    assert not isinstance(source, TokenStore), "opened with a tokenizer only"
-    return Texts(source, label)
+    return Texts(splits[name](None).as_text(label), label)
 
 
 def _spool(stream: BinaryIO, folder: Path) -> Path:

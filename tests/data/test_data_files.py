@@ -17,7 +17,7 @@ from neobert.data.source.files import fingerprint_files, list_files, local_file
 from neobert.data.source.formats import list_splits
 from neobert.data.source.network import is_transient, with_retries
 from neobert.data.source.spec import SourceSpec, describe_sources
-from neobert.data.source.text import BadShard, Share, Span
+from neobert.data.source.text import BadShard, Sharding, Span
 from neobert.errors import DataError
 
 
@@ -129,13 +129,13 @@ def test_a_file_that_was_replaced_is_an_error(tmp_path, remote):
     for url in ("faulty://bucket/a.jsonl", str(tmp_path / "a.jsonl"), str(tmp_path / "a.parquet")):
         make = parquet if url.endswith("parquet") else jsonl
         (spec,) = describe_sources(DatasetSection(path=url, on_bad_shard="skip"))
-        (reader,) = list_splits(spec)["train"](None).readers(Share(seed=1, num_lanes=1))
+        (reader,) = list_splits(spec)["train"](None).readers(Sharding(seed=1, num_lanes=1))
         records = reader.read(0, reader.start())
         cursor = [record.cursor for record in islice(records, 10)][-1]
         records.close()
         rewrite(url, make(60))
         going_on = [reader] if not url.startswith("faulty") else []
-        (again,) = list_splits(spec)["train"](None).readers(Share(seed=1, num_lanes=1))
+        (again,) = list_splits(spec)["train"](None).readers(Sharding(seed=1, num_lanes=1))
         rewrite(url, make(50))
         for stale in [*going_on, again]:
             with pytest.raises(DataError, match=r"a\.\w+ was replaced while it was being read") as failure:
@@ -207,10 +207,10 @@ def test_a_connection_that_breaks_in_the_middle_of_a_window(name, remote):
     content = parquet(400) if name.endswith("parquet") else jsonl(400)
     remote.store = {f"bucket/{name}": gzip.compress(content) if name.endswith("gz") else content}
     source = list_splits(SourceSpec(path=(f"faulty://bucket/{name}",)))["train"](None)
-    (reader,) = source.readers(Share(seed=1, num_lanes=1))
+    (reader,) = source.readers(Sharding(seed=1, num_lanes=1))
     expected = list(reader.read(0, reader.start()))
     assert len(expected) == 400
-    (reader,) = source.readers(Share(seed=1, num_lanes=1))
+    (reader,) = source.readers(Sharding(seed=1, num_lanes=1))
     pauses, found, cursor = [], [], reader.start()
 
     def window():
@@ -238,7 +238,7 @@ def test_a_connection_that_never_returns(remote):
         raise HttpError(503)
 
     remote.on_read = fail
-    (reader,) = source.readers(Share(seed=1, num_lanes=1))
+    (reader,) = source.readers(Sharding(seed=1, num_lanes=1))
     with pytest.raises(DataError, match=r"faulty://bucket/a.jsonl cannot be read: HttpError: status 503"):
         with_retries(
             lambda: list(reader.read(0, reader.start())),

@@ -11,7 +11,7 @@ from neobert.config.schema_data import DatasetSection
 from neobert.data.source.files import local_file
 from neobert.data.source.formats import list_splits
 from neobert.data.source.spec import describe_sources
-from neobert.data.source.text import Share, Span
+from neobert.data.source.text import Sharding, Span
 from neobert.errors import DataError
 
 ROWS = "".join(f"{n},row {n}\n" for n in range(3, 30))
@@ -229,7 +229,7 @@ def test_reading_is_a_function_of_the_place_alone(name, seed, tmp_path):
         after = json.loads(json.dumps(records[place].cursor))
         assert list(source.records(Span(after=after))) == records[place + 1 :]
         assert source.cursor_after(place + 1) == records[place].cursor
-    (reader,) = source.readers(Share(seed=1, num_lanes=1))
+    (reader,) = source.readers(Sharding(seed=1, num_lanes=1))
     expected, cursor, found = list(reader.read(0, reader.start())), reader.start(), []
     while len(found) < len(expected):
         window = reader.read(0, cursor)

@@ -13,7 +13,7 @@ from neobert.config.schema_data import DatasetSection
 from neobert.data.source.files import DataFile
 from neobert.data.source.formats import list_splits
 from neobert.data.source.spec import describe_sources
-from neobert.data.source.text import BadShard, Share
+from neobert.data.source.text import BadShard, Sharding
 from neobert.errors import DataError
 
 NUM_FILES = 3
@@ -86,7 +86,7 @@ def test_a_damaged_file(ending, damage, words, tmp_path):
     if ending != "jsonl":
         damage(folder / f"1.{ending}")
     source = open_source(folder)
-    (reader,) = source.readers(Share(seed=1, num_lanes=1))
+    (reader,) = source.readers(Sharding(seed=1, num_lanes=1))
     if ending == "jsonl":
         damage(folder / f"1.{ending}")
     with pytest.raises(BadShard, match=words) as failure:
@@ -107,7 +107,7 @@ def test_a_damaged_file(ending, damage, words, tmp_path):
 def test_the_place_behind_a_bad_shard_is_the_same_after_a_restart(tmp_path):
     folder = write_corpus(tmp_path / "d", "jsonl.gz")
     cut_off(folder / "1.jsonl.gz")
-    for share in (Share(seed=1, num_lanes=1), Share(seed=1, num_lanes=8, exact=True)):
+    for share in (Sharding(seed=1, num_lanes=1), Sharding(seed=1, num_lanes=8, exact=True)):
         runs = [[read_on(reader) for reader in open_source(folder).readers(share)] for _ in range(2)]
         assert runs[0] == runs[1]
         skipping = [read_on(r, skip=frozenset([1])) for r in open_source(folder).readers(share)]
@@ -135,14 +135,14 @@ def test_a_file_that_may_not_be_read(ending, error, tmp_path, monkeypatch):
         return real(self)
 
     monkeypatch.setattr(DataFile, "open_raw", refuse)
-    (reader,) = whole.readers(Share(seed=1, num_lanes=1))
+    (reader,) = whole.readers(Sharding(seed=1, num_lanes=1))
     texts, bad, messages = read_on(reader)
     assert len(texts) == 2 * PER_FILE
     assert sorted(bad) == ([4, 5, 6, 7] if ending == "parquet" else [1])
     assert all(f"1.{ending} cannot be read" in message and error.strerror in message for message in messages)
     with pytest.raises(DataError, match=rf"1.{ending} cannot be read .*dataset.on_bad_shard: skip"):
         open_source(folder)
-    (reader,) = open_source(folder, on_bad_shard="skip").readers(Share(seed=1, num_lanes=1))
+    (reader,) = open_source(folder, on_bad_shard="skip").readers(Sharding(seed=1, num_lanes=1))
     texts, bad, _ = read_on(reader)
     assert (len(texts), len(bad)) == (2 * PER_FILE, 1)
 
@@ -155,7 +155,7 @@ def test_a_parquet_footer(tmp_path):
         open_source(folder)
     source = open_source(folder, on_bad_shard="skip")
     assert source.count() == 2 * PER_FILE
-    (reader,) = source.readers(Share(seed=1, num_lanes=1))
+    (reader,) = source.readers(Sharding(seed=1, num_lanes=1))
     texts, bad, messages = read_on(reader)
     assert (len(texts), bad) == (2 * PER_FILE, [4])
     assert "1.parquet cannot be read" in messages[0]
@@ -174,7 +174,7 @@ def test_a_parquet_row_group(tmp_path):
     middle = column.data_page_offset + column.total_compressed_size // 2
     content[middle : middle + 40] = b"\xff" * 40
     path.write_bytes(content)
-    (reader,) = open_source(folder).readers(Share(seed=1, num_lanes=1))
+    (reader,) = open_source(folder).readers(Sharding(seed=1, num_lanes=1))
     texts, bad, messages = read_on(reader)
     assert (len(texts), bad) == (3 * PER_FILE - 100, [6])
     assert "row group 2 of" in messages[0]
@@ -192,7 +192,7 @@ def test_empty_files_are_passed_over(tmp_path):
     (tmp_path / "jsonl.gz" / "b.jsonl.gz").write_bytes(gzip.compress(b'{"text": "one"}\n{"text": "two"}\n'))
     source = open_source(tmp_path / "jsonl.gz")
     assert source.notes == ["text from column 'text'", "1 empty files are skipped"]
-    assert len(source.readers(Share(seed=1, num_lanes=None))) == 1
+    assert len(source.readers(Sharding(seed=1, num_lanes=None))) == 1
     assert [record.text for record in source.records()] == ["one", "two"]
 
 
@@ -203,7 +203,7 @@ def test_empty_parquet_files_and_groups(tmp_path):
     pq.write_table(pa.table({"text": ["one", None, " ", "two"]}), tmp_path / "b.parquet")
     source = open_source(tmp_path)
     assert [record.text for record in source.records()] == ["one", None, None, "two"]
-    assert len(source.readers(Share(seed=1, num_lanes=None))) == 1
+    assert len(source.readers(Sharding(seed=1, num_lanes=None))) == 1
 
 
 def test_every_record_bad(tmp_path):
@@ -213,7 +213,7 @@ def test_every_record_bad(tmp_path):
         open_source(tmp_path)
     assert [r.text for r in open_source(tmp_path, on_bad_shard="skip").records() if r.text] == ["good"]
     (tmp_path / "b.jsonl").write_text("not json\n" * 50 + '{"text": "good"}\n')
-    (reader,) = open_source(tmp_path).readers(Share(seed=1, num_lanes=1))
+    (reader,) = open_source(tmp_path).readers(Sharding(seed=1, num_lanes=1))
     records = list(reader.read(0, reader.start()))
     assert sum(record.problem is not None for record in records) == 100
     assert sorted({record.problem.split(":")[0] for record in records if record.problem}) == [

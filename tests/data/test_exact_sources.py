@@ -15,9 +15,10 @@ from datasets import Dataset
 
 from neobert.config.schema_data import DatasetSection
 from neobert.data.source import hub, lines, parquet
+from neobert.data.source.documents import TextDocuments
 from neobert.data.source.formats import list_splits
 from neobert.data.source.spec import describe_sources
-from neobert.data.source.text import WHOLE, Share, Span, TextSource
+from neobert.data.source.text import WHOLE, Sharding, Span
 from neobert.errors import DataError
 
 NUM_FILES = 5
@@ -128,7 +129,7 @@ def kind(request):
 
 
 @pytest.fixture
-def source(kind, made) -> TextSource:
+def source(kind, made) -> TextDocuments:
     return made[kind][0]
 
 
@@ -202,12 +203,12 @@ def test_too_many_parts(kind, source):
         source.part(0, most + 1)
 
 
-def shares(kind):
+def shardings(kind):
     for num_lanes in (None, 1, 2, 3, 5):
-        yield Share(seed=3, num_lanes=num_lanes)
-    yield Share(seed=3, num_lanes=3, shuffle=False)
+        yield Sharding(seed=3, num_lanes=num_lanes)
+    yield Sharding(seed=3, num_lanes=3, shuffle=False)
     for num_lanes in (1, 4, 12, 32):
-        yield Share(seed=3, num_lanes=num_lanes, exact=True)
+        yield Sharding(seed=3, num_lanes=num_lanes, exact=True)
 
 
 def test_readers_cover_every_record_once_in_an_epoch(kind, source):
@@ -215,15 +216,12 @@ def test_readers_cover_every_record_once_in_an_epoch(kind, source):
     cuts = [WHOLE, Span(after=source.cursor_after(2)), Span(source.cursor_after(2), source.cursor_after(4))]
     if kind != "document.txt":
         cuts.append(Span(source.cursor_after(20), source.cursor_after(57)))
-    for share in shares(kind):
+    for sharding in shardings(kind):
         for cut in cuts:
-            share = Share(
-                seed=share.seed, num_lanes=share.num_lanes, exact=share.exact, shuffle=share.shuffle, span=cut
-            )
-            if not share.exact and cut is not WHOLE:
-                share = Share(seed=3, num_lanes=1, span=cut)
-            readers = source.readers(share)
-            assert share.num_lanes in (None, len(readers))
+            if not sharding.exact and cut is not WHOLE:
+                sharding = Sharding(seed=3, num_lanes=1)
+            readers = source.readers(sharding, cut)
+            assert sharding.num_lanes in (None, len(readers))
             for epoch in (0, 1):
                 found = [item for reader in readers for item in content(reader.read(epoch, reader.start()))]
                 assert sorted(found) == sorted(content(source.records(cut)))
@@ -232,8 +230,8 @@ def test_readers_cover_every_record_once_in_an_epoch(kind, source):
 
 def test_any_cursor_of_a_reader_goes_on_to_the_same_sequence(kind, source):
     draw = random.Random(2)
-    for share in shares(kind):
-        readers, fresh = source.readers(share), source.readers(share)
+    for sharding in shardings(kind):
+        readers, fresh = source.readers(sharding), source.readers(sharding)
         for lane in draw.sample(range(len(readers)), min(2, len(readers))):
             for epoch in (0, 1):
                 records = list(readers[lane].read(epoch, readers[lane].start()))
@@ -244,7 +242,7 @@ def test_any_cursor_of_a_reader_goes_on_to_the_same_sequence(kind, source):
 
 def test_windows_one_after_the_other(source):
     """What a lane does: short readings, each closed and gone on from."""
-    (reader,) = source.readers(Share(seed=3, num_lanes=1))
+    (reader,) = source.readers(Sharding(seed=3, num_lanes=1))
     expected = list(reader.read(0, reader.start()))
     cursor, found = reader.start(), []
     while len(found) < len(expected):
@@ -256,9 +254,9 @@ def test_windows_one_after_the_other(source):
 
 
 def test_shuffling_can_be_left_out(kind, source):
-    (reader,) = source.readers(Share(seed=3, num_lanes=1, shuffle=False))
+    (reader,) = source.readers(Sharding(seed=3, num_lanes=1, shuffle=False))
     assert content(reader.read(5, reader.start())) == content(source.records())
-    (shuffled,) = source.readers(Share(seed=3, num_lanes=1))
+    (shuffled,) = source.readers(Sharding(seed=3, num_lanes=1))
     orders = [content(shuffled.read(epoch, shuffled.start())) for epoch in range(4)]
     if kind != "document.txt":
         assert any(order != orders[0] for order in orders)
@@ -269,8 +267,8 @@ def test_lanes_beyond_the_shards_are_an_error_unless_they_may_share(kind, source
     if most is None:
         return
     with pytest.raises(DataError, match=rf"dataset.num_lanes: {most + 1}, but .* has {most} shards"):
-        source.readers(Share(seed=3, num_lanes=most + 1))
-    readers = source.readers(Share(seed=3, num_lanes=most + 1, exact=True))
+        source.readers(Sharding(seed=3, num_lanes=most + 1))
+    readers = source.readers(Sharding(seed=3, num_lanes=most + 1, exact=True))
     assert len(readers) == most + 1
     if kind != "hub":
         assert all(reader.size > 0 for reader in readers)
@@ -278,7 +276,7 @@ def test_lanes_beyond_the_shards_are_an_error_unless_they_may_share(kind, source
 
 def test_sizes_are_bytes_of_text(kind, made):
     source, texts = made[kind]
-    total = sum(reader.size for reader in source.readers(Share(seed=3, num_lanes=2)))
+    total = sum(reader.size for reader in source.readers(Sharding(seed=3, num_lanes=2)))
     true = sum(len(text.encode()) for text in texts)
     if kind == "hub":
         assert total == 0

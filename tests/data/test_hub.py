@@ -5,9 +5,8 @@ from neobert.config.schema_data import DatasetSection
 from neobert.data.source import hub
 from neobert.data.source.formats import list_splits
 from neobert.data.source.hub import HubShard, HubSource, open_hub, pin_hub
-from neobert.data.source.sharing import Stretch
 from neobert.data.source.spec import SourceSpec, describe_sources
-from neobert.data.source.text import BadShard, Share, Span
+from neobert.data.source.text import BadShard, Sharding, Span
 from neobert.errors import DataError
 
 
@@ -28,7 +27,7 @@ def test_a_named_data_set_is_read_in_the_order_of_its_files(section, texts):
 def test_a_shard_goes_on_from_every_position(every, section, texts, monkeypatch):
     monkeypatch.setattr(hub, "_STATE_EVERY", every)
     dataset = open_hub(pin_hub(section), "train")._dataset
-    shard = HubShard(dataset, "text", dataset.num_shards, Stretch(1, None, None))
+    shard = HubShard(dataset, "text", dataset.num_shards, 1)
     records = list(shard.read(None))
     assert 15 < len(records) < 30
     for n, record in enumerate(records):
@@ -41,14 +40,14 @@ def test_held_out_documents_are_passed_over_by_every_lane(section, texts):
     cursor = [record.cursor for record in source.records()][29]
     for num_lanes in (1, 2, 5):
         found = []
-        for reader in source.readers(Share(seed=0, num_lanes=num_lanes, span=Span(after=cursor))):
+        for reader in source.readers(Sharding(seed=0, num_lanes=num_lanes), Span(after=cursor)):
             found += [record.text for record in reader.read(0, reader.start())]
         assert sorted(found) == sorted(texts[30:])
 
 
 def test_more_lanes_than_shards_is_an_error(section):
     with pytest.raises(DataError, match=r"dataset.num_lanes: 20, but .* has 7 shards"):
-        open_hub(pin_hub(section), "train").readers(Share(seed=0, num_lanes=20))
+        open_hub(pin_hub(section), "train").readers(Sharding(seed=0, num_lanes=20))
 
 
 def test_a_missing_column_is_named(section):
@@ -142,7 +141,7 @@ def test_a_shard_that_the_library_cannot_read(section):
                 raise ValueError("the file is damaged")
 
     source = HubSource(Damaged(0), column="text", place="some/data", fingerprint="sha256:0")
-    (reader,) = source.readers(Share(seed=0, num_lanes=1, shuffle=False))
+    (reader,) = source.readers(Sharding(seed=0, num_lanes=1, shuffle=False))
     with pytest.raises(BadShard, match=r"shard 0 of the data set .*ValueError: the file is damaged") as failure:
         list(reader.read(0, reader.start()))
     assert failure.value.shard == 0

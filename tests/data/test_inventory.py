@@ -21,7 +21,7 @@ from neobert.data.source.formats import list_data_files, list_splits
 from neobert.data.source.inventory import FileReport, Inventory
 from neobert.data.source.spec import SourceSpec, describe_sources
 from neobert.data.source.splits import find_split
-from neobert.data.source.text import Share, Span
+from neobert.data.source.text import Sharding, Span
 from neobert.errors import DataError
 
 TEXTS = [f"the text number {n}" for n in range(3)]
@@ -106,7 +106,7 @@ def test_content_that_is_read_whatever_the_name_says(name, tmp_path):
             list(source.records(Span(after=json.loads(json.dumps(record.cursor)))))
             == records[records.index(record) + 1 :]
         )
-    (reader,) = source.readers(Share(seed=1, num_lanes=1))
+    (reader,) = source.readers(Sharding(seed=1, num_lanes=1))
     first = list(islice(reader.read(0, reader.start()), 2))
     assert [*first, *reader.read(0, first[-1].cursor)] == list(reader.read(0, reader.start()))
 
@@ -326,7 +326,7 @@ def test_parquet_shards_without_texts_are_empty(tmp_path):
     (tmp_path / "d.parquet").write_bytes(parquet(text=TEXTS))
     source = open_source(tmp_path)
     assert texts_of(source) == TEXTS
-    assert len(source.readers(Share(seed=1, num_lanes=None))) == 1
+    assert len(source.readers(Sharding(seed=1, num_lanes=None))) == 1
     assert "b.parquet (no text in its 2 rows)" in source.inventory.warnings()[0]
 
 

@@ -7,9 +7,9 @@ import pytest
 from neobert.data.source.files import DataFile, local_file
 from neobert.data.source.jsonl import JsonLines, open_jsonl
 from neobert.data.source.lines import FileShard
-from neobert.data.source.sharing import choose_num_lanes, cut_spans
+from neobert.data.source.sharing import choose_num_lanes, cut_ranges
 from neobert.data.source.spec import SourceSpec
-from neobert.data.source.text import BadShard, Share
+from neobert.data.source.text import BadShard, Sharding
 from neobert.errors import DataError
 
 
@@ -23,7 +23,7 @@ def open_shard(path, number, column, begin=0, end=None):
 
 def read_all(source, num_lanes):
     records = []
-    for reader in source.readers(Share(seed=0, num_lanes=num_lanes)):
+    for reader in source.readers(Sharding(seed=0, num_lanes=num_lanes)):
         records += reader.read(0, reader.start())
     return records
 
@@ -50,10 +50,10 @@ def test_a_range_may_begin_exactly_at_a_line(tmp_path):
     assert [r.text for r in open_shard(path, 0, "text", 17, 32).read(None)] == []
 
 
-def test_cut_spans_literally():
-    assert cut_spans([(0, 0, 6), (1, 0, 4)], 2) == [[(0, 0, 5)], [(0, 5, 6), (1, 0, 4)]]
-    assert cut_spans([(0, 3, 6), (2, 0, 1)], 4) == [[(0, 3, 4)], [(0, 4, 5)], [(0, 5, 6)], [(2, 0, 1)]]
-    assert cut_spans([(0, 5, 5)], 1) == [[]]
+def test_cut_ranges_literally():
+    assert cut_ranges([(0, 0, 6), (1, 0, 4)], 2) == [[(0, 0, 5)], [(0, 5, 6), (1, 0, 4)]]
+    assert cut_ranges([(0, 3, 6), (2, 0, 1)], 4) == [[(0, 3, 4)], [(0, 4, 5)], [(0, 5, 6)], [(2, 0, 1)]]
+    assert cut_ranges([(0, 5, 5)], 1) == [[]]
 
 
 @pytest.mark.parametrize(

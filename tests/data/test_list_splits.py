@@ -8,7 +8,7 @@ from datasets import Dataset
 from neobert.config.schema_data import DatasetSection
 from neobert.data.source.formats import StdlibSource, list_splits
 from neobert.data.source.spec import describe_sources
-from neobert.data.source.text import Share, Span
+from neobert.data.source.text import Sharding, Span
 from neobert.errors import DataError
 
 
@@ -90,5 +90,5 @@ def test_python_stdlib_by_number():
     third = source.cursor_after(3)
     assert [r.document for r in source.records(Span(after=third, until=source.cursor_after(5)))] == [3, 4]
     assert source.part(1, 2).after == {"position": len(source) // 2}
-    readers = source.readers(Share(seed=1, num_lanes=3, span=Span(until=source.cursor_after(10))))
+    readers = source.readers(Sharding(seed=1, num_lanes=3), Span(until=source.cursor_after(10)))
     assert sorted(r.document for reader in readers for r in reader.read(0, reader.start())) == list(range(10))

@@ -16,7 +16,7 @@ from neobert.config.schema_data import DatasetSection
 from neobert.data.source.formats import list_splits
 from neobert.data.source.record_file import RecordFile
 from neobert.data.source.spec import describe_sources
-from neobert.data.source.text import Share, Span
+from neobert.data.source.text import Sharding, Span
 
 LIMIT = 200
 LONG = "x " * 150
@@ -126,7 +126,7 @@ def test_a_long_record_is_a_bad_record(name, tmp_path):
         after = json.loads(json.dumps(record.cursor))
         rest = [(r.text, r.problem) for r in source.records(Span(after=after))]
         assert rest == [(r.text, r.problem) for r in records[place + 1 :]]
-    (reader,) = source.readers(Share(seed=0, num_lanes=1))
+    (reader,) = source.readers(Sharding(seed=0, num_lanes=1))
     assert {r.text for r in reader.read(0, reader.start())} == {"one", "two", "three", None}
 
 

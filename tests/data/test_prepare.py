@@ -16,14 +16,16 @@ from datasets import Dataset, load_from_disk
 
 from neobert import disk
 from neobert.commands.tokenize_dataset import check_parts, join_parts, part_folder
+from neobert.data.source.documents import TextDocuments
 from neobert.data.source.formats import list_splits
 from neobert.data.source.spec import describe_source
 from neobert.data.source.text import Record
 from neobert.data.store import prepare, token_writer
-from neobert.data.store.arrow import TokenStore, read_manifest
+from neobert.data.store.arrow import read_manifest
 from neobert.data.store.encode import EncodedDocument
-from neobert.data.store.prepare import cut_tokens, prepare_tokens, work_folder, write_tokens
+from neobert.data.store.prepare import cut_tokens, prepare_tokens, work_folder
 from neobert.data.store.prepare_settings import Origin, PrepareSettings
+from neobert.data.store.tokens import TokenStore
 from neobert.errors import DataError
 from neobert.train.memory import current_bytes, forget_peak, peak_bytes
 
@@ -125,22 +127,22 @@ class GivenTokens:
     def __init__(self, documents):
         self._documents = documents
 
-    def documents(self, after, counts):
-        for number in range(after["n"] if after else 0, len(self._documents)):
+    def open(self, span, encode, counts, max_document_chars, num_ahead=0):
+        for number in range(*span.numbers("n", len(self._documents))):
             tokens = np.array(self._documents[number], dtype=np.int32)
             yield EncodedDocument(number, tokens, {"n": number + 1}, counts.bad, counts.skipped)
 
-    def count(self):
+    def count(self, span):
         return len(self._documents)
 
 
 def test_documents_without_a_token_are_skipped(tmp_path, tokenizer):
-    manifest = write_tokens(GivenTokens([[5], [], [6, 7], []]), tokenizer, tmp_path / "d", SMALL)
+    manifest = prepare_tokens(GivenTokens([[5], [], [6, 7], []]), tokenizer, tmp_path / "d", SMALL)
     assert (manifest["num_documents"], manifest["skipped"]) == (2, 2)
     assert contents(tmp_path / "d", tokenizer) == [[5], [6, 7]]
 
 
-class Slow:
+class Slow(TextDocuments):
     """A source that takes its time, so that a kill meets it at work; everything else is the source's own."""
 
     def __init__(self, source):
@@ -151,11 +153,8 @@ class Slow:
             time.sleep(0.001)
             yield record
 
-    def count(self):
+    def count(self, span):
         return None
-
-    def part(self, number, count):
-        return self._source.part(number, count)
 
 
 def work(source, tokenizer, folder, settings):
@@ -367,7 +366,7 @@ def test_no_file_names_a_place_of_this_machine(tmp_path, source, tokenizer, monk
             assert path.is_dir() or str(tmp_path).encode() not in path.read_bytes()
 
 
-class Endless:
+class Endless(TextDocuments):
     """Documents that are made when they are read."""
 
     fingerprint, notes = "endless", []
@@ -376,14 +375,11 @@ class Endless:
         self._number = number
 
     def records(self, span):
-        for number in range(span.after["n"] if span.after else 0, self._number):
+        for number in range(*span.numbers("n", self._number)):
             yield Record(number, f"w{number % 300} " * 200, None, {"n": number + 1})
 
-    def count(self):
+    def count(self, span):
         return self._number
-
-    def part(self, number, count):
-        raise NotImplementedError
 
 
 def peak_megabytes(queue, number, folder, tokenizer):

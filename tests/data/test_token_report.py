@@ -13,7 +13,7 @@ from rich.console import Console
 from neobert.data.store import prepare as meter
 from neobert.data.store import token_writer
 from neobert.data.store.encode import EncodedDocument
-from neobert.data.store.prepare import Meter, write_tokens
+from neobert.data.store.prepare import Meter, prepare_tokens
 from neobert.data.store.prepare_settings import PrepareSettings
 from neobert.data.store.report import write_report
 from neobert.errors import DataError
@@ -27,11 +27,11 @@ class Given:
     def __init__(self, documents):
         self._documents = documents
 
-    def documents(self, after, counts):
+    def open(self, span, encode, counts, max_document_chars, num_ahead=0):
         for number, tokens in enumerate(self._documents):
             yield EncodedDocument(number, np.array(tokens, dtype=np.int32), {})
 
-    def count(self):
+    def count(self, span):
         return None
 
 
@@ -46,7 +46,7 @@ def documents(tokenizer):
 @pytest.mark.parametrize("values", [{}, {"special_tokens": True}, {"max_length": 9, "special_tokens": True}])
 def test_the_figures_are_those_counted_plainly(tmp_path, tokenizer, documents, values, monkeypatch):
     monkeypatch.setattr(token_writer, "BATCH_TOKENS", 256)
-    write_tokens(Given(documents), tokenizer, tmp_path / "d", replace(SETTINGS, **values))
+    prepare_tokens(Given(documents), tokenizer, tmp_path / "d", replace(SETTINGS, **values))
     found, text = write_report(tmp_path / "d", max_length=30)
     lengths = sorted(map(len, documents))
     assert (found["num_documents"], found["num_tokens"]) == (305, sum(lengths))

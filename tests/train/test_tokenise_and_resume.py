@@ -11,7 +11,8 @@ from datasets import Dataset
 from records import exact_steps, log_lines
 
 from neobert.config.schema import Config
-from neobert.data.store.arrow import ArrowTexts, TokenStore
+from neobert.data.store.arrow import ArrowTexts
+from neobert.data.store.tokens import TokenStore
 from neobert.errors import StartupError
 from neobert.train.loop import pretrain
 

@@ -100,7 +100,7 @@ def test_a_mask_that_is_the_unknown_token_is_refused_wherever_masks_are(
 def test_a_negative_token_far_inside_stops_a_run_with_one_sentence(
     tiny: Tiny, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("neobert.data.store.arrow._SAMPLE", 2)
+    monkeypatch.setattr("neobert.data.store.tokens._SAMPLE", 2)
     documents = [[5 + n % 300] * 20 for n in range(400)]
     documents[77] = [*documents[77], -100]
     Dataset.from_dict({"input_ids": documents}).save_to_disk(tmp_path / "tokens")

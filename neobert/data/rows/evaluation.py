@@ -6,8 +6,8 @@ every rank makes the same number of batches, the last ones padded with empty row
 
 import math
 import zlib
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -17,109 +17,14 @@ from neobert.config.schema import Config
 from neobert.data.rows.collate import Collator, build_row
 from neobert.data.rows.lanes import RowOrder, Window
 from neobert.data.rows.order import key
-from neobert.data.rows.packing import (
-    SPECIALS_PER_SEGMENT,
-    piece_lengths,
-    split_documents,
-)
+from neobert.data.rows.packing import SPECIALS_PER_SEGMENT, split_documents
+from neobert.data.source.documents import FirstDocuments
 from neobert.data.source.inventory import NO_FILES, Inventory
 from neobert.data.source.splits import SplitSlice, check_disjoint, check_split, choose_eval_split, parse_split
-from neobert.data.source.text import Encode, RecordCounts
-from neobert.data.store.arrow import ArrowTexts, TokenStore
-from neobert.data.store.encode import encode_documents
-from neobert.data.store.opening import Place, Source, View
+from neobert.data.source.text import RecordCounts
+from neobert.data.store.opening import Source, View
 from neobert.errors import DataError
 from neobert.types import PackedBatch
-
-_SCAN = 65536
-
-
-class EvalDocuments(NamedTuple):
-    """Usable documents in source order, numbered from 0."""
-
-    lengths: NDArray[np.int64]
-    get: Callable[[int], NDArray[Any]]
-    """Tokens of the document with this number, without special tokens."""
-
-    document_of: NDArray[np.int64]
-    """Number of the whole document of each, from 0; documents that were stored in pieces repeat theirs."""
-
-    rest: Place | None
-    """Where the source goes on after them."""
-
-    @property
-    def num_documents(self) -> int:
-        """Whole documents."""
-        return int(self.document_of.max(initial=-1)) + 1
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Limit:
-    """How many documents to take."""
-
-    documents: int | None = None
-    slots: int | None = None
-    """Stop when the documents fill this many slots of rows."""
-
-
-def collect_texts(view: View, encode: Encode, order: RowOrder, limit: Limit, *, max_bad_records: int) -> EvalDocuments:
-    """The first usable documents of a text source, tokenised and kept in memory."""
-    assert not isinstance(view.documents, TokenStore)
-    counts = RecordCounts(max_bad=max_bad_records, where="the evaluation documents")
-    tokens: list[NDArray[Any]] = []
-    num_slots, rest = 0, None
-    records = view.documents.records(view.span)
-    for document in encode_documents(records, encode, counts, order.max_document_chars):
-        slots = int(_slots(np.array([len(document.tokens)]), order)[0])
-        if not slots:
-            continue
-        tokens.append(document.tokens)
-        num_slots, rest = num_slots + slots, document.cursor
-        if len(tokens) == limit.documents or (limit.slots is not None and num_slots >= limit.slots):
-            break
-    lengths = np.array([len(t) for t in tokens], dtype=np.int64)
-    return EvalDocuments(lengths, tokens.__getitem__, np.arange(len(tokens)), rest)
-
-
-def collect_indexed(view: View, order: RowOrder, limit: Limit) -> EvalDocuments:
-    """The first usable documents of an indexed store; their tokens stay on disk."""
-    store = view.documents
-    assert isinstance(store, TokenStore)
-    first, last = view.rows
-    rows, lengths = np.empty(0, dtype=np.int64), np.empty(0, dtype=np.int64)
-    ranks, num_slots = rows, 0
-    for begin in range(first, last, _SCAN):
-        found = np.arange(begin, min(last, begin + _SCAN))
-        sizes = store.lengths(found)
-        slots = _slots(sizes, order)
-        usable = np.flatnonzero(slots)
-        if limit.slots is not None:
-            usable = usable[num_slots + np.cumsum(slots[usable]) - slots[usable] < limit.slots]
-        # Where long documents are stored in pieces, all pieces of a document count as one.
-        rows, lengths = np.append(rows, found[usable]), np.append(lengths, sizes[usable])
-        ranks = np.unique(store.documents_of(rows), return_inverse=True)[1]
-        if limit.documents is not None:
-            kept = ranks < limit.documents
-            rows, lengths, is_full = rows[kept], lengths[kept], bool(len(ranks) and ranks[-1] >= limit.documents)
-            ranks = ranks[kept]
-        else:
-            is_full = False
-        num_slots = int(_slots(lengths, order).sum())
-        if is_full or (limit.slots is not None and num_slots >= limit.slots):
-            break
-    rest = store.row_of(int(store.documents_of(rows[-1:])[0]) + 1) if len(rows) else first
-    return EvalDocuments(lengths, lambda number: store.content(int(rows[number])), ranks, rest)
-
-
-def _slots(lengths: NDArray[np.int64], order: RowOrder) -> NDArray[np.int64]:
-    """Slots that each document takes: of its segments, or of whole rows where every segment has its own; 0 when it is
-    not usable."""
-    documents, _, sizes, _ = piece_lengths(lengths, order.max_seq_length, order.min_length, truncate=order.truncate)
-    if order.packing != "best_fit":
-        sizes = np.full_like(sizes, order.max_seq_length)
-    else:
-        sizes = sizes + SPECIALS_PER_SEGMENT
-    return np.bincount(documents, weights=sizes, minlength=len(lengths)).astype(np.int64)
 
 
 class EvalSet:
@@ -127,7 +32,7 @@ class EvalSet:
 
     def __init__(
         self,
-        sources: Sequence[EvalDocuments],
+        sources: Sequence[FirstDocuments],
         order: RowOrder,
         *,
         seed: int,
@@ -181,19 +86,21 @@ class EvalSet:
             yield collate(rows, num_rows=self._batch_rows)
 
 
-class Evaluation(NamedTuple):
-    """What is evaluated, and what of the training documents is set apart for it."""
+class EvaluationChoice(NamedTuple):
+    """What is evaluated, and what is trained on besides."""
 
     eval_set: EvalSet | None
-    held_out: list[Place | None]
-    """For each source, where its held-out documents end in the training split; None when none are held out."""
+    train: Sequence[View]
+    """What is left to train on, of each source."""
 
     notes: list[str]
     inventory: Inventory = NO_FILES
     """Files of the evaluation splits."""
 
 
-def choose_evaluation(config: Config, sources: Sequence[Source], train: Sequence[View], order: RowOrder) -> Evaluation:
+def choose_evaluation(
+    config: Config, sources: Sequence[Source], train: Sequence[View], order: RowOrder
+) -> EvaluationChoice:
     """The named split, else a split that is called like one, else the first documents of the training split.
 
     Raises:
@@ -201,31 +108,29 @@ def choose_evaluation(config: Config, sources: Sequence[Source], train: Sequence
     """
     order = replace(order, packing="best_fit" if config.datacollator.pack_sequences else "none")
     chosen = _choose_splits(config, sources)
-    nothing: list[Place | None] = [None] * len(sources)
-    inventory = NO_FILES
+    rest, inventory = train, NO_FILES
     if any(split is not None for split in chosen):
         found, notes, views = _collect_splits(config, sources, chosen, order)
-        inventory = sum((view.inventory for view in views), NO_FILES)
-        held_out = nothing
+        inventory = sum((view.documents.inventory for view in views), NO_FILES)
     elif config.dataset.eval_samples or config.dataset.validation_split:
         found, views = _collect_held_out(config, sources, train, order), train
-        held_out = [documents.rest if documents.num_documents else None for documents in found]
+        rest = [view.beyond(documents.last) for view, documents in zip(train, found)]
         number = sum(documents.num_documents for documents in found)
         notes = [f"evaluating on the first {number} documents, held out of training"]
     else:
         note = "no evaluation: no validation split, and neither dataset.eval_samples nor validation_split is set"
-        return Evaluation(None, nothing, [note])
+        return EvaluationChoice(None, train, [note])
     if not any(documents.num_documents for documents in found):
-        return Evaluation(None, nothing, ["no evaluation: the evaluation split has no usable documents"], inventory)
+        return EvaluationChoice(None, train, ["no evaluation: the evaluation split has no usable documents"], inventory)
     eval_set = EvalSet(
         found,
         order,
         seed=config.trainer.eval_seed,
         batch_rows=config.trainer.per_device_eval_batch_size,
         max_batches=config.trainer.eval_max_batches,
-        fingerprint=" ".join(view.fingerprint for view in views),
+        fingerprint=" ".join(view.documents.fingerprint for view in views),
     )
-    return Evaluation(eval_set, held_out, notes, inventory)
+    return EvaluationChoice(eval_set, rest, notes, inventory)
 
 
 def _choose_splits(config: Config, sources: Sequence[Source]) -> list[SplitSlice | None]:
@@ -249,32 +154,35 @@ def _choose_splits(config: Config, sources: Sequence[Source]) -> list[SplitSlice
 
 def _collect_splits(
     config: Config, sources: Sequence[Source], chosen: Sequence[SplitSlice | None], order: RowOrder
-) -> tuple[list[EvalDocuments], list[str], Sequence[View]]:
+) -> tuple[list[FirstDocuments], list[str], Sequence[View]]:
     pairs = [(source, split) for source, split in zip(sources, chosen) if split is not None]
     shares = _share(config.dataset.eval_samples, [source.spec.weight for source, _ in pairs])
     found, notes, views = [], [], []
     for (source, split), share in zip(pairs, shares):
         view = source.open(split)
-        documents = _collect(config, view, source, order, _choose_limit(config, view, share, len(pairs)))
+        num_slots = _choose_num_slots(config, view, share, len(pairs))
+        documents = _take_first(view, source, order, num_documents=share, num_slots=num_slots)
         found.append(documents)
         views.append(view)
         of = f" of {source.spec.label}" if len(sources) > 1 else ""
-        notes += [f"evaluating on {documents.num_documents} documents of split {str(split)!r}{of}", *view.notes]
+        notes += [
+            f"evaluating on {documents.num_documents} documents of split {str(split)!r}{of}",
+            *view.documents.notes,
+        ]
     return found, notes, views
 
 
 def _collect_held_out(
     config: Config, sources: Sequence[Source], train: Sequence[View], order: RowOrder
-) -> list[EvalDocuments]:
+) -> list[FirstDocuments]:
     section, found = config.dataset, []
     shares = _share(section.eval_samples, [source.spec.weight for source in sources])
     for source, view, share in zip(sources, train, shares):
         field, value = "dataset.eval_samples", share
         if section.validation_split is not None:
             field, value = "dataset.validation_split", _part_of(view, source, section.validation_split)
-        documents = _collect(config, view, source, order, Limit(documents=value))
-        is_indexed = isinstance(view.documents, TokenStore)
-        if documents.num_documents < (value or 0) or (is_indexed and documents.rest == view.rows[1]):
+        documents = _take_first(view, source, order, num_documents=value)
+        if documents.num_documents < (value or 0) or view.beyond(documents.last).count() == 0:
             raise DataError(
                 f"{field}: {section.eval_samples or section.validation_split} holds out every usable document of "
                 f"{str(source.train_split)!r} ({documents.num_documents}); lower it"
@@ -310,29 +218,31 @@ def _share(total: int | None, weights: Sequence[float | None]) -> list[int | Non
     return list(shares)
 
 
-def _choose_limit(config: Config, view: View, share: int | None, num_views: int) -> Limit:
+def _choose_num_slots(config: Config, view: View, num_documents: int | None, num_views: int) -> int | None:
+    """Slots of rows to fill with documents, where no number of documents is given; None: take all."""
     max_batches = config.trainer.eval_max_batches
-    if share is not None:
-        return Limit(documents=share)
+    if num_documents is not None:
+        return None
     if max_batches:
         rows = max_batches * config.trainer.per_device_eval_batch_size
-        return Limit(slots=-(-rows * config.dataset.max_seq_length // num_views))
-    if isinstance(view.documents, TokenStore | ArrowTexts):
-        return Limit()
+        return -(-rows * config.dataset.max_seq_length // num_views)
+    if view.documents.is_indexed:
+        return None
     raise DataError(
         "a streamed evaluation split needs a budget: set dataset.eval_samples (documents) or trainer.eval_max_batches, "
         "or dataset.streaming: false to evaluate on all of it"
     )
 
 
-def _collect(config: Config, view: View, source: Source, order: RowOrder, limit: Limit) -> EvalDocuments:
-    if limit.documents == 0:
+def _take_first(
+    view: View, source: Source, order: RowOrder, *, num_documents: int | None, num_slots: int | None = None
+) -> FirstDocuments:
+    if num_documents == 0:
         nothing = np.empty(0, dtype=np.int64)
-        return EvalDocuments(nothing, _no_document, nothing, None)
-    if isinstance(view.documents, TokenStore):
-        return collect_indexed(view, order, limit)
-    max_bad = config.dataset.max_bad_records
-    return collect_texts(view, source.tokenizer.encode_batch, order, limit, max_bad_records=max_bad)
+        return FirstDocuments(nothing, _no_document, nothing, None)
+    counts = RecordCounts(max_bad=source.section.max_bad_records, where="the evaluation documents")
+    encode = source.tokenizer.encode_batch
+    return view.documents.first(view.span, order, encode, counts, num_documents, num_slots)
 
 
 def _no_document(number: int) -> NDArray[Any]:

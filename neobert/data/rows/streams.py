@@ -29,7 +29,7 @@ from neobert.data.rows.lanes import DocumentStream, RowOrder, State, Taken
 from neobert.data.rows.order import Permutation, extend_keys, key, uniforms
 from neobert.data.rows.packing import SPECIALS_PER_SEGMENT
 from neobert.data.source.network import with_retries
-from neobert.data.source.text import WINDOW_CHARS, BadShard, Encode, Reader, Record, RecordCounts, cut_end
+from neobert.data.source.text import WINDOW_CHARS, BadShard, Encode, LaneReader, Record, RecordCounts, cut_end
 from neobert.errors import DataError
 from neobert.secrets import build_logger
 
@@ -176,7 +176,7 @@ class TextStream:
     beside the reader's cursor, how many characters of the next record are already used.
     """
 
-    reader: Reader
+    reader: LaneReader
     encode: Encode
     order: RowOrder
     section: DatasetSection

@@ -23,6 +23,7 @@ from pathlib import Path
 from neobert.config.nesting import parse_json
 from neobert.config.schema_data import DatasetSection
 from neobert.data.source.delimited_columns import open_delimited
+from neobert.data.source.documents import Documents
 from neobert.data.source.files import (
     ENDINGS,
     DataFile,
@@ -34,7 +35,7 @@ from neobert.data.source.files import (
     list_files,
     local_file,
 )
-from neobert.data.source.hub import HubPin, HubSource, list_hub_splits, open_hub, pin_hub
+from neobert.data.source.hub import HubPin, list_hub_splits, open_hub, pin_hub
 from neobert.data.source.intake import check_problems
 from neobert.data.source.inventory import FileReport, Inventory, name_some
 from neobert.data.source.jsonl import open_jsonl
@@ -45,7 +46,8 @@ from neobert.data.source.plain import open_text
 from neobert.data.source.spec import PYTHON_STDLIB, SourceSpec, describe_sources
 from neobert.data.source.splits import find_split
 from neobert.data.source.walk import covers
-from neobert.data.store.arrow import ArrowTexts, IndexedTexts, TokenStore, column_names
+from neobert.data.store.arrow import ArrowTexts, IndexedTexts, column_names
+from neobert.data.store.tokens import TokenStore
 from neobert.data.tokenizer import Tokenizer
 from neobert.errors import DataError
 
@@ -54,6 +56,8 @@ _LEFT_OUT = {"test", "tests", "idle_test", "site-packages", "dist-packages", "__
 
 class StdlibSource(IndexedTexts):
     """Every .py file of the standard library, in an order keyed by a hash of its path."""
+
+    in_place = False
 
     def __init__(self) -> None:
         self._root = Path(sysconfig.get_path("stdlib"))
@@ -84,11 +88,6 @@ class StdlibSource(IndexedTexts):
 def _hash_path(path: Path) -> bytes:
     return hashlib.sha256(f"{PYTHON_STDLIB}/{path.as_posix()}".encode()).digest()
 
-
-StreamedText = FileSource | ParquetSource | HubSource | ArrowTexts
-"""Text that lanes can read in place."""
-
-Documents = TokenStore | StdlibSource | StreamedText
 
 OpenSplit = Callable[[Tokenizer | None], Documents]
 """Opens one split; only data that is tokenised already needs the tokenizer."""

@@ -23,9 +23,9 @@ from neobert.config.schema_data import MAX_RECORD_BYTES
 from neobert.data.rows.lanes import State
 from neobert.data.source.files import fingerprint_files, local_file
 from neobert.data.source.network import is_transient, with_retries
-from neobert.data.source.sharing import STREAM_LANES, ShardedSource, Stretch
+from neobert.data.source.sharing import STREAM_LANES, ShardedSource
 from neobert.data.source.spec import TEXT_COLUMNS, SourceSpec, choose_candidates, choose_text_column
-from neobert.data.source.text import Record, Records, ShardFault, TooLong, add_limit, check_length
+from neobert.data.source.text import WHOLE, Record, Records, ShardFault, Span, TooLong, add_limit, check_length
 from neobert.errors import OR_SKIP_SHARD, DataError
 from neobert.secrets import build_logger
 
@@ -56,13 +56,14 @@ class HubShard:
         dataset: IterableDataset,
         column: str,
         num_shards: int,
-        stretch: Stretch,
+        number: int,
+        span: Span = WHOLE,
         max_record_bytes: int = MAX_RECORD_BYTES,
     ) -> None:
         self._max_record_bytes = max_record_bytes
         self._dataset, self._column, self._num_shards = dataset, column, num_shards
-        self.number, self._begin = stretch.number, stretch.after
-        self._end: int | None = None if stretch.until is None else stretch.until["done"]
+        self.number, self._begin = number, span.after
+        self._end: int | None = None if span.until is None else span.until["done"]
 
     def read(self, position: State | None) -> Records:
         shard = self._dataset.shard(num_shards=self._num_shards, index=self.number)
@@ -147,11 +148,11 @@ class HubSource(ShardedSource):
         self._max_record_bytes = max_record_bytes
         self.fingerprint = add_limit(fingerprint, max_record_bytes)
 
-    def build_shard(self, stretch: Stretch) -> HubShard:
-        return HubShard(self._dataset, self._column, len(self._sizes), stretch, self._max_record_bytes)
+    def build_shard(self, number: int, span: Span = WHOLE) -> HubShard:
+        return HubShard(self._dataset, self._column, len(self._sizes), number, span, self._max_record_bytes)
 
-    def count(self) -> int | None:
-        return self._count
+    def count(self, span: Span = WHOLE) -> int | None:
+        return self._count if span.is_whole else None
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

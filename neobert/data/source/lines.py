@@ -23,14 +23,22 @@ from neobert.data.source.sharing import (
     MIN_LANE_BYTES,
     STREAM_LANES,
     ShardedSource,
-    Stretch,
     check_part,
-    cut_spans,
-    find_bounds,
-    share_out,
+    cut_ranges,
+    deal,
 )
 from neobert.data.source.spec import SourceSpec
-from neobert.data.source.text import Reader, Record, Records, ShardFault, ShardReader, Share, Span, add_limit
+from neobert.data.source.text import (
+    WHOLE,
+    LaneReader,
+    Record,
+    Records,
+    ShardFault,
+    Sharding,
+    ShardReader,
+    Span,
+    add_limit,
+)
 
 BOM = b"\xef\xbb\xbf"
 """Some programs write this mark at the beginning of a file; it is not part of the text."""
@@ -220,34 +228,33 @@ class FileSource(ShardedSource):
         self.reports: dict[str, FileReport] = {}
         """What is known of its files, those that were taken out too."""
 
-    def build_shard(self, stretch: Stretch) -> FileShard:
-        begin, end = stretch.after or {"offset": 0}, stretch.until or {"offset": None}
-        return self._range(stretch.number, begin["offset"], end["offset"], None if stretch.after else 0)
+    def build_shard(self, number: int, span: Span = WHOLE) -> FileShard:
+        begin, end = span.after or {"offset": 0}, span.until or {"offset": None}
+        return self._range(number, begin["offset"], end["offset"], None if span.after else 0)
 
-    def readers(self, share: Share) -> list[Reader]:
+    def readers(self, sharding: Sharding, span: Span = WHOLE) -> list[LaneReader]:
         if not self._cuttable:
-            return super().readers(share)
-        spans = [
-            (s.number, s.after["offset"] if s.after else 0, s.until["offset"] if s.until else self._sizes[s.number])
-            for s in find_bounds(share.span, len(self._files)).stretches()
+            return super().readers(sharding, span)
+        ranges = [
+            (number, *part.numbers("offset", self._sizes[number])) for number, part in span.shards(len(self._files))
         ]
-        most = max(1, sum(end - begin for _, begin, end in spans) // MIN_LANE_BYTES)
+        most = max(1, sum(end - begin for _, begin, end in ranges) // MIN_LANE_BYTES)
 
-        def build(count: int) -> list[Reader]:
+        def build(count: int) -> list[LaneReader]:
             return [
                 ShardReader(
-                    [self._range(n, begin, end, None if begin else 0) for n, begin, end in spans_of_lane], share, lane
+                    [self._range(n, begin, end, None if begin else 0) for n, begin, end in of_lane], sharding, lane
                 )
-                for lane, spans_of_lane in enumerate(cut_spans(spans, count))
+                for lane, of_lane in enumerate(cut_ranges(ranges, count))
             ]
 
         # Any number of byte ranges can be read; `most` only tells which of them are too small.
-        if share.num_lanes is not None and not share.exact:
-            return build(share.num_lanes)
-        return share_out(build, share, most=most, chosen=min(STREAM_LANES, most), place=self._place)
+        if sharding.num_lanes is not None and not sharding.exact:
+            return build(sharding.num_lanes)
+        return deal(build, sharding, most=most, chosen=min(STREAM_LANES, most), place=self._place)
 
     def position_after(self, place: int, number: int) -> tuple[State | None, int]:
-        return self.build_shard(Stretch(place, None, None)).position_after(number)
+        return self.build_shard(place).position_after(number)
 
     def part(self, number: int, count: int) -> Span:
         if not self._cuttable:
@@ -269,7 +276,7 @@ class FileSource(ShardedSource):
             left, place = left - self._sizes[place], place + 1
         if not left:
             return {"shard": place, "position": None}
-        return {"shard": place, "position": self.build_shard(Stretch(place, None, None)).align(left)}
+        return {"shard": place, "position": self.build_shard(place).align(left)}
 
 
 def build_file_source(found: Inspected, form: LineFormat, notes: Sequence[str], spec: SourceSpec) -> FileSource:

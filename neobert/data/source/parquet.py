@@ -24,14 +24,23 @@ from neobert.data.source.sharing import (
     MIN_LANE_BYTES,
     STREAM_LANES,
     ShardedSource,
-    Stretch,
     choose_borders,
-    find_bounds,
-    share_out,
+    deal,
     too_few,
 )
 from neobert.data.source.spec import TEXT_COLUMNS, SourceSpec, choose_text_column, may_be_text, split_schema
-from neobert.data.source.text import Reader, Record, Records, ShardFault, ShardReader, Share, TooLong, add_limit
+from neobert.data.source.text import (
+    WHOLE,
+    LaneReader,
+    Record,
+    Records,
+    ShardFault,
+    Sharding,
+    ShardReader,
+    Span,
+    TooLong,
+    add_limit,
+)
 from neobert.data.store.arrow import as_text
 from neobert.errors import DataError
 
@@ -153,34 +162,37 @@ class ParquetSource(ShardedSource):
         self.reports: dict[str, FileReport] = {}
         """What is known of its files, those that were taken out too."""
 
-    def build_shard(self, stretch: Stretch) -> RowGroupShard:
-        begin, end = stretch.after or {"row": 0}, stretch.until or {"row": None}
-        row_group = self._row_groups[stretch.number]
-        return RowGroupShard(row_group, stretch.number, begin["row"], end["row"], self._max_record_bytes)
+    def build_shard(self, number: int, span: Span = WHOLE) -> RowGroupShard:
+        begin, end = span.after or {"row": 0}, span.until or {"row": None}
+        return RowGroupShard(self._row_groups[number], number, begin["row"], end["row"], self._max_record_bytes)
 
-    def readers(self, share: Share) -> list[Reader]:
-        stretches = find_bounds(share.span, len(self._sizes)).stretches()
-        shards = [self.build_shard(stretch) for stretch in stretches]
+    def readers(self, sharding: Sharding, span: Span = WHOLE) -> list[LaneReader]:
+        parts = span.shards(len(self._sizes))
+        shards = [self.build_shard(*part) for part in parts]
 
-        def build(count: int) -> list[Reader]:
+        def build(count: int) -> list[LaneReader]:
             borders = choose_borders([shard.size for shard in shards], count)
             return [
-                ShardReader([self.build_shard(stretch) for stretch in stretches[begin:end]], share, lane)
+                ShardReader([self.build_shard(*part) for part in parts[begin:end]], sharding, lane)
                 for lane, (begin, end) in enumerate(pairwise(borders))
             ]
 
         large_enough = sum(shard.size for shard in shards) // MIN_LANE_BYTES
         chosen = max(1, min(STREAM_LANES, len(shards), large_enough))
-        return share_out(build, share, most=len(shards), chosen=chosen, place=self._place)
+        return deal(build, sharding, most=len(shards), chosen=chosen, place=self._place)
 
-    def count(self) -> int:
+    def count(self, span: Span = WHOLE) -> int | None:
+        return self._num_rows if span.is_whole else None
+
+    @property
+    def _num_rows(self) -> int:
         return self._row_groups[-1].first_row + self._row_groups[-1].num_rows
 
     def cursor_after(self, number: int) -> State:
         for place, row_group in enumerate(self._row_groups):
             if row_group.first_row < number <= row_group.first_row + row_group.num_rows:
                 return {"shard": place, "position": {"row": number - row_group.first_row}}
-        raise too_few(self._place, number, self.count())
+        raise too_few(self._place, number, self._num_rows)
 
 
 def open_parquet(files: Sequence[DataFile], spec: SourceSpec) -> ParquetSource:

@@ -3,8 +3,8 @@
 | the shards are | lanes | `part` |
 |---|---|---|
 | plain files of lines | byte ranges, equal to a byte | byte ranges |
-| row groups of Parquet | stretches of about equal bytes | the same |
-| files that cannot be cut, shards of the hub | every n-th shard | stretches of about equal bytes |
+| row groups of Parquet | runs of about equal bytes | the same |
+| files that cannot be cut, shards of the hub | every n-th shard | runs of about equal bytes |
 
 A cursor in source order is `{"shard": number, "position": position in it}`; a null position is before its first record.
 """
@@ -12,11 +12,20 @@ A cursor in source order is `{"shard": number, "position": position in it}`; a n
 from bisect import bisect_left
 from collections.abc import Callable, Sequence
 from itertools import accumulate
-from typing import NamedTuple
 
 from neobert.data.rows.lanes import State
-from neobert.data.source.inventory import NO_FILES, Inventory
-from neobert.data.source.text import WHOLE, EveryNth, Reader, Records, Shard, ShardReader, Share, Span, read_shards
+from neobert.data.source.documents import TextDocuments
+from neobert.data.source.text import (
+    WHOLE,
+    EveryNth,
+    LaneReader,
+    Records,
+    Shard,
+    Sharding,
+    ShardReader,
+    Span,
+    read_shards,
+)
 from neobert.errors import DataError
 
 STREAM_LANES = 16
@@ -26,71 +35,37 @@ MIN_LANE_BYTES = 256 * 1024
 """A smaller stretch of text is not worth a lane of its own: its windows would pack badly."""
 
 
-class Stretch(NamedTuple):
-    """Shard `number` between two positions in it, None being its own ends."""
-
-    number: int
-    after: State | None
-    until: State | None
-
-
-class Bounds(NamedTuple):
-    """A span as shards: from `first` to before `last`, the first one behind `after`, the last one up to `until`."""
-
-    first: int
-    after: State | None
-    last: int
-    until: State | None
-
-    def stretches(self) -> list[Stretch]:
-        """Every shard of the span."""
-        return [
-            Stretch(n, self.after if n == self.first else None, self.until if n == self.last - 1 else None)
-            for n in range(self.first, self.last)
-        ]
-
-
-def find_bounds(span: Span, num_shards: int) -> Bounds:
-    """The shards that a span touches."""
-    first, after = (0, None) if span.after is None else (span.after["shard"], span.after["position"])
-    if span.until is None:
-        return Bounds(first, after, num_shards, None)
-    until = span.until["position"]
-    return Bounds(first, after, span.until["shard"] + (until is not None), until)
-
-
-class ShardedSource:
+class ShardedSource(TextDocuments):
     """A source made of shards with a number each. Subclasses say how a shard is built and how large it is."""
-
-    fingerprint: str
-    notes: list[str]
-    inventory: Inventory = NO_FILES
 
     def __init__(self, place: str, sizes: Sequence[int]) -> None:
         self._place, self._sizes = place, list(sizes)
 
-    def build_shard(self, stretch: Stretch) -> Shard:
-        """A shard, or a stretch of it."""
+    def build_shard(self, number: int, span: Span = WHOLE) -> Shard:
+        """A shard, or what `span` leaves of it."""
         raise NotImplementedError
 
     def records(self, span: Span = WHOLE) -> Records:
-        bounds = find_bounds(span, len(self._sizes))
+        parts = span.shards(len(self._sizes))
+        if not parts:
+            return
+        first, (position, _) = parts[0]
         # The first shard begins by its cursor, not by a cut, so that its records keep their positions.
-        shards = [self.build_shard(stretch._replace(after=None)) for stretch in bounds.stretches()]
-        for record in read_shards(shards, {"shard": 0, "position": bounds.after}):
-            yield record._replace(cursor=record.cursor | {"shard": record.cursor["shard"] + bounds.first})
+        shards = [self.build_shard(number, Span(until=part.until)) for number, part in parts]
+        for record in read_shards(shards, {"shard": 0, "position": position}):
+            yield record._replace(cursor=record.cursor | {"shard": record.cursor["shard"] + first})
 
-    def readers(self, share: Share) -> list[Reader]:
-        stretches = find_bounds(share.span, len(self._sizes)).stretches()
-        return share_out(
-            lambda count: self._every_nth(stretches, share, count),
-            share,
-            most=len(stretches),
-            chosen=choose_num_lanes(len(stretches)),
+    def readers(self, sharding: Sharding, span: Span = WHOLE) -> list[LaneReader]:
+        parts = span.shards(len(self._sizes))
+        return deal(
+            lambda count: self._every_nth(parts, sharding, count),
+            sharding,
+            most=len(parts),
+            chosen=choose_num_lanes(len(parts)),
             place=self._place,
         )
 
-    def count(self) -> int | None:
+    def count(self, span: Span = WHOLE) -> int | None:
         return None
 
     def cursor_after(self, number: int) -> State:
@@ -105,7 +80,7 @@ class ShardedSource:
     def position_after(self, place: int, number: int) -> tuple[State | None, int]:
         """Position behind the record with this number in a shard, or behind its last one, and how many that were."""
         position, passed = None, 0
-        for record in self.build_shard(Stretch(place, None, None)).read(None):
+        for record in self.build_shard(place).read(None):
             position, passed = record.cursor, passed + 1
             if passed == number:
                 break
@@ -119,40 +94,40 @@ class ShardedSource:
             until={"shard": last, "position": None} if number + 1 < count else None,
         )
 
-    def _every_nth(self, stretches: list[Stretch], share: Share, count: int) -> list[Reader]:
+    def _every_nth(self, parts: list[tuple[int, Span]], sharding: Sharding, count: int) -> list[LaneReader]:
         return [
-            ShardReader([self.build_shard(stretch) for stretch in stretches[lane::count]], share, lane)
+            ShardReader([self.build_shard(*part) for part in parts[lane::count]], sharding, lane)
             for lane in range(count)
         ]
 
 
-def share_out(
-    build: Callable[[int], list[Reader]], share: Share, *, most: int, chosen: int, place: str
-) -> list[Reader]:
-    """The readers of a share.
+def deal(
+    build: Callable[[int], list[LaneReader]], sharding: Sharding, *, most: int, chosen: int, place: str
+) -> list[LaneReader]:
+    """The readers of a source.
 
     Args:
         build: makes a number of readers over the source.
-        most: the largest number of stretches that the source is worth cutting into.
-        chosen: the number of readers where `share` leaves it open.
+        most: the largest number of parts that the source is worth cutting into.
+        chosen: the number of readers where `sharding` leaves it open.
 
     Raises:
-        DataError: `share.num_lanes` is more than `most`, and not `share.exact`.
+        DataError: `sharding.num_lanes` is more than `most`, and not `sharding.exact`.
     """
-    if share.num_lanes is None:
+    if sharding.num_lanes is None:
         return build(chosen)
-    if share.num_lanes <= most:
-        return build(share.num_lanes)
-    if not share.exact:
+    if sharding.num_lanes <= most:
+        return build(sharding.num_lanes)
+    if not sharding.exact:
         raise DataError(
-            f"dataset.num_lanes: {share.num_lanes}, but {place} has {most} shards to share out; "
+            f"dataset.num_lanes: {sharding.num_lanes}, but {place} has {most} shards to share out; "
             "give at most that, or leave it null"
         )
-    # A divisor, so that every stretch is shared by as many lanes. Each lane reads by objects of its own.
-    count = max(n for n in range(1, max(1, most) + 1) if share.num_lanes % n == 0)
-    sharing = share.num_lanes // count
-    copies = [build(count) for _ in range(sharing)]
-    return [EveryNth(copies[lane // count][lane % count], lane // count, sharing) for lane in range(share.num_lanes)]
+    # A divisor, so that every part is shared by as many lanes. Each lane reads by objects of its own.
+    count = max(n for n in range(1, max(1, most) + 1) if sharding.num_lanes % n == 0)
+    sharers = sharding.num_lanes // count
+    copies = [build(count) for _ in range(sharers)]
+    return [EveryNth(copies[lane // count][lane % count], lane // count, sharers) for lane in range(sharding.num_lanes)]
 
 
 def choose_num_lanes(num_shards: int) -> int:
@@ -185,18 +160,18 @@ def choose_borders(sizes: Sequence[int], count: int) -> list[int]:
     return [*borders, len(sizes)]
 
 
-def cut_spans(spans: Sequence[tuple[int, int, int]], count: int) -> list[list[tuple[int, int, int]]]:
-    """Cuts (file, begin, end) spans, seen as one stream of bytes, into `count` equal parts.
+def cut_ranges(ranges: Sequence[tuple[int, int, int]], count: int) -> list[list[tuple[int, int, int]]]:
+    """Cuts (file, begin, end) ranges, seen as one stream of bytes, into `count` equal parts.
 
-    >>> cut_spans([(0, 0, 6), (1, 0, 4)], 2)
+    >>> cut_ranges([(0, 0, 6), (1, 0, 4)], 2)
     [[(0, 0, 5)], [(0, 5, 6), (1, 0, 4)]]
     """
-    total = sum(end - begin for _, begin, end in spans)
+    total = sum(end - begin for _, begin, end in ranges)
     parts = []
     for part in range(count):
         low, high = total * part // count, total * (part + 1) // count
         pieces, passed = [], 0
-        for file, begin, end in spans:
+        for file, begin, end in ranges:
             start, stop = max(begin, begin + low - passed), min(end, begin + high - passed)
             if start < stop:
                 pieces.append((file, start, stop))
@@ -206,7 +181,7 @@ def cut_spans(spans: Sequence[tuple[int, int, int]], count: int) -> list[list[tu
 
 
 def check_part(number: int, count: int, most: int, place: str) -> None:
-    """Raises when stretch `number` of `count` cannot be had of a source with `most` stretches.
+    """Raises when part `number` of `count` cannot be had of a source with at most `most` parts.
 
     Raises:
         DataError: naming the largest count.

@@ -15,7 +15,6 @@ from neobert.config.schema_data import MAX_RECORD_BYTES
 from neobert.data.fingerprint import combine
 from neobert.data.rows.lanes import IntArray, State
 from neobert.data.rows.order import Permutation, key
-from neobert.data.source.inventory import Inventory
 from neobert.errors import DataError
 from neobert.secrets import build_logger
 
@@ -47,36 +46,71 @@ Records = Generator[Record, None, None]
 
 
 class Span(NamedTuple):
-    """A stretch of a source in its own order, between two cursors of its records."""
+    """Documents of a source that follow one another in its own order, between two cursors of the source.
+
+    Its text is a part of fingerprints: the names of the fields stay.
+    """
 
     after: State | None = None
-    """Begins behind the record with this cursor; None: at the first."""
+    """Begins after the document with this cursor; None: at the first."""
 
     until: State | None = None
-    """Ends with the record that has this cursor; None: with the last."""
+    """Ends with the document that has this cursor; None: with the last."""
+
+    @property
+    def is_whole(self) -> bool:
+        return self == WHOLE
+
+    def beyond(self, cursor: State | None) -> "Span":
+        """What is left of it after the document with this cursor; None: all of it."""
+        return self if cursor is None else self._replace(after=cursor)
+
+    def numbers(self, name: str, size: int) -> tuple[int, int]:
+        """First document, and the one after the last, where a cursor is `{name: documents before it}`.
+
+        >>> Span(after={"position": 2}).numbers("position", 5)
+        (2, 5)
+        """
+        return self.after[name] if self.after else 0, self.until[name] if self.until else size
+
+    def shards(self, num_shards: int) -> list[tuple[int, "Span"]]:
+        """Every shard that it touches, and which part of the shard, where a cursor is `{"shard": number, "position":
+        cursor in the shard}`.
+
+        >>> [number for number, _ in Span(after={"shard": 1, "position": None}).shards(3)]
+        [1, 2]
+        """
+        first, after = (0, None) if self.after is None else (self.after["shard"], self.after["position"])
+        last, until = num_shards, None
+        if self.until is not None:
+            until = self.until["position"]
+            last = self.until["shard"] + (until is not None)
+        return [
+            (number, Span(after if number == first else None, until if number == last - 1 else None))
+            for number in range(first, last)
+        ]
 
 
 WHOLE = Span()
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class Share:
-    """How a source is shared out to lanes."""
+class Sharding:
+    """How documents are dealt to lanes."""
 
     seed: int
     num_lanes: int | None
     """None: the source chooses."""
 
-    span: Span = WHOLE
     shuffle: bool = True
     """False: shards and documents keep the order of the source."""
 
     exact: bool = False
-    """True: exactly `num_lanes` readers even where the source has fewer stretches to share out. Lanes that share a
-    stretch then take every n-th record of it."""
+    """True: exactly `num_lanes` readers even where the source has fewer shards to deal. Lanes that have a shard in
+    common then take every n-th record of it."""
 
 
-class Reader(Protocol):
+class LaneReader(Protocol):
     """One lane's share of a text source, in an order of its own for every epoch."""
 
     size: int
@@ -93,42 +127,6 @@ class Reader(Protocol):
 
         Raises:
             BadShard: a shard cannot be opened, decompressed or decoded.
-        """
-
-
-class TextSource(Protocol):
-    """The documents of one split as text. A cursor of its records holds for `Span` and for no reader."""
-
-    fingerprint: str
-    """Changes when the documents change."""
-
-    notes: list[str]
-    """What was found and chosen, for the console."""
-
-    inventory: Inventory
-    """Its files."""
-
-    def records(self, span: Span = WHOLE) -> Records:
-        """Records in source order."""
-
-    def readers(self, share: Share) -> list[Reader]:
-        """One reader for each lane. Together they read every record of the span once in an epoch."""
-
-    def count(self) -> int | None:
-        """Number of records where it is known without reading everything."""
-
-    def cursor_after(self, number: int) -> State:
-        """Cursor of the record with this number in source order, counted from 1.
-
-        Raises:
-            DataError: there are fewer records.
-        """
-
-    def part(self, number: int, count: int) -> Span:
-        """Stretch `number`, from 0, of `count` stretches of about equal size that follow one another.
-
-        Raises:
-            DataError: the source cannot be cut into so many.
         """
 
 
@@ -189,17 +187,17 @@ class Shard(Protocol):
 class ShardReader:
     """Reads shards one after the other, in an order keyed by (seed, lane, epoch), or in the order given."""
 
-    def __init__(self, shards: Sequence[Shard], share: Share, lane: int) -> None:
-        self._shards, self._share, self._lane = shards, share, lane
+    def __init__(self, shards: Sequence[Shard], sharding: Sharding, lane: int) -> None:
+        self._shards, self._sharding, self._lane = shards, sharding, lane
         self.size = sum(shard.size for shard in shards)
 
     def start(self) -> State:
         return {"shard": 0, "position": None}
 
     def read(self, epoch: int, cursor: State, skip: frozenset[int] = frozenset()) -> Records:
-        shards, share = self._shards, self._share
-        if share.shuffle:
-            permute = Permutation(len(shards), key(share.seed, "shards", self._lane, epoch))
+        shards, sharding = self._shards, self._sharding
+        if sharding.shuffle:
+            permute = Permutation(len(shards), key(sharding.seed, "shards", self._lane, epoch))
             shards = [shards[number] for number in permute(np.arange(len(shards))).tolist()]
         yield from read_shards(shards, cursor, skip)
 
@@ -210,7 +208,7 @@ class EveryNth:
     The cursor is `{"cursor": of the reader, "seen": records since the beginning of the epoch, modulo count}`.
     """
 
-    def __init__(self, reader: Reader, turn: int, count: int) -> None:
+    def __init__(self, reader: LaneReader, turn: int, count: int) -> None:
         self._reader, self._turn, self._count = reader, turn, count
         self.size = reader.size // count
 

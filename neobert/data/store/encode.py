@@ -1,11 +1,8 @@
-"""A source of text tokenised from end to end, in its own order.
-
-Documents of a tokenised folder, read again from one end to the other; pieces of a document are put together.
-"""
+"""A source of text tokenised from end to end, in its own order."""
 
 import os
 from collections import deque
-from collections.abc import Generator, Iterable, Iterator
+from collections.abc import Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import NamedTuple
 
@@ -13,7 +10,6 @@ import numpy as np
 
 from neobert.data.rows.lanes import IntArray, State
 from neobert.data.source.text import WINDOW_CHARS, Encode, Record, RecordCounts, cut_text
-from neobert.data.store.arrow import TokenStore
 
 ENCODE_DOCUMENTS = 256
 """Documents tokenised in one call."""
@@ -98,37 +94,3 @@ def _encode_batch(batch: list[_Waiting], encode: Encode, max_document_chars: int
         whole = parts[0] if len(parts) == 1 else np.concatenate(parts)
         documents.append(EncodedDocument(record.document, whole, record.cursor, bad, skipped))
     return documents
-
-
-_BLOCK = 1 << 16
-
-
-class StoredTokens:
-    """A `TokenStore` as a source of whole documents; a cursor is `{"row": the next row}`."""
-
-    def __init__(self, store: TokenStore) -> None:
-        self._store = store
-        self.fingerprint: str = store.fingerprint
-
-    def documents(self, after: State | None, counts: RecordCounts) -> Generator[EncodedDocument, None, None]:
-        row = 0 if after is None else after["row"]
-        for end in self._ends(row):
-            pieces = [self._store.content(number) for number in range(row, end)]
-            tokens = np.concatenate(pieces).astype(np.int32, copy=False)
-            yield EncodedDocument(row, tokens, {"row": end}, counts.bad, counts.skipped)
-            row = end
-
-    def count(self) -> int | None:
-        return len(self._store) if self._store.document_numbers is None else None
-
-    def _ends(self, row: int) -> Generator[int, None, None]:
-        """For each document from `row` on: the row behind its last one."""
-        numbers = self._store.document_numbers
-        if numbers is None:
-            yield from range(row + 1, len(self._store) + 1)
-            return
-        for begin in range(row, len(self._store), _BLOCK):
-            block = numbers[begin : begin + _BLOCK + 1]
-            yield from (np.flatnonzero(block[1:] != block[:-1]) + begin + 1).tolist()
-        if row < len(self._store):
-            yield len(self._store)

@@ -7,12 +7,13 @@
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import yaml
 
 from neobert.config.schema_data import DatasetSection, TokenizerSection
-from neobert.data.source.formats import Documents, OpenSplit, list_splits
+from neobert.data.source.documents import Documents, TextDocuments
+from neobert.data.source.formats import OpenSplit, list_splits
 from neobert.data.source.hub import HubSource
 from neobert.data.source.inventory import NO_FILES, Inventory
 from neobert.data.source.spec import SourceSpec, describe_sources, name_folders
@@ -25,27 +26,14 @@ from neobert.data.source.splits import (
     choose_train_split,
     parse_split,
 )
-from neobert.data.source.text import Span, TextSource
-from neobert.data.store.arrow import TokenStore
-from neobert.data.store.encode import StoredTokens
+from neobert.data.source.text import WHOLE, Span
 from neobert.data.store.opening import locate_slice
-from neobert.data.store.prepare import TextTokens, TokenSource, write_tokens
+from neobert.data.store.prepare import prepare_tokens
 from neobert.data.store.prepare_settings import Origin, PrepareSettings, choose_settings
 from neobert.data.store.token_writer import write_json
 from neobert.data.tokenizer import Tokenizer
 from neobert.errors import DataError
 from neobert.secrets import hide_credentials
-
-
-@dataclass(frozen=True, kw_only=True, slots=True, eq=False)
-class TextSplit:
-    """The documents of a split, or of a slice of one."""
-
-    name: str
-    """The split without the slice."""
-
-    source: TextSource
-    span: Span
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -63,25 +51,23 @@ class PreparedSource:
     """The files that were read."""
 
 
-def open_text_split(spec: SourceSpec, wanted: str | None, tokenizer: Tokenizer | None) -> TextSplit:
-    """A split of a source of text; None takes `train`, or the only one there is.
+def open_text_split(spec: SourceSpec, wanted: str | None, tokenizer: Tokenizer | None) -> tuple[TextDocuments, Span]:
+    """A source of text, and where a split of it is; None takes `train`, or the only one there is.
 
     Raises:
         DataError: it is not there, or is tokenised already.
     """
     splits = list_splits(spec)
     split = parse_split(choose_train_split(list(splits), wanted))
-    return _cut_text(spec, splits[split.name](tokenizer), split)
+    source = splits[split.name](tokenizer).as_text(spec.label)
+    return source, _locate_text(source, split, None)
 
 
-def _cut_text(spec: SourceSpec, source: Documents, split: SplitSlice, max_documents: int | None = None) -> TextSplit:
-    if isinstance(source, TokenStore):
-        raise DataError(f"{spec.label} is tokenised already; name text, or train on this folder as it is")
+def _locate_text(source: TextDocuments, split: SplitSlice, max_documents: int | None) -> Span:
     size = source.count()
     if size is None and split.needs_size:
         size = sum(1 for _ in source.records())  # Reads the source once; it is about to be tokenised anyway.
-    span = Span(*locate_slice(source, split, max_documents, size=size))
-    return TextSplit(name=split.name, source=source, span=span)
+    return locate_slice(source, split, max_documents, size=size)
 
 
 def prepare_sources(
@@ -101,10 +87,10 @@ def prepare_sources(
         DataError: a source cannot be used; nothing is tokenised before all of them were looked at.
     """
     specs = describe_sources(section)
-    jobs = [
+    plans = [
         _plan(spec, section, tokenizer, folder, min_tokens) for spec, folder in zip(specs, name_folders(specs, output))
     ]
-    return [_prepare(job, tokenizer, tokenizer_name) for job in jobs]
+    return [_prepare(plan, tokenizer, tokenizer_name) for plan in plans]
 
 
 def data_overrides(prepared: Sequence[PreparedSource], section: DatasetSection) -> list[str]:
@@ -124,11 +110,11 @@ def data_overrides(prepared: Sequence[PreparedSource], section: DatasetSection) 
     return overrides
 
 
-def describe_origin(spec: SourceSpec, opened: object, tokenizer_name: str | None) -> Origin:
+def describe_origin(spec: SourceSpec, documents: object, tokenizer_name: str | None) -> Origin:
     """Words for the manifest. Of a path only the last part: the folder may be moved, and be given to others."""
     return Origin(
         source=", ".join(last_part(hide_credentials(path)) for path in spec.path) if spec.path else spec.name,
-        revision=opened.commit if isinstance(opened, HubSource) else spec.revision,
+        revision=documents.commit if isinstance(documents, HubSource) else spec.revision,
         tokenizer=tokenizer_name,
     )
 
@@ -148,35 +134,35 @@ def describe_tokenizer(word: str) -> TokenizerSection:
     return TokenizerSection(path=str(Path(word).expanduser())) if is_path else TokenizerSection(name=word)
 
 
-class _Opened(NamedTuple):
+@dataclass(frozen=True, kw_only=True, slots=True, eq=False)
+class _SplitPlan:
     """A split that was looked at; nothing of it is written."""
 
-    tokens: TokenSource
+    documents: Documents
+    span: Span
     settings: PrepareSettings
-    source: object
-    inventory: Inventory
 
 
 @dataclass(frozen=True, kw_only=True, slots=True, eq=False)
-class _Job:
+class _SourcePlan:
     """A source whose splits were looked at."""
 
     spec: SourceSpec
     folder: Path
     train_split: str
     eval_split: str | None
-    splits: dict[str, _Opened]
+    splits: dict[str, _SplitPlan]
 
 
 def _plan(
     spec: SourceSpec, section: DatasetSection, tokenizer: Tokenizer, folder: Path, min_tokens: int | None
-) -> _Job:
+) -> _SourcePlan:
     splits = list_splits(spec)
     names = list(splits)
     train = parse_split(choose_train_split(names, spec.split))
     settings = choose_settings(section, spec, train, spec.max_documents)
     settings = replace(settings, min_tokens=min_tokens or 0)
-    opened = {train.name: _open_tokens(spec, splits, train, tokenizer, settings, stored_allowed=min_tokens is not None)}
+    plans = {train.name: _plan_split(spec, splits, train, tokenizer, settings, stored_allowed=min_tokens is not None)}
     wanted, evaluation = section.eval_split or choose_eval_split(names, train.name), None
     if wanted is not None:
         check_split(names, wanted, "dataset.eval_split")
@@ -186,11 +172,11 @@ def _plan(
         evaluation = split.name if split.name != train.name else EVAL_SPLITS[0]
         settings = choose_settings(section, spec, split, None)
         stored = min_tokens is not None
-        opened[evaluation] = _open_tokens(spec, splits, split, tokenizer, settings, stored_allowed=stored)
-    return _Job(spec=spec, folder=folder, train_split=train.name, eval_split=evaluation, splits=opened)
+        plans[evaluation] = _plan_split(spec, splits, split, tokenizer, settings, stored_allowed=stored)
+    return _SourcePlan(spec=spec, folder=folder, train_split=train.name, eval_split=evaluation, splits=plans)
 
 
-def _open_tokens(
+def _plan_split(
     spec: SourceSpec,
     splits: Mapping[str, OpenSplit],
     split: SplitSlice,
@@ -198,38 +184,39 @@ def _open_tokens(
     settings: PrepareSettings,
     *,
     stored_allowed: bool,
-) -> _Opened:
+) -> _SplitPlan:
     found = splits[split.name](tokenizer)
-    if isinstance(found, TokenStore) and stored_allowed:
+    if found.is_tokenised and stored_allowed:
         if not split.is_whole:
             raise DataError(f"{split} is a slice of tokens that are on disk already; name the whole split")
-        return _Opened(StoredTokens(found), settings, found, NO_FILES)
-    text = _cut_text(spec, found, split, settings.max_documents)
-    tokens = TextTokens(text.source, tokenizer, settings.max_document_chars, text.span)
-    return _Opened(tokens, settings, text.source, text.source.inventory)
+        return _SplitPlan(documents=found, span=WHOLE, settings=settings)
+    source = found.as_text(spec.label)
+    span = _locate_text(source, split, settings.max_documents)
+    return _SplitPlan(documents=source, span=span, settings=settings)
 
 
-def _prepare(job: _Job, tokenizer: Tokenizer, tokenizer_name: str | None) -> PreparedSource:
+def _prepare(plan: _SourcePlan, tokenizer: Tokenizer, tokenizer_name: str | None) -> PreparedSource:
     manifests = {
-        split: write_tokens(
-            opened.tokens,
+        name: prepare_tokens(
+            split.documents,
             tokenizer,
-            job.folder / split,
-            opened.settings,
-            origin=describe_origin(job.spec, opened.source, tokenizer_name),
+            plan.folder / name,
+            split.settings,
+            span=split.span,
+            origin=describe_origin(plan.spec, split.documents, tokenizer_name),
             replace_other=False,
-            label=str(job.folder / split),
+            label=str(plan.folder / name),
         )
-        for split, opened in job.splits.items()
+        for name, split in plan.splits.items()
     }
-    write_json(job.folder / "dataset_dict.json", {"splits": list(manifests)})
+    write_json(plan.folder / "dataset_dict.json", {"splits": list(manifests)})
     return PreparedSource(
-        folder=job.folder,
-        spec=job.spec,
-        train_split=job.train_split,
-        eval_split=job.eval_split,
+        folder=plan.folder,
+        spec=plan.spec,
+        train_split=plan.train_split,
+        eval_split=plan.eval_split,
         manifests=manifests,
-        inventory=sum((opened.inventory for opened in job.splits.values()), NO_FILES),
+        inventory=sum((split.documents.inventory for split in plan.splits.values()), NO_FILES),
     )
 
 

@@ -18,56 +18,32 @@ from typing import Any
 from neobert.config.schema import DatasetSection
 from neobert.data.fingerprint import combine
 from neobert.data.rows.lanes import State
-from neobert.data.source.formats import OpenSplit, StdlibSource, StreamedText, list_splits
-from neobert.data.source.inventory import NO_FILES, Inventory
+from neobert.data.source.documents import Documents
+from neobert.data.source.formats import OpenSplit, list_splits
 from neobert.data.source.spec import SourceSpec, describe_sources, name_folders
 from neobert.data.source.splits import SplitSlice, choose_eval_split, choose_train_split, parse_split, slice_bounds
-from neobert.data.source.text import WHOLE, RecordCounts, Span, TextSource, cut_text
-from neobert.data.store.arrow import TokenStore
+from neobert.data.source.text import WHOLE, RecordCounts, Span, cut_text
 from neobert.data.store.prepare import prepare_tokens
 from neobert.data.store.prepare_settings import choose_settings
+from neobert.data.store.tokens import TokenStore
 from neobert.data.tokenizer import Tokenizer
-from neobert.errors import DataError
-
-Place = State | int
-"""A place between two documents: a cursor of text, or the number of the next row of an indexed store."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True, eq=False)
 class View:
-    """The documents of a split, or of a stretch of it."""
+    """Some of the documents of a source, in a row."""
 
-    documents: TokenStore | StreamedText
-    fingerprint: str
-    notes: tuple[str, ...]
-    inventory: Inventory = NO_FILES
-    begin: Place | None = None
-    """None: at the first document."""
-
-    end: Place | None = None
-    """None: behind the last one."""
-
-    @property
-    def span(self) -> Span:
-        """The stretch of a source of text."""
-        assert not isinstance(self.begin, int)
-        assert not isinstance(self.end, int)
-        return Span(self.begin, self.end)
-
-    @property
-    def rows(self) -> tuple[int, int]:
-        """The stretch of an indexed store: first row, and the one behind the last."""
-        assert isinstance(self.documents, TokenStore)
-        assert not isinstance(self.begin, dict)
-        assert not isinstance(self.end, dict)
-        return self.begin or 0, len(self.documents) if self.end is None else self.end
+    documents: Documents
+    spec: SourceSpec
+    span: Span
 
     def count(self) -> int | None:
         """Documents, where their number is known without reading them."""
-        if isinstance(self.documents, TokenStore):
-            first, last = self.rows
-            return self.documents.document_at(last) - self.documents.document_at(first)
-        return self.documents.count() if self.span == WHOLE else None
+        return self.documents.count(self.span)
+
+    def beyond(self, cursor: State | None) -> "View":
+        """What is left after the document with this cursor; None: all of it."""
+        return replace(self, span=self.span.beyond(cursor))
 
 
 @dataclass(frozen=True, kw_only=True, slots=True, eq=False)
@@ -89,34 +65,29 @@ class Source:
     def open(self, split: SplitSlice, max_documents: int | None = None) -> View:
         """A split or a slice of it, at most its first `max_documents`; tokenises it first where that is wanted."""
         found = self.splits[split.name](self.tokenizer)
-        to_disk = self.section.streaming is False or self.section.pre_tokenize
-        if isinstance(found, TokenStore):
-            view = View(documents=found, fingerprint=found.fingerprint, notes=tuple(found.notes))
-        elif to_disk or isinstance(found, StdlibSource):
-            if found.count() is None and split.needs_size:
-                # The size is known when the whole split is on disk; only then can it be sliced.
-                view = self._prepare(found, SplitSlice(name=split.name), None)
-            else:
-                return self._prepare(found, split, max_documents)
-        else:
-            notes, inventory = tuple(found.notes), found.inventory
-            view = View(documents=found, fingerprint=found.fingerprint, notes=notes, inventory=inventory)
-        begin, end = locate_slice(view.documents, split, max_documents)
-        return replace(view, begin=begin, end=end)
+        to_disk = self.section.streaming is False or self.section.pre_tokenize or not found.in_place
+        if to_disk and not found.is_tokenised:
+            if found.count() is not None or not split.needs_size:
+                return View(documents=self._prepare(found, split, max_documents), spec=self.spec, span=WHOLE)
+            # The size is known when the whole split is on disk; only then can it be sliced.
+            found = self._prepare(found, SplitSlice(name=split.name), None)
+        return View(documents=found, spec=self.spec, span=locate_slice(found, split, max_documents))
 
-    def _prepare(self, source: TextSource, split: SplitSlice, max_documents: int | None) -> View:
+    def _prepare(self, documents: Documents, split: SplitSlice, max_documents: int | None) -> Documents:
+        """The documents as tokens on disk; they have the fingerprint of what they are made of."""
         folder = self.prepared_dir / split.folder_name
-        span = Span(*locate_slice(source, split, max_documents))
+        span = locate_slice(documents, split, max_documents)
         settings = choose_settings(self.section, self.spec, split, max_documents)
-        facts = {f"documents of {self.spec.label}": source.fingerprint, "tokenizer": self.tokenizer.digest}
+        facts = {f"documents of {self.spec.label}": documents.fingerprint, "tokenizer": self.tokenizer.digest}
         with self.main_first(facts):
-            manifest = prepare_tokens(source, self.tokenizer, folder, settings, span=span, label=str(folder))
+            manifest = prepare_tokens(documents, self.tokenizer, folder, settings, span=span, label=str(folder))
         numbers = {key: manifest[key] for key in ("num_documents", "num_tokens", "bad", "skipped")}
         note = "tokenised to {}: {num_documents:,} documents, {num_tokens:,} tokens; {bad} bad, {skipped} without text"
-        store = TokenStore(folder, self.tokenizer)
-        notes = (*source.notes, note.format(folder, **numbers))
-        fingerprint = combine([source.fingerprint], lambda parts: _hash(parts[0], str(span)))
-        return View(documents=store, fingerprint=fingerprint, notes=notes, inventory=source.inventory)
+        stored = TokenStore(folder, self.tokenizer)
+        stored.fingerprint = combine([documents.fingerprint], lambda parts: _hash(parts[0], str(span)))
+        stored.notes = [*documents.notes, note.format(folder, **numbers)]
+        stored.inventory = documents.inventory
+        return stored
 
 
 def list_sources(
@@ -149,13 +120,9 @@ def list_sources(
 
 
 def locate_slice(
-    documents: TokenStore | TextSource,
-    split: SplitSlice,
-    max_documents: int | None = None,
-    *,
-    size: int | None = None,
-) -> tuple[Any | None, Any | None]:
-    """Where a slice begins and ends: cursors of text, rows of an indexed store; None for the ends of the split.
+    documents: Documents, split: SplitSlice, max_documents: int | None = None, *, size: int | None = None
+) -> Span:
+    """Where a slice begins and ends.
 
     Args:
         size: documents of the split, where the caller knows better than the source.
@@ -169,17 +136,7 @@ def locate_slice(
         last = first + max_documents
         if size is not None:
             last = min(last, size)
-    if isinstance(documents, TokenStore):
-        return documents.row_of(first) if first else None, None if last is None else documents.row_of(last)
-    begin = documents.cursor_after(first) if first else None
-    if last is None or last == size:
-        return begin, None
-    try:
-        return begin, documents.cursor_after(last)
-    except DataError:
-        if max_documents is None:
-            raise
-        return begin, None  # Fewer documents than the cap: all of them.
+    return documents.slice(first, last, size=size, is_cap=max_documents is not None)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True, eq=False)
@@ -218,16 +175,14 @@ def _hash(*parts: str) -> str:
 def _open_texts(spec: SourceSpec, section: DatasetSection, max_documents: int | None) -> TrainingTexts:
     splits = list_splits(spec)
     train = parse_split(choose_train_split(list(splits), spec.split))
-    source = splits[train.name](None)
-    if isinstance(source, TokenStore):
-        raise DataError("a tokenizer is trained on text, and this source is tokenised already")
+    source = splits[train.name](None).as_text(spec.label)
     wanted = None if section.eval_split is None else parse_split(section.eval_split).name
     has_split = wanted is not None or choose_eval_split(list(splits), train.name) is not None
     num_held_out = 0 if has_split else section.eval_samples or 0
     if not has_split and section.validation_split is not None:
         num_held_out = int((source.count() or 0) * section.validation_split) + 1
     counts = RecordCounts(max_bad=section.max_bad_records, where="the training split")
-    span = Span(*locate_slice(source, train, spec.max_documents))
+    span = locate_slice(source, train, spec.max_documents)
 
     def texts() -> Iterator[str]:
         number = 0

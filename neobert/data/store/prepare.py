@@ -17,20 +17,21 @@ import json
 import shutil
 import sys
 import time
-from collections.abc import Generator, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import closing, nullcontext, suppress
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from types import TracebackType
-from typing import Any, Protocol, Self
+from typing import Any, Self
 
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 
 from neobert.data.rows.lanes import IntArray, State
-from neobert.data.source.text import WHOLE, RecordCounts, Span, TextSource
+from neobert.data.source.documents import Documents
+from neobert.data.source.text import WHOLE, RecordCounts, Span
 from neobert.data.store.arrow import read_manifest
-from neobert.data.store.encode import EncodedDocument, encode_documents
+from neobert.data.store.encode import EncodedDocument
 from neobert.data.store.prepare_settings import UNNAMED, Origin, PrepareSettings, describe_differences, make_identity
 from neobert.data.store.token_writer import TokenWriter, write_description
 from neobert.data.tokenizer import Tokenizer
@@ -94,35 +95,6 @@ _PART_NUMBERS = 1 << 40
 """Document numbers of part i begin at i times this: they rise over all parts, without knowing the parts before."""
 
 
-class TokenSource(Protocol):
-    """Documents as tokens, in source order."""
-
-    fingerprint: str
-
-    def documents(self, after: State | None, counts: RecordCounts) -> Generator[EncodedDocument, None, None]:
-        """The documents behind a cursor (None: all); records that give none are added to `counts`."""
-
-    def count(self) -> int | None:
-        """Records there are; None when that is not known."""
-
-
-class TextTokens:
-    """A source of text, tokenised while it is read."""
-
-    def __init__(self, source: TextSource, tokenizer: Tokenizer, max_document_chars: int, span: Span = WHOLE) -> None:
-        self._source, self._encode, self._span = source, tokenizer.encode_batch, span
-        self._max_document_chars = max_document_chars
-        self.fingerprint = source.fingerprint
-
-    def documents(self, after: State | None, counts: RecordCounts) -> Generator[EncodedDocument, None, None]:
-        span = self._span if after is None else Span(after, self._span.until)
-        with closing(self._source.records(span)) as records:
-            yield from encode_documents(records, self._encode, counts, self._max_document_chars, num_ahead=2)
-
-    def count(self) -> int | None:
-        return self._source.count() if self._span == WHOLE else None
-
-
 @dataclass(kw_only=True, slots=True)
 class _Progress:
     """What is finished: the state of the writing at the end of a file."""
@@ -141,10 +113,11 @@ class _Progress:
 
 
 @dataclass(frozen=True, kw_only=True, slots=True, eq=False)
-class _Job:
+class _Preparation:
     """Everything that decides what is written."""
 
-    tokens: TokenSource
+    documents: Documents
+    span: Span
     tokenizer: Tokenizer
     folder: Path
     settings: PrepareSettings
@@ -157,7 +130,7 @@ class _Job:
         return work_folder(self.folder)
 
     def identity(self) -> dict[str, Any]:
-        return make_identity(self.tokens.fingerprint, self.tokenizer, self.settings, self.part)
+        return make_identity(self.documents.fingerprint, self.tokenizer, self.settings, self.part)
 
 
 def work_folder(folder: Path) -> Path:
@@ -166,7 +139,7 @@ def work_folder(folder: Path) -> Path:
 
 
 def prepare_tokens(
-    source: TextSource,
+    documents: Documents,
     tokenizer: Tokenizer,
     folder: Path,
     settings: PrepareSettings,
@@ -177,10 +150,10 @@ def prepare_tokens(
     replace_other: bool = True,
     label: str | None = None,
 ) -> dict[str, Any]:
-    """Makes `folder` hold the source's documents as tokens, or finds that it does; returns its manifest.
+    """Makes `folder` hold documents as tokens, or finds that it does; returns its manifest.
 
     Args:
-        span: the stretch of the source to write.
+        span: which of the documents to write.
         part: (number from 0, count), where the folder is one of several that are joined later.
         replace_other: whether a folder of ours with other documents or settings is replaced; else it is an error.
         label: shows the progress under this name; None is silent.
@@ -188,26 +161,15 @@ def prepare_tokens(
     Raises:
         DataError: too many bad records, no usable document, or the folder holds something else.
     """
-    tokens = TextTokens(source, tokenizer, settings.max_document_chars, span)
-    return write_tokens(
-        tokens, tokenizer, folder, settings, origin=origin, part=part, replace_other=replace_other, label=label
-    )
-
-
-def write_tokens(
-    tokens: TokenSource,
-    tokenizer: Tokenizer,
-    folder: Path,
-    settings: PrepareSettings,
-    *,
-    origin: Origin = UNNAMED,
-    part: tuple[int, int] | None = None,
-    replace_other: bool = True,
-    label: str | None = None,
-) -> dict[str, Any]:
-    """As `prepare_tokens`, for documents that may be tokens already."""
-    job = _Job(
-        tokens=tokens, tokenizer=tokenizer, folder=folder, settings=settings, origin=origin, part=part, label=label
+    job = _Preparation(
+        documents=documents,
+        span=span,
+        tokenizer=tokenizer,
+        folder=folder,
+        settings=settings,
+        origin=origin,
+        part=part,
+        label=label,
     )
     if (found := _find(job, replace_other)) is not None:
         if job.work.exists():  # Killed behind the last rename, or another process is at work there.
@@ -232,7 +194,7 @@ def write_tokens(
     return manifest
 
 
-def _find(job: _Job, replace_other: bool) -> dict[str, Any] | None:
+def _find(job: _Preparation, replace_other: bool) -> dict[str, Any] | None:
     """The manifest of a folder that is complete already.
 
     Raises:
@@ -249,7 +211,7 @@ def _find(job: _Job, replace_other: bool) -> dict[str, Any] | None:
     return None if differences else found
 
 
-def _load_progress(job: _Job, replace_other: bool) -> _Progress:
+def _load_progress(job: _Preparation, replace_other: bool) -> _Progress:
     """What an interrupted writing has finished; files beyond that are removed.
 
     Raises:
@@ -284,11 +246,11 @@ def read_progress(work: Path) -> dict[str, Any]:
     return found
 
 
-def _save_progress(job: _Job, progress: _Progress) -> None:
+def _save_progress(job: _Preparation, progress: _Progress) -> None:
     write_json(job.work / "progress.json", asdict(progress) | {"identity": job.identity()})
 
 
-def _write(job: _Job, progress: _Progress) -> dict[str, Any]:
+def _write(job: _Preparation, progress: _Progress) -> dict[str, Any]:
     """Writes what is missing of the folder, and its description; returns the manifest."""
     settings, tokenizer, output = job.settings, job.tokenizer, job.work / "output"
     writer = TokenWriter(
@@ -300,7 +262,7 @@ def _write(job: _Job, progress: _Progress) -> dict[str, Any]:
         files=progress.files,
     )
     first_number = job.part[0] * _PART_NUMBERS if job.part else 0
-    total = job.tokens.count()
+    total = job.documents.count(job.span)
     with Meter(job.label) if job.label else nullcontext() as meter:
         for document in _documents(job, progress):
             pieces = cut_tokens(document.tokens, settings.row_tokens)
@@ -325,14 +287,15 @@ def _write(job: _Job, progress: _Progress) -> dict[str, Any]:
     return manifest
 
 
-def _documents(job: _Job, progress: _Progress) -> Iterator[EncodedDocument]:
+def _documents(job: _Preparation, progress: _Progress) -> Iterator[EncodedDocument]:
     """The documents that are still to be written; `progress` counts what is passed over on the way."""
     settings = job.settings
     if progress.num_documents == settings.max_documents:
         return
     counts = RecordCounts(max_bad=settings.max_bad_records, where="the source")
     counts.bad, counts.skipped = progress.bad, progress.skipped
-    with closing(job.tokens.documents(progress.cursor, counts)) as documents:
+    span, limit = job.span.beyond(progress.cursor), settings.max_document_chars
+    with closing(job.documents.open(span, job.tokenizer.encode_batch, counts, limit, num_ahead=2)) as documents:
         for document in documents:
             progress.bad, progress.skipped = document.bad, document.skipped
             if not len(document.tokens):
@@ -364,7 +327,7 @@ def _share_done(settings: PrepareSettings, progress: _Progress, total: int | Non
     return passed / total if total else None
 
 
-def _make_manifest(job: _Job, progress: _Progress, files: Mapping[str, Any]) -> dict[str, Any]:
+def _make_manifest(job: _Preparation, progress: _Progress, files: Mapping[str, Any]) -> dict[str, Any]:
     tokenizer = job.tokenizer
     return job.identity() | {
         "source_label": job.origin.source,
