@@ -9,8 +9,15 @@ class UserError(Exception):
     It may quote an address: whoever prints it, in a traceback too, prints no secret.
     """
 
+    outcome: str = "wrong_call"
+    """The key of `cli.EXIT_CODES` that a command ends with."""
+
     def __str__(self) -> str:
         return scrub(super().__str__())
+
+
+class CallError(UserError):
+    """A command line that cannot be read; the message names the flag and the remedy."""
 
 
 class StartupError(UserError):

@@ -1,9 +1,6 @@
-"""Kill a run at random instants, compare it with one left alone: `python scripts/kill_storm.py FOLDER --kills 200`."""
+"""`neobert kill-storm`: kill a run at random instants, and compare it with one left alone."""
 
-import sys
-
-from neobert import cli
-from neobert.benchmark.kill_storm import main
+from neobert.commands.table import run_command
 
 if __name__ == "__main__":
-    cli.run(lambda: main(sys.argv[1:]))
+    run_command("kill-storm")

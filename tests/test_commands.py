@@ -1,9 +1,11 @@
-"""Every script answers `--help` and a wrong config without its libraries, and ends through one function."""
+"""Every command answers `--help` and a wrong config without its libraries, and ends through one function."""
 
 import json
+import os
 import re
 import subprocess
 import sys
+import tomllib
 from pathlib import Path
 from typing import Any
 
@@ -13,10 +15,12 @@ from calls import SCRIPTS, call
 from neobert import cli
 from neobert.benchmark.against import RUNS
 from neobert.benchmark.settings import CONTESTANTS
+from neobert.benchmark.trial import Stopped
+from neobert.commands.flags import POOLING_HELP, build_model_parser
+from neobert.commands.table import COMMANDS
 from neobert.contrastive.mine import MineSettings
 from neobert.data.tokenizer import DEFAULT_VOCAB_SIZE
 from neobert.errors import UserError
-from neobert.inference.command_line import POOLING_HELP, model_parser
 from neobert.inference.embed import EmbedSettings
 from neobert.inference.load import DTYPES
 from neobert.inference.mlm_loss import LossSettings
@@ -28,15 +32,19 @@ ROOT = SCRIPTS.parent
 BLOCKED = ("torch", "transformers", "datasets", "pyarrow", "accelerate", "tokenizers", "safetensors")
 
 ALL_IN_ONE = f"""
-import json, runpy, sys
+import contextlib, io, json, runpy, sys
 for name in {BLOCKED!r}:
     sys.modules[name] = None  # An import of it is an error.
+from neobert.commands.table import main
+answers = []
 for words in json.load(sys.stdin):
-    sys.argv = words
+    sys.argv, said = words, io.StringIO()
     try:
-        runpy.run_path(words[0], run_name="__main__")
+        with contextlib.redirect_stdout(said), contextlib.redirect_stderr(said):
+            main() if words[0] == "neobert" else runpy.run_path(words[0], run_name="__main__")
     except SystemExit as ended:
-        print("ENDED", words[0], ended.code, flush=True)
+        answers.append([ended.code, said.getvalue()])
+print(json.dumps(answers))
 """
 
 WRONG = {
@@ -54,35 +62,93 @@ WRONG = {
 """Scripts that read a config, with one in which a key is misspelled."""
 
 
+Answer = tuple[int, str]
+
+
+def ask(calls: list[list[str]]) -> list[Answer]:
+    """Exit code and output of each call, all in one process that cannot import the libraries."""
+    done = subprocess.run(
+        [sys.executable, "-c", ALL_IN_ONE],
+        input=json.dumps(calls),
+        cwd=ROOT,
+        text=True,
+        capture_output=True,
+        env={**os.environ, "COLUMNS": "1000"},
+    )
+    assert done.returncode == 0, done.stderr
+    answers = [(code, said) for code, said in json.loads(done.stdout)]
+    assert len(answers) == len(calls)
+    return answers
+
+
 @pytest.fixture(scope="module")
-def told(tmp_path_factory: pytest.TempPathFactory) -> str:
-    """What all scripts say to `--help`, then to a config with a typo, in one process without the libraries."""
-    folder = tmp_path_factory.mktemp("typo")
-    (folder / "CONFIG").write_text(
+def helped() -> dict[str, Answer]:
+    """What scripts, by their path, and commands, by their name, say to `--help`."""
+    scripts = [str(SCRIPTS / command.script) for command in COMMANDS.values() if command.script is not None]
+    calls = [*([script, "--help"] for script in scripts), *(["neobert", name, "--help"] for name in COMMANDS)]
+    return dict(zip([*scripts, *COMMANDS], ask(calls)))
+
+
+def test_help_needs_no_library(helped: dict[str, Answer]) -> None:
+    assert len(helped) > 60
+    assert {name: said for name, (code, said) in helped.items() if code != 0} == {}
+    assert all(said.startswith("usage: ") for _, said in helped.values())
+
+
+@pytest.mark.parametrize("name", COMMANDS)
+def test_a_script_is_its_command(name: str, helped: dict[str, Answer]) -> None:
+    command = COMMANDS[name]
+    if command.script is None:
+        return
+    path = SCRIPTS / command.script
+    assert path.read_text().split("\n", 1)[1] == (
+        f'\nfrom neobert.commands.table import run_command\n\nif __name__ == "__main__":\n    run_command("{name}")\n'
+    )
+    script, own = helped[str(path)][1], helped[name][1]
+    assert script.replace(f"python {path}", f"neobert {name}") == own
+
+
+def test_every_script_is_a_command() -> None:
+    scripts = [command.script for command in COMMANDS.values() if command.script is not None]
+    assert sorted(scripts) == sorted(str(path.relative_to(SCRIPTS)) for path in SCRIPTS.rglob("*.py"))
+
+
+def test_a_typo_in_a_config_needs_no_library(tmp_path: Path) -> None:
+    (tmp_path / "CONFIG").write_text(
         "dataset: {path: x}\ntokenizer: {train: true}\ntrainer: {max_stepz: 3, max_steps: 1}\n"
     )
-    (folder / "PLAN").write_text("config: CONFIG\nruns: {one: {}}\n")
-    (folder / "PIPELINE").write_text(f"output: x\nstages: [{{name: one, run: pretrain, config: {folder}/CONFIG}}]\n")
-    scripts = sorted(SCRIPTS.rglob("*.py"))
-    calls = [[str(path), "--help"] for path in scripts]
-    for script, words in WRONG.items():
-        given = [str(folder / word) if word.isupper() else word for word in words]
-        calls.append([str(SCRIPTS / script), *given])
-    command = [sys.executable, "-c", ALL_IN_ONE]
-    done = subprocess.run(command, input=json.dumps(calls), cwd=ROOT, text=True, capture_output=True)
-    assert done.returncode == 0, done.stderr
-    assert len(scripts) > 30
-    return done.stdout + done.stderr
+    (tmp_path / "PLAN").write_text("config: CONFIG\nruns: {one: {}}\n")
+    (tmp_path / "PIPELINE").write_text(
+        f"output: x\nstages: [{{name: one, run: pretrain, config: {tmp_path}/CONFIG}}]\n"
+    )
+    calls = [
+        [str(SCRIPTS / script), *(str(tmp_path / word) if word.isupper() else word for word in words)]
+        for script, words in WRONG.items()
+    ]
+    for (code, said), script in zip(ask(calls), WRONG):
+        assert (code, "trainer.max_stepz: unknown key" in said) == (2, True), (script, said)
 
 
-def test_help_needs_no_library(told: str) -> None:
-    helped = set(re.findall(rf"^ENDED {SCRIPTS}/(\S+) 0$", told, re.M))
-    assert helped == {str(path.relative_to(SCRIPTS)) for path in SCRIPTS.rglob("*.py")}
+def test_the_list_of_commands() -> None:
+    (code, said), (code_of_none, usage), (code_of_typo, error), (_, far) = ask(
+        [["neobert", "--help"], ["neobert"], ["neobert", "mlm_los"], ["neobert", "xyzzy"]]
+    )
+    assert (code, code_of_none, code_of_typo) == (0, 2, 2)
+    assert said == usage
+    for name, command in COMMANDS.items():
+        assert re.search(rf"^  {name} +{re.escape(command.help)}$", said, re.M)
+    assert error == "error: mlm_los: there is no such command; did you mean mlm-loss? `neobert --help` lists them\n"
+    assert far == "error: xyzzy: there is no such command; `neobert --help` lists them\n"
 
 
-def test_a_typo_in_a_config_needs_no_library(told: str) -> None:
-    assert set(re.findall(rf"^ENDED {SCRIPTS}/(\S+) 2$", told, re.M)) == set(WRONG)
-    assert len(re.findall(r"trainer\.max_stepz: unknown key", told)) == len(WRONG)
+def test_the_package_is_a_command(tmp_path: Path) -> None:
+    command = [sys.executable, "-m", "neobert", "config", "copy", "quickstart"]
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True)
+    assert (done.returncode, done.stdout) == (0, "quickstart copied to quickstart.yaml\n"), done.stderr
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())
+    assert project["project"]["scripts"] == {"neobert": "neobert.commands.table:main"}
+    assert project["tool"]["setuptools"]["package-data"] == {"*": ["*.yaml"]}
 
 
 @pytest.mark.parametrize(
@@ -107,7 +173,7 @@ def test_help_says_the_defaults_that_hold(
 
 def test_names_that_help_writes_out_are_those_of_the_tables(capsys: pytest.CaptureFixture[str]) -> None:
     assert set(re.findall(r"\w+", POOLING_HELP)) >= set(POOLING)
-    actions = {action.dest: action for action in model_parser("")._actions}
+    actions = {action.dest: action for action in build_model_parser("", "")._actions}
     assert actions["dtype"].choices == list(DTYPES)
     assert actions["weights"].choices == list(WEIGHTS)
     assert tuple(RUNS) == CONTESTANTS
@@ -152,20 +218,22 @@ def test_other_errors_keep_their_traceback() -> None:
         cli.run(lambda: 1 // 0)
 
 
-def test_every_script_ends_through_one_function() -> None:
-    for path in SCRIPTS.rglob("*.py"):
-        text = path.read_text()
-        assert "    cli.run(" in text, path
-        assert "sys.exit" not in text, path
+def test_errors_are_printed_in_one_file() -> None:
+    sources = {path: path.read_text() for path in (ROOT / "neobert").rglob("*.py")}
+    assert [path.name for path, text in sources.items() if '"error: ' in text] == ["cli.py"]
     # What may quote an address is printed by `cli.say`, which hides what signs it.
-    printed = [path for path in (ROOT / "neobert").rglob("*.py") if "file=sys.stderr" in path.read_text()]
-    assert {str(path.relative_to(ROOT / "neobert")) for path in printed} == {
-        "benchmark/lives.py",
-        "cli.py",
-        "config/command_line.py",
-        "data/store/prepare.py",
-        "output.py",
-    }
+    printed = {str(path.relative_to(ROOT / "neobert")) for path, text in sources.items() if "file=sys.stderr" in text}
+    assert printed == {"cli.py", "data/store/prepare.py"}
+
+
+def test_an_error_says_how_the_command_ends(capsys: pytest.CaptureFixture[str]) -> None:
+    def main() -> None:
+        raise Stopped("numbers")
+
+    with pytest.raises(SystemExit) as ended:
+        cli.run(main)
+    assert ended.value.code == cli.EXIT_CODES["numbers"] == 76
+    assert "error: the run stopped early (numbers)" in capsys.readouterr().err
 
 
 def test_a_tokenizer_is_not_written_over_another(

@@ -13,7 +13,6 @@ ROOT = Path(__file__).parents[1]
 COMMAND = """
 import sys, warnings, logging
 from neobert import cli
-from neobert.output import print_result
 
 def main():
     for number in range(300):
@@ -24,7 +23,7 @@ def main():
     print("unfinished", end="")
     open(sys.argv[1], "w").write("done")
     if len(sys.argv) > 2:
-        print_result("the result")
+        cli.print_result("the result")
     return 7
 
 cli.run(main)

@@ -116,7 +116,7 @@ CALLS = [
         "Not a directory",
     ),
     ("pretraining/preprocess.py none.yaml", f"the config file {NEARBY}"),
-    ("pretraining/preprocess.py pairs.yaml", "task: contrastive is for scripts/contrastive/preprocess.py"),
+    ("pretraining/preprocess.py pairs.yaml", "task: contrastive is for neobert preprocess-pairs"),
     ("pretraining/pretrain.py none.yaml", f"the config file {NEARBY}"),
     (
         "pretraining/tokenize_dataset.py --dataset text.jsonl --tokenizer tokenizer --output new --dataset-config en",

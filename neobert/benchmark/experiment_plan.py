@@ -20,6 +20,7 @@ from pathlib import Path
 
 from neobert.config.load import ConfigError, load_config, split_arguments
 from neobert.config.schema import Config
+from neobert.config.shipped import find_file
 from neobert.config.source import Leaf, Tree, YamlError, parse_yaml, read_yaml_text
 from neobert.errors import UserError
 
@@ -98,7 +99,7 @@ def load_plan(path: Path) -> Plan:
         raise PlanError(f"{path}: runs: write at least one, as `name: {{overrides: [section.key=value]}}`")
     return Plan(
         name=path.stem,
-        config=path.parent / config.text,
+        config=find_file(path).parent / config.text,
         seeds_at_best=int(seeds.text),
         variants=tuple(_parse_variant(path, name, entry) for name, entry in runs.items()),
     )

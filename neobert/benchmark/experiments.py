@@ -254,7 +254,7 @@ def _make(job: Job, config: Config, run: Path, data: Path) -> TrialResult:
         train(config)
         found = score(run, data, device="cpu" if config.trainer.use_cpu else "auto")
     except Stopped as stopped:
-        if stopped.reason != "numbers":
+        if stopped.outcome != "numbers":
             raise
     return TrialResult(
         variant=job.variant.name,

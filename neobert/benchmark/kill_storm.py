@@ -6,7 +6,6 @@ until the number of kills is reached. Every step line of every storm must equal 
 must the final weights.
 """
 
-import argparse
 import json
 import os
 import random
@@ -19,8 +18,7 @@ from hashlib import sha256
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from neobert.benchmark.flags import count
-from neobert.config.load import ConfigError, parse_config
+from neobert.config.load import parse_config
 from neobert.errors import UserError
 
 if TYPE_CHECKING:
@@ -125,40 +123,42 @@ def run_storm(
             raise StormError(f"a start ended with code {code}; see {output}")
 
 
-def main(argv: Sequence[str]) -> int:
-    """The command line of `scripts/kill_storm.py`; 1 when a storm differs from the peaceful run."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("folder", type=Path, help="an empty or new folder to work in")
-    parser.add_argument("--kills", type=count, default=200)
-    parser.add_argument("--life", type=float, help="longest life in seconds (default: half of the peaceful run)")
-    parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("overrides", nargs="*", help="further settings, for example trainer.async_save=true")
-    arguments = parser.parse_intermixed_args(argv)
-    folder: Path = arguments.folder.absolute()
-    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
-        parser.error(f"{folder} is not an empty folder")
-    if arguments.life is not None and not arguments.life > 0:
-        parser.error(f"--life: {arguments.life} must be greater than 0")
-    overrides = [f"dataset.path={folder / 'corpus'}", *arguments.overrides]
-    try:
-        parse_config(SETTINGS, overrides)
-    except ConfigError as error:
-        parser.error(str(error))
+def run_storms(folder: Path, more: Sequence[str], *, kills: int, life: float | None, seed: int) -> int:
+    """Prints one line a storm; 1 when one differs from the peaceful run, else 0.
+
+    Args:
+        folder: a new or empty one to work in.
+        more: further settings of the run.
+        life: longest life in seconds; None for half of the peaceful run.
+
+    Raises:
+        ConfigError: in `more`, before anything is written.
+        StormError: a start failed.
+    """
+    overrides = [f"dataset.path={folder / 'corpus'}", *more]
+    parse_config(SETTINGS, overrides)
     folder.mkdir(parents=True, exist_ok=True)
-    write_corpus(folder / "corpus", seed=arguments.seed)
+    write_corpus(folder / "corpus", seed=seed)
     config_file = folder / "storm.yaml"
     config_file.write_text(SETTINGS)
-    from neobert.benchmark.lives import Lives  # With all that training needs, after the arguments.
+    from neobert.benchmark.lives import Lives  # With all that training needs, after the settings are checked.
 
     lives = Lives()
     try:
-        return _compare(lives, config_file, overrides, folder, arguments)
+        return _compare(lives, config_file, overrides, folder, kills=kills, life=life, seed=seed)
     finally:
         lives.close()
 
 
 def _compare(
-    lives: "Lives", config_file: Path, overrides: list[str], folder: Path, arguments: argparse.Namespace
+    lives: "Lives",
+    config_file: Path,
+    overrides: list[str],
+    folder: Path,
+    *,
+    kills: int,
+    life: float | None,
+    seed: int,
 ) -> int:
     peace = folder / "peace"
     lives.start(config_file, [*overrides, f"trainer.output_dir={peace}"], folder / "peace.log")
@@ -167,21 +167,21 @@ def _compare(
         raise StormError(f"the run that was left alone failed; see {folder / 'peace.log'}")
     seconds = time.perf_counter() - started
     expected, weights = read_steps(peace), digest_of_weights(peace)
-    life = arguments.life or seconds / 2
+    life = life or seconds / 2
     print(f"left alone: {len(expected)} steps, {seconds:.1f} s, weights sha256 {weights}", flush=True)
     print("storm  kills  steps that differ   weights  seconds  killed while", flush=True)
     storms: list[Storm] = []
     total = 0
-    while total < arguments.kills:
+    while total < kills:
         out = folder / f"storm-{len(storms)}"
         storm = run_storm(
             lives,
             config_file,
             out,
             overrides,
-            max_kills=arguments.kills - total,
+            max_kills=kills - total,
             life=life,
-            seed=arguments.seed * 1000 + len(storms),
+            seed=seed * 1000 + len(storms),
         )
         found = read_steps(out)
         storm.different_steps = sum(a != b for a, b in zip(expected, found)) + abs(len(expected) - len(found))

@@ -12,11 +12,10 @@ import subprocess
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
-from neobert.cli import EXIT_CODES
+from neobert import cli
 from neobert.config.load import load_config
-from neobert.errors import UserError
 from neobert.train.loop import pretrain
 
 
@@ -83,12 +82,12 @@ def _serve() -> None:
         for rank in range(request["world"]):
             pid = os.fork()
             if pid == 0:
-                sys.exit(_live(request, rank))
+                _live(request, rank)
             pids.append(pid)
         print(json.dumps(pids), flush=True)
 
 
-def _live(request: dict[str, Any], rank: int) -> int:
+def _live(request: dict[str, Any], rank: int) -> NoReturn:
     descriptor = os.open(request["output"], os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
     os.dup2(descriptor, 1)
     os.dup2(descriptor, 2)
@@ -96,11 +95,7 @@ def _live(request: dict[str, Any], rank: int) -> int:
     if request["world"] > 1:
         world = str(request["world"])
         os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=world, LOCAL_WORLD_SIZE=world)
-    try:
-        return EXIT_CODES[pretrain(load_config(request["config"], request["overrides"])).reason]
-    except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
+    cli.run(lambda: cli.EXIT_CODES[pretrain(load_config(request["config"], request["overrides"])).reason])
 
 
 if __name__ == "__main__":

@@ -21,6 +21,7 @@ import torch
 from neobert.config.load import load_saved_config
 from neobert.config.schema import Config
 from neobert.data.store.encode import limit_threads
+from neobert.errors import UserError
 from neobert.inference.load import load
 from neobert.inference.mlm_loss import LossSettings, MlmLoss, mlm_loss
 from neobert.inference.scorer import OwnScorer
@@ -36,12 +37,12 @@ VALIDATION = "validation"
 FINISHED = ("finished", "complete")
 
 
-class Stopped(Exception):
-    """A run ended before its budget was spent; `reason` is a key of EXIT_CODES."""
+class Stopped(UserError):
+    """A run ended before its budget was spent; `outcome` is the reason, a key of EXIT_CODES."""
 
     def __init__(self, reason: str) -> None:
-        super().__init__(reason)
-        self.reason = reason
+        super().__init__(f"the run stopped early ({reason}); type the same command again")
+        self.outcome = reason
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

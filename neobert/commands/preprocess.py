@@ -51,7 +51,7 @@ def choose_output(config: Config, config_name: str) -> tuple[Path, Config]:
 def write_command(words: Sequence[str], overrides: Sequence[str]) -> str:
     """The line that trains with a command line's `words` and more overrides, `key=value` each."""
     pairs = [part for override in overrides for part in ("--" + override).split("=", maxsplit=1)]
-    return shlex.join(["python", "scripts/pretraining/pretrain.py", *map(hide_credentials, [*words, *pairs])])
+    return shlex.join(["neobert", "pretrain", *map(hide_credentials, [*words, *pairs])])
 
 
 def choose_config_name(words: Sequence[str]) -> str:

@@ -136,7 +136,7 @@ def _find_problems(stage: Stage, before: Sequence[Stage]) -> list[str]:
 # ---- running ----
 
 
-def run_pipeline(pipeline: Pipeline, scripts: Path, *, dry_run: bool) -> int:
+def run_pipeline(pipeline: Pipeline, *, dry_run: bool) -> int:
     """Runs the stages that are not finished, in order; returns an exit code of the training scripts.
 
     Raises:
@@ -150,12 +150,12 @@ def run_pipeline(pipeline: Pipeline, scripts: Path, *, dry_run: bool) -> int:
             source = KINDS[stage.run].result(folder)
             print(f"{title}: finished, {source}", flush=True)
             continue
-        script, words = str(scripts / chosen[0]), chosen[1]
-        print(f"{title}: {shlex.join(['python', script, *words])}", flush=True)
+        command, words = chosen
+        print(f"{title}: {shlex.join(['neobert', command, *words])}", flush=True)
         if dry_run:
             source = UNKNOWN
             continue
-        code = run_command([sys.executable, script, *words])
+        code = run_command([sys.executable, "-m", "neobert", command, *words])
         if code == EXIT_CODES["preempted"]:
             print(f"{title}: stopped after a checkpoint; the same command goes on", flush=True)
             return code

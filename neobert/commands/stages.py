@@ -44,22 +44,22 @@ class Stage:
     """`key=value` each, laid over the config."""
 
     arguments: tuple[str, ...] = ()
-    """Further words for the script."""
+    """Further words for the command."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Kind:
     """What `run` can name."""
 
-    script: str
-    """Below `scripts/`."""
+    command: str
+    """A key of COMMANDS."""
 
     begin: Callable[[Stage, Path, Path | None], list[str]]
-    """`fn(stage, its folder, what the stage before made)`: the words after the script."""
+    """`fn(stage, its folder, what the stage before made)`: the words after the command."""
 
     go_on: Callable[[Stage, Path, Path | None], tuple[str, list[str]] | None]
-    """Script and words that bring what is in the folder to its end; None when it is finished. Raises PipelineError when
-    the folder was made from something else."""
+    """Command and words that bring what is in the folder to its end; None when it is finished. Raises PipelineError
+    when the folder was made from something else."""
 
     result: Callable[[Path], Path | None]
     """What the next stage reads; None while there is nothing in the folder that could be gone on with."""
@@ -73,7 +73,7 @@ class Kind:
 
 
 def choose_command(stage: Stage, folder: Path, source: Path | None) -> tuple[str, list[str]] | None:
-    """Script and words for a stage; None when it is finished.
+    """Command and words for a stage; None when it is finished.
 
     Raises:
         PipelineError: the folder cannot be gone on with.
@@ -81,7 +81,7 @@ def choose_command(stage: Stage, folder: Path, source: Path | None) -> tuple[str
     kind = KINDS[stage.run]
     try:
         if kind.result(folder) is None or source == UNKNOWN:
-            return kind.script, kind.begin(stage, folder, source)
+            return kind.command, kind.begin(stage, folder, source)
         return kind.go_on(stage, folder, source)
     except (CheckpointError, ConfigError, StartupError, OSError, ValueError) as error:
         raise PipelineError(f"stage {stage.name}: {error}") from error
@@ -150,7 +150,7 @@ def _go_on_training(
     words = _set(stage, folder, *more)
     if is_complete(state) and same(load_config(words[0], words[1:]), before):
         return None
-    return KINDS[stage.run].script, [*words, *stage.arguments]
+    return KINDS[stage.run].command, [*words, *stage.arguments]
 
 
 _PRETRAINED = "contrastive.pretrained_checkpoint_dir"
@@ -171,7 +171,7 @@ def _go_on_contrastive(stage: Stage, folder: Path, source: Path | None) -> tuple
     # The script completes its config with what the checkpoint says of the model.
     if is_complete(read_train_state(checkpoint)) and _same_budget(load_config(words[0], overrides), before):
         return None
-    return KINDS[stage.run].script, words
+    return KINDS[stage.run].command, words
 
 
 def _begin_longer(stage: Stage, folder: Path, source: Path | None) -> list[str]:
@@ -190,7 +190,7 @@ def _go_on_longer(stage: Stage, folder: Path, source: Path | None) -> tuple[str,
         return None
     # The script has written its settings, those of the long documents too, into the folder of its run.
     words = [str(checkpoint / "config.yaml"), *stage.overrides, "trainer.resume_from_checkpoint=latest"]
-    return KINDS["pretrain"].script, words
+    return KINDS["pretrain"].command, words
 
 
 def _newest(folder: Path) -> Path | None:
@@ -257,14 +257,14 @@ RUNS = (*PRETRAINING, "contrastive")
 
 KINDS: dict[str, Kind] = {
     "pretrain": Kind(
-        script="pretraining/pretrain.py",
+        command="pretrain",
         begin=_begin_training,
         go_on=_go_on_training,
         result=_newest,
         has_config=True,
     ),
     "longer_seq": Kind(
-        script="pretraining/longer_seq.py",
+        command="longer-seq",
         begin=_begin_longer,
         go_on=_go_on_longer,
         result=_newest,
@@ -272,7 +272,7 @@ KINDS: dict[str, Kind] = {
         follows=PRETRAINING,
     ),
     "contrastive": Kind(
-        script="contrastive/finetune.py",
+        command="finetune",
         begin=_begin_contrastive,
         go_on=_go_on_contrastive,
         result=_newest,
@@ -280,14 +280,14 @@ KINDS: dict[str, Kind] = {
         source_key=_PRETRAINED,
     ),
     "average": Kind(
-        script="average_checkpoints.py",
+        command="average-checkpoints",
         begin=_begin_average,
         go_on=_go_on_average,
         result=_folder_with(AVERAGE_FILE),
         follows=RUNS,
     ),
     "export": Kind(
-        script="export/export_hf.py",
+        command="export",
         begin=_begin_export,
         go_on=_go_on_export,
         result=_folder_with("config.json"),

@@ -27,6 +27,7 @@ import yaml
 from omegaconf import OmegaConf
 
 from neobert.config.nesting import compose
+from neobert.config.shipped import find_close, find_file, is_bare, suggest
 from neobert.errors import UserError
 
 _DOLLAR = "\ue000"
@@ -64,18 +65,19 @@ class YamlError(UserError):
 
 
 def read_yaml_text(path: Path, name: str = "the file") -> str:
-    """The text of a YAML file, which errors call `name`.
+    """The text of a YAML file, or of the shipped one that a bare name means; errors call it `name`.
 
     Raises:
         YamlError: it cannot be read; of a file that is not there, with those nearby whose names are similar.
     """
     try:
-        return path.read_text(encoding="utf-8")
+        return find_file(path).read_text(encoding="utf-8")
     except UnicodeDecodeError as error:
         raise YamlError(f"not a UTF-8 text file: {error}") from error
     except OSError as error:
         reason = "is a folder" if path.is_dir() else "does not exist" if not path.exists() else str(error.strerror)
-        raise YamlError(f"{name} {reason}{_list_nearby(path)}") from error
+        close = find_close(str(path)) if is_bare(path) else []
+        raise YamlError(f"{name} {reason}{suggest(close) if close else _list_nearby(path)}") from error
 
 
 def _list_nearby(path: Path) -> str:

@@ -199,8 +199,8 @@ def next_commands(run: Run) -> list[str]:
     pooling = "" if run.config.contrastive.pooling == "mean" else f" --pooling {run.config.contrastive.pooling}"
     folder = shlex.quote(str(run.output_dir))
     return [
-        f"python scripts/embed.py {folder} texts.jsonl --output vectors.npy --normalize{pooling}",
-        f"python scripts/export/export_hf.py {folder} --output {shlex.quote(f'{run.output_dir}_hf')}",
+        f"neobert embed {folder} texts.jsonl --output vectors.npy --normalize{pooling}",
+        f"neobert export {folder} --output {shlex.quote(f'{run.output_dir}_hf')}",
     ]
 
 

@@ -17,12 +17,12 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
+from neobert.cli import given
 from neobert.config.schema_contrastive import PairSource
 from neobert.contrastive.evaluate import check_max_length, embed_cut
 from neobert.contrastive.examples import Example
 from neobert.contrastive.reading import open_source
 from neobert.errors import DataError
-from neobert.inference.command_line import given
 from neobert.inference.load import load
 
 _ANCHORS = 256

@@ -153,4 +153,4 @@ def say_found(opened: FoundSet) -> None:
 
 def preprocess_command(words: Sequence[str]) -> str:
     """The line that prepares what a config needs."""
-    return shlex.join(["python", "scripts/contrastive/preprocess.py", *words])
+    return shlex.join(["neobert", "preprocess-pairs", *words])

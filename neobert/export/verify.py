@@ -109,7 +109,7 @@ def verify(folders: Sequence[tuple[Path, str | None]], *, kind: str = "model") -
 def _prepare(folder: Path, against: str | None, work: Path, kind: str) -> _Subject:
     exported = load_encoder_weights(folder)
     if exported.layout not in ("eurobert", "remote_code") or exported.tokenizer is None:
-        raise ExportError(f"{folder} is no exported folder with a tokenizer; make one with scripts/export/export_hf.py")
+        raise ExportError(f"{folder} is no exported folder with a tokenizer; make one with neobert export")
     tokenizer = load_tokenizer(TokenizerSection(path=str(exported.tokenizer)))
     weights = exported
     if against is not None:

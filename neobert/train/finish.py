@@ -32,8 +32,8 @@ def pretraining_commands(run: Run) -> list[str]:
     """What to type after pretraining."""
     folder = shlex.quote(str(run.output_dir))
     return [
-        f'python scripts/predict.py {folder} "The capital of France is [MASK]."',
-        f"python scripts/pretraining/pretrain.py {shlex.quote(str(run.output_dir / 'config.yaml'))} "
+        f'neobert predict {folder} "The capital of France is [MASK]."',
+        f"neobert pretrain {shlex.quote(str(run.output_dir / 'config.yaml'))} "
         f"--trainer.resume_from_checkpoint latest --trainer.max_steps {2 * run.num_steps}",
     ]
 

@@ -3,13 +3,19 @@
 import os
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
+from calls import call
 
-from neobert.config.command_line import parse_command_line
+from neobert.commands.command_line import parse_command_line
+from neobert.commands.training_commands import config
 from neobert.config.fields import FIELDS
-from neobert.config.load import load_config, parse_config
+from neobert.config.load import ConfigError, load_config, parse_config
+from neobert.config.shipped import SHIPPED
+from neobert.errors import CallError, UserError
 
+ROOT = Path(__file__).parents[2]
 BASE = "dataset: {name: python_stdlib}\ntokenizer: {train: true}\ntrainer: {max_tokens: 1e9}\n"
 
 
@@ -21,7 +27,7 @@ def run_yaml(tmp_path):
 
 
 def parse(*argv: str):
-    return parse_command_line(argv, description="Trains an encoder.", program="pretrain.py")
+    return parse_command_line(argv, description="Trains an encoder.", program="neobert pretrain")
 
 
 def exit_code(*argv: str) -> object:
@@ -50,18 +56,17 @@ def test_print_config_prints_what_loads_back_and_touches_nothing(run_yaml, capsy
 
 
 def test_print_config_checks_first(run_yaml, capsys):
-    assert exit_code(run_yaml, "--print-config", "--trainer.max_step", "100") == 2
-    printed = capsys.readouterr()
-    assert printed.out == ""
-    assert "trainer.max_step: unknown key. Did you mean trainer.max_steps?" in printed.err
+    with pytest.raises(ConfigError, match=r"trainer.max_step: unknown key. Did you mean trainer.max_steps\?"):
+        parse(run_yaml, "--print-config", "--trainer.max_step", "100")
+    assert capsys.readouterr().out == ""
 
 
 def test_errors_go_to_stderr(run_yaml, capsys):
-    assert exit_code(run_yaml, "--optimizer.lr=x", "--seed=y") == 2
+    assert call("pretraining/pretrain.py", run_yaml, "--optimizer.lr=x", "--seed=y") == 2
     printed = capsys.readouterr()
     assert printed.out == ""
     assert printed.err.splitlines() == [
-        f"2 errors in {run_yaml}:",
+        f"error: 2 errors in {run_yaml}:",
         "  - optimizer.lr: 'x' is not a number",
         "  - seed: 'y' is not an integer",
     ]
@@ -70,7 +75,7 @@ def test_errors_go_to_stderr(run_yaml, capsys):
 def test_help_lists_every_key_with_its_text(capsys):
     assert exit_code("--help") == 0
     text = " ".join(capsys.readouterr().out.split())
-    assert text.startswith("usage: python pretrain.py CONFIG.yaml [--section.key VALUE ...] Trains an encoder.")
+    assert text.startswith("usage: neobert pretrain CONFIG.yaml [--section.key VALUE ...] Trains an encoder.")
     for field in FIELDS.values():
         assert f"--{field.key} (" in text
         assert " ".join(field.doc.split()) in text
@@ -86,26 +91,57 @@ def test_help_lists_every_key_with_its_text(capsys):
         (("missing.yaml",), "1 error in missing.yaml:\n  - the config file does not exist"),
     ],
 )
-def test_wrong_calls(argv, message, capsys, tmp_path, monkeypatch):
+def test_wrong_calls(argv, message, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    assert exit_code(*argv) == 2
-    assert message in capsys.readouterr().err
+    with pytest.raises(UserError) as caught:
+        parse(*argv)
+    assert message in str(caught.value)
 
 
-def test_no_config_names_the_shipped_ones(capsys, tmp_path, monkeypatch):
-    (tmp_path / "configs" / "pretraining").mkdir(parents=True)
-    (tmp_path / "configs" / "pretraining" / "quickstart.yaml").write_text(BASE)
+def test_a_shipped_config_is_found_by_its_name_unless_there_is_such_a_file(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    assert exit_code() == 2
-    assert "for example configs/pretraining/quickstart.yaml" in capsys.readouterr().err
+    shipped = load_config(SHIPPED["quickstart"], ["seed=3"])
+    assert parse("quickstart", "--seed", "3") == load_config("quickstart", ["seed=3"]) == shipped
+    (tmp_path / "quickstart").write_text(BASE)
+    assert parse("quickstart") == load_config(tmp_path / "quickstart") != shipped
+    for name, message in (("quikstart", "did you mean quickstart?"), ("none/quickstar", "does not exist; ")):
+        with pytest.raises(ConfigError) as caught:
+            parse(name)
+        assert message in str(caught.value)
+
+
+def test_every_shipped_config_has_a_name_of_its_own():
+    files = sorted(ROOT.glob("configs/**/*.yaml"))
+    assert len(files) == len(SHIPPED) > 20
+    assert {file.stem for file in files} == set(SHIPPED)
+
+
+def test_a_shipped_config_is_copied_out_and_never_over_a_file(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "folder").mkdir()
+    for destination, made in (("folder", "folder/tiny.yaml"), ("x.yaml", "x.yaml")):
+        config("", ["copy", "tiny", destination])
+        assert Path(made).read_text() == SHIPPED["tiny"].read_text()
+    config("", ["copy", "quickstart"])
+    assert load_config("quickstart.yaml") == load_config("quickstart")
+    Path("quickstart.yaml").write_text("mine")
+    for words, message in (
+        (["quickstart"], "quickstart.yaml exists already"),
+        (["quikstart"], "did you mean quickstart?"),
+        (["quickstart", "none/x.yaml"], "none/x.yaml cannot be written"),
+    ):
+        with pytest.raises(CallError) as caught:
+            config("", ["copy", *words])
+        assert message in str(caught.value)
+    assert Path("quickstart.yaml").read_text() == "mine"
 
 
 def test_print_config_needs_neither_torch_nor_a_data_library(run_yaml):
     code = (
         "import sys\n"
-        "from neobert.config.command_line import parse_command_line\n"
+        "from neobert.commands.command_line import parse_command_line\n"
         "try:\n"
-        "    parse_command_line([sys.argv[1], '--print-config'], description='')\n"
+        "    parse_command_line([sys.argv[1], '--print-config'], description='', program='')\n"
         "finally:\n"
         "    heavy = ('torch', 'datasets', 'transformers', 'accelerate')\n"
         "    print([m for m in heavy if m in sys.modules], file=sys.stderr)\n"

@@ -2,7 +2,7 @@
 
 import pytest
 
-from neobert.contrastive.benchmark_flags import parse_flags
+from neobert.commands.benchmark_commands import parse_pair_benchmark
 from neobert.contrastive.pair_benchmark import measure
 
 
@@ -19,7 +19,7 @@ def test_padded_and_cached_steps_are_the_same_steps() -> None:
         "--num-layers",
         "1",
     ]
-    args = parse_flags([*words, "--device", "cpu", "--vocab-size", "100"], "about")
+    args = parse_pair_benchmark("", [*words, "--device", "cpu", "--vocab-size", "100"])
     found = {variant: measure(args, variant) for variant in args.variants}
     assert found["padded"].loss == pytest.approx(found["unpadded"].loss, rel=1e-4)
     assert found["cached"].loss == pytest.approx(found["whole"].loss, rel=1e-4)

@@ -420,7 +420,7 @@ def test_the_script_says_what_to_type_next(tmp_path: Path, capsys: pytest.Captur
         f"{file}: 1 file: 1 read (1 train)",
         f"{tmp_path}/sets/all/mine: 1 pairs, up to 1 negatives (written)",
         "train on it with:",
-        f"python scripts/contrastive/finetune.py {config}",
+        f"neobert finetune {config}",
     ]
     file.unlink()
     assert call("contrastive/preprocess.py", str(config), "--dataset.force_redownload") == 2

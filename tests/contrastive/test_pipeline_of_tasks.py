@@ -15,8 +15,6 @@ from neobert.config.schema import Config
 from neobert.contrastive.finetune import finetune
 from neobert.train.loop import pretrain
 
-SCRIPTS = Path("scripts")
-
 
 def test_the_contrastive_stage_starts_from_the_stage_before(
     tiny: Callable[..., Config],
@@ -27,8 +25,8 @@ def test_the_contrastive_stage_starts_from_the_stage_before(
     calls: list[str] = []
 
     def run(words: Sequence[str]) -> int:
-        calls.append(Path(words[1]).name)
-        config = load_config(words[2], list(words[3:]))
+        calls.append(words[3])
+        config = load_config(words[4], list(words[5:]))
         return EXIT_CODES[(pretrain if config.task == "pretraining" else finetune)(config).reason]
 
     monkeypatch.setattr(pipeline, "run_command", run)
@@ -43,16 +41,16 @@ def test_the_contrastive_stage_starts_from_the_stage_before(
     ]
     file, out = tmp_path / "pipeline.yaml", tmp_path / "out"
     file.write_text(yaml.safe_dump({"output": str(out), "overrides": ["trainer.max_steps=4"], "stages": stages}))
-    assert run_pipeline(load_pipeline(file), SCRIPTS, dry_run=False) == 0
-    assert calls == ["pretrain.py", "finetune.py"]
+    assert run_pipeline(load_pipeline(file), dry_run=False) == 0
+    assert calls == ["pretrain", "finetune"]
     assert f"initial weights from {out}/base/checkpoints/4 " in (out / "pairs" / "training.log").read_text()
     state = json.loads((out / "pairs" / "checkpoints" / "4" / "train_state.json").read_text())
     assert state["step"] == state["num_steps"] == 4
 
     calls.clear()
-    assert run_pipeline(load_pipeline(file), SCRIPTS, dry_run=False) == 0
+    assert run_pipeline(load_pipeline(file), dry_run=False) == 0
     assert calls == []
-    assert run_pipeline(load_pipeline(file, ["trainer.max_steps=6"]), SCRIPTS, dry_run=True) == 0
+    assert run_pipeline(load_pipeline(file, ["trainer.max_steps=6"]), dry_run=True) == 0
 
     file.write_text(yaml.safe_dump({"output": str(out), "stages": stages[1:]}))
     with pytest.raises(PipelineError, match="leaves the encoder at random weights"):

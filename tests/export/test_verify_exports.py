@@ -105,7 +105,7 @@ def test_a_folder_that_transformers_cannot_load_is_an_error_with_its_message(
 
 
 def test_only_exported_folders_are_verified(runs: dict[str, Path], exports: dict[str, Exported]) -> None:
-    with pytest.raises(ExportError, match=r"is no exported folder with a tokenizer; make one with scripts/export"):
+    with pytest.raises(ExportError, match=r"is no exported folder with a tokenizer; make one with neobert export"):
         verify([(runs["tied"], None)])
     with pytest.raises(ExportError, match="have different tensors; compare a folder with its own source"):
         verify([(exports["native"].folder, str(runs["gelu_layernorm"]))])

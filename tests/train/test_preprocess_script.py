@@ -12,8 +12,8 @@ from calls import call
 from datasets import load_from_disk
 from records import log_lines
 
+from neobert.commands.command_line import parse_command_line
 from neobert.commands.preprocess import choose_output
-from neobert.config.command_line import parse_command_line
 from neobert.config.load import config_to_yaml, load_config
 from neobert.config.schema import Config
 from neobert.config.schema_data import MixtureSource
@@ -42,8 +42,8 @@ def write(tiny: Callable[..., Config], tmp_path: Path, monkeypatch: pytest.Monke
 def run_printed(out: str) -> None:
     """Runs the command in the last line of an output."""
     words = shlex.split(out.splitlines()[-1])
-    assert words[:2] == ["python", "scripts/pretraining/pretrain.py"]
-    pretrain(parse_command_line(words[2:], description=""))
+    assert words[:2] == ["neobert", "pretrain"]
+    pretrain(parse_command_line(words[2:], description="", program=""))
 
 
 def test_the_printed_command_trains_on_the_same_rows(write: Write, capsys: pytest.CaptureFixture[str]) -> None:

@@ -17,6 +17,7 @@ from safetensors.torch import load_file
 from neobert.cli import EXIT_CODES
 from neobert.commands import staged_run as pipeline
 from neobert.commands.staged_run import PipelineError, load_pipeline, run_command, run_pipeline
+from neobert.commands.table import COMMANDS
 from neobert.config.load import config_to_yaml, load_config
 from neobert.config.schema import Config
 from neobert.export.write import ExportRequest, export
@@ -24,26 +25,26 @@ from neobert.train.loop import pretrain
 
 Tiny = Callable[..., Config]
 ROOT = Path(__file__).parents[2]
-SCRIPTS = Path("scripts")
 
 
 class Runner:
-    """Runs what a stage would start as a process in this one, and remembers the script and the folder."""
+    """Runs what a stage would start as a process in this one, and remembers the command."""
 
     def __init__(self) -> None:
         self.calls: list[str] = []
         self.answer: int | None = None
 
     def __call__(self, words: Sequence[str]) -> int:
-        script, rest = Path(words[1]).name, list(words[2:])
-        self.calls.append(script)
+        assert words[:3] == [sys.executable, "-m", "neobert"]
+        name, rest = words[3], list(words[4:])
+        self.calls.append(name)
         if self.answer is not None:
             return self.answer
-        if script == "pretrain.py":
+        if name == "pretrain":
             return EXIT_CODES[pretrain(load_config(rest[0], rest[1:])).reason]
-        if script == "longer_seq.py":
+        if name == "longer-seq":
             return call("pretraining/longer_seq.py", *rest)
-        if script == "average_checkpoints.py":
+        if name == "average-checkpoints":
             return call("average_checkpoints.py", *rest)
         export(ExportRequest(source=rest[0], output=Path(rest[2])))
         return 0
@@ -92,8 +93,8 @@ def test_every_stage_runs_once_and_goes_on_where_it_was(
     tiny: Tiny, tmp_path: Path, runner: Runner, capsys: pytest.CaptureFixture[str]
 ) -> None:
     file, out = write(tiny, tmp_path), tmp_path / "out"
-    assert run_pipeline(load_pipeline(file), SCRIPTS, dry_run=False) == 0
-    order = ["pretrain.py", "pretrain.py", "longer_seq.py", "average_checkpoints.py", "export_hf.py"]
+    assert run_pipeline(load_pipeline(file), dry_run=False) == 0
+    order = ["pretrain", "pretrain", "longer-seq", "average-checkpoints", "export"]
     assert runner.calls == order
     said = (out / "second" / "training.log").read_text()
     assert f"initial weights from {out}/first/checkpoints/8 (checkpoint layout after 8 steps)" in said
@@ -104,7 +105,7 @@ def test_every_stage_runs_once_and_goes_on_where_it_was(
 
     runner.calls.clear()
     capsys.readouterr()
-    assert run_pipeline(load_pipeline(file), SCRIPTS, dry_run=False) == 0
+    assert run_pipeline(load_pipeline(file), dry_run=False) == 0
     assert runner.calls == []
     assert capsys.readouterr().out.splitlines() == [
         f"[1/5] first: finished, {out}/first/checkpoints/8",
@@ -120,8 +121,8 @@ def test_every_stage_runs_once_and_goes_on_where_it_was(
         shutil.rmtree(out / "long" / "checkpoints" / name)
     for name in ("mean", "hub"):
         shutil.rmtree(out / name)
-    assert run_pipeline(load_pipeline(file), SCRIPTS, dry_run=False) == 0
-    assert runner.calls == ["pretrain.py", "average_checkpoints.py", "export_hf.py"]
+    assert run_pipeline(load_pipeline(file), dry_run=False) == 0
+    assert runner.calls == ["pretrain", "average-checkpoints", "export"]
     assert equal(weights(out / "long" / "checkpoints" / "12"), final)
     assert exact_steps(out / "long") == steps
 
@@ -130,8 +131,8 @@ def test_every_stage_runs_once_and_goes_on_where_it_was(
     for name in ("mean", "hub"):
         shutil.rmtree(out / name)
     runner.calls.clear()
-    assert run_pipeline(load_pipeline(file), SCRIPTS, dry_run=False) == 0
-    assert runner.calls == ["longer_seq.py", "average_checkpoints.py", "export_hf.py"]
+    assert run_pipeline(load_pipeline(file), dry_run=False) == 0
+    assert runner.calls == ["longer-seq", "average-checkpoints", "export"]
     assert equal(weights(out / "long" / "checkpoints" / "12"), final)
 
 
@@ -146,15 +147,15 @@ def test_the_state_is_taken_and_a_killed_stage_goes_on(tiny: Tiny, tmp_path: Pat
     second = {"takes": "state", "overrides": ["trainer.max_steps=12", "scheduler.total_steps=12"]}
     first = {"overrides": ["trainer.max_steps=6", "scheduler.total_steps=12"]}
     file, out = shorten(write(tiny, tmp_path, first=first, second=second)), tmp_path / "out"
-    run_pipeline(load_pipeline(file), SCRIPTS, dry_run=False)
+    run_pipeline(load_pipeline(file), dry_run=False)
     whole = tmp_path / "whole"
     pretrain(tiny(whole, "model.dropout_prob=0.1", "trainer.eval_steps=0", "scheduler.total_steps=12"))
     assert exact_steps(out / "second") == exact_steps(whole, after=6)
     shutil.rmtree(out / "second" / "checkpoints" / "12")
-    run_pipeline(load_pipeline(file), SCRIPTS, dry_run=False)
+    run_pipeline(load_pipeline(file), dry_run=False)
     shutil.rmtree(out / "second" / "checkpoints")
-    run_pipeline(load_pipeline(file), SCRIPTS, dry_run=False)
-    assert runner.calls == ["pretrain.py"] * 4
+    run_pipeline(load_pipeline(file), dry_run=False)
+    assert runner.calls == ["pretrain"] * 4
     assert exact_steps(out / "second") == exact_steps(whole, after=6)
     assert equal(weights(out / "second" / "checkpoints" / "12"), weights(whole / "checkpoints" / "12"))
 
@@ -163,34 +164,34 @@ def test_a_stage_with_other_settings_is_not_finished_and_what_follows_is_stale(
     tiny: Tiny, tmp_path: Path, runner: Runner
 ) -> None:
     file, out = shorten(write(tiny, tmp_path)), tmp_path / "out"
-    run_pipeline(load_pipeline(file), SCRIPTS, dry_run=False)
+    run_pipeline(load_pipeline(file), dry_run=False)
     longer = load_pipeline(shorten(write(tiny, tmp_path, first={"overrides": ["trainer.max_steps=10"]})))
     with pytest.raises(
         PipelineError, match=r"stage second: .*second was made from .*first/checkpoints/8, .* ends with "
     ):
-        run_pipeline(longer, SCRIPTS, dry_run=False)
+        run_pipeline(longer, dry_run=False)
     assert (out / "first" / "checkpoints" / "10").is_dir(), "the first stage was extended"
     shutil.rmtree(out / "second")
-    assert run_pipeline(longer, SCRIPTS, dry_run=False) == 0
+    assert run_pipeline(longer, dry_run=False) == 0
     # Overrides of the command line are for every training.
     runner.calls.clear()
     changed = load_pipeline(file, ["--trainer.max_steps", "11"])
     with pytest.raises(PipelineError, match=r"stage second: .* was made from"):
-        run_pipeline(changed, SCRIPTS, dry_run=False)
-    assert runner.calls == ["pretrain.py"]
+        run_pipeline(changed, dry_run=False)
+    assert runner.calls == ["pretrain"]
 
 
 def test_a_dry_run_prints_commands_and_runs_none(
     tiny: Tiny, tmp_path: Path, runner: Runner, capsys: pytest.CaptureFixture[str]
 ) -> None:
     file, out = write(tiny, tmp_path), tmp_path / "out"
-    assert run_pipeline(load_pipeline(file), SCRIPTS, dry_run=True) == 0
+    assert run_pipeline(load_pipeline(file), dry_run=True) == 0
     assert runner.calls == []
     lines = capsys.readouterr().out.splitlines()
     assert len(lines) == 5
-    assert lines[1].startswith("[2/5] second: python scripts/pretraining/pretrain.py")
+    assert lines[1].startswith("[2/5] second: neobert pretrain")
     assert lines[1].endswith("'model.init_from=<final checkpoint>' trainer.resume_from_checkpoint=latest")
-    assert lines[4] == f"[5/5] hub: python scripts/export/export_hf.py '<final checkpoint>' --output {out}/hub"
+    assert lines[4] == f"[5/5] hub: neobert export '<final checkpoint>' --output {out}/hub"
     assert not out.exists()
 
 
@@ -199,14 +200,14 @@ def test_a_stage_that_stops_or_fails_ends_the_pipeline(
 ) -> None:
     stages = load_pipeline(write(tiny, tmp_path))
     runner.answer = 75
-    assert run_pipeline(stages, SCRIPTS, dry_run=False) == 75
+    assert run_pipeline(stages, dry_run=False) == 75
     assert "[1/5] first: stopped after a checkpoint; the same command goes on" in capsys.readouterr().out
     runner.answer = 76
     with pytest.raises(PipelineError, match=r"stage first: ended with exit code 76, its last lines say why"):
-        run_pipeline(stages, SCRIPTS, dry_run=False)
+        run_pipeline(stages, dry_run=False)
     runner.answer = 0
     with pytest.raises(PipelineError, match=r"stage first: ended without the checkpoint of its last step"):
-        run_pipeline(stages, SCRIPTS, dry_run=False)
+        run_pipeline(stages, dry_run=False)
     assert len(runner.calls) == 3
 
 
@@ -260,9 +261,11 @@ def test_the_command_says_what_is_wrong(tmp_path: Path, capsys: pytest.CaptureFi
 
 
 @pytest.mark.parametrize("path", sorted((ROOT / "configs" / "pipelines").glob("*.yaml")), ids=lambda p: p.stem)
-def test_a_shipped_pipeline_loads_and_its_scripts_are_there(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.chdir(ROOT)
-    stages = load_pipeline(path).stages
+def test_a_shipped_pipeline_loads_and_its_commands_are_there(
+    path: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    stages = load_pipeline(Path(path.stem)).stages
     assert len(stages) > 1
     assert str(load_pipeline(path).output).startswith("outputs/")
-    assert all((ROOT / "scripts" / kind.script).is_file() for kind in pipeline.KINDS.values())
+    assert {kind.command for kind in pipeline.KINDS.values()} <= COMMANDS.keys()

@@ -8,7 +8,7 @@ from typing import Any
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
-from neobert.output import protect_output
+from neobert.cli import protect_output
 from neobert.secrets import scrub
 
 

@@ -57,7 +57,7 @@ class Recording:
             first, last = self.steps[0], self.steps[-1]
             self._run.tracker.say(
                 f"profiled steps {first} to {last}; look at them with "
-                f"`python scripts/analyze_profile.py {shlex.quote(str(self._run.output_dir))}`"
+                f"`neobert analyze-profile {shlex.quote(str(self._run.output_dir))}`"
             )
         if self._on_gpu:
             torch.cuda.memory._record_memory_history(enabled=None)
