@@ -1,16 +1,20 @@
-"""Pretraining and using BERT-like encoders. `neobert.load(path)` gives a trained model with its tokenizer."""
+"""Pretraining and using BERT-like encoders: `load_config`, `pretrain`, and `load` for a trained model."""
 
 import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from neobert.config.load import load_config
     from neobert.inference.load import load
+    from neobert.train.from_python import pretrain
 
-__all__ = ["load"]
+__all__ = ["load", "load_config", "pretrain"]
+
+_HOMES = {"load": "inference.load", "load_config": "config.load", "pretrain": "train.from_python"}
 
 
 def __getattr__(name: str) -> Any:
     # On first use: the tokenizer brings transformers, which takes seconds, and a bare GPU machine has torch alone.
-    if name == "load":
-        return importlib.import_module("neobert.inference.load").load
+    if name in _HOMES:
+        return getattr(importlib.import_module(f"neobert.{_HOMES[name]}"), name)
     raise AttributeError(f"module 'neobert' has no attribute {name!r}")

@@ -1,0 +1,41 @@
+"""Pretraining on documents of Python: written once, resumed exactly, refused when they are others."""
+
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+from datasets import Dataset
+from records import exact_steps
+
+import neobert
+from neobert.config.schema import Config
+from neobert.errors import DataError, UserError
+
+
+def test_texts_train_and_resume_bit_for_bit(tiny: Callable[..., Config], texts: list[str], tmp_path: Path) -> None:
+    whole, run = tmp_path / "whole", tmp_path / "run"
+    settings = ("trainer.save_steps=4", "scheduler.total_steps=8")
+    assert neobert.pretrain(tiny(whole, *settings, "trainer.max_steps=8"), texts).state.step == 8
+    neobert.pretrain(tiny(run, *settings, "trainer.max_steps=4"), texts)
+    resumed = tiny(run, *settings, "trainer.max_steps=8", "trainer.resume_from_checkpoint=latest")
+    (folder,) = (tmp_path / "run-data").iterdir()
+    with pytest.raises(UserError, match=r"data: .* other documents, .* pass those to resume"):
+        neobert.pretrain(resumed, [*texts, "one more"])
+    as_dataset = Dataset.from_dict({"text": texts + texts}).select(range(len(texts)))
+    assert neobert.pretrain(resumed, as_dataset).state.step == 8
+    assert folder.is_dir()
+    assert exact_steps(run) == exact_steps(whole)
+
+
+@pytest.mark.parametrize(("data", "said"), [("one text", "a list of"), ([1], "a list of"), ([], "at least")])
+def test_other_data_is_refused(data: object, said: str, tiny: Callable[..., Config], tmp_path: Path) -> None:
+    with pytest.raises(DataError, match=said):
+        neobert.pretrain(tiny(tmp_path / "run"), data)  # type: ignore[arg-type]
+    assert not list(tmp_path.iterdir())
+
+
+def test_names_of_the_package_are_the_functions_themselves() -> None:
+    for name in neobert.__all__:
+        assert callable(getattr(neobert, name))
+    with pytest.raises(AttributeError, match="no attribute 'train_it'"):
+        _ = neobert.train_it
