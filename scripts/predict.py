@@ -1,4 +1,7 @@
-"""Fill the masks of texts with a trained model: python scripts/predict.py MODEL "The capital of France is [MASK]." """
+"""Fill the masks of texts with a trained model: python scripts/predict.py MODEL "The capital of France is [MASK]."
+
+A model of replaced-token detection says instead which tokens of a text do not belong.
+"""
 
 import dataclasses
 import sys
@@ -25,7 +28,7 @@ def main() -> None:
     from neobert.inference.load import load
 
     model = load(args.model, device=args.device, dtype=args.dtype, weights=args.weights)
-    for result in model.fill_mask(texts, top_k=args.top_k, joint=args.joint):
+    for result in model.predict(texts, top_k=args.top_k, joint=args.joint):
         print_result(dataclasses.asdict(result), result.describe(), as_json=args.json)
 
 

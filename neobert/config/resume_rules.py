@@ -25,6 +25,7 @@ FIXED = (
     "model.base_scale",
     "optimizer.name",
     "task",
+    "trainer.objective",
 )
 """Never change on resume."""
 

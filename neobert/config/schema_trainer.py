@@ -8,6 +8,10 @@ from typing import Literal
 class TrainerSection:
     """The run. Exactly one of `max_steps`, `max_tokens` and `num_train_epochs` is its budget."""
 
+    objective: Literal["mlm", "replaced_token"] = "mlm"
+    """What pretraining learns. mlm: to predict hidden tokens. replaced_token: to find the tokens that were replaced by
+    random ones, the discriminator's task of ELECTRA; `datacollator.mlm_probability` is the rate."""
+
     max_steps: int | None = None
     """Budget in optimizer steps."""
 

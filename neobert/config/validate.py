@@ -275,6 +275,32 @@ def _check_model(config: Config) -> Iterator[str]:
         )
 
 
+_OF_TOKEN_PREDICTION = (
+    "model.kernel_backend",
+    "datacollator.mask_all",
+    "datacollator.mask_fraction",
+    "datacollator.random_fraction",
+    "trainer.masked_logits_only_loss",
+    "trainer.z_loss",
+    "trainer.fill_mask_texts",
+)
+"""Keys that only objectives with a loss over the vocabulary read."""
+
+
+def _check_objective(config: Config) -> Iterator[str]:
+    if config.trainer.objective != "replaced_token":
+        return
+    for key in _OF_TOKEN_PREDICTION:
+        if (value := FIELDS[key].value_in(config)) not in (FIELDS[key].default, ()):
+            shown = list(value) if isinstance(value, tuple) else value
+            yield f"{key}: {shown} has no effect with trainer.objective: replaced_token; remove it"
+    if config.model.ngpt:
+        yield (
+            "model.ngpt: true has no form of the head that trainer.objective: replaced_token trains; write false, or"
+            " trainer.objective: mlm"
+        )
+
+
 def _check_budget(config: Config) -> Iterator[str]:
     given = [f"{key} = {FIELDS[key].value_in(config)}" for key in BUDGETS if FIELDS[key].value_in(config) is not None]
     if len(given) != 1:
@@ -327,6 +353,7 @@ _RULES = (
     _check_ranges,
     _check_texts,
     _check_model,
+    _check_objective,
     check_dataset,
     check_tokenizer,
     check_rows,

@@ -39,6 +39,7 @@ WITHOUT_EFFECT = (
     "datacollator.mlm_probability_final",
     "datacollator.mlm_probability_final_step",
     "optimizer.muon_config.capture_last_microbatch_only",
+    "trainer.objective",
     "trainer.batch_size_warmup_start",
     "trainer.batch_size_warmup_steps",
     "trainer.log_statistics",

@@ -10,14 +10,15 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
+from neobert.config.schema_contrastive import ContrastiveSection
 from neobert.contrastive import losses
-from neobert.contrastive.batches import NoMasks, PairBatch, PairCollator
-from neobert.contrastive.module import ContrastiveEncoder, Objective
+from neobert.contrastive.batches import NoMasks, PairCollator
 from neobert.contrastive.pair_order import TrainSet
 from neobert.kernels.linear_cross_entropy import KERNELS
 from neobert.model.attention import ATTENTION
 from neobert.model.config import ModelConfig
 from neobert.model.encoder import Encoder
+from neobert.objectives.contrastive import ContrastiveEncoder, PairBatch
 from neobert.types import PackedRow
 
 WIDTH, VOCABULARY, CHUNK = 16, 500, 4
@@ -65,8 +66,8 @@ def model(kind: str = "infonce") -> ContrastiveEncoder:
         decoder_init_range=0.2,
     )
     torch.manual_seed(0)
-    objective = Objective(both_directions=kind == "infonce", hard_negative_weight=0.5, learn_temperature=True)
-    return ContrastiveEncoder(Encoder(architecture, ATTENTION["sdpa"]), objective, kernel=KERNELS["torch"])
+    section = ContrastiveSection(both_directions=kind == "infonce", hard_negative_weight=0.5, learn_temperature=True)
+    return ContrastiveEncoder(Encoder(architecture, ATTENTION["sdpa"]), section, kernel=KERNELS["torch"])
 
 
 def batch_of(num_rows: int, *, chunk: int, kind: Any = "infonce") -> PairBatch:

@@ -4,6 +4,7 @@ import json
 import os
 import shutil
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -12,6 +13,7 @@ from neobert.commands.inspect_checkpoints import list_run
 from neobert.config.load import ConfigError
 from neobert.config.schema import Config
 from neobert.errors import StartupError
+from neobert.train.checkpoint import commit
 from neobert.train.checkpoint.retention import (
     Retention,
     Score,
@@ -21,7 +23,6 @@ from neobert.train.checkpoint.retention import (
     prune,
     read_score,
 )
-from neobert.train.checkpoint.save import commit
 from neobert.train.loop import pretrain
 from neobert.weights.folder import checkpoint_steps, valid_steps
 
@@ -122,18 +123,17 @@ def test_the_best_checkpoint_stays_and_is_known_again_after_a_resume(
     tiny: Tiny, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Losses by canned evaluation: the best is step 4, then nothing better until step 20."""
-    from neobert.train import finish, loop
-    from neobert.train.record.metrics import EvalMetrics
+    from neobert.objectives.mlm import MaskedMetrics
+    from neobert.train import loop, pretraining
 
     losses = {4: 2.0, 8: 3.0, 12: 2.5, 16: 2.2, 20: 1.0, 24: 1.5}
     steps = iter(losses)
 
-    def evaluate(run: object) -> EvalMetrics:
+    def evaluate(run: object) -> MaskedMetrics:
         loss = losses[next(steps)]
-        return EvalMetrics(loss=loss, accuracy=0.0, num_targets=1, num_tokens=1, num_documents=1)
+        return MaskedMetrics(loss=loss, accuracy=0.0, num_targets=1, num_tokens=1, num_documents=1)
 
-    for module in (loop, finish):
-        monkeypatch.setattr(module, "evaluate", evaluate)
+    monkeypatch.setattr(pretraining, "PRETRAINING", replace(pretraining.PRETRAINING, evaluate=evaluate))
     out = tmp_path / "run"
     keep = ["trainer.save_best=true", "trainer.save_total_limit=1", "trainer.resume_from_checkpoint=latest"]
     monkeypatch.setattr(loop.Run, "eval_steps", property(lambda run: 0 if not (out / "log.jsonl").exists() else 4))
