@@ -12,6 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from neobert.config.schema import Config
 from neobert.config.schema_contrastive import ContrastiveSection
 from neobert.contrastive.batches import PairCollator
 from neobert.contrastive.pair_order import TrainSet
@@ -318,3 +319,11 @@ def test_the_texts_of_a_row_are_never_its_negatives(rows: list[tuple[str, ...]],
         back = torch.stack([loss_of(row[1], row[0], others(n, 0)) for n, row in enumerate(rows)]).sum()
         expected = (expected + back) / 2
     torch.testing.assert_close(module(batch).loss_sum, expected, rtol=1e-6, atol=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("count", "words"), [(1, "up to 1 hard negative a pair"), (2, "up to 2 hard negatives a pair")]
+)
+def test_the_card_counts_hard_negatives(count: int, words: str) -> None:
+    config = Config(task="contrastive", contrastive=ContrastiveSection(num_hard_negatives=count))
+    assert words in "\n".join(CONTRASTIVE.card.recipe(config, ["pairs"]))

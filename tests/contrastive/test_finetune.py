@@ -8,6 +8,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -199,6 +200,14 @@ def test_an_older_step_can_be_named_and_the_card_names_it(
     assert f"- held-out loss at step 4: {before['loss']:.4f} nats" in base
     with pytest.raises(StartupError, match=r"pretrained_checkpoint: 5 is no checkpoint of .*; steps there: 4, 8"):
         finetune(contrastive(tmp_path / "b", *start, "contrastive.pretrained_checkpoint=5"))
+
+
+def test_a_run_among_the_prepared_sets_is_refused(contrastive: Contrastive, tmp_path: Path) -> None:
+    config = contrastive(tmp_path / "x")
+    place = Path(str(config.dataset.path)) / "all" / "pairs" / "run"
+    with pytest.raises(StartupError, match=r"trainer.output_dir: .*pairs/run lies in .*all, where the prepared sets"):
+        finetune(replace(config, trainer=replace(config.trainer, output_dir=str(place))))
+    assert not place.exists()
 
 
 def test_what_contradicts_the_checkpoint_is_named(
