@@ -172,3 +172,9 @@ def build_logger(name: str) -> logging.Logger:
 def _scrub_record(record: logging.LogRecord) -> bool:
     record.msg, record.args = scrub(record.getMessage()), None
     return True
+
+
+def readable(name: str) -> str:
+    """A path without the folders of the machine it was on, an address without what signs it."""
+    name = name.split("?")[0].rstrip("/")
+    return name.split("/")[-1] if name.startswith(("/", ".", "~")) else name

@@ -24,6 +24,19 @@ class WordEdges:
     is_continued: NDArray[np.bool_]
 
 
+class Corruption(Protocol):
+    """Chooses the targets of a draw, and what stands in the place of tokens."""
+
+    def corrupt(
+        self, tokens: NDArray[np.int32], words: NDArray[np.uint64], offset: float, *, step: int
+    ) -> tuple[NDArray[np.int32], NDArray[np.int64]]:
+        """`n` tokens, a random word for each, a number in [0, 1), and the step of training: the corrupted tokens and
+        the ascending indices of the targets."""
+
+    def max_targets(self, num_slots: int) -> int:
+        """Upper bound of the targets among `num_slots` slots of one draw, at any step."""
+
+
 @dataclass(frozen=True, kw_only=True, slots=True, eq=False)
 class PackedRow:
     """One row of at most S tokens: documents side by side, each already wrapped as `[CLS] ... [SEP]`."""
@@ -191,6 +204,9 @@ class LossSum:
 
     num_correct: Tensor | None = None
     """Number of targets predicted exactly, int64 scalar; None when not asked for."""
+
+    counts: Tensor | None = None
+    """int64 `[C]`: what else an evaluation counts, see `Objective.num_counts`; None without any."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

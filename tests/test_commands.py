@@ -24,8 +24,8 @@ from neobert.errors import UserError
 from neobert.inference.embed import EmbedSettings
 from neobert.inference.load import DTYPES
 from neobert.inference.mlm_loss import LossSettings
-from neobert.inference.pooling import POOLING
 from neobert.inference.pseudo_perplexity import ScoreSettings
+from neobert.model.pooling import POOLING
 from neobert.weights.load import WEIGHTS
 
 ROOT = SCRIPTS.parent

@@ -33,7 +33,7 @@ def build_padded(model: Model) -> EuroBertModel:
     Raises:
         ValueError: the architecture has learned positions, LayerNorm or GELU, which that class lacks.
     """
-    config = model.masked_lm.encoder.config
+    config = model.module.encoder.config
     if not (config.rope and config.rms_norm and config.hidden_act == "swiglu"):
         raise ValueError("transformers has no class for this architecture; use a model with rope, rms_norm and swiglu")
     described = EuroBertConfig(
@@ -51,7 +51,7 @@ def build_padded(model: Model) -> EuroBertModel:
         mask_token_id=model.tokenizer.mask_id,
     )
     theirs = EuroBertModel(described)
-    weights = model.masked_lm.encoder.state_dict()
+    weights = model.module.encoder.state_dict()
     renamed = {"embed_tokens.weight": weights["embedding.weight"], "norm.weight": weights["norm.weight"]}
     for number in range(config.num_hidden_layers):
         for ours, name in {**_PROJECTIONS, **_NORMS}.items():
@@ -60,7 +60,7 @@ def build_padded(model: Model) -> EuroBertModel:
             parts = weights[f"layers.{number}.{ours}.weight"].chunk(len(names))
             renamed |= {f"layers.{number}.{name}.weight": part for name, part in zip(names, parts)}
     theirs.load_state_dict(renamed, strict=True)
-    return theirs.to(model.masked_lm.head_weight.device).eval()  # type: ignore[arg-type]
+    return theirs.to(model.module.head_weight.device).eval()  # type: ignore[arg-type]
 
 
 def run_packed(model: Model, documents: Sequence[IntArray], batch_tokens: int) -> list[Tensor]:
@@ -68,7 +68,7 @@ def run_packed(model: Model, documents: Sequence[IntArray], batch_tokens: int) -
     found: dict[int, Tensor] = {}
     for batch in plan_batches([len(tokens) for tokens in documents], batch_tokens):
         chosen = [documents[item] for item in batch]
-        found |= zip(batch, hidden_states(model.masked_lm, chosen).split([len(tokens) for tokens in chosen]))
+        found |= zip(batch, hidden_states(model.module, chosen).split([len(tokens) for tokens in chosen]))
     return [found[item] for item in range(len(documents))]
 
 

@@ -9,6 +9,7 @@ from neobert.benchmark.step_time import RowSource
 from neobert.config.load import ConfigError, load_config
 from neobert.data.pipeline import Reader, build_tokenizer
 from neobert.errors import StartupError
+from neobert.objectives.table import choose_objective
 from neobert.train.build import build_config_data, build_model_config
 from neobert.types import PackedBatch
 
@@ -23,8 +24,11 @@ def open_rows(path: str, overrides: Sequence[str], *, pin_memory: bool) -> Itera
     with tempfile.TemporaryDirectory() as folder:
         try:
             config = load_config(path, overrides)
-            if config.task != "pretraining":
-                raise ValueError(f"{path}: task: {config.task}; rows of pretraining only can be measured")
+            objective = choose_objective(config)
+            if objective.reads != "documents":
+                raise ValueError(
+                    f"{path}: {objective.title} reads {objective.reads}; only rows of documents are measured"
+                )
             rows = config.trainer.micro_batch_rows
             tokenizer = build_tokenizer(config, None, Path(folder))
             reader = Reader(rows_per_step=rows, prepared_dir=Path(folder) / "tokenized", pin_memory=pin_memory)
@@ -35,6 +39,7 @@ def open_rows(path: str, overrides: Sequence[str], *, pin_memory: bool) -> Itera
         try:
             yield RowSource(
                 model=build_model_config(config, tokenizer),
+                objective=objective,
                 batches=(batch for step in loader for batch in step.micro_batches if isinstance(batch, PackedBatch)),
                 name=f"{rows} rows of {config.dataset.max_seq_length} of {path}",
                 real=True,

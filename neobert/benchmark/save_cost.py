@@ -20,7 +20,6 @@ from neobert.train.checkpoint.resume import load_optimizer, load_weights, resume
 from neobert.train.checkpoint.save import complete_save, save_checkpoint
 from neobert.train.finish import finish
 from neobert.train.loop import training_steps
-from neobert.train.pretraining import announce
 from neobert.train.run import Run, build_run
 from neobert.types import TrainState
 from neobert.weights.manifest import check_contents
@@ -94,7 +93,7 @@ def build_config(folder: Path, *, hidden_size: int, num_layers: int, vocab_size:
 def measure(config: Config, repeats: int) -> SaveCost:
     """Trains a little, saves and loads."""
     run = build_run(config)
-    announce(run)
+    run.job.announce(run)
     cost = SaveCost(num_parameters=sum(p.numel() for p in run.module.parameters()))
     steps = (state for state, _ in training_steps(run, resume_or_start(run)))
     state = next(steps)

@@ -26,14 +26,17 @@ from torch.optim import Optimizer
 
 from neobert.benchmark.settings import PRESETS, StepSettings
 from neobert.benchmark.step_batches import SPECIALS, RowShape, made_up_policy, make_batches, make_documents
+from neobert.config.schema import Config
 from neobert.config.schema_optimizer import OptimizerSection
+from neobert.config.schema_trainer import TrainerSection
 from neobert.kernels.linear_cross_entropy import KERNELS, choose_kernel
 from neobert.model.attention import AttentionBackend, choose_attention
 from neobert.model.config import ModelConfig
 from neobert.model.encoder import Encoder
 from neobert.model.peak import peak_flops
 from neobert.model.segments import Segments
-from neobert.objectives.mlm import MaskedLM
+from neobert.objectives.base import Objective, ObjectiveModule
+from neobert.objectives.table import OBJECTIVES
 from neobert.optim.groups import build_parameter_groups
 from neobert.optim.optimizers import build_optimizer
 from neobert.train.step import train_step
@@ -112,7 +115,7 @@ class StepFigures:
 class Autocast(nn.Module):
     """A module under autocast, as a run has it."""
 
-    def __init__(self, module: MaskedLM, device: torch.device, enabled: bool) -> None:
+    def __init__(self, module: ObjectiveModule, device: torch.device, enabled: bool) -> None:
         super().__init__()
         self.module, self._device, self._enabled = module, device, enabled
 
@@ -129,6 +132,7 @@ class RowSource:
     model: ModelConfig
     batches: Iterator[PackedBatch]
     name: str
+    objective: Objective = OBJECTIVES["mlm"]
     real: bool
     """Whether they come from a loader, which the step may have to wait for."""
 
@@ -175,7 +179,7 @@ def measure_step(settings: StepSettings, source: RowSource | None = None) -> Ste
     device = torch.device(settings.device)
     dtype = torch.bfloat16 if settings.precision == "bf16" else torch.float32
     source = made_up_rows(settings) if source is None else source
-    model, attention, kernel = build_model(settings, source.model, device, dtype)
+    model, attention, kernel = build_model(settings, source.model, device, dtype, source.objective)
     optimizer = _build_optimizer(model, settings)
     # Threads of a loader count in the time of the process.
     clock = time.perf_counter if source.real else choose_clock(device)
@@ -202,7 +206,7 @@ def measure_step(settings: StepSettings, source: RowSource | None = None) -> Ste
     real = sum(b.num_tokens for b in timed)
     flops = model.module.encoder.flops_per_token(
         attended_length=sum(b.attended_tokens for b in timed) / real,
-        predicted_fraction=sum(b.num_targets for b in timed) / real,
+        predicted_fraction=sum(b.num_targets for b in timed) / real if source.objective.predicts_tokens else 0.0,
     )
     rate, gemm, peak = real / sum(seconds), measure_gemm(device, dtype, clock), peak_flops(device)
     median = float(np.percentile(seconds, 50))
@@ -233,21 +237,26 @@ def _build_optimizer(model: nn.Module, settings: StepSettings) -> Optimizer:
 
 
 def build_model(
-    settings: StepSettings, config: ModelConfig, device: torch.device, dtype: torch.dtype
+    settings: StepSettings,
+    architecture: ModelConfig,
+    device: torch.device,
+    dtype: torch.dtype,
+    objective: Objective = OBJECTIVES["mlm"],
 ) -> tuple[Autocast, str, str]:
     """The model, and the names of its attention and of its loss kernel."""
     attention = MASKED_ATTENTION
     if settings.attention != MASKED_ATTENTION.name:
-        attention = choose_attention(settings.attention, device=device, dtype=dtype, head_dim=config.head_dim)
+        attention = choose_attention(settings.attention, device=device, dtype=dtype, head_dim=architecture.head_dim)
     kernel = choose_kernel(settings.kernel, device=device)
     torch.manual_seed(0)
     encoder = Encoder(
-        config,
+        architecture,
         attention,
         gradient_checkpointing=settings.gradient_checkpointing,
         gradient_checkpointing_every=settings.checkpointing_every,
     )
-    module = MaskedLM(encoder, kernel=KERNELS[kernel], all_positions=settings.all_positions).to(device)
+    config = Config(trainer=TrainerSection(masked_logits_only_loss=not settings.all_positions))
+    module = objective.build_module(encoder, config, KERNELS[kernel]).to(device)
     if settings.compile:
         for block in encoder.layers:
             block.compile()

@@ -179,7 +179,7 @@ def benchmark_inference(program: str, words: list[str]) -> None:
     model = load(args.model, device=args.device)
     batch_tokens = args.batch_tokens or BATCH_TOKENS
     lines = compare(model, texts, batch_tokens=batch_tokens, rows=args.rows, repeats=args.repeats)
-    machine = f"{torch.get_num_threads()} threads on {model.masked_lm.head_weight.device}"
+    machine = f"{torch.get_num_threads()} threads on {model.module.head_weight.device}"
     cli.print_result("\n".join([*lines, machine]))
 
 

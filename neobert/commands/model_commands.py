@@ -21,7 +21,10 @@ from neobert.commands.flags import (
 
 
 def predict(program: str, words: list[str]) -> None:
-    """Fill the masks of texts with a trained model: `neobert predict MODEL "The capital of France is [MASK]."`"""
+    """Fill the masks of texts with a trained model: `neobert predict MODEL "The capital of France is [MASK]."`
+
+    A model of replaced-token detection says instead which tokens of a text do not belong.
+    """
     parser = build_model_parser(program, predict.__doc__)
     parser.add_argument("text", nargs="*", help='text with [MASK], for example "The capital of France is [MASK]."')
     parser.add_argument("--file", help="read texts from a file, one a line; - reads the standard input")
@@ -38,7 +41,7 @@ def predict(program: str, words: list[str]) -> None:
     from neobert.inference.load import load
 
     model = load(args.model, device=args.device, dtype=args.dtype, weights=args.weights)
-    for result in model.fill_mask(texts, top_k=args.top_k, joint=args.joint):
+    for result in model.predict(texts, top_k=args.top_k, joint=args.joint):
         print_answer(dataclasses.asdict(result), result.describe(), as_json=args.json)
 
 

@@ -14,6 +14,7 @@ import numpy as np
 from neobert.config.schema import Config
 from neobert.data.pipeline import Reader, build_tokenizer
 from neobert.data.tokenizer import Tokenizer
+from neobert.objectives.table import choose_objective
 from neobert.secrets import scrub
 from neobert.train.build import build_config_data, choose_rows_per_step
 from neobert.train.micro_batch import shared_rows
@@ -49,15 +50,20 @@ def preview(config: Config) -> str:
     batches = [batch for batch in step.micro_batches if isinstance(batch, PackedBatch)]
     lines = [*([] if tokenizer.note is None else [tokenizer.note]), *map(scrub, data.notes)]
     lines += [*(f"warning: {text}" for text in data.inventory.warnings()), *data.inventory.table()]
-    lines += describe_rows(batches[0], tokenizer)
+    lines += describe_rows(batches[0], tokenizer, kept=choose_objective(config).predicts_tokens)
     return "\n".join([*lines, *describe_mix(batches, config, tokenizer)])
 
 
-def describe_rows(batch: PackedBatch, tokenizer: Tokenizer, num_rows: int = NUM_ROWS) -> Iterator[str]:
-    """The documents of the first rows as they are fed, and what is to be predicted in each."""
+def describe_rows(
+    batch: PackedBatch, tokenizer: Tokenizer, num_rows: int = NUM_ROWS, *, kept: bool = True
+) -> Iterator[str]:
+    """The documents of the first rows as they are fed, and what is to be predicted in each. `kept`: also targets that
+    are fed as they are."""
     width = batch.input_ids.shape[1]
-    kept = batch.targets != IGNORE_INDEX
-    targets = dict(zip(batch.masked_index[kept].tolist(), batch.targets[kept].tolist()))
+    shown = batch.targets != IGNORE_INDEX
+    if not kept:
+        shown &= batch.input_ids.flatten()[batch.masked_index] != batch.targets
+    targets = dict(zip(batch.masked_index[shown].tolist(), batch.targets[shown].tolist()))
     for row in range(min(num_rows, len(batch.input_ids))):
         tokens, segments = batch.input_ids[row].numpy(), batch.segments.ids[row].numpy()
         count = int(segments.max())
@@ -99,6 +105,12 @@ def describe_mix(batches: Sequence[PackedBatch], config: Config, tokenizer: Toke
         real = batch.segments.ids.numpy().reshape(-1) > 0
         num_ordinary += int((~np.isin(fed[real], tokenizer.special_ids)).sum())
     p, total = config.datacollator.mlm_probability, max(1, num_predicted)
+    if not choose_objective(config).predicts_tokens:
+        num_replaced = num_predicted - num_kept
+        return [
+            f"replaced: {num_replaced:,} of {num_ordinary:,} ordinary tokens of the first step = "
+            f"{num_replaced / max(1, num_ordinary):.2%} (datacollator.mlm_probability: {p:.2%})"
+        ]
     wanted = ", ".join(f"{share:.0%}" for share in choose_mix(config))
     return [
         f"predicted: {num_predicted:,} of {num_ordinary:,} ordinary tokens of the first step = "

@@ -16,6 +16,8 @@ from neobert.data.rows.collate import Collator
 from neobert.data.rows.loader import Loader
 from neobert.data.tokenizer import Tokenizer
 from neobert.errors import StartupError
+from neobert.objectives.base import Objective
+from neobert.objectives.table import choose_objective
 from neobert.train.build import build_config_data
 from neobert.train.start import read_checkpoint_config, read_train_state
 from neobert.types import IGNORE_INDEX, PackedBatch, PackedRow
@@ -30,6 +32,7 @@ class ReplayedRow:
     row: PackedRow
     batch: PackedBatch
     tokenizer: Tokenizer
+    objective: Objective
     step: int
     """The step (from 1) that trains on it, at the checkpoint's batch sizes; its mask is that of this step."""
 
@@ -45,10 +48,14 @@ class ReplayedRow:
                 f"slots {start} to {end - 1}"
             )
             lines.append(f"    {tokenizer.decode(row.tokens[start:end])!r}")
-        lines.append(f"  mask: {batch.num_targets} tokens are predicted")
         inputs = batch.input_ids.flatten().tolist()
         pairs = zip(batch.masked_index.tolist(), batch.targets.tolist())
         shown = [(slot, target) for slot, target in pairs if target != IGNORE_INDEX]
+        if self.objective.predicts_tokens:
+            lines.append(f"  mask: {batch.num_targets} tokens are predicted")
+        else:
+            shown = [(slot, target) for slot, target in shown if target != inputs[slot]]
+            lines.append(f"  {len(shown)} of {batch.num_targets} tokens are replaced")
         lines += [
             f"    slot {slot}: {tokenizer.decode_token(target)!r} shown as {tokenizer.decode_token(inputs[slot])!r}"
             for slot, target in shown
@@ -112,13 +119,17 @@ def replay_row(path: Path, row: int) -> ReplayedRow:
     finally:
         loader.close()
     assert isinstance(batch, PackedBatch), "made by the collator of pretraining"
-    return ReplayedRow(row=spy.rows[row], batch=batch, tokenizer=tokenizer, step=step)
+    objective = choose_objective(read_checkpoint_config(checkpoint))
+    return ReplayedRow(row=spy.rows[row], batch=batch, tokenizer=tokenizer, objective=objective, step=step)
 
 
 def _build_pipeline(checkpoint: Path, saved: dict[str, Any]) -> tuple[DataPipeline, Tokenizer]:
     config = read_checkpoint_config(checkpoint)
-    if config.task != "pretraining":
-        raise StartupError(f"{checkpoint} is of task: {config.task}; only rows of pretraining can be shown again")
+    objective = choose_objective(config)
+    if objective.reads != "documents":
+        raise StartupError(
+            f"{checkpoint}: {objective.title} reads {objective.reads}; only rows of documents can be shown"
+        )
     run = checkpoint.parent.parent if checkpoint.parent.name == "checkpoints" else Path(config.trainer.output_dir)
     tokenizer = build_tokenizer(config, checkpoint, run)
     reader = Reader(rows_per_step=saved["rows_per_step"], prepared_dir=run / "tokenized")

@@ -135,6 +135,11 @@ def check_model(config: Config) -> Iterator[str]:
             f"optimizer.weight_decay: {config.optimizer.weight_decay} does nothing with model.ngpt: true, whose"
             " matrices are scaled to length 1 after every step; write 0"
         )
+    if model.ngpt and config.trainer.objective == "replaced_token":
+        yield (
+            "model.ngpt: true has no form of the head that trainer.objective: replaced_token trains; write false, or"
+            " trainer.objective: mlm"
+        )
     if model.init_drop_decoder_bias and model.decoder_bias:
         yield "model.init_drop_decoder_bias: true leaves out what model.decoder_bias: true needs; write false for one"
     if model.max_position_embeddings < config.dataset.max_seq_length:

@@ -92,7 +92,9 @@ class ModelSection:
     """auto takes `flash_attn_varlen` where it can run (CUDA, bf16) and `sdpa` elsewhere; the log names the choice.
     A backend named here that cannot run is an error. `flex` is torch's FlexAttention, for CUDA."""
 
-    kernel_backend: Literal["auto", "torch", "triton", "liger"] = key("auto", resume="free")
+    kernel_backend: Literal["auto", "torch", "triton", "liger"] = key(
+        "auto", needs="trainer.objective=mlm", resume="free"
+    )
     """What computes the loss from hidden states and vocabulary: auto takes `triton` on CUDA where it can be imported,
     else `torch`; the log names the choice. A kernel named here that cannot run is an error."""
 

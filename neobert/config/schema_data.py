@@ -282,7 +282,11 @@ class DatacollatorSection:
         0.8,
         at_least=0,
         at_most=1,
-        needs=("task=pretraining or contrastive.pretraining_objective=mlm", "datacollator.mask_all=false"),
+        needs=(
+            "task=pretraining or contrastive.pretraining_objective=mlm",
+            "datacollator.mask_all=false",
+            "trainer.objective=mlm",
+        ),
         resume="declared",
         changes="batch",
     )
@@ -292,14 +296,21 @@ class DatacollatorSection:
         0.1,
         at_least=0,
         at_most=1,
-        needs=("task=pretraining or contrastive.pretraining_objective=mlm", "datacollator.mask_all=false"),
+        needs=(
+            "task=pretraining or contrastive.pretraining_objective=mlm",
+            "datacollator.mask_all=false",
+            "trainer.objective=mlm",
+        ),
         resume="declared",
         changes="batch",
     )
     """Fraction of the predicted tokens that becomes a random token in training; the rest stays as it is."""
 
     mask_all: bool = key(
-        False, needs="task=pretraining or contrastive.pretraining_objective=mlm", resume="declared", changes="batch"
+        False,
+        needs=("task=pretraining or contrastive.pretraining_objective=mlm", "trainer.objective=mlm"),
+        resume="declared",
+        changes="batch",
     )
     """true: every predicted token becomes [MASK] in training, as with `mask_fraction: 1` and `random_fraction: 0`."""
 

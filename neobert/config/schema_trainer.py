@@ -10,6 +10,10 @@ from neobert.config.key import key, when
 class TrainerSection:
     """The run. Exactly one of `max_steps`, `max_tokens` and `num_train_epochs` is its budget."""
 
+    objective: Literal["mlm", "replaced_token"] = key("mlm", tasks="pretraining", resume="fixed")
+    """What pretraining learns. mlm: to predict hidden tokens. replaced_token: to find the tokens that were replaced by
+    random ones, the discriminator's task of ELECTRA; `datacollator.mlm_probability` is the rate."""
+
     # A run may grow: what follows its length, the schedule and the final masked fraction, follows the new one.
     max_steps: int | None = key(None, at_least=1, resume="schedule")
     """Budget in optimizer steps."""
@@ -158,11 +162,14 @@ class TrainerSection:
     tf32: bool = key(True, resume="free")
     """Allow TF32 in float32 matrix products on CUDA."""
 
-    masked_logits_only_loss: bool = key(True, tasks="pretraining", resume="free")
+    masked_logits_only_loss: bool = key(True, tasks="pretraining", needs="trainer.objective=mlm", resume="free")
     """true: vocabulary logits are computed for masked tokens only. false: for all tokens, slower, for comparison."""
 
     z_loss: float = key(
-        0.0, at_least=0, needs="task=pretraining or contrastive.pretraining_objective=mlm", resume="declared"
+        0.0,
+        at_least=0,
+        needs=("task=pretraining or contrastive.pretraining_objective=mlm", "trainer.objective=mlm"),
+        resume="declared",
     )
     """Coefficient z of z * logsumexp(logits)^2 in the training loss of every target, which keeps logits small; 1e-4 is
     usual, 0 is off. Evaluation leaves it out."""
@@ -230,7 +237,7 @@ class TrainerSection:
     """Steps to profile; 0 profiles nothing. Process 0 writes `profiler_trace.json` into `output_dir`, and on CUDA
     `snapshot.pickle`, the history of the allocator."""
 
-    fill_mask_texts: tuple[str, ...] | None = key(None, resume="free")
+    fill_mask_texts: tuple[str, ...] | None = key(None, needs="trainer.objective=mlm", resume="free")
     """Texts with [MASK] that the model completes at the end of the run. null takes the beginnings of the first
     evaluation documents and hides one token of each; `[]` shows none."""
 

@@ -160,8 +160,7 @@ def figures(form: Form, examples: Sequence[Example], embed: Embed) -> dict[str, 
 
 def embed_shared(run: Run, texts: Sequence[str]) -> NDArray[np.float32]:
     """Vectors of length 1, `[texts, H]`, on every process; each embeds its share. Collective."""
-    model = Model(masked_lm=run.module, tokenizer=run.tokenizer)
-    config, runtime = run.config, run.runtime
+    model, config, runtime = run.as_model(), run.config, run.runtime
     mine = texts[runtime.rank :: runtime.world]
     vectors = embed_cut(model, mine, pooling=config.contrastive.pooling, max_length=config.dataset.max_seq_length)
     result = np.empty((len(texts), model.hidden_size), dtype=np.float32)

@@ -17,17 +17,14 @@ from neobert.config.rules import validate, warnings
 from neobert.config.schema import Config, ModelSection
 from neobert.config.schema_data import TokenizerSection
 from neobert.contrastive.evaluate import evaluate_sets
-from neobert.contrastive.module import ContrastiveEncoder
 from neobert.contrastive.pair_data import build_contrastive_data
+from neobert.contrastive.set_folder import sets_folder
 from neobert.data.tokenizer import load_tokenizer
 from neobert.errors import StartupError
-from neobert.kernels.linear_cross_entropy import KERNELS, choose_kernel
-from neobert.model.attention import AttentionBackend
 from neobert.model.config import ModelConfig
-from neobert.train.build import build_encoder, compile_blocks
-from neobert.train.loop import Job, RunResult, train
-from neobert.train.machine import Runtime
-from neobert.train.run import Run, build_run
+from neobert.objectives.table import check_task
+from neobert.train.loop import RunResult, train
+from neobert.train.run import Job, Run, build_run
 from neobert.train.start import choose_start, read_checkpoint_config, write_config
 from neobert.weights.describe import WeightsError
 from neobert.weights.folder import checkpoint_steps
@@ -42,8 +39,10 @@ def bind_checkpoint(config: Config) -> Config:
     `contrastive.pretrained_checkpoint_dir`. Without either, the config as it is.
 
     Raises:
-        StartupError: the checkpoint cannot be read, or the config says something else than it.
+        StartupError: the checkpoint cannot be read, or the config says something else than it, or the run would write
+            among the prepared sets.
     """
+    _check_output_dir(config)
     own = choose_start(config).path
     if own is not None:
         saved = read_checkpoint_config(own)
@@ -57,6 +56,16 @@ def bind_checkpoint(config: Config) -> Config:
     if errors:
         raise StartupError("\n".join(["the config does not fit the checkpoint:", *errors]))
     return bound
+
+
+def _check_output_dir(config: Config) -> None:
+    """Raises when the run would write among the prepared sets, which `preprocess.py` removes to make them again."""
+    sets, output_dir = sets_folder(str(config.dataset.path)), Path(config.trainer.output_dir)
+    if output_dir.resolve().is_relative_to(sets.resolve()):
+        raise StartupError(
+            f"trainer.output_dir: {output_dir} lies in {sets}, where the prepared sets of dataset.path are; choose a "
+            "folder outside of it"
+        )
 
 
 def _bind_pretrained(config: Config) -> Config:
@@ -142,34 +151,8 @@ def finetune(config: Config) -> RunResult:
         StartupError: the run cannot start as configured; the message names the key and the remedy.
         DataError: its sets cannot be used.
     """
-    if config.task != "contrastive":
-        raise StartupError(
-            f"task: {config.task} is not contrastive; write task: contrastive, or pretrain with this file"
-        )
-    run = build_run(
-        config, bind=bind_checkpoint, build_data=build_contrastive_data, build_module=build_contrastive_module
-    )
-    return train(run, CONTRASTIVE)
-
-
-def build_contrastive_module(
-    config: Config, model_config: ModelConfig, attention: AttentionBackend, runtime: Runtime
-) -> ContrastiveEncoder:
-    """The encoder with its initial weights on the device, compiled if asked for."""
-    section = config.contrastive
-    if any(dim >= model_config.hidden_size for dim in section.matryoshka_dims):
-        raise StartupError(
-            f"contrastive.matryoshka_dims: {list(section.matryoshka_dims)} must be less than the width of the model,"
-            f" {model_config.hidden_size}, which is always trained"
-        )
-    module = ContrastiveEncoder(
-        build_encoder(config, model_config, attention),
-        section,
-        kernel=KERNELS[choose_kernel(config.model.kernel_backend, device=runtime.device)],
-        z_loss=config.trainer.z_loss,
-    ).to(runtime.device)
-    compile_blocks(config, module.encoder)
-    return module
+    check_task(config, "contrastive")
+    return train(build_run(config))
 
 
 def announce(run: Run) -> None:
@@ -204,5 +187,10 @@ def next_commands(run: Run) -> list[str]:
     ]
 
 
-CONTRASTIVE = Job(announce=announce, evaluate=evaluate_sets, next_commands=next_commands)
-"""The job that `train` does here."""
+FINETUNING = Job(
+    bind=bind_checkpoint,
+    build_data=build_contrastive_data,
+    announce=announce,
+    evaluate=evaluate_sets,
+    next_commands=next_commands,
+)

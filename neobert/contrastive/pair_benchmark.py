@@ -28,8 +28,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from neobert.config.schema_contrastive import ContrastiveSection, PairSource
-from neobert.contrastive.batches import NoMasks, PairBatch, PairCollator
-from neobert.contrastive.module import ContrastiveEncoder
+from neobert.contrastive.batches import NoMasks, PairCollator
 from neobert.contrastive.pair_order import TrainSet
 from neobert.contrastive.reading import open_source
 from neobert.data.rows.collate import Collator
@@ -40,6 +39,7 @@ from neobert.kernels.linear_cross_entropy import KERNELS
 from neobert.model.attention import choose_attention
 from neobert.model.config import ModelConfig
 from neobert.model.encoder import Encoder
+from neobert.objectives.contrastive import ContrastiveEncoder, PairBatch
 from neobert.train.memory import current_bytes, forget_peak, peak_bytes
 from neobert.train.step import train_step
 from neobert.types import PackedBatch, PackedRow
@@ -129,7 +129,7 @@ def build_module(args: argparse.Namespace, vocab_size: int, pad_id: int, *, padd
     kind = PaddedEncoder if padded else ContrastiveEncoder
     attention = choose_attention("auto", device=device, dtype=DTYPES[args.dtype])
     if args.model is not None:
-        loaded = load(args.model, device="cpu").masked_lm
+        loaded = load(args.model, device="cpu").module
         config = replace(loaded.encoder.config, dropout_prob=0.0)  # Variants are to have one and the same loss.
         module = kind(Encoder(config, attention), ContrastiveSection(), kernel=KERNELS["torch"])
         module.load_state_dict(loaded.state_dict())

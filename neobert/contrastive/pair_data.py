@@ -11,7 +11,7 @@ from neobert.config.schema import Config
 from neobert.config.schema_contrastive import PairSource
 from neobert.contrastive.batches import PairCollator
 from neobert.contrastive.examples import FORM_WORDS, Form
-from neobert.contrastive.pair_order import Kind, PairLane, PairOrder, TrainSet, describe_shares
+from neobert.contrastive.pair_order import PairLane, PairOrder, TrainSet, describe_shares
 from neobert.contrastive.prepare_sets import NamedSource, describe, is_same_source, list_wanted
 from neobert.contrastive.set_folder import PairStore, SetInfo, list_sets, sets_folder
 from neobert.data.pipeline import Reader
@@ -21,6 +21,7 @@ from neobert.data.rows.loader import Loader, LoaderSettings, sum_counters
 from neobert.data.source.inventory import NO_FILES, Inventory
 from neobert.data.tokenizer import Tokenizer
 from neobert.errors import DataError
+from neobert.objectives.contrastive import Kind
 from neobert.train.build import build_train_masks
 
 _KINDS: dict[Form, Kind] = {"pairs": "infonce", "scored": "cosent", "labelled": "supcon"}

@@ -12,7 +12,7 @@ Every process plans all rows and reads the texts of its own only.
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -21,8 +21,7 @@ from neobert.contrastive.set_folder import PairStore
 from neobert.data.rows.lanes import IntArray, State, Window
 from neobert.data.rows.order import Permutation, key, uniform
 from neobert.data.rows.packing import SPECIALS_PER_SEGMENT, Piece
-
-Kind = Literal["infonce", "simcse", "supcon", "cosent", "mlm"]
+from neobert.objectives.contrastive import Kind
 
 
 @dataclass(frozen=True, kw_only=True, slots=True, eq=False)

@@ -19,7 +19,7 @@ import numpy as np
 from neobert.config.schema import Config, DatasetSection
 from neobert.data.fingerprint import combine, fits
 from neobert.data.rows.batch_size import BatchSchedule, build_batch_schedule
-from neobert.data.rows.collate import Collator, MaskPolicy
+from neobert.data.rows.collate import Collator
 from neobert.data.rows.evaluation import EvalSet, choose_evaluation
 from neobert.data.rows.lanes import RowOrder, State
 from neobert.data.rows.loader import Loader, LoaderSettings, sum_counters
@@ -30,7 +30,7 @@ from neobert.data.source.spec import describe_sources
 from neobert.data.store.encode import limit_threads
 from neobert.data.store.opening import Source, View, list_sources, open_training_texts
 from neobert.data.tokenizer import Tokenizer, check_mask_token, load_tokenizer, train_tokenizer
-from neobert.types import PackedBatch
+from neobert.types import Corruption, PackedBatch
 
 PREFETCH_STEPS = 4
 """Steps kept ready when `dataset.prefetch_factor` is null."""
@@ -201,8 +201,8 @@ def build_data(
     tokenizer: Tokenizer,
     reader: Reader,
     *,
-    train_masks: MaskPolicy,
-    eval_masks: MaskPolicy,
+    train_masks: Corruption,
+    eval_masks: Corruption,
 ) -> DataPipeline:
     """Finds source and splits, tokenises what is to be tokenised once, and sets evaluation documents apart.
 
@@ -271,7 +271,7 @@ def _note_threads(section: DatasetSection, settings: LoaderSettings) -> str:
     return f"{workers}, {ahead}, {'pinned' if settings.pin_memory else 'pageable'} memory"
 
 
-def _build_collate(config: Config, tokenizer: Tokenizer, masks: MaskPolicy) -> Collator:
+def _build_collate(config: Config, tokenizer: Tokenizer, masks: Corruption) -> Collator:
     packed, length = config.datacollator.pack_sequences, config.dataset.max_seq_length
     return Collator(
         policy=masks,

@@ -5,14 +5,14 @@ from pathlib import Path
 from typing import Any
 
 from neobert.config.nesting import parse_json
-from neobert.config.schema import Config
-from neobert.config.schema_data import DatacollatorSection
 from neobert.data.tokenizer import Tokenizer
 from neobert.export.card_data import OlderCard, build_card_data, read_older_card
 from neobert.export.choose import Form
-from neobert.export.facts import RunFacts, is_step, load_lineage, name_sources, readable
-from neobert.export.sentence_files import SentenceSettings
+from neobert.export.facts import RunFacts, is_step, load_lineage, name_sources
 from neobert.model.config import ModelConfig
+from neobert.objectives.base import Objective, VectorSettings
+from neobert.objectives.table import choose_objective
+from neobert.secrets import readable
 from neobert.weights.folder import AVERAGE_FILE
 from neobert.weights.load import EncoderWeights
 
@@ -27,9 +27,14 @@ inputs = tokenizer("some text with a {mask} in it", return_tensors="pt")
 logits = model(**inputs).logits
 ```
 
+"""
+
+_PLAIN_VECTORS = """\
 Embeddings, the mean over the tokens of a text (the model was not trained for similarity; fine-tune it for that):
 
 """
+
+_TRAINED_VECTORS = "Compare the vectors of texts by their cosine:\n\n"
 
 _EMBED = """```python
 from sentence_transformers import SentenceTransformer
@@ -42,7 +47,7 @@ def model_card(
     weights: EncoderWeights,
     config: ModelConfig,
     tokenizer: Tokenizer,
-    sentences: SentenceSettings,
+    sentences: VectorSettings,
     *,
     form: Form,
     dtype: str,
@@ -58,22 +63,24 @@ def model_card(
     """
     lineage = load_lineage(weights.folder, weights.step, weights.kind)
     older = OlderCard(data={}, training="") if lineage else read_older_card(weights.folder)
-    task = lineage[0].config.task if lineage else older.task
-    data = build_card_data(task, lineage, older, form=form, name=name, source=source, language=language)
+    objective = choose_objective(lineage[0].config) if lineage else older.objective
+    data = build_card_data(objective, lineage, older, form=form, name=name, source=source, language=language)
     training = older.training or _training(weights, lineage)
     sections = [
         f"---\n{data.to_yaml()}\n{'' if data.license else _LICENSE}---",
         f"# {name.split('/')[-1]}",
-        _summary(task, config, form, dtype),
+        _summary(objective, config, form, dtype),
         *([f"## Training\n\n{training}"] if training else []),
-        "## Use\n\n" + _use(task, tokenizer, sentences, name=name, form=form),
+        "## Use\n\n" + _use(objective, tokenizer, sentences, name=name, form=form),
     ]
     return "\n\n".join(sections) + "\n"
 
 
-def _use(task: str, tokenizer: Tokenizer, sentences: SentenceSettings, *, name: str, form: Form) -> str:
+def _use(objective: Objective, tokenizer: Tokenizer, sentences: VectorSettings, *, name: str, form: Form) -> str:
     mask = next(word for word, number in tokenizer.special_tokens.items() if number == tokenizer.mask_id)
-    before = "Compare the vectors of texts by their cosine:\n\n" if task == "contrastive" else _FILL_MASK
+    before = _TRAINED_VECTORS
+    if objective.vectors is None:
+        before = (_FILL_MASK if objective.fills_masks else "") + _PLAIN_VECTORS
     trust = "" if form == "native" else ", trust_remote_code=True"
     prompts = [
         f'\n- `encode(texts, prompt_name="{word}")` puts `{text}` before each text, as in training'
@@ -84,13 +91,7 @@ def _use(task: str, tokenizer: Tokenizer, sentences: SentenceSettings, *, name: 
     )
 
 
-_WHAT = {
-    "pretraining": "An encoder trained with masked language modelling.",
-    "contrastive": "An encoder fine-tuned to give texts of like meaning vectors with a large cosine.",
-}
-
-
-def _summary(task: str, config: ModelConfig, form: Form, dtype: str) -> str:
+def _summary(objective: Objective, config: ModelConfig, form: Form, dtype: str) -> str:
     loads = (
         "It loads with the classes of transformers alone (architecture EuroBERT)."
         if form == "native"
@@ -108,7 +109,7 @@ def _summary(task: str, config: ModelConfig, form: Form, dtype: str) -> str:
         "weights": dtype,
     }
     table = "\n".join(f"| {key} | {value} |" for key, value in rows.items())
-    return f"{_WHAT[task]} {loads}\n\n| | |\n|---|---|\n{table}"
+    return f"{objective.card.summary} {loads}\n\n| | |\n|---|---|\n{table}"
 
 
 def _norms(config: ModelConfig) -> str:
@@ -140,66 +141,11 @@ def _recipe(facts: RunFacts) -> list[str]:
     config, start, rows = facts.config, facts.start, facts.state.get("rows_per_step")
     return [
         *([f"- started from {_place(start)}"] if start is not None else []),
-        *(_contrastive_recipe(facts) if config.task == "contrastive" else _masking_recipe(facts)),
+        *choose_objective(config).card.recipe(config, name_sources(facts)),
         f"- {config.optimizer.name}, peak learning rate {config.optimizer.lr:g}, {config.scheduler.name} schedule",
         f"- weight decay {config.optimizer.weight_decay:g}, seed {config.seed}"
         + (f", {rows:,} rows a step" if rows is not None else ""),
     ]
-
-
-def _masking_recipe(facts: RunFacts) -> list[str]:
-    data, masks = facts.config.dataset, facts.config.datacollator
-    return [
-        f"- data: {', '.join(name_sources(facts))}",
-        f"- rows of {data.max_seq_length} tokens, {'packed' if masks.pack_sequences else 'one document each'}",
-        f"- {_rate(masks)} of the tokens predicted{_UNITS[masks.mask_units]}, {_mix(masks)}",
-    ]
-
-
-_UNITS = {"tokens": "", "words": " by whole words", "spans": " by spans of words"}
-
-
-def _rate(masks: DatacollatorSection) -> str:
-    first, last = masks.mlm_probability, masks.mlm_probability_final
-    return f"{first:.0%}" if last is None else f"{first:.0%} to {last:.0%}"
-
-
-def _mix(masks: DatacollatorSection) -> str:
-    if masks.mask_all:
-        return "all of them as masks"
-    masked, drawn = masks.mask_fraction, masks.random_fraction
-    return f"{masked:.0%} as masks, {drawn:.0%} as random tokens, {max(0.0, 1 - masked - drawn):.0%} unchanged"
-
-
-def _contrastive_recipe(facts: RunFacts) -> list[str]:
-    section = facts.config.contrastive
-    sets = ", ".join(name_sources(facts)) or f"all sets prepared in {readable(str(facts.config.dataset.path))}"
-    return [
-        f"- fine-tuned on pairs of {sets}",
-        f"- texts of at most {facts.config.dataset.max_seq_length} tokens, {section.pooling} pooling",
-        f"- loss: {_LOSSES[section.loss_type]}{_loss_options(facts.config)}",
-        f"- temperature {section.temperature:g}{' at the start, then learned' if section.learn_temperature else ''}",
-    ]
-
-
-_LOSSES = {
-    "auto": "InfoNCE for pairs, CoSENT for scored pairs, SupCon for texts with labels",
-    "infonce": "InfoNCE",
-    "simcse": "SimCSE (every text against itself under another dropout mask)",
-    "supcon": "SupCon",
-    "cosent": "CoSENT",
-}
-
-
-def _loss_options(config: Config) -> str:
-    section = config.contrastive
-    options = [f"up to {section.num_hard_negatives} hard negatives a pair"] if section.num_hard_negatives else []
-    options += ["in both directions"] if section.both_directions else []
-    options += [f"at widths {', '.join(map(str, section.matryoshka_dims))} too"] if section.matryoshka_dims else []
-    if section.pretraining_prob:
-        texts, share = readable(str(section.pretraining_dataset)), section.pretraining_prob
-        options.append(f"{section.pretraining_objective} on texts of {texts} in {share:.0%} of the steps")
-    return "".join(f"; {option}" for option in options)
 
 
 def _place(source: str) -> str:
@@ -211,18 +157,8 @@ def _place(source: str) -> str:
 def _figures(facts: RunFacts) -> list[str]:
     tokens = sum(r["num_tokens"] for r in facts.records if r["kind"] == "step")
     lines = [f"- tokens seen: {tokens:,}"] if tokens else []
-    last = facts.evaluation
-    if last is None:
-        return lines
-    if "sets" in last:
-        for key, metrics in last["sets"].items():
-            values = ", ".join(f"{name} {value:.4f}" for name, value in metrics.items())
-            lines.append(f"- {key} at step {last['step']:,}: {values}")
-    elif last["loss"] is not None:
-        lines.append(
-            f"- held-out loss at step {last['step']:,}: {last['loss']:.4f} nats per masked token, "
-            f"{last['accuracy']:.1%} predicted exactly ({last['num_targets']:,} masked tokens)"
-        )
+    if facts.evaluation is not None:
+        lines += choose_objective(facts.config).card.evaluation(facts.evaluation)
     return lines
 
 

@@ -13,29 +13,14 @@ from neobert.config.nesting import load_plain_yaml
 from neobert.data.source.known_sets import KNOWN_SETS
 from neobert.export.choose import ExportError, Form
 from neobert.export.facts import RunFacts, datasets_on_hub, hub_model, model_on_hub, name_sources
+from neobert.objectives.base import Objective
+from neobert.objectives.mlm import MLM
+from neobert.objectives.table import OBJECTIVES, choose_objective
 
 _LANGUAGE = re.compile(r"[a-z]{2,3}|code|multilingual")
 _FRONT_MATTER = re.compile(r"\A---\r?\n(.*?)\r?\n---\r?$", re.S | re.M)
 _TRAINING = re.compile(r"^## Training\n\n(.*?)(?=^## |\Z)", re.S | re.M)
 _KEPT = ("language", "license", "license_name", "license_link", "datasets", "base_model", "model-index")
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class _Kind:
-    library_name: str
-    pipeline_tag: str
-    tags: tuple[str, ...]
-
-
-_KINDS = {
-    "pretraining": _Kind(library_name="transformers", pipeline_tag="fill-mask", tags=("masked-lm", "encoder")),
-    "contrastive": _Kind(
-        library_name="sentence-transformers",
-        pipeline_tag="sentence-similarity",
-        tags=("sentence-transformers", "feature-extraction", "encoder"),
-    ),
-}
-"""Task of the run -> how the hub files its model."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -47,9 +32,10 @@ class OlderCard:
     """The section about the training."""
 
     @property
-    def task(self) -> str:
-        tags = {kind.pipeline_tag: task for task, kind in _KINDS.items()}
-        return tags.get(str(self.data.get("pipeline_tag")), "pretraining")
+    def objective(self) -> Objective:
+        """What the model was trained for, by how the hub files it."""
+        tag = self.data.get("pipeline_tag")
+        return next((x for x in OBJECTIVES.values() if x.card.pipeline_tag == tag), MLM)
 
 
 def check_language(codes: tuple[str, ...]) -> list[str]:
@@ -80,7 +66,7 @@ def read_older_card(folder: Path) -> OlderCard:
 
 
 def build_card_data(
-    task: str,
+    objective: Objective,
     lineage: Sequence[RunFacts],
     older: OlderCard,
     *,
@@ -89,10 +75,9 @@ def build_card_data(
     source: str,
     language: tuple[str, ...],
 ) -> ModelCardData:
-    """The front matter of a model of this task.
+    """The front matter of a model with this objective.
 
     Args:
-        task: A key of _KINDS.
         lineage: The run, then what it started from; empty for a model that comes without a run, which keeps what its
             `older` card says.
         older: The card of the folder that is exported.
@@ -101,7 +86,7 @@ def build_card_data(
         source: What is exported: a folder, or a model of the hub.
         language: Codes that were given in the call; none keeps those of `older`.
     """
-    kind = _KINDS[task]
+    card = objective.card
     values: dict[str, Any] = {"base_model": hub_model(source)}
     values |= {key: older.data[key] for key in _KEPT if key in older.data}
     if lineage:
@@ -112,9 +97,9 @@ def build_card_data(
     if language:
         values["language"] = list(language) if len(language) > 1 else language[0]
     data = ModelCardData(
-        library_name=kind.library_name,
-        pipeline_tag=kind.pipeline_tag,
-        tags=[*kind.tags, *(["custom_code"] if form == "remote_code" else [])],
+        library_name=card.library_name,
+        pipeline_tag=card.pipeline_tag,
+        tags=[*card.tags, *(["custom_code"] if form == "remote_code" else [])],
         ignore_metadata_errors=True,
         **values,
     )
@@ -127,28 +112,15 @@ def _results(facts: RunFacts) -> Iterator[EvalResult]:
     last = facts.evaluation
     if last is None or last["step"] != facts.step:
         return
-    if "sets" in last:
-        for key, metrics in last["sets"].items():
-            place = {"dataset_type": KNOWN_SETS.get(key, key), "dataset_name": key}
-            for metric, value in metrics.items():
-                yield _result("sentence-similarity", place, metric, value)
-        return
-    for metric, label in _MLM_METRICS.items():
-        if last[metric] is not None:  # A number that was not finite.
-            yield _result("fill-mask", _evaluated(facts), metric, last[metric], label)
-
-
-_MLM_METRICS = {"loss": "nats per masked token", "accuracy": "masked tokens predicted exactly"}
-
-
-def _result(task: str, place: dict[str, str | None], metric: str, value: Any, label: str | None = None) -> EvalResult:
-    return EvalResult(
-        task_type=task,
-        metric_type=metric,
-        metric_value=value,
-        metric_name=label or metric,
-        **place,  # type: ignore[arg-type]
-    )
+    for task, dataset, metric, value, label in choose_objective(facts.config).card.results(last):
+        place = {"dataset_type": KNOWN_SETS.get(dataset, dataset), "dataset_name": dataset} if dataset else None
+        yield EvalResult(
+            task_type=task,
+            metric_type=metric,
+            metric_value=value,
+            metric_name=label or metric,
+            **(place or _evaluated(facts)),  # type: ignore[arg-type]
+        )
 
 
 def _evaluated(facts: RunFacts) -> dict[str, str | None]:

@@ -12,11 +12,10 @@ from itertools import accumulate
 import torch
 from torch import Tensor
 
-from neobert.kernels.linear_cross_entropy import KERNELS
 from neobert.model.attention import ATTENTION
 from neobert.model.encoder import Encoder
 from neobert.model.segments import Segments
-from neobert.objectives.mlm import MaskedLM
+from neobert.objectives.base import ObjectiveModule
 from neobert.weights.load import EncoderWeights
 
 TOLERANCE = 1e-5
@@ -37,16 +36,16 @@ class LayerError:
         return self.max_error <= TOLERANCE or self.relative_error <= TOLERANCE
 
 
-def build_model(weights: EncoderWeights) -> MaskedLM:
+def build_model(weights: EncoderWeights) -> ObjectiveModule:
     """Our model with these weights, fp32, on the CPU, in evaluation mode."""
-    model = MaskedLM(Encoder(weights.config, ATTENTION["sdpa"]), kernel=KERNELS["torch"])
+    model = ObjectiveModule(Encoder(weights.config, ATTENTION["sdpa"]))
     model.load_state_dict(weights.tensors, strict=True)
     model.check_tied()
     return model.eval()
 
 
 @torch.inference_mode()
-def our_states(model: MaskedLM, documents: Sequence[Sequence[int]]) -> list[list[Tensor]]:
+def our_states(model: ObjectiveModule, documents: Sequence[Sequence[int]]) -> list[list[Tensor]]:
     """For each document its states, `[n, H]` for each layer, then logits `[n, V]`; computed packed in one row."""
     lengths = [len(document) for document in documents]
     borders = torch.tensor([0, *accumulate(lengths)], dtype=torch.int32)

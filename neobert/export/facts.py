@@ -3,16 +3,17 @@
 Nothing is guessed: a name counts as one of the hub only where it cannot be a path of the machine that trained.
 """
 
-from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from neobert.config.load import load_saved_config
 from neobert.config.nesting import parse_json
 from neobert.config.schema import Config
 from neobert.data.source.known_sets import KNOWN_SETS, choose_set, list_names
 from neobert.data.source.spec import PYTHON_STDLIB, describe_source, describe_sources
+from neobert.objectives.table import choose_objective
+from neobert.secrets import readable
 from neobert.weights.load import HUB_NAME
 
 _EVALUATIONS = {"model": "eval", "ema": "eval_ema"}
@@ -107,20 +108,39 @@ def hub_model(source: str) -> str | None:
     return source.split("@")[0] if named else None
 
 
+class _Source(NamedTuple):
+    """Something that a run was trained on."""
+
+    label: str
+    """As readers know it."""
+
+    on_hub: str | None
+    """Its name, where it is a dataset of the hub."""
+
+
 def name_sources(facts: RunFacts) -> list[str]:
     """What a run was trained on, as readers know it: names of the hub and of files, without their folders."""
-    if facts.config.task == "contrastive":
-        return [_hub_set(name) or readable(name) for name in _pair_sets(facts)]
-    return [readable(spec.label) for spec in describe_sources(facts.config.dataset)]
+    return [source.label for source in _SOURCES[choose_objective(facts.config).reads](facts)]
 
 
 def datasets_on_hub(facts: RunFacts) -> list[str]:
     """Those of them that are datasets of the hub."""
-    if facts.config.task == "contrastive":
-        found: Iterable[str | None] = map(_hub_set, _pair_sets(facts))
-    else:
-        found = (spec.name for spec in describe_sources(facts.config.dataset))
-    return list(dict.fromkeys(name for name in found if name not in (None, PYTHON_STDLIB)))
+    sources = _SOURCES[choose_objective(facts.config).reads](facts)
+    return list(dict.fromkeys(source.on_hub for source in sources if source.on_hub is not None))
+
+
+def _list_documents(facts: RunFacts) -> list[_Source]:
+    specs = describe_sources(facts.config.dataset)
+    return [_Source(readable(spec.label), None if spec.name == PYTHON_STDLIB else spec.name) for spec in specs]
+
+
+def _list_pairs(facts: RunFacts) -> list[_Source]:
+    named = [(name, _hub_set(name)) for name in _pair_sets(facts)]
+    return [_Source(on_hub or readable(name), on_hub) for name, on_hub in named]
+
+
+_SOURCES = {"documents": _list_documents, "pairs": _list_pairs}
+"""By what an objective reads."""
 
 
 def _pair_sets(facts: RunFacts) -> list[str]:
@@ -136,9 +156,3 @@ def _hub_set(name: str) -> str | None:
     if key is not None and not Path(name).exists():
         return KNOWN_SETS[key]
     return describe_source(name).name if "/" in name else None
-
-
-def readable(name: str) -> str:
-    """A path without the folders of the machine it was on, an address without what signs it."""
-    name = name.split("?")[0].rstrip("/")
-    return name.split("/")[-1] if name.startswith(("/", ".", "~")) else name

@@ -60,13 +60,13 @@ def _relocate(name: str, text: str) -> str:
     return text
 
 
-def remote_config(config: ModelConfig, tokenizer: Tokenizer, dtype: str) -> dict[str, Any]:
+def remote_config(config: ModelConfig, tokenizer: Tokenizer, dtype: str, *, fills_masks: bool = True) -> dict[str, Any]:
     """The contents of config.json; `dtype` is torch's name of the dtype of the weights."""
     classes = {"AutoConfig": "NeobertEncoderConfig"}
     for head in ("", "ForMaskedLM", "ForSequenceClassification", "ForTokenClassification"):
         classes[f"AutoModel{head}"] = f"NeobertEncoder{head or 'Model'}"
     return {
-        "architectures": ["NeobertEncoderForMaskedLM"],
+        "architectures": [f"NeobertEncoder{'ForMaskedLM' if fills_masks else 'Model'}"],
         "auto_map": {auto: f"{MODELING}.{kind}" for auto, kind in classes.items()},
         "model_type": REMOTE_CODE_TYPE,
         "dtype": dtype,

@@ -6,7 +6,6 @@ sentence-transformers reads, and text-embeddings-inference takes the pooling fro
 """
 
 import json
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +13,8 @@ from neobert.config.load import load_saved_config
 from neobert.config.nesting import parse_json
 from neobert.export.choose import ExportError
 from neobert.model.config import ModelConfig
+from neobert.objectives.base import VectorSettings
+from neobert.objectives.table import choose_objective
 from neobert.weights.load import EncoderWeights
 
 _POOLING = Path("1_Pooling") / "config.json"
@@ -23,19 +24,7 @@ _TOKENIZER = "tokenizer_config.json"
 _MODES = {"cls": "pooling_mode_cls_token", "mean": "pooling_mode_mean_tokens", "max": "pooling_mode_max_tokens"}
 
 
-@dataclass(frozen=True, kw_only=True, slots=True)
-class SentenceSettings:
-    """How the exported model makes a vector of a text."""
-
-    max_length: int
-    """Longer texts are cut here, in tokens, [CLS] and [SEP] included."""
-
-    pooling: str = "mean"
-    prompts: tuple[tuple[str, str], ...] = ()
-    """Names and texts of what may be put before a text."""
-
-
-def choose_sentence_settings(weights: EncoderWeights) -> SentenceSettings:
+def choose_sentence_settings(weights: EncoderWeights) -> VectorSettings:
     """As the model was fine-tuned; else the mean over texts of any length that it can read.
 
     Raises:
@@ -44,27 +33,22 @@ def choose_sentence_settings(weights: EncoderWeights) -> SentenceSettings:
     longest, file = weights.config.max_position_embeddings, weights.folder / "config.yaml"
     if weights.layout == "checkpoint" and file.is_file():
         config = load_saved_config(file)
-        if config.task == "contrastive":
-            section = config.contrastive
-            prompts = {"query": section.anchor_prefix, "document": section.positive_prefix}
-            return SentenceSettings(
-                max_length=config.dataset.max_seq_length,
-                pooling=section.pooling,
-                prompts=tuple((name, text) for name, text in prompts.items() if text is not None),
-            )
+        vectors = choose_objective(config).vectors
+        if vectors is not None:
+            return vectors(config)
     if (weights.folder / _POOLING).is_file():  # An exported folder stays what it is when it is exported again.
         return _read_settings(weights.folder, longest)
-    return SentenceSettings(max_length=longest)
+    return VectorSettings(max_length=longest)
 
 
-def _read_settings(folder: Path, longest: int) -> SentenceSettings:
+def _read_settings(folder: Path, longest: int) -> VectorSettings:
     """From files as they are written here, or as sentence-transformers 6 saves them: its length is the tokenizer's."""
     modes, ours, prompts, tokenizer = (_read(folder / name) for name in (_POOLING, _LENGTH, _PROMPTS, _TOKENIZER))
     pooling = [name for name, key in _MODES.items() if modes.get(key) or modes.get("pooling_mode") == name]
     if len(pooling) != 1:
         raise ExportError(f"{folder / _POOLING}: the pooling must be one of {', '.join(_MODES)}; set it to that")
     lengths = (ours.get("max_seq_length"), tokenizer.get("model_max_length"), longest)
-    return SentenceSettings(
+    return VectorSettings(
         max_length=min(int(length) for length in lengths if length),
         pooling=pooling[0],
         prompts=tuple((name, text) for name, text in prompts.get("prompts", {}).items() if text),
@@ -81,7 +65,7 @@ def _read(file: Path) -> dict[str, Any]:
     return content
 
 
-def write_sentence_files(output: Path, config: ModelConfig, settings: SentenceSettings) -> None:
+def write_sentence_files(output: Path, config: ModelConfig, settings: VectorSettings) -> None:
     """Writes modules.json, sentence_bert_config.json, 1_Pooling/config.json, and the prompts where there are any."""
     modules = [
         {"idx": 0, "name": "0", "path": "", "type": "sentence_transformers.models.Transformer"},

@@ -9,10 +9,10 @@ from neobert.model.config import ModelConfig
 from neobert.weights.layouts import LAYOUTS, from_ours
 
 
-def native_config(config: ModelConfig, tokenizer: Tokenizer, dtype: str) -> dict[str, Any]:
+def native_config(config: ModelConfig, tokenizer: Tokenizer, dtype: str, *, fills_masks: bool = True) -> dict[str, Any]:
     """The contents of config.json; `dtype` is torch's name of the dtype of the weights."""
     return {
-        "architectures": ["EuroBertForMaskedLM"],
+        "architectures": ["EuroBertForMaskedLM" if fills_masks else "EuroBertModel"],
         "model_type": "eurobert",
         "dtype": dtype,
         "hidden_size": config.hidden_size,

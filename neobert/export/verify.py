@@ -25,11 +25,11 @@ from neobert.config.schema import TokenizerSection
 from neobert.data.tokenizer import Tokenizer, load_tokenizer
 from neobert.export.choose import ExportError
 from neobert.export.compare import TOLERANCE, build_model, layer_errors, our_states, random_documents
-from neobert.export.sentence_files import SentenceSettings, choose_sentence_settings
+from neobert.export.sentence_files import choose_sentence_settings
 from neobert.export.write import cut_vocabulary, pad
 from neobert.inference.fill_mask import MASK_TEXT, fill_mask
-from neobert.inference.pooling import choose_pooling
-from neobert.objectives.mlm import MaskedLM
+from neobert.model.pooling import choose_pooling
+from neobert.objectives.base import ObjectiveModule, VectorSettings
 from neobert.weights.load import EncoderWeights, load_encoder_weights
 
 TEXTS = (
@@ -79,9 +79,9 @@ class _Subject:
     folder: Path
     against: str
     weights: EncoderWeights
-    model: MaskedLM
+    model: ObjectiveModule
     tokenizer: Tokenizer
-    sentences: SentenceSettings
+    sentences: VectorSettings
     documents: list[list[int]]
     work: Path
 

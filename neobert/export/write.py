@@ -30,9 +30,9 @@ from neobert.export.remote_code import code_files, remote_config, remote_tensors
 from neobert.export.sentence_files import choose_sentence_settings, write_sentence_files
 from neobert.export.tokenizer_files import check_class, save_tokenizer
 from neobert.export.transformers_native import native_config, native_tensors
-from neobert.objectives.mlm import MaskedLM
+from neobert.objectives.table import OBJECTIVES
 from neobert.weights.describe import WeightsError
-from neobert.weights.folder import STEPS_KEY
+from neobert.weights.folder import OBJECTIVE_KEY, STEPS_KEY
 from neobert.weights.load import EncoderWeights, load_encoder_weights
 from neobert.weights.vocabulary import VOCABULARY_TENSORS
 
@@ -145,13 +145,14 @@ def _make_plan(request: ExportRequest) -> _Plan:
         raise ExportError("\n".join(problems))
     assert weights.tokenizer is not None, "a tokenizer was loaded"
     cut, note = cut_vocabulary(weights, tokenizer.size)
+    left_out = f"of training only, so left out: {', '.join(weights.training_only)}" if weights.training_only else None
     tensors = {name: tensor.to(DTYPES[request.dtype]).contiguous() for name, tensor in cut.tensors.items()}
     return _Plan(
         weights=replace(cut, tensors=tensors),
         tokenizer=tokenizer,
         tokenizer_folder=weights.tokenizer,
         form=form,
-        notes=(note,) if note else (),
+        notes=tuple(x for x in (note, left_out) if x is not None),
     )
 
 
@@ -184,8 +185,11 @@ def _write(plan: _Plan, request: ExportRequest, folder: Path) -> list[str]:
     )
     dtype = str(DTYPES[request.dtype]).removeprefix("torch.")
     changes = save_tokenizer(plan.tokenizer_folder, folder, max_length=config.max_position_embeddings)
-    steps = {} if plan.weights.step is None else {STEPS_KEY: plan.weights.step}
-    _write_json(folder / "config.json", make_config(config, plan.tokenizer, dtype) | steps)
+    known: dict[str, object] = {} if plan.weights.step is None else {STEPS_KEY: plan.weights.step}
+    objective = OBJECTIVES[plan.weights.objective]
+    known |= {} if objective.fills_masks else {OBJECTIVE_KEY: objective.name}
+    described = make_config(config, plan.tokenizer, dtype, fills_masks=objective.fills_masks)
+    _write_json(folder / "config.json", described | known)
     if plan.form == "native":
         _write_json(folder / _MODEL_CONFIG, config.to_dict())
     else:
@@ -223,7 +227,7 @@ def _write_json(path: Path, values: object) -> None:
 @torch.inference_mode()
 def _check(plan: _Plan, folder: Path) -> float:
     """Largest error of the logits. Raises ExportError when any layer disagrees."""
-    ours: MaskedLM = build_model(plan.weights)
+    ours = build_model(plan.weights)
     theirs = AutoModelForMaskedLM.from_pretrained(
         str(folder), dtype=torch.float32, trust_remote_code=plan.form == "remote_code"
     ).eval()

@@ -28,8 +28,8 @@ from neobert.errors import DataError
 from neobert.inference.jobs import JobError, check_absent, load_done, progress_bar, save_done, write_whole
 from neobert.inference.model import Model
 from neobert.inference.packed import BATCH_TOKENS
-from neobert.inference.pooling import choose_pooling
 from neobert.inference.texts import InputRecord, Texts
+from neobert.model.pooling import choose_pooling
 
 CHUNK_CHARS = 1 << 24
 """A chunk ends after this many characters even when it has few texts."""
@@ -135,7 +135,7 @@ def _nothing_done() -> dict[str, Any]:
 
 
 def _dtype(model: Model) -> str:
-    return str(model.masked_lm.encoder.get_parameter("layers.0.qkv.weight").dtype)
+    return str(model.module.encoder.get_parameter("layers.0.qkv.weight").dtype)
 
 
 def _chunks(records: Iterator[InputRecord], size: int) -> Iterator[list[InputRecord]]:

@@ -14,7 +14,7 @@ import torch
 from neobert.data.rows.lanes import IntArray
 from neobert.data.tokenizer import Tokenizer, check_mask_token
 from neobert.inference.packed import BATCH_TOKENS, hidden_states, plan_batches, vocabulary_logits
-from neobert.objectives.mlm import MaskedLM
+from neobert.objectives.base import Answers, ObjectiveModule, TextModel
 
 MASK_TEXT = "[MASK]"
 """Stands for a mask in a text, whatever the tokenizer calls it."""
@@ -58,7 +58,7 @@ class FilledText:
 
 
 def fill_mask(
-    model: MaskedLM, tokenizer: Tokenizer, texts: Sequence[str], *, top_k: int = 5, joint: bool = False
+    model: ObjectiveModule, tokenizer: Tokenizer, texts: Sequence[str], *, top_k: int = 5, joint: bool = False
 ) -> list[FilledText]:
     """The `top_k` likeliest tokens for every mask of every text; a mask is `[MASK]` or the tokenizer's own word for it.
 
@@ -93,7 +93,7 @@ def fill_mask(
 
 
 def fill_beginnings(
-    model: MaskedLM, tokenizer: Tokenizer, documents: Iterable[IntArray], *, num_texts: int, top_k: int
+    model: ObjectiveModule, tokenizer: Tokenizer, documents: Iterable[IntArray], *, num_texts: int, top_k: int
 ) -> list[FilledText]:
     """Guesses for a hidden token near the middle of the first tokens of documents.
 
@@ -152,7 +152,7 @@ def _encode(tokenizer: Tokenizer, text: str) -> IntArray:
 
 
 def _guess_all(
-    model: MaskedLM, tokenizer: Tokenizer, encoded: Sequence[IntArray], top_k: int
+    model: ObjectiveModule, tokenizer: Tokenizer, encoded: Sequence[IntArray], top_k: int
 ) -> list[tuple[tuple[Guess, ...], ...]]:
     """The guesses for the masks of each text."""
     found: dict[int, tuple[tuple[Guess, ...], ...]] = {}
@@ -164,7 +164,9 @@ def _guess_all(
     return [found[item] for item in range(len(encoded))]
 
 
-def _guess(model: MaskedLM, tokenizer: Tokenizer, encoded: Sequence[IntArray], top_k: int) -> list[tuple[Guess, ...]]:
+def _guess(
+    model: ObjectiveModule, tokenizer: Tokenizer, encoded: Sequence[IntArray], top_k: int
+) -> list[tuple[Guess, ...]]:
     """The guesses for all masks of texts that go through the model together."""
     hidden = hidden_states(model, encoded)
     where = torch.from_numpy(np.flatnonzero(np.concatenate(encoded) == tokenizer.mask_id)).to(hidden.device)
@@ -177,3 +179,16 @@ def _guess(model: MaskedLM, tokenizer: Tokenizer, encoded: Sequence[IntArray], t
         )
         for ids, values in zip(best.indices.tolist(), best.values.tolist())
     ]
+
+
+def answer_masks(model: TextModel, texts: Sequence[str], *, top_k: int, joint: bool) -> list[FilledText]:
+    """`fill_mask` of a model with its tokenizer."""
+    return fill_mask(model.module, model.tokenizer, texts, top_k=top_k, joint=joint)
+
+
+def show_beginnings(model: TextModel, documents: Iterable[IntArray], *, num_texts: int, top_k: int) -> list[FilledText]:
+    """`fill_beginnings` of a model with its tokenizer."""
+    return fill_beginnings(model.module, model.tokenizer, documents, num_texts=num_texts, top_k=top_k)
+
+
+MASK_ANSWERS = Answers(answer=answer_masks, show=show_beginnings, example="The capital of France is [MASK].")

@@ -7,12 +7,12 @@ import torch
 from torch import nn
 
 from neobert.config.schema import TokenizerSection
-from neobert.data.tokenizer import Tokenizer, load_tokenizer
+from neobert.data.tokenizer import load_tokenizer
 from neobert.inference.model import Model
-from neobert.kernels.linear_cross_entropy import KERNELS
 from neobert.model.attention import choose_attention
 from neobert.model.encoder import Encoder
-from neobert.objectives.mlm import MaskedLM
+from neobert.objectives.base import ObjectiveModule
+from neobert.objectives.table import OBJECTIVES
 from neobert.weights.describe import WeightsError
 from neobert.weights.load import load_encoder_weights
 
@@ -35,33 +35,29 @@ def load(
         WeightsError: there is no model at `path`, or it is damaged, or has no tokenizer.
         ValueError: the dtype or the device is unknown, or not there.
     """
-    masked_lm, tokenizer = load_masked_lm(path, device=device, dtype=dtype, weights=weights)
-    return Model(masked_lm=masked_lm, tokenizer=tokenizer)
-
-
-def load_masked_lm(
-    path: str | Path, *, device: str | torch.device = "cpu", dtype: str = "fp32", weights: str = "model"
-) -> tuple[MaskedLM, Tokenizer]:
-    """The model at `path` in evaluation mode, and its tokenizer; see `load`."""
     if dtype not in DTYPES:
         raise ValueError(f"dtype: {dtype!r} is unknown; write one of {', '.join(DTYPES)}")
     place = choose_device(device)
     found = load_encoder_weights(path, weights=weights)
     if found.tokenizer is None:
         raise WeightsError(f"{found.folder} has no tokenizer.json; put the tokenizer of the model there")
-    config = found.config
-    model = MaskedLM(
-        Encoder(config, choose_attention("auto", device=place, dtype=DTYPES[dtype])), kernel=KERNELS["torch"]
+    objective = OBJECTIVES[found.objective]
+    encoder = Encoder(found.config, choose_attention("auto", device=place, dtype=DTYPES[dtype]))
+    # An exported folder has the head of no objective.
+    has_head = bool(found.training_only) or objective.fills_masks
+    module = objective.build_trained(encoder) if has_head else ObjectiveModule(encoder)
+    tensors = {**found.training_only, **found.tensors}
+    module.load_state_dict(
+        {name: tensors[name].float() for name in module.state_dict() if name in tensors}, strict=True
     )
-    model.load_state_dict({name: tensor.float() for name, tensor in found.tensors.items()}, strict=True)
-    model.check_tied()
-    for module in model.modules():
-        if isinstance(module, nn.Linear):  # Embeddings and norms stay fp32, and with them the residual stream.
-            module.to(DTYPES[dtype])
+    module.check_tied()
+    for part in module.modules():
+        if isinstance(part, nn.Linear):  # Embeddings and norms stay fp32, and with them the residual stream.
+            part.to(DTYPES[dtype])
     tokenizer = load_tokenizer(TokenizerSection(path=str(found.tokenizer)))
     if tokenizer.note is not None:
-        warnings.warn(tokenizer.note, stacklevel=3)
-    return model.to(place).eval(), tokenizer
+        warnings.warn(tokenizer.note, stacklevel=2)
+    return Model(module=module.to(place).eval(), tokenizer=tokenizer, objective=objective)
 
 
 def choose_device(device: str | torch.device) -> torch.device:

@@ -22,7 +22,7 @@ from typing import NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from neobert.data.rows.collate import Collator, MaskPolicy, build_row
+from neobert.data.rows.collate import Collator, build_row
 from neobert.data.rows.lanes import IntArray, Window
 from neobert.data.rows.order import Words, extend_keys, key, mask_words, uniforms
 from neobert.data.rows.packing import Piece, best_fit, max_segments_per_row, split_documents
@@ -32,8 +32,8 @@ from neobert.inference.jobs import progress_bar
 from neobert.inference.packed import BATCH_TOKENS
 from neobert.inference.scorer import Scorer
 from neobert.inference.texts import Text, Texts
-from neobert.objectives.masking import MaskPolicy as TokenMasks
-from neobert.types import PackedBatch, PackedRow
+from neobert.objectives.masking import MaskPolicy
+from neobert.types import Corruption, PackedBatch, PackedRow
 
 _BLOCK_DOCUMENTS = 512
 _BLOCK_CHARS = 1 << 22
@@ -305,11 +305,11 @@ def _build_collator(
     scorer: Scorer, block: _Block, settings: LossSettings, limit: int, order: Sequence[Piece]
 ) -> Collator:
     tokenizer = scorer.tokenizer
-    masks: MaskPolicy
+    masks: Corruption
     if block.masked is not None:
         masks = _ListedMasks(tokenizer.mask_id, iter([block.masked[piece.document] for piece in order]))
     else:
-        masks = TokenMasks(
+        masks = MaskPolicy(
             probability=settings.mlm_probability,
             mask_all=settings.mask_all,
             mask_token_id=tokenizer.mask_id,

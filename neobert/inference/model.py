@@ -18,10 +18,12 @@ from torch import Tensor
 
 from neobert.data.rows.lanes import IntArray
 from neobert.data.tokenizer import Tokenizer
+from neobert.errors import DataError
 from neobert.inference.fill_mask import FilledText, fill_mask
 from neobert.inference.packed import BATCH_TOKENS, hidden_states, plan_batches
-from neobert.inference.pooling import choose_pooling
-from neobert.objectives.mlm import MaskedLM
+from neobert.model.pooling import choose_pooling
+from neobert.objectives.base import Answer, Answers, Objective, ObjectiveModule
+from neobert.objectives.table import load_part
 from neobert.secrets import build_logger
 
 logger = build_logger(__name__)
@@ -39,19 +41,26 @@ class Encoded(NamedTuple):
 
 @dataclass(frozen=True, kw_only=True, slots=True, eq=False)
 class Model:
-    """An encoder, its vocabulary projection and its tokenizer. `neobert.load` makes one."""
+    """An encoder with what it was trained with, and its tokenizer. `neobert.load` makes one."""
 
-    masked_lm: MaskedLM
+    module: ObjectiveModule
     tokenizer: Tokenizer
+    objective: Objective
+    """What it was trained for."""
+
+    @property
+    def masked_lm(self) -> ObjectiveModule:
+        """`module` under the name that earlier versions gave it."""
+        return self.module
 
     @property
     def max_length(self) -> int:
         """Longest text in tokens, [CLS] and [SEP] included."""
-        return self.masked_lm.encoder.config.max_position_embeddings
+        return self.module.encoder.config.max_position_embeddings
 
     @property
     def hidden_size(self) -> int:
-        return self.masked_lm.encoder.config.hidden_size
+        return self.module.encoder.config.hidden_size
 
     def encode(self, texts: Sequence[str]) -> Encoded:
         """Texts as `[CLS] text [SEP]`, cut at the model's length."""
@@ -62,10 +71,13 @@ class Model:
 
     def hidden_states(self, texts: Sequence[str], *, batch_tokens: int = BATCH_TOKENS) -> list[Tensor]:
         """The last hidden states of each text, fp32 `[tokens, H]` on the host, [CLS] first and [SEP] last."""
-        documents = self._encode_all(texts)
+        return self.token_states(self._encode_all(texts), batch_tokens=batch_tokens)
+
+    def token_states(self, documents: Sequence[IntArray], *, batch_tokens: int = BATCH_TOKENS) -> list[Tensor]:
+        """The same of documents that `encode` made."""
         found: dict[int, Tensor] = {}
         for batch in plan_batches([len(tokens) for tokens in documents], batch_tokens):
-            hidden = hidden_states(self.masked_lm, [documents[item] for item in batch]).float().cpu()
+            hidden = hidden_states(self.module, [documents[item] for item in batch]).float().cpu()
             found |= zip(batch, hidden.split([len(documents[item]) for item in batch]))
         return [found[item] for item in range(len(documents))]
 
@@ -98,19 +110,42 @@ class Model:
         vectors = torch.empty(len(documents), self.hidden_size)
         for batch in plan_batches([len(tokens) for tokens in documents], batch_tokens):
             chosen = [documents[item] for item in batch]
-            hidden = hidden_states(self.masked_lm, chosen).float()
+            hidden = hidden_states(self.module, chosen).float()
             lengths = torch.tensor([len(tokens) for tokens in chosen], device=hidden.device)
             vectors[torch.tensor(batch)] = pool(hidden, lengths).cpu()
         return torch.nn.functional.normalize(vectors, dim=-1) if normalize else vectors
 
+    def predict(self, texts: Sequence[str], *, top_k: int = 5, joint: bool = False) -> Sequence[Answer]:
+        """What the model was trained to answer: tokens for every `[MASK]`, or of a model of replaced-token detection,
+        how likely each token was replaced.
+
+        Raises:
+            ValueError: it cannot answer for a text or an option; see `fill_mask` and `objectives.replaced_token`.
+        """
+        answers: Answers = load_part(self.objective.answers)
+        return answers.answer(self, texts, top_k=top_k, joint=joint)
+
+    def check_fills_masks(self) -> None:
+        """Raises DataError when the vocabulary projection was not trained: what it says means nothing."""
+        if not self.objective.fills_masks:
+            raise DataError(
+                f"this model was trained with {self.objective.title}, so its vocabulary projection was not, and it "
+                "fills no masks; take a model of masked language modelling, or ask this one with scripts/predict.py"
+            )
+
     def fill_mask(self, texts: Sequence[str], *, top_k: int = 5, joint: bool = False) -> list[FilledText]:
-        """The likeliest tokens for every `[MASK]`; see `neobert.inference.fill_mask.fill_mask`."""
-        return fill_mask(self.masked_lm, self.tokenizer, texts, top_k=top_k, joint=joint)
+        """The likeliest tokens for every `[MASK]`; see `neobert.inference.fill_mask.fill_mask`.
+
+        Raises:
+            DataError: the model was not trained to fill masks.
+        """
+        self.check_fills_masks()
+        return fill_mask(self.module, self.tokenizer, texts, top_k=top_k, joint=joint)
 
     def digest(self) -> str:
         """sha256 of architecture, weights and tokenizer: equal digests give equal answers."""
-        digest = hashlib.sha256(f"{self.masked_lm.encoder.config.to_dict()}{self.tokenizer.digest}".encode())
-        for name, tensor in sorted(self.masked_lm.state_dict().items()):
+        digest = hashlib.sha256(f"{self.module.encoder.config.to_dict()}{self.tokenizer.digest}".encode())
+        for name, tensor in sorted(self.module.state_dict().items()):
             digest.update(f"\0{name}\0{tensor.dtype}\0".encode())
             digest.update(tensor.cpu().contiguous().view(torch.uint8).numpy())
         return f"sha256:{digest.hexdigest()}"

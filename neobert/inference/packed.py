@@ -15,7 +15,7 @@ from torch import Tensor
 
 from neobert.data.rows.lanes import IntArray
 from neobert.model.segments import Segments
-from neobert.objectives.mlm import MaskedLM
+from neobert.objectives.base import ObjectiveModule
 
 BATCH_TOKENS = 8192
 """Tokens of a batch when nothing else is asked for."""
@@ -45,7 +45,7 @@ def plan_batches(lengths: Sequence[int], max_tokens: int) -> list[list[int]]:
     return batches
 
 
-def hidden_states(model: MaskedLM, documents: Sequence[IntArray]) -> Tensor:
+def hidden_states(model: ObjectiveModule, documents: Sequence[IntArray]) -> Tensor:
     """Hidden states `[T, H]` of documents in one row, on the model's device, without dropout and gradients.
 
     T is the number of tokens of all of them, in the order given. `[CLS]` and `[SEP]` must be in the documents.
@@ -57,14 +57,14 @@ def hidden_states(model: MaskedLM, documents: Sequence[IntArray]) -> Tensor:
     return hidden[: sum(map(len, documents))]
 
 
-def vocabulary_logits(model: MaskedLM, hidden: Tensor, size: int) -> Tensor:
+def vocabulary_logits(model: ObjectiveModule, hidden: Tensor, size: int) -> Tensor:
     """fp32 logits `[M, size]` of hidden states `[M, H]`. Rows of the weight beyond `size` are padding and left out."""
     filled_up = F.pad(hidden, (0, 0, 0, -len(hidden) % _WIDTH_MULTIPLE))
     with torch.no_grad(), precision(model):
         return model.logits(filled_up)[: len(hidden), :size].float()
 
 
-def token_losses(model: MaskedLM, hidden: Tensor, targets: Tensor, size: int) -> Tensor:
+def token_losses(model: ObjectiveModule, hidden: Tensor, targets: Tensor, size: int) -> Tensor:
     """Negative log likelihood in nats, fp32 `[M]`, of tokens `[M]` given hidden states `[M, H]`; softmax over the
     first `size` rows of the vocabulary. Logits exist for a stretch of rows at a time."""
     step = max(1, _LOGITS_BYTES // (4 * size))
@@ -75,7 +75,7 @@ def token_losses(model: MaskedLM, hidden: Tensor, targets: Tensor, size: int) ->
     return torch.cat(losses) if losses else hidden.new_empty(0, dtype=torch.float32)
 
 
-def precision(model: MaskedLM) -> AbstractContextManager[object]:
+def precision(model: ObjectiveModule) -> AbstractContextManager[object]:
     """The dtype of the weights, or bf16 where the blocks hold bf16 or the model's attention cannot compute in fp32.
 
     In bf16 the residual stream and the norms stay fp32, as in training with `trainer.mixed_precision: bf16`.
@@ -88,7 +88,7 @@ def precision(model: MaskedLM) -> AbstractContextManager[object]:
 
 
 @contextmanager
-def evaluating(model: MaskedLM) -> Iterator[None]:
+def evaluating(model: ObjectiveModule) -> Iterator[None]:
     """Evaluation mode, and afterwards the mode of before."""
     was_training = model.training
     model.eval()

@@ -119,9 +119,9 @@ def _copy_losses(model: Model, copies: Sequence[Copy]) -> NDArray[np.float64]:
     places = starts + np.concatenate([copy.masked for copy in copies])
     corrupted = tokens.copy()
     corrupted[places] = model.tokenizer.mask_id
-    hidden = hidden_states(model.masked_lm, np.split(corrupted, np.cumsum(lengths)[:-1]))
+    hidden = hidden_states(model.module, np.split(corrupted, np.cumsum(lengths)[:-1]))
     where, targets = (torch.from_numpy(x).to(hidden.device) for x in (places, tokens[places].astype(np.int64)))
-    losses = token_losses(model.masked_lm, hidden.index_select(0, where), targets, model.tokenizer.size)
+    losses = token_losses(model.module, hidden.index_select(0, where), targets, model.tokenizer.size)
     return losses.double().cpu().numpy()
 
 
@@ -130,8 +130,10 @@ def pseudo_perplexity_to_file(model: Model, texts: Texts, output: Path, settings
 
     Raises:
         JobError: the output is there and complete, or belongs to an unfinished job with other settings.
-        DataError: the input has no text, the tokenizer's mask occurs in text, or another process writes this output.
+        DataError: the model fills no masks, the input has no text, the tokenizer's mask occurs in text, or another
+            process writes this output.
     """
+    model.check_fills_masks()
     check_mask_token(model.tokenizer)
     with only_writer(output):
         _score_to_file(model, texts, output, settings)

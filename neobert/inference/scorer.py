@@ -51,7 +51,8 @@ class OwnScorer:
     packed = True
 
     def __init__(self, model: Model) -> None:
-        self._model = model.masked_lm
+        model.check_fills_masks()
+        self._model = model.module
         check_mask_token(model.tokenizer)
         self.tokenizer, self.max_length = model.tokenizer, model.max_length
 

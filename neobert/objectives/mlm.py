@@ -5,25 +5,24 @@ The loss projects onto the vocabulary only the hidden states that are predicted.
 Legend: B rows, S slots of a row, T = B * S, M predicted slots (static), H hidden size, V vocabulary.
 """
 
-import torch
-import torch.nn.functional as F
-from torch import Tensor, nn
+import math
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
 
-from neobert.kernels.linear_cross_entropy import LinearCrossEntropy
+from torch import Tensor
+
+from neobert.config.schema import Config
+from neobert.config.schema_data import DatacollatorSection
+from neobert.kernels.linear_cross_entropy import KERNELS, LinearCrossEntropy
 from neobert.model.encoder import Encoder
 from neobert.model.heads import append_bias
-from neobert.model.init import initialise
-from neobert.model.ngpt import UnitMatrix, normalise_
+from neobert.objectives.base import Card, CardResult, EvalSums, Objective, ObjectiveModule
 from neobert.types import IGNORE_INDEX, LossSum, PackedBatch
 
 
-class MaskedLM(nn.Module):
-    """An encoder with a vocabulary projection; `forward` returns the summed loss, so that hooks of DDP and FSDP see it.
-
-    With `tie_word_embeddings` the projection is the embedding matrix itself and there is no `decoder`. `decoder_bias`
-    `[V]` is there where the config asks for it. With `ngpt` the logits are multiplied by `logit_scale` `[V]` over its
-    base, s_z of `neobert.model.ngpt`.
-    """
+class MaskedLM(ObjectiveModule):
+    """Predicts hidden tokens; `forward` returns the summed loss."""
 
     def __init__(
         self,
@@ -39,74 +38,191 @@ class MaskedLM(nn.Module):
         `count_correct` counts correct predictions in training too; in evaluation mode they are always counted. `z_loss`
         is the coefficient of the squared logsumexp in the training loss; in evaluation mode it is left out.
         """
-        super().__init__()
-        self.encoder = encoder
+        super().__init__(encoder)
         self.kernel = kernel
         self.all_positions = all_positions
         self.count_correct = count_correct
         self.z_loss = z_loss
-        config = encoder.config
-        self.decoder: nn.Linear | None = None
-        if not config.tie_word_embeddings:
-            self.decoder = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
-            initialise(self.decoder, config)
-            normalise_(self.unit_matrices()[-1:])
-        self.decoder_bias = nn.Parameter(torch.zeros(config.vocab_size)) if config.decoder_bias else None
-        self.logit_scale: nn.Parameter | None = None
-        if config.ngpt:
-            self.logit_scale = nn.Parameter(torch.full((config.vocab_size,), config.scale_base))
-        self.check_tied()
-
-    @property
-    def head_weight(self) -> Tensor:
-        """The vocabulary projection `[V, H]`."""
-        return self.encoder.embedding.weight if self.decoder is None else self.decoder.weight
-
-    def unit_matrices(self) -> list[UnitMatrix]:
-        """The matrices whose vectors have length 1 along a dimension, after every optimizer step too: with `ngpt`."""
-        matrices = self.encoder.unit_matrices()
-        return [*matrices, (self.decoder.weight, 1)] if matrices and self.decoder is not None else matrices
-
-    def check_tied(self) -> None:
-        """Raise RuntimeError when the weights are not tied as the config says. Run at build and after loading."""
-        tied = self.head_weight is self.encoder.embedding.weight
-        if tied != self.encoder.config.tie_word_embeddings:
-            raise RuntimeError(
-                f"model.tie_word_embeddings: {self.encoder.config.tie_word_embeddings}, but the vocabulary "
-                f"projection {'is' if tied else 'is not'} the embedding matrix; build MaskedLM from the config of its "
-                "weights"
-            )
 
     def forward(self, batch: PackedBatch) -> LossSum:
         """Summed cross entropy of the batch's targets, in nats, and how many are predicted right when asked for."""
-        hidden_TH = self.encoder(batch.input_ids, batch.positions, batch.segments)
-        if self.all_positions:
-            targets_T = batch.targets.new_full((hidden_TH.shape[0],), IGNORE_INDEX)
-            # Unused places point at slot 0 with the lowest target there is: the maximum leaves real targets alone.
-            targets = targets_T.scatter_reduce(0, batch.masked_index, batch.targets, reduce="amax")
-            hidden = hidden_TH
-        else:
-            targets = batch.targets
-            hidden = hidden_TH.index_select(0, batch.masked_index)
-        loss_sum, num_correct = self.kernel(
-            *self._with_bias(hidden, self._scaled_weight()),
-            targets,
-            ignore_index=IGNORE_INDEX,
+        return masked_loss(
+            self,
+            batch,
+            kernel=self.kernel,
+            all_positions=self.all_positions,
             count_correct=self.count_correct or not self.training,
             z_loss=self.z_loss if self.training else 0.0,
         )
-        return LossSum(loss_sum=loss_sum, num_correct=num_correct)
 
-    def logits(self, hidden: Tensor) -> Tensor:
-        """Vocabulary logits `[..., V]` of hidden states `[..., H]`, for prediction."""
-        logits = F.linear(hidden, self.head_weight, self.decoder_bias)
-        return logits if self.logit_scale is None else logits * (self.logit_scale / self.encoder.config.scale_base)
 
-    def _scaled_weight(self) -> Tensor:
-        """The projection with s_z in its rows: every loss kernel takes it, for one product of its size."""
-        if self.logit_scale is None:
-            return self.head_weight
-        return self.head_weight * (self.logit_scale / self.encoder.config.scale_base)[:, None]
+def masked_loss(
+    module: ObjectiveModule,
+    batch: PackedBatch,
+    *,
+    kernel: LinearCrossEntropy,
+    all_positions: bool = False,
+    count_correct: bool,
+    z_loss: float,
+) -> LossSum:
+    """Summed cross entropy of the batch's targets under the module's vocabulary projection; see `MaskedLM`."""
+    hidden_TH = module.encoder(batch.input_ids, batch.positions, batch.segments)
+    if all_positions:
+        targets_T = batch.targets.new_full((hidden_TH.shape[0],), IGNORE_INDEX)
+        # Unused places point at slot 0 with the lowest target there is: the maximum leaves real targets alone.
+        targets = targets_T.scatter_reduce(0, batch.masked_index, batch.targets, reduce="amax")
+        hidden = hidden_TH
+    else:
+        targets = batch.targets
+        hidden = hidden_TH.index_select(0, batch.masked_index)
+    loss_sum, num_correct = kernel(
+        *_with_bias(module, hidden),
+        targets,
+        ignore_index=IGNORE_INDEX,
+        count_correct=count_correct,
+        z_loss=z_loss,
+    )
+    return LossSum(loss_sum=loss_sum, num_correct=num_correct)
 
-    def _with_bias(self, hidden: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
-        return (hidden, weight) if self.decoder_bias is None else append_bias(hidden, weight, self.decoder_bias)
+
+def _with_bias(module: ObjectiveModule, hidden: Tensor) -> tuple[Tensor, Tensor]:
+    """Hidden states and projection whose product is the logits: s_z is in its rows, a bias in one more column, so that
+    every loss kernel takes them."""
+    weight = module.head_weight
+    if module.logit_scale is not None:
+        weight = weight * (module.logit_scale / module.encoder.config.scale_base)[:, None]
+    return (hidden, weight) if module.decoder_bias is None else append_bias(hidden, weight, module.decoder_bias)
+
+
+def build_masked_lm(encoder: Encoder, config: Config, kernel: LinearCrossEntropy) -> MaskedLM:
+    """The module of a run."""
+    return MaskedLM(
+        encoder,
+        kernel=kernel,
+        z_loss=config.trainer.z_loss,
+        all_positions=not config.trainer.masked_logits_only_loss,
+        count_correct=config.trainer.log_train_accuracy,
+    )
+
+
+def perplexity(loss: float) -> float:
+    """`exp(loss)`, infinity where it would overflow."""
+    return math.exp(loss) if loss < 700 else math.inf
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class MaskedMetrics:
+    """Metrics over every masked token of the evaluation documents."""
+
+    loss: float
+    """Mean cross entropy in nats per masked token."""
+
+    accuracy: float
+    num_targets: int
+    num_tokens: int
+    num_documents: int
+
+    def as_line(self) -> dict[str, Any]:
+        return asdict(self)
+
+    def as_values(self) -> dict[str, float]:
+        return {
+            "eval/loss": self.loss,
+            "eval/perplexity": perplexity(self.loss),
+            "eval/accuracy": self.accuracy,
+        }
+
+    def describe(self) -> str:
+        return (
+            f"loss {self.loss:.4f} | ppl {perplexity(self.loss):.2f} | accuracy {self.accuracy:.2%} | "
+            f"{self.num_targets:,} masked tokens of {self.num_documents:,} documents"
+        )
+
+
+def build_metrics(sums: EvalSums) -> MaskedMetrics:
+    """Means over the masked tokens."""
+    return MaskedMetrics(
+        loss=sums.loss_sum / max(sums.num_targets, 1),
+        accuracy=sums.num_correct / max(sums.num_targets, 1),
+        num_targets=sums.num_targets,
+        num_tokens=sums.num_tokens,
+        num_documents=sums.num_documents,
+    )
+
+
+def describe_baseline(config: Config, unigram_entropy: Callable[[], float]) -> str:
+    """The loss of a model that sees no context."""
+    return f"entropy   {unigram_entropy():.4f} nats: loss of a model that knows only token frequencies"
+
+
+# --- the card of an exported model ----------------------------------------------------------------------------------
+
+UNITS_IN_WORDS = {"tokens": "", "words": " by whole words", "spans": " by spans of words"}
+"""`datacollator.mask_units`, after a share of the tokens."""
+
+
+def describe_rows(config: Config, sources: Sequence[str]) -> list[str]:
+    """Data and rows, for an objective over documents."""
+    rows = "packed" if config.datacollator.pack_sequences else "one document each"
+    return [f"- data: {', '.join(sources)}", f"- rows of {config.dataset.max_seq_length} tokens, {rows}"]
+
+
+def describe_rate(masks: DatacollatorSection) -> str:
+    """The share of the tokens that are drawn: `15%`, or `30% to 15%`."""
+    first, last = masks.mlm_probability, masks.mlm_probability_final
+    return f"{first:.0%}" if last is None else f"{first:.0%} to {last:.0%}"
+
+
+def _describe_recipe(config: Config, sources: Sequence[str]) -> list[str]:
+    masks = config.datacollator
+    predicted = f"- {describe_rate(masks)} of the tokens predicted{UNITS_IN_WORDS[masks.mask_units]}, {_mix(masks)}"
+    return [*describe_rows(config, sources), predicted]
+
+
+def _mix(masks: DatacollatorSection) -> str:
+    if masks.mask_all:
+        return "all of them as masks"
+    masked, drawn = masks.mask_fraction, masks.random_fraction
+    return f"{masked:.0%} as masks, {drawn:.0%} as random tokens, {max(0.0, 1 - masked - drawn):.0%} unchanged"
+
+
+def _describe_evaluation(line: Mapping[str, Any]) -> list[str]:
+    if line["loss"] is None:  # A number that was not finite.
+        return []
+    return [
+        f"- held-out loss at step {line['step']:,}: {line['loss']:.4f} nats per masked token, "
+        f"{line['accuracy']:.1%} predicted exactly ({line['num_targets']:,} masked tokens)"
+    ]
+
+
+def _list_results(line: Mapping[str, Any]) -> Iterator[CardResult]:
+    labels = {"loss": "nats per masked token", "accuracy": "masked tokens predicted exactly"}
+    for metric, label in labels.items():
+        if line[metric] is not None:
+            yield CardResult("fill-mask", None, metric, line[metric], label)
+
+
+MLM = Objective(
+    name="mlm",
+    task="pretraining",
+    command="pretrain",
+    title="masked language modelling",
+    build_module=build_masked_lm,
+    build_trained=lambda encoder: MaskedLM(encoder, kernel=KERNELS["torch"]),
+    predicts_tokens=True,
+    fills_masks=True,
+    reads="documents",
+    build_metrics=build_metrics,
+    describe_baseline=describe_baseline,
+    job="neobert.train.pretraining:PRETRAINING",
+    answers="neobert.inference.fill_mask:MASK_ANSWERS",
+    card=Card(
+        summary="An encoder trained with masked language modelling.",
+        library_name="transformers",
+        pipeline_tag="fill-mask",
+        tags=("masked-lm", "encoder"),
+        recipe=_describe_recipe,
+        evaluation=_describe_evaluation,
+        results=_list_results,
+    ),
+)

@@ -21,8 +21,9 @@ from neobert.kernels.linear_cross_entropy import KERNELS, choose_kernel
 from neobert.model.attention import AttentionBackend, choose_attention
 from neobert.model.config import ModelConfig
 from neobert.model.encoder import Encoder
+from neobert.objectives.base import ObjectiveModule
 from neobert.objectives.masking import MaskPolicy
-from neobert.objectives.mlm import MaskedLM
+from neobert.objectives.table import choose_objective
 from neobert.optim.moving_average import WeightAverage
 from neobert.optim.optimizers import build_optimizer, keep_unit_length
 from neobert.optim.qk_clip import QKClip
@@ -148,21 +149,21 @@ def build_config_data(config: Config, tokenizer: Tokenizer, reader: Reader) -> D
         DataError: the data cannot be used as configured.
         StartupError: the share of masked tokens changes until the end of the run, whose length cannot be known.
     """
-    masks = build_train_masks(config, tokenizer)
+    masks, corrupt = build_train_masks(config, tokenizer), choose_objective(config).corrupt
     data = build_data(
         config,
         tokenizer,
         reader,
-        train_masks=masks,
-        eval_masks=build_mask_policy(tokenizer, config.datacollator.eval_mlm_probability, mask_all=False),
+        train_masks=corrupt(masks),
+        eval_masks=corrupt(build_mask_policy(tokenizer, config.datacollator.eval_mlm_probability, mask_all=False)),
     )
     if masks.final_probability is None or masks.final_step is not None:
         return data
     masks = replace(masks, final_step=choose_mask_end(config, choose_num_steps(config, data)))
-    return replace(data, collate=replace(data.collate, policy=masks))
+    return replace(data, collate=replace(data.collate, policy=corrupt(masks)))
 
 
-def build_run_optimizer(config: Config, module: MaskedLM) -> Optimizer:
+def build_run_optimizer(config: Config, module: ObjectiveModule) -> Optimizer:
     """The optimizer over all weights. Orthogonal factors are computed in the type of all matrix products. With
     `model.ngpt` it scales the matrices to length 1 after every step."""
     optimizer = build_optimizer(module, config.optimizer, dtype=compute_dtype(config))
@@ -170,7 +171,7 @@ def build_run_optimizer(config: Config, module: MaskedLM) -> Optimizer:
     return optimizer
 
 
-def build_clip(config: Config, module: MaskedLM, optimizer: Optimizer, runtime: Runtime) -> QKClip | None:
+def build_clip(config: Config, module: ObjectiveModule, optimizer: Optimizer, runtime: Runtime) -> QKClip | None:
     """What clips attention logits after the steps of `optimizer`, None where nothing does."""
     muon = config.optimizer.muon_config
     if config.optimizer.name not in MUON or not muon.enable_clipping:
@@ -180,7 +181,7 @@ def build_clip(config: Config, module: MaskedLM, optimizer: Optimizer, runtime: 
     return clip
 
 
-def build_average(config: Config, module: MaskedLM) -> WeightAverage | None:
+def build_average(config: Config, module: ObjectiveModule) -> WeightAverage | None:
     """The moving average of the weights that the config asks for."""
     trainer = config.trainer
     if trainer.ema_decay is None:
@@ -188,15 +189,18 @@ def build_average(config: Config, module: MaskedLM) -> WeightAverage | None:
     return WeightAverage(module, decay=trainer.ema_decay, start_step=trainer.ema_start_step)
 
 
-def build_module(config: Config, model_config: ModelConfig, attention: AttentionBackend, runtime: Runtime) -> MaskedLM:
-    """The model with its initial weights, which depend on `seed` alone, on the device, compiled if asked for."""
-    module = MaskedLM(
-        build_encoder(config, model_config, attention),
-        kernel=KERNELS[choose_kernel(config.model.kernel_backend, device=runtime.device)],
-        z_loss=config.trainer.z_loss,
-        all_positions=not config.trainer.masked_logits_only_loss,
-        count_correct=config.trainer.log_train_accuracy,
-    ).to(runtime.device)
+def build_module(
+    config: Config, model_config: ModelConfig, attention: AttentionBackend, runtime: Runtime
+) -> ObjectiveModule:
+    """The module of the config's objective with its initial weights, which depend on `seed` alone, on the device,
+    compiled if asked for.
+
+    Raises:
+        StartupError: the config does not fit the architecture.
+    """
+    kernel = KERNELS[choose_kernel(config.model.kernel_backend, device=runtime.device)]
+    encoder = build_encoder(config, model_config, attention)
+    module = choose_objective(config).build_module(encoder, config, kernel).to(runtime.device)
     compile_blocks(config, module.encoder)
     return module
 

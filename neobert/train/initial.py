@@ -21,7 +21,7 @@ from neobert.data.tokenizer import Tokenizer, load_tokenizer
 from neobert.errors import DataError, StartupError
 from neobert.model.config import ARCHITECTURE, ModelConfig
 from neobert.model.ngpt import normalise_
-from neobert.objectives.mlm import MaskedLM
+from neobert.objectives.base import Objective, ObjectiveModule
 from neobert.weights.describe import WeightsError
 from neobert.weights.load import EncoderWeights, load_encoder_weights
 from neobert.weights.tiling import TILED, tile_weights
@@ -105,14 +105,23 @@ def _architectures(config: Config, theirs: ModelConfig) -> list[tuple[str, Any, 
     return [(name, getattr(section, name), getattr(theirs, name)) for name in names]
 
 
-def copy_initial_weights(module: MaskedLM, weights: EncoderWeights, tokenizer: Tokenizer, *, tile: bool = False) -> str:
-    """Writes `weights` into `module`, in its dtype; returns a line for the log. `tile`: they were tiled.
+def copy_initial_weights(
+    module: ObjectiveModule,
+    objective: Objective,
+    weights: EncoderWeights,
+    tokenizer: Tokenizer,
+    *,
+    tile: bool = False,
+) -> str:
+    """Writes `weights` into `module`, in its dtype; returns a line for the log. What only training has starts fresh.
+    `tile`: they were tiled.
 
     Raises:
         StartupError: the tokens of the two vocabularies cannot be matched.
     """
     tensors, note = _with_vocabulary(weights, tokenizer, module.encoder.config.vocab_size)
-    module.load_state_dict(tensors, strict=True)
+    fresh = {name: x for name, x in module.state_dict().items() if name.startswith(objective.training_only)}
+    module.load_state_dict({**fresh, **tensors}, strict=True)
     module.check_tied()
     normalise_(module.unit_matrices())  # The mean of rows of length 1 is shorter.
     trained = f" after {weights.step:,} steps" if weights.step is not None else ""

@@ -2,7 +2,7 @@
 
 import gc
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from functools import partial
@@ -13,16 +13,15 @@ from torch.profiler import record_function
 from neobert.config.schema import Config
 from neobert.data.rows.loader import Loader
 from neobert.data.rows.order import step_seed
-from neobert.errors import StartupError
+from neobert.objectives.table import check_task
 from neobert.testing.faults import fault_point
 from neobert.train.agreement import exchange, sharing_errors
 from neobert.train.checkpoint.identity import as_int64, check_next_batch
 from neobert.train.checkpoint.resume import resume_or_start, roll_back
 from neobert.train.checkpoint.save import complete_save, save_checkpoint, save_is_due
-from neobert.train.finish import finish, pretraining_commands, stop_early
+from neobert.train.finish import finish, stop_early
 from neobert.train.memory import memory_explained
-from neobert.train.pretraining import announce, evaluate, log_evaluation
-from neobert.train.record.metrics import Evaluation
+from neobert.train.pretraining import log_evaluation
 from neobert.train.record.profiling import DATA_WAIT, profiled
 from neobert.train.run import Run, build_run
 from neobert.train.step import BatchCopier, StepMetrics, train_step
@@ -44,41 +43,27 @@ def due(step: int, every: int) -> bool:
     return every > 0 and step % every == 0
 
 
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Job:
-    """What one task does beside making steps."""
-
-    announce: Callable[[Run], None]
-    """Says what the run is and writes its config."""
-
-    evaluate: Callable[[Run], Evaluation | None]
-    next_commands: Callable[[Run], list[str]]
-    """What to type when the run is over."""
-
-
 def pretrain(config: Config) -> RunResult:
-    """Pretraining with masked language modelling.
+    """Pretraining on documents, for the objective that `trainer.objective` names.
 
     Raises:
         StartupError: the run cannot start as configured; the message names the key and the remedy.
     """
-    if config.task != "pretraining":
-        raise StartupError(f"task: {config.task} is for scripts/{config.task}/finetune.py; this script pretrains")
-    job = Job(announce=announce, evaluate=evaluate, next_commands=pretraining_commands)
-    return train(build_run(config), job)
+    check_task(config, "pretraining")
+    return train(build_run(config))
 
 
-def train(run: Run, job: Job) -> RunResult:
+def train(run: Run) -> RunResult:
     """Trains until the budget is spent: announce, resume, then step, log, evaluate and save when due."""
     with sharing_errors(run.runtime):
-        job.announce(run)
+        run.job.announce(run)
     with run.stop.listening():  # From here on a signal saves and stops.
         with sharing_errors(run.runtime):
             state = resume_or_start(run)
             run.tracker.note_files(run.data.inventory.as_lines())
         reason = "finished" if state.step < run.num_steps else "complete"
         if evaluation_missing(run, state):
-            log_evaluation(run, state, job.evaluate)
+            log_evaluation(run, state)
         for state, metrics in profiled(run, state, training_steps(run, state)):  # noqa: B020 (of `state`, the first only)
             run.tracker.add(state, metrics)
             if run.stop_requested():
@@ -86,7 +71,7 @@ def train(run: Run, job: Job) -> RunResult:
             if due(state.step, run.logging_steps):
                 run.tracker.log(state, run.read_figures())
             if due(state.step, run.eval_steps):
-                log_evaluation(run, state, job.evaluate)
+                log_evaluation(run, state)
             if save_is_due(run, state.step):
                 save_checkpoint(run, state)
             complete_save(run)  # Of a save in the background that is written by now.
@@ -96,7 +81,7 @@ def train(run: Run, job: Job) -> RunResult:
         if run.stop_requested():
             stop_early(run, state)
         else:
-            finish(run, state, evaluate=job.evaluate, next_commands=job.next_commands)
+            finish(run, state)
     return RunResult(state=state, reason="disk" if run.committer.failed else run.stop.reason or reason)
 
 

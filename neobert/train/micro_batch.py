@@ -31,6 +31,7 @@ from neobert.data.tokenizer import Tokenizer
 from neobert.errors import StartupError
 from neobert.model.attention import AttentionBackend
 from neobert.model.config import ModelConfig
+from neobert.objectives.table import choose_objective
 from neobert.train.agreement import exchange
 from neobert.train.build import build_mask_policy, build_module, build_run_optimizer
 from neobert.train.machine import Runtime, compute_dtype
@@ -230,8 +231,9 @@ def _survives(make_step: Callable[[int], None], rows: int) -> bool:
 def build_full_rows(config: Config, tokenizer: Tokenizer, rows: int) -> PackedBatch:
     """Rows without padding, each a single document of random tokens."""
     length, packed = config.dataset.max_seq_length, config.datacollator.pack_sequences
+    masks = build_mask_policy(tokenizer, config.datacollator.mlm_probability, mask_all=config.datacollator.mask_all)
     collate = Collator(
-        policy=build_mask_policy(tokenizer, config.datacollator.mlm_probability, mask_all=config.datacollator.mask_all),
+        policy=choose_objective(config).corrupt(masks),
         seed=0,
         draw="row",
         max_seq_length=length,

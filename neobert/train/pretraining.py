@@ -1,9 +1,12 @@
-"""Evaluation: the same documents and masks every time, whatever the training did and however many ranks help.
+"""The job of the objectives that read documents.
 
-What a run says about itself before the first step.
+Evaluation: the same documents and masks every time, whatever the training did and however many ranks help.
+
+What a run says about itself before the first step, and after the last one.
 """
 
-from collections.abc import Callable, Iterator
+import shlex
+from collections.abc import Iterator, Sequence
 
 import torch
 
@@ -11,17 +14,24 @@ from neobert.config.rules import warnings
 from neobert.config.schema import Config
 from neobert.data.pipeline import DataPipeline
 from neobert.kernels.linear_cross_entropy import choose_kernel
+from neobert.objectives.base import Answer, Answers, EvalMetrics, EvalSums
+from neobert.objectives.table import load_part
 from neobert.train.agreement import exchange
 from neobert.train.checkpoint.replicas import check_replicas
 from neobert.train.memory import memory_explained
-from neobert.train.record.metrics import EvalMetrics, Evaluation
-from neobert.train.run import Run
+from neobert.train.run import Job, Run
 from neobert.train.start import write_config
 from neobert.types import PackedBatch, TrainState
 from neobert.weights.vocabulary import VOCABULARY_TENSORS
 
+SHOWN = 3
+"""Guesses shown for each text."""
 
-def log_evaluation(run: Run, state: TrainState, evaluate: Callable[[Run], Evaluation | None]) -> None:
+NUM_TEXTS = 4
+"""Evaluation documents that are shown."""
+
+
+def log_evaluation(run: Run, state: TrainState) -> None:
     """Evaluates the weights, and their average where there is one, and records both. Collective.
 
     When the second of the two is interrupted, neither is recorded: the next start makes both.
@@ -30,47 +40,55 @@ def log_evaluation(run: Run, state: TrainState, evaluate: Callable[[Run], Evalua
         RankError: the ranks hold different weights.
     """
     check_replicas(run, state)
-    metrics, averaged = evaluate(run), None
+    metrics, averaged = run.job.evaluate(run), None
     if metrics is not None and run.average is not None and run.average.begun:
         with run.average.swapped():
-            averaged = evaluate(run)
+            averaged = run.job.evaluate(run)
         metrics = metrics if averaged is not None else None
     run.tracker.log_eval(state, metrics, averaged)
 
 
+def _documents(run: Run) -> DataPipeline:
+    assert isinstance(run.data, DataPipeline), "what this job builds"
+    return run.data
+
+
 @torch.no_grad()
 def evaluate(run: Run) -> EvalMetrics | None:
-    """Masked-token loss and accuracy on the held-out documents; None when the run has none, or is asked to stop.
+    """The objective's metrics on the held-out documents; None when the run has none, or is asked to stop.
 
     Masks are a function of (trainer.eval_seed, document, position), so two evaluations of the same weights agree, and
     packing, batch size and the number of processes do not matter beyond rounding. All ranks have equally many batches
     and agree before each of them, so that they leave together.
     """
-    assert isinstance(run.data, DataPipeline), "the data of pretraining"
-    if run.data.eval_set is None:
+    data, build_metrics = _documents(run), run.objective.build_metrics
+    if data.eval_set is None or build_metrics is None:
         return None
-    sums = torch.zeros(2, dtype=torch.float64, device=run.runtime.device)
+    sums = torch.zeros(2 + run.objective.num_counts, dtype=torch.float64, device=run.runtime.device)
     counts = [0, 0]
     with run.tracker.paused():
         run.model.eval()
-        batches = run.data.eval_batches()
+        batches = data.eval_batches()
         while (batch := _read_batch(run, batches)) is not None:
             if run.stop_requested():
                 run.model.train()
                 return None
             with memory_explained(run, batch, "eval"):
                 loss = run.model(batch.to(run.runtime.device, non_blocking=True))
-            sums += torch.stack([loss.loss_sum, loss.num_correct])
+            sums += torch.stack([loss.loss_sum, loss.num_correct, *(() if loss.counts is None else loss.counts)])
             counts = [a + b for a, b in zip(counts, (batch.num_targets, batch.num_tokens))]
         run.model.train()
-        loss_sum, num_correct = run.runtime.sum_on_device(sums).tolist()
+        loss_sum, num_correct, *more = run.runtime.sum_on_device(sums).tolist()
         num_targets, num_tokens = run.runtime.sum_on_host(counts)
-    return EvalMetrics(
-        loss=loss_sum / max(num_targets, 1),
-        accuracy=num_correct / max(num_targets, 1),
-        num_targets=num_targets,
-        num_tokens=num_tokens,
-        num_documents=run.data.eval_set.num_documents,
+    return build_metrics(
+        EvalSums(
+            loss_sum=loss_sum,
+            num_correct=num_correct,
+            counts=tuple(more),
+            num_targets=num_targets,
+            num_tokens=num_tokens,
+            num_documents=data.eval_set.num_documents,
+        )
     )
 
 
@@ -94,25 +112,25 @@ def _read_batch(run: Run, batches: Iterator[PackedBatch]) -> PackedBatch | None:
 
 def announce(run: Run) -> None:
     """Prints the model, the batch, the budget, what was found in the data and what is odd; saves the bound config."""
-    assert isinstance(run.data, DataPipeline), "the data of pretraining"
-    config, model, module = run.config, run.model_config, run.module
-    length, masks, batch = config.dataset.max_seq_length, config.datacollator, run.data.batch
-    rate = max(masks.mlm_probability, masks.mlm_probability_final or 0.0)
+    config, model, module, objective, data = run.config, run.model_config, run.module, run.objective, _documents(run)
+    length, masks, batch = config.dataset.max_seq_length, config.datacollator, data.batch
+    rate = max(masks.mlm_probability, masks.mlm_probability_final or 0.0) if objective.predicts_tokens else 0.0
+    kernel = choose_kernel(config.model.kernel_backend, device=run.runtime.device)
     total = sum(p.numel() for p in module.parameters())
     embeddings = sum(p.numel() for name, p in module.named_parameters() if name in VOCABULARY_TENSORS)
     flops = module.encoder.flops_per_token(attended_length=length, predicted_fraction=rate)
     slots, total_slots = run.rows_per_step * length, batch.rows_before(run.num_steps) * length
     accumulation = run.rows_per_step // (config.trainer.micro_batch_rows * run.runtime.world)
     budget = f"{run.num_steps:,} steps, {total_slots:,} row slots"
-    if run.data.num_tokens:
-        budget += f", {total_slots / run.data.num_tokens:.2f} epochs of {run.data.num_tokens:,} tokens"
+    if data.num_tokens:
+        budget += f", {total_slots / data.num_tokens:.2f} epochs of {data.num_tokens:,} tokens"
     lines = [
         f"model     {config.model.name or 'NeoBERT'}: {model.num_hidden_layers} layers x {model.hidden_size}, "
         f"{model.num_attention_heads} heads, {total:,} parameters ({total - embeddings:,} without the vocabulary)",
         f"          at most {flops / 1e6:,.1f} MFLOP a token forward and backward (documents of {length} tokens)",
         f"compute   {run.runtime.device}, {config.trainer.mixed_precision.replace('no', 'fp32')}, "
         f"attention {run.attention.name} ({run.attention.kernel}), "
-        f"loss kernel {choose_kernel(config.model.kernel_backend, device=run.runtime.device)}, "
+        f"{f'loss kernel {kernel}, ' if objective.predicts_tokens else ''}"
         f"{run.runtime.world} process(es)",
         f"tokens    vocabulary {run.tokenizer.size:,}, embedding rows {model.vocab_size:,}",
         f"batch     {config.trainer.micro_batch_rows} rows x {accumulation} micro-batches x "
@@ -124,11 +142,12 @@ def announce(run: Run) -> None:
             f"warm-up   of the batch from {batch.start_rows} rows to {batch.rows} at step {batch.warmup_steps:,}, "
             f"{batch.unit} at a time"
         )
-    lines += [f"data      {note}" for note in run.data.notes]
-    lines.append(f"entropy   {run.data.unigram_entropy():.4f} nats: loss of a model that knows only token frequencies")
+    lines += [f"data      {note}" for note in data.notes]
+    if objective.describe_baseline is not None:
+        lines.append(objective.describe_baseline(config, data.unigram_entropy))
     run.reporter.say("\n".join(lines))
     odd = [*warnings(config, total_steps=run.num_steps), *slow_reading(config, run.runtime.device.type)]
-    for text in [*odd, *run.data.inventory.warnings()]:
+    for text in [*odd, *data.inventory.warnings()]:
         run.reporter.warn(text)
     write_config(config, run.runtime, run.output_dir, run.reporter)
 
@@ -146,3 +165,25 @@ def slow_reading(config: Config, device_type: str) -> list[str]:
     if data.pin_memory is False:
         found.append("dataset.pin_memory: false makes the GPU wait for every copy of a batch; write null")
     return found
+
+
+def show_documents(run: Run) -> Sequence[Answer]:
+    """What the model says of the first evaluation documents."""
+    data = _documents(run)
+    if data.eval_set is None:
+        return ()
+    answers: Answers = load_part(run.objective.answers)
+    return answers.show(run.as_model(), data.eval_set.documents(), num_texts=NUM_TEXTS, top_k=SHOWN)
+
+
+def pretraining_commands(run: Run) -> list[str]:
+    """What to type after pretraining."""
+    answers: Answers = load_part(run.objective.answers)
+    return [
+        f'neobert predict {shlex.quote(str(run.output_dir))} "{answers.example}"',
+        f"neobert {run.objective.command} {shlex.quote(str(run.output_dir / 'config.yaml'))} "
+        f"--trainer.resume_from_checkpoint latest --trainer.max_steps {2 * run.num_steps}",
+    ]
+
+
+PRETRAINING = Job(announce=announce, evaluate=evaluate, show=show_documents, next_commands=pretraining_commands)

@@ -19,9 +19,11 @@ from neobert.data.rows.lanes import RowOrder, State
 from neobert.data.rows.loader import Loader
 from neobert.data.source.inventory import Inventory
 from neobert.data.tokenizer import Tokenizer
+from neobert.inference.model import Model
 from neobert.model.attention import AttentionBackend
 from neobert.model.config import ModelConfig
-from neobert.objectives.mlm import MaskedLM
+from neobert.objectives.base import Answer, EvalMetrics, Objective, ObjectiveModule
+from neobert.objectives.table import choose_objective, load_part
 from neobert.optim.moving_average import WeightAverage
 from neobert.optim.qk_clip import QKClip
 from neobert.optim.schedule import Schedule, build_schedule
@@ -55,7 +57,7 @@ from neobert.train.micro_batch import bind_micro_batch, choose_kept
 from neobert.train.numerics import Guard
 from neobert.train.preempt import StopRequest
 from neobert.train.record.console import Reporter
-from neobert.train.record.statistics import Statistics
+from neobert.train.record.statistics import Statistics, build_statistics
 from neobert.train.record.tracking import Tracker
 from neobert.train.start import agree_on_start, open_output_dir, read_checkpoint_config, read_train_state
 from neobert.weights.load import EncoderWeights
@@ -213,10 +215,12 @@ class RunData(Protocol):
 class Run(RunSetup):
     """What `build_run` wired. Training changes the weights, the optimizer, the record and the two that watch it."""
 
+    objective: Objective
+    job: "Job"
     data: RunData
     """`data.batch` has the rows of each step."""
 
-    module: MaskedLM
+    module: ObjectiveModule
     """The plain module: its names are the checkpoint's."""
 
     model: nn.Module
@@ -237,6 +241,10 @@ class Run(RunSetup):
     committer: Committer
     guard: Guard
     num_steps: int
+
+    def as_model(self) -> Model:
+        """The model as it is now, to be asked about texts."""
+        return Model(module=self.module, tokenizer=self.tokenizer, objective=self.objective)
 
     def stop_requested(self) -> bool:
         """Whether all ranks have agreed to stop before the budget is spent."""
@@ -265,41 +273,53 @@ class Run(RunSetup):
         return 0 if self.config.trainer.save_strategy == "no" else self.config.trainer.save_steps
 
 
-def build_run(
-    config: Config,
-    *,
-    bind: Callable[[Config], Config] = lambda config: config,
-    build_data: Callable[[Config, Tokenizer, Reader], RunData] = build_config_data,
-    build_module: Callable[..., MaskedLM] = build_module,
-) -> Run:
-    """Checks the machine, opens the output folder, and builds tokenizer, data, model, optimizer and record.
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Job:
+    """What an objective brings to the training loop, beside its module."""
 
-    Args:
-        bind: the config with what it takes from a checkpoint.
-        build_data: what this process reads.
-        build_module: takes the arguments of `neobert.train.build.build_module`; its weights are those of a `MaskedLM`
-            and more.
+    bind: Callable[[Config], Config] = lambda config: config
+    """The config with what it takes from a checkpoint."""
+
+    build_data: Callable[[Config, Tokenizer, Reader], RunData] = build_config_data
+    """What this process reads."""
+
+    announce: Callable[[Run], None]
+    """Says what the run is and writes its config."""
+
+    evaluate: Callable[[Run], EvalMetrics | None]
+    show: Callable[[Run], Sequence[Answer]] = lambda run: ()
+    """What is shown of the model when the run is over."""
+
+    next_commands: Callable[[Run], list[str]]
+    """What to type when the run is over."""
+
+
+def build_run(config: Config) -> Run:
+    """Checks the machine, opens the output folder, and builds tokenizer, data, model, optimizer and record.
 
     Raises:
         StartupError: the run cannot start as configured, or its ranks differ; the message names the key and the
             remedy.
     """
+    job: Job = load_part(choose_objective(config).job)
     check_launcher(config)
     runtime = build_runtime(config)
     with sharing_errors(runtime):
-        setup, initial = open_run(bind(config), runtime)
+        setup, initial = open_run(job.bind(config), runtime)
         config, tokenizer, runtime = setup.config, setup.tokenizer, setup.runtime
-        data = build_data(config, tokenizer, setup.reader)
+        objective = choose_objective(config)
+        data = job.build_data(config, tokenizer, setup.reader)
         num_steps = choose_num_steps(config, data)
         check_equal(runtime, lambda: describe_data(data, num_steps))
         module = build_module(config, setup.model_config, setup.attention, runtime)
         if initial is not None:
-            setup.reporter.say(copy_initial_weights(module, initial, tokenizer, tile=config.model.init_tile))
+            copied = copy_initial_weights(module, objective, initial, tokenizer, tile=config.model.init_tile)
+            setup.reporter.say(copied)
         optimizer = build_run_optimizer(config, module)
         compare_tensors(runtime, list_tensors(module, optimizer), "before the first step", setup.reporter.warn)
     model = runtime.prepare_model(module)  # Has collectives of its own, so no rank may be missing.
     with sharing_errors(runtime):
-        return _wire(setup, data, module, model, optimizer, num_steps)
+        return _wire(setup, job, data, module, model, optimizer, num_steps)
 
 
 def describe_data(data: RunData, num_steps: int) -> dict[str, Any]:
@@ -314,19 +334,27 @@ def describe_data(data: RunData, num_steps: int) -> dict[str, Any]:
 
 
 def _wire(
-    setup: RunSetup, data: RunData, module: MaskedLM, model: nn.Module, optimizer: Optimizer, num_steps: int
+    setup: RunSetup,
+    job: Job,
+    data: RunData,
+    module: ObjectiveModule,
+    model: nn.Module,
+    optimizer: Optimizer,
+    num_steps: int,
 ) -> Run:
     """Everything that trains `module` on `data` and records it."""
     config, runtime, output_dir, reporter = setup.config, setup.runtime, setup.output_dir, setup.reporter
     return Run(
         **{f.name: getattr(setup, f.name) for f in fields(setup)},
+        objective=choose_objective(config),
+        job=job,
         data=data,
         module=module,
         model=model,
         optimizer=optimizer,
         clip=build_clip(config, module, optimizer, runtime),
         average=build_average(config, module),
-        statistics=Statistics(module) if config.trainer.log_statistics else None,
+        statistics=build_statistics(config, module),
         schedule=build_schedule(config.scheduler, base_lr=config.optimizer.lr, num_steps=num_steps),
         tracker=Tracker(
             runtime=runtime,

@@ -16,6 +16,9 @@ MODEL_FILE, EMA_FILE = "model.safetensors", "ema.safetensors"
 STEPS_KEY = "pretraining_steps"
 """In config.json of models that we export: a second key in the header of the weights would make its bytes random."""
 
+OBJECTIVE_KEY = "pretraining_objective"
+"""The same for what a model was trained for, where it fills no masks."""
+
 AVERAGE_FILE = "average.json"
 """What the mean of several checkpoints was made of; in a folder of such a mean only."""
 

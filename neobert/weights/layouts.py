@@ -78,7 +78,7 @@ class Layout:
 
 
 def tensor_shapes(config: ModelConfig) -> dict[str, tuple[int, ...]]:
-    """Name and shape of every tensor of a `MaskedLM` with this architecture."""
+    """Name and shape of every tensor of an `ObjectiveModule` with this architecture."""
     with torch.device("meta"):
         encoder = Encoder(config, ATTENTION["sdpa"])
     shapes = {f"encoder.{name}": tuple(tensor.shape) for name, tensor in encoder.state_dict().items()}

@@ -14,7 +14,7 @@ revision.
 
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -26,17 +26,17 @@ from torch import Tensor
 
 from neobert.config.nesting import load_plain_yaml, parse_json
 from neobert.model.config import ModelConfig
+from neobert.objectives.base import Objective
+from neobert.objectives.mlm import MLM
+from neobert.objectives.table import OBJECTIVES, recognise_objective
 from neobert.weights.describe import WeightsError
-from neobert.weights.folder import AVERAGE_FILE, EMA_FILE, MODEL_FILE, STEPS_KEY, find_checkpoint
+from neobert.weights.folder import AVERAGE_FILE, EMA_FILE, MODEL_FILE, OBJECTIVE_KEY, STEPS_KEY, find_checkpoint
 from neobert.weights.layouts import LAYOUTS, Layout, to_ours
 from neobert.weights.manifest import CheckpointError
 from neobert.weights.pickles import UnreadablePickle, load_pickle
 
 REMOTE_CODE_TYPE = "neobert_encoder"
 """`model_type` of models that we export with their code."""
-
-TRAINING_ONLY = ("log_scale",)
-"""Weights of a checkpoint of ours that belong to the loss and not to the encoder: a learned temperature."""
 
 _EXPORTED, _ENCODER = ("eurobert", "remote_code"), "model."
 """Layouts that exported folders have, and what the encoder's tensors begin with where there is a head beside it."""
@@ -51,7 +51,7 @@ class EncoderWeights:
 
     config: ModelConfig
     tensors: dict[str, Tensor]
-    """On the host, by the names of `MaskedLM.state_dict()`, in the dtype of the file."""
+    """On the host, by the names of `ObjectiveModule.state_dict()`, in the dtype of the file."""
 
     tokenizer: Path | None
     """A folder with tokenizer.json; None when there is none."""
@@ -67,6 +67,12 @@ class EncoderWeights:
 
     kind: str = "model"
     """Which of WEIGHTS."""
+
+    objective: str = MLM.name
+    """A key of OBJECTIVES: what they were trained for, as far as the folder tells."""
+
+    training_only: dict[str, Tensor] = field(default_factory=dict)
+    """What a checkpoint has beside `tensors`: a head or a temperature that only training has."""
 
 
 def load_encoder_weights(
@@ -154,8 +160,11 @@ def _fetch(name: str) -> Path:
 def _read_folder(folder: Path, drop_decoder_bias: bool, weights: str) -> EncoderWeights:
     tensors = _read_tensors(folder, WEIGHTS[weights])
     layout, raw = _recognise(folder, tensors)
+    objective, training_only = _recognise_objective(raw), dict[str, Tensor]()
     if layout.name == "checkpoint":
-        tensors = {name: tensor for name, tensor in tensors.items() if name not in TRAINING_ONLY}
+        objective = recognise_objective(tensors)
+        training_only = {name: x for name, x in tensors.items() if name.startswith(objective.training_only)}
+        tensors = {name: x for name, x in tensors.items() if name not in training_only}
     elif layout.name in _EXPORTED and not any(name.startswith(_ENCODER) for name in tensors):
         # AutoModel and sentence-transformers save the encoder alone. The config says whether a tied head can be told.
         tensors = {f"{_ENCODER}{name}": tensor for name, tensor in tensors.items()}
@@ -173,7 +182,17 @@ def _read_folder(folder: Path, drop_decoder_bias: bool, weights: str) -> Encoder
         step=_step(folder, raw),
         folder=folder,
         kind=weights,
+        objective=objective.name,
+        training_only=training_only,
     )
+
+
+def _recognise_objective(raw: Mapping[str, Any]) -> Objective:
+    """What an exported folder was trained for; those of models that fill masks say nothing."""
+    name = str(raw.get(OBJECTIVE_KEY, MLM.name))
+    if name not in OBJECTIVES:
+        raise WeightsError(f"{OBJECTIVE_KEY}: {name!r} is unknown; known are {', '.join(OBJECTIVES)}")
+    return OBJECTIVES[name]
 
 
 def _recognise(folder: Path, tensors: Mapping[str, Tensor]) -> tuple[Layout, Mapping[str, Any]]:

@@ -1,5 +1,6 @@
 """Saving a config and loading it again gives an equal config."""
 
+import os
 import random
 from typing import Any, get_args, get_origin
 
@@ -107,7 +108,7 @@ def random_value(field: Field, rng: random.Random) -> Any:
         return rng.choice([0, 1, 2, 8, 64, 768, 1024, rng.randrange(10**12)])
     if field.kind is float:
         return rng.choice([0.0, 1.0, 1e-8, 1e5, 1e22, rng.random(), rng.random() * 1e-9, rng.random() * 100])
-    return rng.choice(NASTY)
+    return os.path.expanduser(rng.choice(NASTY))  # Keys of folders are saved with the home folder in place of "~".
 
 
 def assert_round_trip(config: Config) -> None:

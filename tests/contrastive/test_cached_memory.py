@@ -11,14 +11,14 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from neobert.config.schema_contrastive import ContrastiveSection
-from neobert.contrastive import losses
-from neobert.contrastive.batches import NoMasks, PairBatch, PairCollator
-from neobert.contrastive.module import ContrastiveEncoder
+from neobert.contrastive.batches import NoMasks, PairCollator
 from neobert.contrastive.pair_order import TrainSet
 from neobert.kernels.linear_cross_entropy import KERNELS
 from neobert.model.attention import ATTENTION
 from neobert.model.config import ModelConfig
 from neobert.model.encoder import Encoder
+from neobert.objectives import losses
+from neobert.objectives.contrastive import ContrastiveEncoder, PairBatch
 from neobert.types import PackedRow
 
 WIDTH, VOCABULARY, CHUNK = 16, 500, 4

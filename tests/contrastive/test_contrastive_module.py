@@ -1,6 +1,6 @@
 """The module: embeddings of packed texts, cached gradients, what takes part in the loss, and no wait for the device."""
 
-from dataclasses import replace
+from dataclasses import fields, replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -12,20 +12,22 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from neobert.config.schema import Config
 from neobert.config.schema_contrastive import ContrastiveSection
-from neobert.contrastive.batches import PairBatch, PairCollator
-from neobert.contrastive.module import ContrastiveEncoder
+from neobert.contrastive.batches import PairCollator
 from neobert.contrastive.pair_order import TrainSet
 from neobert.inference.packed import hidden_states
 from neobert.kernels.linear_cross_entropy import KERNELS
 from neobert.model.attention import ATTENTION
 from neobert.model.config import ModelConfig
 from neobert.model.encoder import Encoder
+from neobert.objectives.contrastive import CONTRASTIVE, TEMPERATURE, ContrastiveEncoder, PairBatch
 from neobert.objectives.masking import MaskPolicy
 from neobert.train.step import train_step
 from neobert.types import PackedRow
 
 VOCABULARY = 50
+SOME_MASK: dict[str, Any] = {"pretraining_prob": 0.5, "pretraining_objective": "mlm"}
 MASKS = MaskPolicy(
     probability=0.3,
     mask_all=False,
@@ -50,10 +52,11 @@ def model(**changes: Any) -> ContrastiveEncoder:
         "embedding_init_range": 0.5,
         "decoder_init_range": 0.2,
     }
-    section = {name: changes.pop(name) for name in list(changes) if name in ContrastiveSection.__dataclass_fields__}
+    keys = {f.name for f in fields(ContrastiveSection)}
+    section = ContrastiveSection(**{name: changes.pop(name) for name in list(changes) if name in keys})
     torch.manual_seed(0)
     encoder = Encoder(ModelConfig(**{**architecture, **changes}), ATTENTION["sdpa"])
-    return ContrastiveEncoder(encoder, ContrastiveSection(**section), kernel=KERNELS["torch"])
+    return ContrastiveEncoder(encoder, section, kernel=KERNELS["torch"])
 
 
 def make_rows(*counts: int, seed: int = 0) -> list[PackedRow]:
@@ -112,7 +115,7 @@ def test_cached_gradients_are_those_of_the_whole_batch(kind: str) -> None:
     rows = make_rows(*((3, 2, 4, 2, 3) if kind == "infonce" else (2,) * 5 if kind == "cosent" else (1,) * 5))
     module = model(learn_temperature=True, both_directions=True, matryoshka_dims=(4, 8)).double()
     if kind == "mlm":
-        module = model(tie_word_embeddings=False, **HEAD).double()
+        module = model(tie_word_embeddings=False, **SOME_MASK).double()
     direct = collate(rows, kind=kind, num_negatives=2)
     whole, expected = gradients(module, direct)
     assert len(direct.chunks) == 1
@@ -226,7 +229,7 @@ def test_matryoshka_is_the_mean_over_widths() -> None:
 
 def test_an_untied_projection_is_trained_only_where_some_steps_mask() -> None:
     batch = collate(make_rows(2, 2, 2))
-    frozen, trained = model(tie_word_embeddings=False), model(tie_word_embeddings=False, **HEAD)
+    frozen, trained = model(tie_word_embeddings=False), model(tie_word_embeddings=False, **SOME_MASK)
     assert "decoder.weight" not in gradients(frozen, batch)[1]
     found = gradients(trained, batch)[1]
     assert found["decoder.weight"].abs().sum() == 0, "there for the reduction over processes"
@@ -243,9 +246,8 @@ def test_a_learned_temperature_moves_and_has_a_floor() -> None:
         assert module.log_scale is not None
         module.log_scale.fill_(9.0)
     assert torch.as_tensor(module.scale).item() == pytest.approx(100)
-    plain = model().state_dict()
-    module.load_state_dict(plain, strict=True)
-    assert module.log_scale.item() == 9.0, "a pretrained encoder has no temperature of its own"
+    assert set(module.state_dict()) - set(model().state_dict()) == {TEMPERATURE}
+    assert TEMPERATURE.startswith(CONTRASTIVE.training_only), "so it starts fresh from a pretrained encoder"
 
 
 class Counter(TorchDispatchMode):
@@ -320,3 +322,11 @@ def test_the_texts_of_a_row_are_never_its_negatives(rows: list[tuple[str, ...]],
         back = torch.stack([loss_of(row[1], row[0], others(n, 0)) for n, row in enumerate(rows)]).sum()
         expected = (expected + back) / 2
     torch.testing.assert_close(module(batch).loss_sum, expected, rtol=1e-6, atol=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("count", "words"), [(1, "up to 1 hard negative a pair"), (2, "up to 2 hard negatives a pair")]
+)
+def test_the_card_counts_hard_negatives(count: int, words: str) -> None:
+    config = Config(task="contrastive", contrastive=ContrastiveSection(num_hard_negatives=count))
+    assert words in "\n".join(CONTRASTIVE.card.recipe(config, ["pairs"]))

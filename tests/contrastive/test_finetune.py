@@ -8,6 +8,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -214,6 +215,14 @@ def test_an_older_step_can_be_named_and_the_card_names_it(
         finetune(contrastive(tmp_path / "b", *start, "contrastive.pretrained_checkpoint=5"))
 
 
+def test_a_run_among_the_prepared_sets_is_refused(contrastive: Contrastive, tmp_path: Path) -> None:
+    config = contrastive(tmp_path / "x")
+    place = Path(str(config.dataset.path)) / "all" / "pairs" / "run"
+    with pytest.raises(StartupError, match=r"trainer.output_dir: .*pairs/run lies in .*all, where the prepared sets"):
+        finetune(replace(config, trainer=replace(config.trainer, output_dir=str(place))))
+    assert not place.exists()
+
+
 def test_what_contradicts_the_checkpoint_is_named(
     contrastive: Contrastive, pretrained: Path, tmp_path: Path, pair_files: Path
 ) -> None:
@@ -222,7 +231,9 @@ def test_what_contradicts_the_checkpoint_is_named(
         finetune(contrastive(tmp_path / "a", start, "model.num_hidden_layers=3"))
     with pytest.raises(StartupError, match=r"pretrained_checkpoint_dir: .*nowhere is no folder"):
         finetune(contrastive(tmp_path / "b", f"contrastive.pretrained_checkpoint_dir={tmp_path}/nowhere"))
-    with pytest.raises(StartupError, match=r"task: pretraining is not contrastive"):
+    with pytest.raises(
+        StartupError, match=r"task: pretraining is for scripts/pretraining/pretrain.py; .* task: contrastive"
+    ):
         finetune(load_config(pretrained / "config.yaml"))
     with pytest.raises(StartupError, match=r"task: contrastive is for scripts/contrastive/finetune.py"):
         pretrain(contrastive(tmp_path / "c"))

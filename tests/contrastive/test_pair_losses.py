@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from neobert.contrastive.losses import cosent, info_nce, sup_con
+from neobert.objectives.losses import cosent, info_nce, sup_con
 
 
 def units(rows: int, seed: int) -> Tensor:

@@ -10,11 +10,10 @@ import pytest
 import torch
 
 import neobert
-from neobert.inference.load import load_masked_lm
 from neobert.inference.model import Model
 from neobert.inference.packed import hidden_states, plan_batches, token_losses
-from neobert.inference.pooling import POOLING
 from neobert.model.attention import ATTENTION
+from neobert.model.pooling import POOLING
 from neobert.model.segments import Segments
 from neobert.weights.describe import WeightsError
 
@@ -30,7 +29,7 @@ def plain_hidden(model: Model, text: str) -> torch.Tensor:
         ids=torch.ones_like(tokens), cu_seqlens=borders, cu_seqlens_cpu=borders, max_seqlen=tokens.shape[1]
     )
     with torch.no_grad():
-        return model.masked_lm.encoder(tokens, torch.arange(tokens.shape[1])[None], segments)
+        return model.module.encoder(tokens, torch.arange(tokens.shape[1])[None], segments)
 
 
 def test_a_model_is_a_run_its_checkpoints_or_one_of_them(run_folder: Path, loaded: Model) -> None:
@@ -38,7 +37,7 @@ def test_a_model_is_a_run_its_checkpoints_or_one_of_them(run_folder: Path, loade
         assert neobert.load(path, device="cpu").digest() == loaded.digest()
     assert loaded.max_length == 40
     assert loaded.hidden_size == 32
-    assert not loaded.masked_lm.training
+    assert not loaded.module.training
 
 
 def test_errors_of_loading(run_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -103,8 +102,8 @@ def test_long_texts_are_cut_with_a_warning(loaded: Model, caplog: pytest.LogCapt
 
 def test_bf16_is_near_fp32(run_folder: Path, loaded: Model) -> None:
     half = neobert.load(run_folder, device="cpu", dtype="bf16")
-    assert half.masked_lm.encoder.get_parameter("layers.0.qkv.weight").dtype == torch.bfloat16
-    assert half.masked_lm.encoder.embedding.weight.dtype == torch.float32
+    assert half.module.encoder.get_parameter("layers.0.qkv.weight").dtype == torch.bfloat16
+    assert half.module.encoder.embedding.weight.dtype == torch.float32
     a, b = half.embed(TEXTS), loaded.embed(TEXTS)
     assert a.dtype == torch.float32
     difference = (a - b).abs().max().item()
@@ -124,26 +123,25 @@ def test_batches_by_a_budget_of_tokens() -> None:
 
 def test_token_losses_leave_the_padding_of_the_vocabulary_out(loaded: Model, monkeypatch: pytest.MonkeyPatch) -> None:
     size = loaded.tokenizer.size
-    assert size < loaded.masked_lm.encoder.config.vocab_size
-    hidden = hidden_states(loaded.masked_lm, loaded.encode(TEXTS).documents)
+    assert size < loaded.module.encoder.config.vocab_size
+    hidden = hidden_states(loaded.module, loaded.encode(TEXTS).documents)
     targets = torch.arange(len(hidden)) % size
-    logits = hidden @ loaded.masked_lm.head_weight.detach()[:size].T
+    logits = hidden @ loaded.module.head_weight.detach()[:size].T
     expected = -logits.log_softmax(-1)[torch.arange(len(hidden)), targets]
     monkeypatch.setattr("neobert.inference.packed._LOGITS_BYTES", 4 * size * 7)
-    torch.testing.assert_close(token_losses(loaded.masked_lm, hidden, targets, size), expected, rtol=1e-4, atol=1e-5)
-    assert len(token_losses(loaded.masked_lm, hidden[:0], targets[:0], size)) == 0
+    torch.testing.assert_close(token_losses(loaded.module, hidden, targets, size), expected, rtol=1e-4, atol=1e-5)
+    assert len(token_losses(loaded.module, hidden[:0], targets[:0], size)) == 0
 
 
-def test_load_masked_lm_gives_the_two_parts(run_folder: Path) -> None:
-    model, tokenizer = load_masked_lm(run_folder)
-    assert model.encoder.attention is ATTENTION["sdpa"]
-    assert tokenizer.mask_id == tokenizer.special_tokens["[MASK]"]
+def test_the_module_has_its_older_name_too(loaded: Model) -> None:
+    assert loaded.masked_lm is loaded.module
+    assert loaded.module.encoder.attention is ATTENTION["sdpa"]
 
 
 def test_few_shapes_are_multiplied(loaded: Model) -> None:
     """A long job on a CPU in bf16 keeps memory for each shape."""
     seen: list[int] = []
-    hook = loaded.masked_lm.encoder.layers[0].qkv.register_forward_hook(lambda *args: seen.append(len(args[2])))
+    hook = loaded.module.encoder.layers[0].qkv.register_forward_hook(lambda *args: seen.append(len(args[2])))
     try:
         states = [loaded.hidden_states(["a dog " * n])[0] for n in range(1, 12)]
     finally:

@@ -31,11 +31,11 @@ def naive(model: Model, tokens: np.ndarray) -> float:
     """One forward pass for each token of a document that fits."""
     ids = [model.tokenizer.cls_id, *tokens.tolist(), model.tokenizer.sep_id]
     total = 0.0
-    weight = model.masked_lm.head_weight.detach()
+    weight = model.module.head_weight.detach()
     for place in range(1, len(ids) - 1):
         masked = np.array(ids, dtype=np.int32)
         masked[place] = model.tokenizer.mask_id
-        hidden = hidden_states(model.masked_lm, [masked])[place]
+        hidden = hidden_states(model.module, [masked])[place]
         logits = (weight @ hidden)[: model.tokenizer.size]
         total -= float(logits.log_softmax(-1)[ids[place]])
     return total

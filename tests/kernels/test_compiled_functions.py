@@ -14,11 +14,11 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from neobert.contrastive.losses import _Gather
 from neobert.kernels.linear_cross_entropy import KERNELS
 from neobert.model.layers import _RMSNormCPU, _SwiGLUCPU
 from neobert.model.rotary import _Rotate, rotary_table
 from neobert.model.segmented import segmented_attention
+from neobert.objectives.losses import _Gather
 
 PACKAGE = Path(__file__).parents[2] / "neobert"
 BORDERS = torch.tensor([[0, 5, 7], [5, 7, 12]], dtype=torch.int32)
@@ -38,7 +38,7 @@ def loss(name: str) -> Case:
 
 
 FUNCTIONS: dict[str, Case] = {
-    "neobert.contrastive.losses._Gather": (_Gather.apply, [(12, 8)]),
+    "neobert.objectives.losses._Gather": (_Gather.apply, [(12, 8)]),
     "neobert.kernels.linear_cross_entropy._ChunkedLinearCrossEntropy": loss("torch"),
     "neobert.kernels.triton_linear_cross_entropy._TritonLinearCrossEntropy": loss("triton"),
     "neobert.model.layers._RMSNormCPU": (lambda x, w: _RMSNormCPU.apply(x, w, 1e-6), [(12, 32), (32,)]),

@@ -14,7 +14,7 @@ from rewriting import rewrite_manifest
 from neobert.config.load import load_config
 from neobert.config.schema import Config
 from neobert.errors import StartupError
-from neobert.inference.load import load_masked_lm
+from neobert.inference.load import load
 from neobert.train.loop import pretrain
 
 Tiny = Callable[..., Config]
@@ -96,7 +96,7 @@ def test_a_checkpoint_without_a_manifest_continues_under_its_name_with_a_warning
     assert "warning: " in (printed := capsys.readouterr().out)
     assert "has no manifest.json, so nothing shows whether its files are whole" in printed
     with pytest.warns(UserWarning, match=r"2 skipped|no manifest"):
-        load_masked_lm(checkpoint)
+        load(checkpoint)
 
 
 def test_remote_code_is_this_starts_decision_alone(tiny: Tiny, trained: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -114,7 +114,7 @@ def test_remote_code_is_this_starts_decision_alone(tiny: Tiny, trained: Path, mo
     )
     resume = ["trainer.max_steps=3", "trainer.resume_from_checkpoint=latest"]
     pretrain(tiny(trained, *resume))
-    load_masked_lm(checkpoint)
+    load(checkpoint)
     assert asked
     assert not any(asked), "what the checkpoint says does not count"
     pretrain(tiny(trained, "trainer.max_steps=4", resume[1], "tokenizer.trust_remote_code=true"))

@@ -16,7 +16,7 @@ from neobert.config.load import ConfigError
 from neobert.config.schema import Config
 from neobert.data.tokenizer import load_tokenizer
 from neobert.errors import StartupError
-from neobert.inference.load import load_masked_lm
+from neobert.inference.load import load
 from neobert.train import loop
 from neobert.train.checkpoint.identity import FINAL_MASKS, as_int64, check_next_batch, compare
 from neobert.train.loop import pretrain
@@ -408,8 +408,7 @@ def test_a_run_goes_on_at_a_longer_context(tiny: Tiny, trained: Path, tmp_path: 
     (origin,) = state["lineage"]
     assert (origin["step"], origin["checkpoint"]) == (4, str(trained / "checkpoints" / "4"))
     assert origin["resume_allow"][0] == "dataset.max_seq_length"
-    model, _ = load_masked_lm(out)
-    config = model.encoder.config
+    config = load(out, device="cpu").module.encoder.config
     assert (config.max_position_embeddings, config.rope_theta) == (256, 50000.0)
     # A second resume, of the longer run itself, needs no declaration and keeps the whole line of descent.
     again = [word for word in longer if "resume_allow" not in word]

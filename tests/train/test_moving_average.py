@@ -143,7 +143,7 @@ def test_it_can_be_loaded_exported_and_used_by_the_scripts(
 ) -> None:
     averaged = load_encoder_weights(whole, weights="ema")
     assert equal(averaged.tensors, read(whole, 12))
-    assert torch.equal(load(whole, weights="ema").masked_lm.head_weight, read(whole, 12)["encoder.embedding.weight"])
+    assert torch.equal(load(whole, weights="ema").module.head_weight, read(whole, 12)["encoder.embedding.weight"])
     done = export(ExportRequest(source=str(whole), output=tmp_path / "exported", weights="ema"))
     (verdict,) = verify([(done.folder, str(whole))], kind="ema")
     assert verdict.passed

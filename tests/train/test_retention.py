@@ -4,6 +4,7 @@ import json
 import os
 import shutil
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -128,18 +129,17 @@ def test_the_best_checkpoint_stays_and_is_known_again_after_a_resume(
     tiny: Tiny, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Losses by canned evaluation: the best is step 4, then nothing better until step 20."""
-    from neobert.train import finish, loop
-    from neobert.train.record.metrics import EvalMetrics
+    from neobert.objectives.mlm import MaskedMetrics
+    from neobert.train import loop, pretraining
 
     losses = {4: 2.0, 8: 3.0, 12: 2.5, 16: 2.2, 20: 1.0, 24: 1.5}
     steps = iter(losses)
 
-    def evaluate(run: object) -> EvalMetrics:
+    def evaluate(run: object) -> MaskedMetrics:
         loss = losses[next(steps)]
-        return EvalMetrics(loss=loss, accuracy=0.0, num_targets=1, num_tokens=1, num_documents=1)
+        return MaskedMetrics(loss=loss, accuracy=0.0, num_targets=1, num_tokens=1, num_documents=1)
 
-    for module in (loop, finish):
-        monkeypatch.setattr(module, "evaluate", evaluate)
+    monkeypatch.setattr(pretraining, "PRETRAINING", replace(pretraining.PRETRAINING, evaluate=evaluate))
     out = tmp_path / "run"
     keep = ["trainer.save_best=true", "trainer.save_total_limit=1", "trainer.resume_from_checkpoint=latest"]
     monkeypatch.setattr(loop.Run, "eval_steps", property(lambda run: 0 if not (out / "log.jsonl").exists() else 4))

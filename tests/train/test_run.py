@@ -14,12 +14,12 @@ from records import exact_steps, log_lines
 
 from neobert.config.schema import Config
 from neobert.errors import DataError, StartupError
-from neobert.inference.fill_mask import fill_mask
-from neobert.inference.load import load_masked_lm
+from neobert.inference.load import load
+from neobert.objectives.mlm import perplexity
 from neobert.train import machine as runtime
 from neobert.train.build import choose_rows_per_step
 from neobert.train.loop import pretrain
-from neobert.train.record import console, metrics, tracking
+from neobert.train.record import console, tracking
 from neobert.weights.describe import WeightsError
 
 Tiny = Callable[..., Config]
@@ -143,7 +143,7 @@ def test_compiled_blocks_train_like_eager_ones(tiny: Tiny, tmp_path: Path) -> No
     )
     for a, b in zip(log_lines(eager, "step"), log_lines(compiled, "step")):
         assert a["loss"] == pytest.approx(b["loss"], abs=1e-5)
-    assert "_orig_mod" not in str(list(load_masked_lm(compiled)[0].state_dict()))
+    assert "_orig_mod" not in str(list(load(compiled, device="cpu").module.state_dict()))
 
 
 def test_budgets_in_tokens_and_epochs(tiny: Tiny, tmp_path: Path) -> None:
@@ -182,17 +182,17 @@ def test_predictions_of_a_run(tiny: Tiny, tmp_path: Path, texts: list[str], caps
         assert texts[number].replace(" ", "").startswith(f"{before}{word}{after}".replace(" ", "")[:60])
     pretrain(tiny(tmp_path / "silent", "trainer.max_steps=1", "trainer.fill_mask_texts=[]"))
     assert "predictions:" not in capsys.readouterr().out
-    model, tokenizer = load_masked_lm(out)
-    (result,) = fill_mask(model, tokenizer, ["the [MASK] sees a [MASK] door"], top_k=tokenizer.size)
+    model = load(out, device="cpu")
+    (result,) = model.fill_mask(["the [MASK] sees a [MASK] door"], top_k=model.tokenizer.size)
     assert len(result.masks) == 2
     assert sum(guess.probability for guess in result.masks[0]) == pytest.approx(1.0, abs=1e-4)
     with pytest.raises(WeightsError, match="nothing is no folder"):
-        load_masked_lm(tmp_path / "nothing")
+        load(tmp_path / "nothing")
 
 
 def test_perplexity_cannot_overflow() -> None:
-    assert metrics.perplexity(2.0) == pytest.approx(math.e**2)
-    assert metrics.perplexity(1e6) == math.inf
+    assert perplexity(2.0) == pytest.approx(math.e**2)
+    assert perplexity(1e6) == math.inf
 
 
 def test_global_batch_size_derives_the_accumulation(tiny: Tiny, tmp_path: Path) -> None:

@@ -14,9 +14,10 @@ import pytest
 from neobert.config.schema import Config
 from neobert.contrastive.finetune import next_commands
 from neobert.errors import StartupError
+from neobert.objectives.table import OBJECTIVES
 from neobert.train.checkpoint.run_folder import check_place, holds_run, set_aside
-from neobert.train.finish import pretraining_commands
 from neobert.train.loop import pretrain
+from neobert.train.pretraining import pretraining_commands
 
 Tiny = Callable[..., Config]
 SHORT = ("trainer.max_steps=1", "trainer.eval_strategy=no")
@@ -234,5 +235,5 @@ def test_a_folder_that_cannot_be_made_is_a_sentence(tiny: Tiny, tmp_path: Path, 
 @pytest.mark.parametrize("commands", [pretraining_commands, next_commands])
 def test_the_next_commands_can_be_typed_for_any_folder(commands: Callable[[Any], list[str]], tmp_path: Path) -> None:
     folder = tmp_path / "my runs; rm $HOME" / "it's"
-    run = SimpleNamespace(output_dir=folder, num_steps=2, config=Config())
+    run = SimpleNamespace(output_dir=folder, num_steps=2, config=Config(), objective=OBJECTIVES["mlm"])
     assert all(any(word.startswith(str(folder)) for word in shlex.split(command)) for command in commands(run))

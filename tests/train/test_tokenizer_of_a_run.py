@@ -16,7 +16,6 @@ from neobert.export.choose import ExportError
 from neobert.export.write import ExportRequest, export
 from neobert.inference.fill_mask import fill_mask
 from neobert.inference.load import load
-from neobert.inference.model import Model
 from neobert.inference.scorer import OwnScorer, TransformersScorer
 from neobert.train.loop import pretrain
 
@@ -90,9 +89,9 @@ def test_a_mask_that_is_the_unknown_token_is_refused_wherever_masks_are(
     model = load(done.folder, device="cpu")
     assert model.embed(["vectors have no masks"]).shape == (1, 32)
     with pytest.raises(DataError, match=refusal):
-        fill_mask(model.masked_lm, model.tokenizer, ["a [MASK]"])
+        fill_mask(model.module, model.tokenizer, ["a [MASK]"])
     with pytest.raises(DataError, match=refusal):
-        OwnScorer(Model(masked_lm=model.masked_lm, tokenizer=model.tokenizer))
+        OwnScorer(model)
     with pytest.raises(ExportError, match=refusal):
         export(ExportRequest(source=str(done.folder), output=tmp_path / "again"))
 

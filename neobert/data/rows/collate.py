@@ -13,33 +13,20 @@ meets no shape that depends on the content.
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Literal, Protocol
+from typing import Literal
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 
 from neobert.data.rows.lanes import IntArray, Window
-from neobert.data.rows.order import Words, extend_keys, key, mask_words, mix, uniforms
+from neobert.data.rows.order import extend_keys, key, mask_words, mix, uniforms
 from neobert.data.rows.packing import SPECIALS_PER_SEGMENT, Piece
 from neobert.model.segments import Segments
-from neobert.types import IGNORE_INDEX, PackedBatch, PackedRow
+from neobert.types import IGNORE_INDEX, Corruption, PackedBatch, PackedRow
 
 EVAL_TARGETS_MULTIPLE = 256
 """Evaluation draws masks for each document, so their number varies a little; the arrays grow in steps of this."""
-
-
-class MaskPolicy(Protocol):
-    """Chooses the predicted tokens of a draw and what stands in their place."""
-
-    def corrupt(
-        self, tokens: IntArray, words: Words, offset: float, *, step: int
-    ) -> tuple[IntArray, NDArray[np.int64]]:
-        """`n` tokens, a random word for each, a number in [0, 1), and the step of training: the corrupted tokens and
-        the ascending places of the predicted ones."""
-
-    def max_targets(self, num_slots: int) -> int:
-        """Upper bound of the predicted tokens among `num_slots` slots of one draw, at any step."""
 
 
 def build_row(pieces: Sequence[Piece], window: Window, row_key: int, *, cls_id: int, sep_id: int) -> PackedRow:
@@ -130,7 +117,7 @@ def _layout(rows: Sequence[PackedRow]) -> _Layout:
 class Collator:
     """Turns rows into a `PackedBatch`; a pure function of the rows and of these settings."""
 
-    policy: MaskPolicy
+    policy: Corruption
     seed: int
     draw: Literal["row", "document"]
     """What one draw of masks covers. `row`, for training: keyed by (seed, row key, slot), and the number of targets

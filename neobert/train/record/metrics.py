@@ -14,8 +14,8 @@ import math
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, field, replace
-from typing import Any, Protocol
+from dataclasses import dataclass, field, replace
+from typing import Any
 
 import numpy as np
 import torch
@@ -166,57 +166,6 @@ def summarise(sums: IntervalSums) -> Interval:
         attended_length=sums.attended_tokens / sums.num_tokens,
         predicted_fraction=sums.num_targets / sums.num_tokens,
     )
-
-
-def perplexity(loss: float) -> float:
-    """`exp(loss)`, infinity where it would overflow."""
-    return math.exp(loss) if loss < 700 else math.inf
-
-
-class Evaluation(Protocol):
-    """The figures of one evaluation."""
-
-    @property
-    def loss(self) -> float:
-        """What `trainer.save_best` compares: the lower the better."""
-
-    def as_line(self) -> dict[str, Any]:
-        """Its fields in `log.jsonl`."""
-
-    def as_values(self) -> dict[str, float]:
-        """What trackers get, by names with a section in front, such as `eval/loss`."""
-
-    def describe(self) -> str:
-        """One line for people."""
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class EvalMetrics:
-    """Figures over every masked token of the evaluation documents."""
-
-    loss: float
-    """Mean cross entropy in nats per masked token."""
-
-    accuracy: float
-    num_targets: int
-    num_tokens: int
-    num_documents: int
-
-    def as_line(self) -> dict[str, Any]:
-        return asdict(self)
-
-    def as_values(self) -> dict[str, float]:
-        return {
-            "eval/loss": self.loss,
-            "eval/perplexity": perplexity(self.loss),
-            "eval/accuracy": self.accuracy,
-        }
-
-    def describe(self) -> str:
-        return (
-            f"loss {self.loss:.4f} | ppl {perplexity(self.loss):.2f} | accuracy {self.accuracy:.2%} | "
-            f"{self.num_targets:,} masked tokens of {self.num_documents:,} documents"
-        )
 
 
 class MetricWindow:

@@ -16,7 +16,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from neobert.objectives.mlm import MaskedLM
+from neobert.config.schema import Config
+from neobert.objectives.base import ObjectiveModule
+from neobert.objectives.table import choose_objective
 from neobert.types import IGNORE_INDEX, MicroBatch, PackedBatch
 
 MOST_TOKENS = 256
@@ -31,8 +33,9 @@ def group_of(name: str, parameter: nn.Parameter) -> str:
 class Statistics:
     """Watches steps of one model."""
 
-    def __init__(self, module: MaskedLM) -> None:
-        self._module = module
+    def __init__(self, module: ObjectiveModule, *, predicts_tokens: bool = True) -> None:
+        """`predicts_tokens`: whether targets are tokens, so that there are logits to look at."""
+        self._module, self._predicts_tokens = module, predicts_tokens
         self._groups: dict[str, list[nn.Parameter]] = {}
         for name, parameter in module.named_parameters():
             self._groups.setdefault(group_of(name, parameter), []).append(parameter)
@@ -48,7 +51,8 @@ class Statistics:
             hidden[:] = [output.detach()]
 
         def observe() -> None:
-            self._found = self._gradient_norms() | self._logits(hidden[0], batch)
+            self._found = self._gradient_norms()
+            self._found |= self._logits(hidden[0], batch) if self._predicts_tokens else {}
             hidden.clear()
 
         handle = self._module.encoder.register_forward_hook(keep)
@@ -89,3 +93,10 @@ class Statistics:
 
 def _norm(tensors: list[Tensor]) -> Tensor:
     return torch.linalg.vector_norm(torch.stack(torch._foreach_norm(tensors)))
+
+
+def build_statistics(config: Config, module: ObjectiveModule) -> Statistics | None:
+    """What watches the steps of a run, None where nothing does."""
+    if not config.trainer.log_statistics:
+        return None
+    return Statistics(module, predicts_tokens=choose_objective(config).predicts_tokens)

@@ -16,7 +16,9 @@ import torch
 
 from neobert.config.schema import Config
 from neobert.model.peak import peak_flops
-from neobert.objectives.mlm import MaskedLM
+from neobert.objectives.base import EvalMetrics, ObjectiveModule
+from neobert.objectives.mlm import perplexity
+from neobert.objectives.table import choose_objective
 from neobert.secrets import scrub_config
 from neobert.train.agreement import exchange
 from neobert.train.checkpoint.audit import RankLayout, ReplayAudit, ReplayDiverged, is_first_attempt, read_layout
@@ -24,15 +26,7 @@ from neobert.train.machine import Runtime
 from neobert.train.numerics import SkippedStep, build_skipped_step
 from neobert.train.record.console import Reporter
 from neobert.train.record.line_file import LineFile
-from neobert.train.record.metrics import (
-    Evaluation,
-    Interval,
-    IntervalSums,
-    MetricWindow,
-    StepRecord,
-    perplexity,
-    summarise,
-)
+from neobert.train.record.metrics import Interval, IntervalSums, MetricWindow, StepRecord, summarise
 from neobert.train.step import StepMetrics
 from neobert.types import TrainState
 
@@ -60,7 +54,7 @@ class Tracker:
         config: Config,
         output_dir: Path,
         reporter: Reporter,
-        module: MaskedLM,
+        module: ObjectiveModule,
         num_steps: int,
         source_labels: Sequence[str],
         sinks: list[Sink],
@@ -189,7 +183,7 @@ class Tracker:
 
     def _choose_values(self, interval: Interval, sums: IntervalSums) -> dict[str, float]:
         """What console and trackers show of an interval: the figures that this run has, by the trackers' names."""
-        trainer, pretraining = self._config.trainer, self._config.task == "pretraining"
+        trainer, predicts_tokens = self._config.trainer, choose_objective(self._config).predicts_tokens
         values: dict[str, float] = {
             "train/loss": interval.loss,
             "train/learning_rate": interval.lr,
@@ -197,10 +191,10 @@ class Tracker:
             "train/data_wait": interval.data_wait,
             "train/packing_fill": interval.packing_fill,
         }
-        if pretraining:
+        if predicts_tokens:
             values["train/perplexity"] = perplexity(interval.loss)
-        # Of masked language modelling: pairs are no tokens that are projected onto the vocabulary.
-        predicted = interval.predicted_fraction if pretraining else 0.0
+        # What is no token costs no projection onto the vocabulary.
+        predicted = interval.predicted_fraction if predicts_tokens else 0.0
         mfu = self._mfu(interval.tokens_per_second, interval.attended_length, predicted)
         if mfu is not None:
             values["train/mfu"] = mfu
@@ -218,7 +212,7 @@ class Tracker:
             values["train/accuracy"] = interval.accuracy
         return values
 
-    def log_eval(self, state: TrainState, metrics: Evaluation | None, averaged: Evaluation | None = None) -> None:
+    def log_eval(self, state: TrainState, metrics: EvalMetrics | None, averaged: EvalMetrics | None = None) -> None:
         """Records an evaluation of the weights and, if given, of their moving average, in lines of kind `eval` and
         `eval_ema`; None (no evaluation data) records nothing."""
         self._evaluated_step = state.step

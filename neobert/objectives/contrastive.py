@@ -1,0 +1,378 @@
+"""The encoder as an embedding model: texts of a step in, the summed loss out.
+
+With several chunks the activations of one chunk at a time are kept: the embeddings are computed chunk by chunk without
+a graph, and the backward computes a chunk again when the gradient of its embeddings is known. This is GradCache (Gao et
+al., arXiv 2101.06983) as activation checkpointing of whole chunks, so the gradient is the one of the whole batch, for
+a third more work, and hooks of DistributedDataParallel see one backward pass.
+
+The names of the weights are those of `ObjectiveModule`: whatever loads a pretrained checkpoint loads one of these. A
+learned temperature is one more.
+
+Sets, order, collation and evaluation are in `neobert.contrastive`.
+"""
+
+import math
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, fields
+from typing import Any, Literal, Self
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from neobert.config.schema import Config
+from neobert.config.schema_contrastive import ContrastiveSection
+from neobert.errors import StartupError
+from neobert.kernels.linear_cross_entropy import KERNELS, LinearCrossEntropy
+from neobert.model.encoder import Encoder
+from neobert.model.pooling import choose_pooling
+from neobert.objectives.base import Card, CardResult, Objective, ObjectiveModule, VectorSettings
+from neobert.objectives.losses import cosent, first_row, gather, info_nce, sum_over_blocks, sup_con
+from neobert.objectives.mlm import MaskedLM, masked_loss
+from neobert.secrets import readable
+from neobert.types import LossSum, PackedBatch
+
+Kind = Literal["infonce", "simcse", "supcon", "cosent", "mlm"]
+"""The loss of a step."""
+
+LARGEST_SCALE = 100.0
+"""A learned temperature stays at or above 0.01, as in CLIP (Radford et al., arXiv 2103.00020, section 2.5)."""
+
+TEMPERATURE = "log_scale"
+"""Name of its logarithm, negated, among the weights."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True, eq=False)
+class PairBatch:
+    """The rows of one process in one step."""
+
+    kind: Kind
+    chunks: tuple[PackedBatch, ...]
+    """Stretches of the texts that go through the encoder one after the other."""
+
+    lengths: tuple[Tensor, ...]
+    """int64 `[texts]` of each chunk: tokens of every text."""
+
+    anchors: Tensor
+    """int64 `[N]`: place of each row's first text among all texts."""
+
+    positives: Tensor
+    """int64 `[N]`: of its second text; equal to `anchors` where rows have one."""
+
+    negatives: Tensor
+    """int64 `[N, K]`: of its negatives; 0 where there is none."""
+
+    has_negative: Tensor
+    """bool `[N, K]`."""
+
+    text_ids: Tensor
+    """int64 `[texts]`: equal for equal texts."""
+
+    scores: Tensor
+    """fp32 `[N]`: similarity of scored pairs, number of the class of labelled texts, else 0."""
+
+    row_keys: Tensor
+    """int64 `[N]`: global row numbers, on the host."""
+
+    source_tokens: tuple[int, ...]
+    num_targets: int
+    """Rows; for `mlm` the masked tokens."""
+
+    digest: int
+
+    @property
+    def num_rows(self) -> int:
+        return len(self.row_keys)
+
+    @property
+    def num_slots(self) -> int:
+        return sum(chunk.num_slots for chunk in self.chunks)
+
+    @property
+    def num_tokens(self) -> int:
+        return sum(chunk.num_tokens for chunk in self.chunks)
+
+    @property
+    def num_documents(self) -> int:
+        return sum(chunk.num_documents for chunk in self.chunks)
+
+    @property
+    def attended_tokens(self) -> int:
+        return sum(chunk.attended_tokens for chunk in self.chunks)
+
+    def to(self, device: torch.device, *, non_blocking: bool = False) -> Self:
+        """A copy with its tensors on `device`; `row_keys` stays on the host."""
+        return self._moved(
+            lambda x: x.to(device, non_blocking=non_blocking), lambda x: x.to(device, non_blocking=non_blocking)
+        )
+
+    def pin_memory(self) -> Self:
+        """A copy in page-locked host memory."""
+        return self._moved(lambda x: x.pin_memory(), lambda x: x.pin_memory())
+
+    def record_stream(self, stream: Any) -> None:
+        """Keeps the memory of tensors on a GPU until what is queued in `stream` now has read it."""
+        for chunk in self.chunks:
+            chunk.record_stream(stream)
+        own = (self.anchors, self.positives, self.negatives, self.has_negative, self.text_ids, self.scores)
+        for tensor in (*self.lengths, *own):
+            tensor.record_stream(stream)
+
+    def _moved(self, chunk: Callable[[PackedBatch], PackedBatch], tensor: Callable[[Tensor], Tensor]) -> Self:
+        values = {f.name: getattr(self, f.name) for f in fields(self)}
+        values["chunks"] = tuple(map(chunk, self.chunks))
+        values["lengths"] = tuple(map(tensor, self.lengths))
+        for name in ("anchors", "positives", "negatives", "has_negative", "text_ids", "scores"):
+            values[name] = tensor(values[name])
+        return type(self)(**values)
+
+
+class ContrastiveEncoder(ObjectiveModule):
+    """An encoder that is trained on pairs. An untied vocabulary projection stays as it is, unless some steps are masked
+    language modelling."""
+
+    def __init__(
+        self, encoder: Encoder, section: ContrastiveSection, *, kernel: LinearCrossEntropy, z_loss: float = 0.0
+    ) -> None:
+        """`kernel` and `z_loss` are as of `MaskedLM`, for steps of masked language modelling."""
+        super().__init__(encoder)
+        self.section, self.kernel, self.z_loss = section, kernel, z_loss
+        self.pool = choose_pooling(section.pooling)
+        if self.decoder is not None:
+            predicts = section.pretraining_prob > 0 and section.pretraining_objective == "mlm"
+            self.decoder.requires_grad_(predicts)
+        self.log_scale: nn.Parameter | None = None
+        if section.learn_temperature:
+            self.log_scale = nn.Parameter(torch.tensor(-math.log(section.temperature)))
+
+    def forward(self, batch: PairBatch) -> LossSum:
+        """The loss summed over the rows of the batch."""
+        if batch.kind == "mlm":
+            loss_sum = self._masked_loss(batch)
+        else:
+            vectors = self.embed(batch)
+            with torch.autocast(vectors.device.type, enabled=False):
+                loss_sum = self._contrast(vectors, batch)
+        # Weights that this step has no use for take part with weight 0: gradients are reduced over all of them.
+        unused = [p for p in (self.log_scale, self._own_head()) if p is not None and p.requires_grad]
+        for parameter in unused:
+            loss_sum = loss_sum + 0.0 * parameter.sum()
+        return LossSum(loss_sum=loss_sum)
+
+    def embed(self, batch: PairBatch) -> Tensor:
+        """The vectors of all texts of a batch, fp32 `[texts, H]`, one chunk after the other."""
+        again = len(batch.chunks) > 1 and torch.is_grad_enabled()
+        vectors = [
+            checkpoint(self._embed_chunk, chunk, lengths, use_reentrant=False)
+            if again
+            else self._embed_chunk(chunk, lengths)
+            for chunk, lengths in zip(batch.chunks, batch.lengths)
+        ]
+        return torch.cat(vectors)
+
+    def _embed_chunk(self, chunk: PackedBatch, lengths: Tensor) -> Tensor:
+        hidden = self.encoder(chunk.input_ids, chunk.positions, chunk.segments)
+        return self.pool(hidden[: chunk.num_tokens].float(), lengths)
+
+    def _masked_loss(self, batch: PairBatch) -> Tensor:
+        def loss(chunk: PackedBatch) -> Tensor:
+            z_loss = self.z_loss if self.training else 0.0
+            return masked_loss(self, chunk, kernel=self.kernel, count_correct=False, z_loss=z_loss).loss_sum
+
+        again = len(batch.chunks) > 1 and torch.is_grad_enabled()
+        losses = [checkpoint(loss, c, use_reentrant=False) if again else loss(c) for c in batch.chunks]
+        return torch.stack(losses).sum()
+
+    def _own_head(self) -> Tensor | None:
+        return None if self.decoder is None else self.decoder.weight
+
+    @property
+    def scale(self) -> Tensor | float:
+        """1 / temperature."""
+        if self.log_scale is None:
+            return 1 / self.section.temperature
+        return self.log_scale.exp().clamp(max=LARGEST_SCALE)
+
+    def _contrast(self, vectors: Tensor, batch: PairBatch) -> Tensor:
+        """The mean of the losses at every width."""
+        widths = [*self.section.matryoshka_dims, vectors.shape[1]]
+        losses = [self._contrast_at(F.normalize(vectors[:, :width], dim=1), batch) for width in widths]
+        return torch.stack(losses).mean()
+
+    def _contrast_at(self, units: Tensor, batch: PairBatch) -> Tensor:
+        anchors = units[batch.anchors]
+        if batch.kind == "supcon":
+            own = _own_places(batch, len(anchors))
+            everything, classes = gather(anchors), gather(batch.scores)
+
+            def loss(anchors: Tensor, own_classes: Tensor, own: Tensor) -> Tensor:
+                return sup_con(anchors, everything, own_classes, classes, own, scale=self.scale)
+
+            return sum_over_blocks(loss, anchors, batch.scores, own)
+        positives = units[batch.positives]
+        if batch.kind == "cosent":
+            similarities, scores = gather((anchors * positives).sum(dim=1)), gather(batch.scores)
+            return len(anchors) * cosent(similarities, scores, scale=self.scale)
+        total = self._find_positives(units, anchors, positives, batch)
+        if self.section.both_directions:
+            total = (total + self._find_anchors(anchors, positives, batch)) / 2
+        return total
+
+    def _find_positives(self, units: Tensor, anchors: Tensor, positives: Tensor, batch: PairBatch) -> Tensor:
+        """Every anchor against the positives of all rows, then the negatives of all rows."""
+        num_rows, num_negatives = batch.negatives.shape
+        candidates, ids = positives, batch.text_ids[batch.positives]
+        absent = torch.zeros_like(batch.anchors, dtype=torch.bool)
+        if num_negatives:
+            negatives = batch.negatives.flatten()
+            candidates = torch.cat([positives, units[negatives]])
+            ids = torch.cat([ids, batch.text_ids[negatives]])
+            absent = torch.cat([absent, ~batch.has_negative.flatten()])
+        begin = first_row(len(candidates))
+        own = begin + torch.arange(num_rows, device=units.device)
+        places = begin + num_rows + torch.arange(num_rows * num_negatives, device=units.device)
+        everything, all_ids, all_absent = gather(candidates), gather(ids), gather(absent.to(torch.uint8)).bool()
+        weight = self.section.hard_negative_weight
+
+        def loss(anchors: Tensor, own: Tensor, anchor_ids: Tensor, positive_ids: Tensor, places: Tensor) -> Tensor:
+            bonus = None
+            if num_negatives and weight:
+                bonus = anchors.new_zeros(len(anchors), len(all_ids)).scatter_(1, places, weight)
+            return info_nce(
+                anchors,
+                everything,
+                own,
+                (all_absent | _same_text(all_ids, anchor_ids, positive_ids)).scatter(1, own[:, None], False),
+                scale=self.scale,
+                bonus_NM=bonus,
+                margin=self.section.false_negative_margin,
+            )
+
+        anchor_ids, positive_ids = batch.text_ids[batch.anchors], batch.text_ids[batch.positives]
+        return sum_over_blocks(loss, anchors, own, anchor_ids, positive_ids, places.view(num_rows, num_negatives))
+
+    def _find_anchors(self, anchors: Tensor, positives: Tensor, batch: PairBatch) -> Tensor:
+        """Every positive against the anchors of all rows."""
+        own = _own_places(batch, len(anchors))
+        ids, positive_ids = batch.text_ids[batch.anchors], batch.text_ids[batch.positives]
+        everything, all_ids = gather(anchors), gather(ids)
+
+        def loss(positives: Tensor, own: Tensor, ids: Tensor, positive_ids: Tensor) -> Tensor:
+            excluded = _same_text(all_ids, positive_ids, ids).scatter(1, own[:, None], False)
+            margin = self.section.false_negative_margin
+            return info_nce(positives, everything, own, excluded, scale=self.scale, margin=margin)
+
+        return sum_over_blocks(loss, positives, own, ids, positive_ids)
+
+
+def _own_places(batch: PairBatch, num_rows: int) -> Tensor:
+    return first_row(num_rows) + torch.arange(num_rows, device=batch.anchors.device)
+
+
+def _same_text(candidates_M: Tensor, *ids_N: Tensor) -> Tensor:
+    """bool `[N, M]`: candidates with the very text of one of the row's own."""
+    return torch.stack([candidates_M == ids[:, None] for ids in ids_N]).any(dim=0)
+
+
+def build_contrastive(encoder: Encoder, config: Config, kernel: LinearCrossEntropy) -> ContrastiveEncoder:
+    """The module of a run.
+
+    Raises:
+        StartupError: `contrastive.matryoshka_dims` is wider than the encoder.
+    """
+    section, width = config.contrastive, encoder.config.hidden_size
+    if any(dim >= width for dim in section.matryoshka_dims):
+        raise StartupError(
+            f"contrastive.matryoshka_dims: {list(section.matryoshka_dims)} must be less than the width of the model,"
+            f" {width}, which is always trained"
+        )
+    return ContrastiveEncoder(encoder, section, kernel=kernel, z_loss=config.trainer.z_loss)
+
+
+def choose_vectors(config: Config) -> VectorSettings:
+    """As the model was fine-tuned."""
+    section = config.contrastive
+    prompts = {"query": section.anchor_prefix, "document": section.positive_prefix}
+    return VectorSettings(
+        max_length=config.dataset.max_seq_length,
+        pooling=section.pooling,
+        prompts=tuple((name, text) for name, text in prompts.items() if text is not None),
+    )
+
+
+# --- the card of an exported model ----------------------------------------------------------------------------------
+
+
+def _describe_recipe(config: Config, sources: Sequence[str]) -> list[str]:
+    section = config.contrastive
+    sets = ", ".join(sources) or f"all sets prepared in {readable(str(config.dataset.path))}"
+    return [
+        f"- fine-tuned on pairs of {sets}",
+        f"- texts of at most {config.dataset.max_seq_length} tokens, {section.pooling} pooling",
+        f"- loss: {_LOSSES[section.loss_type]}{''.join(f'; {option}' for option in _list_options(section))}",
+        f"- temperature {section.temperature:g}{' at the start, then learned' if section.learn_temperature else ''}",
+    ]
+
+
+_LOSSES = {
+    "auto": "InfoNCE for pairs, CoSENT for scored pairs, SupCon for texts with labels",
+    "infonce": "InfoNCE",
+    "simcse": "SimCSE (every text against itself under another dropout mask)",
+    "supcon": "SupCon",
+    "cosent": "CoSENT",
+}
+
+
+def _list_options(section: ContrastiveSection) -> Iterator[str]:
+    if section.num_hard_negatives:
+        negatives = "hard negative" if section.num_hard_negatives == 1 else "hard negatives"
+        yield f"up to {section.num_hard_negatives} {negatives} a pair"
+    if section.both_directions:
+        yield "in both directions"
+    if section.matryoshka_dims:
+        yield f"at widths {', '.join(map(str, section.matryoshka_dims))} too"
+    if section.pretraining_prob:
+        texts, share = readable(str(section.pretraining_dataset)), section.pretraining_prob
+        yield f"{section.pretraining_objective} on texts of {texts} in {share:.0%} of the steps"
+
+
+def _describe_evaluation(line: Mapping[str, Any]) -> list[str]:
+    return [
+        f"- {key} at step {line['step']:,}: " + ", ".join(f"{name} {value:.4f}" for name, value in metrics.items())
+        for key, metrics in line["sets"].items()
+    ]
+
+
+def _list_results(line: Mapping[str, Any]) -> Iterator[CardResult]:
+    for key, metrics in line["sets"].items():
+        for metric, value in metrics.items():
+            yield CardResult("sentence-similarity", key, metric, value, None)
+
+
+CONTRASTIVE = Objective(
+    name="contrastive",
+    task="contrastive",
+    command="finetune",
+    title="contrastive fine-tuning",
+    build_module=build_contrastive,
+    # Its encoder still has the vocabulary projection that it was pretrained with.
+    build_trained=lambda encoder: MaskedLM(encoder, kernel=KERNELS["torch"]),
+    training_only=(TEMPERATURE,),
+    predicts_tokens=False,
+    fills_masks=True,
+    reads="pairs",
+    section="contrastive",
+    vectors=choose_vectors,
+    job="neobert.contrastive.finetune:FINETUNING",
+    answers="neobert.inference.fill_mask:MASK_ANSWERS",
+    card=Card(
+        summary="An encoder fine-tuned to give texts of like meaning vectors with a large cosine.",
+        library_name="sentence-transformers",
+        pipeline_tag="sentence-similarity",
+        tags=("sentence-transformers", "feature-extraction", "encoder"),
+        recipe=_describe_recipe,
+        evaluation=_describe_evaluation,
+        results=_list_results,
+    ),
+)

@@ -1,0 +1,48 @@
+"""The table of objectives, and which of them a config or a set of weights means."""
+
+import importlib
+from collections.abc import Iterable
+from typing import Any
+
+from neobert.config.schema import Config
+from neobert.errors import StartupError
+from neobert.objectives.base import Objective
+from neobert.objectives.contrastive import CONTRASTIVE
+from neobert.objectives.mlm import MLM
+from neobert.objectives.replaced_token import REPLACED_TOKEN
+
+
+def choose_objective(config: Config) -> Objective:
+    """The objective of a config: its task where that is one, else `trainer.objective`."""
+    return OBJECTIVES[config.task if config.task in OBJECTIVES else config.trainer.objective]
+
+
+def recognise_objective(names: Iterable[str]) -> Objective:
+    """The objective that weights with these names come from. Where none of them belongs to training only, they are
+    those of masked language modelling, which adds none."""
+    names = tuple(names)
+    for objective in OBJECTIVES.values():
+        if objective.training_only and any(name.startswith(objective.training_only) for name in names):
+            return objective
+    return MLM
+
+
+def check_task(config: Config, task: str) -> None:
+    """Raises StartupError when the config is of another task than `task`."""
+    if config.task != task:
+        command = choose_objective(config).command
+        raise StartupError(f"task: {config.task} is for `neobert {command}`; use that, or write task: {task}")
+
+
+def load_part(path: str) -> Any:
+    """What `package.module:attribute` names: a part of an objective that a package above this one implements."""
+    module, _, name = path.partition(":")
+    return getattr(importlib.import_module(module), name)
+
+
+OBJECTIVES: dict[str, Objective] = {
+    "mlm": MLM,
+    "replaced_token": REPLACED_TOKEN,
+    "contrastive": CONTRASTIVE,
+}
+"""All objectives by name."""
