@@ -50,7 +50,7 @@ class Plan:
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class Job:
+class PlannedRun:
     """One run of a plan."""
 
     variant: Variant
@@ -79,7 +79,7 @@ class Place:
 
     keep_weights: bool = False
 
-    def run_dir(self, job: Job) -> Path:
+    def run_dir(self, job: PlannedRun) -> Path:
         return self.output / job.name
 
 
@@ -129,13 +129,13 @@ def _check_keys(path: Path, where: str, tree: dict[str, Tree], known: set[str]) 
         raise PlanError(f"{path}: {where} has the unknown key {unknown[0]!r}; known are {', '.join(sorted(known))}")
 
 
-def grid(variant: Variant) -> list[Job]:
+def grid(variant: Variant) -> list[PlannedRun]:
     """The runs that choose a learning rate."""
     rates: tuple[str | None, ...] = variant.learning_rates or (None,)
-    return [Job(variant=variant, learning_rate=rate, seed=0) for rate in rates]
+    return [PlannedRun(variant=variant, learning_rate=rate, seed=0) for rate in rates]
 
 
-def build_job_config(plan: Plan, job: Job, place: Place) -> Config:
+def build_job_config(plan: Plan, job: PlannedRun, place: Place) -> Config:
     """The config of a run. Raises ConfigError."""
     last = [f"trainer.output_dir={place.run_dir(job)}", "trainer.resume_from_checkpoint=latest"]
     return load_config(plan.config, [*place.overrides, *job.overrides, *last])

@@ -22,7 +22,7 @@ from statistics import mean, median
 from typing import Any
 
 from neobert import cli
-from neobert.benchmark.experiment_plan import Job, Place, Plan, PlanError, build_job_config, grid
+from neobert.benchmark.experiment_plan import Place, Plan, PlanError, PlannedRun, build_job_config, grid
 from neobert.benchmark.trial import (
     HELD_OUT,
     Stopped,
@@ -201,7 +201,7 @@ def _draw_row(row: ResultRow, y: float, place: Callable[[float], float]) -> list
 SCORE = "score.json"
 
 
-def run_plan(plan: Plan, place: Place) -> Iterator[tuple[Job, TrialResult]]:
+def run_plan(plan: Plan, place: Place) -> Iterator[tuple[PlannedRun, TrialResult]]:
     """Makes the runs of a plan, or finds them made, one after another.
 
     Raises:
@@ -217,7 +217,7 @@ def run_plan(plan: Plan, place: Place) -> Iterator[tuple[Job, TrialResult]]:
         if best is None:
             continue
         for seed in range(1, plan.seeds_at_best + 1):
-            job = Job(variant=variant, learning_rate=best.learning_rate, seed=seed)
+            job = PlannedRun(variant=variant, learning_rate=best.learning_rate, seed=seed)
             yield job, run_job(plan, job, place)
 
 
@@ -233,7 +233,7 @@ def finished(plan: Plan, place: Place) -> list[TrialResult]:
     return found
 
 
-def run_job(plan: Plan, job: Job, place: Place) -> TrialResult:
+def run_job(plan: Plan, job: PlannedRun, place: Place) -> TrialResult:
     """One run, trained and scored. A run whose numbers went bad has no loss."""
     config, run = build_job_config(plan, job, place), place.run_dir(job)
     if (run / SCORE).is_file():
@@ -248,7 +248,7 @@ def run_job(plan: Plan, job: Job, place: Place) -> TrialResult:
     return outcome
 
 
-def _make(job: Job, config: Config, run: Path, data: Path) -> TrialResult:
+def _make(job: PlannedRun, config: Config, run: Path, data: Path) -> TrialResult:
     found = None
     try:
         train(config)
@@ -266,7 +266,7 @@ def _make(job: Job, config: Config, run: Path, data: Path) -> TrialResult:
     )
 
 
-def read_outcome(job: Job, run: Path, config: Config) -> TrialResult:
+def read_outcome(job: PlannedRun, run: Path, config: Config) -> TrialResult:
     """What a finished run left behind. Raises PlanError when it was made with other settings."""
     # The file is read anew, not compared as text: keys that came later have their defaults in it.
     saved = load_saved_config(run / "config.yaml")

@@ -22,7 +22,7 @@ from neobert.config.load import load_saved_config
 from neobert.config.schema import Config
 from neobert.data.store.encode import limit_threads
 from neobert.errors import UserError
-from neobert.inference.load import load
+from neobert.inference.loading import load
 from neobert.inference.mlm_loss import LossSettings, MlmLoss, mlm_loss
 from neobert.inference.scorer import OwnScorer
 from neobert.inference.texts import open_texts

@@ -22,8 +22,8 @@ from torch import Tensor
 
 from neobert.config.nesting import parse_json
 from neobert.disk import sync
+from neobert.weights.encoder_weights import WEIGHTS
 from neobert.weights.folder import AVERAGE_FILE, MODEL_FILE, valid_steps
-from neobert.weights.load import WEIGHTS
 from neobert.weights.manifest import MANIFEST, CheckpointError, Manifest, check_contents, record_file
 
 _COPIED = ("model_config.json", "tokenizer_info.json", "tokenizer")

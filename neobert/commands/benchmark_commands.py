@@ -170,7 +170,7 @@ def benchmark_inference(program: str, words: list[str]) -> None:
     import torch
 
     from neobert.benchmark.inference import compare
-    from neobert.inference.load import load
+    from neobert.inference.loading import load
     from neobert.inference.packed import BATCH_TOKENS
     from neobert.inference.texts import open_texts
 

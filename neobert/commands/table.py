@@ -100,7 +100,7 @@ COMMANDS: dict[str, Command] = {
     ),
     "finetune": Command("fine-tune an encoder on pairs", "training_commands", "contrastive/finetune.py"),
     "preprocess-pairs": Command(
-        "prepare the sets of a contrastive config", "training_commands", "contrastive/prepare_sets.py", resumes=True
+        "prepare the sets of a contrastive config", "training_commands", "contrastive/preprocess.py", resumes=True
     ),
     "mine-negatives": Command(
         "find hard negatives for pairs with an encoder",

@@ -72,7 +72,7 @@ def migrate(text: str) -> tuple[str, list[str]]:
         raise MigrationError(
             f"task: {word} is not part of this version: only pretraining and contrastive files are migrated"
         )
-    draft = _Draft(variables=variables if isinstance(variables, dict) else {})
+    draft = _Rewrite(variables=variables if isinstance(variables, dict) else {})
     _rename(draft, _flatten(tree, ""))
     for edit in _EDITS[word]:
         edit(draft)
@@ -85,7 +85,7 @@ def migrate(text: str) -> tuple[str, list[str]]:
 
 
 @dataclass(slots=True)
-class _Draft:
+class _Rewrite:
     """The file while it is edited: dotted key -> value as typed."""
 
     variables: dict[str, Tree]
@@ -124,7 +124,7 @@ def _flatten(tree: dict[str, Tree], prefix: str) -> dict[str, Tree]:
     return flat
 
 
-def _rename(draft: _Draft, old: dict[str, Tree]) -> None:
+def _rename(draft: _Rewrite, old: dict[str, Tree]) -> None:
     """Fill the draft. A key that is unknown to everything stays, so that loading reports it."""
     for key, value in old.items():
         text = value.text.lower() if isinstance(value, Leaf) else ""
@@ -151,14 +151,14 @@ def _rename(draft: _Draft, old: dict[str, Tree]) -> None:
             draft.values[key] = value
 
 
-def _edit_words(draft: _Draft) -> None:
+def _edit_words(draft: _Rewrite) -> None:
     for key, words in _OTHER_WORDS.items():
         old = draft.word(key)
         if old in words:
             draft.write(key, words[old], f"changed {key} from {old} to {words[old]}")
 
 
-def _remove_unneeded(draft: _Draft) -> None:
+def _remove_unneeded(draft: _Rewrite) -> None:
     """That code said nothing about keys that had no effect: of Muon beside another optimizer, of another task."""
     fields = [FIELDS[key] for key in draft.values if key in FIELDS]
     unmet = {f.key: need for f in fields for need in reversed(f.needs) if not need.holds(draft.read)}
@@ -168,14 +168,14 @@ def _remove_unneeded(draft: _Draft) -> None:
         _remove_unneeded(draft)
 
 
-def _edit_source(draft: _Draft) -> None:
+def _edit_source(draft: _Rewrite) -> None:
     name, path = draft.read("dataset.name"), draft.read("dataset.path")
     full = "tiiuae/falcon-refinedweb"
     if name == "refinedweb" or (name is None and path is None):
         draft.write("dataset.name", full, f"wrote dataset.name: {full}, the full name of refinedweb, the default there")
 
 
-def _edit_ngpt(draft: _Draft) -> None:
+def _edit_ngpt(draft: _Rewrite) -> None:
     """There the normalised model had no 2/3 rule, and `base_scale` was allowed without it."""
     if not draft.read("model.ngpt"):
         if "model.base_scale" in draft.values:
@@ -187,7 +187,7 @@ def _edit_ngpt(draft: _Draft) -> None:
     draft.write(key, new, f"changed {key} from {old} to {new}: 2/3 of it are used here, all of it there")
 
 
-def _edit_contrastive(draft: _Draft) -> None:
+def _edit_contrastive(draft: _Rewrite) -> None:
     """What that code called simcse has in-batch and hard negatives; its tokenizer was named apart from the weights."""
     if draft.word("contrastive.loss_type") in ("", "simcse"):
         draft.write("contrastive.loss_type", "infonce", "wrote contrastive.loss_type: infonce, which is simcse there")
@@ -196,11 +196,11 @@ def _edit_contrastive(draft: _Draft) -> None:
             draft.remove(key, "the tokenizer is the checkpoint's")
 
 
-def _write_contrastive_defaults(draft: _Draft) -> None:
+def _write_contrastive_defaults(draft: _Rewrite) -> None:
     _write_defaults(draft, [key for key in _DEFAULTS if key.startswith(("optimizer.", "scheduler.", "trainer."))])
 
 
-def _edit_lengths(draft: _Draft) -> None:
+def _edit_lengths(draft: _Rewrite) -> None:
     length, longest = draft.read("dataset.max_seq_length"), draft.read("model.max_position_embeddings")
     for key in ("tokenizer.max_length", "datacollator.max_length"):
         if draft.read(key) not in (None, length):
@@ -216,7 +216,7 @@ def _edit_lengths(draft: _Draft) -> None:
         draft.remove(key, f"{multiple} does not divide dataset.max_seq_length = {length}")
 
 
-def _choose_budget(draft: _Draft) -> None:
+def _choose_budget(draft: _Rewrite) -> None:
     """Steps won over epochs there, and without either there were a million steps."""
     given = [key for key in BUDGETS if draft.read(key) is not None]
     for key in given[1:]:
@@ -225,7 +225,7 @@ def _choose_budget(draft: _Draft) -> None:
         draft.write(BUDGETS[0], 1_000_000, f"wrote {BUDGETS[0]}: 1000000, the default there")
 
 
-def _write_defaults(draft: _Draft, keys: Iterable[str] = _DEFAULTS) -> None:
+def _write_defaults(draft: _Rewrite, keys: Iterable[str] = _DEFAULTS) -> None:
     for key in keys:
         default = _DEFAULTS[key]
         replacement = {"tokenizer.name": "tokenizer.path", "scheduler.warmup_steps": "scheduler.warmup_percent"}.get(
@@ -237,7 +237,7 @@ def _write_defaults(draft: _Draft, keys: Iterable[str] = _DEFAULTS) -> None:
         draft.write(key, default, f"wrote {key}: {show_value(default)}, the default there (here {here})")
 
 
-def _write_clipping_default(draft: _Draft) -> None:
+def _write_clipping_default(draft: _Rewrite) -> None:
     """There the last micro-batch of a step was measured unless the file said otherwise; here all of them are."""
     muon = "optimizer.muon_config."
     key = f"{muon}capture_last_microbatch_only"
@@ -246,7 +246,7 @@ def _write_clipping_default(draft: _Draft) -> None:
         draft.write(key, True, f"wrote {key}: true, the default there (here false)")
 
 
-_EDITS: dict[str, tuple[Callable[[_Draft], None], ...]] = {
+_EDITS: dict[str, tuple[Callable[[_Rewrite], None], ...]] = {
     "pretraining": (
         _edit_words,
         _remove_unneeded,
@@ -270,7 +270,7 @@ _EDITS: dict[str, tuple[Callable[[_Draft], None], ...]] = {
 """The edits of a task's file, in order."""
 
 
-class _Dumper(yaml.SafeDumper):
+class _MigratedDumper(yaml.SafeDumper):
     """Writes leaves as they were typed and lists on one line."""
 
 
@@ -280,11 +280,13 @@ def _represent_leaf(dumper: yaml.SafeDumper, leaf: Leaf) -> yaml.Node:
     return yaml.ScalarNode(dumper.resolve(yaml.ScalarNode, leaf.text, (True, False)), leaf.text)
 
 
-_Dumper.add_representer(Leaf, _represent_leaf)
-_Dumper.add_representer(list, lambda dumper, items: dumper.represent_sequence("tag:yaml.org,2002:seq", items, True))
+_MigratedDumper.add_representer(Leaf, _represent_leaf)
+_MigratedDumper.add_representer(
+    list, lambda dumper, items: dumper.represent_sequence("tag:yaml.org,2002:seq", items, True)
+)
 
 
-def _to_yaml(draft: _Draft) -> str:
+def _to_yaml(draft: _Rewrite) -> str:
     """Sections in the order of the schema; keys that are not in it come last, where loading reports them."""
     values = draft.values
     tree: dict[str, Any] = {"variables": draft.variables} if draft.variables else {}
@@ -294,4 +296,4 @@ def _to_yaml(draft: _Draft) -> str:
         for part in path:
             target = target.setdefault(part, {})
         target[name] = values[key]
-    return yaml.dump(tree, Dumper=_Dumper, sort_keys=False, allow_unicode=True, width=120)
+    return yaml.dump(tree, Dumper=_MigratedDumper, sort_keys=False, allow_unicode=True, width=120)

@@ -27,8 +27,8 @@ from neobert.train.loop import RunResult, train
 from neobert.train.run import Job, Run, build_run
 from neobert.train.start import choose_start, read_checkpoint_config, write_config
 from neobert.weights.describe import WeightsError
+from neobert.weights.encoder_weights import find_weights, load_encoder_weights
 from neobert.weights.folder import checkpoint_steps
-from neobert.weights.load import find_weights, load_encoder_weights
 
 _OF_TRAINING = ("dropout_prob", "embedding_init_range", "decoder_init_range")
 """Fields of ModelConfig that a fine-tuning run sets for itself."""

@@ -23,7 +23,7 @@ from neobert.contrastive.evaluate import check_max_length, embed_cut
 from neobert.contrastive.examples import Example
 from neobert.contrastive.reading import open_source
 from neobert.errors import DataError
-from neobert.inference.load import load
+from neobert.inference.loading import load
 
 _ANCHORS = 256
 """Anchors compared with the whole collection at once."""

@@ -13,8 +13,8 @@ from neobert.model.config import ModelConfig
 from neobert.objectives.base import Objective, VectorSettings
 from neobert.objectives.table import choose_objective
 from neobert.secrets import readable
+from neobert.weights.encoder_weights import EncoderWeights
 from neobert.weights.folder import AVERAGE_FILE
-from neobert.weights.load import EncoderWeights
 
 _LICENSE = "# license: yours to choose; add the line before publishing\n"
 

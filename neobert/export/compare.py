@@ -16,7 +16,7 @@ from neobert.model.attention import ATTENTION
 from neobert.model.encoder import Encoder
 from neobert.model.segments import Segments
 from neobert.objectives.base import ObjectiveModule
-from neobert.weights.load import EncoderWeights
+from neobert.weights.encoder_weights import EncoderWeights
 
 TOLERANCE = 1e-5
 """Largest error that counts as equal, as a share of the largest value of the layer (but at least of 1)."""

@@ -14,7 +14,7 @@ from neobert.data.source.known_sets import KNOWN_SETS, choose_set, list_names
 from neobert.data.source.spec import PYTHON_STDLIB, describe_source, describe_sources
 from neobert.objectives.table import choose_objective
 from neobert.secrets import readable
-from neobert.weights.load import HUB_NAME
+from neobert.weights.encoder_weights import HUB_NAME
 
 _EVALUATIONS = {"model": "eval", "ema": "eval_ema"}
 """Kind of weights -> the lines of log.jsonl that are about them."""

@@ -16,8 +16,8 @@ from neobert.data.tokenizer import Tokenizer
 from neobert.export.choose import ExportError
 from neobert.model import encoder
 from neobert.model.config import ModelConfig
+from neobert.weights.encoder_weights import REMOTE_CODE_TYPE
 from neobert.weights.layouts import LAYOUTS, from_ours
-from neobert.weights.load import REMOTE_CODE_TYPE
 
 MODELING = "modeling_neobert_encoder"
 """Name of the module with transformers' classes."""

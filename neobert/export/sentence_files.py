@@ -15,7 +15,7 @@ from neobert.export.choose import ExportError
 from neobert.model.config import ModelConfig
 from neobert.objectives.base import VectorSettings
 from neobert.objectives.table import choose_objective
-from neobert.weights.load import EncoderWeights
+from neobert.weights.encoder_weights import EncoderWeights
 
 _POOLING = Path("1_Pooling") / "config.json"
 _LENGTH = "sentence_bert_config.json"

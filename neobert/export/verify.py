@@ -30,7 +30,7 @@ from neobert.export.write import cut_vocabulary, pad
 from neobert.inference.fill_mask import MASK_TEXT, fill_mask
 from neobert.model.pooling import choose_pooling
 from neobert.objectives.base import ObjectiveModule, VectorSettings
-from neobert.weights.load import EncoderWeights, load_encoder_weights
+from neobert.weights.encoder_weights import EncoderWeights, load_encoder_weights
 
 TEXTS = (
     "the old house stands by the river.",
@@ -91,7 +91,7 @@ def verify(folders: Sequence[tuple[Path, str | None]], *, kind: str = "model") -
 
     Args:
         folders: Pairs of folder and source; None reads the folder itself.
-        kind: Which weights of the sources are meant, a key of `neobert.weights.load.WEIGHTS`.
+        kind: Which weights of the sources are meant, a key of `neobert.weights.encoder_weights.WEIGHTS`.
 
     Raises:
         WeightsError: a folder or source cannot be read by us.

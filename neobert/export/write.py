@@ -32,8 +32,8 @@ from neobert.export.tokenizer_files import check_class, save_tokenizer
 from neobert.export.transformers_native import native_config, native_tensors
 from neobert.objectives.table import OBJECTIVES
 from neobert.weights.describe import WeightsError
+from neobert.weights.encoder_weights import EncoderWeights, load_encoder_weights
 from neobert.weights.folder import OBJECTIVE_KEY, STEPS_KEY
-from neobert.weights.load import EncoderWeights, load_encoder_weights
 from neobert.weights.vocabulary import VOCABULARY_TENSORS
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}

@@ -23,7 +23,7 @@ from neobert.model.config import ARCHITECTURE, ModelConfig
 from neobert.model.ngpt import normalise_
 from neobert.objectives.base import Objective, ObjectiveModule
 from neobert.weights.describe import WeightsError
-from neobert.weights.load import EncoderWeights, load_encoder_weights
+from neobert.weights.encoder_weights import EncoderWeights, load_encoder_weights
 from neobert.weights.tiling import TILED, tile_weights
 from neobert.weights.vocabulary import VOCABULARY_TENSORS, match_tokens, remap_rows
 

@@ -60,7 +60,7 @@ from neobert.train.record.console import Reporter
 from neobert.train.record.statistics import Statistics, build_statistics
 from neobert.train.record.tracking import Tracker
 from neobert.train.start import agree_on_start, open_output_dir, read_checkpoint_config, read_train_state
-from neobert.weights.load import EncoderWeights
+from neobert.weights.encoder_weights import EncoderWeights
 
 
 @dataclass(frozen=True, kw_only=True, slots=True, eq=False)

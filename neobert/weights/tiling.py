@@ -27,8 +27,8 @@ from torch import Tensor
 
 from neobert.model.config import ModelConfig
 from neobert.weights.describe import WeightsError
+from neobert.weights.encoder_weights import EncoderWeights
 from neobert.weights.layouts import tensor_shapes
-from neobert.weights.load import EncoderWeights
 
 TILED = ("hidden_size", "num_hidden_layers", "num_attention_heads", "intermediate_size")
 """Fields of ModelConfig that the large encoder may have larger."""

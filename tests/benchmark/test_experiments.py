@@ -9,7 +9,7 @@ import pytest
 from calls import call
 
 from neobert.benchmark import experiments, trial
-from neobert.benchmark.experiment_plan import Job, PlanError, Variant, grid, load_plan
+from neobert.benchmark.experiment_plan import PlanError, PlannedRun, Variant, grid, load_plan
 from neobert.benchmark.experiments import TrialResult, best_outcomes, describe, draw
 from neobert.config.load import config_to_yaml, load_config
 from neobert.config.schema import Config
@@ -271,5 +271,7 @@ def test_seconds_leave_out_the_interval_in_which_a_model_is_compiled(tmp_path: P
 
 def test_names_of_runs_are_unlike() -> None:
     variant = Variant(name="a", overrides=(), learning_rates=("1e-3",))
-    names = {Job(variant=variant, learning_rate=rate, seed=seed).name for rate in ("1e-3", None) for seed in (0, 1)}
+    names = {
+        PlannedRun(variant=variant, learning_rate=rate, seed=seed).name for rate in ("1e-3", None) for seed in (0, 1)
+    }
     assert len(names) == 4

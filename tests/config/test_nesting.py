@@ -13,7 +13,7 @@ from neobert.config.load import ConfigError, load_config, parse_config
 from neobert.config.migrate import MigrationError, migrate
 from neobert.config.nesting import MOST_LEVELS, load_plain_yaml, parse_json
 from neobert.weights.describe import WeightsError
-from neobert.weights.load import load_encoder_weights
+from neobert.weights.encoder_weights import load_encoder_weights
 
 LAUGHS = "a0: &a0 [1, 1]\n" + "".join(f"a{n}: &a{n} [{', '.join([f'*a{n - 1}'] * 10)}]\n" for n in range(1, 9))
 ENDLESS = {

@@ -28,9 +28,9 @@ from neobert.errors import DataError, StartupError
 from neobert.export.sentence_files import choose_sentence_settings
 from neobert.export.verify import verify
 from neobert.export.write import ExportRequest, export
-from neobert.inference.load import load
+from neobert.inference.loading import load
 from neobert.train.loop import pretrain
-from neobert.weights.load import load_encoder_weights
+from neobert.weights.encoder_weights import load_encoder_weights
 
 ROOT = Path(__file__).parents[2]
 EXACT = ("step", "loss_hex", "grad_norm_hex", "lr", "num_tokens", "num_targets", "batch_digest")

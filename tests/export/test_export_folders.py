@@ -36,7 +36,7 @@ from neobert.export.write import Exported, ExportRequest, export
 from neobert.model.config import ModelConfig
 from neobert.objectives.base import VectorSettings
 from neobert.weights.describe import WeightsError
-from neobert.weights.load import load_encoder_weights
+from neobert.weights.encoder_weights import load_encoder_weights
 
 Tiny = Callable[..., Config]
 

@@ -7,10 +7,10 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from neobert.config.validate import validate
 from torch import Tensor
 
 from neobert.config.load import load_config
+from neobert.config.rules import validate
 from neobert.config.schema import Config
 from neobert.data.rows.collate import Collator
 from neobert.model.attention import ATTENTION

@@ -18,7 +18,7 @@ from neobert.config.schema import Config
 from neobert.errors import StartupError
 from neobert.export.write import ExportRequest, export
 from neobert.train.loop import pretrain
-from neobert.weights.load import load_encoder_weights
+from neobert.weights.encoder_weights import load_encoder_weights
 from neobert.weights.manifest import CheckpointError, check_contents
 
 Tiny = Callable[..., Config]

@@ -18,7 +18,7 @@ from neobert.export.verify import verify
 from neobert.export.write import ExportRequest, export
 from neobert.train.loop import pretrain
 from neobert.weights.describe import WeightsError
-from neobert.weights.load import load_encoder_weights
+from neobert.weights.encoder_weights import load_encoder_weights
 from neobert.weights.manifest import read_manifest
 
 Tiny = Callable[..., Config]

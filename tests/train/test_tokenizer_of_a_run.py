@@ -15,7 +15,7 @@ from neobert.errors import DataError
 from neobert.export.choose import ExportError
 from neobert.export.write import ExportRequest, export
 from neobert.inference.fill_mask import fill_mask
-from neobert.inference.load import load
+from neobert.inference.loading import load
 from neobert.inference.scorer import OwnScorer, TransformersScorer
 from neobert.train.loop import pretrain
 

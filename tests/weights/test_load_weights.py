@@ -13,11 +13,11 @@ import yaml
 from neobert_models import LONGEST, SIZES, hub_config, make_tensors
 from safetensors.torch import load_file, save_file
 
-import neobert.weights.load as load_module
+import neobert.weights.encoder_weights as load_module
 from neobert.config.schema import Config
 from neobert.train.loop import pretrain
 from neobert.weights.describe import WeightsError
-from neobert.weights.load import load_encoder_weights
+from neobert.weights.encoder_weights import load_encoder_weights
 
 Tiny = Callable[..., Config]
 

@@ -14,8 +14,8 @@ from neobert.model.encoder import Encoder
 from neobert.model.segments import Segments
 from neobert.objectives.mlm import MaskedLM
 from neobert.weights.describe import WeightsError
+from neobert.weights.encoder_weights import EncoderWeights
 from neobert.weights.layouts import tensor_shapes
-from neobert.weights.load import EncoderWeights
 from neobert.weights.tiling import center_map, layer_map, tile_weights
 
 SMALL = ModelConfig(

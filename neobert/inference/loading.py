@@ -14,7 +14,7 @@ from neobert.model.encoder import Encoder
 from neobert.objectives.base import ObjectiveModule
 from neobert.objectives.table import OBJECTIVES
 from neobert.weights.describe import WeightsError
-from neobert.weights.load import load_encoder_weights
+from neobert.weights.encoder_weights import load_encoder_weights
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
