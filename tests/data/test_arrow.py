@@ -10,7 +10,7 @@ from tokenizers import models
 from transformers import PreTrainedTokenizerFast
 
 from neobert.data.fingerprint import combine, fits
-from neobert.data.store import arrow, token_writer
+from neobert.data.store import arrow, token_writer, tokens
 from neobert.data.store.arrow import ArrowTexts, choose_indexed_lanes, load_table, read_manifest
 from neobert.data.store.token_writer import TokenWriter, write_description
 from neobert.data.store.tokens import TokenStore
@@ -90,7 +90,7 @@ def test_negative_tokens_are_refused_by_name(tmp_path, tokenizer, kind):
 @pytest.mark.parametrize("row", [1, 1500, 2498])
 def test_every_token_is_checked_when_it_is_read(tmp_path, tokenizer, monkeypatch, kind, bad, row):
     """Not the sample of the start alone: the blocks of the entropy, and each document that a window takes."""
-    monkeypatch.setattr(arrow, "_SAMPLE", 1)
+    monkeypatch.setattr(tokens, "_SAMPLE", 1)
     documents = [[5 + n % 300] * (1 + n % 4) for n in range(2500)]
     documents[row] = [*documents[row], bad]
     store = TokenStore(save(tmp_path / "d", documents, List(Value(kind))), tokenizer)
@@ -106,7 +106,7 @@ def test_every_token_is_checked_when_it_is_read(tmp_path, tokenizer, monkeypatch
 def test_a_token_outside_is_named_with_its_document_where_long_ones_are_stored_in_pieces(
     tmp_path, tokenizer, monkeypatch
 ):
-    monkeypatch.setattr(arrow, "_SAMPLE", 1)
+    monkeypatch.setattr(tokens, "_SAMPLE", 1)
     pieces = Dataset.from_dict({"input_ids": [[5], [6], [7], [8, 405]], "document": [0, 0, 1, 1]})
     pieces.save_to_disk(tmp_path / "d", num_shards=2)
     with pytest.raises(DataError, match=r"d holds token 405 at document 1, but"):
@@ -123,8 +123,8 @@ def test_an_unknown_word_at_the_end_is_no_padding(tmp_path):
 def write_folder(folder, documents, manifest, **settings):
     folder.mkdir()
     writer = TokenWriter(folder, **settings)
-    for number, tokens in enumerate(documents):
-        writer.add([np.array(tokens, dtype=np.int32)], number)
+    for number, row in enumerate(documents):
+        writer.add([np.array(row, dtype=np.int32)], number)
     writer.finish_file()
     write_description(folder, files=list(writer.files), features=writer.features, manifest=manifest)
 
