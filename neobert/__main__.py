@@ -1,6 +1,6 @@
 """`python -m neobert NAME ...` is `neobert NAME ...`."""
 
-from neobert.commands.table import main
+from neobert.commands.registry import main
 
 if __name__ == "__main__":
     main()

@@ -1,6 +1,6 @@
 """`neobert analyze-profile`: where the time of profiled steps went."""
 
-from neobert.commands.table import run_command
+from neobert.commands.registry import run_command
 
 if __name__ == "__main__":
     run_command("analyze-profile")

@@ -17,7 +17,7 @@ from neobert.benchmark.against import RUNS
 from neobert.benchmark.settings import CONTESTANTS
 from neobert.benchmark.trial import Stopped
 from neobert.commands.flags import POOLING_HELP, build_model_parser
-from neobert.commands.table import COMMANDS
+from neobert.commands.registry import COMMANDS
 from neobert.contrastive.mine import MineSettings
 from neobert.data.tokenizer import DEFAULT_VOCAB_SIZE
 from neobert.errors import UserError
@@ -35,7 +35,7 @@ ALL_IN_ONE = f"""
 import contextlib, io, json, runpy, sys
 for name in {BLOCKED!r}:
     sys.modules[name] = None  # An import of it is an error.
-from neobert.commands.table import main
+from neobert.commands.registry import main
 answers = []
 for words in json.load(sys.stdin):
     sys.argv, said = words, io.StringIO()
@@ -101,9 +101,8 @@ def test_a_script_is_its_command(name: str, helped: dict[str, Answer]) -> None:
     if command.script is None:
         return
     path = SCRIPTS / command.script
-    assert path.read_text().split("\n", 1)[1] == (
-        f'\nfrom neobert.commands.table import run_command\n\nif __name__ == "__main__":\n    run_command("{name}")\n'
-    )
+    imported, called = "from neobert.commands.registry import run_command", f'    run_command("{name}")'
+    assert path.read_text().split("\n")[1:] == ["", imported, "", 'if __name__ == "__main__":', called, ""]
     script, own = helped[str(path)][1], helped[name][1]
     assert script.replace(f"python {path}", f"neobert {name}") == own
 
@@ -147,7 +146,7 @@ def test_the_package_is_a_command(tmp_path: Path) -> None:
     done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True)
     assert (done.returncode, done.stdout) == (0, "quickstart copied to quickstart.yaml\n"), done.stderr
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())
-    assert project["project"]["scripts"] == {"neobert": "neobert.commands.table:main"}
+    assert project["project"]["scripts"] == {"neobert": "neobert.commands.registry:main"}
     assert project["tool"]["setuptools"]["package-data"] == {"*": ["*.yaml"]}
 
 

@@ -1,6 +1,6 @@
 """`neobert finetune`: fine-tune an encoder on pairs."""
 
-from neobert.commands.table import run_command
+from neobert.commands.registry import run_command
 
 if __name__ == "__main__":
     run_command("finetune")

@@ -1,6 +1,6 @@
 """`neobert verify-export`: check that an exported folder, loaded with transformers, agrees with our model."""
 
-from neobert.commands.table import run_command
+from neobert.commands.registry import run_command
 
 if __name__ == "__main__":
     run_command("verify-export")

@@ -123,8 +123,8 @@ def test_an_unknown_word_at_the_end_is_no_padding(tmp_path):
 def write_folder(folder, documents, manifest, **settings):
     folder.mkdir()
     writer = TokenWriter(folder, **settings)
-    for number, tokens in enumerate(documents):
-        writer.add([np.array(tokens, dtype=np.int32)], number)
+    for number, row in enumerate(documents):
+        writer.add([np.array(row, dtype=np.int32)], number)
     writer.finish_file()
     write_description(folder, files=list(writer.files), features=writer.features, manifest=manifest)
 

@@ -16,8 +16,8 @@ from safetensors.torch import load_file
 
 from neobert.cli import EXIT_CODES
 from neobert.commands import staged_run as pipeline
+from neobert.commands.registry import COMMANDS
 from neobert.commands.staged_run import PipelineError, load_pipeline, run_command, run_pipeline
-from neobert.commands.table import COMMANDS
 from neobert.config.load import config_to_yaml, load_config
 from neobert.config.schema import Config
 from neobert.export.write import ExportRequest, export
