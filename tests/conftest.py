@@ -52,6 +52,15 @@ def cache_of_this_session(tmp_path_factory: pytest.TempPathFactory) -> Iterator[
         yield
 
 
+@pytest.fixture(scope="session", autouse=True)
+def no_waiting_for_the_disk() -> Iterator[None]:
+    """Processes are killed here, and machines never: what was written is there without a flush, which takes a run as
+    long as its training. A descriptor that is not open is an error still."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(os, "fsync", os.fstat)
+        yield
+
+
 @pytest.fixture(scope="session")
 def texts() -> list[str]:
     return make_texts(240)

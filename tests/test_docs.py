@@ -1,14 +1,18 @@
 """Every command and every Python block of README.md and docs/ runs, in order, with a small model and a small corpus."""
 
 import ast
+import asyncio
 import json
+import multiprocessing
 import re
 import runpy
 import shlex
 import shutil
 import subprocess
 import sys
+import sysconfig
 from pathlib import Path
+from sysconfig import get_path
 
 import pytest
 from children import run_in_two
@@ -20,6 +24,7 @@ from neobert.commands import staged_run as pipeline
 
 ROOT = Path(__file__).parents[1]
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+FORK = multiprocessing.get_context("fork")
 # Run by the gate itself and by every newcomer: they make an environment and call this suite.
 ENVIRONMENT = ("[ -n ", "pip install", "pytest")
 TINY = [
@@ -164,8 +169,13 @@ def run(line: str, clone: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     if "save_cost.py" in line:
         words += ["--hidden-size", "64", "--num-layers", "1", "--vocab-size", "512", "--repeats", "1"]
     monkeypatch.chdir(clone)
-    # That a stage gets a process of its own is seen in the tests of pipelines.
+    # That a stage gets a process of its own is seen in the tests of pipelines. Those of a benchmark are forked here, so
+    # that they import nothing. Of the standard library a package is read.
     monkeypatch.setattr(pipeline, "run_command", lambda command: run_script([*command[1:]]))
+    if "benchmarks/" in line:
+        monkeypatch.setattr(multiprocessing, "get_context", lambda method: FORK)
+    paths = {"stdlib": str(Path(asyncio.__file__).parent)}
+    monkeypatch.setattr(sysconfig, "get_path", lambda name, *more: paths.get(name) or get_path(name, *more))
     if words[0] == "torchrun":
         options = parse_args(words[1:])
         assert options.nproc_per_node == "2"
@@ -184,9 +194,13 @@ def run(line: str, clone: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 def run_script(words: list[str]) -> int:
     """The exit code of a script with its arguments, in this process."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(sys, "argv", words)
+        is_command = words[:2] == ["-m", "neobert"]
+        patch.setattr(sys, "argv", words[1:] if is_command else words)
         with pytest.raises(SystemExit) as ended:
-            runpy.run_path(words[0], run_name="__main__")
+            if is_command:
+                runpy.run_module("neobert", run_name="__main__")
+            else:
+                runpy.run_path(words[0], run_name="__main__")
     return int(ended.value.code or 0)
 
 

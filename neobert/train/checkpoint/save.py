@@ -127,7 +127,7 @@ def _build_files(run: Run, state: TrainState, data_state: dict[str, Any], backgr
         "config.yaml": config_text,
         "model_config.json": json.dumps(run.model_config.to_dict(), indent=2) + "\n",
         "tokenizer_info.json": json.dumps(tokenizer_info(run.tokenizer), indent=2) + "\n",
-        "train_state.json": json.dumps(_describe_state(run, state, data_state)) + "\n",
+        "train_state.json": json.dumps(_describe_state(run, state, data_state, config_text)) + "\n",
     }
     for name, tensors in kinds.items():
         files[name] = _weight_writer({key: copy(tensor).cpu().contiguous() for key, tensor in tensors.items()})
@@ -200,7 +200,7 @@ def _count(run: Run, state: TrainState, data_state: dict[str, Any]) -> dict[str,
     }
 
 
-def _describe_state(run: Run, state: TrainState, data_state: dict[str, Any]) -> dict[str, Any]:
+def _describe_state(run: Run, state: TrainState, data_state: dict[str, Any], config_text: str) -> dict[str, Any]:
     return {
         "version": FORMAT_VERSION,
         **asdict(state),
@@ -213,7 +213,7 @@ def _describe_state(run: Run, state: TrainState, data_state: dict[str, Any]) -> 
         "tokenizer_digest": run.tokenizer.digest,
         "special_ids": list(run.tokenizer.special_ids),
         "optimizer_groups": describe_groups(run.optimizer.param_groups),
-        "config_digest": "sha256:" + sha256(config_to_yaml(without_secrets(run.config)).encode()).hexdigest(),
+        "config_digest": "sha256:" + sha256(config_text.encode()).hexdigest(),
         "world_size": run.runtime.world,
         "torch_version": torch.__version__,
         "versions": {name: version(name) for name in PACKAGES},
