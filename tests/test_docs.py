@@ -196,11 +196,9 @@ def run_script(words: list[str]) -> int:
     with pytest.MonkeyPatch.context() as patch:
         is_command = words[:2] == ["-m", "neobert"]
         patch.setattr(sys, "argv", words[1:] if is_command else words)
+        run = runpy.run_module if is_command else runpy.run_path
         with pytest.raises(SystemExit) as ended:
-            if is_command:
-                runpy.run_module("neobert", run_name="__main__")
-            else:
-                runpy.run_path(words[0], run_name="__main__")
+            run("neobert" if is_command else words[0], run_name="__main__")
     return int(ended.value.code or 0)
 
 

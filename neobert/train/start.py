@@ -21,7 +21,6 @@ from neobert.config.load import ConfigError, config_to_yaml, load_saved_config, 
 from neobert.config.nesting import parse_json
 from neobert.config.schema import Config
 from neobert.errors import StartupError
-from neobert.objectives.table import OBJECTIVES, choose_objective
 from neobert.train.agreement import RankError, agree, exchange
 from neobert.train.checkpoint.run_folder import check_own, check_place, check_unused, free_names, holds_run, set_aside
 from neobert.weights.folder import AVERAGE_FILE, Choice, checkpoint_steps, choose_checkpoint, choose_newest
@@ -273,6 +272,8 @@ def describe_config(reporter: "Reporter", config: Config) -> None:
     """Prints every setting that is not null, one line a section; of a section in a section what is not the default."""
     lines: dict[str, list[str]] = {"": [], **{name: [] for name in SECTIONS if "." not in name}}
     unused = set() if config.scheduler.warmup_percent is None else {"scheduler.warmup_steps"}
+    from neobert.objectives.table import OBJECTIVES, choose_objective  # Needs torch, unlike a pipeline's plan.
+
     objective = choose_objective(config)
     for other in OBJECTIVES.values():
         if other.section not in (None, objective.section):  # Nothing of it takes effect.

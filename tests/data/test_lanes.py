@@ -96,14 +96,14 @@ def test_epochs_and_lanes_differ_in_order(kind, corpora, make_config, make_data)
 @pytest.mark.parametrize("lane", [0, 3])
 def test_rows_of_a_window_have_an_order_of_their_own(lane):
     """Keyed by seed, lane, epoch and number of the window in its epoch."""
-    in_order = replace(SETTINGS, shuffle=False)
-    stream = IndexedStream(store=ListStore([5] * 24), settings=in_order, lane=0, num_lanes=1, first=0, last=24)
-    rows = PackingLane(stream, replace(SETTINGS, packing="one_per_row"), lane)
+    in_order = replace(ORDER, shuffle=False)
+    stream = IndexedStream(store=ListStore([5] * 24), order=in_order, lane=0, num_lanes=1, first=0, last=24)
+    rows = PackingLane(stream, replace(ORDER, packing="none"), lane)
     state = rows.start()
     for epoch, number in [(0, 0), (0, 1), (0, 2), (1, 0), (1, 1)]:
         window = rows.open(state)
         documents = [int(window.documents[piece.document]) for (piece,) in window.rows]
-        order = Permutation(8, key(SETTINGS.seed, "rows", lane, epoch, number))(np.arange(8))
+        order = Permutation(8, key(ORDER.seed, "rows", lane, epoch, number))(np.arange(8))
         assert documents == (8 * number + order).tolist()
         state = window.next_state
 

@@ -9,7 +9,6 @@ from pathlib import Path
 from neobert.config.nesting import parse_json
 from neobert.config.schema import Config
 from neobert.errors import StartupError
-from neobert.objectives.table import choose_objective
 from neobert.weights.folder import MODEL_FILE, checkpoint_steps
 from neobert.weights.manifest import MANIFEST
 
@@ -58,6 +57,8 @@ def check_place(config: Config) -> None:
     from neobert.data.source.formats import find_covering  # Reads data with libraries that a pipeline can do without.
 
     written = ("log.jsonl", "checkpoints/1/model_config.json")
+    from neobert.objectives.table import choose_objective  # Needs torch, which other functions here do without.
+
     data = config.dataset if choose_objective(config).reads == "documents" else None
     source = data and next((x for name in written if (x := find_covering(data, str(real / name))) is not None), None)
     if source is not None:
