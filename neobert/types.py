@@ -221,7 +221,7 @@ class TrainState:
     """Loader state of the batch consumed last; empty before the first step."""
 
     skip_rows: list[tuple[int, int]] = field(default_factory=list)
-    """Half-open ranges of row numbers that this run passes over, one for each time it went back to a checkpoint."""
+    """Half-open ranges of row numbers that this run skips, one for each time it went back to a checkpoint."""
 
     skipped_steps: list[int] = field(default_factory=list)
     """Those of the last 1,000 steps that were skipped. Filled in when the state is saved."""

@@ -186,7 +186,7 @@ def test_presets_of_one_size_differ_in_their_data_and_budget_only(size: str) -> 
 def test_the_two_stages_of_the_paper_follow_each_other(
     corpus: Path, tokenizer_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """As docs/recipes.md says: train, write the long documents, go on with the mixture; small, on local text."""
+    """As docs/recipes.md says: train, write the long documents, continue with the mixture; small, on local text."""
     monkeypatch.chdir(tmp_path)
     dropped = ("dataset.mixture", "dataset.max_seq_length", "trainer.resume", "trainer.max_steps", "dataset.name")
     small = [word for word in TINY if not word.startswith(dropped)]

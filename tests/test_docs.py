@@ -141,7 +141,7 @@ def tiny_overrides(words: list[str]) -> list[str]:
     keeps_budget = {"--prepare-only", "--trainer.profiler_steps", "scripts/pipeline.py"} & {*words}
     own += ["--trainer.max_steps"] if keeps_budget else []
     pairs = dict(zip(TINY[::2], TINY[1::2]))
-    if "--dataset.mixture" in words:  # Goes on from a run of two steps.
+    if "--dataset.mixture" in words:  # Continues from a run of two steps.
         own.append("--dataset.path")
         pairs["--trainer.max_steps"] = "4"
     if "--trainer.resume_from_checkpoint" in words and any("outputs/trunk" in word for word in words):

@@ -2,7 +2,7 @@
 
 A plan is a YAML file (`experiment_plan.py`).
 All configs are checked before the first run. A finished run leaves `score.json` in its folder and is not made again; a
-run that was killed goes on from its newest checkpoint. The table and the picture are made from what is finished.
+run that was killed continues from its newest checkpoint. The table and the picture are made from what is finished.
 
 What came out of an experiment: which learning rate was best, a table, and a picture.
 
@@ -205,7 +205,7 @@ def run_plan(plan: Plan, place: Place) -> Iterator[tuple[PlannedRun, TrialResult
     """Makes the runs of a plan, or finds them made, one after another.
 
     Raises:
-        Stopped: a run was interrupted; the next start goes on with it.
+        Stopped: a run was interrupted; the next start continues with it.
         PlanError: a finished run in the folder was made with another config.
     """
     for variant in plan.variants:
@@ -268,7 +268,7 @@ def _make(job: PlannedRun, config: Config, run: Path, data: Path) -> TrialResult
 
 def read_outcome(job: PlannedRun, run: Path, config: Config) -> TrialResult:
     """What a finished run left behind. Raises PlanError when it was made with other settings."""
-    # The file is read anew, not compared as text: keys that came later have their defaults in it.
+    # The file is read again, not compared as text: keys that came later have their defaults in it.
     saved = load_saved_config(run / "config.yaml")
     if _what_is_made(saved) != _what_is_made(_with_choices_of(saved, without_secrets(config))):
         raise PlanError(f"{run} holds a finished run with other settings than {job.name}; give another --output")
@@ -310,7 +310,7 @@ def compare(plan: Plan, chosen: Plan, place: Place) -> str:
     """Makes the runs of `chosen`, a part of `plan`; the table over all runs of the plan. Progress on the error output.
 
     Raises:
-        Stopped: a run was interrupted; the next start goes on with it.
+        Stopped: a run was interrupted; the next start continues with it.
     """
     config = build_job_config(chosen, grid(chosen.variants[0])[0], place)
     settled = settle_precision(config, sorted(place.output.glob("*/config.yaml")))

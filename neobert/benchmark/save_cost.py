@@ -2,8 +2,8 @@
 
 A model of the asked size makes a step, so that the optimizer has its state. Then, a few times each: a blocking save; a
 save in the background, with the time the training thread stands still and the time until the checkpoint is there, while
-training goes on; and what a resume reads (the full check of every file, then weights and optimizer). Medians are shown.
-Reads come from the page cache, since the files were just written.
+training continues; and what a resume reads (the full check of every file, then weights and optimizer). Shown are
+medians. Reads come from the page cache, since the files were just written.
 """
 
 import json

@@ -144,7 +144,7 @@ def prune_run(run: Path, *, keep: int | None, dry_run: bool) -> list[str]:
 
     Raises:
         CheckpointError: there is no valid checkpoint, or `keep` is negative.
-        StartupError: the run is going on.
+        StartupError: the run is running.
     """
     if keep is not None and keep < 0:
         raise CheckpointError(f"--keep: {keep}; write how many checkpoints stay, 0 for all")

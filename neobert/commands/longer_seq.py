@@ -84,7 +84,7 @@ def check_longer(
     if lengths[0] <= old.dataset.max_seq_length:
         raise StartupError(
             f"--max-length: {lengths[0]} is not longer than the checkpoint's dataset.max_seq_length = "
-            f"{old.dataset.max_seq_length}; to go on at the same length, resume with pretrain.py"
+            f"{old.dataset.max_seq_length}; to continue at the same length, resume with pretrain.py"
         )
     if not old.model.rope:
         raise StartupError(
@@ -147,7 +147,7 @@ def longer_overrides(
 ) -> list[str]:
     """What makes `config` continue `checkpoint` (a run of `old`) on `subset` with rows of `max_length`.
 
-    The output folder is the one of `config`, with the length behind its name where that is the checkpoint's own.
+    The output folder is the one of `config`, with the length after its name where that is the checkpoint's own.
     """
     output_dir = Path(config.trainer.output_dir)
     if output_dir.resolve() in checkpoint.resolve().parents:

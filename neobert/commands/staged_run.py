@@ -1,4 +1,4 @@
-"""A list of stages, each a script of ours that goes on from what the stage before it made.
+"""A list of stages, each a script of ours that continues from what the stage before it made.
 
     output: outputs/two_lengths                # stage NAME writes outputs/two_lengths/NAME
     overrides: [trainer.use_cpu=true]          # of every stage that has a config
@@ -11,7 +11,7 @@
 Whether a stage is finished is read off its folder every time, never off a note of this program: of a training, that its
 newest whole checkpoint is the last step of its budget, under the settings that the file asks for; of a folder that is
 written in one stroke, that it is there and made of the checkpoint of the stage before. So a pipeline that was killed
-goes on where it was, inside a stage too. A stage that was made from something else than the stage before it now offers
+continues where it was, inside a stage too. A stage that was made from something else than the stage before now offers
 is an error.
 """
 
@@ -157,7 +157,7 @@ def run_pipeline(pipeline: Pipeline, *, dry_run: bool) -> int:
             continue
         code = run_command([sys.executable, "-m", "neobert", command, *words])
         if code == EXIT_CODES["preempted"]:
-            print(f"{title}: stopped after a checkpoint; the same command goes on", flush=True)
+            print(f"{title}: stopped after a checkpoint; the same command continues", flush=True)
             return code
         if code:
             raise PipelineError(

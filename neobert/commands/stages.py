@@ -1,4 +1,4 @@
-"""What a stage of a pipeline can run: how it begins and goes on, when it is finished, what it gives to the next."""
+"""What a stage of a pipeline can run: how it begins and continues, when it is finished, what it gives to the next."""
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
@@ -20,7 +20,7 @@ UNKNOWN = Path("<final checkpoint>")
 
 
 class PipelineError(UserError, ValueError):
-    """The pipeline cannot go on; the message names the stage and what to do."""
+    """The pipeline cannot continue; the message names the stage and what to do."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -38,7 +38,7 @@ class Stage:
 
     takes: str = "weights"
     """Of a `pretrain` after another stage: `weights` (`model.init_from`: optimizer, schedule, step and data begin
-    anew), or `state` (everything goes on, so the budget must be larger)."""
+    again), or `state` (everything continues, so the budget must be larger)."""
 
     overrides: tuple[str, ...] = ()
     """`key=value` each, laid over the config."""
@@ -209,7 +209,7 @@ def _check_origin(folder: Path, origin: str | None, source: Path) -> None:
     if origin is None or Path(origin).resolve() != source.resolve():
         raise PipelineError(
             f"{folder} was made from {origin or 'nothing'}, and the stage before it now ends with {source}: delete or "
-            f"rename {folder} to make it anew"
+            f"rename {folder} to make it again"
         )
 
 
@@ -240,7 +240,7 @@ def _go_on_export(stage: Stage, folder: Path, source: Path | None) -> tuple[str,
     if exported != step:
         raise PipelineError(
             f"{folder} was exported after step {exported}, and the stage before it now ends with step {step}: delete or"
-            f" rename {folder} to make it anew"
+            f" rename {folder} to make it again"
         )
     return None
 
@@ -250,7 +250,7 @@ def _folder_with(name: str) -> Callable[[Path], Path | None]:
 
 
 PRETRAINING = ("pretrain", "longer_seq")
-"""Kinds whose state another pretraining can go on with."""
+"""Kinds whose state another pretraining can continue with."""
 
 RUNS = (*PRETRAINING, "contrastive")
 """Kinds whose folder is a run with checkpoints that can be gone on with."""

@@ -144,7 +144,7 @@ class SchedulerSection:
     # A schedule may change without being declared, so that decays branch off a trunk and runs grow; the log says so.
     name: Literal["cosine", "linear", "constant", "wsd", "inverse_sqrt"] = key("cosine", resume="schedule")
     """cosine and linear decay from the warm-up on. wsd is stable until its cool-down. constant and inverse_sqrt last
-    for ever, or until a cool-down if there is one; inverse_sqrt does not fall below `final_lr_ratio`."""
+    forever, or until a cool-down if there is one; inverse_sqrt does not fall below `final_lr_ratio`."""
 
     warmup_steps: int = key(2000, at_least=0, resume="schedule")
     """Steps until the peak learning rate is reached."""

@@ -101,12 +101,12 @@ class TrainerSection:
     save_milestone_steps: tuple[int, ...] = key(
         (), at_least=1, needs=("trainer.save_model", "trainer.save_strategy=steps"), resume="free"
     )
-    """Steps that are saved and kept for ever, whatever `save_steps` and `save_total_limit` say."""
+    """Steps that are saved and kept forever, whatever `save_steps` and `save_total_limit` say."""
 
     save_milestone_every: int | None = key(
         None, at_least=1, needs=("trainer.save_model", "trainer.save_strategy=steps"), resume="free"
     )
-    """Every multiple of this is saved and kept for ever; null: none."""
+    """Every multiple of this is saved and kept forever; null: none."""
 
     save_best: bool = key(False, needs=("trainer.save_model", "trainer.save_strategy=steps"), resume="free")
     """Also keep the checkpoint with the lowest evaluation loss. Saves must be evaluated: `save_steps` is a multiple of

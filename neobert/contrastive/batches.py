@@ -53,7 +53,7 @@ class PairCollator:
     """Of `mlm`."""
 
     def __call__(self, rows: Sequence[PackedRow], *, step: int = 0) -> PairBatch:
-        """Rows of one set; masks of `mlm` are drawn anew for every step."""
+        """Rows of one set; masks of `mlm` are drawn again for every step."""
         pairs = self.sets[rows[0].sources[0]]
         collate = self._collator(pairs.kind, step)
         parts = [rows[start : start + self.chunk_rows] for start in range(0, len(rows), self.chunk_rows)]

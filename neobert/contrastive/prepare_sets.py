@@ -1,7 +1,7 @@
 """Preparing sets: every set of a config is read once and written to `<dataset.path>/all/<KEY>`.
 
 A set that is there already, made from the same source, is kept; other sets in the folder are left alone. So a config
-may be prepared in parts, and a start after an interruption goes on with the set that was not complete.
+may be prepared in parts, and a start after an interruption continues with the set that was not complete.
 """
 
 import re

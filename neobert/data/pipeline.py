@@ -142,7 +142,7 @@ class DataPipeline:
     def loader(self, state: State | None = None, skip: Sequence[tuple[int, int]] = (), step: int = 0) -> Loader:
         """The training batches of this rank, from `state` (of a `StepBatch`, merged over ranks) or from the start.
 
-        Rows whose numbers are in one of the half-open ranges of `skip` are passed over. The first batch is that of step
+        Rows whose numbers are in one of the half-open ranges of `skip` are skipped. The first batch is that of step
         `step`, counted from 0.
         """
         return Loader(
@@ -171,7 +171,7 @@ class DataPipeline:
         )
 
     def counters(self, state: State) -> dict[str, int]:
-        """Records passed over up to `state`: `bad`, `skipped`, `dropped`."""
+        """Records skipped up to `state`: `bad`, `skipped`, `dropped`."""
         return sum_counters(state)
 
     def unigram_entropy(self) -> float:
@@ -293,7 +293,7 @@ def build_tokenizer(
     """The checkpoint's tokenizer where a run continues; else the one to train, or the one that is named.
 
     A trained tokenizer is kept in `output_dir/tokenizer` and read from there: every rank, and every start before the
-    first checkpoint, has the same one. It is trained anew when its settings or the documents have changed.
+    first checkpoint, has the same one. It is trained again when its settings or the documents have changed.
 
     Args:
         main_first: as of `Reader`.

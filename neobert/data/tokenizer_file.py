@@ -166,7 +166,7 @@ def _as_written(built: Any, written: tokenizers.Tokenizer) -> LoadedTokenizer:
     if differences:
         raise ValueError(
             f"transformers {transformers.__version__} makes another tokenizer of it than {FILE} says "
-            f"({'; '.join(differences)}); write it anew with tokenizer.save_pretrained"
+            f"({'; '.join(differences)}); write it again with tokenizer.save_pretrained"
         )
     return LoadedTokenizer(hf, None, None, {name: token for name, token in tokens.items() if name not in kept})
 
@@ -187,7 +187,7 @@ def _read_file(path: Path) -> tokenizers.Tokenizer:
         return tokenizers.Tokenizer.from_file(str(path))
     except Exception as error:  # The library raises plain Exceptions.
         raise ValueError(
-            f"{path} cannot be read ({_first_line(error)}); write it anew with tokenizer.save_pretrained"
+            f"{path} cannot be read ({_first_line(error)}); write it again with tokenizer.save_pretrained"
         ) from error
 
 

@@ -1,6 +1,6 @@
 """Where words begin, read off the spelling of a vocabulary's tokens: two tables by token id, made once.
 
-| tokenizer | a token goes on with the word before it when |
+| tokenizer | a token continues with the word before it when |
 |---|---|
 | WordPiece, or BPE with such a prefix | it begins with the prefix (`##`) |
 | BPE with an end-of-word suffix | the token before has no suffix |
@@ -48,7 +48,7 @@ _Rule = Callable[[str], bool]
 def _choose_rules(
     definition: dict[str, Any], vocabulary: dict[str, int], prefix: str | None, suffix: str | None
 ) -> tuple[_Rule, _Rule]:
-    """Whether a token can go on with a word, and whether a word can go on behind a token."""
+    """Whether a token can continue with a word, and whether a word can continue after a token."""
     if prefix:
         return (lambda token: token.startswith(prefix)), (lambda token: True)
     if suffix:

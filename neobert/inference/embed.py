@@ -1,7 +1,7 @@
-"""Embeddings of a whole input, written to one file: a job of bounded memory that goes on where it was killed.
+"""Embeddings of a whole input, written to one file: a job of bounded memory that continues where it was killed.
 
 Records are read in their order, a chunk at a time. A chunk is embedded in batches by length, put back in order and
-written to `<output>.parts/`; then `progress.json` there says that it is done and where reading goes on. What a chunk
+written to `<output>.parts/`; then `progress.json` there says that it is done and where reading continues. What a chunk
 holds depends on the input alone, so the chunks of a job that was killed are those of one that was not. At the end the
 chunks are put together in a temporary file, which takes the name of the output when it is complete.
 

@@ -47,7 +47,7 @@ class FilledText:
     """The text with the best guesses in place, where they were made jointly."""
 
     hidden: str | None = None
-    """The token behind the only mask, where it is known."""
+    """The token after the only mask, where it is known."""
 
     def describe(self) -> str:
         """The text, then a line for each mask, then the completed text or the hidden token where there is one."""
@@ -105,7 +105,7 @@ def fill_beginnings(
     num_tokens = min(_BEGINNING_TOKENS, model.encoder.config.max_position_embeddings - 2)
     for document in documents:
         tokens = np.concatenate([[tokenizer.cls_id], document[:num_tokens], [tokenizer.sep_id]], dtype=np.int32)
-        # Nearest to the middle, punctuation and spaces aside; as many tokens before it as behind it tell what it is.
+        # Nearest to the middle, punctuation and spaces aside; as many tokens before it as after it tell what it is.
         places = [n for n in range(1, len(tokens) - 1) if re.search(r"\w", tokenizer.decode_token(int(tokens[n])))]
         if len(places) < 3:
             continue
@@ -121,7 +121,7 @@ def fill_beginnings(
 
 
 def _show_masked(tokenizer: Tokenizer, tokens: IntArray, hidden: str) -> str:
-    """The text with the mask as `fill_mask` reads it back: behind the space that is hidden with the token."""
+    """The text with the mask as `fill_mask` reads it back: after the space that is hidden with the token."""
     text, mask = tokenizer.decode(tokens), tokenizer.decode_token(tokenizer.mask_id)
     return " ".join(text.replace(mask, f" {mask}" if hidden[:1].isspace() else mask).split())
 

@@ -1,4 +1,4 @@
-"""Long jobs that go on where they were killed: a small JSON file says what is done, and files appear whole or not."""
+"""Long jobs that continue where they were killed: a small JSON file says what is done; files appear whole or not."""
 
 import json
 import os
@@ -16,7 +16,7 @@ from neobert.errors import UserError
 
 
 class JobError(UserError, ValueError):
-    """A job cannot begin or go on; the message says what to do."""
+    """A job cannot begin or continue; the message says what to do."""
 
 
 def check_absent(output: Path) -> None:

@@ -133,7 +133,7 @@ class _ListedMasks:
     def corrupt(
         self, tokens: IntArray, words: Words, offset: float, *, step: int
     ) -> tuple[IntArray, NDArray[np.int64]]:
-        selected = next(self._masked) + 1  # behind [CLS]
+        selected = next(self._masked) + 1  # after [CLS]
         corrupted = tokens.copy()
         corrupted[selected] = self._mask_id
         return corrupted, selected

@@ -11,7 +11,7 @@ token then misses some of its context, hence the figure is too high on average. 
 documents are scored exactly too, and both are reported.
 
 Documents are taken in groups that depend on the input alone. A group's lines are added to the output, then a small file
-beside it says so; a job that was killed goes on behind the last group, with the numbers of an undisturbed one.
+beside it says so; a job that was killed continues after the last group, with the numbers of an undisturbed one.
 """
 
 import json
@@ -262,7 +262,7 @@ def summarize(output: Path) -> Summary:
 
 
 def _mean_with_interval(rows: NDArray[np.float64]) -> tuple[float, tuple[float, float]]:
-    """Sum of the second column over the sum of the first, and its 95% interval when rows are drawn anew."""
+    """Sum of the second column over the sum of the first, and its 95% interval when rows are drawn again."""
     random = np.random.default_rng(0)
     draws = np.empty(RESAMPLES)
     for number in range(RESAMPLES):

@@ -1,7 +1,7 @@
 """Texts for the scripts: whatever training reads, by path or name, and the standard input.
 
 The source is one that `neobert.data` knows: JSON lines, plain text, CSV or Parquet (files, folders, patterns, local or
-remote), folders of `save_to_disk`, data sets of the hub. Records that cannot be read are passed over and counted, and
+remote), folders of `save_to_disk`, data sets of the hub. Records that cannot be read are skipped and counted, and
 the first ones are named with their file and line.
 """
 
@@ -44,7 +44,7 @@ class Text(NamedTuple):
 
     text: str
     cursor: State
-    """Where reading goes on after it."""
+    """Where reading continues after it."""
 
 
 class InputRecord(NamedTuple):
@@ -58,7 +58,7 @@ class InputRecord(NamedTuple):
 
 
 class Texts:
-    """The texts of an input in their order, and what was passed over."""
+    """The texts of an input in their order, and what was skipped."""
 
     def __init__(self, source: TextDocuments, label: str) -> None:
         self._source, self.label = source, label
@@ -74,13 +74,13 @@ class Texts:
         return self._source.count()
 
     def read(self, after: State | None = None, num_records: int = 0) -> Iterator[Text]:
-        """The texts behind a cursor, which has so many records before it."""
+        """The texts after a cursor, which has so many records before it."""
         for number, text, cursor in self.records(after, num_records):
             if text is not None:
                 yield Text(number, text, cursor)
 
     def records(self, after: State | None = None, num_records: int = 0) -> Iterator[InputRecord]:
-        """All records behind a cursor, which has so many records before it, those without a text too."""
+        """All records after a cursor, which has so many records before it, those without a text too."""
         self.num_records = num_records
         try:
             for record in self._source.records(Span(after=after)):
@@ -95,7 +95,7 @@ class Texts:
         except DataError as error:
             raise _reworded(error) from error
 
-    def describe_gaps(self, what: str = "passed over") -> list[str]:
+    def describe_gaps(self, what: str = "skipped") -> list[str]:
         """Sentences about records that gave no text, and `what` became of them; none when there are none."""
         lines = [f"{what}: {self.num_skipped:,} records without text"] if self.num_skipped else []
         if self.num_bad:

@@ -12,7 +12,7 @@ What is drawn until the number is reached:
   to the number of tokens that is left.
 - spans: up to L words in a row (SpanBERT, Joshi et al., arXiv 1907.10529, section 3.1): a span begins at every word,
   its length is l with a probability proportional to 0.8^(l - 1), and spans are taken in the order of the words of their
-  first tokens. Those that meet merge; the last one is cut. A span never leaves its document: at its end it goes on at
+  first tokens. Those that meet merge; the last one is cut. A span never leaves its document: at its end it continues at
   its beginning, so that every word is as likely to be hidden.
 
 The word of a hidden token, mixed once more, says what stands in its place: [MASK], a random token or the token itself

@@ -42,8 +42,8 @@ class WeightAverage:
         return self._average is not None
 
     def begin(self, step: int, saved: Mapping[str, Tensor] | None = None) -> None:
-        """Goes on at `step` with the average that was saved there; without one, it begins with the weights as they are,
-        or later if `start_step` says so.
+        """Continues at `step` with the average that was saved there; without one, it starts with the weights as they
+        are, or later if `start_step` says so.
 
         Raises:
             KeyError: `saved` lacks a parameter.

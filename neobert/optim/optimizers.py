@@ -1,4 +1,4 @@
-"""Optimizers by name. The learning rate they are built with is the peak; the train step sets it anew at every step.
+"""Optimizers by name. The learning rate they are built with is the peak; the train step sets it again at every step.
 
 An optimizer step that the device itself can leave out.
 

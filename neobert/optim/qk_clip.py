@@ -7,7 +7,7 @@ After the optimizer step, for every head with largest logit m > t (Kimi K2, arXi
 so that with these weights the same tokens would have had t as their largest logit. Values and optimizer state stay.
 
 m is exact: the largest logit of the step's forward passes, over all documents, micro-batches and processes. Attention
-kernels do not give it away, so it is computed anew in the steps that clip, block by block from what the block reads:
+kernels do not give it away, so it is computed again in the steps that clip, block by block from what the block reads:
 norm, projection, rotation and the products of queries and keys, in the types of the forward pass and without gradient.
 A bound made of the norms of queries and keys would be cheaper, but it lies above the logits and would shrink heads that
 are well; a few sampled documents would miss the outliers that are looked for. The price of being exact is paid in every

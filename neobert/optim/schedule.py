@@ -12,7 +12,7 @@ the base rate times
 `constant` and `wsd` (warm-up, stable, decay: Hu et al., arXiv 2404.06395) stay at 1; `inverse_sqrt` falls as
 sqrt((W + 1) / (step + 1)), not below f (Vaswani et al., arXiv 1706.03762, equation 3, with steps counted from 1). Their
 cool-down has one of three shapes, falling from 1 to 0: 1 - x, 1 - sqrt(x) (Hagele et al., arXiv 2405.18392) or
-(1 + cos(pi x)) / 2. Without a cool-down they go on for ever.
+(1 + cos(pi x)) / 2. Without a cool-down they continue forever.
 
 E is a step of the run, not a duration; C is a duration that ends there. Worked examples, base 1, W = 3, f = 0.2:
 
@@ -133,4 +133,4 @@ SCHEDULES: dict[str, Callable[[Schedule, int], float]] = {
     "wsd": _constant,
     "inverse_sqrt": _inverse_sqrt,
 }
-"""Factor of the base rate at a step behind the warm-up and before the cool-down."""
+"""Factor of the base rate at a step after the warm-up and before the cool-down."""

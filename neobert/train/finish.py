@@ -39,7 +39,7 @@ def finish(run: Run, state: TrainState) -> None:
         log_evaluation(run, state)
     passed_over = run.data.counters(merge_states(run.runtime.gather_objects(state.data)))
     if any(passed_over.values()):
-        run.tracker.say(f"passed over: {DESCRIPTION.format(**passed_over)}")
+        run.tracker.say(f"skipped: {DESCRIPTION.format(**passed_over)}")
     saved = save_checkpoint(run, state, wait=True)
     with torch.compiler.set_stance("force_eager"):  # A few texts are not worth a compilation for their length.
         answered = _answer(run) if run.runtime.is_main else []
@@ -55,7 +55,7 @@ def finish(run: Run, state: TrainState) -> None:
 
 
 def stop_early(run: Run, state: TrainState) -> None:
-    """Saves, says how to go on, and closes the run."""
+    """Saves, says how to continue, and closes the run."""
     if run.stop.reason == "numbers":
         _report_numbers(run, state)
     else:
@@ -83,7 +83,7 @@ def _save_and_report(run: Run, state: TrainState) -> None:
         run.tracker.warn(f"preempt: stopped at step {state.step} without a checkpoint")
         return
     run.tracker.say(
-        f"preempt: saved step {state.step} in {seconds:.1f} s; go on with --trainer.resume_from_checkpoint latest"
+        f"preempt: saved step {state.step} in {seconds:.1f} s; continue with --trainer.resume_from_checkpoint latest"
     )
 
 
@@ -96,6 +96,6 @@ def _report_numbers(run: Run, state: TrainState) -> None:
     run.tracker.warn(
         f"{verdict}. The run stops and saves nothing. "
         + ("" if first is None else f"The first: {first.describe()}. ")
-        + "The newest checkpoint is good: go on from it with a lower optimizer.lr, with trainer.rollback_steps to pass "
-        "over these rows, or with trainer.detect_anomaly: true to find the operation"
+        + "The newest checkpoint is good: continue from it with a lower optimizer.lr, with trainer.rollback_steps to skip "
+        "these rows, or with trainer.detect_anomaly: true to find the operation"
     )

@@ -6,7 +6,7 @@ has them all is the run's, and the one that is saved.
 
 With the same tokenizer and as many rows, everything is copied as it is. With another tokenizer, or another number of
 rows, the embedding (and an untied vocabulary projection) follows the texts of the tokens; see
-`neobert.weights.vocabulary`. Optimizer, schedule, step and data begin anew.
+`neobert.weights.vocabulary`. Optimizer, schedule, step and data begin again.
 """
 
 from dataclasses import replace

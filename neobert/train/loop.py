@@ -151,7 +151,7 @@ def open_loader(run: Run, state: TrainState) -> Loader:
 
 
 def freeze_what_lives() -> None:
-    """Takes all objects of now out of the garbage collector's sight, so that it passes over what a step makes only.
+    """Takes all objects of now out of the garbage collector's sight, so that it skips what a step makes only.
 
     Called after the first step, when model, optimizer state and compiled code are there: a full collection walks
     hundreds of thousands of objects of the libraries and holds up the step that happens to trigger it.
@@ -164,7 +164,7 @@ def next_batch(run: Run, loader: Loader) -> tuple[StepBatch, StepCounts, float] 
     stop before it.
 
     Here is the one host-side collective of a step. A rank that is asked to stop while it waits for data, or whose data
-    cannot be read, joins it with zeros, so that the others neither wait for ever nor make a step without it.
+    cannot be read, joins it with zeros, so that the others neither wait forever nor make a step without it.
     """
     batch, failure, start = None, None, time.perf_counter()
     try:

@@ -335,7 +335,7 @@ def bind_precision(config: Config, checkpoint_config: Config | None, runtime: Ru
         if precision == "bf16" and runtime.device.type == "cuda" and not torch.cuda.is_bf16_supported():
             raise StartupError(
                 "trainer.mixed_precision: auto keeps the checkpoint's bf16, but this GPU has no bfloat16; "
-                "write trainer.mixed_precision: no to go on in float32"
+                "write trainer.mixed_precision: no to continue in float32"
             )
     bound = replace(config, trainer=replace(config.trainer, mixed_precision=precision))
     return bound, [f"trainer.mixed_precision: auto is {precision}: {reason}"]

@@ -54,7 +54,7 @@ def peak_bytes() -> int:
 
 
 def forget_peak() -> None:
-    """Has the system measure the peak anew, from what is in use now.
+    """Has the system measure the peak again, from what is in use now.
 
     Memory that was freed and that the C library keeps is given back first: a step that lived on it would seem to need
     none.

@@ -103,7 +103,7 @@ def bind_micro_batch(
 def choose_kept(
     config: Config, checkpoint_config: Config | None, saved: dict[str, Any] | None, *, rows_per_step: int, world: int
 ) -> int | None:
-    """The checkpoint's micro-batch where a run goes on as it was; None where the memory has to be measured anew."""
+    """The checkpoint's micro-batch where a run continues as it was; None where the memory has to be measured again."""
     if checkpoint_config is None or saved is None:
         return None
     same_rows = saved["rows_per_step"] == rows_per_step and saved["world_size"] == world

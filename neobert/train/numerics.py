@@ -56,7 +56,7 @@ class Guard:
         self.begin(TrainState())
 
     def begin(self, state: TrainState) -> None:
-        """Goes on from what was saved with `state`."""
+        """Continues from what was saved with `state`."""
         self._known_step = state.step
         self._skipped = list(state.skipped_steps)
         self._pending: deque[tuple[int, LateFlag]] = deque()
@@ -117,7 +117,7 @@ class Guard:
 
     @property
     def verdict(self) -> str | None:
-        """Why the run cannot go on, None when it can."""
+        """Why the run cannot continue, None when it can."""
         if (in_row := self.num_in_row) >= self._section.max_bad_steps:
             return f"trainer.max_bad_steps: {in_row} steps in a row were skipped, the last is {self._known_step}"
         if len(self._skipped) > RECENT_SHARE * RECENT_STEPS:

@@ -35,7 +35,7 @@ VISIBLE_SECONDS = 10.0
 """Network file systems show a new file to other nodes after a few seconds."""
 
 _held: dict[Path, int] = {}
-# By folder: a start that fails leaves its lock behind, and the next start of the same process takes it over.
+# By folder: a start that fails leaves its lock after, and the next start of the same process takes it over.
 
 
 def acquire_lock(output_dir: Path) -> None:

@@ -10,7 +10,7 @@ every rank, and the norm of the reduced gradient tells it. The optimizer reads t
 Batches go to the device while it still computes the step before.
 
 The host runs ahead of a GPU: when a batch is handed over, the kernels of earlier steps are still queued. A copy in
-their stream would wait behind them, and the step behind the copy. So batches are copied from pinned memory in a stream
+their stream would wait after them, and the step after the copy. So batches are copied from pinned memory in a stream
 of their own, which starts at once, and the compute stream waits for that copy alone. Memory belongs to the copying
 stream, hence the allocator is told that the compute stream reads it too and hands it out again only after that.
 """

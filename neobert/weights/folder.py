@@ -31,7 +31,7 @@ class Choice:
     """None: the folder has no checkpoint at all."""
 
     notes: tuple[str, ...] = ()
-    """What was passed over and why, one sentence each."""
+    """What was skipped and why, one sentence each."""
 
 
 def checkpoint_steps(output_dir: Path) -> list[int]:

@@ -1,13 +1,13 @@
 """A larger encoder from a smaller one: widths by repeating units, depth by repeating layers.
 
-Width. Position i of a large axis takes unit `(i - (N - n) // 2) mod n` of the small one: the small matrix stands in the
-middle and goes on periodically to both sides ("center tiling", ModernBERT, arXiv 2412.13663, section 2.2.4, after Phi).
+Width. Position i of a large axis takes unit `(i - (N - n) // 2) mod n` of the small one: the small matrix is in the
+middle and continues periodically to both sides ("center tiling", ModernBERT, arXiv 2412.13663, section 2.2.4).
 The units are channels of the residual stream, whole attention heads, and neurons of the feed-forward layer; queries,
 keys and values, and gate and up, are tiled each by itself.
 
 Plain tiling sums every copied unit again, so activations grow. Here the large layer computes what the small one did: of
 a weight whose input unit has c copies, each copy gets a share, and the shares sum to 1 (Net2Net, arXiv 1511.05641). The
-shares are unequal and random: with equal ones, copies would have equal gradients for ever, and the large model no more
+shares are unequal and random: with equal ones, copies would have equal gradients forever, and the large model no more
 capacity than the small one (LEMON, arXiv 2310.07999). A tied vocabulary projection cannot be split, being the embedding
 too; there the weights of the final norm are divided by c.
 

@@ -1,4 +1,4 @@
-"""Experiments: plans are checked as a whole, runs are made once and go on after a kill, and the table says it all."""
+"""Experiments: plans are checked as a whole, runs are made once and resume after a kill, and the table is whole."""
 
 import dataclasses
 import json

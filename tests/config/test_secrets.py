@@ -116,7 +116,7 @@ def test_signed_addresses_are_hidden_everywhere(
     build_logger("neobert.test").warning("%s: %s again", address, name)
     print(hide_credentials(f"'{address}'; restore {address}."))
     for text in (
-        scrub(f"cannot open {address}; go on"),
+        scrub(f"cannot open {address}; continue"),
         str(DataError(f"dataset.path: {address} is gone")),
         repr(scrub_config({"problem": f"404, url=URL('{address}')"})),
         config_to_yaml(without_secrets(config)),

@@ -69,7 +69,7 @@ def test_special_tokens_on_disk_are_passed_over(tmp_path, tokenizer):
     store = TokenStore(save(tmp_path / "d", wrapped), tokenizer)
     assert contents(store) == DOCUMENTS
     assert store.lengths(np.arange(5)).tolist() == store.all_lengths().tolist() == [3, 0, 1, 40, 2]
-    assert store.notes == ["special tokens on disk are passed over"]
+    assert store.notes == ["special tokens on disk are skipped"]
 
 
 def test_data_of_another_tokenizer_is_refused(tmp_path, tokenizer):

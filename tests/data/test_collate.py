@@ -136,7 +136,7 @@ def test_digest_sees_tokens_borders_masks_and_key_but_not_micro_batches(collate)
 
 
 def test_evaluation_masks_do_not_depend_on_packing(policy):
-    """A document's targets are the same alone, packed, and behind others in another row."""
+    """A document's targets are the same alone, packed, and after others in another row."""
     collate = Collator(policy=policy, seed=1, draw="document", max_seq_length=40, max_segments=5, pad_id=PAD)
 
     def targets(batch, start, end):

@@ -1,4 +1,4 @@
-"""Data that is damaged on disk: named, counted or passed over shard by shard, never read for ever."""
+"""Data that is damaged on disk: named, counted or skipped shard by shard, never read forever."""
 
 import gzip
 import json

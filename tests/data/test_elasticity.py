@@ -1,4 +1,4 @@
-"""A run that is cut anywhere and goes on with other ranks and threads reads the same rows with the same masks.
+"""A run that is cut anywhere and continues with other ranks and threads reads the same rows with the same masks.
 
 Sampled with fixed seeds; `pytest -m full` runs many more chains.
 """
@@ -18,7 +18,7 @@ NUM_STEPS = 24
 
 
 def check_chain(expected, config, make_data, draw):
-    """Cuts the run at random steps; each part goes on from the state before it, with other ranks and threads."""
+    """Cuts the run at random steps; each part continues from the state before it, with other ranks and threads."""
     step, state = 0, None
     while step < len(expected):
         count = min(draw.randint(1, 9), len(expected) - step)

@@ -76,7 +76,7 @@ def encode(kind, texts, number):
     writer = csv.writer(out, delimiter="\t" if form == "tsv" else ",", lineterminator="\r\n")
     writer.writerow(["id", "text"])
     for n, text in enumerate(texts):
-        writer.writerow([n, f'{text}\nsays "x", and, \t goes on' if n % 3 == 0 else text])
+        writer.writerow([n, f'{text}\nsays "x", and, \t continues' if n % 3 == 0 else text])
     return b"\xef\xbb\xbf" + out.getvalue().encode()
 
 
@@ -87,7 +87,7 @@ def expected_texts(kind, texts):
     if form == "document":
         return ["\n".join(texts)]
     if form in ("csv", "tsv"):
-        return [f'{text}\nsays "x", and, \t goes on' if n % 3 == 0 else text for n, text in enumerate(texts)]
+        return [f'{text}\nsays "x", and, \t continues' if n % 3 == 0 else text for n, text in enumerate(texts)]
     return texts
 
 

@@ -125,8 +125,8 @@ def test_without_a_state_records_are_passed_over_by_counting(monkeypatch, caplog
     monkeypatch.setattr(hub.time, "monotonic", lambda: next(ticks))
     with caplog.at_level("INFO"):
         next(source.records(Span(after=records[99].cursor)))
-    assert "shard 0: passed over 2 of 100 records in 14 s" in caplog.messages[0]
-    assert "passed over 100 records in" in caplog.messages[-1]
+    assert "shard 0: skipped 2 of 100 records in 14 s" in caplog.messages[0]
+    assert "skipped 100 records in" in caplog.messages[-1]
     assert "keeps no state" in caplog.messages[-1]
 
 

@@ -1,4 +1,4 @@
-"""Sources are mixed in the shares asked for, or read once each per epoch; the state goes on exactly."""
+"""Sources are mixed in the shares asked for, or read once each per epoch; the state continues exactly."""
 
 import gzip
 import json

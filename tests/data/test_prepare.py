@@ -183,7 +183,7 @@ def test_killed_at_random_moments_and_started_again_gives_the_same_bytes(
         assert process.exitcode == -signal.SIGKILL
         assert not folder.exists() or digests(folder) == digests(tmp_path / "whole"), "complete or not there"
         found.add(len(list((work_folder(folder) / "output").glob("*"))) if work_folder(folder).exists() else 0)
-    assert process.exitcode == 0, "every start goes on where the one before was killed"
+    assert process.exitcode == 0, "every start continues where the one before was killed"
     assert found, "it was killed at least once"
     assert digests(folder) == digests(tmp_path / "whole")
     assert not work_folder(folder).exists()

@@ -1,4 +1,4 @@
-"""Rows that a run passes over: planned like all rows, so the others stay what they are, and never given."""
+"""Rows that a run skips: planned like all rows, so the others stay what they are, and never given."""
 
 import json
 import threading

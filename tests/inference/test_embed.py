@@ -76,8 +76,8 @@ def test_bad_records_are_named_and_counted(jsonl: Path) -> None:
     with open_texts(str(jsonl)) as texts:
         assert len(list(texts.read())) == 30
         skipped, bad, first, second = texts.describe_gaps()
-    assert skipped == "passed over: 1 records without text"
-    assert bad == "passed over: 2 records that cannot be read, the first ones:"
+    assert skipped == "skipped: 1 records without text"
+    assert bad == "skipped: 2 records that cannot be read, the first ones:"
     assert f"{jsonl}:4: " in first
     assert f"{jsonl}:9: a JSON object was expected, not list" in second
 

@@ -157,7 +157,7 @@ def test_a_mask_may_be_filled_with_a_mask(model: MaskedLM, tokenizer: Tokenizer)
 
 
 def test_a_shown_beginning_can_be_typed_to_predict(model: MaskedLM, tokenizer: Tokenizer) -> None:
-    """Its mask stands behind the space that is hidden with the token, and reads back to the same guesses."""
+    """Its mask stands after the space that is hidden with the token, and reads back to the same guesses."""
     documents = [np.array(tokens, dtype=np.int32) for tokens in tokenizer.encode_batch([*TEXTS, "dogcatdogcat"])]
     shown = fill_beginnings(model, tokenizer, documents, num_texts=4, top_k=2)
     assert shown[0].text == "the cat [MASK] the dog"

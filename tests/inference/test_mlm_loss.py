@@ -99,7 +99,7 @@ def test_the_same_model_through_transformers_has_the_same_loss(loaded: Model, na
 
 
 def test_truncated_documents_are_scored_to_the_limit(loaded: Model, tmp_path: Path, texts: list[str]) -> None:
-    """As if the text ended there: the same masks, whatever stands behind the limit."""
+    """As if the text ended there: the same masks, whatever stands after the limit."""
     limit = 20
     (ids,) = loaded.tokenizer.encode_batch([text for text in texts if len(text) > 400][:1])
     short = loaded.tokenizer.decode(ids[: limit - 2].tolist())

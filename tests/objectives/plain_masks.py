@@ -49,7 +49,7 @@ def select(policy: MaskPolicy, tokens: Sequence[int], words: Sequence[int], coun
     for run in runs:
         for number, unit in enumerate(run):
             length = min(len(run), span_length(words[unit[0]], policy.span_max_words)) if policy.units == "spans" else 1
-            # At the end of its run a span goes on at the beginning.
+            # At the end of its run a span continues at the beginning.
             spans.append((words[unit[0]], [run[(number + step) % len(run)] for step in range(length)]))
     chosen: dict[int, int] = {}
     for word, units in sorted(spans):

@@ -16,7 +16,7 @@ PAD, CLS, SEP, MASK = range(4)
 SPECIALS = (PAD, CLS, SEP, MASK)
 VOCAB = 300
 CONTINUES = np.arange(VOCAB) >= 150
-"""Tokens from 150 on go on with the word before them, whatever it is."""
+"""Tokens from 150 on continue with the word before them, whatever it is."""
 
 UNITS = ["words", "spans"]
 
@@ -91,7 +91,7 @@ def test_words_need_both_tables() -> None:
     tokens = np.array([1, 10, 150, 151, 11, 150, 2], dtype=np.int32)
     order = np.array([0, 1, 9, 0, 5, 0, 0], dtype=np.uint64)
     masks = policy(units="words", probability=3 / 5, edges=edges)
-    assert masks.corrupt(tokens, order, 0.01)[1].tolist() == [1, 4, 5], "150 behind 10 begins a word of its own"
+    assert masks.corrupt(tokens, order, 0.01)[1].tolist() == [1, 4, 5], "150 after 10 begins a word of its own"
 
 
 def test_lengths_of_spans() -> None:

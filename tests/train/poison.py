@@ -51,7 +51,7 @@ def poison(patch: pytest.MonkeyPatch, rows: Iterable[int], kind: str = "loss") -
 
 
 def rows_of_step(step: int, rows_per_step: int = 4) -> range:
-    """Global numbers of the rows of a step, counted from 1, when none was passed over."""
+    """Global numbers of the rows of a step, counted from 1, when none was skipped."""
     return range((step - 1) * rows_per_step, step * rows_per_step)
 
 

@@ -183,7 +183,7 @@ def test_a_background_save_owns_what_it_writes(tiny: Tiny, tmp_path: Path, monke
     with torch.no_grad():
         for tensor in [*run.module.parameters(), *(s["exp_avg"] for s in run.optimizer.state.values())]:
             tensor.fill_(7.0)
-    assert complete_save(run) is None, "training goes on while it is written"
+    assert complete_save(run) is None, "training continues while it is written"
     assert not valid_steps(out)
     path = complete_save(run, wait=True)
     assert path == out / "checkpoints" / "1"

@@ -166,7 +166,7 @@ def test_one_rank_that_sees_a_difference_stops_all(tiny: Tiny, tmp_path: Path, m
             check(config, runtime)
         except StartupError as error:
             return str(error)
-        return "went on"
+        return "continued"
 
     config, answers = tiny(tmp_path, *COMPILED), iter([("x", 0.0), ("a gradient", 0.5), ("x", 0.0)])
     monkeypatch.setattr(compile_check, "_record_of", lambda facts: None)

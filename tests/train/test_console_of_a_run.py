@@ -1,4 +1,4 @@
-"""A run goes on without its console, and its record is complete."""
+"""A run continues without its console, and its record is complete."""
 
 import os
 import sys

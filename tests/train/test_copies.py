@@ -1,4 +1,4 @@
-"""Batches reach the device in a stream of their own; the garbage collector passes over what lives as long as a run."""
+"""Batches reach the device in a stream of their own; the garbage collector skips what lives as long as a run."""
 
 import gc
 from collections.abc import Callable

@@ -1,4 +1,4 @@
-"""A disk that is full, broken or gone: old checkpoints stay, the run goes on, and ends when it must."""
+"""A disk that is full, broken or gone: old checkpoints stay, the run continues, and ends when it must."""
 
 import json
 import resource
@@ -41,7 +41,9 @@ def test_a_failed_save_is_tried_again_at_the_next_interval(
     assert event["step"] == 8
     assert "[ENOSPC] [Errno 28] No space left on device" in event["problem"]
     assert "bytes are free on the disk of" in event["problem"]
-    assert "older checkpoints are untouched, training goes on and the next save tries again" in capsys.readouterr().out
+    assert (
+        "older checkpoints are untouched, training continues and the next save tries again" in capsys.readouterr().out
+    )
     assert exact_steps(out) == exact_steps(whole)
 
 
@@ -97,7 +99,7 @@ def test_a_file_that_really_cannot_be_written(tiny: Tiny, tmp_path: Path, limit:
     assert result.reason == "disk"
     assert checkpoint_steps(out) == []
     assert all(words in e["problem"] for e in events_of(out, "save_failed"))
-    assert [x["step"] for x in log_lines(out, "step")] == list(range(1, 9)), "the run itself went on"
+    assert [x["step"] for x in log_lines(out, "step")] == list(range(1, 9)), "the run itself continued"
 
 
 def test_the_output_folder_is_removed_while_the_run_is_going_on(

@@ -24,7 +24,7 @@ from neobert.train.run import build_run
 from neobert.types import IGNORE_INDEX, PackedBatch, TrainState
 
 WAITING = ("_local_scalar_dense", "nonzero", "item", "equal", "masked_select", "unique")
-"""Operators whose result, or the shape of it, has to be known on the host before anything can go on."""
+"""Operators whose result, or the shape of it, has to be known on the host before anything can continue."""
 
 
 class WaitsForTheDevice(TorchDispatchMode):

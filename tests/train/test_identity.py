@@ -346,7 +346,7 @@ def test_another_order_begins_at_its_first_row(
     key = change.partition("=")[0]
     pretrain(resumed(tiny, trained, out, change, f"trainer.resume_allow=[{key}]"))
     assert consumed.steps == first
-    assert [x["step"] for x in log_lines(out, "step")] == [5, 6, 7, 8], "the step goes on"
+    assert [x["step"] for x in log_lines(out, "step")] == [5, 6, 7, 8], "the step continues"
     restarted = [e for e in events_of(out) if e["event"] == "order_restarted"]
     assert [(e["step"], e["keys"]) for e in restarted] == [(4, [key])]
     assert capsys.readouterr().out.count(f"warning: {key} changed: model, optimizer, schedule and step continue") == 1
@@ -404,7 +404,7 @@ def test_a_run_goes_on_at_a_longer_context(tiny: Tiny, trained: Path, tmp_path: 
     assert (result.state.step, result.reason) == (8, "finished")
     state = json.loads((out / "checkpoints/8/train_state.json").read_text())
     assert state["data"]["max_seq_length"] == 128
-    assert state["data"]["next_row"] == 4 * 2, "the order began anew"
+    assert state["data"]["next_row"] == 4 * 2, "the order began again"
     (origin,) = state["lineage"]
     assert (origin["step"], origin["checkpoint"]) == (4, str(trained / "checkpoints" / "4"))
     assert origin["resume_allow"][0] == "dataset.max_seq_length"

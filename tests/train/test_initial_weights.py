@@ -42,7 +42,7 @@ def test_a_run_starts_where_the_other_one_ended(tiny: Tiny, tmp_path: Path, sour
     said = (out / "training.log").read_text()
     assert f"initial weights from {source}/checkpoints/6 (checkpoint layout after 6 steps)" in said
     assert "the tokenizer is the same" in said
-    assert log_lines(out, "step")[0]["step"] == 1, "the step begins anew"
+    assert log_lines(out, "step")[0]["step"] == 1, "the step begins again"
 
 
 def test_a_resumed_run_does_not_start_over(tiny: Tiny, tmp_path: Path, source: Path) -> None:

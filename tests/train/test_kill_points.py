@@ -155,7 +155,7 @@ def test_one_of_two_ranks_killed_in_the_middle_of_a_save(lives: Lives, tiny: Tin
     codes = start(lives, tmp_path, tiny(out, *TWO), fault=fault, world=2)
     assert codes[1] == -signal.SIGKILL
     assert codes[0] != 0, "the other rank ends with an error"
-    assert time.monotonic() - started < 60, "and does not wait for ever"
+    assert time.monotonic() - started < 60, "and does not wait forever"
     assert checkpoint_steps(out) == [4]
     assert choose_newest(out).path == out / "checkpoints" / "4"
 

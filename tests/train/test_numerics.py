@@ -67,7 +67,7 @@ def test_a_step_with_a_bad_number_is_skipped_and_nothing_else_is(
     steps, clean_steps = log_lines(bad, "step"), log_lines(clean, "step")
     assert [s["step"] for s in steps if s.get("skipped")] == [5]
     for name in ("lr", "num_tokens", "num_targets", "batch_digest"):
-        assert [s[name] for s in steps] == [s[name] for s in clean_steps], "data and learning rate go on"
+        assert [s[name] for s in steps] == [s[name] for s in clean_steps], "data and learning rate continue"
     assert all(math.isfinite(s["loss"]) and math.isfinite(s["grad_norm"]) for s in steps if s["step"] != 5)
     assert float.fromhex(steps[4]["grad_norm_hex"]) != float.fromhex(clean_steps[4]["grad_norm_hex"])
     assert steps[4]["grad_norm"] is None, "the line is JSON, which knows no NaN"
@@ -286,7 +286,7 @@ def test_rollback_passes_over_the_rows_and_every_resume_does(
     assert [s["step"] for s in log_lines(out, "step")] == list(range(1, 13))
     (event,) = read_events(out, "rolled_back")
     assert (event["step"], event["from_step"], event["rows"]) == (4, 8, [16, 32])
-    assert "rows 16 to 31 are passed over (1 of at most 3 times)" in capsys.readouterr().out
+    assert "rows 16 to 31 are skipped (1 of at most 3 times)" in capsys.readouterr().out
     pretrain(tiny(again, *settings, f"trainer.resume_from_checkpoint={out / 'checkpoints/8'}"))
     assert exact_steps(again) == exact_steps(out, after=8)
     # A checkpoint that was saved before the rollback meets the bad rows again and goes back again, alike.

@@ -1,4 +1,4 @@
-"""Optimizers in a run: clipping is logged, groups can be divided anew on a resume, replicas stay equal."""
+"""Optimizers in a run: clipping is logged, groups can be divided again on a resume, replicas stay equal."""
 
 from collections.abc import Callable
 from pathlib import Path

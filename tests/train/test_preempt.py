@@ -1,4 +1,4 @@
-"""Signals and the clock: the run stops after a whole step, saves once, and goes on later as if nothing had been."""
+"""Signals and the clock: the run stops after a whole step, saves once, and continues later as if nothing had been."""
 
 import json
 import os

@@ -173,7 +173,7 @@ def test_debug_shows_rows_and_the_mix_and_writes_nothing(
 def test_a_run_finds_what_was_prepared_in_its_folder(
     write: Write, several: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """`pre_tokenize` with the same output tokenises nothing anew; a cap and a slice are part of what is compared."""
+    """`pre_tokenize` with the same output tokenises nothing again; a cap and a slice are part of what is compared."""
     config = load_config(str(write("dataset.pre_tokenize=true", "dataset.pre_tokenize_output=tokens")))
     if several:
         paths = sorted(Path(str(config.dataset.path)).iterdir())

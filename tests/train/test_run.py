@@ -364,7 +364,7 @@ def test_lines_on_the_console_are_never_wrapped(capsys: pytest.CaptureFixture[st
 def test_golden_losses(tiny: Tiny, tmp_path: Path) -> None:
     """The first losses of a tiny run, stored as numbers: a refactoring must not move them.
 
-    A change that means to move them (order, masks, initial weights) writes them anew: WRITE_GOLDEN=1 pytest -k golden
+    A change that means to move them (order, masks, initial weights) writes them again: WRITE_GOLDEN=1 pytest -k golden
     """
     pretrain(tiny(tmp_path / "run", "trainer.max_steps=6"))
     losses = [s["loss"] for s in log_lines(tmp_path / "run", "step")]

@@ -114,7 +114,7 @@ def test_decays_branch_off_a_stable_trunk(tiny: Tiny, tmp_path: Path, capsys: py
     assert log_lines(long, "step")[5]["lr"] < log_lines(long, "step")[4]["lr"] < 1e-2
     assert "scheduler.name" in printed
     assert "free" in printed
-    assert "learning rate of step" not in printed, "it goes on as it was"
+    assert "learning rate of step" not in printed, "it continues as it was"
     assert exact_steps(trunk, after=4) == base, "the trunk is left alone"
 
 

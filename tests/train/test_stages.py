@@ -1,4 +1,4 @@
-"""A list of stages: what runs, what is skipped, what goes on where it was, and what is refused."""
+"""A list of stages: what runs, what is skipped, what continues where it was, and what is refused."""
 
 import json
 import shutil
@@ -115,7 +115,7 @@ def test_every_stage_runs_once_and_goes_on_where_it_was(
         f"[5/5] hub: finished, {out}/hub",
     ]
 
-    # Killed in the third stage after its checkpoint of step 8: nothing behind it is there.
+    # Killed in the third stage after its checkpoint of step 8: nothing after it is there.
     final, steps = weights(out / "long" / "checkpoints" / "12"), exact_steps(out / "long")
     for name in ("10", "12"):
         shutil.rmtree(out / "long" / "checkpoints" / name)
@@ -201,7 +201,7 @@ def test_a_stage_that_stops_or_fails_ends_the_pipeline(
     stages = load_pipeline(write(tiny, tmp_path))
     runner.answer = 75
     assert run_pipeline(stages, dry_run=False) == 75
-    assert "[1/5] first: stopped after a checkpoint; the same command goes on" in capsys.readouterr().out
+    assert "[1/5] first: stopped after a checkpoint; the same command continues" in capsys.readouterr().out
     runner.answer = 76
     with pytest.raises(PipelineError, match=r"stage first: ended with exit code 76, its last lines say why"):
         run_pipeline(stages, dry_run=False)

@@ -1,4 +1,4 @@
-"""A run that streams, then goes on from its checkpoint on the same data, tokenised to disk."""
+"""A run that streams, then continues from its checkpoint on the same data, tokenised to disk."""
 
 import json
 from collections.abc import Callable
@@ -30,7 +30,7 @@ def test_stream_tokenise_resume(
     assert result.state.step == 8
     lines = log_lines(run, "step")
     assert [line["step"] for line in lines] == list(range(1, 9))
-    assert lines[4]["loss"] < lines[0]["loss"], "weights and optimizer went on"
+    assert lines[4]["loss"] < lines[0]["loss"], "weights and optimizer continued"
     events = [json.loads(line)["event"] for line in (run / "events.jsonl").read_text().splitlines()]
     assert "source_switched" in events
     evaluations = [line["num_targets"] for line in log_lines(run, "eval")]
@@ -68,7 +68,7 @@ def test_runs_of_the_version_before_go_on_and_their_tokens_are_kept(
 
 
 def _edit_in_the_middle(folder: Path) -> None:
-    """Writes a folder of `save_to_disk` anew, one document shorter by one."""
+    """Writes a folder of `save_to_disk` again, one document shorter by one."""
     rows: dict[str, list[Any]] = Dataset.load_from_disk(str(folder)).to_dict()
     column = "text" if "text" in rows else "input_ids"
     rows[column][1] = rows[column][1][:-1]

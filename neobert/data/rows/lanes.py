@@ -14,7 +14,7 @@ As many lanes as find documents: an automatic number of lanes never ends a run.
 
 A source is cut by what it tells of its size, and not all of it need be documents: one line may be larger than many
 ranges, files sorted by length begin with empty texts, a row group holds nulls. Every lane is asked for its first
-document; while some have none, the source is cut anew for as many lanes as had one. That is a function of the data and
+document; while some have none, the source is cut again for as many lanes as had one. That is a function of the data and
 the settings alone, so every process and every resume finds the same number, and the data state holds it.
 """
 
@@ -61,7 +61,7 @@ class Taken:
     """Number of each document's source."""
 
     starts: NDArray[np.int64]
-    """Token at which each begins here: above 0 where a large document goes on that an earlier take began."""
+    """Token at which each begins here: above 0 where a large document continues that an earlier take began."""
 
     next_state: State
     ended: bool
@@ -106,7 +106,7 @@ class Lane(Protocol):
         """The state before the first row."""
 
     def open(self, state: State) -> Window:
-        """The window that `state` stands in. Pure: the same state gives the same rows for ever."""
+        """The window that `state` stands in. Pure: the same state gives the same rows forever."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -174,7 +174,7 @@ class PackingLane:
         if next_state["empty"] > MAX_EMPTY_WINDOWS or (taken.ended and not epoch and not next_state["used"]):
             raise self._no_rows()
         if taken.ended:
-            # Where every epoch deals few documents out anew, a lane may have none in one and some in the next.
+            # Where every epoch deals few documents out again, a lane may have none in one and some in the next.
             next_state |= {"epoch": epoch + 1, "window": 0, "used": 0}
         return Window(
             rows=order.plan(pieces, key(order.seed, "rows", self._lane, epoch, state["window"])),
@@ -185,7 +185,7 @@ class PackingLane:
         )
 
     def _no_rows(self) -> DataError:
-        """The error of a lane that holds nothing to train on, and would be read for ever."""
+        """The error of a lane that holds nothing to train on, and would be read forever."""
         return DataError(
             f"lane {self._lane} has no usable documents: all of them are empty, unreadable or shorter than "
             "dataset.min_length; lower dataset.num_lanes or leave it null, lower dataset.min_length, or check "

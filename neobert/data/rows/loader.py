@@ -2,11 +2,11 @@
 
 Row g comes from lane g modulo the number of lanes and goes to rank g modulo the number of ranks. Step s takes the next
 B(s) rows. Nothing else decides, so ranks, threads and read-ahead are free to change between two starts.
-Every rank reads the lanes that hold rows of its own; it passes over the rows of others without touching their tokens.
+Every rank reads the lanes that hold rows of its own; it skips the rows of others without touching their tokens.
 
 The state of the order is the number of the next row and, for each lane, the state that opens its current window: a
 few kilobytes that travel with every batch. Save the state of the batch that was trained on, and the next start
-continues behind it.
+continues after it.
 """
 
 import math
@@ -98,8 +98,8 @@ def merge_states(states: Sequence[State]) -> State:
 
 
 def sum_counters(state: State) -> dict[str, int]:
-    """Records passed over so far, summed over the lanes: `bad`, `skipped` (no text), `dropped` (shorter than
-    `dataset.min_length`). A lane counts a window when it goes on to the next one."""
+    """Records skipped so far, summed over the lanes: `bad`, `skipped` (no text), `dropped` (shorter than
+    `dataset.min_length`). A lane counts a window when it continues to the next one."""
     totals = dict.fromkeys(("bad", "skipped", "dropped"), 0)
 
     def add(part: State) -> None:
@@ -306,7 +306,7 @@ class Loader:
         uneven = [(start, end) for start, end in skip if (end - start) % per_micro_step]
         if uneven:
             raise DataError(
-                f"the rows {uneven} that this run passes over cannot be left out evenly by {settings.world} processes "
+                f"the rows {uneven} that this run skips cannot be left out evenly by {settings.world} processes "
                 f"with trainer.per_device_train_batch_size: {settings.micro_batch_rows}; their number must be a "
                 f"multiple of {per_micro_step}"
             )
@@ -355,7 +355,7 @@ class Loader:
         self._assembler.close()
 
     def _produce(self) -> StepBatch | BaseException:
-        """The next step, whose state tells the digest of the one behind it: a resumed run compares its first batch."""
+        """The next step, whose state tells the digest of the one after it: a resumed run compares its first batch."""
         item = self._assemble() if self._ahead is None else self._ahead
         if isinstance(item, BaseException):
             return item

@@ -46,7 +46,7 @@ def piece_lengths(
 ) -> tuple[NDArray[np.int64], NDArray[np.int64], NDArray[np.int64], int]:
     """Splits documents; returns (document, start, length) of the pieces in document order, and how many were dropped.
 
-    Pieces of fewer than `min_length` tokens are dropped and counted; empty documents are passed over.
+    Pieces of fewer than `min_length` tokens are dropped and counted; empty documents are skipped.
     With `truncate` only the first piece of a document is kept, and its rest is not counted.
     """
     content = max_seq_length - SPECIALS_PER_SEGMENT

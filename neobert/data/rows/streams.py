@@ -1,7 +1,7 @@
 """The two kinds of document streams: tokens with random access, and text that is tokenised on the way.
 
 Both take a bounded number of tokens at a time, so a window fits into memory however large its documents are: a document
-that is too large goes on in the next take, at the token or character where the state says, and nothing is lost.
+that is too large continues in the next take, at the token or character where the state says, and nothing is lost.
 
 Several sources as one stream of documents.
 
@@ -56,7 +56,7 @@ class IndexedStream:
     """Documents [first, last) of an indexed store, in one permutation of all of them per epoch.
 
     Lane v of V owns the permuted places v, v + V, v + 2V, ... The state's `position` counts these places, and `offset`
-    is the token at which the document there goes on.
+    is the token at which the document there continues.
     """
 
     store: IndexedTokens
@@ -241,7 +241,7 @@ class TextStream:
                 if self.section.on_bad_shard != "skip":
                     raise
                 if self.log:
-                    logger.warning("passed over, now and in every epoch: %s", error)
+                    logger.warning("skipped, now and in every epoch: %s", error)
                 reading.skipped_shards.append(error.shard)
                 reading.cursor, reading.char = error.next_cursor, 0
 
@@ -297,7 +297,7 @@ class MixtureStream:
                 owed[number] = 0
             taken += parts
             count = sum(len(part.lengths) for part in parts)
-            # Documents stand at their slots; those that an earlier window still owed come behind them.
+            # Documents stand at their slots; those that an earlier window still owed come after them.
             places.append(np.concatenate([slots, max_documents + np.arange(count)])[:count])
         slot = state["slot"] + max_documents
         is_over = len(ended) == len(self.streams)

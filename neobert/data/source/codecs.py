@@ -255,7 +255,7 @@ def split_values(file: BinaryIO) -> Iterator[bytes]:
         for token in _TOKEN.finditer(buffer):
             word = token[0]
             if word == b'"' or (token.end() == len(buffer) and not ended and word not in b"{}[]"):
-                break  # It may go on in the next block.
+                break  # It may continue in the next block.
             if depth == 0:
                 begin = token.start()
                 if word in (b"[", b"]") and in_list == (word == b"]"):
@@ -272,7 +272,7 @@ def split_values(file: BinaryIO) -> Iterator[bytes]:
 
 
 def _clean(value: bytes) -> bytes:
-    """A value in one line, without commas behind the last part of a list or an object."""
+    """A value in one line, without commas after the last part of a list or an object."""
 
     def clean(found: "re.Match[bytes]") -> bytes:
         if found[1] is None:

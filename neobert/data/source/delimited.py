@@ -38,7 +38,7 @@ _NAMED_BY_EXCEL = re.compile(r"sep=([,;\t|])")
 """A line before the header that says what separates the columns."""
 
 _QUOTED_CELL = re.compile(r'"(?:[^"]|"")*"([,;\t|])')
-"""A quoted name of a column, and what stands behind it."""
+"""A quoted name of a column, and what stands after it."""
 
 _MANY_LINES = 16
 """A row that is well formed and shorter than this is believed, whatever its lines look like."""
@@ -70,7 +70,7 @@ class Header:
         return _split(line, self.delimiter)
 
     def fit(self, fields: list[str]) -> list[str]:
-        """The fields without an empty one behind the last delimiter, where that is one more than the columns."""
+        """The fields without an empty one after the last delimiter, where that is one more than the columns."""
         return fields[:-1] if len(fields) == len(self.columns) + 1 and not fields[-1] else fields
 
 
@@ -127,7 +127,7 @@ class Delimited:
 
 
 def read_row(file: RecordFile, header: Header) -> Row | None:
-    """The next row of a file that stands behind a row, or behind the header; None at its end."""
+    """The next row of a file that stands after a row, or after the header; None at its end."""
     first = file.read_line()
     if first is None:
         return None
@@ -179,7 +179,7 @@ class _Taken:
 
         self._is_cut = False
         self._is_open = False
-        """Whether the csv module asked for a line behind the first one."""
+        """Whether the csv module asked for a line after the first one."""
 
     def __iter__(self) -> Iterator[str]:
         line: Line | None = self.lines[0]

@@ -38,14 +38,14 @@ _FAULTS = (OSError, EOFError, ValueError, DatasetsError, pa.ArrowException)
 _COLUMN_SAMPLE = 100
 _EXAMPLES = 20
 _STATE_EVERY = 64
-"""Records between two saved states of the library; the ones in between are read again and passed over."""
+"""Records between two saved states of the library; the ones in between are read again and skipped."""
 
 
 class HubShard:
     """One shard of a streamed data set.
 
     Its position is `{"state": the library's, "skip": records after it, "done": records of the shard}`. Where the
-    library keeps no state, `state` stays null and `skip` counts from the beginning: going on reads everything before
+    library keeps no state, `state` stays null and `skip` counts from the beginning: continuing reads everything before
     again.
     """
 
@@ -118,9 +118,9 @@ def _pass_over(examples: Iterator[Any], count: int, where: str) -> Iterator[Any]
             return
         if (now := time.monotonic()) - told > _TELL_SECONDS:
             told = now
-            logger.info("%s: passed over %d of %d records in %.0f s", where, number, count, now - began)
+            logger.info("%s: skipped %d of %d records in %.0f s", where, number, count, now - began)
     if (seconds := time.monotonic() - began) > 1:
-        logger.info("%s: passed over %d records in %.1f s; this data set keeps no state", where, count, seconds)
+        logger.info("%s: skipped %d records in %.1f s; this data set keeps no state", where, count, seconds)
     yield from examples
 
 

@@ -33,7 +33,7 @@ _LATER_PLACES = 4
 
 
 def sample_file(file: DataFile, open_range: Callable[[int, int | None], Shard], *, cuttable: bool) -> Sample:
-    """Reads the first records, and some behind each of four later places where a file can be entered in its middle.
+    """Reads the first records, and some after each of four later places where a file can be entered in its middle.
 
     Args:
         open_range: the records of a byte range of the file; None is its end.

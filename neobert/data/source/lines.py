@@ -2,7 +2,7 @@
 
 A plain file is cut into byte ranges, one for each lane, where its format allows that: a record belongs to the range
 that holds its first byte, so none is lost or read twice. A file that is compressed, or in another form than lines of
-UTF-8, cannot be cut and goes whole to one lane; to go on in its middle everything before must be decompressed or
+UTF-8, cannot be cut and goes whole to one lane; to continue in its middle everything before must be decompressed or
 recoded, therefore consecutive windows keep the file open.
 """
 
@@ -131,7 +131,7 @@ class FileShard:
         file.close()
 
     def position_after(self, count: int) -> tuple[State | None, int]:
-        """Position behind the record with this number, or behind the last one, and how many that were."""
+        """Position after the record with this number, or after the last one, and how many that were."""
         line = passed = 0
         file, offset = self._open(0)
         with closing(file):
@@ -269,7 +269,7 @@ class FileSource(ShardedSource):
         return FileShard(self._files[number], number, self._format, begin, end, line, self._max_record_bytes)
 
     def _border(self, number: int, count: int) -> State:
-        """The border between records behind `number` of `count` equal runs of bytes."""
+        """The border between records after `number` of `count` equal runs of bytes."""
         left = sum(self._sizes) * number // count
         place = 0
         while left >= self._sizes[place]:

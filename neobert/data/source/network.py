@@ -65,7 +65,7 @@ def with_retries(
             if attempt == retries:
                 raise DataError(
                     f"{where} cannot be read: {reason}. It was tried again {retries} times (dataset.network_retries); "
-                    "check the connection and start again; a run goes on from its last checkpoint"
+                    "check the connection and start again; a run continues from its last checkpoint"
                 ) from error
         seconds = min(_MAX_PAUSE_SECONDS, 2**attempt)
         attempt += 1

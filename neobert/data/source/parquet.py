@@ -1,7 +1,7 @@
 """Text from Parquet files, local or remote: only the text column is read, and the shards are row groups.
 
-A position is `{"row": rows of the group already read}`. To go on in the middle of a group, its rows before are read
-again and passed over, so the cost is bounded by one group. The footers are read once, when the source is opened; with
+A position is `{"row": rows of the group already read}`. To continue in the middle of a group, its rows before are read
+again and skipped, so the cost is bounded by one group. The footers are read once, when the source is opened; with
 `dataset.on_bad_shard: skip`, a file whose footer cannot be read becomes one shard that fails when its turn comes.
 The library decodes whole pages: a cell over `dataset.max_record_bytes` is in memory with its page until it is refused.
 """
@@ -78,7 +78,7 @@ Value = tuple[str | None, str | None]
 
 
 class RowGroupShard:
-    """Rows [begin, end) of a row group. Consecutive readings go on in the file that the one before left open."""
+    """Rows [begin, end) of a row group. Consecutive readings continue in the file that the one before left open."""
 
     def __init__(self, row_group: RowGroup, number: int, begin: int, end: int | None, max_record_bytes: int) -> None:
         self._max_record_bytes = max_record_bytes

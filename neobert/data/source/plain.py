@@ -31,7 +31,7 @@ class TextLines(Lines):
 
 
 class Paragraphs:
-    """A document is the lines up to a blank line. Its bytes begin behind the blank line before, and end with the first
+    """A document is the lines up to a blank line. Its bytes begin after the blank line before, and end with the first
     blank line after."""
 
     cuttable = True

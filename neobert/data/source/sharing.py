@@ -78,7 +78,7 @@ class ShardedSource(TextDocuments):
         raise too_few(self._place, number, number - left)
 
     def position_after(self, place: int, number: int) -> tuple[State | None, int]:
-        """Position behind the record with this number in a shard, or behind its last one, and how many that were."""
+        """Position after the record with this number in a shard, or after its last one, and how many that were."""
         position, passed = None, 0
         for record in self.build_shard(place).read(None):
             position, passed = record.cursor, passed + 1

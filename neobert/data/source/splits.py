@@ -100,7 +100,7 @@ def parse_split(words: str) -> SplitSlice:
 
 
 def slice_bounds(split: SplitSlice, num_documents: int | None) -> tuple[int, int | None]:
-    """First document of a slice, and the one behind its last; None for an open end.
+    """First document of a slice, and the one after its last; None for an open end.
 
     Percents are rounded to the nearest document, as `datasets` does.
 

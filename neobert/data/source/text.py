@@ -39,7 +39,7 @@ class Record(NamedTuple):
     """Why the entry cannot be read, beginning with its place; counted as bad. None when it can."""
 
     cursor: State
-    """Where reading goes on after this entry."""
+    """Where reading continues after this entry."""
 
 
 Records = Generator[Record, None, None]
@@ -123,7 +123,7 @@ class LaneReader(Protocol):
         """The records of an epoch from `cursor` on.
 
         Args:
-            skip: numbers of shards to pass over.
+            skip: numbers of shards to skip.
 
         Raises:
             BadShard: a shard cannot be opened, decompressed or decoded.
@@ -161,7 +161,7 @@ class ShardFault(DataError):
 
 
 class BadShard(DataError):
-    """A shard that cannot be read, and where reading goes on without the rest of it."""
+    """A shard that cannot be read, and where reading continues without the rest of it."""
 
     def __init__(self, message: str, *, shard: int, next_cursor: State) -> None:
         super().__init__(message)
@@ -298,7 +298,7 @@ class RecordCounts:
         if self.bad > self.max_bad:
             raise DataError(
                 f"dataset.max_bad_records: {self.max_bad}, but {self.bad} records of {self.where} cannot be read, the "
-                f"last one at {problem}; mend the file, or raise dataset.max_bad_records to pass over them"
+                f"last one at {problem}; mend the file, or raise dataset.max_bad_records to skip them"
             )
         if self.log:
-            logger.warning("bad record passed over: %s", problem)
+            logger.warning("bad record skipped: %s", problem)

@@ -47,7 +47,7 @@ def load_table(folder: Path) -> pa.Table:
         state = parse_json((folder / "state.json").read_text())
         if state.get("_indices_files"):
             raise DataError(
-                f"dataset.path: {folder} refers to its rows by an index; write it anew with "
+                f"dataset.path: {folder} refers to its rows by an index; write it again with "
                 "`dataset.flatten_indices().save_to_disk(...)`"
             )
         if not state["_data_files"]:

@@ -21,7 +21,7 @@ class EncodedDocument(NamedTuple):
     document: int
     tokens: IntArray
     cursor: State
-    """Where reading goes on after it."""
+    """Where reading continues after it."""
 
     bad: int = 0
     """Records before it that cannot be read, as the counts had it when the document was met."""

@@ -4,10 +4,10 @@ Documents stay in source order, and memory is bounded by a few batches, whatever
 done in `.tmp-<name>/` beside the folder:
 
     lock             held while a process works there
-    progress.json    the finished files, and the cursor behind the last document in them
+    progress.json    the finished files, and the cursor after the last document in them
     output/          becomes the folder, by one rename, when it is complete
 
-A start that finds progress for the same documents, tokenizer and settings goes on behind it. Where files end depends
+A start that finds progress for the same documents, tokenizer and settings continues after it. Where files end depends
 on the tokens alone, so the bytes are those of a reading that was never interrupted.
 
 How far a long reading of documents has come: a bar on a terminal, a line now and then elsewhere.
@@ -172,7 +172,7 @@ def prepare_tokens(
         label=label,
     )
     if (found := _find(job, replace_other)) is not None:
-        if job.work.exists():  # Killed behind the last rename, or another process is at work there.
+        if job.work.exists():  # Killed after the last rename, or another process is at work there.
             with suppress(DataError), locked(job.work):
                 shutil.rmtree(job.work)
         return found
@@ -240,7 +240,7 @@ def _load_progress(job: _Preparation, replace_other: bool) -> _Progress:
 
 
 def read_progress(work: Path) -> dict[str, Any]:
-    """What a work folder holds of an unfinished writing: its `identity`, and the state behind its last whole file."""
+    """What a work folder holds of an unfinished writing: its `identity`, and the state after its last whole file."""
     path = work / "progress.json"
     found: dict[str, Any] = json.loads(path.read_text()) if path.is_file() else {}
     return found
@@ -288,7 +288,7 @@ def _write(job: _Preparation, progress: _Progress) -> dict[str, Any]:
 
 
 def _documents(job: _Preparation, progress: _Progress) -> Iterator[EncodedDocument]:
-    """The documents that are still to be written; `progress` counts what is passed over on the way."""
+    """The documents that are still to be written; `progress` counts what is skipped on the way."""
     settings = job.settings
     if progress.num_documents == settings.max_documents:
         return

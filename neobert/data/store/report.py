@@ -98,7 +98,7 @@ class _Statistics:
     hashes: list[Words] = field(default_factory=list)
     num_unknown: int | None = 0
     open_document: int | None = None
-    """The document of the last row, which may go on in the next batch."""
+    """The document of the last row, which may continue in the next batch."""
 
     open_length: int = 0
     open_hash: int = 0

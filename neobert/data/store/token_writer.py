@@ -1,7 +1,7 @@
 """Tokenised documents written in the layout of `datasets.save_to_disk`.
 
 Batches and files end at places that depend on the documents written since the beginning alone, and always after a
-whole document. So a writer that goes on behind its last finished file writes the same bytes as one never interrupted.
+whole document. So a writer that continues after its last finished file writes the same bytes as one never interrupted.
 """
 
 import hashlib
@@ -47,7 +47,7 @@ class TokenWriter:
         file_tokens: int = FILE_TOKENS,
         files: Mapping[str, Any] | None = None,
     ) -> None:
-        """Goes on behind `files`, the finished ones of the folder.
+        """Continues after `files`, the finished ones of the folder.
 
         Args:
             around: the ids of [CLS] and [SEP], put around every row; None writes bare tokens.
@@ -69,7 +69,7 @@ class TokenWriter:
         self._waiting_tokens = self._written_tokens = 0
 
     def add(self, rows: Sequence[IntArray], document: int) -> bool:
-        """Appends the rows of one document; whether a file is finished behind it, listed in `files` and on the disk."""
+        """Appends the rows of one document; whether a file is finished after it, listed in `files` and on the disk."""
         for row in rows:
             self._rows.append(row if self._around is None else _wrap(row, *self._around))
             self._documents.append(document)

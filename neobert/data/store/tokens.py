@@ -58,7 +58,7 @@ class TokenStore(Documents):
         found = self._check_sample(tokenizer)
         self._stripped = bool(manifest.get("special_tokens", found))
         self.fingerprint = self._make_fingerprint()
-        self.notes = ["special tokens on disk are passed over"] if self._stripped else []
+        self.notes = ["special tokens on disk are skipped"] if self._stripped else []
 
     def __len__(self) -> int:
         return int(self._starts[-1])
@@ -72,7 +72,7 @@ class TokenStore(Documents):
         return document if self.document_numbers is None else int(np.searchsorted(self.document_numbers, document))
 
     def document_at(self, row: int) -> int:
-        """Number of the source document of a row; behind the last row, the number of documents."""
+        """Number of the source document of a row; after the last row, the number of documents."""
         numbers = self.document_numbers
         if numbers is None or not len(numbers):
             return row

@@ -51,7 +51,7 @@ def is_first_attempt(events: Sequence[Line]) -> bool:
     """Whether steps after the last checkpoint will be made again with the same rows.
 
     Not when this start reads another source. Not when the run went back to a checkpoint and was killed before the next
-    save either: the rows that it then passed over are known to no checkpoint, so the next start meets the bad rows once
+    save either: the rows that it then skipped are known to no checkpoint, so the next start meets the bad rows once
     more and goes back once more.
     """
     turns = [event["event"] for event in events if event["event"] in _TURNS]

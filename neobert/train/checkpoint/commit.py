@@ -85,7 +85,7 @@ class Committer:
 
     @property
     def gave_up(self) -> bool:
-        """Whether so many saves failed in a row that the run must not go on without checkpoints."""
+        """Whether so many saves failed in a row that the run must not continue without checkpoints."""
         return self._failures >= MOST_FAILURES
 
     @property

@@ -86,7 +86,7 @@ class Comparison:
 
     @property
     def restarts_order(self) -> bool:
-        """Whether the order of rows begins anew."""
+        """Whether the order of rows begins again."""
         return any(d.key in _ORDER or d.key == FINGERPRINT for d in self.differences)
 
     @property
@@ -97,7 +97,7 @@ class Comparison:
         """What has to be equal on all ranks: which keys changed, and what follows from that."""
         changed = {f"{d.key}, compared with the checkpoint": d.kind for d in self.differences if d.kind != "free"}
         return changed | {
-            "the order of rows begins anew": self.restarts_order,
+            "the order of rows begins again": self.restarts_order,
             "the next batch is the checkpoint's": self.same_next_batch,
         }
 
@@ -262,7 +262,7 @@ def check_comparison(comparison: Comparison, where: str, *, advice_on_batch: str
     if any(d.key == FINGERPRINT and d.kind == "fixed" for d in refused):
         lines.append(
             "the data under this run changed: the same settings find other documents; restore the files, or name the "
-            "new source with dataset.path or dataset.name to go on with it from its first row"
+            "new source with dataset.path or dataset.name to continue with it from its first row"
         )
     if any(d.kind == "fixed" and d.key != FINGERPRINT for d in refused):
         lines.append("fixed: write the checkpoint's values into the config, or start a new trainer.output_dir")
@@ -298,7 +298,7 @@ def check_next_batch(saved: str | None, found: int) -> None:
         raise StartupError(
             "the data under this run changed: the first batch after the resume has digest "
             f"{found % 2**64:016x}, the checkpoint says {saved}; restore the files, or name the new source with "
-            "dataset.path or dataset.name to go on with it from its first row"
+            "dataset.path or dataset.name to continue with it from its first row"
         )
 
 

@@ -5,9 +5,9 @@ would run code is refused.
 
 Back to an older checkpoint when the numbers have gone bad, past the rows that were trained on since.
 
-PaLM (Chowdhery et al., arXiv 2204.02311, section 5.1) restarted 100 steps before a spike and passed over the batches
-in between: the same rows from another state did no harm. Which rows are passed over is part of the training state, so
-every later resume passes over them too.
+PaLM (Chowdhery et al., arXiv 2204.02311, section 5.1) restarted 100 steps before a spike and skipped the batches
+in between: the same rows from another state did no harm. Which rows are skipped is part of the training state, so
+every later resume skips them too.
 """
 
 from collections.abc import Mapping
@@ -46,7 +46,7 @@ from neobert.weights.pickles import UnreadablePickle, load_pickle
 
 
 def resume_or_start(run: Run) -> TrainState:
-    """The state to go on from: step 0, or the checkpoint chosen at start-up, loaded into model and optimizer.
+    """The state to continue from: step 0, or the checkpoint chosen at start-up, loaded into model and optimizer.
     Collective, within `sharing_errors`.
 
     The order is identity, weights, optimizer, schedule and counters: nothing is loaded from a checkpoint
@@ -179,7 +179,7 @@ def load_average(run: Run, checkpoint: Path) -> None:
         return
     average.begin(step, _load_tensors(checkpoint / EMA_FILE) if had else None)
     if had and not average.begun:
-        run.tracker.say(f"trainer.ema_start_step: {average.start_step}: the average begins anew after that step")
+        run.tracker.say(f"trainer.ema_start_step: {average.start_step}: the average begins again after that step")
     elif average.begun and not had:
         run.tracker.say(f"trainer.ema_decay: {checkpoint} has no average; it begins with the weights of step {step:,}")
 
@@ -279,7 +279,7 @@ def _report_best(run: Run) -> None:
             run.tracker.event("best_set_aside", step, eval_loss=scores[step].loss)
             run.tracker.say(
                 f"trainer.save_best: checkpoint {step} (evaluation loss {scores[step].loss:.4f}) is the best of "
-                "another evaluation, which this one cannot be compared with: it stays, and best.json is chosen anew"
+                "another evaluation, which this one cannot be compared with: it stays, and best.json is chosen again"
             )
 
 
@@ -298,7 +298,7 @@ def _supersede_later_steps(run: Run, step: int) -> None:
 
 
 MAX_ROLLBACKS = 3
-"""Of one run: data that is bad everywhere is not passed over for ever."""
+"""Of one run: data that is bad everywhere is not skipped forever."""
 
 
 def roll_back(run: Run, state: TrainState) -> TrainState | None:
@@ -336,6 +336,6 @@ def roll_back(run: Run, state: TrainState) -> TrainState | None:
     run.tracker.event("rolled_back", saved.step, from_step=state.step, rows=rows)
     run.tracker.warn(
         f"trainer.rollback_steps: back from step {state.step} to the checkpoint of step {saved.step}; "
-        f"rows {rows[0]} to {rows[1] - 1} are passed over ({len(state.skip_rows) + 1} of at most {MAX_ROLLBACKS} times)"
+        f"rows {rows[0]} to {rows[1] - 1} are skipped ({len(state.skip_rows) + 1} of at most {MAX_ROLLBACKS} times)"
     )
     return replace(saved, skip_rows=[*state.skip_rows, rows])

@@ -41,7 +41,7 @@ _CAPPED = ("trainer.eval_max_batches", "trainer.per_device_eval_batch_size", "da
 
 
 def is_milestone(section: TrainerSection, step: int) -> bool:
-    """Whether the checkpoint of this step is kept for ever."""
+    """Whether the checkpoint of this step is kept forever."""
     every = section.save_milestone_every or 0
     return step in section.save_milestone_steps or (every > 0 and step % every == 0)
 

@@ -117,7 +117,7 @@ def check_unused(config: Config, continuing: str) -> None:
     if holds_run(output_dir) and not config.trainer.overwrite_output_dir:
         raise StartupError(
             f"trainer.output_dir: {output_dir} already holds a run; {continuing}, or set trainer.overwrite_output_dir: "
-            "true to start anew (the old run is kept beside it under another name), or choose another "
+            "true to start again (the old run is kept beside it under another name), or choose another "
             "trainer.output_dir"
         )
     for key, path, name in _inputs_inside(config, output_dir) if holds_run(output_dir) else ():
@@ -148,7 +148,7 @@ def _starts_as_log(path: Path, key: str) -> bool:
 def set_aside(output_dir: Path, config: Config | None = None) -> Path:
     """Moves the run in an output folder away, so that overwriting loses nothing; returns where it is.
 
-    The folder is renamed, the one that a link points to beside itself, and made anew. A folder that cannot be renamed
+    The folder is renamed, the one that a link points to beside itself, and made again. A folder that cannot be renamed
     (a mount point, one that this process works in, a parent that cannot be written), or in which `config` has inputs,
     keeps its name, and what the run wrote is moved to a folder in it.
 

@@ -36,7 +36,7 @@ def save_is_due(run: Run, step: int) -> bool:
 def save_checkpoint(run: Run, state: TrainState, *, wait: bool = False) -> Path | None:
     """Writes `checkpoints/<step>`; a step that has a valid checkpoint is left as it is. Collective.
 
-    With `trainer.async_save` the state is copied and written while training goes on, and `complete_save` says when it
+    With `trainer.async_save` the state is copied and written while training continues, and `complete_save` says when it
     is there; `wait` writes it before returning. A save that fails is reported and leaves everything as it was.
 
     Raises:
@@ -95,9 +95,9 @@ def _report_failure(run: Run, outcome: SaveResult) -> None:
     run.tracker.event("save_failed", outcome.step, problem=outcome.problem)
     if run.committer.gave_up:
         after = "this cannot be tried again" if outcome.fatal else "that was the third failure in a row"
-        after += ": the run stops, since it would go on without checkpoints"
+        after += ": the run stops, since it would continue without checkpoints"
     else:
-        after = "older checkpoints are untouched, training goes on and the next save tries again"
+        after = "older checkpoints are untouched, training continues and the next save tries again"
     run.tracker.warn(f"the checkpoint of step {outcome.step} was not saved: {outcome.problem}; {after}")
 
 
@@ -159,7 +159,7 @@ def _copy_to_host(tensor: Tensor) -> Tensor:
 
 
 def map_tensors(tree: Any, function: Copy) -> Any:
-    """A nest of dicts, lists and tuples with `function` applied to its tensors; containers are made anew."""
+    """A nest of dicts, lists and tuples with `function` applied to its tensors; containers are made again."""
     if isinstance(tree, Tensor):
         return function(tree)
     if isinstance(tree, dict):

@@ -1,6 +1,6 @@
 """A few steps under torch's profiler: `trainer.profiler_steps_start` and `trainer.profiler_steps`.
 
-The window is a range of step numbers, so a resumed run profiles what is left of it, and a run resumed behind it
+The window is a range of step numbers, so a resumed run profiles what is left of it, and a run resumed after it
 nothing. Every profiled step is one `ProfilerStep#N` in the trace; what lies between two of them is logging, evaluating
 and saving. A run that ends inside the window, in whatever way, writes the steps that it made. The profiler watches and
 changes no number: losses are those of a run without it, to the last bit.
@@ -68,13 +68,13 @@ class Recording:
             write(temporary)
             temporary.replace(self._run.output_dir / name)
         except (OSError, RuntimeError) as error:  # A picture of some steps is not worth a run.
-            self._run.tracker.warn(f"{name} could not be written ({error}); the run goes on without it")
+            self._run.tracker.warn(f"{name} could not be written ({error}); the run continues without it")
 
 
 def profiled(
     run: Run, state: TrainState, steps: Iterator[tuple[TrainState, StepMetrics]]
 ) -> Iterator[tuple[TrainState, StepMetrics]]:
-    """`steps`, which go on from `state`, with those of the window under the profiler."""
+    """`steps`, which continue from `state`, with those of the window under the profiler."""
     trainer = run.config.trainer
     first = trainer.profiler_steps_start
     if first is None or not run.runtime.is_main:

@@ -95,7 +95,7 @@ class Tracker:
         found: tuple[list[dict[str, Any]], RankLayout, bool] = ([], self._layout, False)
         if self._runtime.is_main:
             lines = self._log.read()
-            # At step 0 nothing is kept: the first evaluation is made anew too.
+            # At step 0 nothing is kept: the first evaluation is made again too.
             kept = [line for line in lines if 0 < state.step >= line["step"]]
             evaluated = any(line["kind"] == "eval" and line["step"] == state.step for line in kept)
             later = [line for line in lines if line["kind"] == "step" and line["step"] > state.step]
@@ -298,7 +298,7 @@ class Tracker:
             return
         try:
             target.append(lines)
-        except OSError as error:  # Full for a while: checkpoints decide whether the run can go on, not its record.
+        except OSError as error:  # Full for a while: checkpoints decide whether the run can continue, not its record.
             self.warn(f"a record could not be written ({error}); it is kept and written with the next one")
 
     def _send(self, values: dict[str, float], step: int) -> None:
@@ -309,7 +309,7 @@ class Tracker:
         try:
             action()
         except Exception as error:  # A tracker may raise anything: network, disk, its own bugs.
-            self.warn(f"{sink.name} failed ({error}) and is switched off; the run and log.jsonl go on")
+            self.warn(f"{sink.name} failed ({error}) and is switched off; the run and log.jsonl continue")
             if sink in self._sinks:
                 self._sinks.remove(sink)
 
