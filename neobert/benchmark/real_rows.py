@@ -27,7 +27,7 @@ def open_rows(path: str, overrides: Sequence[str], *, pin_memory: bool) -> Itera
             objective = choose_objective(config)
             if objective.reads != "documents":
                 raise ValueError(
-                    f"{path}: {objective.title} reads {objective.reads}; only rows of documents are measured"
+                    f"{path}: task: {config.task} reads {objective.reads}; only rows of documents are measured"
                 )
             rows = config.trainer.micro_batch_rows
             tokenizer = build_tokenizer(config, None, Path(folder))

@@ -96,6 +96,6 @@ def _report_numbers(run: Run, state: TrainState) -> None:
     run.tracker.warn(
         f"{verdict}. The run stops and saves nothing. "
         + ("" if first is None else f"The first: {first.describe()}. ")
-        + "The newest checkpoint is good: continue from it with a lower optimizer.lr, with trainer.rollback_steps to skip "
-        "these rows, or with trainer.detect_anomaly: true to find the operation"
+        + "The newest checkpoint is good: continue from it with a lower optimizer.lr, with trainer.rollback_steps to "
+        "skip these rows, or with trainer.detect_anomaly: true to find the operation"
     )

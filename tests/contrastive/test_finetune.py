@@ -232,7 +232,7 @@ def test_what_contradicts_the_checkpoint_is_named(
     with pytest.raises(StartupError, match=r"pretrained_checkpoint_dir: .*nowhere is no folder"):
         finetune(contrastive(tmp_path / "b", f"contrastive.pretrained_checkpoint_dir={tmp_path}/nowhere"))
     with pytest.raises(
-        StartupError, match=r"task: pretraining is for scripts/pretraining/pretrain.py; .* task: contrastive"
+        StartupError, match=r"task: pretraining is for `neobert pretrain`; .* task: contrastive"
     ):
         finetune(load_config(pretrained / "config.yaml"))
     with pytest.raises(StartupError, match=r"task: contrastive is for scripts/contrastive/finetune.py"):

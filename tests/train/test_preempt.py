@@ -193,8 +193,8 @@ def test_a_signal_before_the_first_step_saves_nothing(
 def test_sighup_while_masks_are_filled_comes_too_late_to_stop_anything(
     tiny: Tiny, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    real = finish.fill_mask
-    monkeypatch.setattr(finish, "fill_mask", lambda *args, **more: (send(signal.SIGHUP), real(*args, **more))[1])
+    real = finish._answer
+    monkeypatch.setattr(finish, "_answer", lambda *args, **more: (send(signal.SIGHUP), real(*args, **more))[1])
     result = pretrain(tiny(tmp_path / "run", "trainer.max_steps=2", "trainer.fill_mask_texts=['a [MASK] b']"))
     assert (result.reason, result.state.step) == ("finished", 2)
     assert "predictions:" in capsys.readouterr().out

@@ -72,7 +72,7 @@ def test_the_console_has_its_own_words(run: Path) -> None:
     assert "loss of a model that knows only that 20% of the tokens are replaced" in text
     assert "precision" in text
     assert "replaced? " in text, "the beginnings of documents at the end"
-    assert "python scripts/predict.py" in text
+    assert "neobert predict" in text
     assert "ppl" not in text
     assert "[MASK]" not in text
     assert "loss kernel" not in text
