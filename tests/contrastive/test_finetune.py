@@ -235,7 +235,7 @@ def test_what_contradicts_the_checkpoint_is_named(
         StartupError, match=r"task: pretraining is for `neobert pretrain`; .* task: contrastive"
     ):
         finetune(load_config(pretrained / "config.yaml"))
-    with pytest.raises(StartupError, match=r"task: contrastive is for scripts/contrastive/finetune.py"):
+    with pytest.raises(StartupError, match=r"task: contrastive is for `neobert finetune`"):
         pretrain(contrastive(tmp_path / "c"))
     with pytest.raises(DataError, match=r"loss_type: cosent needs scored pairs, but pairs holds pairs"):
         finetune(contrastive(tmp_path / "d", "contrastive.loss_type=cosent"))
