@@ -1,27 +1,50 @@
 """Writing that has reached the disk when it returns, and one writer at a time.
 
-One process at a time in a folder or at a file, by a lock that ends with the process that holds it.
+One process at a time in a folder or at a file, by a lock that ends with the process that holds it, however that ends:
+nothing waits for the lock of a process that crashed. The text of the locked file names its holder.
 """
 
-import fcntl
+import glob
 import json
 import os
 import secrets
+import socket
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from filelock import lock_descriptor
+
 from neobert.errors import DataError
 
 
-def write_json(path: Path, value: Any) -> None:
-    """Replaces a file as a whole, on the disk when this returns."""
-    temporary = path.with_name(f".{path.name}.{secrets.token_hex(4)}")
-    temporary.write_text(json.dumps(value, indent=2, sort_keys=True) + "\n")
-    sync(temporary)
-    temporary.rename(path)
+@contextmanager
+def replacing(path: Path) -> Iterator[Path]:
+    """Where to write a file that replaces `path` as a whole, and on the disk, when the block ends without an error.
+
+    It is beside `path` and has the same suffix; an error removes it and leaves `path` as it was.
+    """
+    temporary = path.with_name(f".new-{secrets.token_hex(4)}-{path.name}")
+    try:
+        yield temporary
+        sync(temporary)
+        temporary.replace(path)
+    except BaseException:
+        temporary.unlink(missing_ok=True)
+        raise
     sync(path.parent)
+
+
+def write_text(path: Path, text: str) -> None:
+    """Replaces a file as a whole, on the disk when this returns."""
+    with replacing(path) as temporary:
+        temporary.write_text(text, encoding="utf-8")
+
+
+def write_json(path: Path, value: Any) -> None:
+    """`write_text` of JSON with sorted keys."""
+    write_text(path, json.dumps(value, indent=2, sort_keys=True) + "\n")
 
 
 def sync(path: Path) -> None:
@@ -31,6 +54,42 @@ def sync(path: Path) -> None:
         os.fsync(handle)
     finally:
         os.close(handle)
+
+
+def lock_file(path: Path) -> int:
+    """Locks a file, which is made if need be, until the descriptor that this returns is closed.
+
+    Raises:
+        BlockingIOError: another process holds it; with its pid and host.
+    """
+    while True:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o644)
+        try:
+            if not lock_descriptor(descriptor, blocking=False):
+                raise BlockingIOError(_read_holder(descriptor))
+            # The holder before may have removed the file between our opening and our locking.
+            if is_locked_by(descriptor, path):
+                os.ftruncate(descriptor, 0)
+                os.write(descriptor, json.dumps({"pid": os.getpid(), "host": socket.gethostname()}).encode())
+                return descriptor
+        except BaseException:
+            os.close(descriptor)
+            raise
+        os.close(descriptor)
+
+
+def is_locked_by(descriptor: int, path: Path) -> bool:
+    """Whether a descriptor of `lock_file` is of the file that is at `path` now."""
+    return path.exists() and os.path.samestat(os.fstat(descriptor), path.stat())
+
+
+def _read_holder(descriptor: int) -> str:
+    try:
+        holder = json.loads(os.pread(descriptor, 1000, 0))
+        return f"pid {holder['pid']} on {holder['host']}"
+    except (ValueError, KeyError, TypeError):
+        return "a process that has just started"
 
 
 @contextmanager
@@ -53,6 +112,8 @@ def only_writer(output: Path) -> Iterator[None]:
     """
     lock = _lock_beside(output)
     with _hold(lock, f"another process is writing {output}"):
+        for leftover in output.parent.glob(f".new-*-{glob.escape(output.name)}"):  # Of a writer that was killed.
+            leftover.unlink()
         try:
             yield
         finally:
@@ -72,20 +133,13 @@ def _lock_beside(output: Path) -> Path:
 
 @contextmanager
 def _hold(path: Path, busy: str) -> Iterator[None]:
-    while True:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        handle = os.open(path, os.O_RDWR | os.O_CREAT, 0o644)
-        try:
-            try:
-                fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except BlockingIOError as error:
-                raise DataError(
-                    f"{busy}; wait until it ends, or stop it and start this command again, which resumes its work"
-                ) from error
-            # The holder before may have removed the file between our opening and our locking.
-            if not path.exists() or path.stat().st_ino != os.fstat(handle).st_ino:
-                continue
-            yield
-            return
-        finally:
-            os.close(handle)
+    try:
+        descriptor = lock_file(path)
+    except BlockingIOError as error:
+        raise DataError(
+            f"{busy}; wait until it ends, or stop it and start this command again, which resumes its work"
+        ) from error
+    try:
+        yield
+    finally:
+        os.close(descriptor)

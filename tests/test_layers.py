@@ -15,7 +15,7 @@ LAYERS = [
     {"errors"},
     {"model", "kernels"},
     {"config"},
-    {"types", "cli", "disk"},
+    {"types", "splitmix", "cli", "disk"},
     {"data", "objectives", "optim", "testing"},
     {"weights"},
     {"inference"},

@@ -36,7 +36,7 @@ COMMIT = ("train/test_commit.py",)
 NUMERICS = ("train/test_numerics.py",)
 
 MUTANTS = {
-    "a key without the constant": Mutant("value + number + _GAMMA", "value + number", ORDER),
+    "a key without the constant": Mutant("value + number + GAMMA", "value + number", ORDER),
     "a permutation of fewer rounds": Mutant("    _ROUNDS = 4\n", "    _ROUNDS = 3\n", ORDER),
     "all ranks drop the same": Mutant('key(seed, "step", step, rank)', 'key(seed, "step", step, 0)', ORDER),
     "a piece of the shortest length is lost": Mutant(

@@ -12,7 +12,6 @@ that rate were not looked at when it was chosen, so the range over seeds says ho
 
 import dataclasses
 import json
-import os
 import shutil
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -34,6 +33,7 @@ from neobert.benchmark.trial import (
 )
 from neobert.config.load import load_saved_config, without_secrets
 from neobert.config.schema import Config
+from neobert.disk import write_text
 
 _WIDTH, _LEFT, _RIGHT, _TOP, _ROW, _BOTTOM = 760, 190, 70, 44, 20, 44
 
@@ -240,9 +240,7 @@ def run_job(plan: Plan, job: PlannedRun, place: Place) -> TrialResult:
         outcome = read_outcome(job, run, config)
     else:
         outcome = _make(job, config, run, place.data)
-        temporary = run / f".{SCORE}.tmp"
-        temporary.write_text(json.dumps(dataclasses.asdict(outcome), indent=1) + "\n")
-        os.replace(temporary, run / SCORE)
+        write_text(run / SCORE, json.dumps(dataclasses.asdict(outcome), indent=1) + "\n")
     if not place.keep_weights:
         shutil.rmtree(run / "checkpoints", ignore_errors=True)
     return outcome

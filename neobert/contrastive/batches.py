@@ -20,8 +20,9 @@ from numpy.typing import NDArray
 from neobert.contrastive.pair_order import TrainSet
 from neobert.data.rows.collate import Collator, join_rows
 from neobert.data.rows.lanes import IntArray
-from neobert.data.rows.order import Words, extend_keys, key, mask_words, mix
+from neobert.data.rows.order import extend_keys, key, mask_words
 from neobert.objectives.contrastive import Kind, PairBatch
+from neobert.splitmix import Words, mix
 from neobert.types import Corruption, PackedBatch, PackedRow
 
 SLOTS_MULTIPLE = 64

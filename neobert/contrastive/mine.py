@@ -22,6 +22,7 @@ from neobert.config.schema_contrastive import PairSource
 from neobert.contrastive.evaluate import check_max_length, embed_cut
 from neobert.contrastive.examples import Example
 from neobert.contrastive.reading import open_source
+from neobert.disk import replacing
 from neobert.errors import DataError
 from neobert.inference.loading import load
 
@@ -120,11 +121,9 @@ def mine_file(args: argparse.Namespace) -> tuple[int, int]:
         model, [args.positive_prefix + text for text in documents], pooling=args.pooling, max_length=length
     )
     written = total = 0
-    temporary = args.output.with_name(f".tmp-{args.output.name}")
-    with temporary.open("w", encoding="utf-8") as out:
+    with replacing(args.output) as temporary, temporary.open("w", encoding="utf-8") as out:
         for example in mine_examples(examples, anchors, vectors, documents, settings):
             row = {"anchor": example.anchor, "positive": example.positive, "negatives": list(example.negatives)}
             out.write(json.dumps(row, ensure_ascii=False) + "\n")
             written, total = written + len(example.negatives), total + 1
-    temporary.rename(args.output)
     return written, total

@@ -18,6 +18,7 @@ import pyarrow as pa
 
 from neobert.config.nesting import parse_json
 from neobert.contrastive.examples import Example, Form
+from neobert.disk import write_text
 from neobert.errors import DataError
 
 BATCH_ROWS = 4096
@@ -144,9 +145,7 @@ def write_manifest(path: str) -> None:
     """`manifest.json`: all sets of `dataset.path`."""
     sets = {key: asdict(info) for key, info in list_sets(path).items()}
     file = sets_folder(path) / "manifest.json"
-    temporary = file.with_suffix(".tmp")
-    temporary.write_text(json.dumps({"version": VERSION, "sets": sets}, indent=2) + "\n")
-    temporary.replace(file)
+    write_text(file, json.dumps({"version": VERSION, "sets": sets}, indent=2) + "\n")
 
 
 class PairStore:

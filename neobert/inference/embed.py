@@ -23,9 +23,9 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from numpy.lib.format import write_array_header_1_0
 
-from neobert.disk import check_no_writer, only_writer
+from neobert.disk import check_no_writer, only_writer, replacing
 from neobert.errors import DataError
-from neobert.inference.jobs import JobError, check_absent, load_done, progress_bar, save_done, write_whole
+from neobert.inference.jobs import JobError, check_absent, load_done, progress_bar, save_done
 from neobert.inference.model import Model
 from neobert.inference.packed import BATCH_TOKENS
 from neobert.inference.texts import InputRecord, Texts
@@ -111,7 +111,8 @@ def _embed_to_file(model: Model, texts: Texts, output: Path, settings: EmbedSett
     if not done["num_texts"]:
         shutil.rmtree(parts)
         raise DataError(f"{texts.label} has no text to embed; check the file and --text-column")
-    write_whole(output, lambda out: WRITERS[output.suffix](out, parts, done["chunks"], model.hidden_size))
+    with replacing(output) as temporary, temporary.open("wb") as out:
+        WRITERS[output.suffix](out, parts, done["chunks"], model.hidden_size)
     shutil.rmtree(parts)
     return EmbedReport(
         num_records=sum(done["chunks"]),
@@ -162,7 +163,8 @@ def _embed_chunk(model: Model, chunk: Sequence[InputRecord], file: Path, setting
         ).numpy()
     ids = np.array([record.number for record in chunk], dtype=np.int64)
     hashes = np.array(["" if r.text is None else hashlib.sha256(r.text.encode()).hexdigest() for r in chunk])
-    write_whole(file, lambda out: np.savez(out, vectors=vectors, ids=ids, hashes=hashes))
+    with replacing(file) as temporary:
+        np.savez(temporary, vectors=vectors, ids=ids, hashes=hashes)
     return num_truncated
 
 

@@ -1,17 +1,17 @@
 """Long jobs that continue where they were killed: a small JSON file says what is done; files appear whole or not."""
 
 import json
-import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskProgressColumn, TextColumn, TimeElapsedColumn
 
 from neobert.config.nesting import parse_json
 from neobert.data.fingerprint import fits
+from neobert.disk import write_text
 from neobert.errors import UserError
 
 
@@ -49,17 +49,7 @@ def load_done(file: Path, settings: dict[str, Any]) -> dict[str, Any] | None:
 def save_done(file: Path, settings: dict[str, Any], done: dict[str, Any]) -> None:
     """Records how far a job is, in one stroke."""
     text = json.dumps({"settings": settings, **done}) + "\n"
-    write_whole(file, lambda out: out.write(text.encode()))
-
-
-def write_whole(file: Path, write: Callable[[BinaryIO], Any]) -> None:
-    """Writes a file that appears under its name when it is complete."""
-    temporary = file.with_name(f".tmp-{file.name}")
-    with temporary.open("wb") as out:
-        write(out)
-        out.flush()
-        os.fsync(out.fileno())
-    temporary.replace(file)
+    write_text(file, text)
 
 
 @contextmanager

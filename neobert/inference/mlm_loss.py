@@ -24,7 +24,7 @@ from numpy.typing import NDArray
 
 from neobert.data.rows.collate import Collator, build_row
 from neobert.data.rows.lanes import IntArray, Window
-from neobert.data.rows.order import Words, extend_keys, key, mask_words, uniforms
+from neobert.data.rows.order import extend_keys, key, mask_words, uniforms
 from neobert.data.rows.packing import Piece, best_fit, max_segments_per_row, split_documents
 from neobert.data.source.text import cut_text
 from neobert.errors import DataError
@@ -33,6 +33,7 @@ from neobert.inference.packed import BATCH_TOKENS
 from neobert.inference.scorer import Scorer
 from neobert.inference.texts import Text, Texts
 from neobert.objectives.masking import MaskPolicy
+from neobert.splitmix import Words
 from neobert.types import Corruption, PackedBatch, PackedRow
 
 _BLOCK_DOCUMENTS = 512

@@ -28,9 +28,9 @@ from functools import lru_cache
 import numpy as np
 from numpy.typing import NDArray
 
+from neobert.splitmix import GAMMA, Words, mix
 from neobert.types import WordEdges
 
-Words = NDArray[np.uint64]
 Places = NDArray[np.int64]
 
 
@@ -122,8 +122,8 @@ class MaskPolicy:
             return corrupted, selected
         # Selected words are small numbers: mixed again, all their bits are uniform. The high half says what to do,
         # the low half draws the replacement, scaled by multiply and shift.
-        fresh = _mix(words[selected])
-        choice = (fresh if deciding is None else _mix(deciding)) >> np.uint64(32)
+        fresh = mix(words[selected] + np.uint64(GAMMA))
+        choice = (fresh if deciding is None else mix(deciding + np.uint64(GAMMA))) >> np.uint64(32)
         masked_below = _share_of_32_bits(self.mask_fraction)
         random_below = _share_of_32_bits(self.mask_fraction + self.random_fraction)
         masked = choice < masked_below
@@ -144,14 +144,6 @@ class MaskPolicy:
     def max_targets(self, num_slots: int) -> int:
         """Upper bound of the number of selected tokens in a row of `num_slots`, at any step."""
         return math.ceil(max(self.probability, self.final_probability or 0.0) * num_slots) + 1
-
-
-def _mix(words: Words) -> Words:
-    """The finaliser of splitmix64 (Steele, Lea & Flood, 2014), a bijection of 64-bit words, after one step."""
-    x = words + np.uint64(0x9E3779B97F4A7C15)
-    x = (x ^ (x >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
-    x = (x ^ (x >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
-    return x ^ (x >> np.uint64(31))
 
 
 def _share_of_32_bits(share: float) -> np.uint64:
@@ -256,7 +248,7 @@ def _choose_spans(
 def span_lengths(words: Words, most: int) -> Places:
     """Lengths from 1 to `most`, l with a probability proportional to 0.8^(l - 1), one for each random word."""
     # Another word than the one that decides about the replacement.
-    drawn = _mix(~words) >> np.uint64(32)
+    drawn = mix(~words + np.uint64(GAMMA)) >> np.uint64(32)
     return 1 + np.searchsorted(_length_bounds(most), drawn, side="right")
 
 

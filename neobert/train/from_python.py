@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import secrets
 import shutil
 from collections.abc import Sequence
 from dataclasses import replace
@@ -61,8 +62,14 @@ def write_documents(data: Union["Dataset", Sequence[str]], parent: Path) -> Path
             f"to resume it, choose another trainer.output_dir, or remove {parent} to begin with these"
         )
     if not folder.is_dir():
-        temporary = parent / f".tmp-{folder.name}"
-        shutil.rmtree(temporary, ignore_errors=True)
-        data.flatten_indices().save_to_disk(str(temporary))
-        temporary.rename(folder)
+        # Every process of a run does this before they know each other: each writes a copy, and the first rename stays.
+        temporary = parent / f".tmp-{folder.name}-{secrets.token_hex(4)}"
+        try:
+            data.flatten_indices().save_to_disk(str(temporary))
+            temporary.rename(folder)
+        except OSError:
+            if not folder.is_dir():
+                raise
+        finally:
+            shutil.rmtree(temporary, ignore_errors=True)
     return folder

@@ -2,12 +2,9 @@
 
 One run in an output folder at a time, and one folder for all ranks.
 
-The lock is an flock on `<output_dir>/.lock`, held by rank 0: it ends with the process, however that ends, so a resume
-after a crash never waits for a stale lock. The file's text names the holder for the message of the one that is refused.
+The lock is on `<output_dir>/.lock`, held by rank 0: a resume after a crash never waits for a stale one (`disk.py`).
 """
 
-import fcntl
-import json
 import os
 import secrets
 import shutil
@@ -20,6 +17,7 @@ from neobert.config.fields import FIELDS, SECTIONS
 from neobert.config.load import ConfigError, config_to_yaml, load_saved_config, save_config, without_secrets
 from neobert.config.nesting import parse_json
 from neobert.config.schema import Config
+from neobert.disk import is_locked_by, lock_file, replacing
 from neobert.errors import StartupError
 from neobert.train.agreement import RankError, agree, exchange
 from neobert.train.checkpoint.run_folder import check_own, check_place, check_unused, free_names, holds_run, set_aside
@@ -45,22 +43,16 @@ def acquire_lock(output_dir: Path) -> None:
         StartupError: another process holds it; with its pid and host.
     """
     path, held = output_dir / LOCK, _held.get(output_dir.absolute())
-    if held is not None and path.exists() and os.path.samestat(os.fstat(held), path.stat()):
+    if held is not None and is_locked_by(held, path):
         return
     release_lock(output_dir)  # Of a folder that is gone, or was renamed.
-    descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o644)
     try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        holder = _read_holder(descriptor)
-        os.close(descriptor)
+        _held[output_dir.absolute()] = lock_file(path)
+    except BlockingIOError as holder:
         raise StartupError(
             f"trainer.output_dir: another run is writing into {output_dir} ({holder}); wait for it, stop it, or choose "
             "another trainer.output_dir"
         ) from None
-    os.ftruncate(descriptor, 0)
-    os.write(descriptor, json.dumps({"pid": os.getpid(), "host": socket.gethostname()}).encode())
-    _held[output_dir.absolute()] = descriptor
 
 
 def release_lock(output_dir: Path) -> None:
@@ -68,14 +60,6 @@ def release_lock(output_dir: Path) -> None:
     descriptor = _held.pop(output_dir.absolute(), None)
     if descriptor is not None:
         os.close(descriptor)
-
-
-def _read_holder(descriptor: int) -> str:
-    try:
-        holder = json.loads(os.pread(descriptor, 1000, 0))
-        return f"pid {holder['pid']} on {holder['host']}"
-    except (ValueError, KeyError, TypeError):
-        return "a process that has just started"
 
 
 def check_shared(output_dir: Path, runtime: "Runtime") -> None:
@@ -299,13 +283,13 @@ def write_config(config: Config, runtime: "Runtime", output_dir: Path, reporter:
     """
     if not runtime.is_main:
         return
-    path, temporary = output_dir / "config.yaml", output_dir / ".config.yaml.tmp"
-    save_config(without_secrets(config), temporary)
-    if os.path.lexists(path) and not _was_written(path):
-        kept = next(free_names(output_dir / "config.yaml.old"))
-        path.rename(kept)
-        reporter.say(f"{path} was written by hand, or by another version: it is now {kept}")
-    temporary.replace(path)
+    path = output_dir / "config.yaml"
+    with replacing(path) as temporary:
+        save_config(without_secrets(config), temporary)
+        if os.path.lexists(path) and not _was_written(path):
+            kept = next(free_names(output_dir / "config.yaml.old"))
+            path.rename(kept)
+            reporter.say(f"{path} was written by hand, or by another version: it is now {kept}")
 
 
 def _was_written(path: Path) -> bool:

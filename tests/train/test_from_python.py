@@ -4,12 +4,13 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from datasets import Dataset
+from datasets import Dataset, load_from_disk
 from records import exact_steps
 
 import neobert
 from neobert.config.schema import Config
 from neobert.errors import DataError, UserError
+from neobert.train.from_python import write_documents
 
 
 def test_texts_train_and_resume_bit_for_bit(tiny: Callable[..., Config], texts: list[str], tmp_path: Path) -> None:
@@ -39,3 +40,20 @@ def test_names_of_the_package_are_the_functions_themselves() -> None:
         assert callable(getattr(neobert, name))
     with pytest.raises(AttributeError, match="no attribute 'train_it'"):
         _ = neobert.train_it
+
+
+def test_two_processes_that_write_the_same_documents_at_once_share_one_copy(
+    texts: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    save, written = Dataset.save_to_disk, []
+
+    def save_second(data: Dataset, path: str) -> None:
+        monkeypatch.setattr(Dataset, "save_to_disk", save)
+        save(data, path)
+        written.append(write_documents(texts, tmp_path))  # The other process begins later and ends first.
+
+    monkeypatch.setattr(Dataset, "save_to_disk", save_second)
+    folder = write_documents(texts, tmp_path)
+    assert written == [folder]
+    assert list(tmp_path.iterdir()) == [folder]
+    assert load_from_disk(str(folder))["text"][:] == texts

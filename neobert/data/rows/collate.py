@@ -20,9 +20,10 @@ import torch
 from numpy.typing import NDArray
 
 from neobert.data.rows.lanes import IntArray, Window
-from neobert.data.rows.order import extend_keys, key, mask_words, mix, uniforms
+from neobert.data.rows.order import extend_keys, key, mask_words, uniforms
 from neobert.data.rows.packing import SPECIALS_PER_SEGMENT, Piece
 from neobert.model.segments import Segments
+from neobert.splitmix import mix
 from neobert.types import IGNORE_INDEX, Corruption, PackedBatch, PackedRow
 
 EVAL_TARGETS_MULTIPLE = 256

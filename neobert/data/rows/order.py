@@ -10,7 +10,7 @@ order of every run, so it must raise the version of the loader's state.
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-Words = NDArray[np.uint64]
+from neobert.splitmix import BITS, GAMMA, Words, mix, mix_number
 
 TAGS = {
     "documents": 1,
@@ -26,22 +26,7 @@ TAGS = {
 }
 """What a key is for, as the integer that is hashed. Numbers are never reused."""
 
-_BITS = 2**64 - 1
-_GAMMA = 0x9E3779B97F4A7C15
 _START = 0x243F6A8885A308D3
-
-
-def _mix(x: int) -> int:
-    x = ((x ^ (x >> 30)) * 0xBF58476D1CE4E5B9) & _BITS
-    x = ((x ^ (x >> 27)) * 0x94D049BB133111EB) & _BITS
-    return x ^ (x >> 31)
-
-
-def mix(x: Words) -> Words:
-    """The splitmix64 finaliser on uint64 arrays: every input bit flips every output bit half of the time."""
-    x = (x ^ (x >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
-    x = (x ^ (x >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
-    return x ^ (x >> np.uint64(31))
 
 
 def key(*parts: int | str) -> int:
@@ -49,23 +34,23 @@ def key(*parts: int | str) -> int:
     value = _START
     for part in parts:
         number = TAGS[part] if isinstance(part, str) else int(part)
-        value = _mix((value + number + _GAMMA) & _BITS)
+        value = mix_number((value + number + GAMMA) & BITS)
     return value
 
 
 def extend_keys(keys: int | Words, parts: ArrayLike) -> Words:
     """Keys with one more part, for a whole array: `extend_keys(key(a), [b])[0] == key(a, b)`."""
-    return mix(np.asarray(keys, dtype=np.uint64) + np.asarray(parts).astype(np.uint64) + np.uint64(_GAMMA))
+    return mix(np.asarray(keys, dtype=np.uint64) + np.asarray(parts).astype(np.uint64) + np.uint64(GAMMA))
 
 
 def mask_words(keys: Words, positions: ArrayLike) -> Words:
     """One 64-bit word for each (key, position); `keys` and `positions` broadcast."""
-    return mix(keys + (np.asarray(positions).astype(np.uint64) + np.uint64(1)) * np.uint64(_GAMMA))
+    return mix(keys + (np.asarray(positions).astype(np.uint64) + np.uint64(1)) * np.uint64(GAMMA))
 
 
 def uniforms(keys: Words) -> NDArray[np.float64]:
     """A number in [0, 1) for each key, with 53 random bits."""
-    return (mix(keys ^ np.uint64(_GAMMA)) >> np.uint64(11)).astype(np.float64) * 2.0**-53
+    return (mix(keys ^ np.uint64(GAMMA)) >> np.uint64(11)).astype(np.float64) * 2.0**-53
 
 
 def uniform(from_key: int) -> float:
@@ -93,7 +78,7 @@ class Permutation:
         self._n = np.uint64(n)
         self._half = np.uint64(bits // 2)
         self._low = np.uint64((1 << (bits // 2)) - 1)
-        self._keys = mix(np.arange(1, self._ROUNDS + 1, dtype=np.uint64) * np.uint64(_GAMMA) + np.uint64(from_key))
+        self._keys = mix(np.arange(1, self._ROUNDS + 1, dtype=np.uint64) * np.uint64(GAMMA) + np.uint64(from_key))
 
     def __call__(self, positions: ArrayLike) -> NDArray[np.int64]:
         """Images of `positions` (integers in [0, n)), int64."""

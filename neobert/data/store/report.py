@@ -21,10 +21,10 @@ import numpy as np
 import pyarrow as pa
 from numpy.typing import NDArray
 
-from neobert.data.rows.order import Words, mix
 from neobert.data.rows.packing import SPECIALS_PER_SEGMENT
 from neobert.data.store.arrow import load_table, read_manifest
 from neobert.errors import DataError
+from neobert.splitmix import GAMMA, Words, mix
 
 _WIDTH, _HEIGHT, _LEFT, _TOP, _BOTTOM = 720, 320, 70, 40, 50
 
@@ -66,7 +66,6 @@ def _short(number: int) -> str:
     return str(number)
 
 
-_GAMMA = np.uint64(0x9E3779B97F4A7C15)
 _PERCENTILES = (1, 5, 25, 50, 75, 95, 99)
 _ROW_LENGTHS = (128, 256, 512, 1024, 2048, 4096, 8192)
 _BAR = 40
@@ -182,7 +181,7 @@ def _add(statistics: _Statistics, rows: _Rows, unk_id: int | None) -> None:
     positions = np.arange(len(rows.tokens)) - np.repeat(starts, lengths)
     positions[: lengths[0]] += statistics.open_length
     with np.errstate(over="ignore"):
-        words = mix(rows.tokens.astype(np.uint64) + positions.astype(np.uint64) * _GAMMA)
+        words = mix(rows.tokens.astype(np.uint64) + positions.astype(np.uint64) * np.uint64(GAMMA))
         sums = np.r_[np.uint64(0), np.cumsum(words, dtype=np.uint64)]
         hashes = sums[starts + lengths] - sums[starts]
         hashes[0] += np.uint64(statistics.open_hash)

@@ -16,6 +16,7 @@ from neobert.config.fields import FIELDS
 from neobert.config.nesting import parse_json
 from neobert.config.schema import Config
 from neobert.config.schema_trainer import TrainerSection
+from neobert.disk import write_text
 from neobert.testing.faults import fault_point
 from neobert.train.checkpoint.commit import remove_tree
 from neobert.weights.folder import valid_steps
@@ -120,9 +121,7 @@ def prune(output_dir: Path, section: TrainerSection, *, dry_run: bool = False) -
     if dry_run:
         return removed, []
     if best is not None:
-        temporary = folder / ".best.json.tmp"
-        temporary.write_text(json.dumps({"step": best, "eval_loss": scores[best].loss}) + "\n")
-        os.replace(temporary, folder / BEST)
+        write_text(folder / BEST, json.dumps({"step": best, "eval_loss": scores[best].loss}) + "\n")
     problems = []
     for step in removed:
         fault_point("prune.before", step)

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from neobert.config.nesting import parse_json
+from neobert.disk import write_text
 
 
 class LineFile:
@@ -34,22 +35,15 @@ class LineFile:
         """Replaces the file: after a kill at any instant it holds the old lines or these."""
         if not self._path.is_file():
             return
-        temporary = LineFile(self._path.with_suffix(".tmp"))
-        temporary._path.unlink(missing_ok=True)
-        temporary.append(lines)
-        temporary._path.replace(self._path)
+        write_text(self._path, "".join(map(_encode, lines)))
 
     def append(self, lines: list[dict[str, Any]]) -> None:
         """Adds lines and flushes them to the disk; a reader never sees half of one after a clean exit.
 
-        A number that is not finite becomes null: JSON has no word for it.
-
         Raises:
             OSError: they could not be written; the next call writes them too.
         """
-        for line in lines:
-            numbers = {k: None for k, v in line.items() if isinstance(v, float) and not math.isfinite(v)}
-            self._unwritten.append(json.dumps(line | numbers, allow_nan=False) + "\n")
+        self._unwritten += map(_encode, lines)
         size = self._path.stat().st_size if self._path.exists() else 0
         try:
             with self._path.open("a") as handle:
@@ -61,3 +55,9 @@ class LineFile:
                 os.truncate(self._path, size)  # Half a line would spoil the line after it.
             raise
         self._unwritten.clear()
+
+
+def _encode(line: dict[str, Any]) -> str:
+    """A number that is not finite becomes null: JSON has no word for it."""
+    numbers = {k: None for k, v in line.items() if isinstance(v, float) and not math.isfinite(v)}
+    return json.dumps(line | numbers, allow_nan=False) + "\n"

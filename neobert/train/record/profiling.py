@@ -17,6 +17,7 @@ from pathlib import Path
 import torch
 from torch.profiler import ProfilerActivity, profile, record_function
 
+from neobert.disk import replacing
 from neobert.train.checkpoint.run_folder import SNAPSHOT, TRACE
 from neobert.train.run import Run
 from neobert.train.step import StepMetrics
@@ -63,10 +64,9 @@ class Recording:
             torch.cuda.memory._record_memory_history(enabled=None)
 
     def _write(self, name: str, write: Callable[[Path], object]) -> None:
-        temporary = self._run.output_dir / f".tmp-{name}"
         try:
-            write(temporary)
-            temporary.replace(self._run.output_dir / name)
+            with replacing(self._run.output_dir / name) as temporary:
+                write(temporary)
         except (OSError, RuntimeError) as error:  # A picture of some steps is not worth a run.
             self._run.tracker.warn(f"{name} could not be written ({error}); the run continues without it")
 
