@@ -231,9 +231,7 @@ def test_what_contradicts_the_checkpoint_is_named(
         finetune(contrastive(tmp_path / "a", start, "model.num_hidden_layers=3"))
     with pytest.raises(StartupError, match=r"pretrained_checkpoint_dir: .*nowhere is no folder"):
         finetune(contrastive(tmp_path / "b", f"contrastive.pretrained_checkpoint_dir={tmp_path}/nowhere"))
-    with pytest.raises(
-        StartupError, match=r"task: pretraining is for `neobert pretrain`; .* task: contrastive"
-    ):
+    with pytest.raises(StartupError, match=r"task: pretraining is for `neobert pretrain`; .* task: contrastive"):
         finetune(load_config(pretrained / "config.yaml"))
     with pytest.raises(StartupError, match=r"task: contrastive is for `neobert finetune`"):
         pretrain(contrastive(tmp_path / "c"))
