@@ -1,8 +1,8 @@
 """An experiment: one config, varied, trained again and again on the same tokens, scored with the same masks.
 
-A plan is a YAML file (`experiment_plan.py`).
-All configs are checked before the first run. A finished run leaves `score.json` in its folder and is not made again; a
-run that was killed continues from its newest checkpoint. The table and the picture are made from what is finished.
+A plan is a YAML file (`experiment_plan.py`). All configs are checked before the first run. A finished run leaves
+`score.json` in its folder and is not made again; a run that was killed continues from its newest checkpoint. The table
+and the picture are made from what is finished.
 
 What came out of an experiment: which learning rate was best, a table, and a picture.
 

@@ -8,7 +8,7 @@
 FLOP per token: `Encoder.flops_per_token`, forward and backward, with the documents and masks of the rows themselves.
 Lengths of made-up documents are log-normal, cut and packed by best fit, so rows are nearly full as in training.
 
-The plain forms of what this code does otherwise, to measure what that brings: masked attention, unfused AdamW.
+Plain forms (masked attention, unfused AdamW) are here to measure what the others bring.
 """
 
 import itertools

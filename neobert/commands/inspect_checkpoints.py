@@ -7,12 +7,10 @@ from pathlib import Path
 from typing import Any
 
 from neobert.config.load import ConfigError
-from neobert.config.nesting import parse_json
 from neobert.config.schema_trainer import TrainerSection
 from neobert.errors import StartupError
-from neobert.model.config import ModelConfig
-from neobert.train.build import choose_mask_end
-from neobert.train.checkpoint.identity import Facts, build_facts, compare
+from neobert.train.checkpoint.identity import Facts, compare
+from neobert.train.checkpoint.resume import describe_saved_run
 from neobert.train.checkpoint.retention import (
     choose_best_of_each,
     is_milestone,
@@ -125,18 +123,7 @@ def read_facts(checkpoint: Path) -> tuple[Facts, dict[str, Any]]:
         StartupError: a file is missing or torn.
     """
     saved, config = read_train_state(checkpoint), read_checkpoint_config(checkpoint)
-    facts = build_facts(
-        config,
-        ModelConfig.from_dict(parse_json((checkpoint / "model_config.json").read_text())),
-        saved["data"],
-        rows_per_step=saved["rows_per_step"],
-        mask_end=choose_mask_end(config, saved.get("num_steps", 0)),
-        fingerprint=saved["data_fingerprint"],
-        tokenizer_digest=saved["tokenizer_digest"],
-        special_ids=saved.get("special_ids"),
-        groups=saved.get("optimizer_groups"),
-    )
-    return facts, saved
+    return describe_saved_run(checkpoint, saved, config), saved
 
 
 def prune_run(run: Path, *, keep: int | None, dry_run: bool) -> list[str]:

@@ -5,6 +5,9 @@ from typing import Literal
 
 from neobert.config.key import key, when
 
+MASKS = "task=pretraining or contrastive.pretraining_objective=mlm"
+"""What keys of masks need: pretraining, or fine-tuning in which some steps are masked language modelling."""
+
 MAX_RECORD_BYTES = 64 << 20
 """Far above any document of text, far below the memory of any machine."""
 
@@ -233,7 +236,7 @@ class DatacollatorSection:
         0.2,
         above=0,
         at_most=1,
-        needs="task=pretraining or contrastive.pretraining_objective=mlm",
+        needs=MASKS,
         resume="declared",
         changes="batch",
     )
@@ -262,9 +265,7 @@ class DatacollatorSection:
     """The same fraction in evaluation, always 80/10/10 and token by token, so that losses of runs with different
     masking compare."""
 
-    mask_units: Literal["tokens", "words", "spans"] = key(
-        "tokens", needs="task=pretraining or contrastive.pretraining_objective=mlm", resume="declared", changes="batch"
-    )
+    mask_units: Literal["tokens", "words", "spans"] = key("tokens", needs=MASKS, resume="declared", changes="batch")
     """What is drawn until the fraction is reached. tokens: each by itself. words: all tokens of a word. spans: up to
     `span_max_words` words in a row, the fewer the likelier. The last unit of a row may be cut short. words and spans
     need a tokenizer that marks where words begin."""
@@ -272,7 +273,7 @@ class DatacollatorSection:
     span_max_words: int = key(
         10,
         at_least=1,
-        needs=("task=pretraining or contrastive.pretraining_objective=mlm", "datacollator.mask_units=spans"),
+        needs=(MASKS, "datacollator.mask_units=spans"),
         resume="declared",
         changes="batch",
     )
@@ -283,7 +284,7 @@ class DatacollatorSection:
         at_least=0,
         at_most=1,
         needs=(
-            "task=pretraining or contrastive.pretraining_objective=mlm",
+            MASKS,
             "datacollator.mask_all=false",
             "trainer.objective=mlm",
         ),
@@ -297,7 +298,7 @@ class DatacollatorSection:
         at_least=0,
         at_most=1,
         needs=(
-            "task=pretraining or contrastive.pretraining_objective=mlm",
+            MASKS,
             "datacollator.mask_all=false",
             "trainer.objective=mlm",
         ),
@@ -308,7 +309,7 @@ class DatacollatorSection:
 
     mask_all: bool = key(
         False,
-        needs=("task=pretraining or contrastive.pretraining_objective=mlm", "trainer.objective=mlm"),
+        needs=(MASKS, "trainer.objective=mlm"),
         resume="declared",
         changes="batch",
     )

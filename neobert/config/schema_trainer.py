@@ -4,6 +4,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from neobert.config.key import key, when
+from neobert.config.schema_data import MASKS
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -168,7 +169,7 @@ class TrainerSection:
     z_loss: float = key(
         0.0,
         at_least=0,
-        needs=("task=pretraining or contrastive.pretraining_objective=mlm", "trainer.objective=mlm"),
+        needs=(MASKS, "trainer.objective=mlm"),
         resume="declared",
     )
     """Coefficient z of z * logsumexp(logits)^2 in the training loss of every target, which keeps logits small; 1e-4 is

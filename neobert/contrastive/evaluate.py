@@ -4,8 +4,6 @@ Scored pairs give Spearman's correlation between cosine and score. Other pairs a
 anchor is a query, the collection is every different positive and negative of the set, and the positives of an anchor
 answer it. Texts are embedded as `scripts/embed.py` and an exported model would embed them, cut at
 `dataset.max_seq_length`. Processes share the texts out and put the vectors together, so their number does not matter.
-
-Figures of merit of embeddings: rank correlation with scores, and retrieval. numpy alone.
 """
 
 import argparse

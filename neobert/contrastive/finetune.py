@@ -1,7 +1,5 @@
 """Contrastive fine-tuning: the training loop of pretraining with pairs, another module and another evaluation.
 
-The encoder that fine-tuning starts from: its architecture and tokenizer become those of the config.
-
 The user's config says little about the model. `bind_checkpoint` gives the config of the run: `model` and
 `tokenizer` are the checkpoint's, and `model.init_from` is the folder its weights are read from, so that the saved
 config describes the run without looking anywhere else.

@@ -1,6 +1,6 @@
 """The data of a run: which source, which documents train and which evaluate, and the loader over them.
 
-Who reads the data of a run: one of its processes, and with how many threads.
+`Reader` is who reads it: one of the processes of a run, and with how many threads.
 """
 
 import hashlib

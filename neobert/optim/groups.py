@@ -101,7 +101,8 @@ def list_decayed(groups: Sequence[Mapping[str, Any]]) -> tuple[list[str], list[s
 
 
 def regroup_state(saved: Mapping[str, Any], groups: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
-    """A saved state dict as one of an optimizer of the same kind with `groups`: state follows the names of weights."""
+    """A saved state dict as one of an optimizer of the same kind with `groups`: state follows the names of weights,
+    and the settings (weight decay, betas, eps) are those of `groups`."""
     old = {
         name: saved["state"][place]
         for group in saved["param_groups"]

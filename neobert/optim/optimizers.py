@@ -1,10 +1,9 @@
 """Optimizers by name. The learning rate they are built with is the peak; the train step sets it again at every step.
 
-An optimizer step that the device itself can leave out.
-
-Whether a step counts is known on the device only, and asking would make the host wait. torch's fused optimizers read a
-flag, `found_inf`, inside their kernel, as gradient scalers use it: where it is 1, parameters, moments and the count of
-steps keep every bit. An optimizer of another kind says that it does the same with `_step_supports_amp_scaling = True`.
+The device itself can leave out a step: whether it counts is known on the device only, and asking would make the host
+wait. torch's fused optimizers read a flag, `found_inf`, inside their kernel, as gradient scalers use it: where it is 1,
+parameters, moments and the count of steps keep every bit. An optimizer of another kind says that it does the same with
+`_step_supports_amp_scaling = True`.
 
 Matrices that return to the unit sphere after every optimizer step, for the normalised model.
 """

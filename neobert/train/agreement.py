@@ -5,10 +5,9 @@ within `sharing_errors`, and the only collective of a start is `exchange`: a ran
 others wait in and hands them its sentence, wherever each of them stands. Nobody hangs and nobody ends with an error of
 the process group. `check_equal` compares what has to be equal and names what is not.
 
-What has to be equal on all ranks of a run: settings, code and packages, and the checkpoint that it resumes from.
-
-Paths, threads and trackers are a machine's own: what is found under a path is compared instead (the fingerprint of the
-data, the digest of the tokenizer, the initial weights).
+Equal have to be the settings, the code and packages, and the checkpoint that a run resumes from. Paths, threads and
+trackers are a machine's own: what is found under a path is compared instead (the fingerprint of the data, the digest of
+the tokenizer, the initial weights).
 """
 
 import hashlib

@@ -1,6 +1,6 @@
 """The end of a run: the last evaluation and checkpoint, a few completed texts, and what to type next.
 
-The end of a run that stops before its budget is spent: one checkpoint, or none when the numbers are bad.
+A run that stops before its budget is spent saves one checkpoint, or none when the numbers are bad.
 """
 
 import time

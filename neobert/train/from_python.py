@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
 
 def pretrain(config: Config, data: Union["Dataset", Sequence[str], None] = None) -> RunResult:
-    """Pretraining with masked language modelling.
+    """Pretraining, as `neobert pretrain` does it.
 
     Args:
         data: a Dataset with a column of text, or texts, in the place of the source that the config names. They are

@@ -1,6 +1,4 @@
-"""What to say when the memory does not suffice.
-
-Memory of this process and of this machine on a CPU, as Linux tells it, and the errors that end in the lack of it.
+"""Memory of this process and of this machine, and what to say when it does not suffice.
 
 What a control group leaves (containers, batch systems) counts when it is less than what the machine has free. Page
 cache that can be dropped counts as free.

@@ -1,6 +1,7 @@
 """A run: every object that training needs, wired once from a frozen config.
 
-Opening a run: everything that can be wrong with machine, folder, checkpoint and tokenizer, before it is built.
+`open_run` comes first: everything that can be wrong with machine, folder, checkpoint and tokenizer, before anything is
+built.
 """
 
 from collections.abc import Callable, Sequence

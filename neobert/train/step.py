@@ -7,12 +7,11 @@ A step whose loss or gradient is not finite has no effect on any rank, decided o
 own: a loss that is not finite makes its whole gradient NaN, the reduction of the gradients over ranks carries that to
 every rank, and the norm of the reduced gradient tells it. The optimizer reads the resulting flag.
 
-Batches go to the device while it still computes the step before.
-
-The host runs ahead of a GPU: when a batch is handed over, the kernels of earlier steps are still queued. A copy in
-their stream would wait after them, and the step after the copy. So batches are copied from pinned memory in a stream
-of their own, which starts at once, and the compute stream waits for that copy alone. Memory belongs to the copying
-stream, hence the allocator is told that the compute stream reads it too and hands it out again only after that.
+`BatchCopier` brings batches to the device while it still computes the step before. The host runs ahead of a GPU: when a
+batch is handed over, the kernels of earlier steps are still queued. A copy in their stream would wait after them, and
+the step after the copy. So batches are copied from pinned memory in a stream of their own, which starts at once, and
+the compute stream waits for that copy alone. Memory belongs to the copying stream, hence the allocator is told that the
+compute stream reads it too and hands it out again only after that.
 """
 
 from collections.abc import Callable, Iterable

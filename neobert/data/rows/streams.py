@@ -3,10 +3,9 @@
 Both take a bounded number of tokens at a time, so a window fits into memory however large its documents are: a document
 that is too large continues in the next take, at the token or character where the state says, and nothing is lost.
 
-Several sources as one stream of documents.
-
-Every document slot of a lane draws its source from a hash of (seed, lane, epoch, slot), and the lane keeps one state
-for each source: that is all there is to remember. Two ways of mixing:
+`MixtureStream` makes one stream of several sources. Every document slot of a lane draws its source from a hash of
+(seed, lane, epoch, slot), and the lane keeps one state for each source: that is all there is to remember. Two ways of
+mixing:
 
     weights given    slots fall to the sources in these shares; a source that ends begins its next epoch at once
     no weights       each document once per epoch; slots fall to the sources in the shares of their sizes, so that they

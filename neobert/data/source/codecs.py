@@ -1,7 +1,8 @@
-"""Compressed files as streams of bytes: .gz, .zst, .xz and .bz2.
+"""What the bytes of a file go through before they are lines of UTF-8.
 
-Text that is not lines of UTF-8, as if it were: other Unicode encodings, old line ends, JSON that is not one value a
-line. What a layer gives is a function of the file alone, so a cursor is a byte of it, as in a compressed file.
+Compressed files are streams of bytes: .gz, .zst, .xz and .bz2. Recoded is text that is not lines of UTF-8, as if it
+were: other Unicode encodings, old line ends, JSON that is not one value a line. What a layer gives is a function of the
+file alone, so a cursor is a byte of it, as in a compressed file.
 """
 
 import bz2

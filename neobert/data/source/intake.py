@@ -3,7 +3,8 @@
 Of local files the first bytes are always read, and records of at most `MAX_SAMPLED` of them, spread evenly; of remote
 files both of at most `MAX_REMOTE`. The column of a file that was not sampled is chosen when it is read.
 
-Records from several places of a file: enough to say whether there is text in it, little enough for many files.
+The records come from several positions of a file: enough to say whether there is text in it, little enough for many
+files.
 """
 
 from collections.abc import Callable, Iterator, Mapping, Sequence

@@ -1,7 +1,4 @@
-"""`dataset.*` -> the list of sources it names, one `SourceSpec` each.
-
-Which column holds the text.
-"""
+"""`dataset.*` -> the list of sources it names, one `SourceSpec` each; and which column of a source holds the text."""
 
 import re
 from collections import Counter

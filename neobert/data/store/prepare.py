@@ -10,7 +10,7 @@ done in `.tmp-<name>/` beside the folder:
 A start that finds progress for the same documents, tokenizer and settings continues after it. Where files end depends
 on the tokens alone, so the bytes are those of a reading that was never interrupted.
 
-How far a long reading of documents has come: a bar on a terminal, a line now and then elsewhere.
+Progress is a bar on a terminal, and a line now and then elsewhere.
 """
 
 import json

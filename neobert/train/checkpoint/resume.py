@@ -3,11 +3,10 @@
 `identity` decides what may differ. Every pickle is read as plain tensors and numbers (`weights_only`): a file that
 would run code is refused.
 
-Back to an older checkpoint when the numbers have gone bad, past the rows that were trained on since.
-
-PaLM (Chowdhery et al., arXiv 2204.02311, section 5.1) restarted 100 steps before a spike and skipped the batches
-in between: the same rows from another state did no harm. Which rows are skipped is part of the training state, so
-every later resume skips them too.
+`roll_back` goes to an older checkpoint when the numbers have gone bad, past the rows that were trained on since. PaLM
+(Chowdhery et al., arXiv 2204.02311, section 5.1) restarted 100 steps before a spike and skipped the batches in between:
+the same rows from another state did no harm. Which rows are skipped is part of the training state, so every later
+resume skips them too.
 """
 
 from collections.abc import Mapping
@@ -93,10 +92,21 @@ def compare_with_checkpoint(run: Run) -> Comparison:
     assert saved is not None
     assert config is not None
     assert run.checkpoint is not None
-    model = ModelConfig.from_dict(parse_json((run.checkpoint / "model_config.json").read_text()))
-    theirs = build_facts(
+    trainer, before = run.config.trainer, config.trainer
+    same_micro_batch = trainer.micro_batch_rows == before.micro_batch_rows
+    return compare(
+        describe_saved_run(run.checkpoint, saved, config),
+        describe_run(run),
+        trainer.resume_allow,
+        same_ranks=same_micro_batch and saved["world_size"] == run.runtime.world,
+    )
+
+
+def describe_saved_run(checkpoint: Path, saved: Mapping[str, Any], config: Config) -> Facts:
+    """The facts of the run that a checkpoint is of; `saved` is its `train_state.json`, `config` its config."""
+    return build_facts(
         config,
-        model,
+        ModelConfig.from_dict(parse_json((checkpoint / "model_config.json").read_text())),
         saved["data"],
         rows_per_step=saved["rows_per_step"],
         mask_end=choose_mask_end(config, saved.get("num_steps", 0)),
@@ -104,14 +114,6 @@ def compare_with_checkpoint(run: Run) -> Comparison:
         tokenizer_digest=saved["tokenizer_digest"],
         special_ids=saved.get("special_ids"),
         groups=saved.get("optimizer_groups"),
-    )
-    trainer, before = run.config.trainer, config.trainer
-    same_micro_batch = trainer.micro_batch_rows == before.micro_batch_rows
-    return compare(
-        theirs,
-        describe_run(run),
-        trainer.resume_allow,
-        same_ranks=same_micro_batch and saved["world_size"] == run.runtime.world,
     )
 
 
@@ -197,12 +199,8 @@ def load_optimizer(run: Run, checkpoint: Path) -> None:
     Raises:
         StartupError: the file is damaged.
     """
-    # The checkpoint's groups bring their weight decay, betas and eps along; those of the config hold.
-    wanted = [{k: v for k, v in group.items() if k != "params"} for group in run.optimizer.param_groups]
     saved = read_pickle(checkpoint / "optimizer.bin", run.runtime.device)
     run.optimizer.load_state_dict(regroup_state(saved, run.optimizer.param_groups))
-    for group, values in zip(run.optimizer.param_groups, wanted, strict=True):
-        group.update(values)
 
 
 def read_pickle(path: Path, device: torch.device | str = "cpu") -> Any:
