@@ -82,6 +82,11 @@ MUTANTS = {
     "what must be declared need not be": Mutant(
         'if d.kind in ("fixed", "needs declaring"))', 'if d.kind == "fixed")', IDENTITY
     ),
+    "the config's optimizer settings hold": Mutant(
+        "for key, value in group.items() if key",
+        'for key, value in {**group, "weight_decay": saved["param_groups"][0]["weight_decay"]}.items() if key',
+        IDENTITY,
+    ),
     "micro-batches may differ": Mutant("(same_ranks or not next_fit)", "True", IDENTITY),
     "the average begins again": Mutant(
         "average.begin(step, _load_tensors(checkpoint / EMA_FILE) if had else None)",
