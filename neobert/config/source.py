@@ -88,7 +88,7 @@ def _list_nearby(path: Path) -> str:
             if found:
                 close = difflib.get_close_matches(str(path), found, 8, 0.0)
                 return "; YAML files nearby: " + ", ".join(close)
-    return "; there are no YAML files nearby"
+    return "; no YAML file is nearby, and `neobert config list` has the names of shipped ones"
 
 
 def _walk(folder: Path, pattern: str) -> list[Path]:

@@ -110,6 +110,12 @@ def test_a_shipped_config_is_found_by_its_name_unless_there_is_such_a_file(tmp_p
         assert message in str(caught.value)
 
 
+def test_a_missing_file_in_an_empty_folder_leads_to_the_shipped_configs(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(ConfigError, match=r"does not exist; .*`neobert config list`"):
+        parse("missing.yaml")
+
+
 def test_every_shipped_config_has_a_name_of_its_own():
     files = sorted(ROOT.glob("configs/**/*.yaml"))
     assert len(files) == len(SHIPPED) > 20
