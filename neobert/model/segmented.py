@@ -224,7 +224,7 @@ class _Scratch:
         self._flat: list[Tensor | None] = [None] * count
 
     def matrices(self, number: int, shape: Sequence[int]) -> Tensor:
-        """A contiguous tensor of `shape` in the dtype of the queries. Its content is whatever was there."""
+        """A contiguous tensor of `shape` in the dtype of the queries; its content is whatever was there."""
         size, flat = math.prod(shape), self._flat[number]
         if flat is None or len(flat) < size:
             flat = self._flat[number] = self._like.new_empty(max(size, _TILE))
@@ -239,10 +239,7 @@ def _scaled_product(a: Tensor, b: Tensor, scale: float, out: Tensor | None = Non
 
 
 def _probabilities(q_NTD: Tensor, k_NTD: Tensor, tile: _Tile, scale: float, reach: int, scratch: _Scratch) -> Tensor:
-    """Softmax over the scores of a tile, `[N, Q, K]`, in scratch 1, with scratch 0 used on the way.
-
-    Sums and maxima are fp32 inside.
-    """
+    """Softmax over the scores of a tile, `[N, Q, K]`, in scratch 1, with scratch 0 used on the way; fp32 inside."""
     q_NQD, k_NKD = q_NTD[:, tile.queries], k_NTD[:, tile.keys]
     shape = (q_NQD.shape[0], q_NQD.shape[1], k_NKD.shape[1])
     scores_NQK = _scaled_product(q_NQD, k_NKD.transpose(1, 2), scale, out=scratch.matrices(0, shape))
@@ -253,6 +250,9 @@ def _probabilities(q_NTD: Tensor, k_NTD: Tensor, tile: _Tile, scale: float, reac
         queries = torch.arange(tile.queries.start - tile.keys.start, tile.queries.stop - tile.keys.start)
         distance_QK = queries[:num_queries, None] - torch.arange(num_keys)
         scores_NQK.masked_fill_(distance_QK.abs_() > reach, float("-inf"))
+        # Nobody reads the rows after the document's end, which may see no key. But with an odd number of keys torch's
+        # bf16 product on AMX multiplies the next row's first value by zero, and NaN would spread.
+        scores_NQK[:, tile.own :] = 0
     return torch.softmax(scores_NQK, dim=-1, out=scratch.matrices(1, shape))
 
 

@@ -258,6 +258,23 @@ def test_sdpa_on_many_random_documents(seed: int, monkeypatch: pytest.MonkeyPatc
     check_random_case(seed, monkeypatch)
 
 
+def test_rows_after_the_end_of_a_document_are_finite(monkeypatch: pytest.MonkeyPatch) -> None:
+    """They are computed for whole blocks and dropped, and some products of bf16 look into the next row."""
+    seen = []
+    probabilities = segmented._probabilities
+    monkeypatch.setattr(
+        segmented, "_probabilities", lambda *args: seen.append(probabilities(*args).clone()) or seen[-1]
+    )
+    _, segments = pack([(2, 5, 20)], 27)
+    for got, want in zip(
+        results(ATTENTION["sdpa"], segments, torch.bfloat16, "cpu", window=1),
+        expected(segments, torch.bfloat16, window=1),
+    ):
+        torch.testing.assert_close(got, want, atol=4e-2, rtol=4e-2)
+    assert seen
+    assert all(probs.isfinite().all() for probs in seen)
+
+
 def test_work_of_a_window_is_linear_in_the_length() -> None:
     def work(length: int, reach: int) -> int:
         borders = torch.tensor([[0], [length]])
