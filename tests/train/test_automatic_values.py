@@ -1,6 +1,9 @@
 """`auto` becomes a value when a run is built: chosen by measuring, written into its config, kept by every resume."""
 
 import dataclasses
+import json
+import subprocess
+import sys
 import types
 from collections.abc import Callable
 from pathlib import Path
@@ -12,19 +15,17 @@ from ranks import run_ranks
 from records import exact_steps
 
 from neobert.commands.preview import preview
-from neobert.config.load import load_config
+from neobert.config.load import load_config, save_config
 from neobert.config.schema import Config
 from neobert.data.tokenizer import load_tokenizer
 from neobert.errors import StartupError
 from neobert.train import machine as precision
 from neobert.train import memory as host_memory
 from neobert.train import micro_batch
-from neobert.train.build import build_attention, build_model_config, choose_rows_per_step
+from neobert.train.build import choose_rows_per_step
 from neobert.train.loop import pretrain
-from neobert.train.machine import build_runtime
 from neobert.train.micro_batch import (
     build_full_rows,
-    build_measure,
     choose_by_line,
     choose_by_trial,
     choose_kept,
@@ -327,6 +328,25 @@ def test_full_rows_have_no_padding_and_one_document_each(tiny: Tiny, tmp_path: P
     assert batch.num_targets >= 3 * 12, "a fifth of the 62 tokens of each row"
 
 
+MEASURE = """
+import json, sys
+import torch
+from neobert.config.load import load_config, save_config
+from neobert.data.tokenizer import load_tokenizer
+from neobert.train.build import build_attention, build_model_config
+from neobert.train.machine import build_runtime
+from neobert.train.micro_batch import build_measure
+
+torch.set_num_threads(1)
+config = load_config(sys.argv[1])
+tokenizer, runtime = load_tokenizer(config.tokenizer), build_runtime(config)
+measure = build_measure(config, runtime, build_model_config(config, tokenizer), build_attention(config), tokenizer)
+print(json.dumps([measure(rows) for rows in (4, 8, 16)]))
+runtime.close()
+"""
+"""In a process of its own, as a run has it: the heap of many tests has holes, which a small batch would fill."""
+
+
 def test_the_measured_step_is_a_step_of_the_run(tiny: Tiny, tmp_path: Path) -> None:
     """More rows need more memory, about in proportion, and what is measured is bytes."""
     wide = [
@@ -336,15 +356,11 @@ def test_the_measured_step_is_a_step_of_the_run(tiny: Tiny, tmp_path: Path) -> N
         "model.max_position_embeddings=512",
         "trainer.global_batch_size=64",
     ]
-    config = tiny(tmp_path, *wide, "trainer.per_device_train_batch_size=auto")
-    tokenizer, runtime = load_tokenizer(config.tokenizer), build_runtime(config)
-    try:
-        measure = build_measure(
-            config, runtime, build_model_config(config, tokenizer), build_attention(config), tokenizer
-        )
-        few, more, most = [measure(rows) or 0 for rows in (4, 8, 16)]
-    finally:
-        runtime.close()
+    save_config(tiny(tmp_path, *wide, "trainer.per_device_train_batch_size=auto"), tmp_path / "config.yaml")
+    done = subprocess.run(
+        [sys.executable, "-c", MEASURE, tmp_path / "config.yaml"], capture_output=True, text=True, check=True
+    )
+    few, more, most = json.loads(done.stdout)
     # The residual stream alone keeps 8 tensors of 128 numbers a token; the whole keeps less than ten times as many.
     per_token = 8 * 128 * 4
     assert 4 * 512 * per_token < more - few < 40 * 512 * per_token
