@@ -341,10 +341,12 @@ torch.set_num_threads(1)
 config = load_config(sys.argv[1])
 tokenizer, runtime = load_tokenizer(config.tokenizer), build_runtime(config)
 measure = build_measure(config, runtime, build_model_config(config, tokenizer), build_attention(config), tokenizer)
-print(json.dumps([measure(rows) for rows in (4, 8, 16)]))
+print(json.dumps([measure(rows) for rows in (8, 16, 32)]))
 runtime.close()
 """
-"""In a process of its own, as a run has it: the heap of many tests has holes, which a small batch would fill."""
+"""In a process of its own, as a run has it: the heap of many tests has holes, which a small batch would fill. So would
+fewer rows than these: what libraries take for good in the first step is as large as four of them.
+"""
 
 
 def test_the_measured_step_is_a_step_of_the_run(tiny: Tiny, tmp_path: Path) -> None:
@@ -363,7 +365,7 @@ def test_the_measured_step_is_a_step_of_the_run(tiny: Tiny, tmp_path: Path) -> N
     few, more, most = json.loads(done.stdout)
     # The residual stream alone keeps 8 tensors of 128 numbers a token; the whole keeps less than ten times as many.
     per_token = 8 * 128 * 4
-    assert 4 * 512 * per_token < more - few < 40 * 512 * per_token
+    assert 8 * 512 * per_token < more - few < 80 * 512 * per_token
     assert most - more == pytest.approx(2 * (more - few), rel=0.5)
 
 
