@@ -205,6 +205,9 @@ class LossSum:
     num_correct: Tensor | None = None
     """Number of targets predicted exactly, int64 scalar; None when not asked for."""
 
+    z_sum: Tensor | None = None
+    """The part of `loss_sum` that is z-loss, fp32 scalar; None without z-loss."""
+
     counts: Tensor | None = None
     """int64 `[C]`: what else an evaluation counts, see `Objective.num_counts`; None without any."""
 

@@ -17,14 +17,14 @@ def liger_linear_cross_entropy(
     ignore_index: int = -100,
     count_correct: bool = False,
     z_loss: float = 0.0,
-) -> tuple[Tensor, Tensor | None]:
+) -> tuple[Tensor, Tensor | None, Tensor | None]:
     """See LinearCrossEntropy. The gradient of the weight is summed over chunks in fp32."""
     device_type = hidden_MD.device.type
     dtype = torch.get_autocast_dtype(device_type) if torch.is_autocast_enabled(device_type) else hidden_MD.dtype
     with torch.autocast(device_type, enabled=False):
         # Positional, as autograd functions are: after the three tensors come bias, class weights, ignore_index, z-loss,
         # label smoothing, reduction, softcap, return_z_loss, accumulation dtype, token scaling, and what to return.
-        loss_sum, _, _, predicted_M = LigerFusedLinearCrossEntropyFunction.apply(
+        loss_sum, z_sum, _, predicted_M = LigerFusedLinearCrossEntropyFunction.apply(
             hidden_MD.to(dtype),
             weight_VD.to(dtype),
             targets_M,
@@ -35,11 +35,11 @@ def liger_linear_cross_entropy(
             0.0,
             "sum",
             None,
-            False,
+            z_loss != 0.0,
             torch.float32,
             False,
             False,
             count_correct,
         )
     num_correct = ((predicted_M == targets_M) & (targets_M != ignore_index)).sum() if count_correct else None
-    return loss_sum.float(), num_correct
+    return loss_sum.float(), num_correct, None if z_sum is None else z_sum.detach().float()

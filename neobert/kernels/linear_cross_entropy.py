@@ -37,13 +37,13 @@ try:
 except ImportError:
     _liger = None  # type: ignore[assignment]
 
-LinearCrossEntropy = Callable[..., tuple[Tensor, Tensor | None]]
+LinearCrossEntropy = Callable[..., tuple[Tensor, Tensor | None, Tensor | None]]
 """`fn(hidden_MD, weight_VD, targets_M, *, ignore_index=-100, count_correct=False, z_loss=0.0)` to
-`(loss_sum, num_correct)`.
+`(loss_sum, num_correct, z_sum)`.
 
 `targets_M` int64; `z_loss` is the coefficient z; `loss_sum` an fp32 scalar, exactly 0 with zero gradients when every
 target is ignored; `num_correct` an int64 scalar, the number of targets that are the argmax of their logits, None unless
-asked for.
+asked for; `z_sum` the part of `loss_sum` that is z-loss, an fp32 scalar without gradient, None with z = 0.
 """
 
 CHUNK_BYTES = 64 * 2**20
@@ -61,16 +61,18 @@ def reference_linear_cross_entropy(
     ignore_index: int = -100,
     count_correct: bool = False,
     z_loss: float = 0.0,
-) -> tuple[Tensor, Tensor | None]:
+) -> tuple[Tensor, Tensor | None, Tensor | None]:
     """The definition; see LinearCrossEntropy. Keeps all logits for the backward."""
     logits_MV = F.linear(hidden_MD, weight_VD)
     logits_MV = logits_MV.to(torch.promote_types(logits_MV.dtype, torch.float32))
     loss_sum = F.cross_entropy(logits_MV, targets_M, ignore_index=ignore_index, reduction="sum").float()
+    z_sum = None
     if z_loss:
         lse_M = torch.where(targets_M != ignore_index, logits_MV.logsumexp(dim=-1), 0)
-        loss_sum = loss_sum + z_loss * lse_M.square().sum().float()
+        z_sum = z_loss * lse_M.square().sum().float()
+        loss_sum = loss_sum + z_sum
     num_correct = (logits_MV.argmax(dim=-1) == targets_M).sum() if count_correct else None
-    return loss_sum, num_correct
+    return loss_sum, num_correct, None if z_sum is None else z_sum.detach()
 
 
 def chunked_linear_cross_entropy(
@@ -81,15 +83,15 @@ def chunked_linear_cross_entropy(
     ignore_index: int = -100,
     count_correct: bool = False,
     z_loss: float = 0.0,
-) -> tuple[Tensor, Tensor | None]:
+) -> tuple[Tensor, Tensor | None, Tensor | None]:
     """The same in chunks; see LinearCrossEntropy. Raises RuntimeError in a second backward through one loss."""
     with_grad = torch.is_grad_enabled() and (hidden_MD.requires_grad or weight_VD.requires_grad)
     device_type = hidden_MD.device.type
     dtype = torch.get_autocast_dtype(device_type) if torch.is_autocast_enabled(device_type) else hidden_MD.dtype
-    loss_sum, num_correct = _ChunkedLinearCrossEntropy.apply(
+    loss_sum, num_correct, z_sum = _ChunkedLinearCrossEntropy.apply(
         hidden_MD, weight_VD, targets_M, ignore_index, count_correct, z_loss, with_grad, dtype
     )
-    return loss_sum, num_correct
+    return loss_sum, num_correct, z_sum
 
 
 class _ChunkedLinearCrossEntropy(torch.autograd.Function):
@@ -104,7 +106,7 @@ class _ChunkedLinearCrossEntropy(torch.autograd.Function):
         z_loss: float,
         with_grad: bool,
         dtype: torch.dtype,
-    ) -> tuple[Tensor, Tensor | None]:
+    ) -> tuple[Tensor, Tensor | None, Tensor | None]:
         # Ignored rows become zero rows with target 0: whatever stands in them cannot reach a gradient.
         counted_M = targets_M != ignore_index
         target_M1 = torch.where(counted_M, targets_M, 0)[:, None]
@@ -112,6 +114,7 @@ class _ChunkedLinearCrossEntropy(torch.autograd.Function):
         weight = weight_VD.to(dtype)
         wide = torch.promote_types(dtype, torch.float32)
         losses_M = torch.zeros(len(hidden), dtype=wide, device=hidden.device)
+        z_terms_M = torch.zeros_like(losses_M)
         num_correct = torch.zeros((), dtype=torch.int64, device=hidden.device) if count_correct else None
         grad_hidden = torch.zeros_like(hidden) if with_grad else None
         grad_weight = None
@@ -126,7 +129,9 @@ class _ChunkedLinearCrossEntropy(torch.autograd.Function):
                 if num_correct is not None:
                     hits = (logits_CV.argmax(dim=-1, keepdim=True) == target_C1) & counted_C1
                     num_correct = num_correct + hits.sum()  # not in place, since it leaves
-                losses_M[rows] = _losses_and_gradients(logits_CV, target_C1, counted_C1, z_loss, with_grad)
+                losses_M[rows], z_terms_M[rows] = _losses_and_gradients(
+                    logits_CV, target_C1, counted_C1, z_loss, with_grad
+                )
                 if grad_hidden is not None:  # What was logits is gradients now.
                     torch.mm(logits_CV, weight, out=grad_hidden[rows])
                     part_VD = logits_CV.T @ hidden_CD
@@ -138,7 +143,10 @@ class _ChunkedLinearCrossEntropy(torch.autograd.Function):
         if num_correct is not None:
             ctx.mark_non_differentiable(num_correct)
         # A copy: compiled by torch 2.11, what a cast to its own dtype returned has no gradient. See model/rotary.py.
-        return losses_M.sum().to(torch.float32, copy=True), num_correct
+        z_sum = z_terms_M.sum().to(torch.float32, copy=True) if z_loss else None
+        if z_sum is not None:
+            ctx.mark_non_differentiable(z_sum)
+        return losses_M.sum().to(torch.float32, copy=True), num_correct, z_sum
 
     @staticmethod
     @once_differentiable
@@ -154,8 +162,9 @@ class _ChunkedLinearCrossEntropy(torch.autograd.Function):
 
 def _losses_and_gradients(
     logits_CV: Tensor, target_C1: Tensor, counted_C1: Tensor, z_loss: float, with_grad: bool
-) -> Tensor:
-    """Losses `[C]` of a chunk, 0 where ignored; with `with_grad` the logits are overwritten by their gradients.
+) -> tuple[Tensor, Tensor]:
+    """Losses and their z-loss terms `[C]` of a chunk, 0 where ignored; with `with_grad` the logits are overwritten by
+    their gradients.
 
     On a CPU rows go in tiles that stay in its cache, so that one pass over the memory of the chunk serves all the
     operations. Exponentials and sums are fp32 at least.
@@ -164,7 +173,7 @@ def _losses_and_gradients(
     wide = torch.promote_types(logits_CV.dtype, torch.float32)
     tile = max(1, TILE_BYTES // (wide.itemsize * vocabulary)) if logits_CV.device.type == "cpu" else rows
     buffer = torch.empty((min(tile, rows), vocabulary), dtype=wide, device=logits_CV.device)
-    losses_C1 = torch.empty((rows, 1), dtype=wide, device=logits_CV.device)
+    losses_C1, z_terms_C1 = torch.empty((2, rows, 1), dtype=wide, device=logits_CV.device)
     for start in range(0, rows, tile):
         part = slice(start, start + tile)
         logits, target, counted = logits_CV[part], target_C1[part], counted_C1[part]
@@ -176,11 +185,12 @@ def _losses_and_gradients(
         total = exp.sum(dim=-1, keepdim=True)
         log_total = total.log()
         lse = largest + log_total
+        z_terms_C1[part] = torch.where(counted, z_loss * lse.square(), 0)
         losses_C1[part] = torch.where(counted, log_total - target_logit + z_loss * lse.square(), 0)
         if with_grad:
             gradient = exp.mul_(torch.where(counted, (1 + 2 * z_loss * lse) / total, 0))
             logits.copy_(gradient.scatter_add_(1, target, -counted.to(wide)))
-    return losses_C1[:, 0]
+    return losses_C1[:, 0], z_terms_C1[:, 0]
 
 
 KERNELS: dict[str, LinearCrossEntropy] = {

@@ -73,14 +73,14 @@ def triton_linear_cross_entropy(
     ignore_index: int = -100,
     count_correct: bool = False,
     z_loss: float = 0.0,
-) -> tuple[Tensor, Tensor | None]:
+) -> tuple[Tensor, Tensor | None, Tensor | None]:
     """See LinearCrossEntropy. bf16, fp16 and fp32; logits and sums are fp32 whatever the dtype of the products."""
     device_type = hidden_MD.device.type
     dtype = torch.get_autocast_dtype(device_type) if torch.is_autocast_enabled(device_type) else hidden_MD.dtype
-    loss_sum, num_correct = _TritonLinearCrossEntropy.apply(
+    loss_sum, num_correct, z_sum = _TritonLinearCrossEntropy.apply(
         hidden_MD, weight_VD, targets_M, ignore_index, count_correct, z_loss, dtype
     )
-    return loss_sum, num_correct
+    return loss_sum, num_correct, z_sum
 
 
 class _TritonLinearCrossEntropy(torch.autograd.Function):
@@ -94,13 +94,14 @@ class _TritonLinearCrossEntropy(torch.autograd.Function):
         count_correct: bool,
         z_loss: float,
         dtype: torch.dtype,
-    ) -> tuple[Tensor, Tensor | None]:
+    ) -> tuple[Tensor, Tensor | None, Tensor | None]:
         # Ignored rows become zero rows with target -1: whatever stands in them cannot reach a gradient.
         counted_M = targets_M != ignore_index
         targets = torch.where(counted_M, targets_M, -1).int()
         hidden = torch.where(counted_M[:, None], hidden_MD, 0).to(dtype).contiguous()
         weight = weight_VD.to(dtype).contiguous()
         lse_M, target_logit_M, best_M = _reduce_logits(hidden, weight, targets, count_correct)
+        z_terms_M = torch.where(counted_M, z_loss * lse_M.square(), 0)
         losses_M = torch.where(counted_M, lse_M - target_logit_M + z_loss * lse_M.square(), 0)
         ctx.save_for_backward(hidden, weight, targets, lse_M)
         ctx.z_loss, ctx.dtypes = z_loss, (hidden_MD.dtype, weight_VD.dtype)
@@ -108,7 +109,10 @@ class _TritonLinearCrossEntropy(torch.autograd.Function):
         if best_M is not None:
             num_correct = (best_M == targets).sum()
             ctx.mark_non_differentiable(num_correct)
-        return losses_M.sum(), num_correct
+        z_sum = z_terms_M.sum() if z_loss else None
+        if z_sum is not None:
+            ctx.mark_non_differentiable(z_sum)
+        return losses_M.sum(), num_correct, z_sum
 
     @staticmethod
     @once_differentiable

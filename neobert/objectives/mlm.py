@@ -75,14 +75,14 @@ def masked_loss(
     else:
         targets = batch.targets
         hidden = hidden_TH.index_select(0, batch.masked_index)
-    loss_sum, num_correct = kernel(
+    loss_sum, num_correct, z_sum = kernel(
         *_with_bias(module, hidden),
         targets,
         ignore_index=IGNORE_INDEX,
         count_correct=count_correct,
         z_loss=z_loss,
     )
-    return LossSum(loss_sum=loss_sum, num_correct=num_correct)
+    return LossSum(loss_sum=loss_sum, num_correct=num_correct, z_sum=z_sum)
 
 
 def _with_bias(module: ObjectiveModule, hidden: Tensor) -> tuple[Tensor, Tensor]:

@@ -40,6 +40,9 @@ class StepResult:
     micro_losses: Tensor
     """fp32 `[n]`: the loss sum of each micro-batch."""
 
+    z_sum: Tensor | None
+    """The part of `loss_sum` that is z-loss; None without any."""
+
     num_correct: Tensor | None
     grad_norm: Tensor
     """Global L2 norm of the gradient before clipping."""
@@ -111,7 +114,7 @@ def train_step(
             value = loss.loss_sum.detach()
             # 0 * value is 0, but NaN where the loss is not finite: then every gradient is NaN, on every rank.
             (loss.loss_sum * (scale + 0 * value)).backward()
-        losses.append(LossSum(loss_sum=value, num_correct=loss.num_correct))
+        losses.append(LossSum(loss_sum=value, num_correct=loss.num_correct, z_sum=loss.z_sum))
     if observe is not None:
         observe()
     parameters = [p for p in model.parameters() if p.grad is not None]
@@ -125,9 +128,11 @@ def train_step(
     step_unless(optimizer, skipped)
     optimizer.zero_grad(set_to_none=True)
     counts = [x.num_correct for x in losses if x.num_correct is not None]
+    z_sums = [x.z_sum for x in losses if x.z_sum is not None]
     return StepResult(
         loss_sum=loss_sum,
         micro_losses=micro_losses,
+        z_sum=torch.stack(z_sums).sum() if z_sums else None,
         num_correct=torch.stack(counts).sum() if counts else None,
         grad_norm=grad_norm,
         skipped=skipped,

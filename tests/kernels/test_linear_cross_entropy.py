@@ -79,12 +79,18 @@ def test_shapes_and_z_loss(name: str, shape: str, z_loss: float, monkeypatch: py
         pytest.skip("liger divides by the number of rows")
     monkeypatch.setattr(triton_linear_cross_entropy, "CHUNK_BYTES", 4 * 150 * 900)  # several chunks of "many tiles"
     hidden, weight, targets = inputs(rows=rows, hidden_size=hidden_size, vocab=vocab) if rows else _nothing(vocab)
-    loss, num_correct = KERNELS[name](hidden, weight, targets, z_loss=z_loss, count_correct=True)
+    loss, num_correct, z_sum = KERNELS[name](hidden, weight, targets, z_loss=z_loss, count_correct=True)
     (loss * 0.25).backward()
     for got, want in zip((loss, hidden.grad, weight.grad), definition(hidden, weight, targets, 0.25, z_loss)):
         torch.testing.assert_close(got.double(), want, atol=2e-5, rtol=2e-5)
     assert hidden.grad[targets == -100].eq(0).all()
     assert num_correct == ((hidden @ weight.T).argmax(-1) == targets).sum() >= min(rows, 1)
+    if z_loss:
+        assert not z_sum.requires_grad
+        without = definition(hidden, weight, targets, 0.25, 0.0)[0]
+        torch.testing.assert_close((loss - z_sum).detach().double(), without, atol=2e-5, rtol=2e-5)
+    else:
+        assert z_sum is None
 
 
 def _nothing(vocab: int) -> tuple[Tensor, Tensor, Tensor]:
@@ -97,7 +103,7 @@ def test_z_loss_pulls_the_logits_to_zero(name: str) -> None:
     """With one word in the vocabulary the cross entropy is 0, lse is the logit h w, and the loss is z (h w)^2."""
     hidden = torch.tensor([[1.5]], device=DEVICE, requires_grad=True)
     weight = torch.tensor([[2.0]], device=DEVICE, requires_grad=True)
-    loss, _ = KERNELS[name](hidden, weight, torch.zeros(1, dtype=torch.int64, device=DEVICE), z_loss=0.1)
+    loss, *_ = KERNELS[name](hidden, weight, torch.zeros(1, dtype=torch.int64, device=DEVICE), z_loss=0.1)
     loss.backward()
     assert loss.item() == pytest.approx(0.9)
     assert hidden.grad.item() == pytest.approx(2 * 0.1 * 3.0 * 2.0)
@@ -107,7 +113,7 @@ def test_z_loss_pulls_the_logits_to_zero(name: str) -> None:
 @pytest.mark.parametrize("name", RUNNABLE)
 def test_loss_and_gradients(name: str) -> None:
     hidden, weight, targets = inputs()
-    loss, num_correct = KERNELS[name](hidden, weight, targets)
+    loss, num_correct, _ = KERNELS[name](hidden, weight, targets)
     (loss * 0.25).backward()
     assert num_correct is None
     assert loss.dtype == torch.float32
@@ -121,7 +127,7 @@ def test_loss_and_gradients(name: str) -> None:
 def test_under_bf16_autocast(name: str) -> None:
     hidden, weight, targets = inputs()
     with torch.autocast(DEVICE.type, torch.bfloat16):
-        loss, _ = KERNELS[name](hidden, weight, targets)
+        loss, *_ = KERNELS[name](hidden, weight, targets)
     loss.backward()
     assert loss.dtype == hidden.grad.dtype == weight.grad.dtype == torch.float32
     want = definition(hidden, weight, targets, 1.0)
@@ -134,7 +140,7 @@ def test_under_bf16_autocast(name: str) -> None:
 @pytest.mark.parametrize("name", RUNNABLE)
 def test_bf16_inputs_give_an_fp32_loss(name: str) -> None:
     hidden, weight, targets = inputs(torch.bfloat16)
-    loss, _ = KERNELS[name](hidden, weight, targets)
+    loss, *_ = KERNELS[name](hidden, weight, targets)
     loss.backward()
     assert loss.dtype == torch.float32
     assert hidden.grad.dtype == weight.grad.dtype == torch.bfloat16
@@ -144,7 +150,7 @@ def test_bf16_inputs_give_an_fp32_loss(name: str) -> None:
 @pytest.mark.parametrize("name", RUNNABLE)
 def test_all_ignored_is_exactly_zero(name: str) -> None:
     hidden, weight, targets = inputs()
-    loss, num_correct = KERNELS[name](hidden, weight, torch.full_like(targets, -100), count_correct=True)
+    loss, num_correct, _ = KERNELS[name](hidden, weight, torch.full_like(targets, -100), count_correct=True)
     loss.backward()
     assert loss.item() == 0
     assert num_correct.item() == 0
@@ -155,7 +161,7 @@ def test_all_ignored_is_exactly_zero(name: str) -> None:
 @pytest.mark.parametrize("name", RUNNABLE)
 def test_correct_predictions_are_counted(name: str) -> None:
     hidden, weight, targets = inputs()
-    _, num_correct = KERNELS[name](hidden, weight, targets, count_correct=True)
+    _, num_correct, _ = KERNELS[name](hidden, weight, targets, count_correct=True)
     expected = sum(int(t == (h @ weight.T).argmax()) for h, t in zip(hidden, targets) if t != -100)
     assert num_correct.dtype == torch.int64
     assert num_correct.item() == expected > 0
@@ -164,15 +170,15 @@ def test_correct_predictions_are_counted(name: str) -> None:
 @pytest.mark.parametrize("name", RUNNABLE)
 def test_another_ignore_index(name: str) -> None:
     hidden, weight, targets = inputs()
-    loss, _ = KERNELS[name](hidden, weight, targets)
-    again, _ = KERNELS[name](hidden, weight, torch.where(targets == -100, -1, targets), ignore_index=-1)
+    loss, *_ = KERNELS[name](hidden, weight, targets)
+    again, *_ = KERNELS[name](hidden, weight, torch.where(targets == -100, -1, targets), ignore_index=-1)
     assert torch.equal(loss, again)
 
 
 @pytest.mark.parametrize("name", RUNNABLE)
 def test_large_logits_do_not_overflow(name: str) -> None:
     hidden, weight, targets = inputs()
-    loss, _ = KERNELS[name](hidden * 1e4, weight, targets)
+    loss, *_ = KERNELS[name](hidden * 1e4, weight, targets)
     assert loss.item() == pytest.approx(definition(hidden * 1e4, weight, targets, 1.0)[0].item(), rel=1e-4)
 
 
@@ -182,7 +188,7 @@ def test_what_stands_in_ignored_rows_cannot_reach_a_gradient(name: str) -> None:
     poisoned = hidden.detach().clone()
     poisoned[targets == -100] = float("nan")
     poisoned.requires_grad_()
-    loss, _ = KERNELS[name](poisoned, weight, targets)
+    loss, *_ = KERNELS[name](poisoned, weight, targets)
     loss.backward()
     assert loss.isfinite()
     assert poisoned.grad.isfinite().all()
@@ -192,7 +198,7 @@ def test_what_stands_in_ignored_rows_cannot_reach_a_gradient(name: str) -> None:
 def test_without_gradients_nothing_is_computed_for_them() -> None:
     hidden, weight, targets = inputs()
     with torch.no_grad(), _Shapes() as seen:
-        loss, _ = KERNELS["torch"](hidden, weight, targets)
+        loss, *_ = KERNELS["torch"](hidden, weight, targets)
     assert not loss.requires_grad
     assert sum(shape == weight.shape for shape in seen.made) == 0
     torch.testing.assert_close(loss.double(), definition(hidden, weight, targets, 1.0)[0])
@@ -200,7 +206,7 @@ def test_without_gradients_nothing_is_computed_for_them() -> None:
 
 def test_a_second_backward_is_an_error() -> None:
     hidden, weight, targets = inputs()
-    loss, _ = KERNELS["torch"](hidden, weight, targets)
+    loss, *_ = KERNELS["torch"](hidden, weight, targets)
     loss.backward(retain_graph=True)
     with pytest.raises(RuntimeError, match=r"second backward through one loss.*compute the loss again"):
         loss.backward()
@@ -227,7 +233,7 @@ def test_memory_is_independent_of_rows_times_vocabulary(bf16: bool) -> None:
     largest = {}
     for name in ("reference", "torch"):
         with _Shapes() as seen, torch.autocast(DEVICE.type, torch.bfloat16, enabled=bf16):
-            loss, _ = KERNELS[name](hidden, weight, targets, count_correct=True)
+            loss, *_ = KERNELS[name](hidden, weight, targets, count_correct=True)
             loss.backward()
         largest[name] = max(shape.numel() for shape in seen.made)
         if name == "torch":
@@ -243,7 +249,7 @@ def test_memory_of_the_triton_kernel(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(triton_linear_cross_entropy, "CHUNK_BYTES", 4 * rows * 64)
     hidden, weight, targets = inputs(rows=rows, vocab=vocab)
     with _Shapes() as seen:
-        loss, _ = KERNELS["triton"](hidden, weight, targets)
+        loss, *_ = KERNELS["triton"](hidden, weight, targets)
         loss.backward()
     # The interpreter copies tensors as bytes: four for each number of the weight.
     assert max(shape.numel() for shape in seen.made) <= 4 * vocab * HIDDEN < rows * vocab
@@ -252,7 +258,7 @@ def test_memory_of_the_triton_kernel(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_a_second_backward_of_the_triton_kernel_is_the_first_again() -> None:
     hidden, weight, targets = inputs()
-    loss, _ = KERNELS["triton"](hidden, weight, targets)
+    loss, *_ = KERNELS["triton"](hidden, weight, targets)
     first = torch.autograd.grad(loss, (hidden, weight), retain_graph=True)
     for a, b in zip(first, torch.autograd.grad(loss, (hidden, weight))):
         assert torch.equal(a, b)
@@ -325,13 +331,13 @@ def test_on_a_gpu_at_full_size(z_loss: float) -> None:
         torch.cuda.reset_peak_memory_stats()
         before = torch.cuda.memory_allocated()
         with torch.autocast("cuda", torch.bfloat16):
-            loss, num_correct = KERNELS[name](h, w, targets, count_correct=True, z_loss=z_loss)
+            loss, num_correct, _ = KERNELS[name](h, w, targets, count_correct=True, z_loss=z_loss)
         loss.backward()
         peaks[name] = torch.cuda.max_memory_allocated() - before
         results[name] = (loss.detach(), h.grad, w.grad, num_correct)
     torch.set_float32_matmul_precision("highest")
     h, w = hidden.float().requires_grad_(), weight.bfloat16().float().requires_grad_()
-    loss, num_correct = KERNELS["reference"](h, w, targets, count_correct=True, z_loss=z_loss)
+    loss, num_correct, _ = KERNELS["reference"](h, w, targets, count_correct=True, z_loss=z_loss)
     loss.backward()
     assert results["triton"][0].item() == pytest.approx(loss.item(), rel=1e-5)
     for got, want in zip(results["triton"][1:3], (h.grad, w.grad)):

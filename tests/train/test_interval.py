@@ -30,10 +30,13 @@ def sum_up(steps: list[StepRecord], seconds: float) -> IntervalSums:
     return replace(reduce(lambda sums, step: sums.add(step, ["a"]), steps, IntervalSums()), seconds=seconds)
 
 
-def record(*, loss_sum: float, num_targets: int, num_tokens: int, skipped: bool = False) -> StepRecord:
+def record(
+    *, loss_sum: float, num_targets: int, num_tokens: int, skipped: bool = False, z_sum: float = 0.0
+) -> StepRecord:
     metrics = StepMetrics(
         result=StepResult(
             loss_sum=torch.tensor(loss_sum),
+            z_sum=torch.tensor(z_sum),
             micro_losses=torch.tensor([loss_sum]),
             num_correct=None,
             grad_norm=torch.tensor(2.0),
@@ -49,6 +52,7 @@ def record(*, loss_sum: float, num_targets: int, num_tokens: int, skipped: bool 
     return StepRecord(
         step=1,
         loss_sum=loss_sum,
+        z_sum=z_sum,
         num_correct=num_targets // 2,
         grad_norm=loss_sum / 10,
         skipped=skipped,
@@ -60,12 +64,13 @@ def record(*, loss_sum: float, num_targets: int, num_tokens: int, skipped: bool 
 
 def test_skipped_steps_count_in_time_and_tokens_only() -> None:
     steps = [
-        record(loss_sum=30.0, num_targets=10, num_tokens=80),
+        record(loss_sum=30.0, num_targets=10, num_tokens=80, z_sum=5.0),
         record(loss_sum=70.0, num_targets=15, num_tokens=60),
         record(loss_sum=math.inf, num_targets=15, num_tokens=60, skipped=True),
     ]
     assert summarise(sum_up(steps, 4.0)) == Interval(
         loss=4.0,
+        z_loss=0.2,
         accuracy=12 / 25,
         grad_norm=7.0,
         lr=0.06,
@@ -86,7 +91,7 @@ def test_an_interval_of_skipped_steps_has_no_loss_and_no_norm() -> None:
 
 
 def test_sums_that_were_saved_go_on_bit_for_bit() -> None:
-    steps = [record(loss_sum=x / 7, num_targets=3, num_tokens=5 + x, skipped=x == 4) for x in range(1, 9)]
+    steps = [record(loss_sum=x / 7, z_sum=x / 70, num_targets=3, num_tokens=5 + x, skipped=x == 4) for x in range(1, 9)]
     whole = sum_up(steps, 1.0)
     for cut in range(len(steps) + 1):
         saved = json.loads(json.dumps({name: getattr(sum_up(steps[:cut], 1.0), name) for name in whole.__slots__}))
@@ -112,6 +117,7 @@ def mixed(tiny: Tiny, corpus: Path) -> Callable[..., Config]:
     mixture = f"[{{path: {corpus}/part-0.jsonl, weight: 2}}, {{path: {corpus}/part-1.jsonl.gz, weight: 1}}]"
     settings = [f"dataset.mixture={mixture}", "dataset.path=null", "trainer.logging_steps=5", "trainer.save_steps=1"]
     settings += ["trainer.log_train_accuracy=true", "trainer.log_statistics=true", "trainer.max_steps=7"]
+    settings += ["trainer.z_loss=0.01"]
     return lambda out, *more: tiny(out, *settings, "trainer.eval_strategy=no", *more)
 
 
@@ -140,6 +146,9 @@ def test_a_line_covers_its_whole_interval_over_restarts(
     assert sum(sum(line["source_tokens"].values()) for line in lines) == sum(line["num_tokens"] for line in taken)
     logged = [values for values, _ in fake.sent if "train/loss" in values]
     assert logged[-1]["train/loss"] == lines[-1]["loss"]
+    assert all(values["train/z_loss"] > 0.01 for values in logged), "logsumexp is above 1 at the start"
+    for values in logged:
+        assert math.log(values["train/perplexity"]) == pytest.approx(values["train/loss"] - values["train/z_loss"])
     assert not any("train/partial_interval_steps" in values for values in logged)
 
 

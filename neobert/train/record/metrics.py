@@ -30,6 +30,9 @@ class StepRecord:
 
     step: int
     loss_sum: float
+    z_sum: float
+    """The part of `loss_sum` that is z-loss."""
+
     num_correct: int | None
     grad_norm: float
     skipped: bool
@@ -76,8 +79,9 @@ class IntervalSums:
     num_targets: int = 0
     attended_tokens: int = 0
     loss_sum: float = 0.0
-    """Of the steps that were not skipped, like the next three."""
+    """Of the steps that were not skipped, like the next four."""
 
+    z_sum: float = 0.0
     num_counted_targets: int = 0
     num_correct: int = 0
     grad_norm: float | None = None
@@ -111,6 +115,7 @@ class IntervalSums:
             num_targets=self.num_targets + counts.num_targets,
             attended_tokens=self.attended_tokens + counts.attended_tokens,
             loss_sum=self.loss_sum + record.loss_sum if counted else self.loss_sum,
+            z_sum=self.z_sum + record.z_sum if counted else self.z_sum,
             num_counted_targets=self.num_counted_targets + counted * counts.num_targets,
             num_correct=self.num_correct + counted * (record.num_correct or 0),
             grad_norm=record.grad_norm if counted else self.grad_norm,
@@ -126,6 +131,9 @@ class Interval:
 
     loss: float
     """Mean in nats per predicted token, over all ranks; NaN where every step was skipped."""
+
+    z_loss: float
+    """The part of `loss` that is z-loss."""
 
     accuracy: float
     """Fraction of the predictions that are right; meant only where they were counted."""
@@ -155,6 +163,7 @@ def summarise(sums: IntervalSums) -> Interval:
     targets, seconds = max(sums.num_counted_targets, 1), max(sums.seconds, 1e-9)
     return Interval(
         loss=sums.loss_sum / targets if sums.num_steps > sums.num_skipped else math.nan,
+        z_loss=sums.z_sum / targets,
         accuracy=sums.num_correct / targets,
         grad_norm=sums.grad_norm,
         lr=sums.lr,
@@ -225,6 +234,9 @@ class MetricWindow:
         norms = torch.stack([r.grad_norm for r in results]).tolist()
         skipped = torch.stack([r.skipped for r in results]).tolist()
         has_counts = results[0].num_correct is not None
+        z_sums = [0.0] * len(metrics)
+        if results[0].z_sum is not None:
+            z_sums = self._runtime.sum_on_device(torch.stack([r.z_sum for r in results])).tolist()
         correct: list[Any] = [None] * len(metrics)
         if has_counts:
             correct = self._runtime.sum_on_device(torch.stack([r.num_correct for r in results]).to(device)).tolist()
@@ -236,6 +248,7 @@ class MetricWindow:
             StepRecord(
                 step=step,
                 loss_sum=losses[n],
+                z_sum=z_sums[n],
                 num_correct=correct[n],
                 grad_norm=norms[n],
                 skipped=skipped[n],

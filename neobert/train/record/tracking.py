@@ -192,7 +192,9 @@ class Tracker:
             "train/packing_fill": interval.packing_fill,
         }
         if predicts_tokens:
-            values["train/perplexity"] = perplexity(interval.loss)
+            values["train/perplexity"] = perplexity(interval.loss - interval.z_loss)
+            if trainer.z_loss:
+                values["train/z_loss"] = interval.z_loss
         # What is no token costs no projection onto the vocabulary.
         predicted = interval.predicted_fraction if predicts_tokens else 0.0
         mfu = self._mfu(interval.tokens_per_second, interval.attended_length, predicted)
