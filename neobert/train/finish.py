@@ -48,7 +48,6 @@ def finish(run: Run, state: TrainState) -> None:
     if saved is not None:
         run.tracker.say("\n  ".join(["next:", *run.job.next_commands(run)]))
     run.tracker.close()
-    run.reporter.close()
     if run.runtime.is_main:
         release_lock(run.output_dir)
     run.runtime.close()
@@ -61,7 +60,6 @@ def stop_early(run: Run, state: TrainState) -> None:
     else:
         _save_and_report(run, state)
     run.tracker.close()
-    run.reporter.close()
     if run.runtime.is_main:
         release_lock(run.output_dir)
     run.runtime.close()

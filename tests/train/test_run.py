@@ -344,7 +344,7 @@ def test_the_progress_bar_shows_on_a_terminal_and_starts_at_the_resumed_step(
     reporter.start_progress(done=7, total=10)
     reporter.say("a line")
     reporter.advance(8)
-    reporter.close()
+    reporter.stop_progress()
     shown = capsys.readouterr().out
     assert "a line" in shown
     assert "7/10" in shown or "8/10" in shown
@@ -356,7 +356,6 @@ def test_lines_on_the_console_are_never_wrapped(capsys: pytest.CaptureFixture[st
     reporter.say(long_line)
     reporter.open_file(tmp_path / "training.log")
     reporter.say("[MASK] is no markup")
-    reporter.close()
     assert capsys.readouterr().out.splitlines() == [long_line, "[MASK] is no markup"]
     assert (tmp_path / "training.log").read_text().splitlines() == [long_line, "[MASK] is no markup"]
 

@@ -19,7 +19,7 @@ class Reporter:
         protect_output()  # A run that is started from Python has no command around it.
         self._active = active
         self._console = Console(quiet=not active, highlight=False)
-        self._file_console: Console | None = None
+        self._file: Path | None = None
         self._early: list[tuple[Any, ...]] = []
         # Without a terminal the bar would only add control characters to somebody's log.
         self._progress = Progress(
@@ -37,11 +37,10 @@ class Reporter:
         """From here on, and with everything said so far, the lines also go to `path`."""
         if not self._active:
             return
-        # The handle lives as long as the run; line buffering keeps the file current when the run is killed.
-        handle = path.open("a", buffering=1, encoding="utf-8", errors="backslashreplace")
-        self._file_console = Console(file=handle, width=160, no_color=True, highlight=False)
+        path.touch()  # A folder that cannot be written ends the run before anything expensive.
+        self._file = path
         for items in self._early:
-            self._file_console.print(*items, markup=False, soft_wrap=True)
+            self._append(*items)
         self._early.clear()
 
     def say(self, *items: Any, style: str | None = None) -> None:
@@ -50,11 +49,18 @@ class Reporter:
             return
         items = tuple(scrub(x) if isinstance(x, str) else x for x in items)
         self._console.print(*items, markup=False, soft_wrap=all(isinstance(x, str) for x in items), style=style)
-        if self._file_console is None:
+        if self._file is None:
             self._early.append(items)
         else:
-            with suppress(OSError):  # A full disk costs lines of training.log, not the run.
-                self._file_console.print(*items, markup=False, soft_wrap=True)
+            self._append(*items)
+
+    def _append(self, *items: Any) -> None:
+        """Writes to the file, which is open for this one line: it is complete whatever ends the run, and nobody has to
+        close it."""
+        assert self._file is not None
+        # A full disk costs lines of training.log, not the run.
+        with suppress(OSError), self._file.open("a", encoding="utf-8", errors="backslashreplace") as handle:
+            Console(file=handle, width=160, no_color=True, highlight=False).print(*items, markup=False, soft_wrap=True)
 
     def warn(self, text: str) -> None:
         self.say(f"warning: {text}", style="yellow")
@@ -75,10 +81,3 @@ class Reporter:
 
     def stop_progress(self) -> None:
         self._progress.stop()
-
-    def close(self) -> None:
-        self.stop_progress()
-        if self._file_console is not None:
-            with suppress(OSError):
-                self._file_console.file.close()
-            self._file_console = None
