@@ -3,6 +3,8 @@
 import importlib
 from typing import TYPE_CHECKING, Any
 
+from neobert.host import prepare_threads
+
 if TYPE_CHECKING:
     from neobert.config.load import load_config
     from neobert.inference.loading import load
@@ -16,5 +18,6 @@ _HOMES = {"load": "inference.loading", "load_config": "config.load", "pretrain":
 def __getattr__(name: str) -> Any:
     # On first use: the tokenizer brings transformers, which takes seconds, and a bare GPU machine has torch alone.
     if name in _HOMES:
+        prepare_threads()
         return getattr(importlib.import_module(f"neobert.{_HOMES[name]}"), name)
     raise AttributeError(f"module 'neobert' has no attribute {name!r}")

@@ -11,7 +11,7 @@ import pytest
 ROOT = Path(__file__).parent.parent
 PACKAGE = ROOT / "neobert"
 LAYERS = [
-    {"secrets"},
+    {"secrets", "host"},
     {"errors"},
     {"model", "kernels"},
     {"config"},

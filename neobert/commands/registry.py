@@ -14,6 +14,7 @@ from typing import NoReturn
 
 from neobert import cli
 from neobert.errors import CallError
+from neobert.host import prepare_threads
 
 
 @dataclass(frozen=True, slots=True)
@@ -54,6 +55,7 @@ def run_command(name: str, *, program: str | None = None, words: Sequence[str] |
     command = COMMANDS[name]
 
     def call() -> int | None:
+        prepare_threads()  # Before anything imports torch.
         # After cli.run has begun: the log handlers of libraries keep the streams that they find.
         function = getattr(importlib.import_module(f"neobert.commands.{command.module}"), name.replace("-", "_"))
         code: int | None = function(

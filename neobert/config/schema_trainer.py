@@ -196,6 +196,10 @@ class TrainerSection:
     use_cpu: bool = key(False, resume="free")
     """Train on the CPU even when there is a GPU."""
 
+    cpu_threads: int | None = key(None, at_least=1, machine=True, resume="free")
+    """Threads that compute on a CPU; null is OMP_NUM_THREADS, or else what this process may use by its affinity and by
+    the quota of its container."""
+
     disable_tqdm: bool = key(False, machine=True, resume="free")
     """Show no progress bar."""
 

@@ -162,7 +162,7 @@ def announce(run: Run) -> None:
     lines = [
         f"model     {config.model.name or 'NeoBERT'}: {model.num_hidden_layers} layers x {model.hidden_size}, "
         f"{sum(p.numel() for p in run.module.parameters()):,} parameters, {config.contrastive.pooling} pooling",
-        f"compute   {run.runtime.device}, {config.trainer.mixed_precision.replace('no', 'fp32')}, "
+        f"compute   {run.runtime.describe_device()}, {config.trainer.mixed_precision.replace('no', 'fp32')}, "
         f"attention {run.attention.name} ({run.attention.kernel}), {run.runtime.world} process(es)",
         f"batch     {run.rows_per_step} rows a step, each other's negatives: {rows} a process{cached}",
         f"budget    {run.num_steps:,} steps, {run.num_steps * run.rows_per_step / max(pairs, 1):.2f} times the "

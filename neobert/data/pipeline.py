@@ -30,6 +30,7 @@ from neobert.data.source.spec import describe_sources
 from neobert.data.store.encode import limit_threads
 from neobert.data.store.opening import Source, View, list_sources, open_training_texts
 from neobert.data.tokenizer import Tokenizer, check_mask_token, load_tokenizer, train_tokenizer
+from neobert.host import available_cpus
 from neobert.types import Corruption, PackedBatch
 
 PREFETCH_STEPS = 4
@@ -76,9 +77,8 @@ class Reader:
 def choose_num_workers(world: int) -> int:
     """Threads that open windows when `dataset.num_workers` is null: a quarter of this process's share of the cores,
     from 1 to 4. The tokenizer uses the other cores by itself."""
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     local = min(world, int(os.environ.get("LOCAL_WORLD_SIZE", "1")))
-    return max(1, min(4, cores // local // 4))
+    return max(1, min(4, available_cpus() // local // 4))
 
 
 _ENTROPY_TOKENS = 50_000_000

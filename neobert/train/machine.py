@@ -47,6 +47,7 @@ from torch import Tensor, nn
 
 from neobert.config.schema import Config
 from neobert.errors import StartupError
+from neobert.host import describe_waiting
 from neobert.kernels.linear_cross_entropy import choose_kernel
 from neobert.train.agreement import exchange
 
@@ -68,6 +69,13 @@ class Runtime:
     @property
     def is_main(self) -> bool:
         return self.rank == 0
+
+    def describe_device(self) -> str:
+        """The device, and on a CPU how many threads compute and how they wait for each other."""
+        if self.device.type != "cpu":
+            return str(self.device)
+        count = torch.get_num_threads()
+        return f"cpu ({count} thread{'s' if count > 1 else ''}, {describe_waiting()})"
 
     def with_precision(self, mixed_precision: str) -> Self:
         """This runtime, computing in another precision: `no` or `bf16`. Call it before `prepare_model`."""
@@ -233,6 +241,8 @@ def build_runtime(config: Config) -> Runtime:
         StartupError: the launcher asked for several processes and they did not find each other.
     """
     settle_determinism(config.trainer.deterministic)
+    if config.trainer.cpu_threads is not None:
+        torch.set_num_threads(config.trainer.cpu_threads)
     if config.trainer.tf32 and torch.cuda.is_available():
         torch.set_float32_matmul_precision("high")
     # The precision is bound when the process group is there, since all processes take one choice.

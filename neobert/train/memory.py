@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Literal
 
 import torch
 
+from neobert.host import control_groups
 from neobert.types import MicroBatch
 
 if TYPE_CHECKING:
@@ -76,24 +77,19 @@ def _read_field(path: Path, name: str) -> int:
 
 
 def _left_in_groups(root: Path) -> Iterator[int]:
-    """What each control group above this process leaves of its limit, in both versions of the interface."""
-    membership = root / "proc/self/cgroup"
-    for line in membership.read_text().splitlines() if membership.is_file() else ():
-        number, controllers, path = line.split(":", 2)
-        if number == "0":
-            top, limit, used, reclaimable = root / "sys/fs/cgroup", "memory.max", "memory.current", "inactive_file"
-        elif "memory" in controllers.split(","):
-            top, limit, used = root / "sys/fs/cgroup/memory", "memory.limit_in_bytes", "memory.usage_in_bytes"
-            reclaimable = "total_inactive_file"
-        else:
-            continue
-        folder = top / path.strip("/")
-        for group in (folder, *folder.parents):
-            if (group / limit).is_file() and (text := (group / limit).read_text().strip()) != "max":
-                statistics = dict(line.split() for line in (group / "memory.stat").read_text().splitlines())
-                yield int(text) - int((group / used).read_text()) + int(statistics.get(reclaimable, 0))
-            if group == top:
-                break
+    """What each control group around this process leaves of its limit."""
+    for group in control_groups("memory", root):
+        limit, used, reclaimable = _FILES[group.version]
+        if (text := group.read(limit)) not in (None, "max"):
+            statistics = dict(line.split() for line in (group.read("memory.stat") or "").splitlines())
+            yield int(text) - int(group.read(used) or 0) + int(statistics.get(reclaimable, 0))
+
+
+_FILES = {
+    1: ("memory.limit_in_bytes", "memory.usage_in_bytes", "total_inactive_file"),
+    2: ("memory.max", "memory.current", "inactive_file"),
+}
+"""Limit, use, and the part of the use that can be dropped (in memory.stat), by version of the interface."""
 
 
 class OutOfMemory(Exception):

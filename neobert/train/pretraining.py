@@ -128,7 +128,7 @@ def announce(run: Run) -> None:
         f"model     {config.model.name or 'NeoBERT'}: {model.num_hidden_layers} layers x {model.hidden_size}, "
         f"{model.num_attention_heads} heads, {total:,} parameters ({total - embeddings:,} without the vocabulary)",
         f"          at most {flops / 1e6:,.1f} MFLOP a token forward and backward (documents of {length} tokens)",
-        f"compute   {run.runtime.device}, {config.trainer.mixed_precision.replace('no', 'fp32')}, "
+        f"compute   {run.runtime.describe_device()}, {config.trainer.mixed_precision.replace('no', 'fp32')}, "
         f"attention {run.attention.name} ({run.attention.kernel}), "
         f"{f'loss kernel {kernel}, ' if objective.predicts_tokens else ''}"
         f"{run.runtime.world} process(es)",

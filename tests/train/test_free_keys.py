@@ -123,6 +123,7 @@ UNTRIED: dict[str, str] = {
     "trainer.masked_logits_only_loss": f"{_ROUNDS}the matrix product with the vocabulary has other rows",
     "trainer.torch_compile": f"{_ROUNDS}compiled operations are fused; takes long",
     "trainer.use_cpu": f"{_ROUNDS}a GPU, where the machine has one",
+    "trainer.cpu_threads": f"{_ROUNDS}a product is cut into other parts",
     "trainer.deterministic": "sets switches of the process; test_deterministic.py tries it in one of its own",
     "tokenizer.revision": "needs tokenizer.name, which is a tokenizer of the hub",
     "wandb.enabled": "needs the package wandb; test_interval.py resumes with a stand-in",
