@@ -62,7 +62,6 @@ MASKED_ATTENTION = AttentionBackend(
     kernel="one scaled_dot_product_attention with a mask",
     prepare=_prepare,
     attend=_attend,
-    obstacle=lambda device, dtype, head_dim=None: None,
 )
 
 

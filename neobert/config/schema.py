@@ -10,7 +10,7 @@ from typing import Literal
 
 from neobert.config.key import key, section, when
 from neobert.config.schema_contrastive import ContrastiveSection
-from neobert.config.schema_data import DatacollatorSection, DatasetSection, TokenizerSection
+from neobert.config.schema_data import PREDICTS_TOKENS, DatacollatorSection, DatasetSection, TokenizerSection
 from neobert.config.schema_optimizer import OptimizerSection
 from neobert.config.schema_trainer import TrainerSection
 
@@ -92,9 +92,7 @@ class ModelSection:
     """auto takes `flash_attn_varlen` where it can run (CUDA, bf16) and `sdpa` elsewhere; the log names the choice.
     A backend named here that cannot run is an error. `flex` is torch's FlexAttention, for CUDA."""
 
-    kernel_backend: Literal["auto", "torch", "triton", "liger"] = key(
-        "auto", needs="trainer.objective=mlm", resume="free"
-    )
+    kernel_backend: Literal["auto", "torch", "triton", "liger"] = key("auto", needs=PREDICTS_TOKENS, resume="free")
     """What computes the loss from hidden states and vocabulary: auto takes `triton` on CUDA where it can be imported,
     else `torch`; the log names the choice. A kernel named here that cannot run is an error."""
 

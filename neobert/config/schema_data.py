@@ -8,6 +8,12 @@ from neobert.config.key import key, when
 MASKS = "task=pretraining or contrastive.pretraining_objective=mlm"
 """What keys of masks need: pretraining, or fine-tuning in which some steps are masked language modelling."""
 
+PREDICTS_TOKENS = "trainer.objective=mlm"
+"""What keys of the loss over the vocabulary need: an objective that predicts tokens (`Objective.predicts_tokens`)."""
+
+FILLS_MASKS = "trainer.objective=mlm"
+"""What keys of [MASK] need: an objective that hides tokens (`Objective.fills_masks`). Values are joined by `|`."""
+
 MAX_RECORD_BYTES = 64 << 20
 """Far above any document of text, far below the memory of any machine."""
 
@@ -283,11 +289,7 @@ class DatacollatorSection:
         0.8,
         at_least=0,
         at_most=1,
-        needs=(
-            MASKS,
-            "datacollator.mask_all=false",
-            "trainer.objective=mlm",
-        ),
+        needs=(MASKS, "datacollator.mask_all=false", FILLS_MASKS),
         resume="declared",
         changes="batch",
     )
@@ -297,11 +299,7 @@ class DatacollatorSection:
         0.1,
         at_least=0,
         at_most=1,
-        needs=(
-            MASKS,
-            "datacollator.mask_all=false",
-            "trainer.objective=mlm",
-        ),
+        needs=(MASKS, "datacollator.mask_all=false", FILLS_MASKS),
         resume="declared",
         changes="batch",
     )
@@ -309,7 +307,7 @@ class DatacollatorSection:
 
     mask_all: bool = key(
         False,
-        needs=(MASKS, "trainer.objective=mlm"),
+        needs=(MASKS, FILLS_MASKS),
         resume="declared",
         changes="batch",
     )

@@ -4,7 +4,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from neobert.config.key import key, when
-from neobert.config.schema_data import MASKS
+from neobert.config.schema_data import FILLS_MASKS, MASKS, PREDICTS_TOKENS
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -163,13 +163,13 @@ class TrainerSection:
     tf32: bool = key(True, resume="free")
     """Allow TF32 in float32 matrix products on CUDA."""
 
-    masked_logits_only_loss: bool = key(True, tasks="pretraining", needs="trainer.objective=mlm", resume="free")
+    masked_logits_only_loss: bool = key(True, tasks="pretraining", needs=PREDICTS_TOKENS, resume="free")
     """true: vocabulary logits are computed for masked tokens only. false: for all tokens, slower, for comparison."""
 
     z_loss: float = key(
         0.0,
         at_least=0,
-        needs=(MASKS, "trainer.objective=mlm"),
+        needs=(MASKS, PREDICTS_TOKENS),
         resume="declared",
     )
     """Coefficient z of z * logsumexp(logits)^2 in the training loss of every target, which keeps logits small; 1e-4 is
@@ -242,7 +242,7 @@ class TrainerSection:
     """Steps to profile; 0 profiles nothing. Process 0 writes `profiler_trace.json` into `output_dir`, and on CUDA
     `snapshot.pickle`, the history of the allocator."""
 
-    fill_mask_texts: tuple[str, ...] | None = key(None, needs="trainer.objective=mlm", resume="free")
+    fill_mask_texts: tuple[str, ...] | None = key(None, needs=FILLS_MASKS, resume="free")
     """Texts with [MASK] that the model completes at the end of the run. null takes the beginnings of the first
     evaluation documents and hides one token of each; `[]` shows none."""
 

@@ -72,7 +72,8 @@ class AttentionBackend:
 
     attend: Attend
 
-    obstacle: Obstacle
+    obstacle: Obstacle = lambda device, dtype, head_dim=None: None
+    """By default it runs everywhere."""
 
 
 def choose_attention(
@@ -166,7 +167,6 @@ ATTENTION: dict[str, AttentionBackend] = {
         kernel="document by document",
         prepare=prepare_segmented,
         attend=attend_segmented,
-        obstacle=lambda device, dtype, head_dim=None: None,
     ),
     "flex": AttentionBackend(
         name="flex",

@@ -1,7 +1,7 @@
 """The table of objectives, and which of them a config or a set of weights means."""
 
-import importlib
 from collections.abc import Iterable
+from pkgutil import resolve_name
 from typing import Any
 
 from neobert.config.schema import Config
@@ -36,8 +36,7 @@ def check_task(config: Config, task: str) -> None:
 
 def load_part(path: str) -> Any:
     """What `package.module:attribute` names: a part of an objective that a package above this one implements."""
-    module, _, name = path.partition(":")
-    return getattr(importlib.import_module(module), name)
+    return resolve_name(path)
 
 
 OBJECTIVES: dict[str, Objective] = {

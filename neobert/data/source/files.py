@@ -35,27 +35,17 @@ _FINGERPRINT_BLOCK = 4096
 _REMOTE_BUFFER_BYTES = 1 << 20
 
 
-ENDINGS = {
-    "JSON": (".jsonl", ".ndjson", ".json"),
-    "text": (".txt", ".text"),
-    "CSV": (".csv", ".tsv"),
-    "Parquet": (".parquet",),
-}
-"""Formats by the ending of a name."""
-
-COMPRESSIBLE = ("JSON", "text", "CSV")
-"""Formats that may be compressed as a whole."""
-
-
 def kind_of_name(name: str) -> str | None:
-    """The format that a name says, a key of `ENDINGS`.
+    """The format that a name says, a key of `FORMATS`.
 
     >>> kind_of_name("Train.JSONL.gz"), kind_of_name("a.parquet.gz")
     ('JSON', None)
     """
     plain = strip_codec(name.lower())
-    kind = next((kind for kind, endings in ENDINGS.items() if plain.endswith(endings)), None)
-    return None if kind not in COMPRESSIBLE and plain != name.lower() else kind
+    for kind, found in FORMATS.items():
+        if plain.endswith(found.endings):
+            return kind if found.compressible or plain == name.lower() else None
+    return None
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -271,3 +261,26 @@ def _remote_file(url: str, info: dict[str, Any]) -> DataFile:
 def _parts_before_pattern(parts: tuple[str, ...]) -> tuple[str, ...]:
     first = next(place for place, part in enumerate(parts) if glob.has_magic(part))
     return parts[:first]
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class FileFormat:
+    """One format of files of text."""
+
+    endings: tuple[str, ...]
+    """Of names, in lower case."""
+
+    opener: str
+    """`fn(files, spec) -> source`, by `module:attribute`: the modules of formats need this one."""
+
+    compressible: bool = True
+    """Whether a file may be compressed as a whole (`.gz` after the ending)."""
+
+
+FORMATS: dict[str, FileFormat] = {
+    "JSON": FileFormat(endings=(".jsonl", ".ndjson", ".json"), opener="neobert.data.source.jsonl:open_jsonl"),
+    "text": FileFormat(endings=(".txt", ".text"), opener="neobert.data.source.plain:open_text"),
+    "CSV": FileFormat(endings=(".csv", ".tsv"), opener="neobert.data.source.delimited_columns:open_delimited"),
+    "Parquet": FileFormat(endings=(".parquet",), opener="neobert.data.source.parquet:open_parquet", compressible=False),
+}
+"""All formats of files."""

@@ -4,7 +4,7 @@
 |---|---|---|
 | `python_stdlib` | train | `StdlibSource` |
 | a folder of `save_to_disk` | train, or its own | `TokenStore` where there are input_ids, else `ArrowTexts` |
-| files, folders of them, patterns, local or remote | by their names | one of `FORMATS` |
+| files, folders of them, patterns, local or remote | by their names | one of `FORMATS` in `files.py` |
 | a hub name | the hub's | `HubSource` |
 
 `python_stdlib`: the source code of the running interpreter's standard library, a corpus that is always there.
@@ -19,13 +19,13 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
+from pkgutil import resolve_name
 
 from neobert.config.nesting import parse_json
 from neobert.config.schema_data import DatasetSection
-from neobert.data.source.delimited_columns import open_delimited
 from neobert.data.source.documents import Documents
 from neobert.data.source.files import (
-    ENDINGS,
+    FORMATS,
     DataFile,
     FoundFile,
     Listing,
@@ -38,11 +38,9 @@ from neobert.data.source.files import (
 from neobert.data.source.hub import HubPin, list_hub_splits, open_hub, pin_hub
 from neobert.data.source.intake import check_problems
 from neobert.data.source.inventory import FileReport, Inventory, name_some
-from neobert.data.source.jsonl import open_jsonl
 from neobert.data.source.lines import FileSource
 from neobert.data.source.network import with_retries
-from neobert.data.source.parquet import ParquetSource, open_parquet
-from neobert.data.source.plain import open_text
+from neobert.data.source.parquet import ParquetSource
 from neobert.data.source.spec import PYTHON_STDLIB, SourceSpec, describe_sources
 from neobert.data.source.splits import find_split
 from neobert.data.source.walk import covers
@@ -159,7 +157,7 @@ def list_data_files(spec: SourceSpec) -> DataFiles:
     faults = {item.url: item.reason for item in left_out if item.is_fault}
     check_problems(faults, spec, left=len(data))
     if not data:
-        endings = ", ".join(ending for endings in ENDINGS.values() for ending in endings)
+        endings = ", ".join(ending for kind in FORMATS.values() for ending in kind.endings)
         there = name_some(f"{item.file.url} ({_describe_ending(item.file)})" for item in found)
         cause, there = ("has no file that can be read", f"; it has {there}") if found else ("does not exist", "")
         raise DataError(
@@ -285,6 +283,9 @@ def _open_saved(spec: SourceSpec, folder: Path, tokenizer: Tokenizer | None) -> 
     return TokenStore(folder, tokenizer)
 
 
+OpenFiles = Callable[[Sequence[DataFile], SourceSpec], FileSource | ParquetSource]
+
+
 def _open_files(spec: SourceSpec, files: Sequence[DataFile], inventory: Inventory, _: Tokenizer | None) -> Documents:
     kinds = list(dict.fromkeys(kind for file in files if (kind := kind_of_name(file.name))))
     if len(kinds) > 1:
@@ -292,19 +293,8 @@ def _open_files(spec: SourceSpec, files: Sequence[DataFile], inventory: Inventor
             f"dataset.path: {spec.label} mixes {' and '.join(kinds)} files in one split; keep one kind with a pattern "
             "(folder/*.parquet), or name each kind in an entry of dataset.mixture"
         )
-    opener = FORMATS[kinds[0]]
+    opener: OpenFiles = resolve_name(FORMATS[kinds[0]].opener)
     where = f"dataset.path: {spec.label}"
     source = with_retries(lambda: opener(files, spec), retries=spec.section.network_retries, where=where)
     source.inventory = inventory.with_content(source.reports)
     return source
-
-
-OpenFiles = Callable[[Sequence[DataFile], SourceSpec], FileSource | ParquetSource]
-
-FORMATS: dict[str, OpenFiles] = {
-    "JSON": open_jsonl,
-    "text": open_text,
-    "CSV": open_delimited,
-    "Parquet": open_parquet,
-}
-"""What opens the files of a format; their endings are in `files.py`."""
