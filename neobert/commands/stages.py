@@ -1,4 +1,4 @@
-"""What a stage of a pipeline can run: how it begins and continues, when it is finished, what it gives to the next."""
+"""What a stage of a pipeline can run: how it starts and continues, when it is finished, what it gives to the next."""
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
@@ -16,7 +16,7 @@ from neobert.weights.folder import AVERAGE_FILE, STEPS_KEY, choose_newest
 from neobert.weights.manifest import CheckpointError, read_manifest
 
 UNKNOWN = Path("<final checkpoint>")
-"""Stands for the result of a stage that has not run, in what `--dry-run` prints."""
+"""The result of a stage that has not run, in what `--dry-run` prints."""
 
 
 class PipelineError(UserError, ValueError):
@@ -44,7 +44,7 @@ class Stage:
     """`key=value` each, laid over the config."""
 
     arguments: tuple[str, ...] = ()
-    """Further words for the command."""
+    """Further arguments for the command."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -55,10 +55,10 @@ class Kind:
     """A key of COMMANDS."""
 
     begin: Callable[[Stage, Path, Path | None], list[str]]
-    """`fn(stage, its folder, what the stage before made)`: the words after the command."""
+    """`fn(stage, its folder, what the stage before made)`: the arguments after the command."""
 
     go_on: Callable[[Stage, Path, Path | None], tuple[str, list[str]] | None]
-    """Command and words that bring what is in the folder to its end; None when it is finished. Raises PipelineError
+    """Command and arguments that bring what is in the folder to its end; None when it is finished. Raises PipelineError
     when the folder was made from something else."""
 
     result: Callable[[Path], Path | None]
@@ -69,11 +69,11 @@ class Kind:
     """Config key that names what the stage before made, where a config without it may be incomplete."""
 
     follows: tuple[str, ...] | None = None
-    """Kinds that must stand before it; None: any, or none at all."""
+    """Kinds that must come before it; None: any, or none at all."""
 
 
 def choose_command(stage: Stage, folder: Path, source: Path | None) -> tuple[str, list[str]] | None:
-    """Command and words for a stage; None when it is finished.
+    """Command and arguments for a stage; None when it is finished.
 
     Raises:
         PipelineError: the folder cannot be gone on with.
@@ -147,10 +147,10 @@ def _go_on_training(
         _check_origin(folder, before.model.init_from, source)
     elif source is not None:
         _check_lineage(folder, state, source)
-    words = _set(stage, folder, *more)
-    if is_complete(state) and same(load_config(words[0], words[1:]), before):
+    argv = _set(stage, folder, *more)
+    if is_complete(state) and same(load_config(argv[0], argv[1:]), before):
         return None
-    return KINDS[stage.run].command, [*words, *stage.arguments]
+    return KINDS[stage.run].command, [*argv, *stage.arguments]
 
 
 _PRETRAINED = "contrastive.pretrained_checkpoint_dir"
@@ -164,14 +164,14 @@ def _begin_contrastive(stage: Stage, folder: Path, source: Path | None) -> list[
 def _go_on_contrastive(stage: Stage, folder: Path, source: Path | None) -> tuple[str, list[str]] | None:
     checkpoint = _newest(folder)
     assert checkpoint is not None, "asked only where there is a result"
-    before, words = read_checkpoint_config(checkpoint), _begin_contrastive(stage, folder, source)
+    before, argv = read_checkpoint_config(checkpoint), _begin_contrastive(stage, folder, source)
     if source is not None:
         _check_origin(folder, before.model.init_from, source)
-    overrides = words[1 : len(words) - len(stage.arguments)]
+    overrides = argv[1 : len(argv) - len(stage.arguments)]
     # The script completes its config with what the checkpoint says of the model.
-    if is_complete(read_train_state(checkpoint)) and _same_budget(load_config(words[0], overrides), before):
+    if is_complete(read_train_state(checkpoint)) and _same_budget(load_config(argv[0], overrides), before):
         return None
-    return KINDS[stage.run].command, words
+    return KINDS[stage.run].command, argv
 
 
 def _begin_longer(stage: Stage, folder: Path, source: Path | None) -> list[str]:
@@ -189,8 +189,8 @@ def _go_on_longer(stage: Stage, folder: Path, source: Path | None) -> tuple[str,
     if is_complete(state) and _same_budget(load_config(stage.config, stage.overrides), before):
         return None
     # The script has written its settings, those of the long documents too, into the folder of its run.
-    words = [str(checkpoint / "config.yaml"), *stage.overrides, "trainer.resume_from_checkpoint=latest"]
-    return KINDS["pretrain"].command, words
+    argv = [str(checkpoint / "config.yaml"), *stage.overrides, "trainer.resume_from_checkpoint=latest"]
+    return KINDS["pretrain"].command, argv
 
 
 def _newest(folder: Path) -> Path | None:
@@ -296,4 +296,4 @@ KINDS: dict[str, Kind] = {
 }
 """What a stage can run. A training script that takes `CONFIG [overrides]`, starts from `model.init_from` and writes
 checkpoints into `trainer.output_dir` needs `_begin_training`, `_go_on_training` (where it saves another config than it
-was given: `partial(_go_on_training, same=_same_budget)`) and `_newest`."""
+was passed: `partial(_go_on_training, same=_same_budget)`) and `_newest`."""

@@ -10,8 +10,8 @@
 
 Every variant runs in a process of its own, so that its peak is its own: what a step takes beyond model, optimizer and
 data, of the allocator on a GPU, of resident memory on a CPU. That is more than tensors: freed memory that the C library
-has not found a use for counts too. Losses are printed too: unpadded and padded, cached and whole agree. `accumulated`
-is what `cached` is to be compared with: gradients of all weights stand beside the activations of a chunk in both.
+has not found a use for counts too. Losses are printed too: unpadded and padded, cached and whole match. `accumulated`
+is what `cached` is to be compared with: gradients of all weights are held beside the activations of a chunk in both.
 """
 
 import argparse

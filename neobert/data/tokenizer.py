@@ -61,7 +61,7 @@ class Tokenizer:
         self.digest: str = _digest(self._backend)
         """Of the canonical tokenizer.json: equal digests tokenise equally."""
         self.note = note
-        self._place = str(hf.name_or_path)
+        self._source = str(hf.name_or_path)
         self._rebuilt_digest = None if rebuilt is None else _digest(rebuilt)
         self._backend.encode_special_tokens = True
         self.cls_id: int = hf.cls_token_id
@@ -128,8 +128,8 @@ class Tokenizer:
 
     @property
     def label(self) -> str:
-        """The tokenizer in words: with the folder or name it was loaded from, where there is one."""
-        return f"the tokenizer {self._place}" if self._place else "the tokenizer"
+        """The tokenizer as text: with the folder or name it was loaded from, where there is one."""
+        return f"the tokenizer {self._source}" if self._source else "the tokenizer"
 
     def spell(self, token_id: int) -> str:
         """A token as the vocabulary spells it."""

@@ -26,7 +26,7 @@ def check_absent(output: Path) -> None:
 
 
 def load_done(file: Path, settings: dict[str, Any]) -> dict[str, Any] | None:
-    """What `save_done` wrote last; None at the beginning of a job.
+    """What `save_done` wrote last; None at the start of a job.
 
     Raises:
         JobError: it was written by a job with other settings.

@@ -31,7 +31,7 @@ def _compiled_flex_attention() -> Callable[..., Any]:
 
 
 def prepare_flex(segments: Segments, window: int | None = None) -> BlockMask:
-    """The mask of equal documents, within `window // 2` places where there is a window."""
+    """The mask of equal documents, within `window // 2` positions where there is a window."""
     num_tokens, device = segments.ids.numel(), segments.ids.device
     borders = segments.cu_seqlens
     token_T = torch.arange(num_tokens, dtype=torch.int32, device=device)
@@ -72,7 +72,7 @@ def attend_flex(q_TND: Tensor, k_TND: Tensor, v_TND: Tensor, prepared: Any, *, s
     return attend(q, k, v, block_mask=prepared, scale=scale)[0].transpose(0, 1)
 
 
-def flex_obstacle(device: torch.device, dtype: torch.dtype, head_dim: int | None = None) -> str | None:
+def flex_problem(device: torch.device, dtype: torch.dtype, head_dim: int | None = None) -> str | None:
     """FlexAttention trains on CUDA devices alone, with heads of at least 16."""
     if device.type != "cuda":
         return f"cannot train on {device.type}, where FlexAttention has no backward: write model.attn_backend: sdpa"

@@ -189,7 +189,7 @@ def _version_of(package: str) -> str | None:
 
 
 def _digest_of_code() -> str:
-    """Of model and kernels: the files, and the functions as they stand in this process, where one may be replaced."""
+    """Of model and kernels: the files, and the functions as they are in this process, where one may be replaced."""
     digest = hashlib.sha256()
     for name, module in sorted(sys.modules.items()):
         if name.startswith(("neobert.model.", "neobert.kernels.")):

@@ -24,13 +24,13 @@ def test_every_field_and_section_has_a_text():
     assert all(len(text) > 10 for text in SECTIONS.values())
 
     def leaves(section: object) -> int:
-        values = [getattr(section, f.name) for f in dataclasses.fields(section) if f.name != "given"]
+        values = [getattr(section, f.name) for f in dataclasses.fields(section) if f.name != "explicit"]
         return sum(leaves(value) if dataclasses.is_dataclass(value) else 1 for value in values)
 
     assert len(FIELDS) == leaves(Config())
 
 
-def test_types_in_words():
+def test_types_as_text():
     def words(key: str) -> str:
         return FIELDS[key].type_name
 

@@ -1,4 +1,4 @@
-"""Every lane gives each document of its share once an epoch, whole, and continues where a state says."""
+"""Every lane gives each document of its part once an epoch, whole, and continues where a state says."""
 
 from collections import Counter
 from dataclasses import replace

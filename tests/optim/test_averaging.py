@@ -40,7 +40,7 @@ def test_the_average_follows_its_formula() -> None:
         move(module)
         weights = {name: p.detach().double() for name, p in module.named_parameters()}
         average.update(step, GOES_ON)
-        assert average.begun == (step >= 2)
+        assert average.started == (step >= 2)
         if step == 2:
             expected = copies(weights)
         elif step > 2:
@@ -95,7 +95,7 @@ def test_an_average_that_was_saved_goes_on_and_one_that_lacks_a_weight_is_an_err
     assert all(torch.equal(tensor, resumed.tensors()[name]) for name, tensor in whole.tensors().items())
     with pytest.raises(KeyError, match=r"0.weight"):
         resumed.begin(4, {"1.weight": torch.zeros(2)})
-    with pytest.raises(RuntimeError, match="begins at step 7"):
+    with pytest.raises(RuntimeError, match="step 7"):
         WeightAverage(module, decay=0.9, start_step=7).tensors()
 
 

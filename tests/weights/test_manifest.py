@@ -1,4 +1,4 @@
-"""Which checkpoint is taken, and why another one is not."""
+"""Which checkpoint is used, and why another one is not."""
 
 import json
 import os

@@ -41,7 +41,7 @@ def _is_empty(path: Path) -> bool:
     return path.is_file() and not path.stat().st_size
 
 
-def check_place(config: Config) -> None:
+def check_output_dir(config: Config) -> None:
     """Raises where a run would write into another run, into a folder of weights or into its own data.
 
     Raises:
@@ -84,9 +84,9 @@ def _inputs_inside(config: Config, output_dir: Path) -> Iterator[tuple[str, str,
     for key, paths in named.items():
         for path in (x for entry in paths for x in ((entry,) if isinstance(entry, str) else entry or ())):
             parts = Path(path).expanduser().parts
-            place = Path(os.path.realpath(Path(*(part for part in parts if not glob.has_magic(part)))))
-            if place.is_relative_to(real) and place.exists():
-                yield key, path, (*place.relative_to(real).parts, ENTRIES[0])[0]
+            real_path = Path(os.path.realpath(Path(*(part for part in parts if not glob.has_magic(part)))))
+            if real_path.is_relative_to(real) and real_path.exists():
+                yield key, path, (*real_path.relative_to(real).parts, ENTRIES[0])[0]
 
 
 def check_own(output_dir: Path) -> None:
