@@ -1,4 +1,4 @@
-"""How every command begins and ends: output that cannot fail it, signals, and errors of one sentence.
+"""How every command starts and ends: output that cannot fail it, signals, and errors of one sentence.
 
 Nothing heavy is imported here, and commands import their libraries after their arguments are read, so that `--help` and
 wrong calls answer at once.
@@ -191,7 +191,7 @@ def print_result(text: str, end: str = "\n") -> None:
     """Prints what the command was asked for.
 
     Raises:
-        UserError: it was not taken: the disk is full.
+        UserError: it was not written: the disk is full.
         SystemExit: the reader is gone (`| head`), about which nothing is said.
     """
     print(text, end=end, flush=True)

@@ -107,7 +107,7 @@ def compare(model: Model, texts: Sequence[str], *, batch_tokens: int, rows: int,
             start = time.perf_counter()
             way()
             seconds[name].append(time.perf_counter() - start)
-    speeds = {name: num_tokens / statistics.median(taken) for name, taken in seconds.items()}
+    speeds = {name: num_tokens / statistics.median(times) for name, times in seconds.items()}
     lengths = np.array([len(tokens) for tokens in documents])
     lines = [
         f"{len(documents):,} texts of {lengths.min()} to {lengths.max()} tokens (median {int(np.median(lengths))}), "

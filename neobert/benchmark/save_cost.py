@@ -32,7 +32,7 @@ class SaveCost:
     num_parameters: int = 0
     num_bytes: int = 0
     step: list[float] = field(default_factory=list)
-    """A training step with nothing else going on."""
+    """A training step while nothing else runs."""
 
     blocking: list[float] = field(default_factory=list)
     stopped: list[float] = field(default_factory=list)

@@ -84,7 +84,7 @@ def _read_step_settings(args: argparse.Namespace) -> StepSettings:
     if args.config and both:
         raise ValueError(f"--config: it decides {', '.join(both)} too; leave these out and override keys of the config")
     if args.overrides and not args.config:
-        raise ValueError(f"{args.overrides[0]}: an override needs --config FILE; flags begin with --")
+        raise ValueError(f"{args.overrides[0]}: an override needs --config FILE; flags start with --")
     if args.config:
         from neobert.config.load import load_config  # Needs omegaconf, which made-up rows do not.
 

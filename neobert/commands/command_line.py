@@ -27,10 +27,10 @@ def parse_command_line(argv: Sequence[str], *, description: str | None, program:
         ConfigError: the file or an override is wrong; all problems in one message.
     """
     usage = f"usage: {program} CONFIG.yaml [--section.key VALUE ...]"
-    if any(word in ("--help", "-h") for word in argv):
+    if any(argument in ("--help", "-h") for argument in argv):
         cli.print_result(build_help(usage, inspect.cleandoc(description or "")))
         raise SystemExit(0)
-    rest = [word for word in argv if word != "--print-config"]
+    rest = [argument for argument in argv if argument != "--print-config"]
     overrides, others = split_arguments(rest)
     path = _choose_file(others, usage)
     config = load_config(path, [f"--{key}" if text is None else f"--{key}={text}" for key, text in overrides])
@@ -42,7 +42,7 @@ def parse_command_line(argv: Sequence[str], *, description: str | None, program:
 
 
 def _choose_file(others: Sequence[str], usage: str) -> str:
-    options = [word for word in others if word.startswith("-")]
+    options = [argument for argument in others if argument.startswith("-")]
     if options:
         raise CallError(f"unknown option {options[0]}; --help lists all keys\n{usage}")
     if len(others) > 1:

@@ -37,7 +37,7 @@ class Stage:
     """Config file of a training."""
 
     takes: str = "weights"
-    """Of a `pretrain` after another stage: `weights` (`model.init_from`: optimizer, schedule, step and data begin
+    """Of a `pretrain` after another stage: `weights` (`model.init_from`: optimizer, schedule, step and data start
     again), or `state` (everything continues, so the budget must be larger)."""
 
     overrides: tuple[str, ...] = ()

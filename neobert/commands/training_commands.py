@@ -29,7 +29,7 @@ def preprocess(program: str, argv: list[str]) -> None:
     --report  measure lengths, unknown tokens and duplicates of what was written
     --debug   write nothing; print the first rows of the run as text, with the measured mix of masks
     """
-    typed = [word for word in argv if word not in ("--debug", "--report")]
+    typed = [argument for argument in argv if argument not in ("--debug", "--report")]
     config = parse_command_line(typed, description=preprocess.__doc__, program=program)
     if config.task != "pretraining":
         raise DataError(f"task: {config.task} is for neobert preprocess-pairs (scripts/{config.task}/preprocess.py)")

@@ -2,7 +2,7 @@
 
 The documentation of a field is the string literal under it, read from the source with `ast`, so that the
 schema stays plain dataclasses. `parse_value` turns one written value into the type of its field: a text is read as it
-was typed; a choice is matched whatever its case, and a YAML false stands for `no` or `off` where that is a
+was typed; a choice is matched whatever its case, and a YAML false means `no` or `off` where that is a
 choice; an integer may be written `1e5` when it is whole; null, none and an empty value are null where the field allows
 it, unless none is one of its choices.
 """

@@ -46,7 +46,7 @@ python scripts/pretraining/pretrain.py configs/pretraining/quickstart.yaml \\
 
 ## How values are read
 
-- Each value is read by the type of its key: a text is taken as typed (`no`, `012` and `1e5` stay texts), `1e-4` is a
+- Each value is read by the type of its key: a text is read as typed (`no`, `012` and `1e5` stay texts), `1e-4` is a
   number, and an integer may be written `1e5`.
 - `null`, `none` and, in a file, an empty value mean none where the table says "or null"; quotes make a text of them:
   `"none"`.

@@ -2,9 +2,9 @@
 
 | tokenizer | a token continues with the word before it when |
 |---|---|
-| WordPiece, or BPE with such a prefix | it begins with the prefix (`##`) |
+| WordPiece, or BPE with such a prefix | it starts with the prefix (`##`) |
 | BPE with an end-of-word suffix | the token before has no suffix |
-| byte-level BPE, metaspace | it has no mark of a space (`Ġ`, `▁`), begins with a letter or digit and follows one |
+| byte-level BPE, metaspace | it has no mark of a space (`Ġ`, `▁`), starts with a letter or digit and follows one |
 | one token a word (WordLevel) | never |
 
 Bytes above 127 count as letters: they are parts of characters. Scripts without spaces are one long word there.

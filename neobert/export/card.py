@@ -77,14 +77,14 @@ def model_card(
 
 
 def _use(objective: Objective, tokenizer: Tokenizer, sentences: VectorSettings, *, name: str, form: Form) -> str:
-    mask = next(word for word, number in tokenizer.special_tokens.items() if number == tokenizer.mask_id)
+    mask = next(token for token, number in tokenizer.special_tokens.items() if number == tokenizer.mask_id)
     before = _TRAINED_VECTORS
     if objective.vectors is None:
         before = (_FILL_MASK if objective.fills_masks else "") + _PLAIN_VECTORS
     trust = "" if form == "native" else ", trust_remote_code=True"
     prompts = [
-        f'\n- `encode(texts, prompt_name="{word}")` puts `{text}` before each text, as in training'
-        for word, text in sentences.prompts
+        f'\n- `encode(texts, prompt_name="{name}")` puts `{text}` before each text, as in training'
+        for name, text in sentences.prompts
     ]
     return "".join(
         [(before + _EMBED).format(name=name, trust=trust, mask=mask), *(["\n"] if prompts else []), *prompts]

@@ -16,7 +16,7 @@ from neobert.errors import UserError
 
 
 class JobError(UserError, ValueError):
-    """A job cannot begin or continue; the message says what to do."""
+    """A job cannot start or continue; the message says what to do."""
 
 
 def check_absent(output: Path) -> None:

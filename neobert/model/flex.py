@@ -1,7 +1,7 @@
 """FlexAttention with a mask of documents: the backend `flex`, for CUDA devices.
 
 The kernel works on blocks of 128 x 128 scores and needs to know which of them hold anything to compute. Documents are
-contiguous in the stream, so that follows from where they begin and end: queries of a block see keys from the start of
+contiguous in the stream, so that follows from where they start and end: queries of a block see keys from the start of
 the first one's document to the end of the last one's, within reach of the window. Nothing of the size of the scores is
 made to find out, no value is read back from the device, and shapes depend on the shape of the batch alone.
 

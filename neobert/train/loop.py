@@ -95,7 +95,7 @@ def training_steps(run: Run, state: TrainState) -> Iterator[tuple[TrainState, St
     """Yields the state and the metrics after every optimizer step, until the budget is spent or the run is to stop.
 
     Everything a step depends on is a function of its number: the rows (loader state), their masks, the learning rate
-    and the seed of the dropout masks. Hence a run continued from a checkpoint repeats the uninterrupted one.
+    and the seed of the dropout masks. So a run continued from a checkpoint repeats the uninterrupted one.
     """
     run.guard.begin(state)
     if state.step >= run.num_steps or run.stop_requested():

@@ -39,7 +39,7 @@ REMOTE_CODE_TYPE = "neobert_encoder"
 """`model_type` of models that we export with their code."""
 
 _EXPORTED, _ENCODER = ("eurobert", "remote_code"), "model."
-"""Layouts that exported folders have, and what the encoder's tensors begin with where there is a head beside it."""
+"""Layouts that exported folders have, and what the encoder's tensors start with where there is a head beside it."""
 
 HUB_NAME = re.compile(r"\w[\w.-]*/\w[\w.-]*(@[\w./-]+)?")
 _SMALL_FILES = ["*.json", "*.txt", "*.model"]

@@ -79,7 +79,7 @@ def test_data_of_another_tokenizer_is_refused(tmp_path, tokenizer):
 
 @pytest.mark.parametrize("kind", ["int32", "int64", "int16", "int8"])
 def test_negative_tokens_are_refused_by_name(tmp_path, tokenizer, kind):
-    with pytest.raises(DataError, match=r"d holds token -100 at document 1, but tokens begin at 0: .*without them"):
+    with pytest.raises(DataError, match=r"d holds token -100 at document 1, but tokens start at 0: .*without them"):
         TokenStore(save(tmp_path / "d", [[5], [6, 7, -100, 8], [-1]], List(Value(kind))), tokenizer)
 
 

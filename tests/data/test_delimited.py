@@ -50,7 +50,7 @@ QUOTES = {
         "a.csv",
         f'id,text\n2,"b\n{ROWS}30,c"\n31,d\n',
         [*MANY, 'c"', "d"],
-        ["2: a quoted field takes in 29 lines that are rows themselves"],
+        ["2: a quoted field spans 29 lines that are rows themselves"],
     ),
     "many lines on purpose": (
         "a.csv",
@@ -62,7 +62,7 @@ QUOTES = {
         "a.csv",
         'id,text,n\n1,"a,0\n2,b,0\n3,c",0,0\n4,d,0\n',
         ["b", "d"],
-        ["2: a quoted field takes in 3 lines", "4: 4 fields, and the header has 3"],
+        ["2: a quoted field spans 3 lines", "4: 4 fields, and the header has 3"],
     ),
 }
 

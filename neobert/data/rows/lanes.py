@@ -12,7 +12,7 @@ A window is planned in three steps, for L slots in a row:
 
 An automatic number of lanes never ends a run: there are as many lanes as find documents. A source is cut by what it
 says of its size, and not all of it need be documents: one line may be larger than many ranges, files sorted by length
-begin with empty texts, a row group holds nulls. Every lane is asked for its first document; while some have none, the
+start with empty texts, a row group holds nulls. Every lane is asked for its first document; while some have none, the
 source is cut again for as many lanes as had one. That is a function of the data and the settings alone, so every
 process and every resume finds the same number, and the data state holds it.
 """

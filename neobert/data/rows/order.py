@@ -2,7 +2,7 @@
 
 A key is a hash of a tuple, `key(seed, "masks", row)`: parts are folded in one after the other, never added, so that
 (seed + 1, epoch) and (seed, epoch + 1) have nothing in common. From a key come permutations of any size without
-memory, 64-bit hashes for positions, and numbers in [0, 1). All of it is 64-bit integer arithmetic (splitmix64), hence
+memory, 64-bit hashes for positions, and numbers in [0, 1). All of it is 64-bit integer arithmetic (splitmix64), so
 equal on every machine and library version. The golden values in the tests pin it: a change here changes the data
 order of every run, so it must raise the version of the loader's state.
 """

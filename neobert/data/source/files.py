@@ -121,7 +121,7 @@ class DataFile:
         if now.stamp != self.stamp:
             raise DataError(
                 f"{self.url} was replaced while it was being read ({self.size} bytes before, {now.size} now); put the "
-                "file of before back and resume, or begin a new run with the new data"
+                "file of before back and resume, or start a new run with the new data"
             )
 
     def open_raw(self) -> BinaryIO:

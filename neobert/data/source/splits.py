@@ -154,7 +154,7 @@ def check_disjoint(train: SplitSlice, evaluation: SplitSlice, count: Callable[[]
     if train.name == evaluation.name and overlap(train, evaluation, count() if needed else None):
         raise DataError(
             f"dataset.eval_split: {str(evaluation)!r} overlaps dataset.train_split: {str(train)!r}, so documents would "
-            "be evaluated that were trained on; let one slice begin where the other ends"
+            "be evaluated that were trained on; let one slice start where the other ends"
         )
 
 

@@ -63,7 +63,7 @@ class _Folder(NamedTuple):
 def walk(url: str) -> Walk:
     """The files of a path: itself, all below a folder, or all that a pattern matches and all below that.
 
-    Names that begin with a dot or an underscore are left out, unless the path names them.
+    Names that start with a dot or an underscore are left out, unless the path names them.
 
     Raises:
         DataError: a folder cannot be listed.

@@ -46,7 +46,7 @@ LINE_SECONDS = 10.0
 class Meter:
     """Shows documents, tokens, tokens per second, and the fraction done where the size is known.
 
-    Used as a context; the numbers given to `show` are totals, those before the first call do not count for the speed.
+    Used as a context; the numbers passed to `show` are totals, those before the first call do not count for the speed.
     """
 
     def __init__(self, label: str, *, console: Console | None = None) -> None:
@@ -92,7 +92,7 @@ class Meter:
 
 
 _PART_NUMBERS = 1 << 40
-"""Document numbers of part i begin at i times this: they rise over all parts, without knowing the parts before."""
+"""Document numbers of part i start at i times this: they rise over all parts, without knowing the parts before."""
 
 
 @dataclass(kw_only=True, slots=True)

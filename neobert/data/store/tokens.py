@@ -122,7 +122,7 @@ class TokenStore(Documents):
         found = f"dataset.path: {self._folder} holds token {token} at document {self.document_at(row)}, but "
         if token < 0:
             return DataError(
-                f"{found}tokens begin at 0: labels or marks of padding are in input_ids; write it again without them"
+                f"{found}tokens start at 0: labels or marks of padding are in input_ids; write it again without them"
             )
         return DataError(
             f"{found}the tokenizer has only {self._num_ids}: another one made it; name that one with tokenizer.name or "

@@ -216,7 +216,7 @@ def read_pickle(path: Path, device: torch.device | str = "cpu") -> Any:
     except UnreadablePickle as error:
         raise StartupError(
             f"{path} is damaged, or holds code that is never run ({error}): of a checkpoint's pickles only tensors and "
-            "plain values are read, whoever wrote them. Choose another step, or begin a new run with its weights, "
+            "plain values are read, whoever wrote them. Choose another step, or start a new run with its weights, "
             f"which are no pickle: model.init_from: {path.parent}"
         ) from error
 
