@@ -9,7 +9,7 @@ pieces with the same masks and the same number of pieces a step, so real tokens 
     transformers  EuroBertForMaskedLM of the same shape: one piece a row, padded to the longest of the batch, logits of
                   all tokens, torch.optim.AdamW
 
-Each runs in a process of its own, so that peak memory is its own, and they take turns. The first steps do not count.
+Each runs in its own process, so that peak memory is its own, and they take turns. The first steps do not count.
 """
 
 import dataclasses

@@ -61,7 +61,7 @@ def _peak(device: torch.device) -> int:
 
 
 def table(kernels: Sequence[str], shapes: Sequence[str], precision: str, device: str, repeats: int) -> str:
-    """Every kernel at every shape, each in a process of its own; `-` where it cannot run or runs out of memory.
+    """Every kernel at every shape, each in its own process; `-` where it cannot run or runs out of memory.
 
     Raises:
         ValueError: a kernel that is none.

@@ -309,7 +309,7 @@ def analyze_profile(program: str, argv: list[str]) -> None:
 def compare(program: str, argv: list[str]) -> None:
     """Train the runs of a plan one by one and compare them: `neobert compare PLAN --data FOLDER`.
 
-    Prints a table; it, results.json and the picture results.svg lie beside the runs. Type the same command again after
+    Prints a table; it, results.json and the picture results.svg are beside the runs. Type the same command again after
     an interruption: finished runs are not made again, one that was killed resumes.
     """
     parser = build_experiment_parser(program, compare.__doc__, file_help="plan, such as optimizers")

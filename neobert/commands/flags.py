@@ -153,7 +153,7 @@ def build_experiment_parser(program: str, description: str | None, *, file_help:
 
 
 def parse_experiment(parser: Parser, argv: list[str]) -> tuple[argparse.Namespace, list[str]]:
-    """Options, and what lies over every config: data, tokenizer, and the user's own settings, which win."""
+    """Options, and what overrides every config: data, tokenizer, and the user's own settings, which win."""
     options, settings = parser.parse_known_args(argv)
     if options.threads < 1:
         parser.error(f"--threads: {options.threads}; write 1 or more")

@@ -140,7 +140,7 @@ def run_pipeline(pipeline: Pipeline, *, dry_run: bool) -> int:
     """Runs the stages that are not finished, in order; returns an exit code of the training scripts.
 
     Raises:
-        PipelineError: a stage failed, or cannot be gone on with.
+        PipelineError: a stage failed, or cannot be continued.
     """
     source: Path | None = None
     for number, stage in enumerate(pipeline.stages, start=1):

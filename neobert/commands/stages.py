@@ -57,12 +57,12 @@ class Kind:
     begin: Callable[[Stage, Path, Path | None], list[str]]
     """`fn(stage, its folder, what the stage before made)`: the arguments after the command."""
 
-    go_on: Callable[[Stage, Path, Path | None], tuple[str, list[str]] | None]
+    proceed: Callable[[Stage, Path, Path | None], tuple[str, list[str]] | None]
     """Command and arguments that bring what is in the folder to its end; None when it is finished. Raises PipelineError
     when the folder was made from something else."""
 
     result: Callable[[Path], Path | None]
-    """What the next stage reads; None while there is nothing in the folder that could be gone on with."""
+    """What the next stage reads; None while there is nothing in the folder that could be continued."""
 
     has_config: bool = False
     source_key: str | None = None
@@ -76,13 +76,13 @@ def choose_command(stage: Stage, folder: Path, source: Path | None) -> tuple[str
     """Command and arguments for a stage; None when it is finished.
 
     Raises:
-        PipelineError: the folder cannot be gone on with.
+        PipelineError: the folder cannot be continued.
     """
     kind = KINDS[stage.run]
     try:
         if kind.result(folder) is None or source == UNKNOWN:
             return kind.command, kind.begin(stage, folder, source)
-        return kind.go_on(stage, folder, source)
+        return kind.proceed(stage, folder, source)
     except (CheckpointError, ConfigError, StartupError, OSError, ValueError) as error:
         raise PipelineError(f"stage {stage.name}: {error}") from error
 
@@ -110,7 +110,7 @@ def _begin_training(stage: Stage, folder: Path, source: Path | None) -> list[str
 
 
 def _overwrite(folder: Path) -> list[str]:
-    # A run that was killed before its first checkpoint: nothing of it is gone on with.
+    # A run that was killed before its first checkpoint: nothing of it is resumed.
     return ["trainer.overwrite_output_dir=true"] if holds_run(folder) else []
 
 
@@ -135,7 +135,7 @@ def _budgets(config: Config) -> list[float | None]:
     return [getattr(config.trainer, key.removeprefix("trainer.")) for key in BUDGETS]
 
 
-def _go_on_training(
+def _continue_training(
     stage: Stage, folder: Path, source: Path | None, same: Callable[[Config, Config], bool] = _same_settings
 ) -> tuple[str, list[str]] | None:
     checkpoint = _newest(folder)
@@ -161,7 +161,7 @@ def _begin_contrastive(stage: Stage, folder: Path, source: Path | None) -> list[
     return [*_set(stage, folder, *start, "trainer.resume_from_checkpoint=latest"), *stage.arguments]
 
 
-def _go_on_contrastive(stage: Stage, folder: Path, source: Path | None) -> tuple[str, list[str]] | None:
+def _continue_contrastive(stage: Stage, folder: Path, source: Path | None) -> tuple[str, list[str]] | None:
     checkpoint = _newest(folder)
     assert checkpoint is not None, "asked only where there is a result"
     before, argv = read_checkpoint_config(checkpoint), _begin_contrastive(stage, folder, source)
@@ -179,7 +179,7 @@ def _begin_longer(stage: Stage, folder: Path, source: Path | None) -> list[str]:
     return [*_set(stage, folder, *_overwrite(folder)), "--checkpoint", str(source), *data, *stage.arguments]
 
 
-def _go_on_longer(stage: Stage, folder: Path, source: Path | None) -> tuple[str, list[str]] | None:
+def _continue_longer(stage: Stage, folder: Path, source: Path | None) -> tuple[str, list[str]] | None:
     checkpoint = _newest(folder)
     assert checkpoint is not None, "asked only where there is a result"
     assert stage.config is not None, "checked when the file was read"
@@ -222,7 +222,7 @@ def _begin_average(stage: Stage, folder: Path, source: Path | None) -> list[str]
     return [str(run), "--output", str(folder), *stage.arguments]
 
 
-def _go_on_average(stage: Stage, folder: Path, source: Path | None) -> tuple[str, list[str]] | None:
+def _continue_average(stage: Stage, folder: Path, source: Path | None) -> tuple[str, list[str]] | None:
     averaged = parse_json((folder / AVERAGE_FILE).read_text())
     assert source is not None, "checked when the file was read"
     newest = Path(averaged["run"]) / "checkpoints" / str(max(averaged["steps"]))
@@ -234,7 +234,7 @@ def _begin_export(stage: Stage, folder: Path, source: Path | None) -> list[str]:
     return [str(source), "--output", str(folder), *stage.arguments]
 
 
-def _go_on_export(stage: Stage, folder: Path, source: Path | None) -> tuple[str, list[str]] | None:
+def _continue_export(stage: Stage, folder: Path, source: Path | None) -> tuple[str, list[str]] | None:
     assert source is not None, "checked when the file was read"
     exported, step = parse_json((folder / "config.json").read_text()).get(STEPS_KEY), read_manifest(source).step
     if exported != step:
@@ -253,20 +253,20 @@ PRETRAINING = ("pretrain", "longer_seq")
 """Kinds whose state another pretraining can continue with."""
 
 RUNS = (*PRETRAINING, "contrastive")
-"""Kinds whose folder is a run with checkpoints that can be gone on with."""
+"""Kinds whose folder is a run with checkpoints that can be resumed."""
 
 KINDS: dict[str, Kind] = {
     "pretrain": Kind(
         command="pretrain",
         begin=_begin_training,
-        go_on=_go_on_training,
+        proceed=_continue_training,
         result=_newest,
         has_config=True,
     ),
     "longer_seq": Kind(
         command="longer-seq",
         begin=_begin_longer,
-        go_on=_go_on_longer,
+        proceed=_continue_longer,
         result=_newest,
         has_config=True,
         follows=PRETRAINING,
@@ -274,7 +274,7 @@ KINDS: dict[str, Kind] = {
     "contrastive": Kind(
         command="finetune",
         begin=_begin_contrastive,
-        go_on=_go_on_contrastive,
+        proceed=_continue_contrastive,
         result=_newest,
         has_config=True,
         source_key=_PRETRAINED,
@@ -282,18 +282,18 @@ KINDS: dict[str, Kind] = {
     "average": Kind(
         command="average-checkpoints",
         begin=_begin_average,
-        go_on=_go_on_average,
+        proceed=_continue_average,
         result=_folder_with(AVERAGE_FILE),
         follows=RUNS,
     ),
     "export": Kind(
         command="export",
         begin=_begin_export,
-        go_on=_go_on_export,
+        proceed=_continue_export,
         result=_folder_with("config.json"),
         follows=(*RUNS, "average"),
     ),
 }
 """What a stage can run. A training script that takes `CONFIG [overrides]`, starts from `model.init_from` and writes
-checkpoints into `trainer.output_dir` needs `_begin_training`, `_go_on_training` (where it saves another config than it
-was passed: `partial(_go_on_training, same=_same_budget)`) and `_newest`."""
+checkpoints into `trainer.output_dir` needs `_begin_training`, `_continue_training` (where it saves another config
+than it was passed: `partial(_continue_training, same=_same_budget)`) and `_newest`."""

@@ -77,7 +77,7 @@ class DatasetSection:
     """Tokenise text once to `pre_tokenize_output` before training, as `streaming: false` does: rank 0 works, others
     wait."""
 
-    # The documents are compared, not where they lie: free.
+    # The documents are compared, not where they are: free.
     pre_tokenize_output: str | None = key(None, path=True, tasks="pretraining", resume="free")
     """Folder for tokenised text; null is the folder `tokenized` of `trainer.output_dir` in a run, and `path` or
     `tokenized_data/` for `preprocess.py`."""

@@ -61,7 +61,7 @@ def _check_output_dir(config: Config) -> None:
     sets, output_dir = sets_folder(str(config.dataset.path)), Path(config.trainer.output_dir)
     if output_dir.resolve().is_relative_to(sets.resolve()):
         raise StartupError(
-            f"trainer.output_dir: {output_dir} lies in {sets}, where the prepared sets of dataset.path are; choose a "
+            f"trainer.output_dir: {output_dir} is in {sets}, where the prepared sets of dataset.path are; choose a "
             "folder outside of it"
         )
 

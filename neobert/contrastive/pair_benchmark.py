@@ -8,7 +8,7 @@
 | `whole` | `--cached-batch-size` pairs at once |
 | `accumulated` | the same pairs, `--batch-size` at a time and compared with each other only: gradients add up |
 
-Every variant runs in a process of its own, so that its peak is its own: what a step takes beyond model, optimizer and
+Every variant runs in its own process, so that its peak is its own: what a step takes beyond model, optimizer and
 data, of the allocator on a GPU, of resident memory on a CPU. That is more than tensors: freed memory that the C library
 has not found a use for counts too. Losses are printed too: unpadded and padded, cached and whole match. `accumulated`
 is what `cached` is to be compared with: gradients of all weights are held beside the activations of a chunk in both.
@@ -148,7 +148,7 @@ def build_module(args: argparse.Namespace, vocab_size: int, pad_id: int, *, padd
 
 
 def measure(args: argparse.Namespace, variant: str) -> Measurement:
-    """Steps of one variant; call it in a process of its own."""
+    """Steps of one variant; call it in its own process."""
     if args.threads:
         torch.set_num_threads(args.threads)
     count = args.batch_size if variant in ("unpadded", "padded") else args.cached_batch_size

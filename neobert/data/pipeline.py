@@ -38,7 +38,7 @@ PREFETCH_STEPS = 4
 
 @dataclass(frozen=True, kw_only=True, slots=True, eq=False)
 class Reader:
-    """The process that reads: what a step takes, which part of it is this one's, and where prepared data lies."""
+    """The process that reads: what a step takes, which part of it is this one's, and where prepared data is."""
 
     rows_per_step: int
     """Global batch in rows, after a warm-up of the batch."""

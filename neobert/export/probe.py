@@ -1,4 +1,4 @@
-"""Runs exported folders through transformers alone, in a process of its own: `python -P probe.py JOB.json`.
+"""Runs exported folders through transformers alone, in its own process: `python -P probe.py JOB.json`.
 
 It imports nothing of this package, so a folder that needed it would fail here. The job is a list of folders with their
 inputs; for each, tensors go to `outputs.safetensors` and everything else to `outputs.json` in its working folder.

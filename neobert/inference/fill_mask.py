@@ -1,4 +1,4 @@
-"""Fill the masks of texts: the likeliest tokens for each mask, with probabilities over the whole vocabulary.
+"""Fill the masks of texts: the most likely tokens for each mask, with probabilities over the whole vocabulary.
 
 The texts are packed side by side, `[CLS] text [SEP]` each. Several masks of one text are guessed independently of each
 other, all from one pass, or jointly: from left to right, each guess made with the best ones before it filled in.
@@ -41,7 +41,7 @@ class FilledText:
 
     text: str
     masks: tuple[tuple[Guess, ...], ...]
-    """The likeliest tokens of each mask, likeliest first; masks in the order of the text."""
+    """The most likely tokens of each mask, most likely first; masks in the order of the text."""
 
     completed: str | None = None
     """The text with the best guesses in place, where they were made jointly."""
@@ -60,9 +60,9 @@ class FilledText:
 def fill_mask(
     model: ObjectiveModule, tokenizer: Tokenizer, texts: Sequence[str], *, top_k: int = 5, joint: bool = False
 ) -> list[FilledText]:
-    """The `top_k` likeliest tokens for every mask of every text; a mask is `[MASK]` or the tokenizer's own token.
+    """The `top_k` most likely tokens for every mask of every text; a mask is `[MASK]` or the tokenizer's own token.
 
-    With `joint` the masks of a text are filled from left to right: the guesses for a mask are made with the likeliest
+    With `joint` the masks of a text are filled from left to right: the guesses for a mask are made with the most likely
     token in each mask before it.
 
     Raises ValueError for a text without a mask, for a text that is longer than the model's positions, and for a `top_k`

@@ -213,7 +213,7 @@ def describe_config(config: Config) -> Facts:
 
 
 def _without_path(field: Field, value: Any) -> Any:
-    """Of what says where something lies, whether it is set is compared, and not its value."""
+    """Of what says where something is, whether it is set is compared, and not its value."""
     if field.key == "dataset.mixture":
         return [asdict(replace(source, path=source.path and A_PATH)) for source in value]
     if field.known.path and (field.key != "trainer.resume_from_checkpoint" or "/" in (value or "")):

@@ -5,7 +5,7 @@ accumulation and checkpoints are ours, so `Accelerator` prepares the model and n
 
 What the launcher asked for, as its variables say, and whether this program gives it.
 
-A process that was started alone looks like a run of one process, and trains as one in silence: `accelerate launch
+A process that was started alone looks like a run of one process, and silently trains as one: `accelerate launch
 --cpu --num_processes 2` starts one (only a GPU makes it start several), `srun` and `mpirun` start several that do not
 know each other. What they were asked for is in the environment:
 

@@ -104,7 +104,7 @@ class OutOfMemory(Exception):
 def memory_explained(run: "Run", batch: MicroBatch, task: Literal["train", "eval"]) -> Iterator[None]:
     """Raises OutOfMemory, with the allocator's error as its cause, when the block runs out of memory.
 
-    The run ends there: a smaller batch tried in silence would be another run.
+    The run ends there: a smaller batch tried silently would be another run.
     """
     try:
         yield

@@ -140,7 +140,7 @@ def test_processes_read_their_own_rows_only(sets: list[TrainSet]) -> None:
     assert parts[0].next_state == parts[1].next_state == window.next_state
 
 
-def test_a_changed_global_batch_goes_on_with_the_next_pair(sets: list[TrainSet]) -> None:
+def test_a_changed_global_batch_continues_with_the_next_pair(sets: list[TrainSet]) -> None:
     before = PairLane(sets[:1], order(), encode)
     state = before.open(before.start()).next_state
     after = PairLane(sets[:1], order(rows_per_step=2), encode)
@@ -227,7 +227,7 @@ def test_the_digest_does_not_depend_on_chunks(
     assert other.digest != batches[0].digest
 
 
-def test_masks_are_drawn_anew_in_every_step(
+def test_masks_are_drawn_again_in_every_step(
     contrastive: Contrastive, tokenizer_folder: Path, tmp_path: Path, pair_files: Path
 ) -> None:
     mixed = [f"contrastive.pretraining_dataset={pair_files}/texts.jsonl", "contrastive.pretraining_prob=0.99"]

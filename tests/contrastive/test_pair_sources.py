@@ -85,7 +85,7 @@ def test_columns_that_are_not_there_are_named(tmp_path: Path) -> None:
         open_source(PairSource(name=file, anchor_column="left", positive_column="wrong"))
 
 
-def test_two_texts_with_a_label_are_not_read_as_pairs_in_silence(tmp_path: Path) -> None:
+def test_two_texts_with_a_label_are_not_read_as_pairs_silently(tmp_path: Path) -> None:
     file = str(write(tmp_path / "rows.jsonl", {"sentence1": "a", "sentence2": "b", "label": 0}))
     with pytest.raises(
         DataError, match=r"write score_column: label .* or positive_column: sentence2 to take every row"

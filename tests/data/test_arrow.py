@@ -64,7 +64,7 @@ def test_documents_are_views_of_the_file(tmp_path, tokenizer):
     assert not store.content(3).flags.writeable
 
 
-def test_special_tokens_on_disk_are_passed_over(tmp_path, tokenizer):
+def test_special_tokens_on_disk_are_skipped(tmp_path, tokenizer):
     wrapped = [[tokenizer.cls_id, *tokens, tokenizer.sep_id] for tokens in DOCUMENTS]
     store = TokenStore(save(tmp_path / "d", wrapped), tokenizer)
     assert contents(store) == DOCUMENTS

@@ -66,7 +66,7 @@ def test_steps_take_the_next_rows_and_go_on_where_they_were(make_data, make_conf
         assert [step.digest for step in rest] == [step.digest for step in whole[cut:]]
 
 
-def test_rows_that_are_passed_over_leave_the_sizes_alone(make_data, make_config, corpora) -> None:
+def test_rows_that_are_skipped_leave_the_sizes_alone(make_data, make_config, corpora) -> None:
     data = growing(make_data, make_config, corpora)
     steps = read(data.loader(skip=[(4, 16)]), 4)
     assert [rows_of(step) for step in steps] == [

@@ -181,7 +181,7 @@ def test_a_parquet_row_group(tmp_path):
     assert "1.parquet cannot be read" in messages[0]
 
 
-def test_empty_files_are_passed_over(tmp_path):
+def test_empty_files_are_skipped(tmp_path):
     for ending in ("jsonl", "jsonl.gz", "jsonl.zst", "txt", "csv"):
         folder = tmp_path / ending
         folder.mkdir()

@@ -228,7 +228,7 @@ def test_readers_cover_every_record_once_in_an_epoch(kind, source):
     assert len(records) == len(set(records))
 
 
-def test_any_cursor_of_a_reader_goes_on_to_the_same_sequence(kind, source):
+def test_any_cursor_of_a_reader_continues_with_the_same_sequence(kind, source):
     draw = random.Random(2)
     for sharding in shardings(kind):
         readers, fresh = source.readers(sharding), source.readers(sharding)

@@ -24,7 +24,7 @@ def test_a_named_data_set_is_read_in_the_order_of_its_files(section, texts):
 
 
 @pytest.mark.parametrize("every", [1, 4, 64])
-def test_a_shard_goes_on_from_every_position(every, section, texts, monkeypatch):
+def test_a_shard_continues_from_every_position(every, section, texts, monkeypatch):
     monkeypatch.setattr(hub, "_STATE_EVERY", every)
     dataset = open_hub(pin_hub(section), "train")._dataset
     shard = HubShard(dataset, "text", dataset.num_shards, 1)
@@ -35,7 +35,7 @@ def test_a_shard_goes_on_from_every_position(every, section, texts, monkeypatch)
     assert list(shard.read(None)) == records
 
 
-def test_held_out_documents_are_passed_over_by_every_lane(section, texts):
+def test_held_out_documents_are_skipped_by_every_lane(section, texts):
     source = open_hub(pin_hub(section), "train")
     cursor = [record.cursor for record in source.records()][29]
     for num_lanes in (1, 2, 5):
@@ -114,7 +114,7 @@ class FakeShard:
         yield from ({"text": f"shard {self._index} text {n}"} for n in range(200))
 
 
-def test_without_a_state_records_are_passed_over_by_counting(monkeypatch, caplog):
+def test_without_a_state_records_are_skipped_by_counting(monkeypatch, caplog):
     source = HubSource(FakeShard(), column=None, label="some/data", fingerprint="sha256:0")
     records = list(source.records())
     assert len(records) == 400

@@ -309,7 +309,7 @@ def test_every_file_has_a_column_of_its_own(tmp_path):
     assert texts_of(open_source(tmp_path / "csv")) == ["a b", "c d"]
 
 
-def test_a_column_is_looked_for_behind_the_first_records(tmp_path):
+def test_a_column_is_looked_for_after_the_first_records(tmp_path):
     path = tmp_path / "a.jsonl"
     path.write_bytes(jsonl(*({"n": n} for n in range(3000)), {"text": "late"}))
     assert texts_of(open_source(path)) == ["late"]

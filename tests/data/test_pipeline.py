@@ -172,7 +172,7 @@ def test_text_is_tokenised_once_where_asked(kind, corpora, texts, tokenizer, mak
     assert any("150 documents" in note for note in data.notes)
 
 
-def test_tokenised_data_is_made_anew_when_text_or_settings_change(tmp_path, make_config, make_data):
+def test_tokenised_data_is_made_again_when_text_or_settings_change(tmp_path, make_config, make_data):
     path = tmp_path / "a.jsonl"
     path.write_text('{"text": "w1 w2 w3"}\n' * 4)
     config = make_config(path=str(path), streaming=False)

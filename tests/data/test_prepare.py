@@ -222,7 +222,7 @@ def test_killed_at_every_step_of_saving_gives_the_same_bytes(tmp_path, source, t
     assert 15 < number < 99, "all steps of saving were met"
 
 
-def test_cut_behind_every_file_gives_the_same_bytes(tmp_path, source, tokenizer, monkeypatch):
+def test_cut_after_every_file_gives_the_same_bytes(tmp_path, source, tokenizer, monkeypatch):
     """A stop right after the n-th file is saved, and one between two saves, for every n."""
     whole = prepare_tokens(source, tokenizer, tmp_path / "whole", SMALL)
     add, expected = token_writer.TokenWriter.add, digests(tmp_path / "whole")

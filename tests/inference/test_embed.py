@@ -83,7 +83,7 @@ def test_bad_records_are_named_and_counted(jsonl: Path) -> None:
 
 
 @pytest.mark.parametrize("suffix", [".npy", ".parquet"])
-def test_a_killed_job_goes_on_to_the_same_bytes(
+def test_a_killed_job_continues_with_the_same_bytes(
     loaded: Model, jsonl: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, suffix: str
 ) -> None:
     run(loaded, jsonl, tmp_path / f"whole{suffix}")
@@ -106,7 +106,7 @@ def test_a_killed_job_goes_on_to_the_same_bytes(
     assert report.num_resumed == report.num_records == 33
 
 
-def test_other_settings_do_not_go_on(
+def test_other_settings_do_not_continue(
     loaded: Model, jsonl: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setitem(embed.WRITERS, ".npy", _failing(embed.WRITERS[".npy"], 0))

@@ -124,7 +124,7 @@ def test_the_interval_is_that_of_the_bootstrap(tmp_path: Path) -> None:
     assert [math.log(x) for x in mixed.interval] == pytest.approx([2.5 - half_width, 2.5 + half_width], abs=0.012)
 
 
-def test_a_killed_job_goes_on_to_the_same_lines(
+def test_a_killed_job_continues_with_the_same_lines(
     loaded: Model, jsonl: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     settings = ScoreSettings(max_length=40, batch_tokens=60, chunked=3, bias_documents=9)

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-import triton  # noqa: F401  without it the parity of the Triton kernel would go untested in silence
+import triton  # noqa: F401  without it the parity of the Triton kernel would silently go untested
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 

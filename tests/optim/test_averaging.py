@@ -81,7 +81,7 @@ def test_inside_swapped_the_module_has_the_average_and_afterwards_its_weights_wh
     assert all(torch.equal(tensor, averaged[name]) for name, tensor in average.tensors().items())
 
 
-def test_an_average_that_was_saved_goes_on_and_one_that_lacks_a_weight_is_an_error() -> None:
+def test_an_average_that_was_saved_continues_and_one_that_lacks_a_weight_is_an_error() -> None:
     module = build_module()
     whole, resumed = (WeightAverage(module, decay=0.99) for _ in range(2))
     whole.begin(0)

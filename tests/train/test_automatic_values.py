@@ -142,7 +142,9 @@ def test_a_gpu_is_asked_and_not_measured(
     assert precision.choose_precision(tiny(tmp_path, PRECISION, "trainer.use_cpu=false"))[0] == choice
 
 
-def test_a_gpu_without_bf16_cannot_go_on_in_bf16(tiny: Tiny, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_gpu_without_bf16_cannot_continue_in_bf16(
+    tiny: Tiny, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation=True: False)
     before = tiny(tmp_path, "trainer.mixed_precision=bf16")
     gpu: Any = types.SimpleNamespace(device=torch.device("cuda"))

@@ -72,7 +72,7 @@ def test_slow_settings_are_warned_about_on_a_gpu(override: str, sentence: str) -
     assert slow_reading(parse_config("", base), "cuda") == []
 
 
-def test_a_run_goes_on_with_a_mixture_and_says_so(tiny: Tiny, corpus: Path, tmp_path: Path) -> None:
+def test_a_run_continues_with_a_mixture_and_says_so(tiny: Tiny, corpus: Path, tmp_path: Path) -> None:
     pretrain(tiny(tmp_path / "run", "trainer.max_steps=4"))
     pretrain(tiny(tmp_path / "run", "dataset.path=null", f"dataset.mixture={mixture(corpus)}", RESUME))
     log = (tmp_path / "run" / "training.log").read_text()

@@ -102,7 +102,7 @@ def test_a_file_that_really_cannot_be_written(tiny: Tiny, tmp_path: Path, limit:
     assert [x["step"] for x in log_lines(out, "step")] == list(range(1, 9)), "the run itself continued"
 
 
-def test_the_output_folder_is_removed_while_the_run_is_going_on(
+def test_the_output_folder_is_removed_while_the_run_runs(
     tiny: Tiny, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     out = tmp_path / "run"

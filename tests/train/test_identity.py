@@ -392,7 +392,7 @@ def test_masking_may_change_when_declared_and_rows_stay(
     assert 0.3 < fraction < 0.42
 
 
-def test_a_run_goes_on_at_a_longer_context(tiny: Tiny, trained: Path, tmp_path: Path) -> None:
+def test_a_run_continues_at_a_longer_context(tiny: Tiny, trained: Path, tmp_path: Path) -> None:
     out = tmp_path / "longer"
     longer = [
         "dataset.max_seq_length=128",

@@ -298,7 +298,7 @@ def test_rollback_passes_over_the_rows_and_every_resume_does(
     assert exact_steps(again) == exact_steps(out)
 
 
-def test_rows_of_the_state_are_passed_over(tiny: Tiny, tmp_path: Path) -> None:
+def test_rows_of_the_state_are_skipped(tiny: Tiny, tmp_path: Path) -> None:
     run = build_run(tiny(tmp_path / "run", "trainer.max_steps=4"))
     given = [
         metrics.row_keys[0].tolist()

@@ -267,7 +267,7 @@ def test_max_hours_leaves_room_for_a_step_and_a_save(monkeypatch: pytest.MonkeyP
     assert stop.reason == "out_of_time"
 
 
-def test_max_hours_ends_a_run_and_it_goes_on_later(
+def test_max_hours_ends_a_run_and_it_continues_later(
     tiny: Tiny, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     out, whole = tmp_path / "run", tmp_path / "whole"

@@ -89,7 +89,7 @@ def equal(one: dict[str, torch.Tensor], other: dict[str, torch.Tensor]) -> bool:
     return all(torch.equal(one[name], other[name]) for name in one)
 
 
-def test_every_stage_runs_once_and_goes_on_where_it_was(
+def test_every_stage_runs_once_and_continues_where_it_was(
     tiny: Tiny, tmp_path: Path, runner: Runner, capsys: pytest.CaptureFixture[str]
 ) -> None:
     file, out = write(tiny, tmp_path), tmp_path / "out"

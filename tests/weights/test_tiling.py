@@ -121,8 +121,8 @@ def test_between_multiples_and_deeper_it_is_near() -> None:
     for sizes in ({"hidden_size": 24, "num_attention_heads": 3}, {"num_hidden_layers": 5}):
         near = run(enlarge(small, **sizes))[1].detach().log_softmax(-1)
         again = run(build(replace(gentle, **sizes), seed=1))[1].detach().log_softmax(-1)  # type: ignore[arg-type]
-        error, error_anew = float((near - logits).std()), float((again - logits).std())
-        assert error < 0.15 * spread < error_anew
+        error, error_again = float((near - logits).std()), float((again - logits).std())
+        assert error < 0.15 * spread < error_again
 
 
 def test_blocks_of_fused_matrices_and_whole_heads() -> None:

@@ -103,7 +103,7 @@ def best_fit(lengths: Sequence[int], capacity: int, max_items: int) -> list[list
 
 
 def one_per_row(lengths: Sequence[int]) -> list[list[int]]:
-    """Every item in a row of its own."""
+    """Every item in its own row."""
     return [[item] for item in range(len(lengths))]
 
 

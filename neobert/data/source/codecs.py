@@ -174,13 +174,13 @@ CODECS: dict[str, Codec] = {
 
 
 VALUES = "JSON values"
-"""The layer that writes every JSON value in a line of its own."""
+"""The layer that writes every JSON value in its own line."""
 
 CARRIAGE_RETURNS = "carriage returns"
 """The layer that ends lines as everybody does."""
 
 MAX_VALUE_BYTES = 64 << 20
-"""Of one JSON value that is not in a line of its own."""
+"""Of one JSON value that is not in its own line."""
 
 _TEXT_BLOCK = 1 << 16
 _STRING = rb'"[^"\\]*(?:\\.[^"\\]*)*"'

@@ -74,7 +74,7 @@ class HubShard:
         if state is not None:
             shard.load_state_dict(copy.deepcopy(state))
         try:
-            for example in _pass_over(iter(shard), skip, f"shard {self.number}"):
+            for example in _skip_records(iter(shard), skip, f"shard {self.number}"):
                 done, skip = done + 1, skip + 1
                 if skip % _STATE_EVERY == 0 and (found := _find_state(shard)) is not None:
                     state, skip = found, 0
@@ -110,7 +110,7 @@ def _find_state(shard: IterableDataset) -> State | None:
     return state
 
 
-def _pass_over(examples: Iterator[Any], count: int, where: str) -> Iterator[Any]:
+def _skip_records(examples: Iterator[Any], count: int, where: str) -> Iterator[Any]:
     """What comes after the first `count` examples; says how it goes when that takes long."""
     started = reported = time.monotonic()
     for number in range(1, count + 1):

@@ -181,7 +181,7 @@ def cut_ranges(ranges: Sequence[tuple[int, int, int]], count: int) -> list[list[
 
 
 def check_part(number: int, count: int, most: int, label: str) -> None:
-    """Raises when part `number` of `count` cannot be had of a source with at most `most` parts.
+    """Raises when part `number` of `count` cannot be taken from a source with at most `most` parts.
 
     Raises:
         DataError: naming the largest count.

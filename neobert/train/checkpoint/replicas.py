@@ -2,7 +2,7 @@
 
 Ranks apply the same gradient to the same weights, so their copies stay equal to the last bit without ever being
 compared; a checkpoint holds those of rank 0. What makes them differ (other settings, other files, a damaged memory)
-makes each rank train a model of its own in silence. A sum over the bits of every tensor shows it, at the price of
+makes each rank silently train a model of its own. A sum over the bits of every tensor shows it, at the price of
 reading them once.
 
 Machines whose processors round differently, or that add with another number of threads, drift apart in the last bits

@@ -63,7 +63,7 @@ def check_output_dir(config: Config) -> None:
     source = data and next((x for name in written if (x := find_covering(data, str(real / name))) is not None), None)
     if source is not None:
         raise StartupError(
-            f"{refused} lies where dataset.path: {source} is searched for files, so that the next start would read "
+            f"{refused} is where dataset.path: {source} is searched for files, so that the next start would read "
             "what this one writes as data; choose a folder outside of it"
         )
 
