@@ -61,6 +61,6 @@ def test_pages_and_code_use_the_terms_of_the_list(tmp_path: Path) -> None:
 
     page = tmp_path / "page.md"
     page.write_text(
-        "A bad record is passed over.\n## Words\n| fix | mend |\n## Next\nThe figures settle.\nMetrics are read.\n"
+        "A record is passed over.\n## Words\n| fix | mend |\n## Next\nThe figures settle.\nMetrics are read.\n"
     )
     assert find_words([page]) == [f"{page}: A record is passed over.", f"{page}: The figures settle."]
