@@ -20,7 +20,7 @@ def test_texts_train_and_resume_bit_for_bit(tiny: Callable[..., Config], texts: 
     neobert.pretrain(tiny(run, *settings, "trainer.max_steps=4"), texts)
     resumed = tiny(run, *settings, "trainer.max_steps=8", "trainer.resume_from_checkpoint=latest")
     (folder,) = (tmp_path / "run-data").iterdir()
-    with pytest.raises(UserError, match=r"data: .* other documents, .* pass those to resume"):
+    with pytest.raises(UserError, match=r"data: .* other documents, .* pass them to resume"):
         neobert.pretrain(resumed, [*texts, "one more"])
     as_dataset = Dataset.from_dict({"text": texts + texts}).select(range(len(texts)))
     assert neobert.pretrain(resumed, as_dataset).state.step == 8

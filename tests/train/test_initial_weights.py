@@ -109,7 +109,7 @@ def test_a_key_that_is_set_at_its_default_contradicts_too(tiny: Tiny, tmp_path: 
     assert "remove these keys" in str(caught.value)
     assert "num_hidden_layers" not in str(caught.value)
     in_python = replace(
-        tiny(tmp_path / "b"), model=ModelSection(init_from=str(source), hidden_size=48), given=frozenset()
+        tiny(tmp_path / "b"), model=ModelSection(init_from=str(source), hidden_size=48), explicit=frozenset()
     )
     with pytest.raises(StartupError, match=r"model.hidden_size: the config has 48, "):
         pretrain(in_python)

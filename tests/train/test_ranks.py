@@ -330,7 +330,7 @@ def test_an_architecture_that_a_folder_brings_is_one_on_all_ranks(tiny: Tiny, tm
         model = json.loads((folder / "model_config.json").read_text())
         (folder / "model_config.json").write_text(json.dumps(model | {"norm_eps": epsilon}))
     configs = [
-        dataclasses.replace(config, model=ModelSection(init_from=str(folder)), given=frozenset())
+        dataclasses.replace(config, model=ModelSection(init_from=str(folder)), explicit=frozenset())
         for config, folder in zip([tiny(tmp_path / "run")] * 2, folders)
     ]
     for text in run_two(tmp_path, configs):

@@ -246,7 +246,7 @@ def test_all_problems_of_a_file_are_reported_together(tiny: Tiny, tmp_path: Path
         "nowhere.yaml",
         "stage mean: color: is no key",
         "stage mean: config, overrides: average takes neither; write `arguments`",
-        "stage hub: arguments: write a list of words",
+        "stage hub: arguments: write a list",
         "stage again: run: longer_seq must come right after one of pretrain, longer_seq",
         "stage 7: needs a `name`, and `run` with one of pretrain, longer_seq, contrastive, average, export",
     ):
