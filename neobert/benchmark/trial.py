@@ -67,8 +67,8 @@ def use_threads(count: int) -> None:
     limit_threads(count)
 
 
-def settle_precision(config: Config, made: Sequence[Path] = ()) -> list[str]:
-    """The override that puts one precision in the place of `auto` for all runs that are compared: that of a config that
+def fix_precision(config: Config, made: Sequence[Path] = ()) -> list[str]:
+    """The override that fixes one precision instead of `auto` for all runs that are compared: that of a config that
     was `made` before, else what is faster here. Two runs that choose for themselves may choose differently."""
     if config.trainer.mixed_precision != "auto":
         return []

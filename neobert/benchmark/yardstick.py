@@ -43,7 +43,7 @@ def measure_steps(file: Path, overrides: Sequence[str], *, seconds: float, steps
 
 
 def measure(file: Path, overrides: Sequence[str], output: Path, *, num_steps: int, data: Path) -> dict[str, Any]:
-    """Trains and scores: the figures of the run."""
+    """Trains and scores: the metrics of the run."""
     config = load_config(
         file,
         [

@@ -48,15 +48,15 @@ def choose_output(config: Config, config_name: str) -> tuple[Path, Config]:
     return Path(section.pre_tokenize_output or f"tokenized_data/{config_name}"), config
 
 
-def write_command(words: Sequence[str], overrides: Sequence[str]) -> str:
-    """The line that trains with a command line's `words` and more overrides, `key=value` each."""
+def write_command(argv: Sequence[str], overrides: Sequence[str]) -> str:
+    """The line that trains with a command line's `argv` and more overrides, `key=value` each."""
     pairs = [part for override in overrides for part in ("--" + override).split("=", maxsplit=1)]
-    return shlex.join(["neobert", "pretrain", *map(hide_credentials, [*words, *pairs])])
+    return shlex.join(["neobert", "pretrain", *map(hide_credentials, [*argv, *pairs])])
 
 
-def choose_config_name(words: Sequence[str]) -> str:
+def choose_config_name(argv: Sequence[str]) -> str:
     """The config file of a command line, without folder and ending."""
-    return Path(split_arguments(words)[1][0]).stem
+    return Path(split_arguments(argv)[1][0]).stem
 
 
 def _is_free(path: Path) -> bool:

@@ -1,7 +1,7 @@
 """What makes a config unusable, and what is allowed but probably not meant. Pure: nothing is read, nothing is changed.
 
 What a key says of itself in the schema (its range, what it needs, who reads it) is checked here for all keys alike;
-rules over several keys follow, those of data and schedules in `rules_data` and `rules_schedule`. Each sentence begins
+rules over several keys follow, those of data and schedules in `rules_data` and `rules_schedule`. Each sentence starts
 with a dotted key and names the value and the remedy.
 """
 
@@ -173,9 +173,11 @@ def check_optimizer(config: Config) -> Iterator[str]:
 
 def check_budget(config: Config) -> Iterator[str]:
     """One budget, and a profile within it."""
-    given = [f"{key} = {FIELDS[key].value_in(config)}" for key in BUDGETS if FIELDS[key].value_in(config) is not None]
-    if len(given) != 1:
-        named = " and ".join(given) if given else "none"
+    explicit = [
+        f"{key} = {FIELDS[key].value_in(config)}" for key in BUDGETS if FIELDS[key].value_in(config) is not None
+    ]
+    if len(explicit) != 1:
+        named = " and ".join(explicit) if explicit else "none"
         yield f"trainer.max_steps: set exactly one of {', '.join(BUDGETS)}; this config sets {named}"
     start, steps = config.trainer.profiler_steps_start, config.trainer.max_steps
     if start is not None and steps is not None and start > steps:

@@ -26,13 +26,13 @@ def check_schedule(config: Config) -> Iterator[str]:
 
 def _check_cooldown(config: Config) -> Iterator[str]:
     schedule = config.scheduler
-    given = schedule.cooldown_steps is not None or schedule.cooldown_percent is not None
-    if schedule.name == "wsd" and not given:
+    explicit = schedule.cooldown_steps is not None or schedule.cooldown_percent is not None
+    if schedule.name == "wsd" and not explicit:
         yield (
             "scheduler.cooldown_percent: null, but scheduler.name: wsd needs the length of its decay; write 10, or"
             " scheduler.cooldown_steps, or scheduler.name: constant for a run without one"
         )
-    if given and schedule.name not in FILL_THE_RUN:
+    if explicit and schedule.name not in FILL_THE_RUN:
         yield from _check_room(schedule)
 
 

@@ -25,8 +25,8 @@ class ModelSection:
     # A resume has weights and architecture from its checkpoint: free, as what follows and all initial weights.
     init_from: str | None = key(None, path=True, resume="free")
     """Initial weights of a fresh run: a run or checkpoint folder, an exported folder, or a model of the hub
-    (`owner/model`, `owner/model@revision`) in the EuroBERT or NeoBERT layout. Its architecture is taken where the keys
-    of `model` are not given; a key that is given must agree. With another tokenizer, embeddings are copied by the text
+    (`owner/model`, `owner/model@revision`) in the EuroBERT or NeoBERT layout. Its architecture is used where the keys
+    of `model` are not set; a key that is set must match it. With another tokenizer, embeddings are copied by the text
     of the tokens. A run that is resumed has all of it from its checkpoint."""
 
     init_weights: Literal["model", "ema"] = key("model", needs="model.init_from", resume="free")
@@ -128,8 +128,8 @@ class ModelSection:
     """The layers that write into the residual stream start at 0, and so every block as the identity."""
 
     ngpt: bool = key(False, resume="fixed")
-    """The normalised model (nGPT): hidden states and the vectors of all matrices have length 1, learned scales take the
-    place of norms. Needs `optimizer.weight_decay: 0`; a warm-up is not needed."""
+    """The normalised model (nGPT): hidden states and the vectors of all matrices have length 1, learned scales replace
+    norms. Needs `optimizer.weight_decay: 0`; a warm-up is not needed."""
 
     base_scale: float | None = key(None, above=0, resume="fixed")
     """With `ngpt`: where the stored scales start; the smaller, the faster they learn. null: 1 / sqrt(`hidden_size`)."""
@@ -242,5 +242,5 @@ class Config:
     wandb: WandbSection = section(WandbSection)
     contrastive: ContrastiveSection = section(ContrastiveSection, tasks="contrastive")
 
-    given: frozenset[str] = field(default=frozenset(), compare=False, repr=False)
+    explicit: frozenset[str] = field(default=frozenset(), compare=False, repr=False)
     """No key: the dotted keys that were written down, in a file or on the command line."""

@@ -84,7 +84,7 @@ def build_card_data(
         form: Of the export.
         name: What users load the model by.
         source: What is exported: a folder, or a model of the hub.
-        language: Codes that were given in the call; none keeps those of `older`.
+        language: Codes that were passed in the call; none keeps those of `older`.
     """
     card = objective.card
     values: dict[str, Any] = {"base_model": hub_model(source)}
@@ -113,13 +113,13 @@ def _results(facts: RunFacts) -> Iterator[EvalResult]:
     if last is None or last["step"] != facts.step:
         return
     for task, dataset, metric, value, label in choose_objective(facts.config).card.results(last):
-        place = {"dataset_type": KNOWN_SETS.get(dataset, dataset), "dataset_name": dataset} if dataset else None
+        named = {"dataset_type": KNOWN_SETS.get(dataset, dataset), "dataset_name": dataset} if dataset else None
         yield EvalResult(
             task_type=task,
             metric_type=metric,
             metric_value=value,
             metric_name=label or metric,
-            **(place or _evaluated(facts)),  # type: ignore[arg-type]
+            **(named or _evaluated(facts)),  # type: ignore[arg-type]
         )
 
 

@@ -134,7 +134,7 @@ class Model:
             )
 
     def fill_mask(self, texts: Sequence[str], *, top_k: int = 5, joint: bool = False) -> list[FilledText]:
-        """The likeliest tokens for every `[MASK]`; see `neobert.inference.fill_mask.fill_mask`.
+        """The most likely tokens for every `[MASK]`; see `neobert.inference.fill_mask.fill_mask`.
 
         Raises:
             DataError: the model was not trained to fill masks.

@@ -64,7 +64,7 @@ class ModelConfig:
     """Whether the vocabulary projection is the embedding matrix itself."""
 
     local_attention: int | None = None
-    """Sliding window: a token attends to those of its document at most `local_attention // 2` places away. None: no
+    """Sliding window: a token attends to those of its document at most `local_attention // 2` positions away. None: no
     layer has one."""
 
     global_attention_every: int = 3
@@ -245,7 +245,7 @@ def variant_problems(model: Any) -> Iterator[str]:
         for name, default in _NOT_IN_NGPT.items():
             if (value := getattr(model, name)) != default:
                 yield (
-                    f"model.{name}: {value} has no place in the normalised model (model.ngpt: true); remove it, its "
+                    f"model.{name}: {value} is not part of the normalised model (model.ngpt: true); remove it, its "
                     f"default is {default}"
                 )
         return

@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 BIAS_COLUMNS = 8
-"""Columns that a bias adds, all but the first of them zeros: kernels want the width in multiples of 16 bytes."""
+"""Columns that a bias adds, all but the first of them zeros: kernels need the width in multiples of 16 bytes."""
 
 
 def append_bias(hidden_MH: Tensor, weight_VH: Tensor, bias_V: Tensor) -> tuple[Tensor, Tensor]:

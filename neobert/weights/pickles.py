@@ -9,7 +9,7 @@ import torch
 
 
 class UnreadablePickle(ValueError):
-    """A pickle that is damaged or wants to run code; the message is the reason, without torch's advice."""
+    """A pickle that is damaged or tries to run code; the message is the reason, without torch's advice."""
 
 
 def load_pickle(path: Path, device: torch.device | str = "cpu") -> Any:

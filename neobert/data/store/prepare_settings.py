@@ -68,7 +68,7 @@ def choose_settings(
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Origin:
-    """Where documents and tokenizer come from, in words for the manifest."""
+    """Where documents and tokenizer come from, as text for the manifest."""
 
     source: str | None = None
     revision: str | None = None
@@ -94,7 +94,7 @@ def make_identity(
 
 
 def describe_differences(there: Mapping[str, Any], here: Mapping[str, Any]) -> str:
-    """Where two identities differ, in words; empty when they do not."""
+    """Where two identities differ, as text; empty when they do not."""
     pairs = {**here, **here["settings"]}
     others = {**there, **there.get("settings", {})}
     names = [name for name in pairs if name != "settings" and not fits(others.get(name), pairs[name])]

@@ -1,6 +1,6 @@
 """Tokenised documents written in the layout of `datasets.save_to_disk`.
 
-Batches and files end at places that depend on the documents written since the beginning alone, and always after a
+Batches and files end at positions that depend on the documents written since the start alone, and always after a
 whole document. So a writer that continues after its last finished file writes the same bytes as one never interrupted.
 """
 
@@ -57,7 +57,7 @@ class TokenWriter:
         """
         self._folder, self._around, self._file_tokens = folder, around, file_tokens
         columns = {"input_ids": True, "special_tokens_mask": special_tokens_mask, "document": document_numbers}
-        self._columns = [name for name, wanted in columns.items() if wanted]
+        self._columns = [name for name, is_written in columns.items() if is_written]
         self._schema = pa.schema(
             [pa.field(name, _TYPES[name]) for name in self._columns],
             metadata={"huggingface": json.dumps({"info": {"features": self.features}})},

@@ -1,4 +1,4 @@
-"""Weights & Biases as a tracker. It is told what it may know, and nothing that looks like a secret."""
+"""Weights & Biases as a tracker. It receives what it may know, and nothing that looks like a secret."""
 
 import math
 import os
