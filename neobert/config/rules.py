@@ -10,12 +10,12 @@ from collections.abc import Iterator
 from typing import Any
 
 from neobert.config.fields import FIELDS, Field, can_be_declared, list_fields
-from neobert.config.key import show_value
 from neobert.config.rules_data import check_contrastive, check_dataset, check_masks, check_rows, check_tokenizer
 from neobert.config.rules_schedule import check_batch_warmup, check_schedule, warn_about_schedule
 from neobert.config.schema import Config
 from neobert.config.schema_optimizer import MUON
-from neobert.model.config import variant_problems
+from neobert.key import show_value
+from neobert.model.config import architecture_problems
 
 BUDGETS = ("trainer.max_steps", "trainer.max_tokens", "trainer.num_train_epochs")
 """Exactly one of these is set."""
@@ -81,10 +81,7 @@ def _check_range(name: str, field: Field, value: Any) -> Iterator[str]:
             for part in list_fields(field.item):
                 yield from _check_range(f"{name}: [{number}].{part.key}", part, getattr(item, part.key))
     elif field.known.range_text:
-        numbers = value if isinstance(value, tuple) else (value,)
-        if not all(field.known.allows(number) for number in numbers if number not in (None, "auto")):
-            because = f" ({field.known.because})" if field.known.because else ""
-            yield f"{name}: {show_value(value)} must be {field.known.range_text}{because}"
+        yield from field.known.range_problems(name, value)
 
 
 def check_needs(config: Config) -> Iterator[str]:
@@ -120,16 +117,7 @@ def check_texts(config: Config) -> Iterator[str]:
 def check_model(config: Config) -> Iterator[str]:
     """The architecture, and what of `model.init_from` it takes."""
     model = config.model
-    size, heads = model.hidden_size, model.num_attention_heads
-    if size >= 1 and heads >= 1:
-        if size % heads:
-            yield f"model.hidden_size: {size} is not a multiple of model.num_attention_heads = {heads}"
-        elif model.rope and (size // heads) % 2:
-            yield (
-                f"model.hidden_size: {size} / model.num_attention_heads = {heads} gives heads of width {size // heads};"
-                " model.rope needs an even width"
-            )
-    yield from variant_problems(model)
+    yield from architecture_problems(model)
     if model.ngpt and config.optimizer.weight_decay > 0:
         yield (
             f"optimizer.weight_decay: {config.optimizer.weight_decay} does nothing with model.ngpt: true, whose"

@@ -1,4 +1,4 @@
-"""The remote-code form: the source files of `neobert/model`, copied as they are but for two kinds of lines.
+"""The remote-code form: the source files of `neobert/model` and `neobert/key.py`, copied but for two kinds of lines.
 
 `from neobert.model.x import y` becomes `from .x import y`, which the loader of transformers follows from file to file.
 And the name space of our torch operators becomes one of the module's own: two folders that are loaded into one process,
@@ -22,7 +22,7 @@ from neobert.weights.layouts import LAYOUTS, from_ours
 MODELING = "modeling_neobert_encoder"
 """Name of the module with transformers' classes."""
 
-_IMPORT = re.compile(r"^from neobert\.model\.(\w+) import ", re.M)
+_IMPORT = re.compile(r"^from neobert\.(?:model\.)?(\w+) import ", re.M)
 _OPERATOR = re.compile(r'"neobert::(\w+)"')
 _NAMESPACE = """import zlib as _zlib
 
@@ -38,10 +38,10 @@ def code_files() -> dict[str, str]:
     """
     sources, waiting = {}, [MODELING]
     model = Path(encoder.__file__).parent
+    places = {MODELING: Path(__file__).with_name("modeling.py"), "key": model.with_name("key.py")}
     while waiting:
         name = waiting.pop()
-        path = Path(__file__).parent / "modeling.py" if name == MODELING else model / f"{name}.py"
-        text = path.read_text(encoding="utf-8")
+        text = places.get(name, model / f"{name}.py").read_text(encoding="utf-8")
         waiting += [other for other in _IMPORT.findall(text) if f"{other}.py" not in sources and other not in waiting]
         sources[f"{name}.py"] = _relocate(name, text)
     return sources

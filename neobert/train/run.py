@@ -15,7 +15,6 @@ from torch.optim import Optimizer
 
 from neobert.config.schema import Config
 from neobert.data.pipeline import Reader, build_tokenizer
-from neobert.data.rows.batch_size import BatchSchedule
 from neobert.data.rows.lanes import RowOrder, State
 from neobert.data.rows.loader import Loader
 from neobert.data.source.inventory import Inventory
@@ -37,6 +36,7 @@ from neobert.train.agreement import (
     sharing_errors,
 )
 from neobert.train.build import (
+    Sized,
     build_attention,
     build_average,
     build_clip,
@@ -177,7 +177,7 @@ def _bind_initial(config: Config, checkpoint_config: Config | None) -> tuple[Con
     return config, None
 
 
-class RunData(Protocol):
+class RunData(Sized, Protocol):
     """What a run reads: `DataPipeline` in pretraining."""
 
     @property
@@ -197,15 +197,6 @@ class RunData(Protocol):
 
     @property
     def inventory(self) -> Inventory: ...
-
-    @property
-    def batch(self) -> BatchSchedule: ...
-
-    @property
-    def num_rows(self) -> int | None: ...
-
-    @property
-    def num_tokens(self) -> int | None: ...
 
     def loader(self, state: State | None = None, skip: Sequence[tuple[int, int]] = (), step: int = 0) -> Loader: ...
 
