@@ -20,7 +20,7 @@ import torch
 
 from neobert.config.load import load_saved_config
 from neobert.config.schema import Config
-from neobert.data.store.encode import limit_threads
+from neobert.data.tokenizer import limit_threads
 from neobert.errors import UserError
 from neobert.inference.loading import load
 from neobert.inference.mlm_loss import LossSettings, MlmLoss, mlm_loss

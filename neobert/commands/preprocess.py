@@ -9,8 +9,8 @@ from neobert import cli
 from neobert.config.load import split_arguments
 from neobert.config.schema import Config
 from neobert.data.pipeline import build_tokenizer
-from neobert.data.store.encode import limit_threads
 from neobert.data.store.offline import PreparedSource, data_overrides, name_tokenizer, prepare_sources
+from neobert.data.tokenizer import limit_threads
 from neobert.secrets import hide_credentials
 
 

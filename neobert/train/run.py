@@ -131,13 +131,7 @@ def open_run(config: Config, runtime: Runtime) -> tuple[RunSetup, EncoderWeights
     checked = check_compiled_gradients(config, attention, runtime)
     reporter = Reporter(active=runtime.is_main, show_progress=not config.trainer.disable_tqdm)
     output_dir = open_output_dir(config, runtime, reporter, start)
-    tokenizer = build_tokenizer(config, checkpoint, output_dir, partial(main_first, runtime))
-    if tokenizer.note is not None:
-        reporter.warn(tokenizer.note)
-    check_equal(runtime, lambda: {"tokenizer digest": tokenizer.digest, "special ids": list(tokenizer.special_ids)})
-    model_config = build_model_config(config, tokenizer)
-    # What `model.init_from` decides beside shapes, such as model.norm_eps: every rank has read its own folder.
-    check_equal(runtime, lambda: {f"model.{name}": value for name, value in model_config.to_dict().items()})
+    tokenizer, model_config = _build_vocabulary(config, checkpoint, output_dir, runtime, reporter)
     config, more = bind_micro_batch(
         config,
         runtime,
@@ -164,6 +158,20 @@ def open_run(config: Config, runtime: Runtime) -> tuple[RunSetup, EncoderWeights
         rows_per_step=rows_per_step,
     )
     return setup, initial
+
+
+def _build_vocabulary(
+    config: Config, checkpoint: Path | None, output_dir: Path, runtime: Runtime, reporter: Reporter
+) -> tuple[Tokenizer, ModelConfig]:
+    """The tokenizer, and the architecture with its vocabulary; equal on all ranks."""
+    tokenizer = build_tokenizer(config, checkpoint, output_dir, partial(main_first, runtime))
+    if tokenizer.note is not None:
+        reporter.warn(tokenizer.note)
+    check_equal(runtime, lambda: {"tokenizer digest": tokenizer.digest, "special ids": list(tokenizer.special_ids)})
+    model_config = build_model_config(config, tokenizer)
+    # What `model.init_from` decides beside shapes, such as model.norm_eps: every rank has read its own folder.
+    check_equal(runtime, lambda: {f"model.{name}": value for name, value in model_config.to_dict().items()})
+    return tokenizer, model_config
 
 
 def _bind_initial(config: Config, checkpoint_config: Config | None) -> tuple[Config, EncoderWeights | None]:

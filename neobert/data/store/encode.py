@@ -1,6 +1,5 @@
 """A source of text tokenised from end to end, in its own order."""
 
-import os
 from collections import deque
 from collections.abc import Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -58,15 +57,6 @@ def encode_documents(
                 yield from ahead.popleft().result()
         while ahead:
             yield from ahead.popleft().result()
-
-
-def limit_threads(num_threads: int | None) -> None:
-    """Sets how many threads tokenise; None takes all cores.
-
-    The tokenizer's thread pool reads this once, when the process tokenises for the first time: call it before.
-    """
-    if num_threads is not None:
-        os.environ["RAYON_NUM_THREADS"] = str(num_threads)
 
 
 def _batches(records: Iterable[Record], counts: RecordCounts) -> Iterator[list[_Waiting]]:
