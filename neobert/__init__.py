@@ -5,7 +5,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from neobert.config.load import load_config
-    from neobert.inference.loading import load
+    from neobert.inference.model import load
     from neobert.train.from_python import pretrain
 
 __all__ = ["load", "load_config", "pretrain"]

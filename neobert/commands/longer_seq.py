@@ -21,8 +21,7 @@ from neobert.data.tokenizer import limit_threads
 from neobert.errors import StartupError
 from neobert.train.loop import pretrain
 from neobert.train.start import read_train_state
-from neobert.weights.folder import choose_checkpoint
-from neobert.weights.manifest import CheckpointError
+from neobert.weights.folder import CheckpointError, choose_checkpoint
 
 
 def run_longer(config: Config, args: argparse.Namespace, words: Sequence[str]) -> int:

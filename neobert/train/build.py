@@ -29,8 +29,8 @@ from neobert.optim.optimizers import build_optimizer, keep_unit_length
 from neobert.optim.qk_clip import QKClip
 from neobert.train.machine import Runtime, choose_device_type, compute_dtype
 from neobert.train.record.console import Reporter
+from neobert.train.record.sinks import WandbSink
 from neobert.train.record.tracking import Sink
-from neobert.train.record.wandb_sink import WandbSink
 
 
 def choose_rows_per_step(config: Config, world: int) -> int:

@@ -21,8 +21,14 @@ from neobert.disk import is_locked_by, lock_file, replacing
 from neobert.errors import StartupError
 from neobert.train.agreement import RankError, agree, exchange
 from neobert.train.checkpoint.run_folder import check_own, check_place, check_unused, free_names, holds_run, set_aside
-from neobert.weights.folder import AVERAGE_FILE, Choice, checkpoint_steps, choose_checkpoint, choose_newest
-from neobert.weights.manifest import CheckpointError
+from neobert.weights.folder import (
+    AVERAGE_FILE,
+    CheckpointError,
+    Choice,
+    checkpoint_steps,
+    choose_checkpoint,
+    choose_newest,
+)
 
 if TYPE_CHECKING:
     from neobert.train.machine import Runtime

@@ -29,8 +29,7 @@ from variants import EXPORTS
 import neobert.export.write as write_module
 from neobert.config.schema import Config
 from neobert.data.tokenizer import train_tokenizer
-from neobert.export.choose import CARRIED, REQUIRED, ExportError, choose_form
-from neobert.export.remote_code import code_files
+from neobert.export.forms import CARRIED, REQUIRED, ExportError, choose_form, code_files
 from neobert.export.sentence_files import choose_sentence_settings
 from neobert.export.tokenizer_files import save_tokenizer
 from neobert.export.write import Exported, ExportRequest, export
