@@ -10,7 +10,7 @@ if TYPE_CHECKING:
 
 __all__ = ["load", "load_config", "pretrain"]
 
-_HOMES = {"load": "inference.loading", "load_config": "config.load", "pretrain": "train.from_python"}
+_HOMES = {"load": "inference.model", "load_config": "config.load", "pretrain": "train.from_python"}
 
 
 def __getattr__(name: str) -> Any:
