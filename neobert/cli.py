@@ -1,4 +1,4 @@
-"""How every command begins and ends: output that cannot fail it, signals, and errors of one sentence.
+"""How every command starts and ends: output that cannot fail it, signals, and errors of one sentence.
 
 Nothing heavy is imported here, and commands import their libraries after their arguments are read, so that `--help` and
 wrong calls answer at once.
@@ -124,8 +124,8 @@ def _stopped_by_signals() -> Iterator[None]:
             signal.signal(number, handler)
 
 
-def given(args: Namespace, settings: type) -> dict[str, Any]:
-    """Fields of a settings class whose flags were given; the class has the defaults of the others."""
+def explicit_values(args: Namespace, settings: type) -> dict[str, Any]:
+    """Fields of a settings class whose flags were set; the class has the defaults of the others."""
     names = settings.__dataclass_fields__  # type: ignore[attr-defined]
     return {name: value for name, value in vars(args).items() if name in names and value is not None}
 
@@ -156,7 +156,7 @@ class _Output(io.FileIO):
 
 
 def protect_output() -> None:
-    """From here on nothing that is printed raises. A stream that somebody put in the place of Python's is left alone.
+    """From here on nothing that is printed raises. A stream that replaced Python's is left alone.
 
     Call it before libraries are imported: their log handlers keep the stream that they find.
     """
@@ -191,7 +191,7 @@ def print_result(text: str, end: str = "\n") -> None:
     """Prints what the command was asked for.
 
     Raises:
-        UserError: it was not taken: the disk is full.
+        UserError: it was not written: the disk is full.
         SystemExit: the reader is gone (`| head`), about which nothing is said.
     """
     print(text, end=end, flush=True)

@@ -56,7 +56,7 @@ class Condition:
         )
 
     def reason(self, read: Callable[[str], Any]) -> str:
-        """The rest of a sentence that begins with "has no effect", where it does not hold."""
+        """The rest of a sentence that starts with "has no effect", where it does not hold."""
         if len(self.alternatives) == 1 and not self.alternatives[0][1]:
             return f"without {self.alternatives[0][0]}"
         return "with " + " and ".join(f"{name}: {show_value(read(name))}" for name, _ in self.alternatives)
@@ -66,8 +66,8 @@ class Condition:
         """What to do where it does not hold."""
         if len(self.alternatives) == 1 and not self.alternatives[0][1]:
             return "set that, or remove this key"
-        wanted = (f"{name}: {' or '.join(values)}" if values else name for name, values in self.alternatives)
-        return f"remove it, or write {' or '.join(wanted)}"
+        requested = (f"{name}: {' or '.join(values)}" if values else name for name, values in self.alternatives)
+        return f"remove it, or write {' or '.join(requested)}"
 
     def __str__(self) -> str:
         return " or ".join(
@@ -124,7 +124,7 @@ class Known:
         if self.at_least is not None and self.at_most is not None:
             return f"from {self.at_least} to {self.at_most}"
         bounds = {"at least": self.at_least, "greater than": self.above, "at most": self.at_most}
-        parts = [f"{words} {bound}" for words, bound in bounds.items() if bound is not None]
+        parts = [f"{phrase} {bound}" for phrase, bound in bounds.items() if bound is not None]
         if self.below is not None:
             parts.append(f"less than {self.below}")
         return " and ".join(parts)
@@ -170,7 +170,7 @@ def key(
         needs: conditions without which the key has no effect, each as `Condition.parse` reads it: another value than
             the default is then an error.
         tasks: the tasks that read it, separated by spaces; empty for all.
-        changes: words of `CHANGES`, separated by spaces.
+        changes: names of `CHANGES`, separated by spaces.
         path: a path, or an address: a first `~` is the home folder, and `token=x` in it no secret.
         machine: the processes of a run may differ in it.
     """

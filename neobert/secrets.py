@@ -1,4 +1,4 @@
-"""What must not be written down, and what is written in its place.
+"""What must not be written down, and what is written instead.
 
 | where | what is hidden | by |
 |---|---|---|
@@ -92,7 +92,7 @@ def _items(value: Any) -> list[Any]:
 
 
 def hide_credentials(text: str, *, is_path: bool = False) -> str:
-    """`text` without what is a secret wherever it stands: users, passwords and signatures in addresses, values that are
+    """`text` without what is a secret wherever it is: users, passwords and signatures in addresses, values that are
     assigned to a secret name (`api_key=...`), tokens of known shape.
 
     Args:
@@ -119,7 +119,7 @@ def _hide_value(found: re.Match[str]) -> str:
 
 def scrub(text: str) -> str:
     """`text` for people: as `hide_credentials`, without `name: value` and `--name value` of secret names, and without
-    the values of this process's secret environment variables where they stand by themselves."""
+    the values of this process's secret environment variables where they are words of their own."""
     # Errors of HTTP quote an address without its host.
     text = _QUERY.sub(_hide_parameter, hide_credentials(text))
     for named in (_HEADER, _NAMED, _OPTION):

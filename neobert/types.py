@@ -25,12 +25,12 @@ class WordEdges:
 
 
 class Corruption(Protocol):
-    """Chooses the targets of a draw, and what stands in the place of tokens."""
+    """Chooses the targets of a draw, and what replaces tokens."""
 
     def corrupt(
-        self, tokens: NDArray[np.int32], words: NDArray[np.uint64], offset: float, *, step: int
+        self, tokens: NDArray[np.int32], hashes: NDArray[np.uint64], offset: float, *, step: int
     ) -> tuple[NDArray[np.int32], NDArray[np.int64]]:
-        """`n` tokens, a random word for each, a number in [0, 1), and the step of training: the corrupted tokens and
+        """`n` tokens, a random hash for each, a number in [0, 1), and the step of training: the corrupted tokens and
         the ascending indices of the targets."""
 
     def max_targets(self, num_slots: int) -> int:
@@ -51,7 +51,7 @@ class PackedRow:
     """Number of each segment's document in its source."""
 
     offsets: tuple[int, ...]
-    """Where each segment begins in its document, in tokens (0 unless the document was split)."""
+    """Where each segment starts in its document, in tokens (0 unless the document was split)."""
 
     sources: tuple[int, ...]
     """Number of each segment's source (0 without a mixture)."""
@@ -73,10 +73,10 @@ class PackedBatch:
     segments: Segments
 
     masked_index: Tensor
-    """int64 `[M]`: slots of the flat `[B * S]` stream that are predicted; unused places point at slot 0."""
+    """int64 `[M]`: slots of the flat `[B * S]` stream that are predicted; unused entries point at slot 0."""
 
     targets: Tensor
-    """int64 `[M]`: original token of each predicted slot, `IGNORE_INDEX` in unused places."""
+    """int64 `[M]`: original token of each predicted slot, `IGNORE_INDEX` in unused entries."""
 
     row_keys: Tensor
     """int64 `[B]`: global row numbers, on the host."""
@@ -90,7 +90,7 @@ class PackedBatch:
     num_targets: int
     num_documents: int
     attended_tokens: int
-    """Sum over real segments of length squared: the attention's share of the work, for FLOP counts."""
+    """Sum over real segments of length squared: the attention's part of the work, for FLOP counts."""
 
     digest: int
     """Sum modulo 2**64 of one 64-bit hash a row (tokens, borders, mask): equal batches have equal digests."""
@@ -211,7 +211,7 @@ class LossSum:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class TrainState:
-    """Where a run stands after `step` optimizer steps. Counts are over all ranks since step 0."""
+    """Where a run is after `step` optimizer steps. Counts are over all ranks since step 0."""
 
     step: int = 0
     tokens: int = 0

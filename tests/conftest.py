@@ -35,7 +35,7 @@ from neobert.data.tokenizer import train_tokenizer
 
 
 def pytest_xdist_auto_num_workers(config: pytest.Config) -> int:
-    """Processes that share the tests; 0 is this one alone.
+    """Processes that split the tests; 0 is this one alone.
 
     Each imports torch first, which takes longer than most files of tests: those that are chosen by name run here.
     """

@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 from calls import call
 
-from neobert.benchmark.experiment_plan import Place, build_job_config, check_plan, grid, load_plan
+from neobert.benchmark.experiment_plan import Workspace, build_job_config, check_plan, grid, load_plan
 from neobert.config.load import config_to_yaml, load_config
 from neobert.config.rules import warnings
 from neobert.train.loop import pretrain
@@ -81,9 +81,9 @@ def test_the_first_two_steps_of_a_plan(
 ) -> None:
     plan = load_plan(path)
     overrides = (*TINY, f"dataset.path={corpus}", f"tokenizer.path={tokenizer_folder}")
-    place = Place(output=tmp_path, data=corpus, overrides=overrides)
+    workspace = Workspace(output=tmp_path, data=corpus, overrides=overrides)
     (variant,) = (variant for variant in plan.variants if variant.name == name)
-    assert pretrain(build_job_config(plan, grid(variant)[0], place)).state.step == 2
+    assert pretrain(build_job_config(plan, grid(variant)[0], workspace)).state.step == 2
 
 
 def test_the_optimizers_are_compared_as_the_plan_says() -> None:
@@ -96,9 +96,9 @@ def test_the_optimizers_are_compared_as_the_plan_says() -> None:
 @pytest.mark.parametrize("path", PLANS, ids=lambda p: p.stem)
 def test_the_configs_of_a_plan_load_and_differ(path: Path, tmp_path: Path) -> None:
     plan = load_plan(path)
-    place = Place(output=tmp_path, data=tmp_path, overrides=(f"dataset.path={tmp_path}",))
-    check_plan(plan, place)
-    configs = [build_job_config(plan, job, place) for variant in plan.variants for job in grid(variant)]
+    workspace = Workspace(output=tmp_path, data=tmp_path, overrides=(f"dataset.path={tmp_path}",))
+    check_plan(plan, workspace)
+    configs = [build_job_config(plan, job, workspace) for variant in plan.variants for job in grid(variant)]
     assert [warnings(config) for config in configs] == [[]] * len(configs)
     assert len({config_to_yaml(config).replace(config.trainer.output_dir, "") for config in configs}) == len(configs)
 

@@ -98,7 +98,7 @@ def test_a_slow_reader_of_a_pipe_that_does_not_block_gets_everything(tmp_path: P
     assert len(found.stdout.splitlines()) == 301
 
 
-def test_a_result_that_was_not_taken_is_said(tmp_path: Path) -> None:
+def test_a_result_that_was_not_written_is_reported(tmp_path: Path) -> None:
     full = start(tmp_path, words="result", closing="> /dev/full")
     assert full.returncode == 74
     assert b"error: the result could not be written to the standard output (No space left on device)" in full.stderr

@@ -52,7 +52,7 @@ MUTANTS = {
         'self.first, key(seed, "documents", epoch)', 'self.first, key(seed, "documents", 0)', STREAMS
     ),
     "a large document resumes with its first tokens": Mutant("starts[:1] = done", "starts[:1] = 0", STREAMS),
-    "a long text begins again": Mutant('"char": reading.char,', '"char": 0,', STREAMS),
+    "a long text starts again": Mutant('"char": reading.char,', '"char": 0,', STREAMS),
     "a bad shard is read again": Mutant(
         '"skipped_shards": reading.skipped_shards,', '"skipped_shards": state["skipped_shards"],', STREAMS
     ),
@@ -88,7 +88,7 @@ MUTANTS = {
         IDENTITY,
     ),
     "micro-batches may differ": Mutant("(same_ranks or not next_fit)", "True", IDENTITY),
-    "the average begins again": Mutant(
+    "the average starts again": Mutant(
         "average.begin(step, _load_tensors(checkpoint / EMA_FILE) if had else None)",
         "average.begin(step, None)",
         AVERAGE,

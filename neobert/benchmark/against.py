@@ -9,7 +9,7 @@ pieces with the same masks and the same number of pieces a step, so real tokens 
     transformers  EuroBertForMaskedLM of the same shape: one piece a row, padded to the longest of the batch, logits of
                   all tokens, torch.optim.AdamW
 
-Each runs in a process of its own, so that peak memory is its own, and they take turns. The first steps do not count.
+Each runs in its own process, so that peak memory is its own, and they take turns. The first steps do not count.
 """
 
 import dataclasses
@@ -90,7 +90,7 @@ class Prepared:
 
 
 def prepare(settings: AgainstSettings) -> Prepared:
-    """Reads what all contestants share."""
+    """Reads what all contestants use."""
     tokenizer = load_tokenizer(TokenizerSection(path=settings.tokenizer))
     model = ModelConfig(
         **PRESETS[settings.preset],
@@ -102,31 +102,31 @@ def prepare(settings: AgainstSettings) -> Prepared:
     return Prepared(model=model, tokenizer=tokenizer, pieces=read_pieces(settings, tokenizer))
 
 
-def run_ours(settings: AgainstSettings, given: Prepared, **changes: bool | str) -> SpeedResult:
+def run_ours(settings: AgainstSettings, prepared: Prepared, **changes: bool | str) -> SpeedResult:
     """Our step on packed rows, with settings of the step benchmark changed."""
     source = RowSource(
-        model=given.model,
-        batches=itertools.cycle(given.batches(settings, packed=True)),
+        model=prepared.model,
+        batches=itertools.cycle(prepared.batches(settings, packed=True)),
         name=settings.text,
         real=False,
     )
     shared = {name: getattr(settings, name) for name in ("preset", "length", "rows", "precision", "steps", "warmup")}
-    figures = measure_step(StepSettings(**{**shared, **changes}), source)
-    return SpeedResult(tokens_per_second=figures.tokens_per_second, peak_memory_bytes=figures.peak_memory_bytes)
+    timing = measure_step(StepSettings(**{**shared, **changes}), source)
+    return SpeedResult(tokens_per_second=timing.tokens_per_second, peak_memory_bytes=timing.peak_memory_bytes)
 
 
-def run_reference(settings: AgainstSettings, given: Prepared) -> SpeedResult:
+def run_reference(settings: AgainstSettings, prepared: Prepared) -> SpeedResult:
     """Our model without what makes it fast."""
     plain = {"all_positions": True, "plain_adamw": True}
-    return run_ours(settings, given, attention="masked", kernel="reference", **plain)
+    return run_ours(settings, prepared, attention="masked", kernel="reference", **plain)
 
 
-def run_transformers(settings: AgainstSettings, given: Prepared) -> SpeedResult:
+def run_transformers(settings: AgainstSettings, prepared: Prepared) -> SpeedResult:
     """The loop that one writes with transformers."""
     torch.manual_seed(0)
-    model = EuroBertForMaskedLM(_describe(given)).train()
+    model = EuroBertForMaskedLM(_describe(prepared)).train()
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4, betas=(0.9, 0.95), weight_decay=0.1)
-    batches = itertools.cycle(given.batches(settings, packed=False))
+    batches = itertools.cycle(prepared.batches(settings, packed=False))
     tokens, seconds, clock = 0, 0.0, choose_clock(torch.device("cpu"))
     for number in range(settings.warmup + settings.steps):
         batch = next(batches)
@@ -157,8 +157,8 @@ def padded_inputs(batch: PackedBatch) -> dict[str, torch.Tensor]:
     }
 
 
-def _describe(given: Prepared) -> EuroBertConfig:
-    model = given.model
+def _describe(prepared: Prepared) -> EuroBertConfig:
+    model = prepared.model
     return EuroBertConfig(
         vocab_size=model.vocab_size,
         hidden_size=model.hidden_size,
@@ -169,10 +169,10 @@ def _describe(given: Prepared) -> EuroBertConfig:
         rms_norm_eps=model.norm_eps,
         rope_parameters={"rope_type": "default", "rope_theta": model.rope_theta},
         tie_word_embeddings=False,
-        pad_token_id=given.tokenizer.pad_id,
-        bos_token_id=given.tokenizer.cls_id,
-        eos_token_id=given.tokenizer.sep_id,
-        mask_token_id=given.tokenizer.mask_id,
+        pad_token_id=prepared.tokenizer.pad_id,
+        bos_token_id=prepared.tokenizer.cls_id,
+        eos_token_id=prepared.tokenizer.sep_id,
+        mask_token_id=prepared.tokenizer.mask_id,
     )
 
 
@@ -212,7 +212,7 @@ def describe(found: dict[str, list[SpeedResult]], *, base: str) -> str:
 
 RUNS: dict[str, Callable[[AgainstSettings, Prepared], SpeedResult]] = {
     "ours": run_ours,
-    "compiled": lambda settings, given: run_ours(settings, given, compile=True),
+    "compiled": lambda settings, prepared: run_ours(settings, prepared, compile=True),
     "reference": run_reference,
     "transformers": run_transformers,
 }

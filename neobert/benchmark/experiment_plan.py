@@ -69,8 +69,8 @@ class PlannedRun:
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class Place:
-    """Where and on what the runs of a plan are made."""
+class Workspace:
+    """Where the runs of a plan are written, and on which data they are made."""
 
     output: Path
     data: Path
@@ -135,22 +135,22 @@ def grid(variant: Variant) -> list[PlannedRun]:
     return [PlannedRun(variant=variant, learning_rate=rate, seed=0) for rate in rates]
 
 
-def build_job_config(plan: Plan, job: PlannedRun, place: Place) -> Config:
+def build_job_config(plan: Plan, job: PlannedRun, workspace: Workspace) -> Config:
     """The config of a run. Raises ConfigError."""
-    last = [f"trainer.output_dir={place.run_dir(job)}", "trainer.resume_from_checkpoint=latest"]
-    return load_config(plan.config, [*place.overrides, *job.overrides, *last])
+    last = [f"trainer.output_dir={workspace.run_dir(job)}", "trainer.resume_from_checkpoint=latest"]
+    return load_config(plan.config, [*workspace.overrides, *job.overrides, *last])
 
 
-def check_plan(plan: Plan, place: Place) -> None:
+def check_plan(plan: Plan, workspace: Workspace) -> None:
     """Builds every config of the plan. Raises PlanError with everything that is wrong in any of them."""
-    given = {key for key, _ in split_arguments(place.overrides)[0]}
+    explicit = {key for key, _ in split_arguments(workspace.overrides)[0]}
     found = []
     for variant in plan.variants:
         for job in grid(variant):
-            taken = {key for key, _ in split_arguments([*job.overrides, "trainer.output_dir=-"])[0]}
-            found += [f"{job.name}: {key} is set by the plan; leave it out" for key in sorted(given & taken)]
+            used = {key for key, _ in split_arguments([*job.overrides, "trainer.output_dir=-"])[0]}
+            found += [f"{job.name}: {key} is set by the plan; leave it out" for key in sorted(explicit & used)]
             try:
-                build_job_config(plan, job, place)
+                build_job_config(plan, job, workspace)
             except ConfigError as error:
                 found += [f"{job.name}: {text}" for text in error.errors]
     if found:
@@ -161,9 +161,9 @@ def choose_variants(plan: Plan, names: str | None) -> Plan:
     """The plan with the entries of `--only` alone. Raises PlanError."""
     if names is None:
         return plan
-    wanted = names.split(",")
+    requested = names.split(",")
     known = [variant.name for variant in plan.variants]
-    unknown = [name for name in wanted if name not in known]
+    unknown = [name for name in requested if name not in known]
     if unknown:
         raise PlanError(f"--only: {unknown[0]!r} is not in the plan; it has {', '.join(known)}")
-    return dataclasses.replace(plan, variants=tuple(v for v in plan.variants if v.name in wanted))
+    return dataclasses.replace(plan, variants=tuple(v for v in plan.variants if v.name in requested))

@@ -21,14 +21,14 @@ from statistics import mean, median
 from typing import Any
 
 from neobert import cli
-from neobert.benchmark.experiment_plan import Place, Plan, PlanError, PlannedRun, build_job_config, grid
+from neobert.benchmark.experiment_plan import Plan, PlanError, PlannedRun, Workspace, build_job_config, grid
 from neobert.benchmark.trial import (
     HELD_OUT,
     Stopped,
     describe_machine,
+    fix_precision,
     read_speed,
     score,
-    settle_precision,
     train,
 )
 from neobert.config.load import load_saved_config, without_secrets
@@ -144,8 +144,8 @@ def _edge(rows: Sequence[ResultRow], variant: str) -> list[str]:
         return []
     ends = {"lowest": tried[0], "highest": tried[-1]}
     return [
-        f"{variant}: the best learning rate, {row.learning_rate}, is the {word} one tried; a better one may lie beyond."
-        for word, row in ends.items()
+        f"{variant}: the best learning rate, {row.learning_rate}, is the {end} one tried; a better one may lie beyond."
+        for end, row in ends.items()
         if row.best
     ]
 
@@ -163,7 +163,7 @@ def draw(outcomes: Sequence[TrialResult], title: str) -> str:
     low, high = low - margin, high + margin
     base = _TOP + _ROW * len(rows)
 
-    def place(loss: float) -> float:
+    def to_x(loss: float) -> float:
         return _LEFT + (_WIDTH - _LEFT - _RIGHT) * (loss - low) / (high - low)
 
     parts = [
@@ -174,24 +174,24 @@ def draw(outcomes: Sequence[TrialResult], title: str) -> str:
     ]
     for number in range(6):
         value = low + (high - low) * number / 5
-        x = place(value)
+        x = to_x(value)
         parts += [
             f'<line x1="{x:.1f}" y1="{_TOP - 8}" x2="{x:.1f}" y2="{base}" stroke="#dddddd"/>',
             f'<text x="{x:.1f}" y="{base + 16}" text-anchor="middle">{value:.2f}</text>',
         ]
     for number, row in enumerate(rows):
-        parts += _draw_row(row, _TOP + _ROW * (number + 0.5), place)
+        parts += _draw_row(row, _TOP + _ROW * (number + 0.5), to_x)
     return "\n".join([*parts, "</svg>"]) + "\n"
 
 
-def _draw_row(row: ResultRow, y: float, place: Callable[[float], float]) -> list[str]:
+def _draw_row(row: ResultRow, y: float, to_x: Callable[[float], float]) -> list[str]:
     weight = ' font-weight="bold"' if row.best else ""
     parts = [f'<text x="{_LEFT - 10}" y="{y + 4:.1f}" text-anchor="end"{weight}>{escape(row.label)}</text>']
     fill = "#4878a8" if row.best else "white"
     for outcome in row.outcomes:
         if outcome.loss is not None:
             parts.append(
-                f'<circle cx="{place(outcome.loss):.1f}" cy="{y:.1f}" r="4" fill="{fill}" stroke="#4878a8">'
+                f'<circle cx="{to_x(outcome.loss):.1f}" cy="{y:.1f}" r="4" fill="{fill}" stroke="#4878a8">'
                 f"<title>seed {outcome.seed}: {outcome.loss:.4f}</title></circle>"
             )
     end = f"{mean(row.losses):.3f}" if row.losses else "bad numbers"
@@ -201,7 +201,7 @@ def _draw_row(row: ResultRow, y: float, place: Callable[[float], float]) -> list
 SCORE = "score.json"
 
 
-def run_plan(plan: Plan, place: Place) -> Iterator[tuple[PlannedRun, TrialResult]]:
+def run_plan(plan: Plan, workspace: Workspace) -> Iterator[tuple[PlannedRun, TrialResult]]:
     """Makes the runs of a plan, or finds them made, one after another.
 
     Raises:
@@ -211,37 +211,37 @@ def run_plan(plan: Plan, place: Place) -> Iterator[tuple[PlannedRun, TrialResult
     for variant in plan.variants:
         outcomes = []
         for job in grid(variant):
-            outcomes.append(run_job(plan, job, place))
+            outcomes.append(run_job(plan, job, workspace))
             yield job, outcomes[-1]
         best = best_outcomes(outcomes).get(variant.name)
         if best is None:
             continue
         for seed in range(1, plan.seeds_at_best + 1):
             job = PlannedRun(variant=variant, learning_rate=best.learning_rate, seed=seed)
-            yield job, run_job(plan, job, place)
+            yield job, run_job(plan, job, workspace)
 
 
-def finished(plan: Plan, place: Place) -> list[TrialResult]:
+def finished(plan: Plan, workspace: Workspace) -> list[TrialResult]:
     """All runs of the plan that are finished, also those of other starts, in the order of the plan."""
     found: list[TrialResult] = []
     for variant in plan.variants:
         for first in grid(variant):
             for seed in range(plan.seeds_at_best + 1):
                 job = dataclasses.replace(first, seed=seed)
-                if (place.run_dir(job) / SCORE).is_file():
-                    found.append(read_outcome(job, place.run_dir(job), build_job_config(plan, job, place)))
+                if (workspace.run_dir(job) / SCORE).is_file():
+                    found.append(read_outcome(job, workspace.run_dir(job), build_job_config(plan, job, workspace)))
     return found
 
 
-def run_job(plan: Plan, job: PlannedRun, place: Place) -> TrialResult:
+def run_job(plan: Plan, job: PlannedRun, workspace: Workspace) -> TrialResult:
     """One run, trained and scored. A run whose numbers went bad has no loss."""
-    config, run = build_job_config(plan, job, place), place.run_dir(job)
+    config, run = build_job_config(plan, job, workspace), workspace.run_dir(job)
     if (run / SCORE).is_file():
         outcome = read_outcome(job, run, config)
     else:
-        outcome = _make(job, config, run, place.data)
+        outcome = _make(job, config, run, workspace.data)
         write_text(run / SCORE, json.dumps(dataclasses.asdict(outcome), indent=1) + "\n")
-    if not place.keep_weights:
+    if not workspace.keep_weights:
         shutil.rmtree(run / "checkpoints", ignore_errors=True)
     return outcome
 
@@ -274,7 +274,7 @@ def read_outcome(job: PlannedRun, run: Path, config: Config) -> TrialResult:
 
 
 def _with_choices_of(saved: Config, config: Config) -> Config:
-    """The config with what the saved run chose in the place of `auto`."""
+    """The config with what the saved run chose for `auto`."""
     names = ("mixed_precision", "per_device_train_batch_size")
     chosen = {name: getattr(saved.trainer, name) for name in names if getattr(config.trainer, name) == "auto"}
     return dataclasses.replace(config, trainer=dataclasses.replace(config.trainer, **chosen))
@@ -287,33 +287,33 @@ def _what_is_made(config: Config) -> Config:
     )
 
 
-def write_results(plan: Plan, place: Place, outcomes: Sequence[TrialResult]) -> str:
+def write_results(plan: Plan, workspace: Workspace, outcomes: Sequence[TrialResult]) -> str:
     """`results.json`, `results.md` and `results.svg` in the plan's folder; the table."""
     results: dict[str, Any] = {
         "plan": plan.name,
-        "settings": place.overrides,
+        "settings": workspace.overrides,
         **describe_machine(),
         "held_out": dataclasses.asdict(HELD_OUT),
         "best": {name: best.learning_rate for name, best in best_outcomes(outcomes).items()},
         "runs": [dataclasses.asdict(outcome) for outcome in outcomes],
     }
     table = describe(outcomes)
-    (place.output / "results.json").write_text(json.dumps(results, indent=1) + "\n")
-    (place.output / "results.md").write_text(table + "\n")
-    (place.output / "results.svg").write_text(draw(outcomes, f"{plan.name}: held-out loss, nats per masked token"))
+    (workspace.output / "results.json").write_text(json.dumps(results, indent=1) + "\n")
+    (workspace.output / "results.md").write_text(table + "\n")
+    (workspace.output / "results.svg").write_text(draw(outcomes, f"{plan.name}: held-out loss, nats per masked token"))
     return table
 
 
-def compare(plan: Plan, chosen: Plan, place: Place) -> str:
+def compare(plan: Plan, chosen: Plan, workspace: Workspace) -> str:
     """Makes the runs of `chosen`, a part of `plan`; the table over all runs of the plan. Progress on the error output.
 
     Raises:
         Stopped: a run was interrupted; the next start continues with it.
     """
-    config = build_job_config(chosen, grid(chosen.variants[0])[0], place)
-    settled = settle_precision(config, sorted(place.output.glob("*/config.yaml")))
-    place = dataclasses.replace(place, overrides=(*place.overrides, *settled))
-    for job, outcome in run_plan(chosen, place):
+    config = build_job_config(chosen, grid(chosen.variants[0])[0], workspace)
+    precision = fix_precision(config, sorted(workspace.output.glob("*/config.yaml")))
+    workspace = dataclasses.replace(workspace, overrides=(*workspace.overrides, *precision))
+    for job, outcome in run_plan(chosen, workspace):
         cli.say(f"{job.name}: {outcome.describe()}")
-        table = write_results(plan, place, finished(plan, place))
+        table = write_results(plan, workspace, finished(plan, workspace))
     return table

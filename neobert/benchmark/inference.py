@@ -1,7 +1,7 @@
 """Inference on texts of mixed lengths: our packed forward pass against the same weights in transformers, padded.
 
 The architecture is the one that transformers calls EuroBERT, so the weights are handed over in memory. Padded batches
-have a fixed number of texts, in the order given, as a data loader makes them; and once more sorted by length, which is
+have a fixed number of texts, in the order given, as a data loader makes them; and again sorted by length, which is
 the best that padding can do. All three are measured in turn within one process, real tokens count, tokenising does not,
 and the hidden states of all are compared before anything is timed.
 """
@@ -107,7 +107,7 @@ def compare(model: Model, texts: Sequence[str], *, batch_tokens: int, rows: int,
             start = time.perf_counter()
             way()
             seconds[name].append(time.perf_counter() - start)
-    speeds = {name: num_tokens / statistics.median(taken) for name, taken in seconds.items()}
+    speeds = {name: num_tokens / statistics.median(times) for name, times in seconds.items()}
     lengths = np.array([len(tokens) for tokens in documents])
     lines = [
         f"{len(documents):,} texts of {lengths.min()} to {lengths.max()} tokens (median {int(np.median(lengths))}), "

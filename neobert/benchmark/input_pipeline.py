@@ -32,16 +32,16 @@ from neobert.train.build import build_config_data
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class Figures:
+class InputSpeed:
     """One measured run over a number of batches."""
 
     tokens_per_second: float
     fill: float
-    """Share of the slots that hold real tokens."""
+    """Fraction of the slots that hold real tokens."""
 
 
-def measure(batches: Generator[tuple[int, int], None, None], num_batches: int) -> Figures:
-    """Figures of (real tokens, slots) pairs; the first batch, which opens files, is not counted. Closes `batches`."""
+def measure(batches: Generator[tuple[int, int], None, None], num_batches: int) -> InputSpeed:
+    """The speed of (real tokens, slots) pairs; the first batch, which opens files, is not counted. Closes `batches`."""
     with closing(batches):
         next(batches)
         start = time.perf_counter()
@@ -49,7 +49,7 @@ def measure(batches: Generator[tuple[int, int], None, None], num_batches: int) -
         for _ in range(num_batches):
             real, size = next(batches)
             tokens, slots = tokens + real, slots + size
-        return Figures(tokens_per_second=tokens / (time.perf_counter() - start), fill=tokens / slots)
+        return InputSpeed(tokens_per_second=tokens / (time.perf_counter() - start), fill=tokens / slots)
 
 
 def our_batches(config: Config, tokenizer: Tokenizer, folder: Path) -> Generator[tuple[int, int], None, None]:
@@ -89,7 +89,7 @@ def plain_batches(
 
 
 def _pack_greedily(pieces: list[list[int]], rows: int, length: int, tokenizer: Tokenizer) -> torch.Tensor | None:
-    """`[rows, length]` when the pieces need more rows than that: each joins the last row or begins a new one."""
+    """`[rows, length]` when the pieces need more rows than that: each joins the last row or starts a new one."""
     if sum(len(piece) + 2 for piece in pieces) < rows * length // 2:
         return None
     packed: list[list[int]] = [[]]
@@ -121,10 +121,10 @@ def compare(
     num_batches: int,
     repeats: int,
     say: Callable[[str], None] = print,
-) -> dict[str, list[Figures]]:
+) -> dict[str, list[InputSpeed]]:
     """Measures both pipelines in both modes `repeats` times in turn, and prints medians and ratios."""
     disable_progress_bars()
-    found: dict[str, list[Figures]] = {}
+    found: dict[str, list[InputSpeed]] = {}
     with tempfile.TemporaryDirectory() as folder:
         for _ in range(repeats):
             for mode, streaming in (("streamed", True), ("on disk", False)):

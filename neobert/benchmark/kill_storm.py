@@ -138,7 +138,7 @@ def digest_of_weights(run: Path) -> str:
     return sha256((run / "checkpoints" / str(newest) / "model.safetensors").read_bytes()).hexdigest()
 
 
-def what_was_going_on(run: Path) -> str:
+def find_phase(run: Path) -> str:
     """A guess at what a kill interrupted, from what it left behind."""
     checkpoints = run / "checkpoints"
     if any(checkpoints.glob(".tmp-*")):
@@ -161,17 +161,17 @@ def run_storm(
         StormError: a start failed.
     """
     rng, storm, started = random.Random(seed), Storm(), time.perf_counter()
-    words = [*overrides, f"trainer.output_dir={out}", "trainer.resume_from_checkpoint=latest"]
+    arguments = [*overrides, f"trainer.output_dir={out}", "trainer.resume_from_checkpoint=latest"]
     output = out.with_suffix(".log")
     while True:
-        (pid,) = lives.start(config_file, words, output)
+        (pid,) = lives.start(config_file, arguments, output)
         if storm.kills < max_kills:
             time.sleep(rng.uniform(0, life))
             os.kill(pid, signal.SIGKILL)  # Not yet waited for, so the number still means this process.
         (code,) = lives.wait()
         if code == -signal.SIGKILL:
             storm.kills += 1
-            doing = what_was_going_on(out)
+            doing = find_phase(out)
             storm.killed_while[doing] = storm.killed_while.get(doing, 0) + 1
         elif code == 0:
             storm.seconds = time.perf_counter() - started

@@ -16,7 +16,7 @@ import torch
 
 from neobert.benchmark.settings import SHAPES
 from neobert.benchmark.step_time import choose_clock
-from neobert.kernels.linear_cross_entropy import KERNELS, PACKAGES, kernel_obstacle
+from neobert.kernels.linear_cross_entropy import KERNELS, PACKAGES, kernel_problem
 from neobert.train.memory import forget_peak, peak_bytes
 
 
@@ -61,7 +61,7 @@ def _peak(device: torch.device) -> int:
 
 
 def table(kernels: Sequence[str], shapes: Sequence[str], precision: str, device: str, repeats: int) -> str:
-    """Every kernel at every shape, each in a process of its own; `-` where it cannot run or runs out of memory.
+    """Every kernel at every shape, each in its own process; `-` where it cannot run or runs out of memory.
 
     Raises:
         ValueError: a kernel that is none.
@@ -80,7 +80,7 @@ def table(kernels: Sequence[str], shapes: Sequence[str], precision: str, device:
 
 
 def _in_a_process(case: Case, repeats: int) -> str:
-    if kernel_obstacle(case.kernel, torch.device(case.device)) is not None:
+    if kernel_problem(case.kernel, torch.device(case.device)) is not None:
         return "- | cannot run here"
     command = [sys.executable, "-m", __name__, json.dumps(case), str(repeats)]
     done = subprocess.run(command, capture_output=True, text=True)

@@ -1,8 +1,8 @@
 """What optimizers cost, and how orthogonal their updates are. Torch and numpy suffice.
 
 Time: one model, one gradient a round; every optimizer makes its step on it in turn, so that all see the same machine. A
-share is the optimizer's time over that of forward, backward, clipping and the optimizer. Measuring attention logits is
-the forward and backward pass of a step that does, less that of a step that does not, over the interval.
+fraction is the optimizer's time over that of forward, backward, clipping and the optimizer. Measuring attention logits
+is the forward and backward pass of a step that does, less that of a step that does not, over the interval.
 
 Orthogonality: the factor O of a matrix G = U S V^T against the SVD in double precision: the largest deviation of a
 singular value of O from 1, and the distance to U V^T over its Frobenius norm. Three kinds of matrices: `wide` Gaussian
@@ -53,7 +53,7 @@ class Orthogonality:
     """Largest deviation of a singular value from 1."""
 
     distance: float
-    """To U V^T, as a share of its size."""
+    """To U V^T, as a fraction of its size."""
 
 
 def measure_times(settings: StepSettings, *, cpu_time: bool = False) -> OptimizerTimes:
@@ -126,7 +126,7 @@ def measure_orthogonality(
     for kind in ("wide", "square", "decaying"):
         matrices = make_matrices(kind, width=width, count=count)
         u, _, v = torch.linalg.svd(matrices, full_matrices=False)
-        wanted = u @ v
+        expected = u @ v
         for method in ORTHOGONALIZATIONS:
             for dtype in (torch.float32, torch.bfloat16):
                 for num_steps in steps:
@@ -138,7 +138,7 @@ def measure_orthogonality(
                             num_steps=num_steps,
                             dtype=str(dtype).removeprefix("torch."),
                             worst_value=(torch.linalg.svdvals(factor) - 1).abs().max().item(),
-                            distance=((factor - wanted).norm() / wanted.norm()).item(),
+                            distance=((factor - expected).norm() / expected.norm()).item(),
                         )
                     )
     return found
@@ -150,18 +150,19 @@ def describe_times(times: OptimizerTimes, interval: int = 10) -> str:
         f"| {name} | {seconds * 1e3:,.1f} ms | {seconds / (times.passes + seconds):.1%} |"
         for name, seconds in times.optimizers.items()
     ]
-    share = times.measuring / interval
+    seconds = times.measuring / interval
     rows.append(
-        f"| attention logits, every {interval} steps | {share * 1e3:,.1f} ms | {share / (times.passes + share):.1%} |"
+        f"| attention logits, every {interval} steps | {seconds * 1e3:,.1f} ms | "
+        f"{seconds / (times.passes + seconds):.1%} |"
     )
-    return "\n".join([f"| | a step (passes: {times.passes * 1e3:,.0f} ms) | share of it |", "|---|---|---|", *rows])
+    return "\n".join([f"| | a step (passes: {times.passes * 1e3:,.0f} ms) | fraction of it |", "|---|---|---|", *rows])
 
 
-def describe_orthogonality(figures: list[Orthogonality]) -> str:
+def describe_orthogonality(results: list[Orthogonality]) -> str:
     """The deviations as a table, one line for each kind of matrix, method and type."""
-    steps = sorted({f.num_steps for f in figures})
+    steps = sorted({f.num_steps for f in results})
     cells: dict[tuple[str, str, str], list[str]] = {}
-    for f in figures:
+    for f in results:
         cells.setdefault((f.kind, f.method, f.dtype), []).append(f"{f.worst_value:.3f}, {f.distance:.3f}")
     head = "| matrices | method | products | " + " | ".join(f"{n} steps" for n in steps) + " |"
     lines = ["| " + " | ".join([*key, *values]) + " |" for key, values in cells.items()]

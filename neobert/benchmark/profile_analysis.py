@@ -1,6 +1,6 @@
 """Where the time of profiled steps went, from a trace of torch's profiler; the standard library suffices.
 
-Every instant of the window has one owner, so that the shares add up to all of it:
+Every instant of the window has one owner, so that the fractions add up to 1:
 
 - On a CPU the window is the profiled steps, and an instant belongs to the innermost operation that the training thread
   was in: an operation that calls others owns what they leave. Without any, the instant is idle: Python.
@@ -87,7 +87,7 @@ class Gap:
 
     milliseconds: float
     step: int | None
-    """The step that the host was in when it began; None between two."""
+    """The step that the host was in when it started; None between two."""
 
     after: str
     before: str
@@ -101,11 +101,11 @@ class Analysis:
     steps: tuple[int, ...]
     milliseconds_per_step: float
     shares: dict[str, float]
-    """Category -> share of the window; they add up to 1."""
+    """Category -> fraction of the window; they add up to 1."""
 
     largest: tuple[Operation, ...]
     small: tuple[Operation, ...]
-    """Small and frequent ones, by their share."""
+    """Small and frequent ones, by their fraction."""
 
     gaps: tuple[Gap, ...]
 
@@ -224,7 +224,7 @@ def _analyse_cuda(
     host_end = marks[-1]["ts"] + marks[-1]["dur"]
     around = _names_around_launches(events)
     launched = {e["args"]["correlation"]: e["ts"] for e in events if _is_launch(e)}
-    # A kernel without a launch was launched before the recording began.
+    # A kernel without a launch was launched before the recording started.
     ours = [e for e in kernels if launched.get(e["args"].get("correlation"), -1.0) < host_end]
     end = max([host_end, *(e["ts"] + e["dur"] for e in ours)])
     spans, calls = [], []
@@ -262,7 +262,7 @@ def _names_around_launches(events: Sequence[Event]) -> dict[int, list[str]]:
 
 
 def without_overlap(spans: Sequence[TraceSpan]) -> Iterator[TraceSpan]:
-    """The same times, each once: of simultaneous spans the one of the earlier category, then the one begun first."""
+    """The same times, each once: of simultaneous spans the one of the earlier category, then the one started first."""
     ranks = {category: rank for rank, category in enumerate(CATEGORIES)}
     borders = sorted(
         [(s.start, 1, number) for number, s in enumerate(spans)]
@@ -337,13 +337,13 @@ def describe(analysis: Analysis) -> str:
     lines = [
         f"{analysis.device}, steps {first} to {last}: {step:,.2f} ms a step",
         "",
-        f"{'category':<34}{'ms a step':>12}{'share':>9}",
+        f"{'category':<34}{'ms a step':>12}{'fraction':>9}",
         *(f"{name:<34}{share * step:>12,.2f}{share:>9.1%}" for name, share in analysis.shares.items()),
     ]
     for title, operations in (("largest", analysis.largest), ("small and frequent", analysis.small)):
-        lines += ["", f"{title:<60}{'calls a step':>13}{'mean us':>11}{'share':>8}  category"]
+        lines += ["", f"{title:<60}{'calls a step':>13}{'mean us':>11}{'fraction':>9}  category"]
         lines += [
-            f"{_shorten(o.name):<60}{o.calls_per_step:>13,.1f}{o.mean_microseconds:>11,.1f}{o.share:>8.1%}"
+            f"{_shorten(o.name):<60}{o.calls_per_step:>13,.1f}{o.mean_microseconds:>11,.1f}{o.share:>9.1%}"
             f"  {o.category}"
             for o in operations
         ] or ["none"]

@@ -27,15 +27,15 @@ def build(config: Config, tokenizer: Tokenizer, folder: Path) -> DataPipeline:
     )
 
 
-def find_states(data: DataPipeline, shares: Sequence[float]) -> list[State]:
-    """States at these shares of the first epoch: of the steps until half of the lanes have ended it."""
+def find_states(data: DataPipeline, fractions: Sequence[float]) -> list[State]:
+    """States at these fractions of the first epoch: of the steps until half of the lanes have ended it."""
     loader, states = data.loader(), []
     for step in loader:
         states.append(step.state)
         if sum(lane["epoch"] > 0 for lane in step.state["lanes"].values()) * 2 >= data.train.order.num_lanes:
             break
     loader.close()
-    return [states[int(share * (len(states) - 1))] for share in shares]
+    return [states[int(fraction * (len(states) - 1))] for fraction in fractions]
 
 
 def seconds_to_first_batch(data: DataPipeline, state: State) -> float:
@@ -48,16 +48,16 @@ def seconds_to_first_batch(data: DataPipeline, state: State) -> float:
 
 
 def measure(
-    config: Config, tokenizer: Tokenizer, shares: Sequence[float], repeats: int, say: Callable[[str], None] = print
+    config: Config, tokenizer: Tokenizer, fractions: Sequence[float], repeats: int, say: Callable[[str], None] = print
 ) -> None:
-    """Prints a table: seconds to the first batch at each share, streamed and from disk."""
-    columns = " | ".join(f"{share:.0%}" for share in shares)
-    say(f"| seconds to the first batch at | {columns} | bytes of state |\n|---|{'---|' * len(shares)}---|")
+    """Prints a table: seconds to the first batch at each fraction, streamed and from disk."""
+    columns = " | ".join(f"{fraction:.0%}" for fraction in fractions)
+    say(f"| seconds to the first batch at | {columns} | bytes of state |\n|---|{'---|' * len(fractions)}---|")
     with tempfile.TemporaryDirectory() as folder:
         for name, streaming in (("streamed", True), ("indexed", False)):
             data = build(replace(config, dataset=replace(config.dataset, streaming=streaming)), tokenizer, Path(folder))
-            states = find_states(data, shares)
-            seconds: list[list[float]] = [[] for _ in shares]
+            states = find_states(data, fractions)
+            seconds: list[list[float]] = [[] for _ in fractions]
             for _ in range(repeats):
                 for found, state in zip(seconds, states):
                     found.append(seconds_to_first_batch(data, state))

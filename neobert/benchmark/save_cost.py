@@ -1,7 +1,7 @@
 """What a checkpoint costs: seconds and GB/s of saving (blocking, and in the background) and of resuming.
 
 A model of the asked size makes a step, so that the optimizer has its state. Then, a few times each: a blocking save; a
-save in the background, with the time the training thread stands still and the time until the checkpoint is there, while
+save in the background, with the time the training thread is paused and the time until the checkpoint is there, while
 training continues; and what a resume reads (the full check of every file, then weights and optimizer). Shown are
 medians. Reads come from the page cache, since the files were just written.
 """
@@ -32,7 +32,7 @@ class SaveCost:
     num_parameters: int = 0
     num_bytes: int = 0
     step: list[float] = field(default_factory=list)
-    """A training step with nothing else going on."""
+    """A training step while nothing else runs."""
 
     blocking: list[float] = field(default_factory=list)
     stopped: list[float] = field(default_factory=list)
@@ -46,11 +46,11 @@ class SaveCost:
     load: list[float] = field(default_factory=list)
 
     def table(self) -> str:
-        """The medians in words."""
+        """The medians as text."""
         gigabytes = self.num_bytes / 1e9
         rows = [
             ("blocking save", self.blocking, True),
-            ("background save: training stands still", self.stopped, False),
+            ("background save: training is paused", self.stopped, False),
             ("background save: until it is there", self.background, True),
             ("training step alone", self.step, False),
             ("training step while saving", self.step_while_saving, False),

@@ -28,7 +28,7 @@ class RowShape:
 
 
 def made_up_policy(vocab_size: int, probability: float) -> MaskPolicy:
-    """Masks over a vocabulary that stands for nothing."""
+    """Masks over a vocabulary without meaning."""
     return MaskPolicy(
         probability=probability,
         mask_all=False,

@@ -3,7 +3,7 @@
     tokens/s        real tokens of the timed steps over their time, waiting for rows included
     MFU             tokens/s x FLOP per token / data-sheet peak of the device (bf16, dense), where that is known
     GEMM fraction   tokens/s x FLOP per token / rate of a large matrix product measured in this process
-    data wait       share of the time that the step stood still for its rows, where they come from a loader
+    data wait       fraction of the time that the step waited for its rows, where they come from a loader
 
 FLOP per token: `Encoder.flops_per_token`, forward and backward, with the documents and masks of the rows themselves.
 Lengths of made-up documents are log-normal, cut and packed by best fit, so rows are nearly full as in training.
@@ -62,7 +62,7 @@ MASKED_ATTENTION = AttentionBackend(
     kernel="one scaled_dot_product_attention with a mask",
     prepare=_prepare,
     attend=_attend,
-    obstacle=lambda device, dtype, head_dim=None: None,
+    problem=lambda device, dtype, head_dim=None: None,
 )
 
 
@@ -86,7 +86,7 @@ _GEMM_SIZE = {"cpu": 1024, "cuda": 8192}
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class StepFigures:
+class StepTiming:
     """What came out."""
 
     tokens_per_second: float
@@ -170,7 +170,7 @@ def made_up_rows(settings: StepSettings) -> RowSource:
     return RowSource(model=model, batches=itertools.cycle(batches), name=name, real=False)
 
 
-def measure_step(settings: StepSettings, source: RowSource | None = None) -> StepFigures:
+def measure_step(settings: StepSettings, source: RowSource | None = None) -> StepTiming:
     """Builds the model, makes the steps, measures.
 
     Raises:
@@ -183,7 +183,7 @@ def measure_step(settings: StepSettings, source: RowSource | None = None) -> Ste
     optimizer = _build_optimizer(model, settings)
     # Threads of a loader count in the time of the process.
     clock = time.perf_counter if source.real else choose_clock(device)
-    seconds, waits, timed, begun = [], [], [], time.perf_counter()
+    seconds, waits, timed, started = [], [], [], time.perf_counter()
     for number in range(settings.warmup + settings.steps):
         start = clock()
         batch = next(source.batches)
@@ -199,7 +199,7 @@ def measure_step(settings: StepSettings, source: RowSource | None = None) -> Ste
         _wait(device)
         seconds.append(clock() - start)
         if number == 0:
-            first = time.perf_counter() - begun
+            first = time.perf_counter() - started
         if number >= settings.warmup:
             timed.append(batch)
     seconds, waits = seconds[settings.warmup :], waits[settings.warmup :]
@@ -210,7 +210,7 @@ def measure_step(settings: StepSettings, source: RowSource | None = None) -> Ste
     )
     rate, gemm, peak = real / sum(seconds), measure_gemm(device, dtype, clock), peak_flops(device)
     median = float(np.percentile(seconds, 50))
-    return StepFigures(
+    return StepTiming(
         tokens_per_second=rate,
         mfu=None if peak is None else rate * flops / peak,
         gemm_fraction=rate * flops / gemm,
@@ -287,27 +287,27 @@ def measure_gemm(
     return 2 * size**3 / best
 
 
-def describe(settings: StepSettings, figures: StepFigures) -> str:
+def describe(settings: StepSettings, timing: StepTiming) -> str:
     """The result as a table."""
     utilisation = "no data-sheet peak is known"
-    if figures.mfu is not None:
-        peak = figures.tokens_per_second * figures.flops_per_token / figures.mfu
-        utilisation = f"{figures.mfu:.1%} = tokens/s x FLOP per token / {peak / 1e12:,.0f} TFLOP/s"
-    wait = "rows are made up" if figures.data_wait is None else f"{figures.data_wait:.2%} of the time"
-    compiled = "" if figures.compile_seconds is None else f", of which compilation {figures.compile_seconds:,.2f} s"
+    if timing.mfu is not None:
+        peak = timing.tokens_per_second * timing.flops_per_token / timing.mfu
+        utilisation = f"{timing.mfu:.1%} = tokens/s x FLOP per token / {peak / 1e12:,.0f} TFLOP/s"
+    wait = "rows are made up" if timing.data_wait is None else f"{timing.data_wait:.2%} of the time"
+    compiled = "" if timing.compile_seconds is None else f", of which compilation {timing.compile_seconds:,.2f} s"
     rows = {
         "settings": ", ".join(f"{name} {value}" for name, value in asdict(settings).items()),
-        "machine": f"{figures.device}, torch {figures.torch_version}",
-        "rows": figures.rows,
-        "attention, loss kernel": f"{figures.attention}, {figures.kernel}",
-        "tokens/s": f"{figures.tokens_per_second:,.0f} real ({figures.fill:.1%} of the slots)",
+        "machine": f"{timing.device}, torch {timing.torch_version}",
+        "rows": timing.rows,
+        "attention, loss kernel": f"{timing.attention}, {timing.kernel}",
+        "tokens/s": f"{timing.tokens_per_second:,.0f} real ({timing.fill:.1%} of the slots)",
         "MFU": utilisation,
-        "GEMM fraction": f"{figures.gemm_fraction:.1%} of {figures.gemm_flops / 1e9:,.0f} GFLOP/s measured here",
-        "FLOP per token": f"{figures.flops_per_token / 1e6:,.1f} M",
-        "step": f"p50 {figures.seconds_p50 * 1e3:,.1f} ms, p95 {figures.seconds_p95 * 1e3:,.1f} ms",
+        "GEMM fraction": f"{timing.gemm_fraction:.1%} of {timing.gemm_flops / 1e9:,.0f} GFLOP/s measured here",
+        "FLOP per token": f"{timing.flops_per_token / 1e6:,.1f} M",
+        "step": f"p50 {timing.seconds_p50 * 1e3:,.1f} ms, p95 {timing.seconds_p95 * 1e3:,.1f} ms",
         "data wait": wait,
-        "first step": f"{figures.first_step_seconds:,.2f} s{compiled}",
-        "peak memory": f"{figures.peak_memory_bytes / 1e9:,.2f} GB",
+        "first step": f"{timing.first_step_seconds:,.2f} s{compiled}",
+        "peak memory": f"{timing.peak_memory_bytes / 1e9:,.2f} GB",
     }
     return "\n".join(["| | |", "|---|---|", *(f"| {name} | {value} |" for name, value in rows.items())])
 

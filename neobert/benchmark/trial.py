@@ -74,8 +74,8 @@ def use_threads(count: int) -> None:
     limit_threads(count)
 
 
-def settle_precision(config: Config, made: Sequence[Path] = ()) -> list[str]:
-    """The override that puts one precision in the place of `auto` for all runs that are compared: that of a config that
+def fix_precision(config: Config, made: Sequence[Path] = ()) -> list[str]:
+    """The override that fixes one precision instead of `auto` for all runs that are compared: that of a config that
     was `made` before, else what is faster here. Two runs that choose for themselves may choose differently."""
     if config.trainer.mixed_precision != "auto":
         return []
@@ -153,7 +153,7 @@ def measure_steps(file: Path, overrides: Sequence[str], *, seconds: float, steps
 
 
 def measure(file: Path, overrides: Sequence[str], output: Path, *, num_steps: int, data: Path) -> dict[str, Any]:
-    """Trains and scores: the figures of the run."""
+    """Trains and scores: the metrics of the run."""
     config = load_config(
         file,
         [

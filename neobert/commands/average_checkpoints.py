@@ -45,7 +45,7 @@ class AverageRequest:
     run: Path
     output: Path
     last: int | None = None
-    """The newest so many checkpoints; 5 when neither this nor `steps` is given."""
+    """The newest so many checkpoints; 5 when neither this nor `steps` is set."""
 
     steps: tuple[int, ...] | None = None
     """These, instead of the newest."""
@@ -69,7 +69,7 @@ class Averaged:
     def describe(self) -> str:
         """One line for people."""
         parts = ", ".join(f"{step} x {share:.4g}" for step, share in zip(self.steps, self.shares))
-        return f"the mean of {len(self.steps)} checkpoints of {self.run} (step x share): {parts}"
+        return f"the mean of {len(self.steps)} checkpoints of {self.run} (step x weight): {parts}"
 
 
 def average_checkpoints(request: AverageRequest) -> Averaged:
@@ -125,7 +125,7 @@ def _make_plan(request: AverageRequest) -> Averaged:
             )
         steps = tuple(there[-last:])
     elif request.last is not None:
-        raise CheckpointError(f"--last: {request.last} is given beside --steps; leave out one of the two")
+        raise CheckpointError(f"--last: {request.last} is set beside --steps; leave out one of the two")
     missing = sorted(set(steps) - set(there))
     if missing or len(set(steps)) < len(steps) or not steps:
         raise CheckpointError(

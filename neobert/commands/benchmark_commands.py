@@ -45,7 +45,7 @@ _KINDS: dict[str, Callable[[str], Any]] = {
 _CHOICES = {"preset": list(PRESETS), "precision": ["bf16", "fp32"]}
 
 
-def benchmark(program: str, words: list[str]) -> None:
+def benchmark(program: str, argv: list[str]) -> None:
     """Tokens per second, utilisation and memory of the training step, on made-up rows or on those of a config.
 
     neobert benchmark --preset small --precision bf16
@@ -63,7 +63,7 @@ def benchmark(program: str, words: list[str]) -> None:
         else:
             kind = _KINDS.get(field.name, type(default))
             parser.add_argument(flag, type=kind, choices=_CHOICES.get(field.name), help=f"default: {default}")
-    args = parser.parse_args(words)
+    args = parser.parse_args(argv)
     settings = _read_step_settings(args)
     from neobert.benchmark.step_time import RowSource, describe, measure_step
 
@@ -79,20 +79,20 @@ def benchmark(program: str, words: list[str]) -> None:
 
 
 def _read_step_settings(args: argparse.Namespace) -> StepSettings:
-    given = cli.given(args, StepSettings)
-    both = [f"--{name.replace('_', '-')}" for name in given if name in _OF_THE_ROWS]
+    explicit = cli.explicit_values(args, StepSettings)
+    both = [f"--{name.replace('_', '-')}" for name in explicit if name in _OF_THE_ROWS]
     if args.config and both:
         raise ValueError(f"--config: it decides {', '.join(both)} too; leave these out and override keys of the config")
     if args.overrides and not args.config:
-        raise ValueError(f"{args.overrides[0]}: an override needs --config FILE; flags begin with --")
+        raise ValueError(f"{args.overrides[0]}: an override needs --config FILE; flags start with --")
     if args.config:
         from neobert.config.load import load_config  # Needs omegaconf, which made-up rows do not.
 
         load_config(args.config, args.overrides)  # What is wrong is said before torch is imported.
-    return StepSettings(**given)
+    return StepSettings(**explicit)
 
 
-def benchmark_transformers(program: str, words: list[str]) -> None:
+def benchmark_transformers(program: str, argv: list[str]) -> None:
     """Our training step against a plain loop on transformers and against our own reference paths, on real text (CPU).
 
     neobert benchmark-transformers TEXT.jsonl --tokenizer FOLDER
@@ -107,28 +107,28 @@ def benchmark_transformers(program: str, words: list[str]) -> None:
         parser.add_argument(
             f"--{field.name}", type=kind, choices=choices, default=field.default, help="default: %(default)s"
         )
-    args = parser.parse_args(words)
+    args = parser.parse_args(argv)
     from neobert.benchmark.against import compare
 
-    cli.print_result(compare(AgainstSettings(**cli.given(args, AgainstSettings)), args.only, args.rounds))
+    cli.print_result(compare(AgainstSettings(**cli.explicit_values(args, AgainstSettings)), args.only, args.rounds))
 
 
 PAIR_VARIANTS = ("unpadded", "padded", "cached", "whole", "accumulated")
 """`neobert.contrastive.pair_benchmark` says what each is."""
 
 
-def benchmark_contrastive(program: str, words: list[str]) -> None:
+def benchmark_contrastive(program: str, argv: list[str]) -> None:
     """Pairs per second and peak memory of contrastive steps: unpadded and padded, cached gradients and the whole batch.
 
     neobert benchmark-contrastive --model outputs/run --pairs my_pairs.jsonl --batch-size 64
     """
-    args = parse_pair_benchmark(program, words)
+    args = parse_pair_benchmark(program, argv)
     from neobert.contrastive.pair_benchmark import run_benchmark
 
     run_benchmark(args)
 
 
-def parse_pair_benchmark(program: str, words: list[str]) -> argparse.Namespace:
+def parse_pair_benchmark(program: str, argv: list[str]) -> argparse.Namespace:
     """The arguments of `pair_benchmark`."""
     parser = build_parser(program, benchmark_contrastive.__doc__)
     parser.add_argument(
@@ -147,13 +147,13 @@ def parse_pair_benchmark(program: str, words: list[str]) -> argparse.Namespace:
     parser.add_argument("--dtype", default="fp32", choices=["bf16", "fp32"])
     parser.add_argument("--device", default="auto")
     parser.add_argument("--threads", type=int, default=0, help="of a CPU; default: torch's choice")
-    args = parser.parse_args(words)
+    args = parser.parse_args(argv)
     if args.pairs is not None and args.model is None:
         parser.error("--pairs needs --model, whose tokenizer reads them")
     return args
 
 
-def benchmark_inference(program: str, words: list[str]) -> None:
+def benchmark_inference(program: str, argv: list[str]) -> None:
     """Tokens per second of a model, packed, against the same weights in transformers with padded batches.
 
     neobert benchmark-inference MODEL INPUT
@@ -164,7 +164,7 @@ def benchmark_inference(program: str, words: list[str]) -> None:
     parser.add_argument("--batch-tokens", type=count, help="packed (default 8192)")
     parser.add_argument("--rows", type=count, default=32, help="texts of a padded batch (default %(default)s)")
     parser.add_argument("--repeats", type=count, default=5, help="measurements, of which the median counts")
-    args = parser.parse_args(words)
+    args = parser.parse_args(argv)
     if args.dtype != "fp32":
         raise ValueError("--dtype: the two are compared in fp32; leave it out")
     import torch
@@ -183,26 +183,26 @@ def benchmark_inference(program: str, words: list[str]) -> None:
     cli.print_result("\n".join([*lines, machine]))
 
 
-def benchmark_input(program: str, words: list[str]) -> None:
+def benchmark_input(program: str, argv: list[str]) -> None:
     """Tokens per second and packing fill of the input pipeline, against `datasets.map` with a greedy collator.
 
     neobert benchmark-input FILES --tokenizer FOLDER
     """
     parser = build_files_parser(program, benchmark_input.__doc__, rows=8, repeats=3)
     parser.add_argument("--batches", type=count, default=2000, help="batches of one measurement (default: %(default)s)")
-    args = parser.parse_args(words)
+    args = parser.parse_args(argv)
     config, tokenizer = _read_files_config(args)
     from neobert.benchmark.input_pipeline import compare
 
     compare(config, tokenizer, args.files, args.batches, args.repeats)
 
 
-def benchmark_resume(program: str, words: list[str]) -> None:
+def benchmark_resume(program: str, argv: list[str]) -> None:
     """Seconds to the first batch of a resumed run at 1%, 50% and 99% of an epoch, streamed and indexed.
 
     neobert benchmark-resume FILES --tokenizer FOLDER
     """
-    args = build_files_parser(program, benchmark_resume.__doc__, rows=16, repeats=5).parse_args(words)
+    args = build_files_parser(program, benchmark_resume.__doc__, rows=16, repeats=5).parse_args(argv)
     config, tokenizer = _read_files_config(args)
     from neobert.benchmark.resume_cost import measure
 
@@ -229,7 +229,7 @@ def _read_files_config(args: argparse.Namespace) -> tuple["Config", "Tokenizer"]
     return config, load_tokenizer(config.tokenizer)
 
 
-def benchmark_loss(program: str, words: list[str]) -> None:
+def benchmark_loss(program: str, argv: list[str]) -> None:
     """Time and memory of the loss kernels, forward and backward: `neobert benchmark-loss --device cuda`."""
     parser = build_parser(program, benchmark_loss.__doc__)
     parser.add_argument("--kernels", nargs="+", default=["torch", "reference", "triton", "liger"])
@@ -237,13 +237,13 @@ def benchmark_loss(program: str, words: list[str]) -> None:
     parser.add_argument("--precision", default="bf16", choices=["bf16", "fp32"], help="default: %(default)s")
     parser.add_argument("--device", type=device, default="cpu", help="default: %(default)s")
     parser.add_argument("--repeats", type=count, default=3, help="default: %(default)s")
-    args = parser.parse_args(words)
+    args = parser.parse_args(argv)
     from neobert.benchmark.loss_kernels import table
 
     cli.print_result(table(args.kernels, args.shapes, args.precision, args.device, args.repeats))
 
 
-def benchmark_optimizers(program: str, words: list[str]) -> None:
+def benchmark_optimizers(program: str, argv: list[str]) -> None:
     """Time of every optimizer's step as a fraction of the training step, and how orthogonal Muon's updates are.
 
     neobert benchmark-optimizers --steps 10
@@ -258,7 +258,7 @@ def benchmark_optimizers(program: str, words: list[str]) -> None:
     parser.add_argument("--device", type=device, default="cpu", help="default: %(default)s")
     parser.add_argument("--width", type=count, default=256, help="side of the matrices made orthogonal")
     parser.add_argument("--cpu-time", action="store_true", help="CPU time of one thread, for a busy machine")
-    args = parser.parse_args(words)
+    args = parser.parse_args(argv)
     from neobert.benchmark.optimizer_cost import (
         describe_orthogonality,
         describe_times,
@@ -266,12 +266,12 @@ def benchmark_optimizers(program: str, words: list[str]) -> None:
         measure_times,
     )
 
-    settings = StepSettings(**cli.given(args, StepSettings))
+    settings = StepSettings(**cli.explicit_values(args, StepSettings))
     cli.print_result(describe_times(measure_times(settings, cpu_time=args.cpu_time)))
     cli.print_result(describe_orthogonality(measure_orthogonality(width=args.width)))
 
 
-def benchmark_save(program: str, words: list[str]) -> None:
+def benchmark_save(program: str, argv: list[str]) -> None:
     """What a checkpoint costs to save and to load: `neobert benchmark-save` (250 million parameters)."""
     parser = build_parser(program, benchmark_save.__doc__)
     parser.add_argument("--hidden-size", type=count, default=768)
@@ -279,7 +279,7 @@ def benchmark_save(program: str, words: list[str]) -> None:
     parser.add_argument("--vocab-size", type=count, default=32768)
     parser.add_argument("--repeats", type=count, default=3)
     parser.add_argument("--folder", type=Path, help="on the disk to measure (default: a temporary folder)")
-    args = parser.parse_args(words)
+    args = parser.parse_args(argv)
     if args.folder is not None and not args.folder.is_dir():
         parser.error(f"--folder: {args.folder} is not a folder; make it first")
     from neobert.benchmark.save_cost import build_config, measure
@@ -291,7 +291,7 @@ def benchmark_save(program: str, words: list[str]) -> None:
         cli.print_result(measure(config, args.repeats).table())
 
 
-def analyze_profile(program: str, words: list[str]) -> None:
+def analyze_profile(program: str, argv: list[str]) -> None:
     """Where the time of profiled steps went: `neobert analyze-profile RUN_FOLDER_OR_TRACE [--json]`.
 
     Train with --trainer.profiler_steps_start N --trainer.profiler_steps K to have a trace.
@@ -299,48 +299,48 @@ def analyze_profile(program: str, words: list[str]) -> None:
     parser = build_parser(program, analyze_profile.__doc__)
     parser.add_argument("path", type=Path, help="folder of a run, or a trace of torch's profiler")
     add_json(parser)
-    args = parser.parse_args(words)
+    args = parser.parse_args(argv)
     from neobert.benchmark.profile_analysis import analyse_path, describe
 
     analysis = analyse_path(args.path)
     cli.print_result(analysis.as_json() if args.json else describe(analysis))
 
 
-def compare(program: str, words: list[str]) -> None:
+def compare(program: str, argv: list[str]) -> None:
     """Train the runs of a plan one by one and compare them: `neobert compare PLAN --data FOLDER`.
 
-    Prints a table; it, results.json and the picture results.svg lie beside the runs. Type the same command again after
+    Prints a table; it, results.json and the picture results.svg are beside the runs. Type the same command again after
     an interruption: finished runs are not made again, one that was killed resumes.
     """
     parser = build_experiment_parser(program, compare.__doc__, file_help="plan, such as optimizers")
     parser.add_argument("--only", metavar="NAMES", help="entries of the plan to run now, separated by commas")
     parser.add_argument("--check", action="store_true", help="check all configs, list the runs, train nothing")
     parser.add_argument("--keep-weights", action="store_true", help="keep the checkpoints of runs that were scored")
-    options, overrides = parse_experiment(parser, words)
-    from neobert.benchmark.experiment_plan import Place, check_plan, choose_variants, grid, load_plan
+    options, overrides = parse_experiment(parser, argv)
+    from neobert.benchmark.experiment_plan import Workspace, check_plan, choose_variants, grid, load_plan
 
-    place = Place(
+    workspace = Workspace(
         output=options.output, data=options.data, overrides=tuple(overrides), keep_weights=options.keep_weights
     )
     plan = load_plan(options.file)
     chosen = choose_variants(plan, options.only)
-    check_plan(chosen, place)
+    check_plan(chosen, workspace)
     from neobert.benchmark import trial
     from neobert.benchmark.experiments import compare as run_and_compare
 
     trial.use_threads(options.threads)
-    trial.check_data(place.data)
+    trial.check_data(workspace.data)
     if options.check:
         cli.print_result("\n".join(job.name for variant in chosen.variants for job in grid(variant)))
     else:
-        cli.print_result(run_and_compare(plan, chosen, place))
+        cli.print_result(run_and_compare(plan, chosen, workspace))
 
 
 SECONDS = 417.0
 """Seven minutes without three seconds: the training time of the runs that the yardstick was first read from."""
 
 
-def yardstick(program: str, words: list[str]) -> None:
+def yardstick(program: str, argv: list[str]) -> None:
     """How much a config learns in seven minutes of training: `neobert yardstick CONFIG --data FOLDER`.
 
     Prints one JSON line with the held-out loss (nats per masked token), the steps, tokens and seconds of training. The
@@ -350,7 +350,7 @@ def yardstick(program: str, words: list[str]) -> None:
     parser.add_argument("--seconds", type=float, default=SECONDS, help="of training (default %(default)s)")
     parser.add_argument("--steps", type=count, help="make so many steps, whatever the time: repeats an earlier run")
     parser.add_argument("--speed-steps", type=count, default=50, help="of the throw-away run (default 50)")
-    options, overrides = parse_experiment(parser, words)
+    options, overrides = parse_experiment(parser, argv)
     from neobert.config.load import load_config
 
     config = load_config(options.file, [*overrides, "trainer.max_steps=1"])  # What is wrong is said first.
@@ -359,15 +359,15 @@ def yardstick(program: str, words: list[str]) -> None:
 
     trial.use_threads(options.threads)
     trial.check_data(options.data)
-    overrides += trial.settle_precision(config)
+    overrides += trial.fix_precision(config)
     steps = options.steps or measure_steps(options.file, overrides, seconds=options.seconds, steps=options.speed_steps)
     result = measure(options.file, overrides, options.output, num_steps=steps, data=options.data)
     budget = None if options.steps else options.seconds
-    given = {"config": str(options.file), "settings": overrides, "budget_seconds": budget}
-    print_answer(given | result, "", as_json=True)
+    described = {"config": str(options.file), "settings": overrides, "budget_seconds": budget}
+    print_answer(described | result, "", as_json=True)
 
 
-def kill_storm(program: str, words: list[str]) -> int:
+def kill_storm(program: str, argv: list[str]) -> int:
     """Kill a run again and again at random instants, and compare it with one left alone.
 
     neobert kill-storm FOLDER --kills 200
@@ -382,7 +382,7 @@ def kill_storm(program: str, words: list[str]) -> int:
     parser.add_argument("--life", type=float, help="longest life in seconds (default: half of the peaceful run)")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("overrides", nargs="*", help="further settings, for example trainer.async_save=true")
-    args = parser.parse_intermixed_args(words)
+    args = parser.parse_intermixed_args(argv)
     folder: Path = args.folder.absolute()
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
         parser.error(f"{folder} is not an empty folder")

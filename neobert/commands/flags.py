@@ -1,4 +1,4 @@
-"""Flags that several commands share, and what they are read with. Nothing here needs torch."""
+"""Flags of several commands, and what they are read with. Nothing here needs torch."""
 
 import argparse
 import inspect
@@ -25,7 +25,7 @@ def build_parser(program: str, description: str | None, **options: Any) -> Parse
     """A parser without flags.
 
     Args:
-        program: what was typed before the words, for the usage line.
+        program: what was typed before the arguments, for the usage line.
         description: the docstring of the command.
     """
     text, style = inspect.cleandoc(description or ""), argparse.RawDescriptionHelpFormatter
@@ -137,7 +137,7 @@ def build_files_parser(program: str, description: str | None, *, rows: int, repe
 
 
 def build_experiment_parser(program: str, description: str | None, *, file_help: str) -> Parser:
-    """The arguments that experiments share; `parse_experiment` reads them."""
+    """The arguments of all experiments; `parse_experiment` reads them."""
     parser = build_parser(
         program,
         description,
@@ -152,9 +152,9 @@ def build_experiment_parser(program: str, description: str | None, *, file_help:
     return parser
 
 
-def parse_experiment(parser: Parser, words: list[str]) -> tuple[argparse.Namespace, list[str]]:
-    """Options, and what lies over every config: data, tokenizer, and the user's own settings, which win."""
-    options, settings = parser.parse_known_args(words)
+def parse_experiment(parser: Parser, argv: list[str]) -> tuple[argparse.Namespace, list[str]]:
+    """Options, and what overrides every config: data, tokenizer, and the user's own settings, which win."""
+    options, settings = parser.parse_known_args(argv)
     if options.threads < 1:
         parser.error(f"--threads: {options.threads}; write 1 or more")
     options.output = (options.output or Path("outputs/experiments") / options.file.stem).absolute()

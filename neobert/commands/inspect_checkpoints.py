@@ -133,7 +133,7 @@ def read_facts(checkpoint: Path) -> tuple[Facts, dict[str, Any]]:
 
 
 def prune_run(run: Path, *, keep: int | None, dry_run: bool) -> list[str]:
-    """Applies the retention of the run's newest valid checkpoint (with `keep` newest ones instead, if given).
+    """Applies the retention of the run's newest valid checkpoint (with `keep` newest ones instead, if set).
 
     Raises:
         CheckpointError: there is no valid checkpoint, or `keep` is negative.
@@ -153,8 +153,8 @@ def prune_run(run: Path, *, keep: int | None, dry_run: bool) -> list[str]:
     finally:
         release_lock(run)
     kept = [step for step in steps if step not in removed]
-    word = "would delete" if dry_run else "deleted"
-    return [f"{word}: {_join(removed)}", f"kept: {_join(kept)}", *problems]
+    verb = "would delete" if dry_run else "deleted"
+    return [f"{verb}: {_join(removed)}", f"kept: {_join(kept)}", *problems]
 
 
 def _join(steps: Sequence[int]) -> str:

@@ -1,6 +1,6 @@
 """A run continues at a longer context, on the documents that are long enough for it.
 
-1. Of the training documents, those with at least `--min-length` tokens (half of the new length unless given) are
+1. Of the training documents, those with at least `--min-length` tokens (half of the new length unless set) are
    written to a folder of their own, in source order. The evaluation split, where there is one, is kept whole, so that
    its loss compares with the one before.
 2. The run continues from the checkpoint: its weights, its optimizer and its step, with another order of rows, in
@@ -24,17 +24,17 @@ from neobert.train.start import read_train_state
 from neobert.weights.folder import CheckpointError, choose_checkpoint
 
 
-def run_longer(config: Config, args: argparse.Namespace, words: Sequence[str]) -> int:
+def run_longer(config: Config, args: argparse.Namespace, argv: Sequence[str]) -> int:
     """Writes the subsets, prints the commands and trains; returns the exit code.
 
     Args:
         args: what is asked for beside the config.
-        words: the config file and its overrides, as they were typed.
+        argv: the config file and its overrides, as they were typed.
     """
     lengths = sorted(set(args.max_length))
     checkpoint = find_start(args.checkpoint)
     check_longer(config, checkpoint, lengths, args.min_length, args.rope_theta)
-    output = args.output or Path("tokenized_data") / f"{choose_config_name(words)}-long"
+    output = args.output or Path("tokenized_data") / f"{choose_config_name(argv)}-long"
     subsets = write_subsets(config, checkpoint, output, lengths, args.min_length)
     commands = {
         length: longer_overrides(
@@ -49,7 +49,7 @@ def run_longer(config: Config, args: argparse.Namespace, words: Sequence[str]) -
     }
     for length, overrides in commands.items():
         print(f"continue at {length} tokens with:")
-        print(write_command(words, overrides))
+        print(write_command(argv, overrides))
     if args.prepare_only:
         return 0
     result = pretrain(parse_config(config_to_yaml(config), commands[lengths[-1]]))

@@ -6,7 +6,7 @@ import time
 from pathlib import Path
 
 from neobert import cli
-from neobert.cli import given
+from neobert.cli import explicit_values
 from neobert.commands.flags import (
     POOLING_HELP,
     WEIGHTS_HELP,
@@ -20,7 +20,7 @@ from neobert.commands.flags import (
 )
 
 
-def predict(program: str, words: list[str]) -> None:
+def predict(program: str, argv: list[str]) -> None:
     """Fill the masks of texts with a trained model: `neobert predict MODEL "The capital of France is [MASK]."`
 
     A model of replaced-token detection says instead which tokens of a text do not belong.
@@ -31,13 +31,13 @@ def predict(program: str, words: list[str]) -> None:
     parser.add_argument("--top-k", type=int, default=5, help="tokens to show for each mask (default 5)")
     parser.add_argument("--joint", action="store_true", help="fill the masks of a text from left to right")
     add_json(parser, "print one JSON object a text")
-    args = parser.parse_args(words)
+    args = parser.parse_args(argv)
     texts = list(args.text)
     if args.file:
         read = sys.stdin.read() if args.file == "-" else Path(args.file).read_text(encoding="utf-8")
         texts += [line for line in read.splitlines() if line.strip()]
     if not texts:
-        raise ValueError('no text is given; write one with [MASK] in it, for example "The sky is [MASK].", or --file')
+        raise ValueError('no text; write one with [MASK] in it, for example "The sky is [MASK].", or --file')
     from neobert.inference.model import load
 
     model = load(args.model, device=args.device, dtype=args.dtype, weights=args.weights)
@@ -45,7 +45,7 @@ def predict(program: str, words: list[str]) -> None:
         print_answer(dataclasses.asdict(result), result.describe(), as_json=args.json)
 
 
-def embed(program: str, words: list[str]) -> None:
+def embed(program: str, argv: list[str]) -> None:
     """Embed texts with a trained model: `neobert embed MODEL INPUT --output vectors.npy`.
 
     Type the same command again when it was interrupted: it resumes, and the file is the one of an undisturbed run.
@@ -57,12 +57,12 @@ def embed(program: str, words: list[str]) -> None:
     parser.add_argument("--normalize", action="store_true", help="scale every vector to length 1")
     parser.add_argument("--batch-tokens", type=int, help="default 8192")
     parser.add_argument("--chunk-texts", type=int, help="default 2048")
-    args = parser.parse_args(words)
+    args = parser.parse_args(argv)
     from neobert.inference.embed import EmbedSettings, check_output, embed_to_file
     from neobert.inference.model import load
     from neobert.inference.texts import open_texts
 
-    settings = EmbedSettings(**given(args, EmbedSettings))
+    settings = EmbedSettings(**explicit_values(args, EmbedSettings))
     check_output(args.output)
     with open_texts(args.input, text_column=args.text_column, split=args.split) as texts:
         model = load(args.model, device=args.device, dtype=args.dtype, weights=args.weights)
@@ -73,7 +73,7 @@ def embed(program: str, words: list[str]) -> None:
     cli.say(f"{report.num_texts:,} texts of {report.num_records:,} records{resumed} embedded to {args.output}{cut}")
 
 
-def mlm_loss(program: str, words: list[str]) -> None:
+def mlm_loss(program: str, argv: list[str]) -> None:
     """Masked-token loss of a model on any text: `neobert mlm-loss MODEL INPUT`.
 
     MODEL is a run, a checkpoint, an exported folder, or the name of a masked language model on the hub. The masks are
@@ -92,13 +92,13 @@ def mlm_loss(program: str, words: list[str]) -> None:
     parser.add_argument("--whole-words", action="store_true", help="mask words, and report bits per byte")
     parser.add_argument("--piece-chars", type=int, help="default 1000")
     parser.add_argument("--trust-remote-code", action="store_true", help="run code that comes with a model of others")
-    args = parser.parse_args(words)
+    args = parser.parse_args(argv)
     from neobert.inference.mlm_loss import LossSettings
     from neobert.inference.mlm_loss import mlm_loss as measure
     from neobert.inference.scorer import load_scorer
     from neobert.inference.texts import open_texts
 
-    settings = LossSettings(**given(args, LossSettings))
+    settings = LossSettings(**explicit_values(args, LossSettings))
     where = {"device": args.device, "dtype": args.dtype, "weights": args.weights}
     scorer = load_scorer(args.model, **where, trust_remote_code=args.trust_remote_code)
     with open_texts(args.input, text_column=args.text_column, split=args.split) as texts:
@@ -107,7 +107,7 @@ def mlm_loss(program: str, words: list[str]) -> None:
     print_answer(dataclasses.asdict(result), result.describe(), as_json=args.json)
 
 
-def pseudo_perplexity(program: str, words: list[str]) -> None:
+def pseudo_perplexity(program: str, argv: list[str]) -> None:
     """Pseudo-perplexity of texts: `neobert pseudo-perplexity MODEL INPUT --output scores.jsonl`.
 
     Every token is masked once, alone. One line of the output for each document; the metric over all of them is printed.
@@ -119,14 +119,14 @@ def pseudo_perplexity(program: str, words: list[str]) -> None:
     parser.add_argument("--output", required=True, type=Path, help="JSONL file, one line a document")
     parser.add_argument("--chunked", type=int, metavar="K", help="faster estimate: mask every K-th token at once")
     parser.add_argument("--bias-documents", type=int, help="first documents scored exactly too (default 16)")
-    args = parser.parse_args(words)
+    args = parser.parse_args(argv)
     from neobert.inference.model import load
     from neobert.inference.pseudo_perplexity import ScoreSettings, pseudo_perplexity_to_file, summarize
     from neobert.inference.texts import open_texts
 
     model = load(args.model, device=args.device, dtype=args.dtype, weights=args.weights)
     args.max_length = min(args.max_length or model.max_length, model.max_length)
-    settings = ScoreSettings(**given(args, ScoreSettings))
+    settings = ScoreSettings(**explicit_values(args, ScoreSettings))
     with open_texts(args.input, text_column=args.text_column, split=args.split) as texts:
         pseudo_perplexity_to_file(model, texts, args.output, settings)
         cli.say(*texts.notes, *texts.describe_gaps())
@@ -134,7 +134,7 @@ def pseudo_perplexity(program: str, words: list[str]) -> None:
     print_answer(dataclasses.asdict(summary), summary.describe(), as_json=args.json)
 
 
-def evaluate_pairs(program: str, words: list[str]) -> None:
+def evaluate_pairs(program: str, argv: list[str]) -> None:
     """Evaluate embeddings of any model on any set of pairs: nDCG@10 and MRR, or Spearman where the pairs have scores.
 
     neobert evaluate-pairs outputs/run my_pairs.jsonl
@@ -145,13 +145,13 @@ def evaluate_pairs(program: str, words: list[str]) -> None:
         pairs_help="file, folder, known set or hub dataset of pairs or scored pairs",
         prefix_help="put before positives and negatives",
     )
-    args = parser.parse_args(words)
+    args = parser.parse_args(argv)
     from neobert.contrastive.evaluate import evaluate_file
 
     cli.print_result(evaluate_file(args))
 
 
-def mine_negatives(program: str, words: list[str]) -> None:
+def mine_negatives(program: str, argv: list[str]) -> None:
     """Find hard negatives for pairs with an encoder, and write pairs with negatives as JSON lines.
 
     neobert mine-negatives outputs/run my_pairs.jsonl --output my_triplets.jsonl --num-negatives 5
@@ -166,14 +166,14 @@ def mine_negatives(program: str, words: list[str]) -> None:
     parser.add_argument("--num-negatives", type=int, help="default 5")
     parser.add_argument("--margin", type=float, help="default 0.05")
     parser.add_argument("--skip", type=int, help="nearest texts that are skipped; default 0")
-    args = parser.parse_args(words)
+    args = parser.parse_args(argv)
     from neobert.contrastive.mine import mine_file
 
     written, total = mine_file(args)
     print(f"{args.output}: {total:,} pairs, {written / total:.1f} negatives each")
 
 
-def export(program: str, words: list[str]) -> None:
+def export(program: str, argv: list[str]) -> None:
     """Export a trained encoder to a folder for transformers, sentence-transformers and the hub."""
     parser = build_parser(program, export.__doc__)
     parser.add_argument("source", metavar="model", help="run folder (its newest checkpoint), checkpoint, or hub name")
@@ -190,7 +190,7 @@ def export(program: str, words: list[str]) -> None:
         metavar="CODES",
         help="language of the text it was trained on, for the model card: en, or en,de",
     )
-    args = parser.parse_args(words)
+    args = parser.parse_args(argv)
     from neobert.export.write import ExportRequest
     from neobert.export.write import export as write
 
@@ -200,14 +200,14 @@ def export(program: str, words: list[str]) -> None:
     print(f"{done.folder}/: {done.form}{step}; largest difference of a logit to ours {done.max_logit_error:.1e}")
 
 
-def verify_export(program: str, words: list[str]) -> int:
-    """Check that an exported folder, loaded with transformers in a fresh process, agrees with our model."""
+def verify_export(program: str, argv: list[str]) -> int:
+    """Check that an exported folder, loaded with transformers in a fresh process, matches our model."""
     parser = build_parser(program, verify_export.__doc__)
     parser.add_argument("folder", type=Path, help="exported folder")
     parser.add_argument("--against", help="the run or checkpoint it was made from (default: the folder, read by us)")
     parser.add_argument("--weights", default="model", help="with --against: model, or ema for their moving average")
     add_json(parser)
-    args = parser.parse_args(words)
+    args = parser.parse_args(argv)
     from neobert.export.verify import verify
 
     (verdict,) = verify([(args.folder, args.against)], kind=args.weights)
@@ -216,7 +216,7 @@ def verify_export(program: str, words: list[str]) -> int:
     return 0 if verdict.passed else 1
 
 
-def average_checkpoints(program: str, words: list[str]) -> None:
+def average_checkpoints(program: str, argv: list[str]) -> None:
     """Average the last checkpoints of a run: `neobert average-checkpoints RUN --last 5 --output FOLDER`.
 
     The folder loads like a checkpoint: predict, embed, export, model.init_from.
@@ -228,7 +228,7 @@ def average_checkpoints(program: str, words: list[str]) -> None:
     parser.add_argument("--steps", type=int, nargs="+", help="average these steps instead")
     parser.add_argument("--shares", type=float, nargs="+", help="weight of each, in the order of the steps")
     parser.add_argument("--weights", default="model", help=WEIGHTS_HELP)
-    args = parser.parse_args(words)
+    args = parser.parse_args(argv)
     from neobert.commands.average_checkpoints import AverageRequest
     from neobert.commands.average_checkpoints import average_checkpoints as average
 
@@ -243,7 +243,7 @@ def average_checkpoints(program: str, words: list[str]) -> None:
     print(f"{request.output}/: {average(request).describe()}")
 
 
-def checkpoint(program: str, words: list[str]) -> int:
+def checkpoint(program: str, argv: list[str]) -> int:
     """Look after the checkpoints of a run: `neobert checkpoint verify|list|prune RUN`, `... diff ONE OTHER`."""
     parser = build_parser(program, checkpoint.__doc__)
     actions = parser.add_subparsers(dest="action", required=True)
@@ -259,7 +259,7 @@ def checkpoint(program: str, words: list[str]) -> int:
     action = actions.add_parser("diff", help="what differs between two checkpoints or two runs")
     action.add_argument("one", type=Path)
     action.add_argument("other", type=Path)
-    args = parser.parse_args(words)
+    args = parser.parse_args(argv)
     from neobert.commands.inspect_checkpoints import diff_checkpoints, list_run, prune_run, verify_run
 
     whole = True
@@ -275,12 +275,12 @@ def checkpoint(program: str, words: list[str]) -> int:
     return 0 if whole else 1
 
 
-def replay(program: str, words: list[str]) -> None:
+def replay(program: str, argv: list[str]) -> None:
     """Print a row of a run by its number: `neobert replay RUN --row 1234`."""
     parser = build_parser(program, replay.__doc__)
     parser.add_argument("run", type=Path, help="run folder (its newest checkpoint is used) or checkpoint folder")
     parser.add_argument("--row", type=int, required=True, help="row number, counted from 0 at the start of the run")
-    args = parser.parse_args(words)
+    args = parser.parse_args(argv)
     from neobert.commands.replay import replay_row
 
     cli.print_result(replay_row(args.run, args.row).describe())

@@ -59,15 +59,15 @@ def choose_output(config: Config, config_name: str) -> tuple[Path, Config]:
     return Path(section.pre_tokenize_output or f"tokenized_data/{config_name}"), config
 
 
-def write_command(words: Sequence[str], overrides: Sequence[str]) -> str:
-    """The line that trains with a command line's `words` and more overrides, `key=value` each."""
+def write_command(argv: Sequence[str], overrides: Sequence[str]) -> str:
+    """The line that trains with a command line's `argv` and more overrides, `key=value` each."""
     pairs = [part for override in overrides for part in ("--" + override).split("=", maxsplit=1)]
-    return shlex.join(["neobert", "pretrain", *map(hide_credentials, [*words, *pairs])])
+    return shlex.join(["neobert", "pretrain", *map(hide_credentials, [*argv, *pairs])])
 
 
-def choose_config_name(words: Sequence[str]) -> str:
+def choose_config_name(argv: Sequence[str]) -> str:
     """The config file of a command line, without folder and ending."""
-    return Path(split_arguments(words)[1][0]).stem
+    return Path(split_arguments(argv)[1][0]).stem
 
 
 def _is_free(path: Path) -> bool:
@@ -91,7 +91,7 @@ def preview(config: Config) -> str:
         StartupError: the batch cannot be built as configured.
     """
     section = replace(config.dataset, pre_tokenize=False, num_workers=0, num_proc=None, eval_split=None)
-    # The first step alone has no use for the length of the run, which a stream may not tell.
+    # The first step alone has no use for the length of the run, which a stream may not know.
     masks = replace(config.datacollator, mlm_probability_final=None, mlm_probability_final_step=None)
     config = replace(config, dataset=replace(section, streaming=section.streaming or None), datacollator=masks)
     rows_per_step = choose_rows_per_step(config, world=1)
@@ -133,8 +133,8 @@ def describe_rows(
             yield f"  document {number}, slots {slots[0]} to {slots[-1]}: {tokenizer.decode(tokens[slots].tolist())}"
             for slot in slots.tolist():
                 if (target := targets.get(row * width + slot)) is not None:
-                    fed, wanted = int(tokens[slot]), tokenizer.decode_token(target)
-                    yield f"    slot {slot}: predict {wanted!r} from {_describe_fed(fed, target, tokenizer)}"
+                    fed, expected = int(tokens[slot]), tokenizer.decode_token(target)
+                    yield f"    slot {slot}: predict {expected!r} from {_describe_fed(fed, target, tokenizer)}"
 
 
 def _describe_fed(fed: int, target: int, tokenizer: Tokenizer) -> str:
@@ -144,7 +144,7 @@ def _describe_fed(fed: int, target: int, tokenizer: Tokenizer) -> str:
 
 
 def choose_mix(config: Config) -> tuple[float, float, float]:
-    """Shares of the predicted tokens that become [MASK], a random token, or stay."""
+    """Fractions of the predicted tokens that become [MASK], a random token, or stay."""
     masks = config.datacollator
     if masks.mask_all:
         return 1.0, 0.0, 0.0
@@ -152,7 +152,7 @@ def choose_mix(config: Config) -> tuple[float, float, float]:
 
 
 def describe_mix(batches: Sequence[PackedBatch], config: Config, tokenizer: Tokenizer) -> list[str]:
-    """Shares of what stands in the place of predicted tokens, and the share of tokens that are predicted."""
+    """Fractions of what replaces predicted tokens, and the fraction of tokens that are predicted."""
     num_masked = num_kept = num_predicted = num_ordinary = 0
     for batch in batches:
         kept = (batch.targets != IGNORE_INDEX).numpy()
@@ -171,10 +171,10 @@ def describe_mix(batches: Sequence[PackedBatch], config: Config, tokenizer: Toke
             f"replaced: {num_replaced:,} of {num_ordinary:,} ordinary tokens of the first step = "
             f"{num_replaced / max(1, num_ordinary):.2%} (datacollator.mlm_probability: {p:.2%})"
         ]
-    wanted = ", ".join(f"{share:.0%}" for share in choose_mix(config))
+    mix = ", ".join(f"{fraction:.0%}" for fraction in choose_mix(config))
     return [
         f"predicted: {num_predicted:,} of {num_ordinary:,} ordinary tokens of the first step = "
         f"{num_predicted / max(1, num_ordinary):.2%} (datacollator.mlm_probability: {p:.2%})",
         f"of these [MASK] {num_masked / total:.1%}, random {(num_predicted - num_masked - num_kept) / total:.1%}, "
-        f"kept {num_kept / total:.1%} (wanted: {wanted})",
+        f"kept {num_kept / total:.1%} (configured: {mix})",
     ]

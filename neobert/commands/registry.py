@@ -18,13 +18,13 @@ from neobert.errors import CallError
 
 @dataclass(frozen=True, slots=True)
 class Command:
-    """What a command is called with `words`, and how it ends."""
+    """What a command is called with `argv`, and how it ends."""
 
     help: str
     """One line."""
 
     module: str
-    """Below `neobert.commands`; its function of the command's name is called with (program, words)."""
+    """Below `neobert.commands`; its function of the command's name is called with (program, argv)."""
 
     script: str | None
     """The same command below `scripts/`."""
@@ -38,26 +38,26 @@ class Command:
 
 def main() -> NoReturn:
     """`neobert NAME ...`, of which `python -m neobert` is another spelling."""
-    name, words = (sys.argv[1:2] or [""])[0], sys.argv[2:]
+    name, argv = (sys.argv[1:2] or [""])[0], sys.argv[2:]
     if name in COMMANDS:
-        run_command(name, program=f"neobert {name}", words=words)
+        run_command(name, program=f"neobert {name}", argv=argv)
     cli.run(partial(_list_commands, name))
 
 
-def run_command(name: str, *, program: str | None = None, words: Sequence[str] | None = None) -> NoReturn:
+def run_command(name: str, *, program: str | None = None, argv: Sequence[str] | None = None) -> NoReturn:
     """Runs a command and ends the process; called by a script with its name alone.
 
     Args:
-        program: what was typed before the words; by default the script's file.
-        words: by default those after the script.
+        program: what was typed before the arguments; by default the script's file.
+        argv: by default those after the script.
     """
     command = COMMANDS[name]
 
     def call() -> int | None:
-        # After cli.run has begun: the log handlers of libraries keep the streams that they find.
+        # After cli.run has started: the log handlers of libraries keep the streams that they find.
         function = getattr(importlib.import_module(f"neobert.commands.{command.module}"), name.replace("-", "_"))
         code: int | None = function(
-            f"python {sys.argv[0]}" if program is None else program, list(sys.argv[1:] if words is None else words)
+            f"python {sys.argv[0]}" if program is None else program, list(sys.argv[1:] if argv is None else argv)
         )
         return code
 
@@ -144,7 +144,7 @@ COMMANDS: dict[str, Command] = {
         "export/export_hf.py",
     ),
     "verify-export": Command(
-        "check that an exported folder, loaded with transformers, agrees with our model",
+        "check that an exported folder, loaded with transformers, matches our model",
         "model_commands",
         "export/verify.py",
     ),

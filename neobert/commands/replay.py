@@ -1,7 +1,7 @@
 """One row of a run, found again by its number: its documents, where they begin, and its mask.
 
 Row g comes from lane g modulo V. From the saved data state nearest before g, only that lane is walked: a reader that
-claims to be rank (g modulo V) of V processes is given the rows of that lane and no others.
+claims to be rank (g modulo V) of V processes reads the rows of that lane and no others.
 """
 
 from collections.abc import Iterator, Sequence
@@ -36,7 +36,7 @@ class ReplayedRow:
     """The step (from 1) that trains on it, at the checkpoint's batch sizes; its mask is that of this step."""
 
     def describe(self) -> str:
-        """The row in words: documents, borders, texts, and every predicted token."""
+        """The row as text: documents, borders, texts, and every predicted token."""
         row, batch, tokenizer = self.row, self.batch, self.tokenizer
         lines = [f"row {row.key} (step {self.step}): {sum(row.lengths)} tokens of {len(row.lengths)} documents"]
         end = 0

@@ -86,7 +86,7 @@ _KEYS = {"output", "overrides", "stages"}
 def _read_texts(tree: Mapping[str, Any], key: str, where: str, problems: list[str]) -> tuple[str, ...]:
     value = tree.get(key) or []
     if not isinstance(value, list) or any(isinstance(item, list | dict) for item in value):
-        problems.append(f"{where}{key}: write a list of words")
+        problems.append(f"{where}{key}: write a list of arguments")
         return ()
     return tuple(map(str, value))
 
@@ -140,7 +140,7 @@ def run_pipeline(pipeline: Pipeline, *, dry_run: bool) -> int:
     """Runs the stages that are not finished, in order; returns an exit code of the training scripts.
 
     Raises:
-        PipelineError: a stage failed, or cannot be gone on with.
+        PipelineError: a stage failed, or cannot be continued.
     """
     source: Path | None = None
     for number, stage in enumerate(pipeline.stages, start=1):
@@ -150,18 +150,18 @@ def run_pipeline(pipeline: Pipeline, *, dry_run: bool) -> int:
             source = KINDS[stage.run].result(folder)
             print(f"{title}: finished, {source}", flush=True)
             continue
-        command, words = chosen
-        print(f"{title}: {shlex.join(['neobert', command, *words])}", flush=True)
+        command, argv = chosen
+        print(f"{title}: {shlex.join(['neobert', command, *argv])}", flush=True)
         if dry_run:
             source = UNKNOWN
             continue
-        code = run_command([sys.executable, "-m", "neobert", command, *words])
+        code = run_command([sys.executable, "-m", "neobert", command, *argv])
         if code == EXIT_CODES["preempted"]:
             print(f"{title}: stopped after a checkpoint; the same command continues", flush=True)
             return code
         if code:
             raise PipelineError(
-                f"stage {stage.name}: ended with exit code {code}, its last lines say why; mend that and give the same "
+                f"stage {stage.name}: ended with exit code {code}, its last lines say why; fix that and pass the same "
                 "command again, finished stages are skipped"
             )
         source = _check_result(stage, folder)
@@ -178,9 +178,9 @@ def _check_result(stage: Stage, folder: Path) -> Path:
     return result
 
 
-def run_command(words: Sequence[str]) -> int:
+def run_command(argv: Sequence[str]) -> int:
     """Runs a child to its end and returns its exit code; requests to stop are for the child, which saves first."""
-    child = subprocess.Popen(words)
+    child = subprocess.Popen(argv)
     passed_on: dict[signal.Signals, Any] = {}
     for number in stop_signals():
         passed_on[number] = signal.signal(number, lambda received, _: child.send_signal(received))

@@ -1,4 +1,4 @@
-"""What a stage of a pipeline can run: how it begins and continues, when it is finished, what it gives to the next."""
+"""What a stage of a pipeline can run: how it starts and continues, when it is finished, what it gives to the next."""
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
@@ -15,7 +15,7 @@ from neobert.train.start import is_own, read_checkpoint_config, read_train_state
 from neobert.weights.folder import AVERAGE_FILE, STEPS_KEY, CheckpointError, choose_newest, read_manifest
 
 UNKNOWN = Path("<final checkpoint>")
-"""Stands for the result of a stage that has not run, in what `--dry-run` prints."""
+"""The result of a stage that has not run, in what `--dry-run` prints."""
 
 
 class PipelineError(UserError, ValueError):
@@ -36,14 +36,14 @@ class Stage:
     """Config file of a training."""
 
     takes: str = "weights"
-    """Of a `pretrain` after another stage: `weights` (`model.init_from`: optimizer, schedule, step and data begin
+    """Of a `pretrain` after another stage: `weights` (`model.init_from`: optimizer, schedule, step and data start
     again), or `state` (everything continues, so the budget must be larger)."""
 
     overrides: tuple[str, ...] = ()
     """`key=value` each, laid over the config."""
 
     arguments: tuple[str, ...] = ()
-    """Further words for the command."""
+    """Further arguments for the command."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -54,34 +54,34 @@ class Kind:
     """A key of COMMANDS."""
 
     begin: Callable[[Stage, Path, Path | None], list[str]]
-    """`fn(stage, its folder, what the stage before made)`: the words after the command."""
+    """`fn(stage, its folder, what the stage before made)`: the arguments after the command."""
 
-    go_on: Callable[[Stage, Path, Path | None], tuple[str, list[str]] | None]
-    """Command and words that bring what is in the folder to its end; None when it is finished. Raises PipelineError
+    proceed: Callable[[Stage, Path, Path | None], tuple[str, list[str]] | None]
+    """Command and arguments that bring what is in the folder to its end; None when it is finished. Raises PipelineError
     when the folder was made from something else."""
 
     result: Callable[[Path], Path | None]
-    """What the next stage reads; None while there is nothing in the folder that could be gone on with."""
+    """What the next stage reads; None while there is nothing in the folder that could be continued."""
 
     has_config: bool = False
     source_key: str | None = None
     """Config key that names what the stage before made, where a config without it may be incomplete."""
 
     follows: tuple[str, ...] | None = None
-    """Kinds that must stand before it; None: any, or none at all."""
+    """Kinds that must come before it; None: any, or none at all."""
 
 
 def choose_command(stage: Stage, folder: Path, source: Path | None) -> tuple[str, list[str]] | None:
-    """Command and words for a stage; None when it is finished.
+    """Command and arguments for a stage; None when it is finished.
 
     Raises:
-        PipelineError: the folder cannot be gone on with.
+        PipelineError: the folder cannot be continued.
     """
     kind = KINDS[stage.run]
     try:
         if kind.result(folder) is None or source == UNKNOWN:
             return kind.command, kind.begin(stage, folder, source)
-        return kind.go_on(stage, folder, source)
+        return kind.proceed(stage, folder, source)
     except (CheckpointError, ConfigError, StartupError, OSError, ValueError) as error:
         raise PipelineError(f"stage {stage.name}: {error}") from error
 
@@ -109,7 +109,7 @@ def _begin_training(stage: Stage, folder: Path, source: Path | None) -> list[str
 
 
 def _overwrite(folder: Path) -> list[str]:
-    # A run that was killed before its first checkpoint: nothing of it is gone on with.
+    # A run that was killed before its first checkpoint: nothing of it is resumed.
     return ["trainer.overwrite_output_dir=true"] if holds_run(folder) else []
 
 
@@ -134,7 +134,7 @@ def _budgets(config: Config) -> list[float | None]:
     return [getattr(config.trainer, key.removeprefix("trainer.")) for key in BUDGETS]
 
 
-def _go_on_training(
+def _continue_training(
     stage: Stage, folder: Path, source: Path | None, same: Callable[[Config, Config], bool] = _same_settings
 ) -> tuple[str, list[str]] | None:
     checkpoint = _newest(folder)
@@ -146,10 +146,10 @@ def _go_on_training(
         _check_origin(folder, before.model.init_from, source)
     elif source is not None:
         _check_lineage(folder, state, source)
-    words = _set(stage, folder, *more)
-    if is_complete(state) and same(load_config(words[0], words[1:]), before):
+    argv = _set(stage, folder, *more)
+    if is_complete(state) and same(load_config(argv[0], argv[1:]), before):
         return None
-    return KINDS[stage.run].command, [*words, *stage.arguments]
+    return KINDS[stage.run].command, [*argv, *stage.arguments]
 
 
 _PRETRAINED = "contrastive.pretrained_checkpoint_dir"
@@ -160,17 +160,17 @@ def _begin_contrastive(stage: Stage, folder: Path, source: Path | None) -> list[
     return [*_set(stage, folder, *start, "trainer.resume_from_checkpoint=latest"), *stage.arguments]
 
 
-def _go_on_contrastive(stage: Stage, folder: Path, source: Path | None) -> tuple[str, list[str]] | None:
+def _continue_contrastive(stage: Stage, folder: Path, source: Path | None) -> tuple[str, list[str]] | None:
     checkpoint = _newest(folder)
     assert checkpoint is not None, "asked only where there is a result"
-    before, words = read_checkpoint_config(checkpoint), _begin_contrastive(stage, folder, source)
+    before, argv = read_checkpoint_config(checkpoint), _begin_contrastive(stage, folder, source)
     if source is not None:
         _check_origin(folder, before.model.init_from, source)
-    overrides = words[1 : len(words) - len(stage.arguments)]
+    overrides = argv[1 : len(argv) - len(stage.arguments)]
     # The script completes its config with what the checkpoint says of the model.
-    if is_complete(read_train_state(checkpoint)) and _same_budget(load_config(words[0], overrides), before):
+    if is_complete(read_train_state(checkpoint)) and _same_budget(load_config(argv[0], overrides), before):
         return None
-    return KINDS[stage.run].command, words
+    return KINDS[stage.run].command, argv
 
 
 def _begin_longer(stage: Stage, folder: Path, source: Path | None) -> list[str]:
@@ -178,7 +178,7 @@ def _begin_longer(stage: Stage, folder: Path, source: Path | None) -> list[str]:
     return [*_set(stage, folder, *_overwrite(folder)), "--checkpoint", str(source), *data, *stage.arguments]
 
 
-def _go_on_longer(stage: Stage, folder: Path, source: Path | None) -> tuple[str, list[str]] | None:
+def _continue_longer(stage: Stage, folder: Path, source: Path | None) -> tuple[str, list[str]] | None:
     checkpoint = _newest(folder)
     assert checkpoint is not None, "asked only where there is a result"
     assert stage.config is not None, "checked when the file was read"
@@ -188,8 +188,8 @@ def _go_on_longer(stage: Stage, folder: Path, source: Path | None) -> tuple[str,
     if is_complete(state) and _same_budget(load_config(stage.config, stage.overrides), before):
         return None
     # The script has written its settings, those of the long documents too, into the folder of its run.
-    words = [str(checkpoint / "config.yaml"), *stage.overrides, "trainer.resume_from_checkpoint=latest"]
-    return KINDS["pretrain"].command, words
+    argv = [str(checkpoint / "config.yaml"), *stage.overrides, "trainer.resume_from_checkpoint=latest"]
+    return KINDS["pretrain"].command, argv
 
 
 def _newest(folder: Path) -> Path | None:
@@ -221,7 +221,7 @@ def _begin_average(stage: Stage, folder: Path, source: Path | None) -> list[str]
     return [str(run), "--output", str(folder), *stage.arguments]
 
 
-def _go_on_average(stage: Stage, folder: Path, source: Path | None) -> tuple[str, list[str]] | None:
+def _continue_average(stage: Stage, folder: Path, source: Path | None) -> tuple[str, list[str]] | None:
     averaged = parse_json((folder / AVERAGE_FILE).read_text())
     assert source is not None, "checked when the file was read"
     newest = Path(averaged["run"]) / "checkpoints" / str(max(averaged["steps"]))
@@ -233,7 +233,7 @@ def _begin_export(stage: Stage, folder: Path, source: Path | None) -> list[str]:
     return [str(source), "--output", str(folder), *stage.arguments]
 
 
-def _go_on_export(stage: Stage, folder: Path, source: Path | None) -> tuple[str, list[str]] | None:
+def _continue_export(stage: Stage, folder: Path, source: Path | None) -> tuple[str, list[str]] | None:
     assert source is not None, "checked when the file was read"
     exported, step = parse_json((folder / "config.json").read_text()).get(STEPS_KEY), read_manifest(source).step
     if exported != step:
@@ -252,20 +252,20 @@ PRETRAINING = ("pretrain", "longer_seq")
 """Kinds whose state another pretraining can continue with."""
 
 RUNS = (*PRETRAINING, "contrastive")
-"""Kinds whose folder is a run with checkpoints that can be gone on with."""
+"""Kinds whose folder is a run with checkpoints that can be resumed."""
 
 KINDS: dict[str, Kind] = {
     "pretrain": Kind(
         command="pretrain",
         begin=_begin_training,
-        go_on=_go_on_training,
+        proceed=_continue_training,
         result=_newest,
         has_config=True,
     ),
     "longer_seq": Kind(
         command="longer-seq",
         begin=_begin_longer,
-        go_on=_go_on_longer,
+        proceed=_continue_longer,
         result=_newest,
         has_config=True,
         follows=PRETRAINING,
@@ -273,7 +273,7 @@ KINDS: dict[str, Kind] = {
     "contrastive": Kind(
         command="finetune",
         begin=_begin_contrastive,
-        go_on=_go_on_contrastive,
+        proceed=_continue_contrastive,
         result=_newest,
         has_config=True,
         source_key=_PRETRAINED,
@@ -281,18 +281,18 @@ KINDS: dict[str, Kind] = {
     "average": Kind(
         command="average-checkpoints",
         begin=_begin_average,
-        go_on=_go_on_average,
+        proceed=_continue_average,
         result=_folder_with(AVERAGE_FILE),
         follows=RUNS,
     ),
     "export": Kind(
         command="export",
         begin=_begin_export,
-        go_on=_go_on_export,
+        proceed=_continue_export,
         result=_folder_with("config.json"),
         follows=(*RUNS, "average"),
     ),
 }
 """What a stage can run. A training script that takes `CONFIG [overrides]`, starts from `model.init_from` and writes
-checkpoints into `trainer.output_dir` needs `_begin_training`, `_go_on_training` (where it saves another config than it
-was given: `partial(_go_on_training, same=_same_budget)`) and `_newest`."""
+checkpoints into `trainer.output_dir` needs `_begin_training`, `_continue_training` (where it saves another config
+than it was passed: `partial(_continue_training, same=_same_budget)`) and `_newest`."""

@@ -46,14 +46,14 @@ def check_parts(output: Path, fingerprint: str, tokenizer: Tokenizer, settings: 
     strangers = [path.name for path in output.glob("part-*-of-*") if not path.name.endswith(f"-of-{count:05d}")]
     if strangers:
         raise DataError(
-            f"{output} holds {strangers[0]}, but --shard is given for {count} parts; use the same number on every "
+            f"{output} holds {strangers[0]}, but --shard is set for {count} parts; use the same number on every "
             "machine, or choose another --output"
         )
-    wanted = _without_part(make_identity(fingerprint, tokenizer, settings, None))
+    expected = _without_part(make_identity(fingerprint, tokenizer, settings, None))
     for number in range(count):
         folder = part_folder(output, number, count)
         found = read_manifest(folder) or read_progress(work_folder(folder)).get("identity")
-        if found is not None and (differences := describe_differences(_without_part(found), wanted)):
+        if found is not None and (differences := describe_differences(_without_part(found), expected)):
             raise DataError(
                 f"{folder} is made with other data or settings ({differences}); give all parts the same ones, or "
                 "choose another --output"
@@ -124,7 +124,7 @@ def _check(args: argparse.Namespace) -> None:
     if args.return_special_tokens_mask and args.no_special_tokens:
         raise DataError("--return-special-tokens-mask marks what --no-special-tokens leaves out; drop one of them")
     if args.shard and args.max_samples:
-        raise DataError("--max-samples counts from the beginning of the source, so it cannot be cut with --shard")
+        raise DataError("--max-samples counts from the start of the source, so it cannot be cut with --shard")
 
 
 def _tokenize(args: argparse.Namespace) -> None:

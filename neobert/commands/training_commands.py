@@ -20,28 +20,28 @@ from neobert.errors import CallError, DataError
 from neobert.secrets import scrub
 
 
-def pretrain(program: str, words: list[str]) -> int:
+def pretrain(program: str, argv: list[str]) -> int:
     """Pretrain an encoder: `neobert pretrain CONFIG [--section.key value ...]`."""
-    config = parse_command_line(words, description=pretrain.__doc__, program=program)
+    config = parse_command_line(argv, description=pretrain.__doc__, program=program)
     from neobert.train.loop import pretrain as train
 
     return cli.EXIT_CODES[train(config).reason]
 
 
-def preprocess(program: str, words: list[str]) -> None:
+def preprocess(program: str, argv: list[str]) -> None:
     """Tokenise the data of a config once: `neobert preprocess CONFIG [--section.key value ...] [--report] [--debug]`.
 
     --report  measure lengths, unknown tokens and duplicates of what was written
     --debug   write nothing; print the first rows of the run as text, with the measured mix of masks
     """
-    typed = [word for word in words if word not in ("--debug", "--report")]
+    typed = [argument for argument in argv if argument not in ("--debug", "--report")]
     config = parse_command_line(typed, description=preprocess.__doc__, program=program)
     if config.task != "pretraining":
         raise DataError(f"task: {config.task} is for neobert preprocess-pairs (scripts/{config.task}/preprocess.py)")
     from neobert.commands.preprocess import choose_config_name, prepare, preview, write_command
     from neobert.data.store.report import write_report
 
-    if "--debug" in words:
+    if "--debug" in argv:
         cli.print_result(preview(config))
         return
     prepared, overrides = prepare(config, choose_config_name(typed))
@@ -54,13 +54,13 @@ def preprocess(program: str, words: list[str]) -> None:
                 f"{source.folder / split}: {manifest['num_documents']:,} documents, {manifest['num_tokens']:,} tokens; "
                 f"{manifest['bad']} records could not be read, {manifest['skipped']} had no text"
             )
-            if "--report" in words:
+            if "--report" in argv:
                 print(write_report(source.folder / split, config.dataset.max_seq_length).text)
     print("train on it with:")
     print(write_command(typed, overrides))
 
 
-def tokenize_dataset(program: str, words: list[str]) -> None:
+def tokenize_dataset(program: str, argv: list[str]) -> None:
     """Tokenise a dataset once, into a folder that pretraining then reads by index.
 
     neobert tokenize-dataset --dataset x.jsonl --tokenizer my_tokenizer --output tokenized_data/x
@@ -90,13 +90,13 @@ def tokenize_dataset(program: str, words: list[str]) -> None:
         action="store_true",
         help="measure lengths, unknown tokens and duplicates; alone: of what is in --output",
     )
-    args = parser.parse_args(words)
+    args = parser.parse_args(argv)
     from neobert.commands.tokenize_dataset import run_tokenize
 
     run_tokenize(args)
 
 
-def train_tokenizer(program: str, words: list[str]) -> None:
+def train_tokenizer(program: str, argv: list[str]) -> None:
     """Train a tokenizer on any text source and save it to a folder.
 
     neobert train-tokenizer --input my_text/ --output my_tokenizer --vocab-size 32768
@@ -109,7 +109,7 @@ def train_tokenizer(program: str, words: list[str]) -> None:
     parser.add_argument("--vocab-size", type=int, help="default: 32768")
     parser.add_argument("--text-column", help="default: text, content, sentence, or the only one with text")
     parser.add_argument("--documents", type=int, help="read only the first documents, this many")
-    args = parser.parse_args(words)
+    args = parser.parse_args(argv)
     if args.output.exists() and not args.output.is_dir():
         raise DataError(f"--output: {args.output} is not a folder; choose another name")
     if (args.output / "tokenizer.json").exists():
@@ -125,7 +125,7 @@ def train_tokenizer(program: str, words: list[str]) -> None:
     print(f"{tokenizer.size:,} tokens ({tokenizer.model_name}) saved to {args.output}/; use it as tokenizer.path")
 
 
-def longer_seq(program: str, words: list[str]) -> int:
+def longer_seq(program: str, argv: list[str]) -> int:
     """Continue a run at a longer context, on documents that are long enough for it.
 
     neobert longer-seq run.yaml --checkpoint outputs/run --max-length 4096 --trainer.max_steps 12000
@@ -142,22 +142,22 @@ def longer_seq(program: str, words: list[str]) -> int:
         required=True,
         type=int,
         action="append",
-        help="new row length in tokens; given several times, one subset each, and the run takes the longest",
+        help="new row length in tokens; passed several times, one subset each, and the run takes the longest",
     )
     parser.add_argument("--min-length", type=int, help="tokens of the shortest document kept; default: half the length")
     parser.add_argument("--rope-theta", type=float, help="base of the rotary frequencies; default: as the config says")
     parser.add_argument("--output", type=Path, help="folder of the subsets; default: tokenized_data/<config>-long")
     parser.add_argument("--prepare-only", action="store_true", help="write the subsets and the commands, then stop")
-    args, typed = parser.parse_known_args(words)
+    args, typed = parser.parse_known_args(argv)
     config = parse_command_line(typed, description=longer_seq.__doc__, program=program)
     from neobert.commands.longer_seq import run_longer
 
     return run_longer(config, args, typed)
 
 
-def finetune(program: str, words: list[str]) -> int:
+def finetune(program: str, argv: list[str]) -> int:
     """Fine-tune an encoder on pairs: `neobert finetune CONFIG [--section.key value ...]`."""
-    config = parse_command_line(words, description=finetune.__doc__, program=program)
+    config = parse_command_line(argv, description=finetune.__doc__, program=program)
     from neobert.contrastive.finetune import finetune as train
     from neobert.contrastive.pair_data import NotPrepared
     from neobert.contrastive.prepare_sets import preprocess_command
@@ -165,31 +165,31 @@ def finetune(program: str, words: list[str]) -> int:
     try:
         return cli.EXIT_CODES[train(config).reason]
     except NotPrepared as error:
-        raise NotPrepared(f"{error}; prepare the sets first:\n  {preprocess_command(words)}") from error
+        raise NotPrepared(f"{error}; prepare the sets first:\n  {preprocess_command(argv)}") from error
 
 
-def preprocess_pairs(program: str, words: list[str]) -> None:
+def preprocess_pairs(program: str, argv: list[str]) -> None:
     """Prepare the sets of a contrastive config: `neobert preprocess-pairs CONFIG [--section.key value ...]`.
 
     `dataset.name` (or `contrastive.sets`) says which: a known set, a dataset of the hub, a local file or folder, ALL.
     """
-    config = parse_command_line(words, description=preprocess_pairs.__doc__, program=program)
+    config = parse_command_line(argv, description=preprocess_pairs.__doc__, program=program)
     if config.task != "contrastive":
         raise DataError(f"task: {config.task} is for neobert preprocess (scripts/{config.task}/preprocess.py)")
-    from neobert.contrastive.examples import FORM_WORDS
+    from neobert.contrastive.examples import FORM_NAMES
     from neobert.contrastive.prepare_sets import prepare, say_found
     from neobert.contrastive.set_folder import sets_folder
 
-    for info, fresh in prepare(config, tell=say_found):
+    for info, fresh in prepare(config, report=say_found):
         negatives = f", up to {info.max_negatives} negatives" if info.max_negatives else ""
-        size = f"{info.num_rows:,} {FORM_WORDS[info.form]}"
+        size = f"{info.num_rows:,} {FORM_NAMES[info.form]}"
         folder = sets_folder(str(config.dataset.path)) / info.key
         print(f"{folder}: {size}{negatives} ({'written' if fresh else 'there already'})")
     print("train on it with:")
-    print(shlex.join(["neobert", "finetune", *words]))
+    print(shlex.join(["neobert", "finetune", *argv]))
 
 
-def pipeline(program: str, words: list[str]) -> int:
+def pipeline(program: str, argv: list[str]) -> int:
     """Run a list of stages, each from what the one before it made: `neobert pipeline FILE [overrides]`.
 
     Finished stages are skipped, one that was interrupted resumes. Overrides are laid over every stage with a config.
@@ -197,13 +197,13 @@ def pipeline(program: str, words: list[str]) -> int:
     parser = build_parser(program, pipeline.__doc__, allow_abbrev=False)
     parser.add_argument("file", type=Path, help="YAML with output and stages")
     parser.add_argument("--dry-run", action="store_true", help="print the commands, run none")
-    args, overrides = parser.parse_known_args(words)
+    args, overrides = parser.parse_known_args(argv)
     from neobert.commands.staged_run import load_pipeline, run_pipeline
 
     return run_pipeline(load_pipeline(args.file, overrides), dry_run=args.dry_run)
 
 
-def config(program: str, words: list[str]) -> None:
+def config(program: str, argv: list[str]) -> None:
     """List the shipped configs, or copy one out to change it: `neobert config list`, `neobert config copy NAME [DEST]`.
 
     Every command takes a shipped config by its name: `neobert pretrain quickstart`.
@@ -214,7 +214,7 @@ def config(program: str, words: list[str]) -> None:
     action = actions.add_parser("copy", help="write a copy of a shipped config")
     action.add_argument("name", help="as in the list")
     action.add_argument("dest", nargs="?", type=Path, help="file or folder; default: NAME.yaml here")
-    args = parser.parse_args(words)
+    args = parser.parse_args(argv)
     if args.action == "list":
         width = max(map(len, SHIPPED))
         cli.print_result("\n".join(f"{x:<{width}}  {_describe_shipped(SHIPPED[x], 118 - width)}" for x in SHIPPED))
@@ -227,14 +227,14 @@ def _describe_shipped(file: Path, width: int) -> str:
     return textwrap.shorten(" ".join(comments), width, placeholder=" ...")
 
 
-def migrate_config(program: str, words: list[str]) -> None:
+def migrate_config(program: str, argv: list[str]) -> None:
     """Rewrite a config of other NeoBERT code for this one: `neobert migrate-config OLD.yaml > new.yaml`.
 
     The new file goes to stdout, the list of edits to stderr.
     """
     parser = build_parser(program, migrate_config.__doc__)
     parser.add_argument("file", type=Path, metavar="OLD.yaml", help="the config to rewrite")
-    file = parser.parse_args(words).file
+    file = parser.parse_args(argv).file
     try:
         text, edits = migrate(read_yaml_text(file))
     except (MigrationError, YamlError) as error:
@@ -243,30 +243,30 @@ def migrate_config(program: str, words: list[str]) -> None:
     cli.say(f"{len(edits)} edits:", *(f"  - {edit}" for edit in edits))
 
 
-def parse_command_line(words: Sequence[str], *, description: str | None, program: str) -> Config:
-    """The config that `words` describe.
+def parse_command_line(argv: Sequence[str], *, description: str | None, program: str) -> Config:
+    """The config that `argv` describes.
 
     `--help` and `--print-config` print to stdout and exit with 0; nothing but the config file is read for them.
     Warnings of `--print-config` go to stderr.
 
     Args:
-        words: a config file, or the name of a shipped one, and overrides.
+        argv: a config file, or the name of a shipped one, and overrides.
         description: the docstring of the command, for `--help`.
-        program: what was typed before the words.
+        program: what was typed before the arguments.
 
     Raises:
         CallError: there is no config file, or more than one, or an unknown option.
         ConfigError: the file or an override is wrong; all problems in one message.
     """
     usage = f"usage: {program} CONFIG.yaml [--section.key VALUE ...]"
-    if any(word in ("--help", "-h") for word in words):
+    if any(argument in ("--help", "-h") for argument in argv):
         cli.print_result(build_help(usage, inspect.cleandoc(description or "")))
         raise SystemExit(0)
-    rest = [word for word in words if word != "--print-config"]
+    rest = [argument for argument in argv if argument != "--print-config"]
     overrides, others = split_arguments(rest)
     path = _choose_file(others, usage)
     config = load_config(path, [f"--{key}" if text is None else f"--{key}={text}" for key, text in overrides])
-    if len(rest) < len(words):
+    if len(rest) < len(argv):
         cli.say(*(f"warning: {warning}" for warning in warnings(config)))
         cli.print_result(config_to_yaml(config), end="")
         raise SystemExit(0)
@@ -274,11 +274,11 @@ def parse_command_line(words: Sequence[str], *, description: str | None, program
 
 
 def _choose_file(others: Sequence[str], usage: str) -> str:
-    options = [word for word in others if word.startswith("-")]
+    options = [argument for argument in others if argument.startswith("-")]
     if options:
         raise CallError(f"unknown option {options[0]}; --help lists all keys\n{usage}")
     if len(others) > 1:
         raise CallError(f"one config file is expected, got {len(others)}: {', '.join(others)}\n{usage}")
     if not others:
-        raise CallError(f"no config file was given; write a file, or a name that `neobert config list` has\n{usage}")
+        raise CallError(f"no config file; write a file, or a name that `neobert config list` has\n{usage}")
     return others[0]

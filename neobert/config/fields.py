@@ -1,10 +1,10 @@
 """The schema seen as a flat table: dotted key -> type, default and documentation.
 
 The documentation of a field is the string literal under it, read from the source with `ast`, so that the
-schema stays plain dataclasses. `parse_value` turns one written value into the type of its field: a text is taken as it
-was typed; a word of a choice is matched whatever its case, and a YAML false stands for `no` or `off` where that is a
+schema stays plain dataclasses. `parse_value` turns one written value into the type of its field: a text is read as it
+was typed; a choice is matched whatever its case, and a YAML false means `no` or `off` where that is a
 choice; an integer may be written `1e5` when it is whole; null, none and an empty value are null where the field allows
-it, unless none is one of its words.
+it, unless none is one of its choices.
 """
 
 import ast
@@ -49,7 +49,7 @@ class Field:
 
     @property
     def choices(self) -> tuple[str, ...]:
-        """The words of a Literal, else nothing."""
+        """The values of a Literal, else nothing."""
         return get_args(self.kind) if get_origin(self.kind) is Literal else ()
 
     @property
@@ -60,7 +60,7 @@ class Field:
 
     @property
     def type_name(self) -> str:
-        """The type in words, for error messages and documentation."""
+        """The type as text, for error messages and documentation."""
         return describe_type(self.kind) + (" or null" if self.nullable else "")
 
     def value_in(self, config: Config) -> Any:
@@ -76,7 +76,7 @@ COUNT_OR_AUTO = int | Literal["auto"]
 
 
 def describe_type(kind: Any) -> str:
-    """A type in words, without articles: `integer`, `number`, `true or false`, `text`, `a | b`, `list of 2 numbers`."""
+    """A type as text, without articles: `integer`, `number`, `true or false`, `text`, `a | b`, `list of 2 numbers`."""
     if kind == TEXTS:
         return "text or list of texts"
     if kind == COUNT_OR_AUTO:
@@ -197,7 +197,7 @@ SPELLINGS: dict[str, dict[str, str | None]] = {
         **dict.fromkeys(("false", "no", "off"), None),
     },
 }
-"""Other words for a field's value, beside the general rules."""
+"""Other spellings of a field's value, beside the general rules."""
 
 
 class LeafError(Exception):
@@ -211,12 +211,12 @@ def parse_value(field: Field, value: Tree) -> Any:
         LeafError: it does not fit; the message shows the value and what was expected.
     """
     if isinstance(value, Leaf):
-        word = value.text.lower()
-        if word in REFUSED_VALUES.get(field.key, {}):
-            raise LeafError(REFUSED_VALUES[field.key][word])
-        if not value.quoted and word in SPELLINGS.get(field.key, {}):
-            return SPELLINGS[field.key][word]
-        if value.is_null and word not in field.choices and (field.nullable or get_origin(field.kind) is not tuple):
+        choice = value.text.lower()
+        if choice in REFUSED_VALUES.get(field.key, {}):
+            raise LeafError(REFUSED_VALUES[field.key][choice])
+        if not value.quoted and choice in SPELLINGS.get(field.key, {}):
+            return SPELLINGS[field.key][choice]
+        if value.is_null and choice not in field.choices and (field.nullable or get_origin(field.kind) is not tuple):
             if field.nullable:
                 return None
             raise LeafError(f"may not be null, expected {field.type_name}; remove it for the default {field.default!r}")
@@ -263,14 +263,14 @@ def _number(text: str) -> float | None:
 
 
 def _parse_choice(field: Field, text: str) -> str:
-    word = text.lower()
-    if word in field.choices:
-        return word
-    if word in FALSE:
+    choice = text.lower()
+    if choice in field.choices:
+        return choice
+    if choice in FALSE:
         for negative in ("no", "off"):
             if negative in field.choices:
                 return negative
-    close = difflib.get_close_matches(word, field.choices, 1)
+    close = difflib.get_close_matches(choice, field.choices, 1)
     hint = f". Did you mean {close[0]}?" if close else ""
     raise LeafError(f"{text!r} is not one of {', '.join(field.choices)}{hint}")
 
@@ -296,7 +296,7 @@ def _parse_tuple(field: Field, value: Tree) -> tuple[Any, ...]:
 
 
 def _parse_texts(field: Field, value: Tree) -> str | tuple[str, ...]:
-    """A text as it stands, unless it is written as a list."""
+    """A text as it is, unless it is written as a list."""
     items: Any = value
     if isinstance(value, Leaf):
         items = parse_yaml_list(value.text) if value.text.startswith("[") and not value.quoted else None

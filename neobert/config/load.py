@@ -21,7 +21,7 @@ from typing import Any, get_type_hints
 import yaml
 
 from neobert.config.fields import FIELDS, SECTIONS, Field, LeafError, list_fields, parse_value
-from neobert.config.refused import explain_word, find_refusal, find_renamed, is_below_known_name
+from neobert.config.refused import explain_foreign_key, find_refusal, find_renamed, is_below_known_name
 from neobert.config.rules import BUDGETS, validate
 from neobert.config.rules_data import OF_HUB_SOURCE, SOURCES
 from neobert.config.schema import Config
@@ -103,9 +103,9 @@ def parse_config(
     values = _parse_leaves(draft)
     if not may_hide:
         _refuse_hidden(draft, values)
-    config = dataclasses.replace(build_config(values), given=frozenset(values))
+    config = dataclasses.replace(build_config(values), explicit=frozenset(values))
     if config.model.init_from is not None:  # Brings the architecture; the run checks the rules about it.
-        draft.doubtful |= {key for name in ARCHITECTURE if (key := f"model.{name}") not in config.given}
+        draft.doubtful |= {key for name in ARCHITECTURE if (key := f"model.{name}") not in config.explicit}
     draft.errors += [error for error in validate(config) if not draft.follows(error)]
     if draft.errors:
         raise ConfigError(draft.errors, source)
@@ -113,7 +113,7 @@ def parse_config(
 
 
 def build_config(values: dict[str, Any]) -> Config:
-    """A `Config` from values by dotted key; keys that are not given take their defaults. Nothing is checked."""
+    """A `Config` from values by dotted key; keys that are not set take their defaults. Nothing is checked."""
     config: Config = _build_section(Config, values, "")
     return config
 
@@ -162,20 +162,20 @@ def save_config(config: Config, path: str | Path) -> None:
 
 
 def split_arguments(arguments: Sequence[str]) -> tuple[list[tuple[str, str | None]], list[str]]:
-    """Command-line words -> (overrides as (dotted key, text), other words). The text is None for a bare `--a.b`."""
+    """Command-line arguments -> (overrides as (dotted key, text), the others). The text is None for a bare `--a.b`."""
     overrides: list[tuple[str, str | None]] = []
     others = []
-    words = list(arguments)
-    while words:
-        word = words.pop(0)
-        key, equals, text = word.removeprefix("--").partition("=")
-        if equals and (word.startswith("--") or re.fullmatch(r"[A-Za-z_][\w.]*", key)):
+    rest = list(arguments)
+    while rest:
+        argument = rest.pop(0)
+        key, equals, text = argument.removeprefix("--").partition("=")
+        if equals and (argument.startswith("--") or re.fullmatch(r"[A-Za-z_][\w.]*", key)):
             overrides.append((key, text))
-        elif word.startswith("--") and key:
-            follows = bool(words) and not words[0].startswith("--") and not _is_assignment(words[0])
-            overrides.append((key, words.pop(0) if follows else None))
+        elif argument.startswith("--") and key:
+            follows = bool(rest) and not rest[0].startswith("--") and not _is_assignment(rest[0])
+            overrides.append((key, rest.pop(0) if follows else None))
         else:
-            others.append(word)
+            others.append(argument)
     return overrides, others
 
 
@@ -201,8 +201,8 @@ class _Draft:
         return bool(names) and re.search(rf"(?<![\w.])({names})(?!\w)", error) is not None
 
 
-def _is_assignment(word: str) -> bool:
-    key, equals, _ = word.partition("=")
+def _is_assignment(argument: str) -> bool:
+    key, equals, _ = argument.partition("=")
     return bool(equals) and (key in FIELDS or key.partition(".")[0] in SECTIONS)
 
 
@@ -218,8 +218,10 @@ def _add_file(draft: _Draft, tree: dict[str, Tree]) -> None:
 
 def _add_overrides(draft: _Draft, overrides: Sequence[str]) -> None:
     pairs, others = split_arguments(overrides)
-    draft.errors += [f"{word!r}: not an override; write --section.key value or section.key=value" for word in others]
-    given: dict[str, Tree] = {}
+    draft.errors += [
+        f"{argument!r}: not an override; write --section.key value or section.key=value" for argument in others
+    ]
+    explicit: dict[str, Tree] = {}
     for key, text in pairs:
         if not _is_known(draft, key):
             continue
@@ -232,12 +234,12 @@ def _add_overrides(draft: _Draft, overrides: Sequence[str]) -> None:
         leaf = Leaf("true" if text is None else text)
         value = _substitute(draft, key, leaf)
         if value is not None:
-            given[key] = value
-    for chosen, replaced in _choose_replaced(draft.written | given):
-        if any(key in given and not _is_null(given[key]) for key in chosen):
+            explicit[key] = value
+    for chosen, replaced in _choose_replaced(draft.written | explicit):
+        if any(key in explicit and not _is_null(explicit[key]) for key in chosen):
             for key in replaced:
                 draft.written.pop(key, None)
-    draft.written |= given
+    draft.written |= explicit
 
 
 def _choose_replaced(values: dict[str, Tree]) -> Iterator[tuple[tuple[str, ...], tuple[str, ...]]]:
@@ -284,7 +286,7 @@ def _is_known(draft: _Draft, key: str) -> bool:
     """Whether `key` is in the schema; if not, the draft gets the error that explains it."""
     if key in FIELDS:
         return True
-    refusal = find_refusal(key) or explain_word(key)
+    refusal = find_refusal(key) or explain_foreign_key(key)
     if refusal is not None:
         draft.refuse(key, refusal, find_renamed(key))
         return False
@@ -316,7 +318,7 @@ def suggest_key(key: str) -> str | None:
 
 
 def _shortens(name: str, known: str) -> bool:
-    """Whether every word of `name` begins one of `known`: `num_heads` and `num_attention_heads`."""
+    """Whether every word of `name` starts one of `known`: `num_heads` and `num_attention_heads`."""
     return all(any(word.startswith(part) for word in known.split("_")) for part in name.split("_"))
 
 
@@ -352,7 +354,7 @@ def _refuse_hidden(draft: _Draft, values: dict[str, Any]) -> None:
         if marker is not None:
             draft.refuse(
                 key,
-                f"{key}: {marker} stands where a secret was hidden when this value was saved; give the whole value "
+                f"{key}: {marker} marks a secret that was hidden when this value was saved; write the whole value "
                 f"again, in the file or with --{key} VALUE",
             )
 
@@ -365,8 +367,8 @@ def _to_plain(value: Any) -> Any:
     if isinstance(value, tuple):
         return [_to_plain(item) for item in value]
     if dataclasses.is_dataclass(value):
-        given = {f.name: getattr(value, f.name) for f in dataclasses.fields(value)}
-        return {name: _to_plain(item) for name, item in given.items() if item is not None}
+        items = {f.name: getattr(value, f.name) for f in dataclasses.fields(value)}
+        return {name: _to_plain(item) for name, item in items.items() if item is not None}
     return escape_variables(value) if isinstance(value, str) else value
 
 

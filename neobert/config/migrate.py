@@ -42,7 +42,7 @@ _WITHOUT_EFFECT: dict[str, str] = {
 
 _ATTENTION_FLAGS = ("model.flash_attention", "model.use_flash_attention", "model.xformers_attention")
 
-_OTHER_WORDS: dict[str, dict[str, str]] = {
+_OTHER_VALUES: dict[str, dict[str, str]] = {
     "model.attn_backend": {"flash": "flash_attn_varlen", "flash_attn": "flash_attn_varlen"},
     "optimizer.name": {"muon": "muonclip"},
     "trainer.eval_strategy": {"epoch": "steps"},
@@ -67,14 +67,14 @@ def migrate(text: str) -> tuple[str, list[str]]:
         raise MigrationError(f"not valid YAML: {error}") from error
     variables = tree.pop("variables", {})
     task = tree.get("task", Leaf("pretraining"))
-    word = task.text.lower() if isinstance(task, Leaf) else ""
-    if word not in ("pretraining", "contrastive"):
+    name = task.text.lower() if isinstance(task, Leaf) else ""
+    if name not in ("pretraining", "contrastive"):
         raise MigrationError(
-            f"task: {word} is not part of this version: only pretraining and contrastive files are migrated"
+            f"task: {name} is not part of this version: only pretraining and contrastive files are migrated"
         )
     draft = _Rewrite(variables=variables if isinstance(variables, dict) else {})
     _rename(draft, _flatten(tree, ""))
-    for edit in _EDITS[word]:
+    for edit in _EDITS[name]:
         edit(draft)
     result = _to_yaml(draft)
     try:
@@ -99,8 +99,8 @@ class _Rewrite:
         except (KeyError, LeafError, VariableError):
             return FIELDS[key].default
 
-    def word(self, key: str) -> str:
-        """The value as a word in small letters, empty for a missing key, a list or a mapping."""
+    def choice(self, key: str) -> str:
+        """The value as text in lower case, empty for a missing key, a list or a mapping."""
         value = self.values.get(key)
         return value.text.lower() if isinstance(value, Leaf) else ""
 
@@ -151,11 +151,11 @@ def _rename(draft: _Rewrite, old: dict[str, Tree]) -> None:
             draft.values[key] = value
 
 
-def _edit_words(draft: _Rewrite) -> None:
-    for key, words in _OTHER_WORDS.items():
-        old = draft.word(key)
-        if old in words:
-            draft.write(key, words[old], f"changed {key} from {old} to {words[old]}")
+def _edit_values(draft: _Rewrite) -> None:
+    for key, values in _OTHER_VALUES.items():
+        old = draft.choice(key)
+        if old in values:
+            draft.write(key, values[old], f"changed {key} from {old} to {values[old]}")
 
 
 def _remove_unneeded(draft: _Rewrite) -> None:
@@ -189,7 +189,7 @@ def _edit_ngpt(draft: _Rewrite) -> None:
 
 def _edit_contrastive(draft: _Rewrite) -> None:
     """What that code called simcse has in-batch and hard negatives; its tokenizer was named apart from the weights."""
-    if draft.word("contrastive.loss_type") in ("", "simcse"):
+    if draft.choice("contrastive.loss_type") in ("", "simcse"):
         draft.write("contrastive.loss_type", "infonce", "wrote contrastive.loss_type: infonce, which is simcse there")
     if draft.read("contrastive.pretrained_checkpoint_dir") is not None:
         for key in [key for key in draft.values if key.startswith("tokenizer.")]:
@@ -210,7 +210,7 @@ def _edit_lengths(draft: _Rewrite) -> None:
         draft.write(key, length, f"changed {key} from {longest} to dataset.max_seq_length = {length}")
     key = "datacollator.pad_to_multiple_of"
     multiple = draft.read(key)
-    if multiple is not None and draft.word("datacollator.pack_sequences") in ("true", "yes", "on"):
+    if multiple is not None and draft.choice("datacollator.pack_sequences") in ("true", "yes", "on"):
         draft.remove(key, f"{multiple} has no effect, packed rows have a fixed length")
     elif multiple is not None and length % multiple:
         draft.remove(key, f"{multiple} does not divide dataset.max_seq_length = {length}")
@@ -218,10 +218,10 @@ def _edit_lengths(draft: _Rewrite) -> None:
 
 def _choose_budget(draft: _Rewrite) -> None:
     """Steps won over epochs there, and without either there were a million steps."""
-    given = [key for key in BUDGETS if draft.read(key) is not None]
-    for key in given[1:]:
-        draft.remove(key, f"{given[0]} is the budget")
-    if not given:
+    explicit = [key for key in BUDGETS if draft.read(key) is not None]
+    for key in explicit[1:]:
+        draft.remove(key, f"{explicit[0]} is the budget")
+    if not explicit:
         draft.write(BUDGETS[0], 1_000_000, f"wrote {BUDGETS[0]}: 1000000, the default there")
 
 
@@ -248,7 +248,7 @@ def _write_clipping_default(draft: _Rewrite) -> None:
 
 _EDITS: dict[str, tuple[Callable[[_Rewrite], None], ...]] = {
     "pretraining": (
-        _edit_words,
+        _edit_values,
         _remove_unneeded,
         _edit_source,
         _edit_ngpt,
@@ -258,7 +258,7 @@ _EDITS: dict[str, tuple[Callable[[_Rewrite], None], ...]] = {
         _write_clipping_default,
     ),
     "contrastive": (
-        _edit_words,
+        _edit_values,
         _edit_ngpt,
         _edit_contrastive,
         _remove_unneeded,

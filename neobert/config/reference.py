@@ -8,7 +8,7 @@ import textwrap
 from pathlib import Path
 
 from neobert.config.fields import FIELDS, SECTIONS, Field
-from neobert.config.refused import EXPLAINED, LATER, REFUSED, RENAMED, WORDS
+from neobert.config.refused import EXPLAINED, FOREIGN_KEYS, LATER, REFUSED, RENAMED
 from neobert.key import RESUME, show_value
 
 _INTRODUCTION = """\
@@ -46,7 +46,7 @@ python scripts/pretraining/pretrain.py configs/pretraining/quickstart.yaml \\
 
 ## How values are read
 
-- Each value is read by the type of its key: a text is taken as typed (`no`, `012` and `1e5` stay texts), `1e-4` is a
+- Each value is read by the type of its key: a text is read as typed (`no`, `012` and `1e5` stay texts), `1e-4` is a
   number, and an integer may be written `1e5`.
 - `null`, `none` and, in a file, an empty value mean none where the table says "or null"; quotes make a text of them:
   `"none"`.
@@ -55,7 +55,7 @@ python scripts/pretraining/pretrain.py configs/pretraining/quickstart.yaml \\
 ## Variables
 
 Values under `variables:` can be used anywhere. Alone, a reference keeps the type of its value, also for lists and
-mappings; inside a text it stands in braces.
+mappings; inside a text it is in braces.
 
 ```yaml
 variables:
@@ -68,7 +68,7 @@ model:
   max_position_embeddings: $variables.length
 ```
 
-`$$variables` and `$${variables` stand for the text with one dollar.
+`$$variables` and `$${variables` mean the text with one dollar.
 
 ## On resume
 
@@ -99,8 +99,8 @@ _REFUSED = """
 |---|---|
 """
 
-_WORDS = """
-Words of the configs of transformers and axolotl, alone or in any section, are refused with the key to write.
+_FOREIGN = """
+Key names of transformers and axolotl, alone or in any section, are refused with the key to write.
 
 | written there | written here |
 |---|---|
@@ -125,8 +125,8 @@ def build_markdown() -> str:
             parts += ["\n| key | type | default | on resume | meaning |\n|---|---|---|---|---|\n", *rows]
     parts += [_RENAMED, *(f"| `{old}` | `{new}` |\n" for old, new in sorted(RENAMED.items()))]
     parts += [_REFUSED, *(f"| `{key}` | {_escape(text)} |\n" for key, text in sorted(REFUSED.items()))]
-    parts += [_WORDS, *(f"| `{word}` | `{key}` |\n" for word, key in sorted(WORDS.items()))]
-    parts += [f"| `{word}` | {_escape(text)} |\n" for word, text in sorted(EXPLAINED.items())]
+    parts += [_FOREIGN, *(f"| `{name}` | `{key}` |\n" for name, key in sorted(FOREIGN_KEYS.items()))]
+    parts += [f"| `{name}` | {_escape(text)} |\n" for name, text in sorted(EXPLAINED.items())]
     parts += [_LATER, *(f"| `{key}` | {_escape(text)} |\n" for key, text in sorted(LATER.items()))]
     return "".join(parts)
 

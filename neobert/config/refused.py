@@ -1,4 +1,4 @@
-"""Keys and values that are known but not taken: each with one sentence that says what to write instead.
+"""Keys and values that are known but not accepted: each with one sentence that says what to write instead.
 
 Nothing here parses to nothing: an old name, a key without effect and a feature that is not there yet are all errors.
 `RENAMED` and `REFUSED` also drive `neobert.config.migrate`, which edits a file accordingly.
@@ -27,7 +27,7 @@ RENAMED: dict[str, str] = {
 }
 """Old key -> new key; the value keeps its meaning."""
 
-WORDS: dict[str, str] = {
+FOREIGN_KEYS: dict[str, str] = {
     "adam_epsilon": "optimizer.eps",
     "batch_size": "trainer.per_device_train_batch_size",
     "bf16": "trainer.mixed_precision",
@@ -62,7 +62,7 @@ WORDS: dict[str, str] = {
     "wandb_name": "wandb.name",
     "wandb_project": "wandb.project",
 }
-"""Words of transformers' and axolotl's configs, in any section or in none -> key; the value keeps its meaning."""
+"""Key names of transformers and axolotl, in any section or in none -> key; the value keeps its meaning."""
 
 EXPLAINED: dict[str, str] = {
     "attn_implementation": "is written model.attn_backend: flash_attn_varlen (or sdpa)",
@@ -89,7 +89,7 @@ EXPLAINED: dict[str, str] = {
     "validation_split_percentage": "is written dataset.validation_split, a fraction: 0.05 for 5 percent",
     "warmup_ratio": "is written scheduler.warmup_percent, in percent: 6 for 0.06",
 }
-"""Words as in `WORDS` whose values are written in another way -> the rest of a sentence that begins with the key."""
+"""Names as in `FOREIGN_KEYS` whose values are written in another way -> the rest of a sentence after the key."""
 
 REFUSED: dict[str, str] = {
     "accelerate_config_file": "is not read: start the script with torchrun, or with `accelerate launch`",
@@ -98,7 +98,7 @@ REFUSED: dict[str, str] = {
     "debug": "is not a key: lower trainer.max_steps and trainer.logging_steps for a trial run",
     "mteb_overwrite_results": "is not a key: delete the results that are to be made again",
     "model.flash_attention": "is written model.attn_backend: flash_attn_varlen (or sdpa)",
-    "model.from_hub": "is not a key: the path given to a script says where weights come from",
+    "model.from_hub": "is not a key: the path passed to a script says where weights come from",
     "model.pad_token_id": "comes from the tokenizer: remove it",
     "model.pretrained_checkpoint": "is written model.init_from: the folder of the checkpoint",
     "model.pretrained_checkpoint_dir": "is written model.init_from: the folder of the run or checkpoint",
@@ -121,7 +121,7 @@ REFUSED: dict[str, str] = {
     "use_deepspeed": "is not supported: start with torchrun for several processes; remove it",
     "variables": "are set in the config file only, under `variables:`",
 }
-"""Key -> the rest of a sentence that begins with it. A key covers everything below it."""
+"""Key -> the rest of a sentence that starts with it. A key covers everything below it."""
 
 LATER: dict[str, str] = {
     "glue": "GLUE is not available yet",
@@ -150,12 +150,12 @@ REFUSED_VALUES: dict[str, dict[str, str]] = {
         " (same speed and memory, the range of float32) or no",
     },
 }
-"""Key -> refused word -> sentence."""
+"""Key -> refused value -> sentence."""
 
 
 def find_renamed(key: str) -> str | None:
     """The key that an unknown one is written as here, with the same value; None when there is none."""
-    return RENAMED.get(key) or WORDS.get(key.rpartition(".")[2])
+    return RENAMED.get(key) or FOREIGN_KEYS.get(key.rpartition(".")[2])
 
 
 def find_refusal(key: str) -> str | None:
@@ -169,13 +169,13 @@ def find_refusal(key: str) -> str | None:
             return f"{name}: {REFUSED[name]}"
         if name in LATER:
             return f"{name}: is not part of this version; {LATER[name]}"
-    return f"{key}: is written {WORDS[parts[-1]]} here" if parts[-1] in WORDS else None
+    return f"{key}: is written {FOREIGN_KEYS[parts[-1]]} here" if parts[-1] in FOREIGN_KEYS else None
 
 
-def explain_word(key: str) -> str | None:
-    """As `find_refusal`, for the words of other programs whose values cannot be taken over."""
-    word = key.rpartition(".")[2]
-    return f"{key}: {EXPLAINED[word]}" if word in EXPLAINED else None
+def explain_foreign_key(key: str) -> str | None:
+    """As `find_refusal`, for the key names of other programs whose values cannot be carried over."""
+    name = key.rpartition(".")[2]
+    return f"{key}: {EXPLAINED[name]}" if name in EXPLAINED else None
 
 
 def is_below_known_name(key: str) -> bool:

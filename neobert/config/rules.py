@@ -1,7 +1,7 @@
 """What makes a config unusable, and what is allowed but probably not meant. Pure: nothing is read, nothing is changed.
 
 What a key says of itself in the schema (its range, what it needs, who reads it) is checked here for all keys alike;
-rules over several keys follow, those of data in `rules_data`. Each sentence begins
+rules over several keys follow, those of data in `rules_data`. Each sentence starts
 with a dotted key and names the value and the remedy.
 """
 
@@ -160,9 +160,11 @@ def check_optimizer(config: Config) -> Iterator[str]:
 
 def check_budget(config: Config) -> Iterator[str]:
     """One budget, and a profile within it."""
-    given = [f"{key} = {FIELDS[key].value_in(config)}" for key in BUDGETS if FIELDS[key].value_in(config) is not None]
-    if len(given) != 1:
-        named = " and ".join(given) if given else "none"
+    explicit = [
+        f"{key} = {FIELDS[key].value_in(config)}" for key in BUDGETS if FIELDS[key].value_in(config) is not None
+    ]
+    if len(explicit) != 1:
+        named = " and ".join(explicit) if explicit else "none"
         yield f"trainer.max_steps: set exactly one of {', '.join(BUDGETS)}; this config sets {named}"
     start, steps = config.trainer.profiler_steps_start, config.trainer.max_steps
     if start is not None and steps is not None and start > steps:
@@ -287,13 +289,13 @@ def check_schedule(config: Config) -> Iterator[str]:
 
 def _check_cooldown(config: Config) -> Iterator[str]:
     schedule = config.scheduler
-    given = schedule.cooldown_steps is not None or schedule.cooldown_percent is not None
-    if schedule.name == "wsd" and not given:
+    explicit = schedule.cooldown_steps is not None or schedule.cooldown_percent is not None
+    if schedule.name == "wsd" and not explicit:
         yield (
             "scheduler.cooldown_percent: null, but scheduler.name: wsd needs the length of its decay; write 10, or"
             " scheduler.cooldown_steps, or scheduler.name: constant for a run without one"
         )
-    if given and schedule.name not in FILL_THE_RUN:
+    if explicit and schedule.name not in FILL_THE_RUN:
         yield from _check_room(schedule)
 
 

@@ -7,7 +7,7 @@ from neobert.config.schema import Config
 from neobert.config.schema_contrastive import PairSource
 
 SOURCES = ("dataset.path", "dataset.mixture", "dataset.name")
-"""What names the training data; the first that is given decides."""
+"""What names the training data; the first that is set decides."""
 
 OF_HUB_SOURCE = ("dataset.config", "dataset.revision")
 """Details of a `dataset.name`."""
@@ -131,7 +131,7 @@ def check_contrastive(config: Config) -> Iterator[str]:
     """Everything about pairs."""
     if config.task != "contrastive":
         return
-    yield from _check_place(config)
+    yield from _check_folder(config)
     yield from _check_dims(config)
     yield from _check_start(config)
     yield from _check_objective(config)
@@ -140,7 +140,7 @@ def check_contrastive(config: Config) -> Iterator[str]:
             yield from _check_source(f"contrastive.{name}: [{number}]", source)
 
 
-def _check_place(config: Config) -> Iterator[str]:
+def _check_folder(config: Config) -> Iterator[str]:
     data = config.dataset
     if not isinstance(data.path, str):
         yield (
@@ -172,9 +172,9 @@ def _check_start(config: Config) -> Iterator[str]:
             "contrastive.allow_random_weights: true is set beside contrastive.pretrained_checkpoint_dir ="
             f" {section.pretrained_checkpoint_dir}; keep one of them"
         )
-    word = section.pretrained_checkpoint
-    if word != "latest" and not word.isdecimal():
-        yield f"contrastive.pretrained_checkpoint: {word} is neither a step nor latest"
+    step = section.pretrained_checkpoint
+    if step != "latest" and not step.isdecimal():
+        yield f"contrastive.pretrained_checkpoint: {step} is neither a step nor latest"
 
 
 def _check_objective(config: Config) -> Iterator[str]:

@@ -27,8 +27,8 @@ class ModelSection(Architecture):
     # A resume has weights and architecture from its checkpoint: free, as what follows and all initial weights.
     init_from: str | None = key(None, path=True, resume="free")
     """Initial weights of a fresh run: a run or checkpoint folder, an exported folder, or a model of the hub
-    (`owner/model`, `owner/model@revision`) in the EuroBERT or NeoBERT layout. Its architecture is taken where the keys
-    of `model` are not given; a key that is given must agree. With another tokenizer, embeddings are copied by the text
+    (`owner/model`, `owner/model@revision`) in the EuroBERT or NeoBERT layout. Its architecture is used where the keys
+    of `model` are not set; a key that is set must match it. With another tokenizer, embeddings are copied by the text
     of the tokens. A run that is resumed has all of it from its checkpoint."""
 
     init_weights: Literal["model", "ema"] = key("model", needs="model.init_from", resume="free")
@@ -164,5 +164,5 @@ class Config:
     wandb: WandbSection = section(WandbSection)
     contrastive: ContrastiveSection = section(ContrastiveSection, tasks="contrastive")
 
-    given: frozenset[str] = field(default=frozenset(), compare=False, repr=False)
+    explicit: frozenset[str] = field(default=frozenset(), compare=False, repr=False)
     """No key: the dotted keys that were written down, in a file or on the command line."""

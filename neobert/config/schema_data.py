@@ -18,7 +18,7 @@ class MixtureSource:
 
     # On resume another name or path is another source; other weights and limits of the same ones are declared.
     name: str | None = key(None, resume="order", changes="source")
-    """Hub dataset or `python_stdlib`. Not used when `path` is given."""
+    """Hub dataset or `python_stdlib`. Not used when `path` is set."""
 
     config: str | None = key(None, resume="order", changes="source")
     """Configuration of the hub dataset."""
@@ -50,7 +50,7 @@ class DatasetSection:
     name: str | tuple[str, ...] | None = key(None, resume="order", changes="source")
     """Name of a dataset on the Hugging Face hub, or `python_stdlib`: the source code of the running Python's standard
     library, which needs no download. Several names (a list, or `a,b:5000`) are read as one corpus, each document once
-    per epoch; `:5000` takes the first 5000 documents of a source. Not used when `path` or `mixture` is given."""
+    per epoch; `:5000` takes the first 5000 documents of a source. Not used when `path` or `mixture` is set."""
 
     config: str | None = key(None, tasks="pretraining", resume="order", changes="source")
     """Configuration of the hub dataset, for example `20231101.en`."""
@@ -67,7 +67,7 @@ class DatasetSection:
     mixture: tuple[MixtureSource, ...] = key((), tasks="pretraining", resume="order", changes="source")
     """Several sources: a list of mappings with `name` or `path`, and optionally `weight`, `max_documents`, `config`,
     `revision`, `split`, `text_column`. Replaces `name`. With weights, documents are drawn in these proportions and a
-    source that ends begins again; without, each document comes once per epoch."""
+    source that ends starts again; without, each document comes once per epoch."""
 
     streaming: bool | None = key(None, tasks="pretraining", resume="order", changes="source")
     """null: text files are streamed, `save_to_disk` folders are indexed. true: never build an index.
@@ -77,7 +77,7 @@ class DatasetSection:
     """Tokenise text once to `pre_tokenize_output` before training, as `streaming: false` does: rank 0 works, others
     wait."""
 
-    # The documents are compared, not where they lie: free.
+    # The documents are compared, not where they are: free.
     pre_tokenize_output: str | None = key(None, path=True, tasks="pretraining", resume="free")
     """Folder for tokenised text; null is the folder `tokenized` of `trainer.output_dir` in a run, and `path` or
     `tokenized_data/` for `preprocess.py`."""
@@ -193,7 +193,7 @@ class TokenizerSection:
 
     # Fixed where it names the one in use: it is not fetched only to be compared.
     name: str | None = key(None, resume="fixed")
-    """Tokenizer on the Hugging Face hub. Not used when `path` is given."""
+    """Tokenizer on the Hugging Face hub. Not used when `path` is set."""
 
     # The checkpoint brings the tokenizer, and its digest is compared: how it was found or trained is free.
     path: str | None = key(None, path=True, resume="free")

@@ -30,7 +30,7 @@ class TrainerSection:
         16, at_least=1, resume=when("model.dropout_prob or trainer.enforce_full_packed_batches=false", "declared")
     )
     """Rows of one micro-batch on one device. auto: the most that fit in memory and divide `global_batch_size`, which
-    must be given; the run writes the number into its config."""
+    must be set; the run writes the number into its config."""
 
     # `eval_max_batches` counts these batches.
     per_device_eval_batch_size: int = key(
@@ -182,7 +182,7 @@ class TrainerSection:
     keeps none."""
 
     ema_start_step: int = key(0, at_least=0, needs="trainer.ema_decay", resume="declared")
-    """With `ema_decay`: the average begins with the weights after this step."""
+    """With `ema_decay`: the average starts with the weights after this step."""
 
     torch_compile: bool = key(False, resume="free")
     """Compile the model with torch.compile."""
@@ -239,7 +239,7 @@ class TrainerSection:
     `snapshot.pickle`, the history of the allocator."""
 
     fill_mask_texts: tuple[str, ...] | None = key(None, needs="trainer.objective=mlm", resume="free")
-    """Texts with [MASK] that the model completes at the end of the run. null takes the beginnings of the first
+    """Texts with [MASK] that the model completes at the end of the run. null takes the starts of the first
     evaluation documents and hides one token of each; `[]` shows none."""
 
     @property

@@ -4,7 +4,7 @@ omegaconf parses the file: it gives the structure, resolves anchors and merge ke
 twice. A second, plain parse gives each scalar as it was typed, because YAML reads `no` as false, `012` as ten and
 `1234e5` as a number, and only the field's own type can say what was meant.
 
-The section `variables:` names values once, for use in many places:
+The section `variables:` names values once, for repeated use:
 
     variables:
       root: /data
@@ -13,7 +13,7 @@ The section `variables:` names values once, for use in many places:
       path: "{$variables.root}/books"          # inside a text; "${variables.root}/books" is the same
       max_seq_length: $variables.length        # alone: keeps its type, also for lists and mappings
 
-Variables may use other variables. `$$variables` and `$${variables` stand for the plain text with one dollar.
+Variables may use other variables. `$$variables` and `$${variables` mean the plain text with one dollar.
 """
 
 import difflib
@@ -31,7 +31,7 @@ from neobert.config.shipped import find_close, find_file, is_bare, suggest
 from neobert.errors import UserError
 
 _DOLLAR = "\ue000"
-"""Stands in for the dollar of `${` while omegaconf reads, so that it parses no interpolations of its own."""
+"""Replaces the dollar of `${` while omegaconf reads, so that it parses no interpolations of its own."""
 
 
 _NAME = r"variables((?:\.\w+)+)"

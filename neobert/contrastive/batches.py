@@ -3,7 +3,7 @@
 A row is a pair with its negatives (or whatever its set holds), its segments are the texts. A process gets all its rows
 of a step in one batch, since all of them are compared with each other. They are cut into chunks of
 `trainer.per_device_train_batch_size` rows, and only a chunk goes through the encoder at once. The texts of a chunk
-stand in one row of slots, filled up to a multiple of 64:
+are in one row of slots, filled up to a multiple of 64:
 
     chunk 0    [CLS] a0 [SEP] [CLS] p0 [SEP] [CLS] n0 [SEP] [CLS] a1 [SEP] [CLS] p1 [SEP] [PAD]     rows 0 and 1
     texts            0              1              2              3              4
@@ -20,9 +20,9 @@ from numpy.typing import NDArray
 from neobert.contrastive.pair_order import TrainSet
 from neobert.data.rows.collate import Collator, join_rows
 from neobert.data.rows.lanes import IntArray
-from neobert.data.rows.order import extend_keys, key, mask_words
+from neobert.data.rows.order import extend_keys, key, mask_hashes
 from neobert.objectives.contrastive import Kind, PairBatch
-from neobert.splitmix import Words, mix
+from neobert.splitmix import Hashes, mix
 from neobert.types import Corruption, PackedBatch, PackedRow
 
 SLOTS_MULTIPLE = 64
@@ -33,7 +33,7 @@ class NoMasks:
     """The mask policy of texts that are read as they are."""
 
     def corrupt(
-        self, tokens: IntArray, words: Words, offset: float, *, step: int
+        self, tokens: IntArray, hashes: Hashes, offset: float, *, step: int
     ) -> tuple[IntArray, NDArray[np.int64]]:
         return tokens, np.empty(0, dtype=np.int64)
 
@@ -107,17 +107,17 @@ class PairCollator:
     def _digest(self, rows: Sequence[PackedRow], chunks: Sequence[PackedBatch]) -> int:
         """Of rows with masks: their targets are drawn from (step, document), whatever the chunks."""
         targets = [int(t) + 1 for chunk in chunks for t in chunk.targets[: chunk.num_targets].tolist()]
-        words = mix(np.array(targets, dtype=np.uint64)).sum(dtype=np.uint64) if targets else 0
-        return (digest_rows(rows) + int(words)) % 2**64
+        hashed = mix(np.array(targets, dtype=np.uint64)).sum(dtype=np.uint64) if targets else 0
+        return (digest_rows(rows) + int(hashed)) % 2**64
 
 
 def digest_rows(rows: Sequence[PackedRow]) -> int:
-    """Sum over rows of one 64-bit hash of (row number; token and number of its text in every place), modulo 2**64."""
+    """Sum over rows of one 64-bit hash of (row number; token and number of its text in every slot), modulo 2**64."""
     total = 0
     for row in rows:
         numbers = np.repeat(np.arange(1, len(row.lengths) + 1, dtype=np.uint64), row.lengths)
-        words = row.tokens.astype(np.uint64) | (numbers << np.uint64(24))
-        sums = mask_words(words, np.arange(len(words))).sum(dtype=np.uint64)
+        packed = row.tokens.astype(np.uint64) | (numbers << np.uint64(24))
+        sums = mask_hashes(packed, np.arange(len(packed))).sum(dtype=np.uint64)
         total += int(extend_keys(mix(np.array([sums])), [row.key])[0])
     return total % 2**64
 
@@ -127,7 +127,7 @@ def _text_ids(rows: Sequence[PackedRow]) -> NDArray[np.int64]:
     found = []
     for row in rows:
         ends = np.cumsum(row.lengths)
-        words = row.tokens.astype(np.uint64)
+        tokens = row.tokens.astype(np.uint64)
         for start, end in zip(ends - row.lengths, ends):
-            found.append(mask_words(words[start:end], np.arange(end - start)).sum(dtype=np.uint64))
+            found.append(mask_hashes(tokens[start:end], np.arange(end - start)).sum(dtype=np.uint64))
     return (mix(np.array(found, dtype=np.uint64)) >> np.uint64(1)).astype(np.int64)

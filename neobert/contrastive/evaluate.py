@@ -3,7 +3,7 @@
 Scored pairs give Spearman's correlation between cosine and score. Other pairs are a retrieval task: every different
 anchor is a query, the collection is every different positive and negative of the set, and the positives of an anchor
 answer it. Texts are embedded as `scripts/embed.py` and an exported model would embed them, cut at
-`dataset.max_seq_length`. Processes share the texts out and put the vectors together, so their number does not matter.
+`dataset.max_seq_length`. Processes split the texts and put the vectors together, so their number does not matter.
 """
 
 import argparse
@@ -33,7 +33,7 @@ _QUERIES = 256
 
 
 def ranks(values: Floats) -> NDArray[np.float64]:
-    """Ranks from 1; equal values share the mean of their ranks."""
+    """Ranks from 1; equal values get the mean of their ranks."""
     order = np.argsort(values, kind="stable")
     _, inverse, counts = np.unique(values, return_inverse=True, return_counts=True)
     ends = np.cumsum(counts)
@@ -63,10 +63,10 @@ def retrieval(queries_QD: Floats, documents_CD: Floats, relevant: Sequence[Seque
     for start in range(0, len(queries_QD), _QUERIES):
         products = queries_QD[start : start + _QUERIES] @ documents_CD.T
         orders = np.argsort(-products, axis=1, kind="stable")
-        for order, wanted in zip(orders, relevant[start : start + _QUERIES]):
-            hits = np.isin(order, list(wanted))
+        for order, expected in zip(orders, relevant[start : start + _QUERIES]):
+            hits = np.isin(order, list(expected))
             gain = float((hits[:TOP] * discounts[: len(hits)]).sum())
-            ndcg.append(gain / float(discounts[: len(wanted)].sum()))
+            ndcg.append(gain / float(discounts[: len(expected)].sum()))
             reciprocal.append(1 / (1 + int(np.argmax(hits))))
     return {f"ndcg@{TOP}": float(np.mean(ndcg)), "mrr": float(np.mean(reciprocal))}
 
@@ -74,16 +74,16 @@ def retrieval(queries_QD: Floats, documents_CD: Floats, relevant: Sequence[Seque
 Embed = Callable[[Sequence[str]], NDArray[np.float32]]
 
 MAIN: dict[Form, str] = {"scored": "spearman", "pairs": f"ndcg@{TOP}"}
-"""The figure that counts in `score`, by the form of the set."""
+"""The metric that counts in `score`, by the form of the set."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class ContrastiveMetrics:
-    """Figures by set."""
+    """Metrics by set."""
 
     sets: dict[str, dict[str, float]]
     score: float
-    """Mean over the sets of the figure that counts."""
+    """Mean over the sets of the metric that counts."""
 
     @property
     def loss(self) -> float:
@@ -94,19 +94,19 @@ class ContrastiveMetrics:
         return {"loss": self.loss, "score": self.score, "sets": self.sets}
 
     def as_values(self) -> dict[str, float]:
-        values = {f"contrastive/{key}/{name}": x for key, figures in self.sets.items() for name, x in figures.items()}
+        values = {f"contrastive/{key}/{name}": x for key, metrics in self.sets.items() for name, x in metrics.items()}
         return {"contrastive/score": self.score, **values}
 
     def describe(self) -> str:
         parts = [f"score {self.score:.4f}"]
-        for key, figures in self.sets.items():
-            parts.append(f"{key}: " + ", ".join(f"{name} {x:.4f}" for name, x in figures.items()))
+        for key, metrics in self.sets.items():
+            parts.append(f"{key}: " + ", ".join(f"{name} {x:.4f}" for name, x in metrics.items()))
         return " | ".join(parts)
 
 
 @torch.no_grad()
 def evaluate_sets(run: Run) -> ContrastiveMetrics | None:
-    """Figures of all held-out sets; None when there are none, or when the run is asked to stop."""
+    """Metrics of all held-out sets; None when there are none, or when the run is asked to stop."""
     data = run.data
     assert isinstance(data, ContrastiveData), "the data of contrastive fine-tuning"
     if not data.held_out:
@@ -115,7 +115,7 @@ def evaluate_sets(run: Run) -> ContrastiveMetrics | None:
     main = []
     with run.tracker.paused():
         for part in data.held_out:
-            if run.stop.agree(*run.runtime.sum_on_host(run.stop.wishes())):
+            if run.stop.agree(*run.runtime.sum_on_host(run.stop.requests())):
                 return None
             with sharing_errors(run.runtime):
                 found[part.key] = _evaluate_set(run, part)
@@ -134,11 +134,11 @@ def _evaluate_set(run: Run, part: HeldOut) -> dict[str, float]:
         )
         for row in map(part.store.get, numbers)
     ]
-    return figures(part.store.info.form, examples, lambda texts: embed_shared(run, texts))
+    return evaluate_examples(part.store.info.form, examples, lambda texts: embed_shared(run, texts))
 
 
-def figures(form: Form, examples: Sequence[Example], embed: Embed) -> dict[str, float]:
-    """Figures of merit of `embed` (texts to vectors of length 1) on pairs or scored pairs."""
+def evaluate_examples(form: Form, examples: Sequence[Example], embed: Embed) -> dict[str, float]:
+    """Metrics of `embed` (texts to vectors of length 1) on pairs or scored pairs."""
     anchors, positives = [x.anchor for x in examples], [str(x.positive) for x in examples]
     if form == "scored":
         vectors = embed([*anchors, *positives])
@@ -146,17 +146,17 @@ def figures(form: Form, examples: Sequence[Example], embed: Embed) -> dict[str, 
         return {"spearman": spearman(cosines, np.array([x.score for x in examples], dtype=np.float64))}
     negatives = [text for x in examples for text in x.negatives]
     queries, documents = list(dict.fromkeys(anchors)), list(dict.fromkeys([*positives, *negatives]))
-    place = {text: number for number, text in enumerate(documents)}
+    index = {text: number for number, text in enumerate(documents)}
     answers: dict[str, dict[int, None]] = {query: {} for query in queries}
     for anchor, positive in zip(anchors, positives):
-        answers[anchor][place[positive]] = None
+        answers[anchor][index[positive]] = None
     vectors = embed([*queries, *documents])
     relevant = [list(answers[query]) for query in queries]
     return retrieval(vectors[: len(queries)], vectors[len(queries) :], relevant)
 
 
 def embed_shared(run: Run, texts: Sequence[str]) -> NDArray[np.float32]:
-    """Vectors of length 1, `[texts, H]`, on every process; each embeds its share. Collective."""
+    """Vectors of length 1, `[texts, H]`, on every process; each embeds its part. Collective."""
     model, config, runtime = run.as_model(), run.config, run.runtime
     mine = texts[runtime.rank :: runtime.world]
     vectors = embed_cut(model, mine, pooling=config.contrastive.pooling, max_length=config.dataset.max_seq_length)
@@ -182,7 +182,7 @@ def check_max_length(value: int | None) -> None:
 
 
 def evaluate_file(args: argparse.Namespace) -> str:
-    """Figures of any model on any set, without a config: the line that the script prints.
+    """Metrics of any model on any set, without a config: the line that the script prints.
 
     Raises:
         DataError: the set or the arguments cannot be used.
@@ -203,7 +203,7 @@ def evaluate_file(args: argparse.Namespace) -> str:
         )
         for x in opened.examples
     ]
-    found = figures(
+    found = evaluate_examples(
         opened.form, examples, lambda texts: embed_cut(model, texts, pooling=args.pooling, max_length=length)
     )
     return f"{opened.label}, {len(examples):,} rows: " + ", ".join(f"{name} {x:.4f}" for name, x in found.items())

@@ -22,7 +22,7 @@ from neobert.errors import DataError
 Form = Literal["pairs", "scored", "labelled", "texts"]
 RawRow = Mapping[str, Any]
 
-FORM_WORDS: dict[Form, str] = {
+FORM_NAMES: dict[Form, str] = {
     "pairs": "pairs",
     "scored": "scored pairs",
     "labelled": "labelled texts",
@@ -105,7 +105,7 @@ def as_number(value: Any) -> float | None:
         return None
 
 
-def choose_columns(source: PairSource, names: Sequence[str], place: str) -> Columns:
+def choose_columns(source: PairSource, names: Sequence[str], location: str) -> Columns:
     """The columns to read of a source whose rows have `names`.
 
     Raises:
@@ -117,20 +117,20 @@ def choose_columns(source: PairSource, names: Sequence[str], place: str) -> Colu
         "score_column": source.score_column,
         "label_column": source.label_column,
     }
-    given = source.negative_columns
-    negatives = (given,) if isinstance(given, str) else given
-    wanted = [
+    columns = source.negative_columns
+    negatives = (columns,) if isinstance(columns, str) else columns
+    requested = [
         *((key, name) for key, name in named.items() if name),
         *(("negative_columns", n) for n in negatives or ()),
     ]
-    for key, name in wanted:
+    for key, name in requested:
         if name not in names:
-            raise DataError(f"{place}: {key}: {name!r} is not there; its columns are {', '.join(names)}")
+            raise DataError(f"{location}: {key}: {name!r} is not there; its columns are {', '.join(names)}")
     anchor = source.anchor_column or _first(ANCHORS, names)
     if anchor is None:
         raise DataError(
-            f"{place}: none of its columns ({', '.join(names)}) is called {', '.join(ANCHORS)}; name the column of the "
-            "first text with anchor_column in contrastive.sets"
+            f"{location}: none of its columns ({', '.join(names)}) is called {', '.join(ANCHORS)}; name the column of "
+            "the first text with anchor_column in contrastive.sets"
         )
     label = source.label_column
     positive = source.positive_column or (_first(POSITIVES, [n for n in names if n != anchor]) if not label else None)
@@ -138,7 +138,7 @@ def choose_columns(source: PairSource, names: Sequence[str], place: str) -> Colu
     unread = _first(LABELS, names) if label is None and score is None else None
     if positive is not None and source.positive_column is None and unread is not None:
         raise DataError(
-            f"{place}: it has two texts ({anchor}, {positive}) and a column {unread!r}, so it is not clear whether"
+            f"{location}: it has two texts ({anchor}, {positive}) and a column {unread!r}, so it is not clear whether"
             f" every row is a pair; in contrastive.sets write score_column: {unread} where it says how similar they"
             f" are, or positive_column: {positive} to take every row as a pair"
         )
@@ -254,20 +254,20 @@ SETS: dict[str, HubSet] = {
 
 def join(judgements: Iterable[RawRow], queries: Iterable[RawRow], corpus: Iterable[RawRow]) -> Iterator[Example]:
     """A pair for every judgement above 0, in their order, of the texts that they name. Only these are kept."""
-    wanted = [
+    requested = [
         (str(row["query-id"]), str(row["corpus-id"])) for row in judgements if (as_number(row.get("score", 1)) or 0) > 0
     ]
-    anchors = _texts(queries, {query for query, _ in wanted})
-    positives = _texts(corpus, {document for _, document in wanted})
-    for query, document in wanted:
+    anchors = _texts(queries, {query for query, _ in requested})
+    positives = _texts(corpus, {document for _, document in requested})
+    for query, document in requested:
         if anchors.get(query) and positives.get(document):
             yield Example(anchor=anchors[query], positive=positives[document])
 
 
-def _texts(rows: Iterable[RawRow], wanted: set[str]) -> dict[str, str]:
+def _texts(rows: Iterable[RawRow], requested: set[str]) -> dict[str, str]:
     found = {}
     for row in rows:
         name = str(row.get("_id", row.get("id")))
-        if name in wanted:
+        if name in requested:
             found[name] = as_text(row.get("text"))
     return found

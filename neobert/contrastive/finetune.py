@@ -61,48 +61,48 @@ def _check_output_dir(config: Config) -> None:
     sets, output_dir = sets_folder(str(config.dataset.path)), Path(config.trainer.output_dir)
     if output_dir.resolve().is_relative_to(sets.resolve()):
         raise StartupError(
-            f"trainer.output_dir: {output_dir} lies in {sets}, where the prepared sets of dataset.path are; choose a "
+            f"trainer.output_dir: {output_dir} is in {sets}, where the prepared sets of dataset.path are; choose a "
             "folder outside of it"
         )
 
 
 def _bind_pretrained(config: Config) -> Config:
     key = "contrastive.pretrained_checkpoint_dir"
-    place = _place(config)
+    source = _choose_source(config)
     try:
-        folder = find_weights(place)
+        folder = find_weights(source)
         weights = load_encoder_weights(folder)
     except WeightsError as error:
         raise StartupError(f"{key}: {error}") from error
     if weights.tokenizer is None:
         raise StartupError(f"{key}: {folder} has no tokenizer.json; put the tokenizer it was trained with there")
-    given = config.model.init_from
-    if given is not None and Path(given).resolve() != folder.resolve():
+    initial = config.model.init_from
+    if initial is not None and Path(initial).resolve() != folder.resolve():
         raise StartupError(
-            f"model.init_from: {given} is set beside {key} = {place}, which means {folder}; remove one of the two"
+            f"model.init_from: {initial} is set beside {key} = {source}, which means {folder}; remove one of the two"
         )
     tokenizer = TokenizerSection(path=str(weights.tokenizer))
     _check_tokenizer(config, tokenizer)
     return _bind(config, weights.config, str(folder), init_from=str(folder), tokenizer=tokenizer)
 
 
-def _place(config: Config) -> str:
+def _choose_source(config: Config) -> str:
     """What `contrastive.pretrained_checkpoint_dir` and `pretrained_checkpoint` mean together."""
     section = config.contrastive
-    place = str(section.pretrained_checkpoint_dir)
+    source = str(section.pretrained_checkpoint_dir)
     if section.pretrained_checkpoint == "latest":
-        return place
-    folder, step = Path(place), section.pretrained_checkpoint
+        return source
+    folder, step = Path(source), section.pretrained_checkpoint
     for candidate in (folder / "checkpoints" / step, folder / step):
         if candidate.is_dir():
             return str(candidate)
     run = folder.parent if folder.name == "checkpoints" else folder
     there = ", ".join(map(str, checkpoint_steps(run))) or "none"
-    raise StartupError(f"contrastive.pretrained_checkpoint: {step} is no checkpoint of {place}; steps there: {there}")
+    raise StartupError(f"contrastive.pretrained_checkpoint: {step} is no checkpoint of {source}; steps there: {there}")
 
 
 def _bind(
-    config: Config, theirs: ModelConfig, place: str, *, init_from: str | None, tokenizer: TokenizerSection
+    config: Config, theirs: ModelConfig, source: str, *, init_from: str | None, tokenizer: TokenizerSection
 ) -> Config:
     """The config with the architecture `theirs`.
 
@@ -117,10 +117,10 @@ def _bind(
         bound[name] = value
         same_width = name == "intermediate_size" and replace(theirs, intermediate_size=ours).ffn_size == theirs.ffn_size
         if ours not in (value, getattr(defaults, name)) and not same_width:
-            differing.append(f"model.{name}: the config has {ours!r}, {place} has {value!r}")
+            differing.append(f"model.{name}: the config has {ours!r}, {source} has {value!r}")
     if differing:
         raise StartupError(
-            "\n  ".join([f"contrastive.pretrained_checkpoint_dir: {place} holds another architecture:", *differing])
+            "\n  ".join([f"contrastive.pretrained_checkpoint_dir: {source} holds another architecture:", *differing])
             + "\nremove these keys: the checkpoint decides"
         )
     return replace(config, model=replace(config.model, **bound, init_from=init_from), tokenizer=tokenizer)

@@ -6,7 +6,7 @@ negatives are the most similar ones, without
 - its own positives, and texts that are equal to the anchor,
 - the first `skip` of the rest: the very nearest ones are often answers that nobody marked,
 - those whose similarity is above that of the positive, less `margin` (Moreira et al., arXiv 2407.15831, name this and
-  the share of the positive's similarity as the filters that work).
+  the fraction of the positive's similarity as the filters that work).
 """
 
 import argparse
@@ -17,7 +17,7 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from neobert.cli import given
+from neobert.cli import explicit_values
 from neobert.config.schema_contrastive import PairSource
 from neobert.contrastive.evaluate import check_max_length, embed_cut
 from neobert.contrastive.examples import Example
@@ -73,18 +73,18 @@ def mine_examples(
     documents: Sequence[str],
     settings: MineSettings,
 ) -> Iterator[Example]:
-    """Examples with the negatives found in place of those they had.
+    """Examples with the negatives found instead of those they had.
 
     Args:
         embed_anchors: vectors of the examples' anchors.
         embed_positives: vectors of `documents`, the different positives of all examples.
     """
-    place = {text: number for number, text in enumerate(documents)}
+    index = {text: number for number, text in enumerate(documents)}
     answers: dict[str, set[int]] = {}
     for example in examples:
-        own = answers.setdefault(example.anchor, {place[example.anchor]} if example.anchor in place else set())
-        own.add(place[str(example.positive)])
-    positives = embed_positives[[place[str(example.positive)] for example in examples]]
+        own = answers.setdefault(example.anchor, {index[example.anchor]} if example.anchor in index else set())
+        own.add(index[str(example.positive)])
+    positives = embed_positives[[index[str(example.positive)] for example in examples]]
     excluded = [answers[example.anchor] for example in examples]
     for example, found in zip(examples, mine(embed_anchors, positives, embed_positives, excluded, settings)):
         yield Example(
@@ -100,7 +100,7 @@ def mine_file(args: argparse.Namespace) -> tuple[int, int]:
     """
     if args.output.exists():
         raise DataError(f"--output: {args.output} exists already; choose another name, or remove it")
-    settings = MineSettings(**given(args, MineSettings))
+    settings = MineSettings(**explicit_values(args, MineSettings))
     if settings.num_negatives < 1 or settings.skip < 0:
         raise DataError("--num-negatives must be at least 1, and --skip not negative")
     check_max_length(args.max_length)

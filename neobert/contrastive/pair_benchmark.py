@@ -8,10 +8,10 @@
 | `whole` | `--cached-batch-size` pairs at once |
 | `accumulated` | the same pairs, `--batch-size` at a time and compared with each other only: gradients add up |
 
-Every variant runs in a process of its own, so that its peak is its own: what a step takes beyond model, optimizer and
+Every variant runs in its own process, so that its peak is its own: what a step takes beyond model, optimizer and
 data, of the allocator on a GPU, of resident memory on a CPU. That is more than tensors: freed memory that the C library
-has not found a use for counts too. Losses are printed too: unpadded and padded, cached and whole agree. `accumulated`
-is what `cached` is to be compared with: gradients of all weights stand beside the activations of a chunk in both.
+has not found a use for counts too. Losses are printed too: unpadded and padded, cached and whole match. `accumulated`
+is what `cached` is to be compared with: gradients of all weights are held beside the activations of a chunk in both.
 """
 
 import argparse
@@ -124,7 +124,7 @@ def build_batch(rows: list[PackedRow], *, chunk_rows: int, pad_id: int, max_leng
 
 
 def build_module(args: argparse.Namespace, vocab_size: int, pad_id: int, *, padded: bool) -> ContrastiveEncoder:
-    """The model of `--model`, or one of the sizes given with random weights."""
+    """The model of `--model`, or one of the sizes passed with random weights."""
     device = choose_device(args.device)
     kind = PaddedEncoder if padded else ContrastiveEncoder
     attention = choose_attention("auto", device=device, dtype=DTYPES[args.dtype])
@@ -148,7 +148,7 @@ def build_module(args: argparse.Namespace, vocab_size: int, pad_id: int, *, padd
 
 
 def measure(args: argparse.Namespace, variant: str) -> Measurement:
-    """Steps of one variant; call it in a process of its own."""
+    """Steps of one variant; call it in its own process."""
     if args.threads:
         torch.set_num_threads(args.threads)
     count = args.batch_size if variant in ("unpadded", "padded") else args.cached_batch_size

@@ -10,9 +10,9 @@ from neobert.config.rules_data import FORMS
 from neobert.config.schema import Config
 from neobert.config.schema_contrastive import PairSource
 from neobert.contrastive.batches import PairCollator
-from neobert.contrastive.examples import FORM_WORDS, Form
-from neobert.contrastive.pair_order import PairLane, PairOrder, TrainSet, describe_shares
-from neobert.contrastive.prepare_sets import NamedSource, describe, is_same_source, list_wanted
+from neobert.contrastive.examples import FORM_NAMES, Form
+from neobert.contrastive.pair_order import PairLane, PairOrder, TrainSet, step_fractions
+from neobert.contrastive.prepare_sets import NamedSource, describe, is_same_source, list_sets_of
 from neobert.contrastive.set_folder import PairStore, SetInfo, list_sets, sets_folder
 from neobert.data.pipeline import Reader
 from neobert.data.rows.batch_size import BatchSchedule, constant_batch
@@ -167,20 +167,20 @@ class ChosenSets:
 
 
 def choose_sets(config: Config) -> ChosenSets:
-    """Opens the prepared sets that a config wants; where it names none to train on, all that are there.
+    """Opens the prepared sets that a config names; where it names none to train on, all that are there.
 
     Raises:
         NotPrepared: one is not there, or was made from another source.
     """
     path = str(config.dataset.path)
-    wanted, there = list_wanted(config), list_sets(path)
-    others = [*wanted.evaluation, *([wanted.pretraining] if wanted.pretraining is not None else [])]
-    train = wanted.train
+    requested, there = list_sets_of(config), list_sets(path)
+    others = [*requested.evaluation, *([requested.pretraining] if requested.pretraining is not None else [])]
+    train = requested.train
     is_named = config.dataset.name is not None or bool(config.contrastive.sets)
     if config.dataset.load_all_from_disk or not is_named:
-        named = {item.key: item for item in wanted.train} if is_named else {}
-        taken = {item.key for item in others}
-        train = tuple(named.get(key) or _as_stored(info) for key, info in there.items() if key not in taken)
+        named = {item.key: item for item in requested.train} if is_named else {}
+        used = {item.key for item in others}
+        train = tuple(named.get(key) or _as_stored(info) for key, info in there.items() if key not in used)
         if not train:
             raise NotPrepared(f"dataset.path: {sets_folder(path)} holds no set to train on")
     missing = dict.fromkeys(item.key for item in (*train, *others) if item.key not in there)
@@ -198,8 +198,8 @@ def choose_sets(config: Config) -> ChosenSets:
 
     return ChosenSets(
         train=tuple(map(open_set, train)),
-        evaluation=tuple(map(open_set, wanted.evaluation)),
-        pretraining=None if wanted.pretraining is None else open_set(wanted.pretraining),
+        evaluation=tuple(map(open_set, requested.evaluation)),
+        pretraining=None if requested.pretraining is None else open_set(requested.pretraining),
     )
 
 
@@ -232,20 +232,20 @@ def _build_train_set(config: Config, item: NamedSource, store: PairStore, *, pre
 
 
 def _choose_kind(config: Config, info: SetInfo) -> Kind:
-    wanted = config.contrastive.loss_type
-    if wanted == "auto":
+    chosen = config.contrastive.loss_type
+    if chosen == "auto":
         if info.form not in _KINDS:
             raise DataError(
                 f"{info.key} holds texts without pairs, scores or labels; write contrastive.loss_type: simcse, or name"
                 " its columns in contrastive.sets"
             )
         return _KINDS[info.form]
-    if wanted != "simcse" and _KINDS.get(info.form) != wanted:
+    if chosen != "simcse" and _KINDS.get(info.form) != chosen:
         raise DataError(
-            f"contrastive.loss_type: {wanted} needs {FORMS[wanted]}, but {info.key} holds {FORM_WORDS[info.form]};"
+            f"contrastive.loss_type: {chosen} needs {FORMS[chosen]}, but {info.key} holds {FORM_NAMES[info.form]};"
             " write auto, or name other columns in contrastive.sets"
         )
-    return wanted
+    return chosen
 
 
 def _prefixes(config: Config, item: NamedSource) -> tuple[str, str]:
@@ -307,12 +307,12 @@ def _fingerprint(chosen: ChosenSets, sets: Sequence[TrainSet]) -> str:
 
 def _notes(sets: Sequence[TrainSet], order: PairOrder, held_out: Sequence[HeldOut]) -> tuple[str, ...]:
     notes = []
-    for item, share in zip(sets, describe_shares(sets, order)):
+    for item, fraction in zip(sets, step_fractions(sets, order)):
         negatives = f", {item.num_negatives} hard negatives each" if item.num_negatives else ""
-        size = f"{len(item):,} {FORM_WORDS[item.store.info.form]}"
-        notes.append(f"{share:.1%} of the steps: {item.key}, {size}{negatives}: {item.kind}")
+        size = f"{len(item):,} {FORM_NAMES[item.store.info.form]}"
+        notes.append(f"{fraction:.1%} of the steps: {item.key}, {size}{negatives}: {item.kind}")
     notes += [
-        f"evaluation on {part.last - part.first:,} {FORM_WORDS[part.store.info.form]} of {part.key}"
+        f"evaluation on {part.last - part.first:,} {FORM_NAMES[part.store.info.form]} of {part.key}"
         for part in held_out
     ]
     return tuple(notes)

@@ -3,7 +3,7 @@
 All rows of a step come from one lane, a window at a time, and a window is a step:
 
     set        of window n: drawn from (seed, n); set s with a chance in proportion to (its pairs) ** alpha
-    pairs      the next ones of that set, in an order keyed by (seed, s, epoch); a set begins again when it ends
+    pairs      the next ones of that set, in an order keyed by (seed, s, epoch); a set starts again when it ends
     negatives  where an anchor has more than are used: drawn from (seed, s, epoch, pair)
 
 The state is the number of the window and how many pairs of each set were used, so a continued run has the same steps.
@@ -54,8 +54,8 @@ class TrainSet:
             return [anchor]
         negatives = example["negatives"] if self.num_negatives else []
         if len(negatives) > self.num_negatives:
-            places = Permutation(len(negatives), drawn_by)(np.arange(self.num_negatives))
-            negatives = [negatives[place] for place in places.tolist()]
+            chosen = Permutation(len(negatives), drawn_by)(np.arange(self.num_negatives))
+            negatives = [negatives[index] for index in chosen.tolist()]
         return [anchor, *(self.positive_prefix + text for text in (example["positive"], *negatives))]
 
 
@@ -68,7 +68,7 @@ class PairOrder:
     alpha: float
     max_seq_length: int
     pretraining_prob: float = 0.0
-    """Chance of the last set; the others share the rest."""
+    """Chance of the last set; the others split the rest."""
 
     rank: int = 0
     world: int = 1
@@ -114,7 +114,7 @@ class PairLane:
                 piece = Piece(len(documents), 0, min(limit, len(tokens[len(documents)])))
                 documents.append(int(numbers[i]))
                 rows[i].append(piece)
-        used = [count + size * (place == number) for place, count in enumerate(state["used"])]
+        used = [count + size * (index == number) for index, count in enumerate(state["used"])]
         return Window(
             rows=rows,
             get=lambda piece: tokens[piece.document][: piece.length],
@@ -132,8 +132,8 @@ class PairLane:
     def _examples(self, number: int, used: int, count: int) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
         """Numbers and epochs of the next `count` examples of a set."""
         pairs = self._sets[number]
-        places = np.arange(used, used + count)
-        epochs, within = places // len(pairs), places % len(pairs)
+        indices = np.arange(used, used + count)
+        epochs, within = indices // len(pairs), indices % len(pairs)
         numbers = np.empty(count, dtype=np.int64)
         for epoch in np.unique(epochs).tolist():
             here = epochs == epoch
@@ -142,9 +142,9 @@ class PairLane:
         return numbers, epochs
 
 
-def describe_shares(sets: Sequence[TrainSet], order: PairOrder) -> list[float]:
-    """The share of the steps that each set has."""
+def step_fractions(sets: Sequence[TrainSet], order: PairOrder) -> list[float]:
+    """The fraction of the steps that each set has."""
     paired = sets[:-1] if order.pretraining_prob else sets
     weights: list[Any] = [len(item) ** order.alpha for item in paired]
-    shares = [(1 - order.pretraining_prob) * weight / sum(weights) for weight in weights]
-    return [*shares, order.pretraining_prob] if order.pretraining_prob else shares
+    fractions = [(1 - order.pretraining_prob) * weight / sum(weights) for weight in weights]
+    return [*fractions, order.pretraining_prob] if order.pretraining_prob else fractions

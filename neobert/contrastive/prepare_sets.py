@@ -34,7 +34,7 @@ class NamedSource:
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class Wanted:
+class RequestedSets:
     """The sets of a config."""
 
     train: tuple[NamedSource, ...]
@@ -48,7 +48,7 @@ class Wanted:
         return tuple({item.key: item for item in named}.values())
 
 
-def list_wanted(config: Config) -> Wanted:
+def list_sets_of(config: Config) -> RequestedSets:
     """What a config trains and evaluates on.
 
     Raises:
@@ -57,20 +57,20 @@ def list_wanted(config: Config) -> Wanted:
     section = config.contrastive
     train = section.sets or tuple(PairSource(name=name) for name in list_names(config.dataset.name))
     texts = None if section.pretraining_dataset is None else PairSource(name=section.pretraining_dataset)
-    wanted = Wanted(
+    requested = RequestedSets(
         train=tuple(map(name_source, train)),
         evaluation=tuple(map(name_source, section.eval_sets)),
         pretraining=None if texts is None else name_source(texts),
     )
     seen: dict[str, dict[str, Any]] = {}
-    for item in (*wanted.train, *wanted.evaluation, *([wanted.pretraining] if wanted.pretraining else [])):
+    for item in (*requested.train, *requested.evaluation, *([requested.pretraining] if requested.pretraining else [])):
         described = describe(item.source)
         if not is_same_source(seen.setdefault(item.key, described), described):
             raise DataError(
                 f"contrastive.sets: two sources would both be stored as {item.key}: {seen[item.key]} and {described};"
                 " rename one of the files or folders"
             )
-    return wanted
+    return requested
 
 
 def name_source(source: PairSource) -> NamedSource:
@@ -108,12 +108,12 @@ def _with_real_path(described: dict[str, Any]) -> dict[str, Any]:
 
 
 def prepare(
-    config: Config, hub: HubRows = read_hub, tell: Callable[[FoundSet], None] = lambda opened: None
+    config: Config, hub: HubRows = read_hub, report: Callable[[FoundSet], None] = lambda opened: None
 ) -> list[tuple[SetInfo, bool]]:
     """Prepares the sets of a config; each with whether it was made now.
 
     Args:
-        tell: takes every source that was read.
+        report: called with every source that was read.
 
     Raises:
         DataError: a source cannot be read; sets that were complete before stay.
@@ -129,7 +129,7 @@ def prepare(
         write_manifest(data.path)
         return [(info, False) for info in infos.values()]
     done = []
-    for item in list_wanted(config).all:
+    for item in list_sets_of(config).all:
         folder, source = sets_folder(data.path) / item.key, describe(item.source)
         info = read_info(folder)
         fresh = info is None or not is_same_source(info.source, source) or data.force_redownload
@@ -137,7 +137,7 @@ def prepare(
             opened = open_source(item.source, hub, data)
             examples = islice(opened.examples, item.source.max_pairs)
             info = write_set(folder, item.key, opened.form, examples, source)
-            tell(opened)
+            report(opened)
         assert info is not None
         done.append((info, fresh))
         write_manifest(data.path)
@@ -151,6 +151,6 @@ def say_found(opened: FoundSet) -> None:
     cli.say(*(f"warning: {opened.label}: {text}" for text in opened.found.warnings()))
 
 
-def preprocess_command(words: Sequence[str]) -> str:
+def preprocess_command(argv: Sequence[str]) -> str:
     """The line that prepares what a config needs."""
-    return shlex.join(["neobert", "preprocess-pairs", *words])
+    return shlex.join(["neobert", "preprocess-pairs", *argv])

@@ -19,7 +19,7 @@ from datasets import Dataset, DatasetDict, load_dataset, load_from_disk
 
 from neobert.config.schema_contrastive import PairSource
 from neobert.config.schema_data import DatasetSection
-from neobert.contrastive.examples import FORM_WORDS, SETS, Example, Form, RawRow, choose_columns, join
+from neobert.contrastive.examples import FORM_NAMES, SETS, Example, Form, RawRow, choose_columns, join
 from neobert.data.source.codecs import DAMAGED
 from neobert.data.source.delimited import read_header, read_rows
 from neobert.data.source.files import DataFile, kind_of_name, local_file
@@ -95,9 +95,9 @@ class Limits:
 def open_source(source: PairSource, hub: HubRows = read_hub, section: DatasetSection = _DEFAULTS) -> FoundSet:
     """The examples of one entry of `contrastive.sets`.
 
-    `section` tells how many records may be bad, and how large one may be.
+    `section` says how many records may be bad, and how large one may be.
 
-    A name is a local path where there is one, else a known set (unless columns, a split or a configuration are given,
+    A name is a local path where there is one, else a known set (unless columns, a split or a configuration are set,
     which describe the dataset of the hub itself), else a dataset of the hub.
 
     Raises:
@@ -202,11 +202,11 @@ def _by_files(source: PairSource, label: str, limits: Limits) -> FoundSet:
     except DataError as error:
         raise _reworded(error) from error
     names = list(dict.fromkeys(found.splits.values()))
-    wanted = None if source.split is None else SPLIT_WORDS.get(source.split.lower(), source.split)
-    if wanted is not None and wanted not in names:
+    requested = None if source.split is None else SPLIT_WORDS.get(source.split.lower(), source.split)
+    if requested is not None and requested not in names:
         raise DataError(f"{label} has no split {source.split}; there: {', '.join(names)}")
     try:
-        split = choose_train_split(names, wanted)
+        split = choose_train_split(names, requested)
     except DataError:
         raise DataError(f"{label} has no training files; name a split with split: {', '.join(names)}") from None
     files = _look_into(found.files_of(split), label)
@@ -221,14 +221,14 @@ def _by_files(source: PairSource, label: str, limits: Limits) -> FoundSet:
         for file, of_file in itertools.chain([first], full):
             if of_file.form != form:
                 raise DataError(
-                    f"{file.url} has {FORM_WORDS[of_file.form]}, and the other files have {FORM_WORDS[form]}; "
+                    f"{file.url} has {FORM_NAMES[of_file.form]}, and the other files have {FORM_NAMES[form]}; "
                     "name the columns in contrastive.sets, or the files in entries of their own"
                 )
             count = 0
             for example in of_file.examples:
                 count += 1
                 yield example
-            remark = None if count else f"no {FORM_WORDS[form]} in its rows"
+            remark = None if count else f"no {FORM_NAMES[form]} in its rows"
             reports[file.url] = FileReport(url=file.url, content=file.layers, num_usable=count, remark=remark)
 
     return FoundSet(form=form, examples=examples(), label=label, inventory=found.inventory, reports=reports)
@@ -266,7 +266,7 @@ def _look_into(files: Sequence[DataFile], label: str) -> list[DataFile]:
 
 
 def _reworded(error: DataError) -> DataError:
-    """The error in the words of `contrastive.sets`, where no file can be skipped."""
+    """The error with the keys of `contrastive.sets`, where no file can be skipped."""
     message = str(error).replace(OR_SKIP_SHARD, "").replace("dataset.path: ", "")
     return DataError(message.replace("take it out of dataset.path", "take it away"))
 
@@ -299,7 +299,7 @@ def read_file(file: DataFile, limits: Limits) -> Iterator[RawRow]:
 
 
 Found = Iterator[tuple[str, RawRow | None, str | None]]
-"""(place, row, problem) of every record; neither row nor problem for a blank line."""
+"""(location, row, problem) of every record; neither row nor problem for a blank line."""
 
 
 def _read_jsonl(file: DataFile, max_record_bytes: int) -> Found:
@@ -334,7 +334,7 @@ def _as_rows(batch: pa.RecordBatch) -> list[tuple[RawRow | None, str | None]]:
     except UnicodeDecodeError as error:
         if len(batch) == 1:
             return [(None, str(error))]
-    return [found for place in range(len(batch)) for found in _as_rows(batch.slice(place, 1))]
+    return [found for index in range(len(batch)) for found in _as_rows(batch.slice(index, 1))]
 
 
 def _usable(found: Iterable[tuple[str, RawRow | None, str | None]], limits: Limits) -> Iterator[RawRow]:
@@ -343,19 +343,19 @@ def _usable(found: Iterable[tuple[str, RawRow | None, str | None]], limits: Limi
     Raises:
         DataError: there are too many of them.
     """
-    for place, row, problem in found:
+    for location, row, problem in found:
         try:
             problem = problem or _find_problem(row, limits.max_record_bytes)
         except RecursionError:  # JSON is read deeper than Python follows it.
             problem = "nested too deeply to be read"
         if problem is not None:
-            limits.counts.add_bad(f"{place}: {problem}")
+            limits.counts.add_bad(f"{location}: {problem}")
         elif row is not None:
             yield row
 
 
 def _number(rows: Iterable[RawRow], label: str, limits: Limits) -> Iterator[RawRow]:
-    """The usable rows of a library, whose place is their number."""
+    """The usable rows of a library; their location is their number."""
     return _usable(((f"{label}, row {number}", row, None) for number, row in enumerate(rows, start=1)), limits)
 
 

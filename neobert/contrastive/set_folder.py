@@ -50,7 +50,7 @@ class SetInfo:
     """Most negatives that one anchor has."""
 
     labels: tuple[str, ...]
-    """Words of the classes, in the order of their numbers."""
+    """Names of the classes, in the order of their numbers."""
 
     fingerprint: str
     """sha256 of the examples."""

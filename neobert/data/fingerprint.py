@@ -10,7 +10,7 @@ Reading all of a corpus at every start would cost minutes, so of large data a sa
 | files (`fingerprint_files`) | of each, with its name | 16 spread blocks of 4 kB | 64 kB read a file |
 | documents on disk (`digest_documents`) | of every one | 8 spread blocks of 1 kB of 128 spread ones | 1 MB read |
 
-Spread means evenly, from the first to the last. An edit that keeps all sizes and lies between the blocks is not seen.
+Spread means evenly, from the first to the last. An edit that keeps all sizes and is between the blocks is not seen.
 """
 
 import hashlib

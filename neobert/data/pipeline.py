@@ -37,7 +37,7 @@ PREFETCH_STEPS = 4
 
 @dataclass(frozen=True, kw_only=True, slots=True, eq=False)
 class Reader:
-    """The process that reads: what a step takes, which share of it is this one's, and where prepared data lies."""
+    """The process that reads: what a step takes, which part of it is this one's, and where prepared data is."""
 
     rows_per_step: int
     """Global batch in rows, after a warm-up of the batch."""
@@ -73,7 +73,7 @@ class Reader:
 
 
 def choose_num_workers(world: int) -> int:
-    """Threads that open windows when `dataset.num_workers` is null: a quarter of this process's share of the cores,
+    """Threads that open windows when `dataset.num_workers` is null: a quarter of the cores of this process,
     from 1 to 4. The tokenizer uses the other cores by itself."""
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     local = min(world, int(os.environ.get("LOCAL_WORLD_SIZE", "1")))
@@ -157,7 +157,7 @@ class DataPipeline:
         )
 
     def eval_batches(self) -> Iterator[PackedBatch]:
-        """This rank's share of the evaluation; as many batches on every rank, none without evaluation data."""
+        """This rank's part of the evaluation; as many batches on every rank, none without evaluation data."""
         if self.eval_set is None:
             return iter(())
         settings = self.loader_settings
@@ -191,8 +191,8 @@ class DataPipeline:
                 for piece in (piece for row in window.rows for piece in row):
                     counts += np.bincount(window.get(piece), minlength=len(counts))
         counts[list(self.tokenizer.special_ids)] = 0
-        shares = counts[counts > 0] / max(1, counts.sum())
-        return float(-(shares * np.log(shares)).sum())
+        fractions = counts[counts > 0] / max(1, counts.sum())
+        return float(-(fractions * np.log(fractions)).sum())
 
 
 def build_data(

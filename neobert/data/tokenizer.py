@@ -62,7 +62,7 @@ class Tokenizer:
         self.digest: str = _digest(self._backend)
         """Of the canonical tokenizer.json: equal digests tokenise equally."""
         self.note = note
-        self._place = str(hf.name_or_path)
+        self._source = str(hf.name_or_path)
         self._rebuilt_digest = None if rebuilt is None else _digest(rebuilt)
         self._backend.encode_special_tokens = True
         self.cls_id: int = hf.cls_token_id
@@ -75,7 +75,7 @@ class Tokenizer:
         self.size: int = max(len(hf), ids[-1] + 1)
         """Smallest vocabulary that holds every id."""
         self.random_ids: IntArray = np.setdiff1d(np.array(ids, dtype=np.int32), np.array(self.special_ids, np.int32))
-        """Ids that may stand in for a masked token: all but the special ones."""
+        """Ids that may replace a masked token: all but the special ones."""
 
     def is_source_of(self, digest: str) -> bool:
         """Whether a run that has a tokenizer of this digest can have had it from here.
@@ -90,7 +90,7 @@ class Tokenizer:
         return [np.array(encoding.ids, dtype=np.int32) for encoding in encodings]
 
     def encode_with_offsets(self, texts: Sequence[str]) -> list[tuple[IntArray, NDArray[np.int64]]]:
-        """Token ids as `encode_batch` gives them, and for each token the characters [begin, end) it stands for."""
+        """Token ids as `encode_batch` gives them, and for each token the characters [begin, end) it covers."""
         encodings = self._backend.encode_batch(list(texts), add_special_tokens=False)
         return [(np.array(e.ids, np.int32), np.array(e.offsets, np.int64).reshape(-1, 2)) for e in encodings]
 
@@ -129,8 +129,8 @@ class Tokenizer:
 
     @property
     def label(self) -> str:
-        """The tokenizer in words: with the folder or name it was loaded from, where there is one."""
-        return f"the tokenizer {self._place}" if self._place else "the tokenizer"
+        """The tokenizer as text: with the folder or name it was loaded from, where there is one."""
+        return f"the tokenizer {self._source}" if self._source else "the tokenizer"
 
     def spell(self, token_id: int) -> str:
         """A token as the vocabulary spells it."""
@@ -164,7 +164,7 @@ def check_mask_token(tokenizer: Tokenizer) -> None:
             f"mask_token of {tokenizer.label} is {token!r}, which is its {both} too: such tokens would look like masks "
             f"that hide nothing; {_OWN_MASK}"
         )
-    word = token.strip("\u2581\u0120#")  # What marks a beginning or a continuation.
+    word = token.strip("\u2581\u0120#")  # What marks a start or a continuation.
     if word.isalnum() or len(word) == 1:
         (ids,) = tokenizer.encode_batch([word])
         if tokenizer.mask_id in ids:

@@ -44,25 +44,25 @@ class LoadedTokenizer(NamedTuple):
     """Special tokens that are named (`mask_token`, ...) and that tokenizer.json does not have."""
 
 
-def load_as_written(place: str, *, revision: str | None = None, trust_remote_code: bool = False) -> LoadedTokenizer:
+def load_as_written(source: str, *, revision: str | None = None, trust_remote_code: bool = False) -> LoadedTokenizer:
     """The tokenizer of a folder or of a repository of the hub, as its tokenizer.json says.
 
     Raises:
         OSError, ValueError, KeyError, ImportError: it cannot be loaded. ValueError also where tokenizer.json cannot be
             read, and where transformers changes it whatever the class.
     """
-    named_class = _read_class(Path(place))
-    path = _find_file(place, revision)
+    named_class = _read_class(Path(source))
+    path = _find_file(source, revision)
     written = None if path is None else _read_file(path)
     options: dict[str, Any] = {"revision": revision, "trust_remote_code": trust_remote_code}
     try:
-        built = AutoTokenizer.from_pretrained(place, **options)
+        built = AutoTokenizer.from_pretrained(source, **options)
     except (OSError, ValueError, KeyError, ImportError):
         raise
     except Exception as error:  # A class that cannot hold this model raises anything; the file is sound.
         if written is None:
             raise ValueError(_first_line(error)) from error
-        built = PreTrainedTokenizerFast.from_pretrained(place, **options)
+        built = PreTrainedTokenizerFast.from_pretrained(source, **options)
         loaded = _as_written(built, written)
         note = f"{_describe_class(named_class)}, which cannot hold it ({_first_line(error)}); {_REMEDY}"
         return loaded._replace(note=note, rebuilt=None)
@@ -138,7 +138,7 @@ def _named_tokens(hf: Any) -> frozenset[str]:
 
 
 def _as_written(built: Any, written: tokenizers.Tokenizer) -> LoadedTokenizer:
-    """`built` with the content of tokenizer.json in its place: of it only names of tokens and settings remain.
+    """`built` with the content of tokenizer.json instead of its own: of it only names of tokens and settings remain.
 
     Raises:
         ValueError: transformers changes it all the same.
@@ -171,12 +171,12 @@ def _as_written(built: Any, written: tokenizers.Tokenizer) -> LoadedTokenizer:
     return LoadedTokenizer(hf, None, None, {name: token for name, token in tokens.items() if name not in kept})
 
 
-def _find_file(place: str, revision: str | None) -> Path | None:
-    if Path(place).is_dir():
-        path = Path(place) / FILE
+def _find_file(source: str, revision: str | None) -> Path | None:
+    if Path(source).is_dir():
+        path = Path(source) / FILE
         return path if path.is_file() else None
     try:
-        found = cached_file(place, FILE, revision=revision)
+        found = cached_file(source, FILE, revision=revision)
     except (OSError, ValueError):  # Not there, or nothing can be reached: AutoTokenizer says which.
         return None
     return None if found is None else Path(found)

@@ -2,9 +2,9 @@
 
 | tokenizer | a token continues with the word before it when |
 |---|---|
-| WordPiece, or BPE with such a prefix | it begins with the prefix (`##`) |
+| WordPiece, or BPE with such a prefix | it starts with the prefix (`##`) |
 | BPE with an end-of-word suffix | the token before has no suffix |
-| byte-level BPE, metaspace | it has no mark of a space (`Ġ`, `▁`), begins with a letter or digit and follows one |
+| byte-level BPE, metaspace | it has no mark of a space (`Ġ`, `▁`), starts with a letter or digit and follows one |
 | one token a word (WordLevel) | never |
 
 Bytes above 127 count as letters: they are parts of characters. Scripts without spaces are one long word there.
@@ -27,7 +27,7 @@ def build_word_edges(tokenizer: Tokenizer) -> WordEdges:
     """The tables of a tokenizer; special tokens belong to no word.
 
     Raises:
-        DataError: its tokens do not tell where words begin.
+        DataError: its tokens do not show where words begin.
     """
     definition, vocabulary = tokenizer.definition, tokenizer.vocabulary
     model = definition["model"]
@@ -86,8 +86,8 @@ def _is_letter_byte(character: str) -> bool:
     return byte >= 128 or chr(byte).isalnum()
 
 
-def _is_letter(token: str, place: int) -> bool:
-    if len(token) == 6 and token.startswith("<0x") and token.endswith(">"):  # A byte for want of a character.
+def _is_letter(token: str, index: int) -> bool:
+    if len(token) == 6 and token.startswith("<0x") and token.endswith(">"):  # A byte instead of a character.
         byte = int(token[3:5], 16)
         return byte >= 128 or chr(byte).isalnum()
-    return unicodedata.category(token[place])[0] in "LMN"
+    return unicodedata.category(token[index])[0] in "LMN"

@@ -85,14 +85,14 @@ def model_card(
 
 
 def _use(objective: Objective, tokenizer: Tokenizer, sentences: VectorSettings, *, name: str, form: Form) -> str:
-    mask = next(word for word, number in tokenizer.special_tokens.items() if number == tokenizer.mask_id)
+    mask = next(token for token, number in tokenizer.special_tokens.items() if number == tokenizer.mask_id)
     before = _TRAINED_VECTORS
     if objective.vectors is None:
         before = (_FILL_MASK if objective.fills_masks else "") + _PLAIN_VECTORS
     trust = "" if form == "native" else ", trust_remote_code=True"
     prompts = [
-        f'\n- `encode(texts, prompt_name="{word}")` puts `{text}` before each text, as in training'
-        for word, text in sentences.prompts
+        f'\n- `encode(texts, prompt_name="{name}")` puts `{text}` before each text, as in training'
+        for name, text in sentences.prompts
     ]
     return "".join(
         [(before + _EMBED).format(name=name, trust=trust, mask=mask), *(["\n"] if prompts else []), *prompts]
@@ -123,10 +123,10 @@ def _summary(objective: Objective, config: ModelConfig, form: Form, dtype: str) 
 def _norms(config: ModelConfig) -> str:
     if config.ngpt:
         return "none: hidden states and the vectors of all matrices have length 1 (nGPT, arXiv 2410.01131)"
-    places = ["before each half of a block"]
-    places += ["after the embedding"] if config.embedding_norm else []
-    places += ["RMSNorm of queries and keys"] if config.qk_norm else []
-    return ", ".join(["RMSNorm" if config.rms_norm else "LayerNorm", *places])
+    norms = ["before each half of a block"]
+    norms += ["after the embedding"] if config.embedding_norm else []
+    norms += ["RMSNorm of queries and keys"] if config.qk_norm else []
+    return ", ".join(["RMSNorm" if config.rms_norm else "LayerNorm", *norms])
 
 
 def _training(weights: EncoderWeights, lineage: Sequence[RunFacts]) -> str:
@@ -139,16 +139,16 @@ def _training(weights: EncoderWeights, lineage: Sequence[RunFacts]) -> str:
     if (weights.folder / AVERAGE_FILE).is_file():
         steps = parse_json((weights.folder / AVERAGE_FILE).read_text())["steps"]
         lines.append(f"- weights: the mean of the checkpoints of steps {', '.join(f'{step:,}' for step in steps)}")
-    lines += [line for facts in lineage[:1] for line in (*_figures(facts), *_versions(facts))]
+    lines += [line for facts in lineage[:1] for line in (*_results(facts), *_versions(facts))]
     for base in lineage[1:]:
-        lines += ["", "What it started from:", "", *_recipe(base), f"- optimizer steps: {base.step:,}", *_figures(base)]
+        lines += ["", "What it started from:", "", *_recipe(base), f"- optimizer steps: {base.step:,}", *_results(base)]
     return "\n".join(lines)
 
 
 def _recipe(facts: RunFacts) -> list[str]:
     config, start, rows = facts.config, facts.start, facts.state.get("rows_per_step")
     return [
-        *([f"- started from {_place(start)}"] if start is not None else []),
+        *([f"- started from {_describe_source(start)}"] if start is not None else []),
         *choose_objective(config).card.recipe(config, name_sources(facts)),
         f"- {config.optimizer.name}, peak learning rate {config.optimizer.lr:g}, {config.scheduler.name} schedule",
         f"- weight decay {config.optimizer.weight_decay:g}, seed {config.seed}"
@@ -156,13 +156,13 @@ def _recipe(facts: RunFacts) -> list[str]:
     ]
 
 
-def _place(source: str) -> str:
-    """The run and step, folder or name of the hub that weights were taken from."""
+def _describe_source(source: str) -> str:
+    """The run and step, folder or name of the hub that weights were read from."""
     folder = Path(source)
     return f"the run {folder.parents[1].name}, step {int(folder.name):,}" if is_step(folder) else readable(source)
 
 
-def _figures(facts: RunFacts) -> list[str]:
+def _results(facts: RunFacts) -> list[str]:
     tokens = sum(r["num_tokens"] for r in facts.records if r["kind"] == "step")
     lines = [f"- tokens seen: {tokens:,}"] if tokens else []
     if facts.evaluation is not None:
@@ -242,13 +242,13 @@ def build_card_data(
         form: Of the export.
         name: What users load the model by.
         source: What is exported: a folder, or a model of the hub.
-        language: Codes that were given in the call; none keeps those of `older`.
+        language: Codes that were passed in the call; none keeps those of `older`.
     """
     card = objective.card
     values: dict[str, Any] = {"base_model": hub_model(source)}
     values |= {key: older.data[key] for key in _KEPT if key in older.data}
     if lineage:
-        results = list(_results(lineage[0]))
+        results = list(_eval_results(lineage[0]))
         values["datasets"] = [data for facts in lineage for data in datasets_on_hub(facts)] or None
         values["base_model"] = next(filter(None, map(model_on_hub, lineage)), None)
         values |= {"eval_results": results, "model_name": name} if results else {}
@@ -265,19 +265,19 @@ def build_card_data(
     return data
 
 
-def _results(facts: RunFacts) -> Iterator[EvalResult]:
+def _eval_results(facts: RunFacts) -> Iterator[EvalResult]:
     """The evaluation of these very weights, as it was recorded; nothing when the last one is of an earlier step."""
     last = facts.evaluation
     if last is None or last["step"] != facts.step:
         return
     for task, dataset, metric, value, label in choose_objective(facts.config).card.results(last):
-        place = {"dataset_type": KNOWN_SETS.get(dataset, dataset), "dataset_name": dataset} if dataset else None
+        named = {"dataset_type": KNOWN_SETS.get(dataset, dataset), "dataset_name": dataset} if dataset else None
         yield EvalResult(
             task_type=task,
             metric_type=metric,
             metric_value=value,
             metric_name=label or metric,
-            **(place or _evaluated(facts)),  # type: ignore[arg-type]
+            **(named or _evaluated(facts)),  # type: ignore[arg-type]
         )
 
 

@@ -1,7 +1,7 @@
 """Outputs of our model, and how far another implementation of the same encoder is from them.
 
 Ours runs all documents packed into one row; the other side runs them padded, one by one, or as it likes. Only the slots
-of real tokens are compared. Errors are taken per layer: the embeddings, the output of each block but the last, the
+of real tokens are compared. Errors are measured per layer: the embeddings, the output of each block but the last, the
 normalised output of the last, the logits.
 """
 
@@ -19,7 +19,7 @@ from neobert.objectives.base import ObjectiveModule
 from neobert.weights.encoder_weights import EncoderWeights
 
 TOLERANCE = 1e-5
-"""Largest error that counts as equal, as a share of the largest value of the layer (but at least of 1)."""
+"""Largest error that counts as equal, as a fraction of the largest value of the layer (but at least of 1)."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -38,8 +38,8 @@ class RunFacts:
     @property
     def start(self) -> str | None:
         """What the run took its initial weights from, a step of a run or as the config names it; None for random."""
-        source, given = self.config.model.init_from, self.config.contrastive.pretrained_checkpoint_dir
-        return source if given is None or (source and is_step(Path(source))) else given
+        source, folder = self.config.model.init_from, self.config.contrastive.pretrained_checkpoint_dir
+        return source if folder is None or (source and is_step(Path(source))) else folder
 
 
 def load_run_facts(folder: Path, step: int | None, kind: str = "model") -> RunFacts | None:

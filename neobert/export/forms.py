@@ -9,7 +9,7 @@ And the name space of our torch operators becomes one of the module's own: two f
 or a folder beside this package, would otherwise define the same operator twice, and the later definition would silently
 replace the earlier one.
 
-Every field of ModelConfig stands in one of two tables. A field that stands in neither is an error: a new setting must
+Every field of ModelConfig is in one of two tables. A field that is in neither is an error: a new setting must
 not be dropped on the way out because nobody thought of it here.
 """
 
@@ -72,11 +72,11 @@ REQUIRED: dict[str, Any] = {
 """Fields that the native form has only one value for."""
 
 
-def choose_form(config: ModelConfig, wanted: str) -> Form:
-    """`wanted`, where `auto` is `native` whenever the architecture allows it.
+def choose_form(config: ModelConfig, requested: str) -> Form:
+    """`requested`, where `auto` is `native` whenever the architecture allows it.
 
     Raises:
-        ExportError: `native` cannot express the architecture, `wanted` is unknown, or ModelConfig has a field that
+        ExportError: `native` cannot express the architecture, `requested` is unknown, or ModelConfig has a field that
             this module does not know.
     """
     unknown = [f.name for f in fields(config) if f.name not in CARRIED and f.name not in REQUIRED]
@@ -85,18 +85,18 @@ def choose_form(config: ModelConfig, wanted: str) -> Form:
             f"--format: the export does not know the architecture fields {', '.join(unknown)}; say in CARRIED or "
             "REQUIRED of neobert/export/forms.py whether EuroBERT can express them"
         )
-    if wanted not in ("auto", "native", "remote_code"):
-        raise ExportError(f"--format: {wanted!r} is unknown; write auto, native or remote_code")
-    obstacles = [
+    if requested not in ("auto", "native", "remote_code"):
+        raise ExportError(f"--format: {requested!r} is unknown; write auto, native or remote_code")
+    problems = [
         f"model.{name}: {getattr(config, name)!r} instead of {value!r}"
         for name, value in REQUIRED.items()
         if getattr(config, name) != value
     ]
-    if wanted == "native" and obstacles:
+    if requested == "native" and problems:
         raise ExportError(
-            f"--format: native cannot express this architecture ({'; '.join(obstacles)}); write auto or remote_code"
+            f"--format: native cannot express this architecture ({'; '.join(problems)}); write auto or remote_code"
         )
-    return "remote_code" if obstacles or wanted == "remote_code" else "native"
+    return "remote_code" if problems or requested == "remote_code" else "native"
 
 
 def native_config(config: ModelConfig, tokenizer: Tokenizer, dtype: str, *, fills_masks: bool = True) -> dict[str, Any]:

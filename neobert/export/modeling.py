@@ -3,9 +3,9 @@
 Texts go through the model without padding: the real tokens of a batch become one stream, each row (or each document of
 a packed row) a segment of its own, and the hidden states are put back into their slots. Slots of padding are zero.
 
-Positions are counted within each document, over its real tokens, as in training. So padding may stand on either side.
+Positions are counted within each document, over its real tokens, as in training. So padding may be on either side.
 
-What a model takes is written out in its `forward`: transformers' Trainer drops every column that does not stand there.
+What a model takes is written out in its `forward`: transformers' Trainer drops every column that is not there.
 """
 
 from typing import Any
@@ -28,7 +28,7 @@ from neobert.model.segments import Segments
 
 
 class NeobertEncoderConfig(PreTrainedConfig):
-    """`architecture` holds the fields of ModelConfig; some stand beside it under the names that libraries look for."""
+    """`architecture` holds the fields of ModelConfig; some are beside it under the names that libraries look for."""
 
     model_type = "neobert_encoder"
     has_no_defaults_at_init = True
@@ -41,7 +41,7 @@ class NeobertEncoderConfig(PreTrainedConfig):
         **kwargs: Any,
     ) -> None:
         if architecture is None:
-            raise ValueError("architecture: not given; load this config with from_pretrained")
+            raise ValueError("architecture: missing; load this config with from_pretrained")
         vocab_size = kwargs.pop("vocab_size", architecture["vocab_size"])
         architecture = {**architecture, "vocab_size": vocab_size}
         for name in ("pad_token_id", "tie_word_embeddings"):
@@ -56,7 +56,7 @@ class NeobertEncoderConfig(PreTrainedConfig):
 
 
 class NeobertEncoderPreTrainedModel(PreTrainedModel):
-    """What the models below share."""
+    """What the models below have in common."""
 
     config_class = NeobertEncoderConfig
     base_model_prefix = "model"

@@ -1,4 +1,4 @@
-"""Runs exported folders through transformers alone, in a process of its own: `python -P probe.py JOB.json`.
+"""Runs exported folders through transformers alone, in its own process: `python -P probe.py JOB.json`.
 
 It imports nothing of this package, so a folder that needed it would fail here. The job is a list of folders with their
 inputs; for each, tensors go to `outputs.safetensors` and everything else to `outputs.json` in its working folder.
@@ -72,7 +72,7 @@ def probe(item: dict[str, Any], inputs: dict[str, Tensor], work: Path) -> tuple[
         "dtype": str(next(model.parameters()).dtype),
         "encoded": encoded,
         "decoded": [tokenizer.decode(x[1:-1]) for x in encoded],
-        "not_taken": sorted(set(batch) - set(inspect.signature(model.forward).parameters)),
+        "not_accepted": sorted(set(batch) - set(inspect.signature(model.forward).parameters)),
         "max_length": tokenizer.model_max_length,
         "guesses": [[guess["token"], guess["score"]] for guess in guesses],
         "sentences": "not installed",
@@ -152,8 +152,8 @@ def run_onnx(model: Any, batches: list[Any], path: Path) -> list[Tensor]:
             verbose=False,
         )
     session = onnxruntime.InferenceSession(path, providers=["CPUExecutionProvider"])
-    taken = [item.name for item in session.get_inputs()]
-    results = [session.run(["logits"], {name: batch[name].numpy() for name in taken})[0] for batch in batches]
+    inputs = [item.name for item in session.get_inputs()]
+    results = [session.run(["logits"], {name: batch[name].numpy() for name in inputs})[0] for batch in batches]
     return [torch.from_numpy(logits) for logits in results]
 
 

@@ -1,6 +1,6 @@
 """The tokenizer of an exported folder: called by itself, it must give exactly what the model was trained on.
 
-Training wraps every document as `[CLS] text [SEP]`, whatever the tokenizer would do on its own, and a mask stands for a
+Training wraps every document as `[CLS] text [SEP]`, whatever the tokenizer would do on its own, and a mask replaces a
 word together with the space before it. Where the saved tokenizer differs, its template and its mask token are changed
 accordingly; its vocabulary and the way it cuts text stay as they are. The class that tokenizer_config.json names is
 kept while transformers makes of it what tokenizer.json says.
@@ -41,12 +41,12 @@ def save_tokenizer(source: Path, output: Path, *, max_length: int) -> list[str]:
         hf.add_special_tokens({"mask_token": AddedToken(hf.mask_token, lstrip=True, special=True)})
         changes.append(f"{hf.mask_token} takes the space before it along, as in training")
     hf.save_pretrained(str(output))
-    _settle_config(output / "tokenizer_config.json")
+    _write_config(output / "tokenizer_config.json")
     return changes
 
 
-def _settle_config(file: Path) -> None:
-    """Writes down the inputs, which transformers does only where they were given before, and drops what is not about
+def _write_config(file: Path) -> None:
+    """Writes down the inputs, which transformers does only where they were set before, and drops what is not about
     the tokenizer."""
     values = {
         key: value for key, value in json.loads(file.read_text(encoding="utf-8")).items() if key not in _OF_LOADING
@@ -59,7 +59,7 @@ def check_class(folder: Path) -> list[str]:
     """Sees to it that plain `AutoTokenizer` tokenises as tokenizer.json says, in a folder that has its config.json.
 
     Where the class in tokenizer_config.json makes another tokenizer of it, the class that reads the file as it is takes
-    its place; a sentence says so.
+    it; a sentence says so.
     """
     file = folder / CONFIG_FILE
     config = json.loads(file.read_text(encoding="utf-8"))

@@ -140,7 +140,7 @@ def _run_probe(subjects: Sequence[_Subject], temporary: Path) -> None:
             "folder": str(s.folder.resolve()),
             "trust": (s.folder / "config.json").read_text().find('"auto_map"') >= 0,
             "texts": TEXTS,
-            "fill": FILL.replace(MASK_TEXT, _mask_word(s.tokenizer)),
+            "fill": FILL.replace(MASK_TEXT, _mask_token(s.tokenizer)),
             "work": str(s.work),
         }
         for s in subjects
@@ -264,10 +264,10 @@ def _check_tokenizer(subject: _Subject, facts: dict[str, Any]) -> Check:
 def _check_inputs(facts: dict[str, Any]) -> Check:
     return Check(
         name="inputs of the tokenizer",
-        passed=not facts["not_taken"],
-        detail=f"the model does not take {', '.join(facts['not_taken'])}; remove it from model_input_names of "
+        passed=not facts["not_accepted"],
+        detail=f"the model does not take {', '.join(facts['not_accepted'])}; remove it from model_input_names of "
         "tokenizer_config.json"
-        if facts["not_taken"]
+        if facts["not_accepted"]
         else "the model takes all of them",
     )
 
@@ -312,5 +312,5 @@ def _check_sentences(subject: _Subject, theirs: Tensor) -> Check:
     return _compare(f"sentence-transformers, {settings.pooling} pooling", ours, list(theirs))
 
 
-def _mask_word(tokenizer: Tokenizer) -> str:
-    return next(word for word, number in tokenizer.special_tokens.items() if number == tokenizer.mask_id)
+def _mask_token(tokenizer: Tokenizer) -> str:
+    return next(token for token, number in tokenizer.special_tokens.items() if number == tokenizer.mask_id)

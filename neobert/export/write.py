@@ -96,7 +96,7 @@ def export(request: ExportRequest) -> Exported:
 
     Raises:
         ExportError: something is wrong with the request, all of it in one message, and nothing was written; or the
-            folder does not agree with our model, and it was removed again.
+            folder does not match our model, and it was removed again.
     """
     plan = _make_plan(request)
     temporary = request.output.with_name(f".tmp-{request.output.name}")
@@ -245,7 +245,7 @@ def _check(plan: _Plan, folder: Path) -> float:
     errors = layer_errors(our_states(ours, documents), padded)
     wrong = [f"{e.layer} differs by {e.max_error:.1e}" for e in errors if not e.passed]
     if wrong:
-        raise ExportError("\n  ".join(["the exported model does not agree with ours, nothing is kept:", *wrong]))
+        raise ExportError("\n  ".join(["the exported model does not match ours, nothing is kept:", *wrong]))
     return errors[-1].max_error
 
 

@@ -65,7 +65,7 @@ class EmbedReport:
     """Records with a text; the others have a row of zeros."""
 
     num_truncated: int
-    """Texts longer than the model, of which the beginning was embedded."""
+    """Texts longer than the model, of which the start was embedded."""
 
     num_resumed: int
     """Records that an earlier, interrupted start had done."""

@@ -1,7 +1,7 @@
-"""Fill the masks of texts: the likeliest tokens in each place, with probabilities over the whole vocabulary.
+"""Fill the masks of texts: the most likely tokens for each mask, with probabilities over the whole vocabulary.
 
 The texts are packed side by side, `[CLS] text [SEP]` each. Several masks of one text are guessed independently of each
-other, all from one pass, or jointly: from left to right, each guess made with the best ones before it in their places.
+other, all from one pass, or jointly: from left to right, each guess made with the best ones before it filled in.
 """
 
 import re
@@ -17,14 +17,14 @@ from neobert.inference.packed import BATCH_TOKENS, hidden_states, plan_batches, 
 from neobert.objectives.base import Answers, ObjectiveModule, TextModel
 
 MASK_TEXT = "[MASK]"
-"""Stands for a mask in a text, whatever the tokenizer calls it."""
+"""Marks a mask in a text, whatever the tokenizer calls it."""
 
 _BEGINNING_TOKENS = 24
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Guess:
-    """One token in the place of a mask."""
+    """One token for a mask."""
 
     token: str
     """Its text; a leading space belongs to the token."""
@@ -37,11 +37,11 @@ class Guess:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class FilledText:
-    """A text and what stands in its masks."""
+    """A text and what fills its masks."""
 
     text: str
     masks: tuple[tuple[Guess, ...], ...]
-    """The likeliest tokens of each mask, likeliest first; masks in the order of the text."""
+    """The most likely tokens of each mask, most likely first; masks in the order of the text."""
 
     completed: str | None = None
     """The text with the best guesses in place, where they were made jointly."""
@@ -60,9 +60,9 @@ class FilledText:
 def fill_mask(
     model: ObjectiveModule, tokenizer: Tokenizer, texts: Sequence[str], *, top_k: int = 5, joint: bool = False
 ) -> list[FilledText]:
-    """The `top_k` likeliest tokens for every mask of every text; a mask is `[MASK]` or the tokenizer's own word for it.
+    """The `top_k` most likely tokens for every mask of every text; a mask is `[MASK]` or the tokenizer's own token.
 
-    With `joint` the masks of a text are filled from left to right: the guesses for a mask are made with the likeliest
+    With `joint` the masks of a text are filled from left to right: the guesses for a mask are made with the most likely
     token in each mask before it.
 
     Raises ValueError for a text without a mask, for a text that is longer than the model's positions, and for a `top_k`
@@ -75,17 +75,17 @@ def fill_mask(
     check_lengths(encoded, texts, model.encoder.config.max_position_embeddings)
     if not joint:
         return [FilledText(text=t, masks=m) for t, m in zip(texts, _guess_all(model, tokenizer, encoded, top_k))]
-    places = [np.flatnonzero(tokens == tokenizer.mask_id) for tokens in encoded]
+    positions = [np.flatnonzero(tokens == tokenizer.mask_id) for tokens in encoded]
     found: list[list[tuple[Guess, ...]]] = [[] for _ in texts]
-    for turn in range(max(map(len, places), default=0)):
-        waiting = [item for item in range(len(texts)) if turn < len(places[item])]
+    for turn in range(max(map(len, positions), default=0)):
+        waiting = [item for item in range(len(texts)) if turn < len(positions[item])]
         guessed = _guess_all(model, tokenizer, [encoded[item] for item in waiting], top_k)
         for item, masks in zip(waiting, guessed):
-            tokens, place = encoded[item], places[item][turn]
+            tokens, position = encoded[item], positions[item][turn]
             # Not simply the first: the best guess for a mask may be the mask token.
-            guesses = masks[int((tokens[:place] == tokenizer.mask_id).sum())]
+            guesses = masks[int((tokens[:position] == tokenizer.mask_id).sum())]
             found[item].append(guesses)
-            tokens[place] = guesses[0].token_id
+            tokens[position] = guesses[0].token_id
     return [
         FilledText(text=text, masks=tuple(masks), completed=tokenizer.decode(tokens[1:-1]).strip())
         for text, masks, tokens in zip(texts, found, encoded)
@@ -105,13 +105,13 @@ def fill_beginnings(
     num_tokens = min(_BEGINNING_TOKENS, model.encoder.config.max_position_embeddings - 2)
     for document in documents:
         tokens = np.concatenate([[tokenizer.cls_id], document[:num_tokens], [tokenizer.sep_id]], dtype=np.int32)
-        # Nearest to the middle, punctuation and spaces aside; as many tokens before it as after it tell what it is.
-        places = [n for n in range(1, len(tokens) - 1) if re.search(r"\w", tokenizer.decode_token(int(tokens[n])))]
-        if len(places) < 3:
+        # Nearest to the middle, punctuation and spaces aside; as many tokens before it as after it hint at it.
+        positions = [n for n in range(1, len(tokens) - 1) if re.search(r"\w", tokenizer.decode_token(int(tokens[n])))]
+        if len(positions) < 3:
             continue
-        place = min(places, key=lambda n: abs(n - len(tokens) // 2))
-        hidden.append(tokenizer.decode_token(int(tokens[place])))
-        tokens[place] = tokenizer.mask_id
+        position = min(positions, key=lambda n: abs(n - len(tokens) // 2))
+        hidden.append(tokenizer.decode_token(int(tokens[position])))
+        tokens[position] = tokenizer.mask_id
         beginnings.append(tokens)
         if len(beginnings) == num_texts:
             break
@@ -141,10 +141,10 @@ def _encode(tokenizer: Tokenizer, text: str) -> IntArray:
 
     The space before a mask goes with the mask: byte-level vocabularies write it as part of the hidden word.
     """
-    words = {MASK_TEXT, *(word for word, i in tokenizer.special_tokens.items() if i == tokenizer.mask_id)}
-    pieces = re.split(" ?(?:" + "|".join(re.escape(word) for word in sorted(words)) + ")", text)
+    masks = {MASK_TEXT, *(token for token, i in tokenizer.special_tokens.items() if i == tokenizer.mask_id)}
+    pieces = re.split(" ?(?:" + "|".join(re.escape(mask) for mask in sorted(masks)) + ")", text)
     if len(pieces) == 1:
-        raise ValueError(f"text: {text[:80]!r} has no mask; write {MASK_TEXT} in the place to fill")
+        raise ValueError(f"text: {text[:80]!r} has no mask; write {MASK_TEXT} where a token is to be filled in")
     mask = np.array([tokenizer.mask_id], dtype=np.int32)
     first, *rest = tokenizer.encode_batch(pieces)
     inside = [first, *(part for piece in rest for part in (mask, piece))]

@@ -16,7 +16,7 @@ from neobert.errors import UserError
 
 
 class JobError(UserError, ValueError):
-    """A job cannot begin or continue; the message says what to do."""
+    """A job cannot start or continue; the message says what to do."""
 
 
 def check_absent(output: Path) -> None:
@@ -26,7 +26,7 @@ def check_absent(output: Path) -> None:
 
 
 def load_done(file: Path, settings: dict[str, Any]) -> dict[str, Any] | None:
-    """What `save_done` wrote last; None at the beginning of a job.
+    """What `save_done` wrote last; None at the start of a job.
 
     Raises:
         JobError: it was written by a job with other settings.

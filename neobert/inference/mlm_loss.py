@@ -5,10 +5,10 @@ document, position), 80% [MASK], 10% random, 10% unchanged. The loss is in nats 
 tokenizer can be compared; with different tokenizers they cannot, since they are asked for different things: a model
 that cuts words into more tokens sees the rest of a word whose part it guesses.
 
-By words. Words, here runs of characters without white space, are chosen by (seed, document, place in the text), so all
-models are asked for the same ones. Documents are first cut at white space into pieces of so many characters, so all
+By words. Words, here runs of characters without white space, are chosen by (seed, document, position in the text), so
+all models are asked for the same ones. Documents are first cut at white space into pieces of so many characters, so all
 models see the same context too. Every token of a chosen word is replaced by [MASK], their losses are added up, and the
-total is divided by the UTF-8 bytes of the words: bits per byte. What is still not equal: the number of masks tells each
+total is divided by the UTF-8 bytes of the words: bits per byte. What is still not equal: the number of masks shows each
 model the length of the word in its own tokens, the tokens of a word are guessed without each other, and a tokenizer
 that drops case or accents, or has an unknown token for what it cannot spell, has less to guess.
 """
@@ -24,7 +24,7 @@ from numpy.typing import NDArray
 
 from neobert.data.rows.collate import Collator, build_row
 from neobert.data.rows.lanes import IntArray, Window
-from neobert.data.rows.order import extend_keys, key, mask_words, uniforms
+from neobert.data.rows.order import extend_keys, key, mask_hashes, uniforms
 from neobert.data.rows.packing import Piece, best_fit, max_segments_per_row, split_documents
 from neobert.data.source.text import cut_text
 from neobert.errors import DataError
@@ -33,7 +33,7 @@ from neobert.inference.packed import BATCH_TOKENS
 from neobert.inference.scorer import Scorer
 from neobert.inference.texts import Text, Texts
 from neobert.objectives.masking import MaskPolicy
-from neobert.splitmix import Words
+from neobert.splitmix import Hashes
 from neobert.types import Corruption, PackedBatch, PackedRow
 
 _BLOCK_DOCUMENTS = 512
@@ -70,7 +70,9 @@ class LossSettings:
 
     def __post_init__(self) -> None:
         if not 0 < self.mlm_probability <= 1:
-            raise ValueError(f"--mlm-probability: {self.mlm_probability} is outside (0, 1]; write a share such as 0.15")
+            raise ValueError(
+                f"--mlm-probability: {self.mlm_probability} is outside (0, 1]; write a fraction such as 0.15"
+            )
         if self.max_length is not None and self.max_length < 3:
             raise ValueError(f"--max-length: {self.max_length}; write 3 or more, [CLS] and [SEP] included")
         if self.truncate and self.whole_words:
@@ -82,7 +84,7 @@ class LossSettings:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class MlmLoss:
-    """The figures of one model on one input."""
+    """The result of one model on one input."""
 
     loss: float
     """Mean cross entropy in nats per masked token."""
@@ -98,7 +100,7 @@ class MlmLoss:
     bits_per_byte: float | None = None
 
     def describe(self) -> str:
-        """The figures in a line or two."""
+        """The result in a line or two."""
         lines = [
             f"loss {self.loss:.4f} nats per masked token (perplexity {math.exp(self.loss):.2f}), accuracy "
             f"{self.accuracy:.4f}; {self.num_targets:,} masked of {self.num_tokens:,} tokens, {self.num_documents:,} "
@@ -119,20 +121,20 @@ class _Block(NamedTuple):
 
     tokens: list[IntArray]
     masked: list[NDArray[np.int64]] | None
-    """By words: the places in each document that are masked."""
+    """By words: the positions in each document that are masked."""
 
     num_words: int
     num_bytes: int
 
 
 class _ListedMasks:
-    """Hides the tokens that it was given, one draw after the other."""
+    """Hides the tokens it was built with, one draw after the other."""
 
     def __init__(self, mask_id: int, masked: Iterator[NDArray[np.int64]]) -> None:
         self._mask_id, self._masked = mask_id, masked
 
     def corrupt(
-        self, tokens: IntArray, words: Words, offset: float, *, step: int
+        self, tokens: IntArray, hashes: Hashes, offset: float, *, step: int
     ) -> tuple[IntArray, NDArray[np.int64]]:
         selected = next(self._masked) + 1  # after [CLS]
         corrupted = tokens.copy()
@@ -178,7 +180,7 @@ def mlm_loss(scorer: Scorer, texts: Texts, settings: LossSettings) -> MlmLoss:
     )
 
 
-def _taken(texts: Texts, settings: LossSettings) -> Iterator[list[Text]]:
+def _groups(texts: Texts, settings: LossSettings) -> Iterator[list[Text]]:
     """Texts in blocks of bounded size."""
     block: list[Text] = []
     num_chars = 0
@@ -195,8 +197,8 @@ def _taken(texts: Texts, settings: LossSettings) -> Iterator[list[Text]]:
 def _blocks(scorer: Scorer, texts: Texts, settings: LossSettings) -> Iterator[_Block]:
     """By tokens. Documents too short to use get no number, as in the evaluation of training."""
     number = 0
-    for taken in _taken(texts, settings):
-        parts = [list(cut_text(text.text, _ENCODE_CHARS)) for text in taken]
+    for group in _groups(texts, settings):
+        parts = [list(cut_text(text.text, _ENCODE_CHARS)) for text in group]
         encoded = iter(scorer.tokenizer.encode_batch([part for document in parts for part in document]))
         tokens = [np.concatenate([next(encoded) for _ in document]) for document in parts]
         usable = [ids for ids in tokens if len(ids) >= max(1, settings.min_length)]
@@ -212,14 +214,14 @@ def _blocks(scorer: Scorer, texts: Texts, settings: LossSettings) -> Iterator[_B
 def _word_blocks(scorer: Scorer, texts: Texts, settings: LossSettings, limit: int) -> Iterator[_Block]:
     """By words. Every text is a document, whatever its length in tokens, so that numbers do not depend on them."""
     number = 0
-    for taken in _taken(texts, settings):
+    for group in _groups(texts, settings):
         if settings.max_documents is not None:
-            taken = taken[: settings.max_documents - number]
+            group = group[: settings.max_documents - number]
         documents: list[int] = []
         tokens: list[IntArray] = []
         masked: list[NDArray[np.int64]] = []
         num_words = num_bytes = 0
-        for document, text in enumerate(taken, number):
+        for document, text in enumerate(group, number):
             start = 0
             for piece in cut_text(text.text, settings.piece_chars):
                 chosen = choose_words(piece, document, start, settings)
@@ -234,7 +236,7 @@ def _word_blocks(scorer: Scorer, texts: Texts, settings: LossSettings, limit: in
                 num_bytes += sum(len(piece[begin:end].encode()) for begin, end in chosen)
         if tokens:
             yield _Block(np.array(documents), tokens, masked, num_words, num_bytes)
-        number += len(taken)
+        number += len(group)
         if number == settings.max_documents:
             return
 
@@ -247,7 +249,7 @@ def choose_words(piece: str, document: int, start: int, settings: LossSettings) 
     """
     words = [match.span() for match in _WORD.finditer(piece)]
     keys = extend_keys(extend_keys(key(settings.seed, "masks"), [0]), [document])
-    drawn = uniforms(mask_words(keys, np.array([begin + start for begin, _ in words], dtype=np.int64)))
+    drawn = uniforms(mask_hashes(keys, np.array([begin + start for begin, _ in words], dtype=np.int64)))
     return [word for word, value in zip(words, drawn) if value < settings.mlm_probability]
 
 

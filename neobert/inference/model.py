@@ -141,7 +141,7 @@ class Model:
             )
 
     def fill_mask(self, texts: Sequence[str], *, top_k: int = 5, joint: bool = False) -> list[FilledText]:
-        """The likeliest tokens for every `[MASK]`; see `neobert.inference.fill_mask.fill_mask`.
+        """The most likely tokens for every `[MASK]`; see `neobert.inference.fill_mask.fill_mask`.
 
         Raises:
             DataError: the model was not trained to fill masks.
@@ -190,12 +190,12 @@ def load(
     """
     if dtype not in DTYPES:
         raise ValueError(f"dtype: {dtype!r} is unknown; write one of {', '.join(DTYPES)}")
-    place = choose_device(device)
+    chosen = choose_device(device)
     found = load_encoder_weights(path, weights=weights)
     if found.tokenizer is None:
         raise WeightsError(f"{found.folder} has no tokenizer.json; put the tokenizer of the model there")
     objective = OBJECTIVES[found.objective]
-    encoder = Encoder(found.config, choose_attention("auto", device=place, dtype=DTYPES[dtype]))
+    encoder = Encoder(found.config, choose_attention("auto", device=chosen, dtype=DTYPES[dtype]))
     # An exported folder has the head of no objective.
     has_head = bool(found.training_only) or objective.fills_masks
     module = objective.build_trained(encoder) if has_head else ObjectiveModule(encoder)
@@ -210,7 +210,7 @@ def load(
     tokenizer = load_tokenizer(TokenizerSection(path=str(found.tokenizer)))
     if tokenizer.note is not None:
         warnings.warn(tokenizer.note, stacklevel=2)
-    return Model(module=module.to(place).eval(), tokenizer=tokenizer, objective=objective)
+    return Model(module=module.to(chosen).eval(), tokenizer=tokenizer, objective=objective)
 
 
 def choose_device(device: str | torch.device) -> torch.device:
@@ -218,9 +218,9 @@ def choose_device(device: str | torch.device) -> torch.device:
     if device == "auto":
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     try:
-        place = torch.device(device)
+        chosen = torch.device(device)
     except RuntimeError as error:
         raise ValueError(f"device: {device!r} is unknown; write auto, cpu or cuda") from error
-    if place.type == "cuda" and not torch.cuda.is_available():
+    if chosen.type == "cuda" and not torch.cuda.is_available():
         raise ValueError(f"device: {device} is not here (torch sees no GPU); write cpu or auto")
-    return place
+    return chosen

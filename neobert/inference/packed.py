@@ -82,7 +82,7 @@ def precision(model: ObjectiveModule) -> AbstractContextManager[object]:
     """
     weight = model.encoder.get_parameter("layers.0.qkv.weight")
     is_wide = weight.dtype == torch.float32
-    if is_wide and model.encoder.attention.obstacle(weight.device, weight.dtype) is None:
+    if is_wide and model.encoder.attention.problem(weight.device, weight.dtype) is None:
         return nullcontext()
     return torch.autocast(weight.device.type, torch.bfloat16)
 

@@ -7,10 +7,10 @@ documents are packed into one forward pass. [CLS], [SEP] and other special token
 probabilities are over the tokens of the tokenizer. A document longer than the limit is cut in pieces, each a document.
 
 The chunked estimate masks every k-th token of a document at once, so k copies are enough whatever its length. Each
-token then misses some of its context, hence the figure is too high on average. How much is measured: the first
+token then misses some of its context, so the result is too high on average. How much is measured: the first
 documents are scored exactly too, and both are reported.
 
-Documents are taken in groups that depend on the input alone. A group's lines are added to the output, then a small file
+Documents are read in groups that depend on the input alone. A group's lines are added to the output, then a small file
 beside it says so; a job that was killed continues after the last group, with the numbers of an undisturbed one.
 """
 
@@ -76,9 +76,9 @@ class Copy:
 
 
 def masked_copies(tokens: IntArray, maskable: NDArray[np.int64], every: int | None) -> list[NDArray[np.int64]]:
-    """The places that are masked together: each one alone, or every `every`-th of them.
+    """The positions that are masked together: each one alone, or every `every`-th of them.
 
-    >>> [places.tolist() for places in masked_copies(np.arange(7), np.array([1, 2, 3, 4, 5]), 2)]
+    >>> [positions.tolist() for positions in masked_copies(np.arange(7), np.array([1, 2, 3, 4, 5]), 2)]
     [[1, 3, 5], [2, 4]]
     """
     count = len(maskable) if every is None else min(every, len(maskable))
@@ -116,11 +116,11 @@ def _copy_losses(model: Model, copies: Sequence[Copy]) -> NDArray[np.float64]:
     tokens = np.concatenate([copy.tokens for copy in copies])
     lengths = np.array([len(copy.tokens) for copy in copies])
     starts = np.repeat(np.cumsum(lengths) - lengths, [len(copy.masked) for copy in copies])
-    places = starts + np.concatenate([copy.masked for copy in copies])
+    positions = starts + np.concatenate([copy.masked for copy in copies])
     corrupted = tokens.copy()
-    corrupted[places] = model.tokenizer.mask_id
+    corrupted[positions] = model.tokenizer.mask_id
     hidden = hidden_states(model.module, np.split(corrupted, np.cumsum(lengths)[:-1]))
-    where, targets = (torch.from_numpy(x).to(hidden.device) for x in (places, tokens[places].astype(np.int64)))
+    where, targets = (torch.from_numpy(x).to(hidden.device) for x in (positions, tokens[positions].astype(np.int64)))
     losses = token_losses(model.module, hidden.index_select(0, where), targets, model.tokenizer.size)
     return losses.double().cpu().numpy()
 
@@ -206,7 +206,7 @@ def _score_group(model: Model, group: Group, settings: ScoreSettings, num_before
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Summary:
-    """The figures of a scored input, with 95% intervals from a bootstrap over documents."""
+    """The results of a scored input, with 95% intervals from a bootstrap over documents."""
 
     num_documents: int
     num_tokens: int
@@ -219,7 +219,7 @@ class Summary:
     num_bias_documents: int = 0
 
     def describe(self) -> str:
-        """The figures in a few lines."""
+        """The results in a few lines."""
         low, high = self.interval
         lines = [
             f"pseudo-perplexity {self.pseudo_perplexity:.4f} (95% interval {low:.4f} to {high:.4f}) over "
@@ -235,12 +235,12 @@ class Summary:
 
     @property
     def corrected(self) -> float:
-        """The figure less the measured bias."""
+        """The result less the measured bias."""
         return self.pseudo_perplexity * math.exp(-(self.bias or 0.0))
 
 
 def summarize(output: Path) -> Summary:
-    """The figures of a file that `pseudo_perplexity_to_file` wrote."""
+    """The results of a file that `pseudo_perplexity_to_file` wrote."""
     rows, exact = [], []
     with output.open(encoding="utf-8") as lines:
         for line in lines:

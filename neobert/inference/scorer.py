@@ -35,7 +35,7 @@ class Scorer(Protocol):
     tokenizer: Tokenizer
     max_length: int
     packed: bool
-    """Whether documents may share a row; else every row holds one."""
+    """Whether several documents may be in one row; else every row holds one."""
 
     def batch_rows(self, row_length: int, batch_tokens: int) -> int:
         """Rows of a batch."""
@@ -133,5 +133,5 @@ def load_scorer(
         raise DataError(f"--weights: {weights!r} is of checkpoints of ours, and {path} holds none; write model")
     if Path(path).is_dir() and not (Path(path) / "config.json").is_file():
         raise DataError(f"{path} holds neither a checkpoint nor a config.json; give a run folder or an exported model")
-    place = choose_device(device)
-    return TransformersScorer(path, device=place, dtype=DTYPES[dtype], trust_remote_code=trust_remote_code)
+    chosen = choose_device(device)
+    return TransformersScorer(path, device=chosen, dtype=DTYPES[dtype], trust_remote_code=trust_remote_code)

@@ -29,7 +29,7 @@ NAMED_RECORDS = 5
 # What a config calls by its key is an argument of a script.
 _WORDING = (
     (OR_SKIP_SHARD, ""),
-    ("dataset.text_column is null", "--text-column is not given"),
+    ("dataset.text_column is null", "--text-column is not set"),
     ("dataset.text_column", "--text-column"),
     ("dataset.path", "input"),
     ("dataset.name", "input"),
@@ -40,7 +40,7 @@ class Text(NamedTuple):
     """One text of the input."""
 
     number: int
-    """Its place among all records of the input, from 0; those without a text count."""
+    """Its index among all records of the input, from 0; those without a text count."""
 
     text: str
     cursor: State
@@ -66,7 +66,7 @@ class Texts:
         self.notes = [*source.notes, *(f"warning: {text}" for text in source.inventory.warnings())]
         self.num_records = self.num_bad = self.num_skipped = 0
         self.named: list[str] = []
-        """The first bad records, each with its place."""
+        """The first bad records, each with its location."""
 
     @property
     def total(self) -> int | None:
@@ -106,15 +106,15 @@ class Texts:
 
 @contextmanager
 def open_texts(path: str, *, text_column: str | None = None, split: str | None = None) -> Iterator[Texts]:
-    """The texts of a path or a name; `-` reads the standard input, as JSON lines where it begins with a brace.
+    """The texts of a path or a name; `-` reads the standard input, as JSON lines where it starts with a brace.
 
     Raises:
         DataError: there is nothing to read, or it has several splits and none is named.
     """
     with tempfile.TemporaryDirectory() as folder:
-        place = str(_spool(sys.stdin.buffer, Path(folder))) if path == STDIN else path
+        path_or_name = str(_spool(sys.stdin.buffer, Path(folder))) if path == STDIN else path
         try:
-            yield _open(place, "standard input" if path == STDIN else path, text_column, split)
+            yield _open(path_or_name, "standard input" if path == STDIN else path, text_column, split)
         except DataError as error:
             raise _reworded(error) from error
 
@@ -145,6 +145,6 @@ def _spool(stream: BinaryIO, folder: Path) -> Path:
 
 def _reworded(error: DataError) -> DataError:
     message = str(error)
-    for key, word in _WORDING:
-        message = message.replace(key, word)
+    for key, flag in _WORDING:
+        message = message.replace(key, flag)
     return DataError(message)

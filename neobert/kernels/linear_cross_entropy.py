@@ -105,7 +105,7 @@ class _ChunkedLinearCrossEntropy(torch.autograd.Function):
         with_grad: bool,
         dtype: torch.dtype,
     ) -> tuple[Tensor, Tensor | None]:
-        # Ignored rows become zero rows with target 0: whatever stands in them cannot reach a gradient.
+        # Ignored rows become zero rows with target 0: whatever is in them cannot reach a gradient.
         counted_M = targets_M != ignore_index
         target_M1 = torch.where(counted_M, targets_M, 0)[:, None]
         hidden = torch.where(counted_M[:, None], hidden_MD, 0).to(dtype)
@@ -198,8 +198,8 @@ PACKAGES = {"triton": "triton", "liger": "liger-kernel"}
 """What the kernels for CUDA devices need, by the name that pip knows."""
 
 
-def kernel_obstacle(name: str, device: torch.device) -> str | None:
-    """Why a kernel cannot run on a device; None when it can. Triton's interpreter stands in for a CUDA device."""
+def kernel_problem(name: str, device: torch.device) -> str | None:
+    """Why a kernel cannot run on a device; None when it can. Triton's interpreter replaces a CUDA device."""
     if name not in PACKAGES:
         return None
     if name not in KERNELS:
@@ -215,10 +215,10 @@ def choose_kernel(name: str, *, device: torch.device) -> str:
     Raises ValueError for an unknown name and for a named kernel that cannot run here.
     """
     if name == "auto":
-        return "triton" if device.type == "cuda" and kernel_obstacle("triton", device) is None else "torch"
+        return "triton" if device.type == "cuda" and kernel_problem("triton", device) is None else "torch"
     if name not in KERNELS and name not in PACKAGES:
         known = ", ".join(("auto", *KERNELS, *(x for x in PACKAGES if x not in KERNELS)))
         raise ValueError(f"model.kernel_backend: {name!r} is unknown; write one of {known}")
-    if (obstacle := kernel_obstacle(name, device)) is not None:
-        raise ValueError(f"model.kernel_backend: {name!r} {obstacle}; or write model.kernel_backend: auto")
+    if (problem := kernel_problem(name, device)) is not None:
+        raise ValueError(f"model.kernel_backend: {name!r} {problem}; or write model.kernel_backend: auto")
     return name

@@ -3,9 +3,9 @@
     loss_sum = sum over counted m of lse_m - logit[m, target_m] + z * lse_m^2
     lse_m    = logsumexp over v of logit[m, v]
 
-Forward: a program takes a block of rows and a share of the vocabulary. It computes logits tile by tile, keeps a running
+Forward: a program takes a block of rows and a part of the vocabulary. It computes logits tile by tile, keeps a running
 maximum and a running sum of exponentials (online softmax, Milakov & Gimelshein, arXiv 1805.02867), and writes one
-partial lse per row. Partial values of all shares are merged by one more logsumexp. No logit leaves the chip.
+partial lse per row. Partial values of all parts are merged by one more logsumexp. No logit leaves the chip.
 
 Backward: with lse known the gradient of a logit needs nothing but the logit,
 
@@ -23,7 +23,7 @@ and backward, and a second backward is allowed. The price is 8 instead of 6 M D 
 The kernels also run in Triton's interpreter on a CPU (TRITON_INTERPRET=1 before triton is imported): that is how they
 are tested without a GPU. They are not autotuned, which the interpreter cannot do; the tiles are in TILES.
 
-Legend: M rows, D hidden size, V vocabulary, C vocabulary rows of a chunk, S shares of the vocabulary.
+Legend: M rows, D hidden size, V vocabulary, C vocabulary rows of a chunk, S parts of the vocabulary.
 """
 
 from dataclasses import dataclass
@@ -51,7 +51,7 @@ class Tile:
     depth: int
     """Slice of the hidden size per product."""
 
-    share: int
+    part: int
     """Tiles of columns that one program of the forward goes through."""
 
     num_warps: int
@@ -59,8 +59,8 @@ class Tile:
 
 
 TILES = {
-    2: Tile(rows=128, columns=128, depth=64, share=8, num_warps=8, num_stages=3),
-    4: Tile(rows=64, columns=64, depth=32, share=16, num_warps=4, num_stages=3),
+    2: Tile(rows=128, columns=128, depth=64, part=8, num_warps=8, num_stages=3),
+    4: Tile(rows=64, columns=64, depth=32, part=16, num_warps=4, num_stages=3),
 }
 """By bytes of an element of the products: bf16 and fp16, and fp32."""
 
@@ -95,7 +95,7 @@ class _TritonLinearCrossEntropy(torch.autograd.Function):
         z_loss: float,
         dtype: torch.dtype,
     ) -> tuple[Tensor, Tensor | None]:
-        # Ignored rows become zero rows with target -1: whatever stands in them cannot reach a gradient.
+        # Ignored rows become zero rows with target -1: whatever is in them cannot reach a gradient.
         counted_M = targets_M != ignore_index
         targets = torch.where(counted_M, targets_M, -1).int()
         hidden = torch.where(counted_M[:, None], hidden_MD, 0).to(dtype).contiguous()
@@ -148,13 +148,13 @@ def _reduce_logits(
     """Of every row: logsumexp and the target's logit, fp32 `[M]`, and the column of the largest logit if asked for."""
     (rows, size), vocabulary, device = hidden.shape, weight.shape[0], hidden.device
     tile = TILES[hidden.element_size()]
-    shares = triton.cdiv(vocabulary, tile.columns * tile.share)
-    lse_SM = torch.empty((shares, rows), dtype=torch.float32, device=device)
+    parts = triton.cdiv(vocabulary, tile.columns * tile.part)
+    lse_SM = torch.empty((parts, rows), dtype=torch.float32, device=device)
     target_logit_M = torch.zeros(rows, dtype=torch.float32, device=device)
-    max_SM = torch.empty((shares if count_correct else 0, rows), dtype=torch.float32, device=device)
-    best_SM = torch.empty((shares if count_correct else 0, rows), dtype=torch.int32, device=device)
+    max_SM = torch.empty((parts if count_correct else 0, rows), dtype=torch.float32, device=device)
+    best_SM = torch.empty((parts if count_correct else 0, rows), dtype=torch.int32, device=device)
     if rows:
-        _reduce_kernel[(triton.cdiv(rows, tile.rows), shares)](
+        _reduce_kernel[(triton.cdiv(rows, tile.rows), parts)](
             hidden,
             weight,
             targets,
@@ -168,7 +168,7 @@ def _reduce_logits(
             ROWS=tile.rows,
             COLUMNS=tile.columns,
             DEPTH=tile.depth,
-            SHARE=tile.share,
+            PART=tile.part,
             EVEN=size % tile.depth == 0,
             COUNT=count_correct,
             PRECISION=_precision(),
@@ -272,17 +272,17 @@ def _reduce_kernel(
     ROWS: tl.constexpr,
     COLUMNS: tl.constexpr,
     DEPTH: tl.constexpr,
-    SHARE: tl.constexpr,
+    PART: tl.constexpr,
     EVEN: tl.constexpr,
     COUNT: tl.constexpr,
     PRECISION: tl.constexpr,
     WIDEN: tl.constexpr,
 ):
-    # Neighbouring programs differ in their rows and read the same share of the weight, which stays in the cache.
+    # Neighbouring programs differ in their rows and read the same part of the weight, which stays in the cache.
     row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
-    share = tl.program_id(1)
-    first = share * COLUMNS * SHARE
-    last = tl.minimum(first + COLUMNS * SHARE, vocabulary)
+    part = tl.program_id(1)
+    first = part * COLUMNS * PART
+    last = tl.minimum(first + COLUMNS * PART, vocabulary)
     target = tl.load(targets_ptr + row, mask=row < num_rows, other=-1)
     largest = tl.full((ROWS,), float("-inf"), dtype=tl.float32)
     total = tl.zeros((ROWS,), dtype=tl.float32)
@@ -316,11 +316,11 @@ def _reduce_kernel(
         total = total * tl.exp(largest - new_max) + tl.sum(tl.exp(logits - new_max[:, None]), axis=1)
         largest = new_max
     inside = row < num_rows
-    tl.store(lse_ptr + share * num_rows + row, largest + tl.log(total), mask=inside)
+    tl.store(lse_ptr + part * num_rows + row, largest + tl.log(total), mask=inside)
     tl.store(target_logit_ptr + row, target_logit, mask=inside & (target >= first) & (target < last))
     if COUNT:
-        tl.store(max_ptr + share * num_rows + row, largest, mask=inside)
-        tl.store(best_ptr + share * num_rows + row, best, mask=inside)
+        tl.store(max_ptr + part * num_rows + row, largest, mask=inside)
+        tl.store(best_ptr + part * num_rows + row, best, mask=inside)
 
 
 @triton.jit
@@ -344,8 +344,8 @@ def _gradient_kernel(
     WIDEN: tl.constexpr,
 ):
     row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
-    place = tl.program_id(1) * COLUMNS + tl.arange(0, COLUMNS)
-    column = first + place
+    offset = tl.program_id(1) * COLUMNS + tl.arange(0, COLUMNS)
+    column = first + offset
     logits = _logits(
         hidden_ptr,
         weight_ptr,
@@ -366,6 +366,6 @@ def _gradient_kernel(
     scale = tl.where(target >= 0, tl.load(scale_ptr), 0.0)
     grad = tl.exp(logits - lse[:, None]) * (1.0 + 2.0 * z_loss * lse)[:, None]
     grad = (grad - tl.where(column[None, :] == target[:, None], 1.0, 0.0)) * scale[:, None]
-    at = grad_ptr + row.to(tl.int64)[:, None] * num_columns + place[None, :]
-    inside = (row < num_rows)[:, None] & (place < num_columns)[None, :]
+    at = grad_ptr + row.to(tl.int64)[:, None] * num_columns + offset[None, :]
+    inside = (row < num_rows)[:, None] & (offset < num_columns)[None, :]
     tl.store(at, grad.to(grad_ptr.dtype.element_ty), mask=inside)

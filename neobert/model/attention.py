@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 from torch.nn.attention.varlen import varlen_attn
 
-from neobert.model.flex import attend_flex, flex_obstacle, prepare_flex
+from neobert.model.flex import attend_flex, flex_problem, prepare_flex
 from neobert.model.segmented import attend_segmented, prepare_segmented
 from neobert.model.segments import Segments
 
@@ -52,8 +52,8 @@ class Prepare(Protocol):
     def __call__(self, segments: Segments, window: int | None = None) -> Any: ...
 
 
-class Obstacle(Protocol):
-    """Why a backend cannot compute in a dtype on a device, with heads of a size where that is given; None if it can."""
+class FindProblem(Protocol):
+    """Why a backend cannot compute in a dtype on a device, with heads of a size where one is passed; else None."""
 
     def __call__(self, device: torch.device, dtype: torch.dtype, head_dim: int | None = None) -> str | None: ...
 
@@ -63,7 +63,7 @@ class AttentionBackend:
     """One way of computing attention within segments."""
 
     name: str
-    """The word for `model.attn_backend`."""
+    """The value for `model.attn_backend`."""
 
     kernel: str
     """What runs, for the log."""
@@ -72,7 +72,7 @@ class AttentionBackend:
 
     attend: Attend
 
-    obstacle: Obstacle
+    problem: FindProblem
 
 
 def choose_attention(
@@ -85,12 +85,12 @@ def choose_attention(
     Raises ValueError for an unknown name and for a named backend that cannot run here.
     """
     if name == "auto":
-        return next(b for b in ATTENTION.values() if b.obstacle(device, dtype, head_dim) is None)
+        return next(b for b in ATTENTION.values() if b.problem(device, dtype, head_dim) is None)
     if name not in ATTENTION:
         raise ValueError(f"model.attn_backend: {name!r} is unknown; write one of auto, {', '.join(sorted(ATTENTION))}")
     backend = ATTENTION[name]
-    if (obstacle := backend.obstacle(device, dtype, head_dim)) is not None:
-        raise ValueError(f"model.attn_backend: {name!r} {obstacle}; or write model.attn_backend: auto")
+    if (problem := backend.problem(device, dtype, head_dim)) is not None:
+        raise ValueError(f"model.attn_backend: {name!r} {problem}; or write model.attn_backend: auto")
     return backend
 
 
@@ -137,7 +137,7 @@ def attend_varlen(q_TND: Tensor, k_TND: Tensor, v_TND: Tensor, prepared: Any, *,
     return out[0] if isinstance(out, tuple) else out  # the first releases of flash-attn 3 add the logsumexps
 
 
-def varlen_obstacle(device: torch.device, dtype: torch.dtype, head_dim: int | None = None) -> str | None:
+def varlen_problem(device: torch.device, dtype: torch.dtype, head_dim: int | None = None) -> str | None:
     """Flash kernels need a CUDA device of compute capability 8.0 (Ampere) or later, bf16 or fp16, heads in eights."""
     if device.type != "cuda":
         return f"needs a CUDA device, and this run computes on {device.type}: write model.attn_backend: sdpa"
@@ -159,21 +159,21 @@ ATTENTION: dict[str, AttentionBackend] = {
         kernel=FLASH,
         prepare=prepare_varlen,
         attend=attend_varlen,
-        obstacle=varlen_obstacle,
+        problem=varlen_problem,
     ),
     "sdpa": AttentionBackend(
         name="sdpa",
         kernel="document by document",
         prepare=prepare_segmented,
         attend=attend_segmented,
-        obstacle=lambda device, dtype, head_dim=None: None,
+        problem=lambda device, dtype, head_dim=None: None,
     ),
     "flex": AttentionBackend(
         name="flex",
         kernel="FlexAttention",
         prepare=prepare_flex,
         attend=attend_flex,
-        obstacle=flex_obstacle,
+        problem=flex_problem,
     ),
 }
 """All backends, in the order in which `auto` tries them."""

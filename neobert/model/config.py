@@ -236,7 +236,7 @@ def architecture_problems(model: Architecture) -> Iterator[str]:
         for name in _NOT_IN_NGPT:
             if (value := getattr(model, name)) != (default := getattr(_DEFAULTS, name)):
                 yield (
-                    f"model.{name}: {value} has no place in the normalised model (model.ngpt: true); remove it, its "
+                    f"model.{name}: {value} is not part of the normalised model (model.ngpt: true); remove it, its "
                     f"default is {default}"
                 )
         return

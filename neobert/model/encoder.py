@@ -53,7 +53,7 @@ class Encoder(nn.Module):
         self.gradient_checkpointing = gradient_checkpointing
         self.gradient_checkpointing_every = gradient_checkpointing_every
         self.observe: Observe | None = None
-        """Called before each block, for measurements; it must not change what it is given."""
+        """Called before each block, for measurements; it must not change its arguments."""
 
         self.windows = tuple(config.window_of_layer(layer) for layer in range(config.num_hidden_layers))
         self.embedding = nn.Embedding(config.vocab_size, config.hidden_size)
@@ -108,7 +108,7 @@ class Encoder(nn.Module):
         6 W + 12 H (s_1 + ... + s_L) + 6 p H V, where W is the number of weights in the L blocks' matrices,
         L (4 H^2 + 3 H F) with SwiGLU and L (4 H^2 + 2 H F) with GELU; s = `attended_length` is the mean over tokens of
         the length of their own document, sum(length^2) / sum(length), and s_n the same, in a layer with a window of w
-        at most 2 (w // 2) + 1; p = `predicted_fraction` is the share of tokens that go through the vocabulary
+        at most 2 (w // 2) + 1; p = `predicted_fraction` is the fraction of tokens that go through the vocabulary
         projection of V rows. A multiply-add counts 2, the backward twice the forward; lookups, norms and activations
         count nothing.
         """

@@ -1,7 +1,7 @@
 """FlexAttention with a mask of documents: the backend `flex`, for CUDA devices.
 
 The kernel works on blocks of 128 x 128 scores and needs to know which of them hold anything to compute. Documents are
-contiguous in the stream, so that follows from where they begin and end: queries of a block see keys from the start of
+contiguous in the stream, so that follows from where they start and end: queries of a block see keys from the start of
 the first one's document to the end of the last one's, within reach of the window. Nothing of the size of the scores is
 made to find out, no value is read back from the device, and shapes depend on the shape of the batch alone.
 
@@ -31,7 +31,7 @@ def _compiled_flex_attention() -> Callable[..., Any]:
 
 
 def prepare_flex(segments: Segments, window: int | None = None) -> BlockMask:
-    """The mask of equal documents, within `window // 2` places where there is a window."""
+    """The mask of equal documents, within `window // 2` positions where there is a window."""
     num_tokens, device = segments.ids.numel(), segments.ids.device
     borders = segments.cu_seqlens
     token_T = torch.arange(num_tokens, dtype=torch.int32, device=device)
@@ -72,7 +72,7 @@ def attend_flex(q_TND: Tensor, k_TND: Tensor, v_TND: Tensor, prepared: Any, *, s
     return attend(q, k, v, block_mask=prepared, scale=scale)[0].transpose(0, 1)
 
 
-def flex_obstacle(device: torch.device, dtype: torch.dtype, head_dim: int | None = None) -> str | None:
+def flex_problem(device: torch.device, dtype: torch.dtype, head_dim: int | None = None) -> str | None:
     """FlexAttention trains on CUDA devices alone, with heads of at least 16."""
     if device.type != "cuda":
         return f"cannot train on {device.type}, where FlexAttention has no backward: write model.attn_backend: sdpa"

@@ -50,7 +50,7 @@ class SegmentedPlan(NamedTuple):
     borders: Tensor
     """int32 `[2, N]` on the host: begin and end of each segment."""
 
-    places: Tensor
+    slots: Tensor
     """int64, on the device: slots of the tokens of every bucket, one bucket after the other; empty on a CPU."""
 
     reach: int
@@ -58,7 +58,7 @@ class SegmentedPlan(NamedTuple):
 
 
 def prepare_segmented(segments: Segments, window: int | None = None) -> SegmentedPlan:
-    """Begin and end of each segment; for devices other than a CPU also where the tokens of every bucket stand.
+    """Start and end of each segment; for devices other than a CPU also where the tokens of every bucket are.
 
     Padding, where the host sees it, is left empty.
     """
@@ -67,30 +67,30 @@ def prepare_segmented(segments: Segments, window: int | None = None) -> Segmente
     device = segments.ids.device
     if device.type != "cpu":
         borders = torch.stack((starts, ends))
-        places = bucket_places(borders, segments.ids.numel())
-        return SegmentedPlan(borders=borders, places=places.to(device, non_blocking=True), reach=reach)
+        slots = bucket_slots(borders, segments.ids.numel())
+        return SegmentedPlan(borders=borders, slots=slots.to(device, non_blocking=True), reach=reach)
     ids = segments.ids.flatten()
     ends = torch.where(ids[starts.clamp(max=ids.shape[0] - 1)] == 0, starts, ends)
     return SegmentedPlan(
-        borders=torch.stack((starts, ends)), places=torch.empty(0, dtype=torch.int64, device=device), reach=reach
+        borders=torch.stack((starts, ends)), slots=torch.empty(0, dtype=torch.int64, device=device), reach=reach
     )
 
 
 def attend_segmented(q_TND: Tensor, k_TND: Tensor, v_TND: Tensor, prepared: Any, *, scale: float) -> Tensor:
     """Attention of each segment to itself; zeros for slots of padding that `prepare_segmented` left out."""
     plan: SegmentedPlan = prepared
-    return segmented_attention(q_TND, k_TND, v_TND, plan.borders, plan.places, scale, plan.reach)
+    return segmented_attention(q_TND, k_TND, v_TND, plan.borders, plan.slots, scale, plan.reach)
 
 
 @torch.library.custom_op("neobert::segmented_attention", mutates_args=())
 def segmented_attention(
-    q_TND: Tensor, k_TND: Tensor, v_TND: Tensor, borders: Tensor, places: Tensor, scale: float, reach: int
+    q_TND: Tensor, k_TND: Tensor, v_TND: Tensor, borders: Tensor, slots: Tensor, scale: float, reach: int
 ) -> Tensor:
     """softmax(scale * Q K^T) V within each segment and `reach`; arguments as in SegmentedPlan."""
-    # An operator's body runs with the caller's autocast state: the dtypes are settled here, so it is switched off.
+    # An operator's body runs with the caller's autocast state: the dtypes are fixed here, so it is switched off.
     with torch.autocast(q_TND.device.type, enabled=False):
-        if len(places):
-            return _forward_in_buckets(q_TND, k_TND, v_TND, borders, places, scale, reach)
+        if len(slots):
+            return _forward_in_buckets(q_TND, k_TND, v_TND, borders, slots, scale, reach)
         return _forward_by_document(q_TND, k_TND, v_TND, borders, scale, reach)
 
 
@@ -101,14 +101,14 @@ def segmented_attention_backward(
     k_TND: Tensor,
     v_TND: Tensor,
     borders: Tensor,
-    places: Tensor,
+    slots: Tensor,
     scale: float,
     reach: int,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Gradients of queries, keys and values, from probabilities that are computed again."""
     with torch.autocast(q_TND.device.type, enabled=False):
-        if len(places):
-            return _backward_in_buckets(grad_TND, q_TND, k_TND, v_TND, borders, places, scale, reach)
+        if len(slots):
+            return _backward_in_buckets(grad_TND, q_TND, k_TND, v_TND, borders, slots, scale, reach)
         return _backward_by_document(grad_TND, q_TND, k_TND, v_TND, borders, scale, reach)
 
 
@@ -276,10 +276,10 @@ def _buckets(borders: Tensor) -> list[tuple[int, list[tuple[int, int]]]]:
     return sorted(found.items())
 
 
-def bucket_places(borders: Tensor, num_tokens: int) -> Tensor:
+def bucket_slots(borders: Tensor, num_tokens: int) -> Tensor:
     """int64 on the host: the slots of every bucket's documents `[B, L]`, flat, one bucket after the other, then zeros.
 
-    Beyond its end a document repeats its last token, so that places count on only within a document. The size depends
+    Beyond its end a document repeats its last token, so that slots count on only within a document. The size depends
     on the number of tokens and borders alone.
     """
     parts = []
@@ -287,46 +287,46 @@ def bucket_places(borders: Tensor, num_tokens: int) -> Tensor:
         starts, ends = torch.tensor(documents).T[..., None]
         parts.append(torch.minimum(starts + torch.arange(bucket), ends - 1).flatten())
     bound = num_tokens + num_tokens // 2 + _SHORTEST_BUCKET * borders.shape[1]
-    places = torch.zeros(bound, dtype=torch.int64)
+    slots = torch.zeros(bound, dtype=torch.int64)
     if parts:
         flat = torch.cat(parts)
-        places[: len(flat)] = flat
-    return places
+        slots[: len(flat)] = flat
+    return slots
 
 
 class _Bucket(NamedTuple):
-    places_BL: Tensor
+    slots_BL: Tensor
     real_BL: Tensor
-    """Whether a place is a document's own."""
+    """Whether a slot is a document's own."""
 
     seen_B1LL: Tensor
-    """Which keys a query attends to; queries of the padding stand for the last token."""
+    """Which keys a query attends to; queries of the padding repeat the last token."""
 
 
-def _each_bucket(borders: Tensor, places: Tensor, reach: int, num_heads: int) -> Iterator[_Bucket]:
+def _each_bucket(borders: Tensor, slots: Tensor, reach: int, num_heads: int) -> Iterator[_Bucket]:
     """Buckets cut so that their scores are bounded."""
     begin = 0
     for length, documents in _buckets(borders):
         most = max(1, _BUCKET_SCORES // (num_heads * length * length))
         for first in range(0, len(documents), most):
             count = min(most, len(documents) - first)
-            places_BL = places[begin : begin + count * length].view(count, length)
+            slots_BL = slots[begin : begin + count * length].view(count, length)
             begin += count * length
-            position_BL = places_BL - places_BL[:, :1]
-            real_BL = position_BL == torch.arange(length, device=places.device)
+            position_BL = slots_BL - slots_BL[:, :1]
+            real_BL = position_BL == torch.arange(length, device=slots.device)
             seen_B1LL = real_BL[:, None, None, :].expand(count, 1, length, length)
             if reach >= 0:
                 distance_BLL = (position_BL[:, :, None] - position_BL[:, None, :]).abs()
                 seen_B1LL = seen_B1LL & (distance_BLL <= reach)[:, None]
-            yield _Bucket(places_BL, real_BL, seen_B1LL)
+            yield _Bucket(slots_BL, real_BL, seen_B1LL)
 
 
 def _forward_in_buckets(
-    q_TND: Tensor, k_TND: Tensor, v_TND: Tensor, borders: Tensor, places: Tensor, scale: float, reach: int
+    q_TND: Tensor, k_TND: Tensor, v_TND: Tensor, borders: Tensor, slots: Tensor, scale: float, reach: int
 ) -> Tensor:
     out_TND = torch.zeros(q_TND.shape, dtype=q_TND.dtype, device=q_TND.device)
-    for bucket in _each_bucket(borders, places, reach, q_TND.shape[1]):
-        q, k, v = (x[bucket.places_BL].transpose(1, 2) for x in (q_TND, k_TND, v_TND))
+    for bucket in _each_bucket(borders, slots, reach, q_TND.shape[1]):
+        q, k, v = (x[bucket.slots_BL].transpose(1, 2) for x in (q_TND, k_TND, v_TND))
         attended = F.scaled_dot_product_attention(q, k, v, attn_mask=bucket.seen_B1LL, scale=scale).transpose(1, 2)
         _add(out_TND, attended, bucket)
     return out_TND
@@ -338,13 +338,13 @@ def _backward_in_buckets(
     k_TND: Tensor,
     v_TND: Tensor,
     borders: Tensor,
-    places: Tensor,
+    slots: Tensor,
     scale: float,
     reach: int,
 ) -> tuple[Tensor, Tensor, Tensor]:
     grads = tuple(torch.zeros(x.shape, dtype=x.dtype, device=x.device) for x in (q_TND, k_TND, v_TND))
-    for bucket in _each_bucket(borders, places, reach, q_TND.shape[1]):
-        q, k, v, grad = (x[bucket.places_BL].transpose(1, 2) for x in (q_TND * scale, k_TND, v_TND, grad_TND))
+    for bucket in _each_bucket(borders, slots, reach, q_TND.shape[1]):
+        q, k, v, grad = (x[bucket.slots_BL].transpose(1, 2) for x in (q_TND * scale, k_TND, v_TND, grad_TND))
         grad = grad * bucket.real_BL[:, None, :, None]
         scores = (q @ k.transpose(-1, -2)).masked_fill_(~bucket.seen_B1LL, float("-inf"))
         probs = torch.softmax(scores, dim=-1)
@@ -357,16 +357,16 @@ def _backward_in_buckets(
 
 
 def _add(total_TND: Tensor, part_BLND: Tensor, bucket: _Bucket) -> None:
-    """Writes the real places of a bucket; each is met once, and what stands in the padding is turned into zeros."""
+    """Writes the real slots of a bucket; each is met once, and what is in the padding is turned into zeros."""
     part_BLND = part_BLND.masked_fill(~bucket.real_BL[..., None, None], 0)
-    total_TND.index_add_(0, bucket.places_BL.flatten(), part_BLND.flatten(0, 1))
+    total_TND.index_add_(0, bucket.slots_BL.flatten(), part_BLND.flatten(0, 1))
 
 
 # --- what autograd and the compiler need to know -------------------------------------------------------------------
 
 
 @segmented_attention.register_fake
-def _(q_TND: Tensor, k_TND: Tensor, v_TND: Tensor, borders: Tensor, places: Tensor, scale: float, reach: int) -> Tensor:
+def _(q_TND: Tensor, k_TND: Tensor, v_TND: Tensor, borders: Tensor, slots: Tensor, scale: float, reach: int) -> Tensor:
     return torch.empty(q_TND.shape, dtype=q_TND.dtype, device=q_TND.device)
 
 
@@ -377,7 +377,7 @@ def _(
     k_TND: Tensor,
     v_TND: Tensor,
     borders: Tensor,
-    places: Tensor,
+    slots: Tensor,
     scale: float,
     reach: int,
 ) -> tuple[Tensor, Tensor, Tensor]:
@@ -386,8 +386,8 @@ def _(
 
 
 def _keep(ctx: Any, inputs: tuple[Tensor, Tensor, Tensor, Tensor, Tensor, float, int], output: Tensor) -> None:
-    q_TND, k_TND, v_TND, borders, places, ctx.scale, ctx.reach = inputs
-    ctx.save_for_backward(q_TND, k_TND, v_TND, borders, places)
+    q_TND, k_TND, v_TND, borders, slots, ctx.scale, ctx.reach = inputs
+    ctx.save_for_backward(q_TND, k_TND, v_TND, borders, slots)
 
 
 def _differentiate(ctx: Any, grad_TND: Tensor) -> tuple[Tensor | None, ...]:

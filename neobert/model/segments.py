@@ -1,4 +1,4 @@
-"""Segments: where each document of a packed batch begins and ends."""
+"""Segments: where each document of a packed batch starts and ends."""
 
 from dataclasses import dataclass
 from typing import Any

@@ -146,7 +146,7 @@ class Answers:
     """About texts of a user. Raises ValueError for a text or an option that it cannot answer for."""
 
     show: ShowDocuments
-    """About the beginnings of evaluation documents (token ids without special tokens), at the end of a run."""
+    """About the starts of evaluation documents (token ids without special tokens), at the end of a run."""
 
     example: str
     """A text to try."""
@@ -175,10 +175,10 @@ class Card:
     pipeline_tag: str
     tags: tuple[str, ...]
     recipe: Callable[[Config, Sequence[str]], list[str]]
-    """Lines about the training, given the names of its sources."""
+    """Lines about the training, from the names of its sources."""
 
     evaluation: Callable[[Mapping[str, Any]], list[str]]
-    """Lines about an evaluation, given its line of `log.jsonl`."""
+    """Lines about an evaluation, from its line of `log.jsonl`."""
 
     results: Callable[[Mapping[str, Any]], Iterator[CardResult]]
     """The same as numbers."""
@@ -208,7 +208,7 @@ class Objective:
     """What trains it: `neobert <command>`."""
 
     title: str
-    """In words, for messages."""
+    """As text, for messages."""
 
     build_module: Callable[[Encoder, Config, LinearCrossEntropy], ObjectiveModule]
     """What trains, around an encoder. Raises StartupError for a config that does not fit the encoder."""
@@ -217,7 +217,7 @@ class Objective:
     """What answers, for weights that are loaded."""
 
     training_only: tuple[str, ...] = ()
-    """Beginnings of the names of weights that only training has; they are neither exported nor initial weights."""
+    """Prefixes of the names of weights that only training has; they are neither exported nor initial weights."""
 
     predicts_tokens: bool
     """Whether a target is a token that the vocabulary projection predicts: then the loss has a perplexity, and a target
@@ -233,7 +233,7 @@ class Objective:
     """A section of the config that this objective alone reads."""
 
     corrupt: Callable[[MaskPolicy], Corruption] = lambda masks: masks
-    """How documents become targets, given the mask policy of the config: of training, and of an evaluation."""
+    """How documents become targets, from the mask policy of the config: of training, and of an evaluation."""
 
     num_counts: int = 0
     """Length of `LossSum.counts` in an evaluation."""

@@ -55,7 +55,7 @@ class PairBatch:
     """int64 `[texts]` of each chunk: tokens of every text."""
 
     anchors: Tensor
-    """int64 `[N]`: place of each row's first text among all texts."""
+    """int64 `[N]`: index of each row's first text among all texts."""
 
     positives: Tensor
     """int64 `[N]`: of its second text; equal to `anchors` where rows have one."""
@@ -203,7 +203,7 @@ class ContrastiveEncoder(ObjectiveModule):
     def _contrast_at(self, units: Tensor, batch: PairBatch) -> Tensor:
         anchors = units[batch.anchors]
         if batch.kind == "supcon":
-            own = _own_places(batch, len(anchors))
+            own = _own_indices(batch, len(anchors))
             everything, classes = gather(anchors), gather(batch.scores)
 
             def loss(anchors: Tensor, own_classes: Tensor, own: Tensor) -> Tensor:
@@ -231,14 +231,16 @@ class ContrastiveEncoder(ObjectiveModule):
             absent = torch.cat([absent, ~batch.has_negative.flatten()])
         begin = first_row(len(candidates))
         own = begin + torch.arange(num_rows, device=units.device)
-        places = begin + num_rows + torch.arange(num_rows * num_negatives, device=units.device)
+        own_negatives = begin + num_rows + torch.arange(num_rows * num_negatives, device=units.device)
         everything, all_ids, all_absent = gather(candidates), gather(ids), gather(absent.to(torch.uint8)).bool()
         weight = self.section.hard_negative_weight
 
-        def loss(anchors: Tensor, own: Tensor, anchor_ids: Tensor, positive_ids: Tensor, places: Tensor) -> Tensor:
+        def loss(
+            anchors: Tensor, own: Tensor, anchor_ids: Tensor, positive_ids: Tensor, own_negatives: Tensor
+        ) -> Tensor:
             bonus = None
             if num_negatives and weight:
-                bonus = anchors.new_zeros(len(anchors), len(all_ids)).scatter_(1, places, weight)
+                bonus = anchors.new_zeros(len(anchors), len(all_ids)).scatter_(1, own_negatives, weight)
             return info_nce(
                 anchors,
                 everything,
@@ -250,11 +252,13 @@ class ContrastiveEncoder(ObjectiveModule):
             )
 
         anchor_ids, positive_ids = batch.text_ids[batch.anchors], batch.text_ids[batch.positives]
-        return sum_over_blocks(loss, anchors, own, anchor_ids, positive_ids, places.view(num_rows, num_negatives))
+        return sum_over_blocks(
+            loss, anchors, own, anchor_ids, positive_ids, own_negatives.view(num_rows, num_negatives)
+        )
 
     def _find_anchors(self, anchors: Tensor, positives: Tensor, batch: PairBatch) -> Tensor:
         """Every positive against the anchors of all rows."""
-        own = _own_places(batch, len(anchors))
+        own = _own_indices(batch, len(anchors))
         ids, positive_ids = batch.text_ids[batch.anchors], batch.text_ids[batch.positives]
         everything, all_ids = gather(anchors), gather(ids)
 
@@ -266,7 +270,7 @@ class ContrastiveEncoder(ObjectiveModule):
         return sum_over_blocks(loss, positives, own, ids, positive_ids)
 
 
-def _own_places(batch: PairBatch, num_rows: int) -> Tensor:
+def _own_indices(batch: PairBatch, num_rows: int) -> Tensor:
     return first_row(num_rows) + torch.arange(num_rows, device=batch.anchors.device)
 
 
@@ -333,8 +337,8 @@ def _list_options(section: ContrastiveSection) -> Iterator[str]:
     if section.matryoshka_dims:
         yield f"at widths {', '.join(map(str, section.matryoshka_dims))} too"
     if section.pretraining_prob:
-        texts, share = readable(str(section.pretraining_dataset)), section.pretraining_prob
-        yield f"{section.pretraining_objective} on texts of {texts} in {share:.0%} of the steps"
+        texts, fraction = readable(str(section.pretraining_dataset)), section.pretraining_prob
+        yield f"{section.pretraining_objective} on texts of {texts} in {fraction:.0%} of the steps"
 
 
 def _describe_evaluation(line: Mapping[str, Any]) -> list[str]:

@@ -71,13 +71,13 @@ def sup_con(
     among all other texts. An anchor without another one of its class counts 0.
 
     Args:
-        own_N: place of each anchor among `all_MD`.
+        own_N: index of each anchor among `all_MD`.
     """
     logits_NM = scale * (anchors_ND @ all_MD.T)
     itself_NM = own_N[:, None] == torch.arange(len(all_MD), device=own_N.device)
-    log_shares_NM = F.log_softmax(logits_NM.masked_fill(itself_NM, float("-inf")), dim=1)
+    log_probs_NM = F.log_softmax(logits_NM.masked_fill(itself_NM, float("-inf")), dim=1)
     same_NM = (labels_N[:, None] == labels_M) & ~itself_NM
-    sums_N = torch.where(same_NM, log_shares_NM, 0.0).sum(dim=1)
+    sums_N = torch.where(same_NM, log_probs_NM, 0.0).sum(dim=1)
     return -(sums_N / same_NM.sum(dim=1).clamp(min=1)).sum()
 
 
@@ -107,7 +107,7 @@ class _Gather(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> Tensor:
-        total = gradients[0].clone(memory_format=torch.contiguous_format)  # the given one may be somebody else's too
+        total = gradients[0].clone(memory_format=torch.contiguous_format)  # this one may be somebody else's too
         dist.all_reduce(total)
         return total.chunk(dist.get_world_size())[dist.get_rank()]
 

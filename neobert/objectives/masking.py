@@ -1,23 +1,23 @@
-"""Which tokens of a row are predicted, and what stands in their place.
+"""Which tokens of a row are predicted, and what replaces them.
 
-Masking is a pure function of a row's tokens, of one 64-bit word per slot and of the training step. Each row hides
+Masking is a pure function of a row's tokens, of one 64-bit hash per slot and of the training step. Each row hides
 exactly floor(p * maskable + offset) tokens. An offset uniform in [0, 1) makes that number unbiased on short rows, which
 plain rounding is not. So the number of targets of a batch has a bound that depends on the settings alone, and shapes
 stay static. p may change linearly with the step, the bound is then that of the highest p.
 
 What is drawn until the number is reached:
 
-- tokens: those with the smallest words.
-- words: whole words (BERT's whole-word masking), those whose first tokens have the smallest words. The last one is cut
+- tokens: those with the smallest hashes.
+- words: whole words (BERT's whole-word masking), those whose first tokens have the smallest hashes. The last one is cut
   to the number of tokens that is left.
-- spans: up to L words in a row (SpanBERT, Joshi et al., arXiv 1907.10529, section 3.1): a span begins at every word,
-  its length is l with a probability proportional to 0.8^(l - 1), and spans are taken in the order of the words of their
-  first tokens. Those that meet merge; the last one is cut. A span never leaves its document: at its end it continues at
-  its beginning, so that every word is as likely to be hidden.
+- spans: up to L words in a row (SpanBERT, Joshi et al., arXiv 1907.10529, section 3.1): a span starts at every word,
+  its length is l with a probability proportional to 0.8^(l - 1), and spans are drawn in the order of the hashes of
+  their first tokens. Those that meet merge; the last one is cut. A span never leaves its document: at its end it
+  continues at its start, so that every word is as likely to be hidden.
 
-The word of a hidden token, mixed once more, says what stands in its place: [MASK], a random token or the token itself
-in 80%, 10% and 10% of cases (Devlin et al., arXiv 1810.04805), in other shares, or always [MASK] with `mask_all`. In a
-span, one word decides for all tokens.
+The hash of a hidden token, mixed again, says what replaces it: [MASK], a random token or the token itself
+in 80%, 10% and 10% of cases (Devlin et al., arXiv 1810.04805), in other fractions, or always [MASK] with `mask_all`. In
+a span, one hash decides for all tokens.
 """
 
 import math
@@ -28,18 +28,18 @@ from functools import lru_cache
 import numpy as np
 from numpy.typing import NDArray
 
-from neobert.splitmix import GAMMA, Words, mix
+from neobert.splitmix import GAMMA, Hashes, mix
 from neobert.types import WordEdges
 
-Places = NDArray[np.int64]
+Indices = NDArray[np.int64]
 
 
 @dataclass(frozen=True, kw_only=True, slots=True, eq=False)
 class MaskPolicy:
-    """What is hidden and what stands in its place. Raises ValueError for settings that make no mask."""
+    """What is hidden and what replaces it. Raises ValueError for settings that make no mask."""
 
     probability: float
-    """Share of the maskable tokens that are predicted, at step 0."""
+    """Fraction of the maskable tokens that are predicted, at step 0."""
 
     mask_all: bool
     """True: every predicted token becomes [MASK]. False: what `mask_fraction` and `random_fraction` say."""
@@ -47,19 +47,19 @@ class MaskPolicy:
     mask_token_id: int
 
     special_ids: tuple[int, ...]
-    """Tokens that are never predicted: [CLS], [SEP], [PAD], [MASK] and the like, wherever they stand."""
+    """Tokens that are never predicted: [CLS], [SEP], [PAD], [MASK] and the like, wherever they are."""
 
     random_ids: NDArray[np.int32]
     """Tokens that a random replacement is drawn from, uniformly: the vocabulary without special tokens."""
 
     mask_fraction: float = 0.8
-    """Share of the predicted tokens that becomes [MASK]."""
+    """Fraction of the predicted tokens that becomes [MASK]."""
 
     random_fraction: float = 0.1
-    """Share that becomes a random token; the rest stays."""
+    """Fraction that becomes a random token; the rest stays."""
 
     final_probability: float | None = None
-    """Share predicted from step `final_step` on; None: always `probability`."""
+    """Fraction predicted from step `final_step` on; None: always `probability`."""
 
     final_step: int | None = None
     """Step at which `final_probability` is reached, at least 1; None when it is not known yet, which is enough for
@@ -73,10 +73,10 @@ class MaskPolicy:
     """Where words begin; None is enough for `tokens`."""
 
     def __post_init__(self) -> None:
-        for key, share in (("", self.probability), ("_final", self.final_probability)):
-            if share is not None and not 0 < share <= 1:
+        for key, fraction in (("", self.probability), ("_final", self.final_probability)):
+            if fraction is not None and not 0 < fraction <= 1:
                 raise ValueError(
-                    f"datacollator.mlm_probability{key}: {share} is outside (0, 1]; write a share such as 0.2"
+                    f"datacollator.mlm_probability{key}: {fraction} is outside (0, 1]; write a fraction such as 0.2"
                 )
         if self.draws_random and len(self.random_ids) == 0:
             raise ValueError(
@@ -95,37 +95,37 @@ class MaskPolicy:
         return not self.mask_all and self.random_fraction > 0
 
     def rate(self, step: int) -> float:
-        """Share of the maskable tokens that are predicted at a step, counted from 0.
+        """Fraction of the maskable tokens that are predicted at a step, counted from 0.
 
         Raises:
-            ValueError: it depends on a final step that was not given.
+            ValueError: it depends on a final step that was not set.
         """
         if self.final_probability is None or step == 0:
             return self.probability
         if self.final_step is None:
-            raise ValueError(f"MaskPolicy.final_step: None, so the share of step {step} is not known")
+            raise ValueError(f"MaskPolicy.final_step: None, so the fraction of step {step} is not known")
         return self.probability + (self.final_probability - self.probability) * min(1.0, step / self.final_step)
 
     def corrupt(
-        self, tokens: NDArray[np.int32], words: Words, offset: float, *, step: int = 0
-    ) -> tuple[NDArray[np.int32], Places]:
+        self, tokens: NDArray[np.int32], hashes: Hashes, offset: float, *, step: int = 0
+    ) -> tuple[NDArray[np.int32], Indices]:
         """Hide tokens of one row: `(corrupted i32[n], selected i64[k])`, `selected` ascending. Pure.
 
-        `words` holds one uniform 64-bit word per token, `offset` is uniform in [0, 1), `step` is that of training.
+        `hashes` holds one uniform 64-bit hash per token, `offset` is uniform in [0, 1), `step` is that of training.
         """
         maskable = self.find_maskable(tokens)
         count = min(len(maskable), math.floor(self.rate(step) * len(maskable) + offset))
-        selected, deciding = UNITS[self.units](self, tokens, words, maskable, count)
+        selected, deciding = UNITS[self.units](self, tokens, hashes, maskable, count)
         corrupted = tokens.copy()
         if self.mask_all:
             corrupted[selected] = self.mask_token_id
             return corrupted, selected
-        # Selected words are small numbers: mixed again, all their bits are uniform. The high half says what to do,
+        # Selected hashes are small numbers: mixed again, all their bits are uniform. The high half says what to do,
         # the low half draws the replacement, scaled by multiply and shift.
-        fresh = mix(words[selected] + np.uint64(GAMMA))
+        fresh = mix(hashes[selected] + np.uint64(GAMMA))
         choice = (fresh if deciding is None else mix(deciding + np.uint64(GAMMA))) >> np.uint64(32)
-        masked_below = _share_of_32_bits(self.mask_fraction)
-        random_below = _share_of_32_bits(self.mask_fraction + self.random_fraction)
+        masked_below = _fraction_of_32_bits(self.mask_fraction)
+        random_below = _fraction_of_32_bits(self.mask_fraction + self.random_fraction)
         masked = choice < masked_below
         randomised = (choice < random_below) & ~masked
         corrupted[selected[masked]] = self.mask_token_id
@@ -134,8 +134,8 @@ class MaskPolicy:
             corrupted[selected[randomised]] = self.random_ids[drawn[randomised]]
         return corrupted, selected
 
-    def find_maskable(self, tokens: NDArray[np.int32]) -> Places:
-        """Where the tokens that are no special ones stand, ascending."""
+    def find_maskable(self, tokens: NDArray[np.int32]) -> Indices:
+        """Indices of the tokens that are no special ones, ascending."""
         is_special = np.zeros(len(tokens), dtype=bool)
         for special in self.special_ids:  # A handful: comparing with each is four times faster than np.isin.
             is_special |= tokens == special
@@ -146,50 +146,50 @@ class MaskPolicy:
         return math.ceil(max(self.probability, self.final_probability or 0.0) * num_slots) + 1
 
 
-def _share_of_32_bits(share: float) -> np.uint64:
-    """Numbers of 32 bits below this are so large a share of all."""
-    return np.uint64(min(2**32, math.ceil(share * 2**32)))
+def _fraction_of_32_bits(fraction: float) -> np.uint64:
+    """Numbers of 32 bits below this are so large a fraction of all."""
+    return np.uint64(min(2**32, math.ceil(fraction * 2**32)))
 
 
 def _choose_tokens(
-    policy: MaskPolicy, tokens: NDArray[np.int32], words: Words, maskable: Places, count: int
-) -> tuple[Places, Words | None]:
+    policy: MaskPolicy, tokens: NDArray[np.int32], hashes: Hashes, maskable: Indices, count: int
+) -> tuple[Indices, Hashes | None]:
     if count == len(maskable):
         return maskable, None
-    return np.sort(maskable[np.argpartition(words[maskable], count)[:count]]), None
+    return np.sort(maskable[np.argpartition(hashes[maskable], count)[:count]]), None
 
 
 @dataclass(frozen=True, kw_only=True, slots=True, eq=False)
 class _Split:
     """The maskable tokens of a row cut into `u` words."""
 
-    maskable: Places
-    """`[m]` places of the maskable tokens."""
+    maskable: Indices
+    """`[m]` indices of the maskable tokens."""
 
-    unit_of: Places
+    unit_of: Indices
     """`[m]` word of each of them."""
 
-    first: Places
-    """`[u + 1]` where each word begins among the m, and m."""
+    first: Indices
+    """`[u + 1]` where each word starts among the m, and m."""
 
     @property
-    def starts(self) -> Places:
-        """`[u]` place of each word's first token."""
+    def starts(self) -> Indices:
+        """`[u]` index of each word's first token."""
         return self.maskable[self.first[:-1]]
 
-    def take(self, order: Places, count: int) -> NDArray[np.bool_]:
+    def take(self, order: Indices, count: int) -> NDArray[np.bool_]:
         """Which of the m are among the first `count` tokens, word by word in this order."""
         lengths = np.diff(self.first)
         ends = np.cumsum(lengths[order])
         whole = int(np.searchsorted(ends, count, side="right"))
-        taken = np.zeros(len(lengths), dtype=np.int64)
-        taken[order[:whole]] = lengths[order[:whole]]
+        covered = np.zeros(len(lengths), dtype=np.int64)
+        covered[order[:whole]] = lengths[order[:whole]]
         if whole < len(order):
-            taken[order[whole]] = count - (ends[whole - 1] if whole else 0)
-        return np.arange(len(self.maskable)) - self.first[self.unit_of] < taken[self.unit_of]
+            covered[order[whole]] = count - (ends[whole - 1] if whole else 0)
+        return np.arange(len(self.maskable)) - self.first[self.unit_of] < covered[self.unit_of]
 
 
-def _split(policy: MaskPolicy, tokens: NDArray[np.int32], maskable: Places) -> _Split:
+def _split(policy: MaskPolicy, tokens: NDArray[np.int32], maskable: Indices) -> _Split:
     edges = policy.edges
     assert edges is not None, "checked when the policy was built"
     here = tokens[maskable]
@@ -199,8 +199,8 @@ def _split(policy: MaskPolicy, tokens: NDArray[np.int32], maskable: Places) -> _
     return _Split(maskable=maskable, unit_of=np.cumsum(begins) - 1, first=first)
 
 
-def _order_smallest(own: Words, count: int) -> Places:
-    """The units with the `count` smallest words, in their order. No draw needs more: a unit has a token at least."""
+def _order_smallest(own: Hashes, count: int) -> Indices:
+    """The units with the `count` smallest hashes, in their order. No draw needs more: a unit has a token at least."""
     if count == 0:
         return np.empty(0, dtype=np.int64)
     few = np.flatnonzero(own <= np.partition(own, min(count, len(own)) - 1)[min(count, len(own)) - 1])
@@ -208,20 +208,20 @@ def _order_smallest(own: Words, count: int) -> Places:
 
 
 def _choose_words(
-    policy: MaskPolicy, tokens: NDArray[np.int32], words: Words, maskable: Places, count: int
-) -> tuple[Places, Words | None]:
+    policy: MaskPolicy, tokens: NDArray[np.int32], hashes: Hashes, maskable: Indices, count: int
+) -> tuple[Indices, Hashes | None]:
     split = _split(policy, tokens, maskable)
-    return maskable[split.take(_order_smallest(words[split.starts], count), count)], None
+    return maskable[split.take(_order_smallest(hashes[split.starts], count), count)], None
 
 
 def _choose_spans(
-    policy: MaskPolicy, tokens: NDArray[np.int32], words: Words, maskable: Places, count: int
-) -> tuple[Places, Words | None]:
+    policy: MaskPolicy, tokens: NDArray[np.int32], hashes: Hashes, maskable: Indices, count: int
+) -> tuple[Indices, Hashes | None]:
     if count == 0:
-        return maskable[:0], words[:0]
+        return maskable[:0], hashes[:0]
     split = _split(policy, tokens, maskable)
-    own = words[split.starts]
-    # Words between two special tokens are a run: the first word of each, its number of words, the place in it.
+    own = hashes[split.starts]
+    # Words between two special tokens are a run: the first word of each, its number of words, the index in it.
     begins = np.ones(len(own), dtype=bool)
     begins[1:] = split.starts[1:] - maskable[split.first[1:-1] - 1] > 1
     heads, run_of = np.flatnonzero(begins), np.cumsum(begins) - 1
@@ -239,21 +239,21 @@ def _choose_spans(
     first_at = np.zeros(len(own), dtype=np.int64)
     first_at[covered[::-1]] = at[::-1]
     is_first = first_at[covered] == at
-    taken = split.take(covered[is_first], count)
+    drawn = split.take(covered[is_first], count)
     deciding = np.zeros(len(own), dtype=np.uint64)
     deciding[covered[is_first]] = np.repeat(own[spans], lengths)[is_first]
-    return maskable[taken], deciding[split.unit_of[taken]]
+    return maskable[drawn], deciding[split.unit_of[drawn]]
 
 
-def span_lengths(words: Words, most: int) -> Places:
-    """Lengths from 1 to `most`, l with a probability proportional to 0.8^(l - 1), one for each random word."""
-    # Another word than the one that decides about the replacement.
-    drawn = mix(~words + np.uint64(GAMMA)) >> np.uint64(32)
+def span_lengths(hashes: Hashes, most: int) -> Indices:
+    """Lengths from 1 to `most`, l with a probability proportional to 0.8^(l - 1), one for each random hash."""
+    # Another hash than the one that decides about the replacement.
+    drawn = mix(~hashes + np.uint64(GAMMA)) >> np.uint64(32)
     return 1 + np.searchsorted(_length_bounds(most), drawn, side="right")
 
 
 @lru_cache
-def _length_bounds(most: int) -> Words:
+def _length_bounds(most: int) -> Hashes:
     """Numbers of 32 bits below the n-th bound are lengths up to n; by integers, so that every machine has the same."""
     weights = [4 ** (length - 1) * 5 ** (most - length) for length in range(1, most + 1)]
     bounds = [-(-sum(weights[:length]) * 2**32 // sum(weights)) for length in range(1, most)]
@@ -262,7 +262,7 @@ def _length_bounds(most: int) -> Words:
 
 UNITS: dict[
     str,
-    Callable[[MaskPolicy, NDArray[np.int32], Words, Places, int], tuple[Places, Words | None]],
+    Callable[[MaskPolicy, NDArray[np.int32], Hashes, Indices, int], tuple[Indices, Hashes | None]],
 ] = {"tokens": _choose_tokens, "words": _choose_words, "spans": _choose_spans}
-"""`fn(policy, tokens, words, maskable, count) -> (selected, deciding)`: `count` of the maskable places, ascending, and
-the words that decide what stands there; None: their own."""
+"""`fn(policy, tokens, hashes, maskable, count) -> (selected, deciding)`: `count` of the maskable indices, ascending,
+and the hashes that decide what replaces them; None: their own."""

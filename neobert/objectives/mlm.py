@@ -70,7 +70,7 @@ def masked_loss(
     hidden_TH = module.encoder(batch.input_ids, batch.positions, batch.segments)
     if all_positions:
         targets_T = batch.targets.new_full((hidden_TH.shape[0],), IGNORE_INDEX)
-        # Unused places point at slot 0 with the lowest target there is: the maximum leaves real targets alone.
+        # Unused entries point at slot 0 with the lowest target there is: the maximum leaves real targets alone.
         targets = targets_T.scatter_reduce(0, batch.masked_index, batch.targets, reduce="amax")
         hidden = hidden_TH
     else:
@@ -159,7 +159,7 @@ def describe_baseline(config: Config, unigram_entropy: Callable[[], float]) -> s
 # --- the card of an exported model ----------------------------------------------------------------------------------
 
 UNITS_IN_WORDS = {"tokens": "", "words": " by whole words", "spans": " by spans of words"}
-"""`datacollator.mask_units`, after a share of the tokens."""
+"""`datacollator.mask_units`, after a fraction of the tokens."""
 
 
 def describe_rows(config: Config, sources: Sequence[str]) -> list[str]:
@@ -169,7 +169,7 @@ def describe_rows(config: Config, sources: Sequence[str]) -> list[str]:
 
 
 def describe_rate(masks: DatacollatorSection) -> str:
-    """The share of the tokens that are drawn: `15%`, or `30% to 15%`."""
+    """The fraction of the tokens that are drawn: `15%`, or `30% to 15%`."""
     first, last = masks.mlm_probability, masks.mlm_probability_final
     return f"{first:.0%}" if last is None else f"{first:.0%} to {last:.0%}"
 
@@ -230,7 +230,7 @@ MLM = Objective(
 
 
 BIAS_COLUMNS = 8
-"""Columns that a bias adds, all but the first of them zeros: kernels want the width in multiples of 16 bytes."""
+"""Columns that a bias adds, all but the first of them zeros: kernels need the width in multiples of 16 bytes."""
 
 
 def append_bias(hidden_MH: Tensor, weight_VH: Tensor, bias_V: Tensor) -> tuple[Tensor, Tensor]:

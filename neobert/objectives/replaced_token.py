@@ -84,15 +84,15 @@ class ReplacedTokenDetector(ObjectiveModule):
 
 @dataclass(frozen=True, kw_only=True, slots=True, eq=False)
 class Replacements:
-    """Random tokens in the place of those that `masks` chooses; every token that is no special one is a target."""
+    """Random tokens instead of those that `masks` chooses; every token that is no special one is a target."""
 
     masks: MaskPolicy
 
     def corrupt(
-        self, tokens: NDArray[np.int32], words: NDArray[np.uint64], offset: float, *, step: int = 0
+        self, tokens: NDArray[np.int32], hashes: NDArray[np.uint64], offset: float, *, step: int = 0
     ) -> tuple[NDArray[np.int32], NDArray[np.int64]]:
         """Replace tokens of one row: `(corrupted i32[n], targets i64[k])`; see `MaskPolicy.corrupt`."""
-        corrupted, _ = self.masks.corrupt(tokens, words, offset, step=step)
+        corrupted, _ = self.masks.corrupt(tokens, hashes, offset, step=step)
         return corrupted, self.masks.find_maskable(tokens)
 
     def max_targets(self, num_slots: int) -> int:
@@ -173,7 +173,7 @@ def build_metrics(sums: EvalSums) -> ReplacedTokenMetrics:
 # --- what a trained model answers -----------------------------------------------------------------------------------
 
 SHOWN_TOKENS = 24
-"""Tokens of the beginning of a document that is shown."""
+"""Tokens of the start of a document that is shown."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -235,7 +235,7 @@ def judge_texts(model: TextModel, texts: Sequence[str], *, top_k: int, joint: bo
 def show_documents(
     model: TextModel, documents: Iterable[NDArray[Any]], *, num_texts: int, top_k: int
 ) -> list[JudgedText]:
-    """The beginnings of documents, each with a random token in the middle."""
+    """The starts of documents, each with a random token in the middle."""
     tokenizer, length = model.tokenizer, min(SHOWN_TOKENS, model.module.encoder.config.max_position_embeddings - 2)
     shown: list[NDArray[np.int32]] = []
     replaced: list[str] = []

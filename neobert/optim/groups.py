@@ -104,18 +104,18 @@ def regroup_state(saved: Mapping[str, Any], groups: Sequence[Mapping[str, Any]])
     """A saved state dict as one of an optimizer of the same kind with `groups`: state follows the names of weights,
     and the settings (weight decay, betas, eps) are those of `groups`."""
     old = {
-        name: saved["state"][place]
+        name: saved["state"][index]
         for group in saved["param_groups"]
-        for name, place in zip(group["names"], group["params"], strict=True)
-        if place in saved["state"]
+        for name, index in zip(group["names"], group["params"], strict=True)
+        if index in saved["state"]
     }
     state: dict[int, Any] = {}
     described = []
-    place = 0
+    index = 0
     for group in groups:
         names = group["names"]
-        state |= {place + i: old[name] for i, name in enumerate(names) if name in old}
+        state |= {index + i: old[name] for i, name in enumerate(names) if name in old}
         others = {key: value for key, value in group.items() if key != "params"}
-        described.append({**others, "params": list(range(place, place + len(names)))})
-        place += len(names)
+        described.append({**others, "params": list(range(index, index + len(names)))})
+        index += len(names)
     return {"state": state, "param_groups": described}

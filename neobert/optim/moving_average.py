@@ -2,7 +2,7 @@
 
     average_n = average_(n-1) + (1 - d_n) (weights_n - average_(n-1)),     d_n = min(decay, n / (n + 9))
 
-n counts the steps since the average began; it begins as a copy of the weights. A constant decay would carry the first
+n counts the steps since the average started; it starts as a copy of the weights. A constant decay would carry the first
 weights along for 1 / (1 - decay) steps; with d_n the average looks back over about a ninth of the steps so far until
 that is longer than `decay` says (the idea is that of tf.train.ExponentialMovingAverage with `num_updates`). For
 decay = 0.9: d = 0.1, 0.18, 0.25, 0.31, ... and 0.9 from n = 81 on.
@@ -23,7 +23,7 @@ _LAG = 9
 
 
 def effective_decay(num_steps: int, decay: float) -> float:
-    """d_n of the formula above, `num_steps` steps after the average began."""
+    """d_n of the formula above, `num_steps` steps after the average started."""
     return min(decay, num_steps / (num_steps + _LAG))
 
 
@@ -31,13 +31,13 @@ class WeightAverage:
     """The average of the parameters of one module."""
 
     def __init__(self, module: nn.Module, *, decay: float, start_step: int = 0) -> None:
-        """`start_step`: after this optimizer step the average begins, as a copy of the weights of that moment."""
+        """`start_step`: after this optimizer step the average starts, as a copy of the weights of that moment."""
         self._parameters = dict(module.named_parameters())
         self.decay, self.start_step = decay, start_step
         self._average: dict[str, Tensor] | None = None
 
     @property
-    def begun(self) -> bool:
+    def started(self) -> bool:
         """Whether there is an average yet."""
         return self._average is not None
 
@@ -62,8 +62,8 @@ class WeightAverage:
         if self._average is None:
             self.begin(step)
             return
-        share = 1 - effective_decay(step - self.start_step, self.decay)
-        moved = torch.where(skipped, 0.0, share).to(torch.float32)
+        fraction = 1 - effective_decay(step - self.start_step, self.decay)
+        moved = torch.where(skipped, 0.0, fraction).to(torch.float32)
         averages = list(self._average.values())
         torch._foreach_lerp_(averages, list(self._parameters.values()), [moved] * len(averages))
 
@@ -71,10 +71,10 @@ class WeightAverage:
         """The average under the names of `named_parameters`; later updates change these tensors.
 
         Raises:
-            RuntimeError: it has not begun.
+            RuntimeError: it has not started.
         """
         if self._average is None:
-            raise RuntimeError(f"the average begins at step {self.start_step}; there is none yet")
+            raise RuntimeError(f"the average starts at step {self.start_step}; there is none yet")
         return self._average
 
     @contextmanager

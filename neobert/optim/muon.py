@@ -66,13 +66,13 @@ class Muon(Optimizer):
         # Written by `step_unless` and by gradient scalers; a plain call has none.
         found_inf: Tensor | None = getattr(self, "found_inf", None)
         for group in self.param_groups:
-            given = [(name, p) for name, p in zip(group["names"], group["params"]) if p.grad is not None]
-            if not given:
+            named = [(name, p) for name, p in zip(group["names"], group["params"]) if p.grad is not None]
+            if not named:
                 continue
             if group["roles"] == ["matrices"]:
-                self._step_matrices(group, given, found_inf)
+                self._step_matrices(group, named, found_inf)
             else:
-                self._step_adamw(group, [p for _, p in given], found_inf)
+                self._step_adamw(group, [p for _, p in named], found_inf)
 
     def _step_adamw(self, group: dict[str, Any], params: list[Tensor], found_inf: Tensor | None) -> None:
         for p in params:
@@ -99,9 +99,9 @@ class Muon(Optimizer):
             maximize=False,
         )
 
-    def _step_matrices(self, group: dict[str, Any], given: list[tuple[str, Tensor]], found_inf: Tensor | None) -> None:
+    def _step_matrices(self, group: dict[str, Any], named: list[tuple[str, Tensor]], found_inf: Tensor | None) -> None:
         section, lr = self.section, group["lr"]
-        names, params = [name for name, _ in given], [p for _, p in given]
+        names, params = [name for name, _ in named], [p for _, p in named]
         grads = [p.grad for p in params if p.grad is not None]
         for p in params:
             if not self.state[p]:

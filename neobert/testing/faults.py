@@ -1,4 +1,4 @@
-"""Named fault points: places where a test makes a run die, fail or wait.
+"""Named fault points: points where a test makes a run die, fail or wait.
 
     NEOBERT_FAULT="commit.written.optimizer.bin@8"           kill -9 there, at step 8
     NEOBERT_FAULT="commit.write.model.safetensors@*:enospc"  the disk is full, at every step

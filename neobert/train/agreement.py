@@ -2,7 +2,7 @@
 
 Whatever a rank reads from its own disk, environment or machine may differ from what the others read. So a start runs
 within `sharing_errors`, and the only collective of a start is `exchange`: a rank that fails joins the exchange that the
-others wait in and hands them its sentence, wherever each of them stands. Nobody hangs and nobody ends with an error of
+others wait in and hands them its sentence, wherever each of them is. Nobody hangs and nobody ends with an error of
 the process group. `check_equal` compares what has to be equal and names what is not.
 
 Equal have to be the settings, the code and packages, and the checkpoint that a run resumes from. Paths, threads and
@@ -213,7 +213,7 @@ def describe_config(config: Config) -> Facts:
 
 
 def _without_path(field: Field, value: Any) -> Any:
-    """Of what says where something lies, whether it is given is compared, and not what it says."""
+    """Of what says where something is, whether it is set is compared, and not its value."""
     if field.key == "dataset.mixture":
         return [asdict(replace(source, path=source.path and A_PATH)) for source in value]
     if field.known.path and (field.key != "trainer.resume_from_checkpoint" or "/" in (value or "")):

@@ -105,7 +105,7 @@ def build_model_config(config: Config, tokenizer: Tokenizer) -> ModelConfig:
 
 
 def build_mask_policy(tokenizer: Tokenizer, probability: float, *, mask_all: bool) -> MaskPolicy:
-    """Which tokens are predicted and what stands in their place."""
+    """Which tokens are predicted and what replaces them."""
     return MaskPolicy(
         probability=probability,
         mask_all=mask_all,
@@ -116,10 +116,10 @@ def build_mask_policy(tokenizer: Tokenizer, probability: float, *, mask_all: boo
 
 
 def build_train_masks(config: Config, tokenizer: Tokenizer) -> MaskPolicy:
-    """The masks of training. Where their share ends with the run, its length is still to be added.
+    """The masks of training. Where their fraction ends with the run, its length is still to be added.
 
     Raises:
-        DataError: masks follow words, and the tokenizer does not tell where they begin.
+        DataError: masks follow words, and the tokenizer does not show where they begin.
     """
     section = config.datacollator
     return replace(
@@ -135,7 +135,7 @@ def build_train_masks(config: Config, tokenizer: Tokenizer) -> MaskPolicy:
 
 
 def choose_mask_end(config: Config, num_steps: int) -> int | None:
-    """The step at which the share of masked tokens reaches its final value; None when it is constant."""
+    """The step at which the fraction of masked tokens reaches its final value; None when it is constant."""
     section = config.datacollator
     return None if section.mlm_probability_final is None else section.mlm_probability_final_step or num_steps
 
@@ -145,7 +145,7 @@ def build_config_data(config: Config, tokenizer: Tokenizer, reader: Reader) -> D
 
     Raises:
         DataError: the data cannot be used as configured.
-        StartupError: the share of masked tokens changes until the end of the run, whose length cannot be known.
+        StartupError: the fraction of masked tokens changes until the end of the run, whose length cannot be known.
     """
     masks, corrupt = build_train_masks(config, tokenizer), choose_objective(config).corrupt
     data = build_data(
@@ -217,7 +217,7 @@ def build_encoder(config: Config, model_config: ModelConfig, attention: Attentio
 def compile_blocks(config: Config, encoder: Encoder) -> None:
     """Compiles the blocks if `trainer.torch_compile` says so.
 
-    One at a time: all blocks share one compiled graph, so the start is fast; in place, so that names stay.
+    One at a time: all blocks use one compiled graph, so the start is fast; in place, so that names stay.
     """
     if not config.trainer.torch_compile:
         return

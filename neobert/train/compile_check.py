@@ -121,7 +121,8 @@ def find_largest_difference(config: Config, attention: AttentionBackend, device:
     finally:
         torch.compiler.reset()  # Compilers give up after a number of graphs: these do not count.
     differences = {
-        name: ((compiled[name] - want).norm() / want.norm().clamp(min=1e-12)).item() for name, want in eager.items()
+        name: ((compiled[name] - expected).norm() / expected.norm().clamp(min=1e-12)).item()
+        for name, expected in eager.items()
     }
     return max(differences.items(), key=lambda item: float("inf") if item[1] != item[1] else item[1])
 
@@ -189,7 +190,7 @@ def _version_of(package: str) -> str | None:
 
 
 def _digest_of_code() -> str:
-    """Of model and kernels: the files, and the functions as they stand in this process, where one may be replaced."""
+    """Of model and kernels: the files, and the functions as they are in this process, where one may be replaced."""
     digest = hashlib.sha256()
     for name, module in sorted(sys.modules.items()):
         if name.startswith(("neobert.model.", "neobert.kernels.")):

@@ -32,7 +32,7 @@ def _answer(run: Run) -> Sequence[Answer]:
 def finish(run: Run, state: TrainState) -> None:
     """Brings the record up to `state`, unless this step was evaluated and saved already, and closes the run."""
     if run.logging_steps:
-        run.tracker.log(state, run.read_figures())
+        run.tracker.log(state, run.read_metrics())
     if run.checkpoint is not None and not run.tracker.trained:
         run.tracker.say(f"nothing left to do: step {state.step:,} of {run.num_steps:,}")
     elif not run.tracker.evaluated(state.step):
@@ -88,7 +88,7 @@ def _save_and_report(run: Run, state: TrainState) -> None:
 
 
 def _report_numbers(run: Run, state: TrainState) -> None:
-    complete_save(run, wait=True)  # Of a good step, begun before.
+    complete_save(run, wait=True)  # Of a good step, started before.
     verdict, first_step = run.guard.verdict, run.guard.first_skipped
     run.tracker.flush()
     first = next((x for x in run.tracker.skipped if first_step is not None and x.step >= first_step), None)

@@ -22,12 +22,12 @@ def pretrain(config: Config, data: Union["Dataset", Sequence[str], None] = None)
     """Pretraining, as `neobert pretrain` does it.
 
     Args:
-        data: a Dataset with a column of text, or texts, in the place of the source that the config names. They are
+        data: a Dataset with a column of text, or texts, instead of the source that the config names. They are
             written once to `<trainer.output_dir>-data/<digest of their content>`, which is what the run reads: a start
             with equal data resumes exactly, one with other data is refused.
 
     Raises:
-        DataError: `data` is neither, or empty, or other documents than this output folder was given before.
+        DataError: `data` is neither, or empty, or other documents than those of earlier runs of this output folder.
         StartupError: the run cannot start as configured; the message names the key and the remedy.
     """
     if data is None:
@@ -58,8 +58,8 @@ def write_documents(data: Union["Dataset", Sequence[str]], parent: Path) -> Path
     folder = parent / digest.hexdigest()[:16]
     if others := [path for path in parent.glob("[!.]*") if path != folder]:
         raise DataError(
-            f"data: the run of this trainer.output_dir was given other documents, which are in {others[0]}; pass those "
-            f"to resume it, choose another trainer.output_dir, or remove {parent} to begin with these"
+            f"data: the run of this trainer.output_dir was made with other documents, those in {others[0]}; pass them "
+            f"to resume it, choose another trainer.output_dir, or remove {parent} to start with these"
         )
     if not folder.is_dir():
         # Every process of a run does this before they know each other: each writes a copy, and the first rename stays.

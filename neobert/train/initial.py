@@ -1,12 +1,12 @@
 """Initial weights from another model (`model.init_from`), for a fresh start, into the same architecture, or with
 `model.init_tile` into a larger one (`neobert.weights.tiling`).
 
-Keys of the architecture that are not given are the source's; those that are given must agree with it. The config that
+Keys of the architecture that are not set are the source's; those that are set must match it. The config that
 has them all is the run's, and the one that is saved.
 
 With the same tokenizer and as many rows, everything is copied as it is. With another tokenizer, or another number of
 rows, the embedding (and an untied vocabulary projection) follows the texts of the tokens; see
-`neobert.weights.vocabulary`. Optimizer, schedule, step and data begin again.
+`neobert.weights.vocabulary`. Optimizer, schedule, step and data start again.
 """
 
 from dataclasses import replace
@@ -29,22 +29,22 @@ from neobert.weights.vocabulary import VOCABULARY_TENSORS, match_tokens, remap_r
 
 
 def bind_architecture(config: Config, theirs: Architecture) -> Config:
-    """The config with the architecture `theirs` in the keys that are not given; nothing is checked.
+    """The config with the architecture `theirs` in the keys that are not set; nothing is checked.
 
-    A key is given when it was written down, or is not at its default (in a config that was made in Python).
+    A key is set when it was written down, or is not at its default (in a config that was made in Python).
     """
     ours, defaults = config.model, ModelSection()
-    taken = {
+    source = {
         name: getattr(theirs, name)
         for name in ARCHITECTURE
-        if f"model.{name}" not in config.given and getattr(ours, name) == getattr(defaults, name)
+        if f"model.{name}" not in config.explicit and getattr(ours, name) == getattr(defaults, name)
     }
-    given = config.given | {f"model.{name}" for name in ARCHITECTURE}
-    return replace(config, model=replace(ours, **taken), given=given)
+    explicit = config.explicit | {f"model.{name}" for name in ARCHITECTURE}
+    return replace(config, model=replace(ours, **source), explicit=explicit)
 
 
 def check_bound(config: Config) -> None:
-    """Raises when a config breaks a rule with the architecture it was given.
+    """Raises when a config breaks a rule with the architecture of its source.
 
     Raises:
         StartupError: with every rule that is broken.
@@ -81,7 +81,7 @@ def load_initial_weights(config: Config) -> tuple[Config, EncoderWeights | None]
         larger = all(name in TILED for name, _ in differences)
         raise StartupError(
             "\n  ".join([f"model.init_from: {source} holds another architecture:", *(text for _, text in differences)])
-            + "\nremove these keys: what is not given is the source's"
+            + "\nremove these keys: keys that are not set take the source's values"
             + ("; or write model.init_tile: true to make a larger model of it" if larger else "")
         )
     check_bound(config)
@@ -89,9 +89,9 @@ def load_initial_weights(config: Config) -> tuple[Config, EncoderWeights | None]
 
 
 def _tile(config: Config, weights: EncoderWeights) -> EncoderWeights:
-    wanted = {name: getattr(config.model, name) for name in TILED}
+    target = {name: getattr(config.model, name) for name in TILED}
     try:
-        return tile_weights(weights, replace(weights.config, **wanted), seed=key(config.seed, "init") % 2**63)
+        return tile_weights(weights, replace(weights.config, **target), seed=key(config.seed, "init") % 2**63)
     except ValueError as error:  # WeightsError, or sizes that make no model.
         raise StartupError(str(error)) from error
 

@@ -69,7 +69,7 @@ def train(run: Run) -> RunResult:
             if run.stop_requested():
                 break
             if due(state.step, run.logging_steps):
-                run.tracker.log(state, run.read_figures())
+                run.tracker.log(state, run.read_metrics())
             if due(state.step, run.eval_steps):
                 log_evaluation(run, state)
             if save_is_due(run, state.step):
@@ -92,10 +92,10 @@ def evaluation_missing(run: Run, state: TrainState) -> bool:
 
 
 def training_steps(run: Run, state: TrainState) -> Iterator[tuple[TrainState, StepMetrics]]:
-    """Yields the state and the figures after every optimizer step, until the budget is spent or the run is to stop.
+    """Yields the state and the metrics after every optimizer step, until the budget is spent or the run is to stop.
 
     Everything a step depends on is a function of its number: the rows (loader state), their masks, the learning rate
-    and the seed of the dropout masks. Hence a run continued from a checkpoint repeats the uninterrupted one.
+    and the seed of the dropout masks. So a run continued from a checkpoint repeats the uninterrupted one.
     """
     run.guard.begin(state)
     if state.step >= run.num_steps or run.stop_requested():
@@ -119,7 +119,7 @@ def training_steps(run: Run, state: TrainState) -> Iterator[tuple[TrainState, St
                 freeze_what_lives()
                 frozen = True
             if state.step == run.num_steps:
-                run.guard.settle()  # No later step will read its flag.
+                run.guard.flush()  # No later step will read its flag.
             if run.guard.verdict is not None:
                 earlier = roll_back(run, state)
                 if earlier is not None:
@@ -169,19 +169,19 @@ def next_batch(run: Run, loader: Loader) -> tuple[StepBatch, StepCounts, float] 
     batch, failure, start = None, None, time.perf_counter()
     try:
         with record_function(DATA_WAIT):
-            batch = loader.next_unless(run.stop.wanted)
+            batch = loader.next_unless(run.stop.requested)
     except Exception as error:  # Raised again below, when the other ranks know.
         failure = error
     data_wait = time.perf_counter() - start
     counts = [0] * len(StepCounts._fields) if batch is None else batch.counts
     *sums, failed, signalled, out_of_time = run.runtime.sum_on_host(
-        [*counts, int(failure is not None), *run.stop.wishes()]
+        [*counts, int(failure is not None), *run.stop.requests()]
     )
     if failed:
         exchange(run.runtime, failure=failure)
     if run.stop.agree(signalled, out_of_time):
         return None
-    assert batch is not None, "a batch is withheld only when a stop is wanted"
+    assert batch is not None, "a batch is withheld only when a stop is requested"
     return batch, StepCounts(*sums), data_wait
 
 

@@ -3,9 +3,9 @@
 Accelerate brings device placement, autocast and DistributedDataParallel. The loader, the schedule, gradient
 accumulation and checkpoints are ours, so `Accelerator` prepares the model and nothing else.
 
-What the launcher asked for, as its variables tell, and whether this program gives it.
+What the launcher asked for, as its variables say, and whether this program gives it.
 
-A process that was started alone looks like a run of one process, and trains as one without a word: `accelerate launch
+A process that was started alone looks like a run of one process, and silently trains as one: `accelerate launch
 --cpu --num_processes 2` starts one (only a GPU makes it start several), `srun` and `mpirun` start several that do not
 know each other. What they were asked for is in the environment:
 
@@ -14,14 +14,14 @@ know each other. What they were asked for is in the environment:
 | torchrun, `accelerate launch --multi_gpu`, PyTorchJob | `WORLD_SIZE` |
 | mpirun | `OMPI_COMM_WORLD_SIZE`, `PMI_SIZE`, `MV2_COMM_WORLD_SIZE` |
 | srun | `SLURM_STEP_NUM_TASKS` |
-| `accelerate launch` that starts one | `MASTER_ADDR` beside `ACCELERATE_USE_CPU`: only when several were wanted |
+| `accelerate launch` that starts one | `MASTER_ADDR` beside `ACCELERATE_USE_CPU`: only when several were requested |
 
 Which precision `trainer.mixed_precision: auto` means on this machine.
 
 On a GPU the answer is in its capabilities: bf16 where it has it. On a CPU it is not: without instructions for it bf16
 is several times slower than fp32, with them several times faster, and libraries decide which of them are used. So two
 matrix products of the model's shape are timed, one in each precision. bf16 also converts weights and activations back
-and forth, so it is taken only when its product is clearly faster.
+and forth, so it is used only when its product is clearly faster.
 
 The choice is part of what makes a run exact: it is one for all ranks, the run's config holds it, and a run that
 continues from a checkpoint keeps the checkpoint's.
@@ -110,7 +110,7 @@ class Runtime:
         return gathered
 
     def from_main(self, values: Tensor) -> Tensor:
-        """Rank 0's values of a tensor, on every rank; the given one stays as it is."""
+        """Rank 0's values of a tensor, on every rank; the argument stays as it is."""
         copy = values.detach().clone(memory_format=torch.contiguous_format)
         if self.world > 1:
             dist.broadcast(copy, src=0, group=self.host_group if copy.device.type == "cpu" else None)
@@ -186,7 +186,7 @@ def check_runtime(config: Config) -> None:
         raise StartupError("\n".join(problems))
 
 
-def settle_determinism(deterministic: bool) -> None:
+def set_determinism(deterministic: bool) -> None:
     """Has torch use operations that give the same bits every time, and raise where it has none; or allows all again.
 
     Call it before CUDA starts: cuBLAS reads its workspace setting once. The flash kernels' backward and the compiler
@@ -232,7 +232,7 @@ def build_runtime(config: Config) -> Runtime:
     Raises:
         StartupError: the launcher asked for several processes and they did not find each other.
     """
-    settle_determinism(config.trainer.deterministic)
+    set_determinism(config.trainer.deterministic)
     if config.trainer.tf32 and torch.cuda.is_available():
         torch.set_float32_matmul_precision("high")
     # The precision is bound when the process group is there, since all processes take one choice.
@@ -318,7 +318,7 @@ base-size model take half a minute."""
 
 
 def bind_precision(config: Config, checkpoint_config: Config | None, runtime: Runtime) -> tuple[Config, list[str]]:
-    """The config with a precision in the place of `auto`, and what to say about it; collective.
+    """The config with a precision instead of `auto`, and what to say about it; collective.
 
     Raises:
         StartupError: the checkpoint's precision is bf16, and this GPU does not have it.
@@ -350,7 +350,7 @@ def choose_precision(config: Config) -> tuple[str, str]:
     fp32, bf16 = (measure_product(_ROWS, inner, outer, dtype) for dtype in (torch.float32, torch.bfloat16))
     return choose_faster(fp32=fp32, bf16=bf16), (
         f"products of up to {_ROWS} x {inner} x {outer} make {bf16 / 1e9:,.1f} GFLOP/s in bf16 and {fp32 / 1e9:,.1f} "
-        f"in fp32 on this CPU (bf16 is taken from {LEAST_GAIN} times as many)"
+        f"in fp32 on this CPU (bf16 is used from {LEAST_GAIN} times as many)"
     )
 
 

@@ -27,7 +27,7 @@ def available_bytes(root: Path = Path("/")) -> int:
     """Memory that this process and others of the same group can still take.
 
     Raises:
-        OSError: the system does not tell; it is not Linux.
+        OSError: the system does not report it; it is not Linux.
     """
     free = _read_field(root / "proc/meminfo", "MemAvailable") * 1024
     return min([free, *_left_in_groups(root)])
@@ -37,16 +37,16 @@ def current_bytes() -> int:
     """Memory of this process that is in use now (resident set).
 
     Raises:
-        OSError: the system does not tell; it is not Linux.
+        OSError: the system does not report it; it is not Linux.
     """
     return _read_field(Path("/proc/self/status"), "VmRSS") * 1024
 
 
 def peak_bytes() -> int:
-    """Highest `current_bytes` since `forget_peak`, or since the process began.
+    """Highest `current_bytes` since `forget_peak`, or since the process started.
 
     Raises:
-        OSError: the system does not tell; it is not Linux.
+        OSError: the system does not report it; it is not Linux.
     """
     return _read_field(Path("/proc/self/status"), "VmHWM") * 1024
 
@@ -54,7 +54,7 @@ def peak_bytes() -> int:
 def forget_peak() -> None:
     """Has the system measure the peak again, from what is in use now.
 
-    Memory that was freed and that the C library keeps is given back first: a step that lived on it would seem to need
+    Memory that was freed and that the C library keeps is returned first: a step that reused it would seem to need
     none.
 
     Raises:
@@ -104,7 +104,7 @@ class OutOfMemory(Exception):
 def memory_explained(run: "Run", batch: MicroBatch, task: Literal["train", "eval"]) -> Iterator[None]:
     """Raises OutOfMemory, with the allocator's error as its cause, when the block runs out of memory.
 
-    The run ends there: a smaller batch tried in silence would be another run.
+    The run ends there: a smaller batch tried silently would be another run.
     """
     try:
         yield
@@ -114,7 +114,7 @@ def memory_explained(run: "Run", batch: MicroBatch, task: Literal["train", "eval
         rows, slots = batch.num_rows, batch.num_slots // batch.num_rows
         peak = run.runtime.peak_memory_bytes() / 2**30
         message = (
-            f"out of memory after step {run.tracker.step} in {_WORDS[task]} of {rows} rows of {slots} slots on "
+            f"out of memory after step {run.tracker.step} in {_BATCH_NAMES[task]} of {rows} rows of {slots} slots on "
             f"{run.runtime.device}, at a peak of {peak:.2f} GiB; lower trainer.per_device_{task}_batch_size "
             f"({rows} rows){_REMEDIES[task]}"
         )
@@ -122,7 +122,7 @@ def memory_explained(run: "Run", batch: MicroBatch, task: Literal["train", "eval
         raise OutOfMemory(message) from error
 
 
-_WORDS = {"train": "a training micro-batch", "eval": "an evaluation batch"}
+_BATCH_NAMES = {"train": "a training micro-batch", "eval": "an evaluation batch"}
 _REMEDIES = {
     "train": ", with trainer.global_batch_size to keep the rows of a step; or set trainer.gradient_checkpointing: true "
     "or a smaller dataset.max_seq_length",

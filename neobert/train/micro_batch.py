@@ -1,15 +1,15 @@
 """How many rows fit in memory: `trainer.per_device_train_batch_size: auto`.
 
-The rows of a step are `trainer.global_batch_size`, whatever the machine: only the share that goes through the model at
+The rows of a step are `trainer.global_batch_size`, whatever the machine: only the part that goes through the model at
 once is chosen, among the numbers that divide the rows of one process. Full rows of random tokens, one document each
-(the dearest kind for attention), make a whole step on a model and an optimizer that are thrown away afterwards.
+(the most expensive kind for attention), make a whole step on a model and an optimizer that are thrown away afterwards.
 
-- On a GPU, ascending numbers are tried until one runs out of memory or passes `GPU_SHARE` of what was free.
+- On a GPU, ascending numbers are tried until one runs out of memory or passes `GPU_FRACTION` of what was free.
 - On a CPU nothing may run out of memory, since the system would end the process: the peak of the two smallest numbers
-  is measured, a straight line through them tells the others, and the largest below `CPU_SHARE` of what is available is
-  taken, up to `MOST_CPU_SLOTS` slots, which keep the cores of a CPU busy.
+  is measured, a straight line through them gives the others, and the largest below `CPU_FRACTION` of what is available
+  is used, up to `MOST_CPU_SLOTS` slots, which keep the cores of a CPU busy.
 
-With several processes the smallest answer holds for all. The number is part of what makes a run exact (sums are added
+With several processes all use the smallest number. The number is part of what makes a run exact (sums are added
 in the order of the micro-batches), so the run's config holds it and a run that continues keeps it, as long as its rows,
 their length and the number of processes stay.
 """
@@ -41,10 +41,10 @@ from neobert.types import PackedBatch, PackedRow
 
 KEY = "trainer.per_device_train_batch_size"
 
-GPU_SHARE = 0.9
+GPU_FRACTION = 0.9
 """The rest is for fragments, for buckets of reduced gradients and for what compiled code allocates."""
 
-CPU_SHARE = 0.7
+CPU_FRACTION = 0.7
 """The rest is for reading, evaluating and saving, and for other programs."""
 
 MOST_CPU_SLOTS = 8192
@@ -64,14 +64,14 @@ def bind_micro_batch(
     attention: AttentionBackend,
     tokenizer: Tokenizer,
 ) -> tuple[Config, list[str]]:
-    """The config with a number in the place of `auto`, and what to say about it; collective.
+    """The config with a number instead of `auto`, and what to say about it; collective.
 
     Args:
         rows_per_step: global batch, a multiple of the number of processes.
         kept: the number of the checkpoint, see `choose_kept`.
 
     Raises:
-        StartupError: not even one row fits, or the system does not tell its memory.
+        StartupError: not even one row fits, or the system does not report its memory.
     """
     if config.trainer.per_device_train_batch_size != "auto":
         return config, []
@@ -137,8 +137,8 @@ def choose_by_trial(candidates: Sequence[int], measure: Measure, limit: int) -> 
 def choose_by_line(candidates: Sequence[int], measure: Measure, limit: int) -> tuple[int, str]:
     """The largest of the ascending `candidates` whose peak should be within `limit` bytes (0: none), and the reason.
 
-    Only the first two are measured, the second only when the first leaves room for it; the others are told by the
-    straight line through both. The first is measured twice: libraries take memory for good in the first step of a
+    Only the first two are measured, the second only when the first leaves room for it; the others are read off the
+    straight line through both. The first is measured twice: libraries keep memory permanently in the first step of a
     process, which is needed but does not grow with the rows.
     """
     first = candidates[0]
@@ -167,16 +167,16 @@ def choose_by_line(candidates: Sequence[int], measure: Measure, limit: int) -> t
 def gpu_limit(device: torch.device) -> int:
     """Bytes that a step may take on a GPU."""
     free, _ = torch.cuda.mem_get_info(device)
-    return int(GPU_SHARE * (free + torch.cuda.memory_reserved(device)))
+    return int(GPU_FRACTION * (free + torch.cuda.memory_reserved(device)))
 
 
 def cpu_limit() -> int:
     """Bytes that a step of this process may take on a CPU.
 
     Raises:
-        OSError: the system does not tell.
+        OSError: the system does not report it.
     """
-    return int(CPU_SHARE * available_bytes()) // int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+    return int(CPU_FRACTION * available_bytes()) // int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
 
 
 def build_measure(

@@ -25,8 +25,8 @@ SPIKE_WINDOW = 128
 """Steps whose mean and deviation a step is compared with; before that many, nothing is a spike."""
 
 RECENT_STEPS = 1000
-RECENT_SHARE = 0.01
-"""More than this share of the recent steps skipped stops the run, even when never many in a row."""
+RECENT_FRACTION = 0.01
+"""More than this fraction of the recent steps skipped stops the run, even when never many in a row."""
 
 
 class LateFlag:
@@ -60,7 +60,7 @@ class Guard:
         self._known_step = state.step
         self._skipped = list(state.skipped_steps)
         self._pending: deque[tuple[int, LateFlag]] = deque()
-        # Places that were not filled yet are NaN, and no comparison with their mean is true.
+        # Entries that were not filled yet are NaN, and no comparison with their mean is true.
         values = [[math.nan, math.nan]] * SPIKE_WINDOW + state.spike_window
         window_N2 = torch.tensor(values[-SPIKE_WINDOW:], dtype=torch.float32)
         self._window_2N = window_N2.T.contiguous().to(self._runtime.device)
@@ -77,8 +77,8 @@ class Guard:
         if self._section.skip_spikes is None or num_targets == 0:
             return bad
         # The norm is the same on all ranks, and yet summed with the loss: one rounding apart would be two decisions.
-        shares = torch.stack([loss_sum / num_targets, grad_norm / self._runtime.world])
-        values_2 = self._runtime.sum_on_device(shares)
+        local_2 = torch.stack([loss_sum / num_targets, grad_norm / self._runtime.world])
+        values_2 = self._runtime.sum_on_device(local_2)
         limits_2 = self._window_2N.mean(dim=1) + self._section.skip_spikes * self._window_2N.std(dim=1)
         skip = bad | (values_2 > limits_2).any()
         moved_2N = torch.cat([self._window_2N[:, 1:], values_2[:, None]], dim=1)
@@ -90,13 +90,13 @@ class Guard:
         self._pending.append((step, LateFlag(skipped)))
         self._read(leave=1)
 
-    def settle(self) -> None:
+    def flush(self) -> None:
         """Reads all flags; waits for the device."""
         self._read(leave=0)
 
-    def settled(self, state: TrainState) -> TrainState:
+    def add_skipped(self, state: TrainState) -> TrainState:
         """`state` with what must be saved of the skipped steps; waits for the device."""
-        self.settle()
+        self.flush()
         window = [values for values in self._window_2N.T.tolist() if not math.isnan(values[0])]
         return replace(state, skipped_steps=list(self._skipped), spike_window=window)
 
@@ -110,7 +110,7 @@ class Guard:
 
     @property
     def first_skipped(self) -> int | None:
-        """The step with which the skipped ones in a row began, else the first of the recent ones."""
+        """The step with which the skipped ones in a row started, else the first of the recent ones."""
         if in_row := self.num_in_row:
             return self._known_step - in_row + 1
         return self._skipped[0] if self._skipped else None
@@ -120,10 +120,10 @@ class Guard:
         """Why the run cannot continue, None when it can."""
         if (in_row := self.num_in_row) >= self._section.max_bad_steps:
             return f"trainer.max_bad_steps: {in_row} steps in a row were skipped, the last is {self._known_step}"
-        if len(self._skipped) > RECENT_SHARE * RECENT_STEPS:
+        if len(self._skipped) > RECENT_FRACTION * RECENT_STEPS:
             return (
                 f"trainer.max_bad_steps: {len(self._skipped)} of the last {RECENT_STEPS} steps were skipped, more than "
-                f"{RECENT_SHARE:.0%}"
+                f"{RECENT_FRACTION:.0%}"
             )
         return None
 

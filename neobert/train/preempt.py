@@ -22,8 +22,8 @@ from typing import Literal
 from neobert.cli import stop_signals
 
 FIRST_SAVE_SECONDS = 60.0
-FIRST_SAVE_SHARE = 0.05
-"""What a save may take before one was measured: this long, but no more than this share of `trainer.max_hours`."""
+FIRST_SAVE_FRACTION = 0.05
+"""What a save may take before one was measured: this long, but no more than this fraction of `trainer.max_hours`."""
 
 Reason = Literal["preempted", "out_of_time", "numbers"]
 
@@ -56,16 +56,16 @@ class StopRequest:
                 # None: a handler that was not set from Python and cannot be set from here.
                 signal.signal(number, signal.SIG_DFL if handler is None else handler)
 
-    def wishes(self) -> list[int]:
+    def requests(self) -> list[int]:
         """[a signal was received, the time is up] as 0 or 1, to be summed over ranks and handed to `agree`."""
         return [int(self.signal_name is not None), int(self._time_is_up())]
 
-    def wanted(self) -> bool:
+    def requested(self) -> bool:
         """Whether this process asks to stop."""
-        return any(self.wishes())
+        return any(self.requests())
 
     def agree(self, num_signalled: int, num_out_of_time: int) -> bool:
-        """Takes the sums of all ranks' wishes; whether to stop."""
+        """Takes the sums of all ranks' requests; whether to stop."""
         if self.reason is None and num_signalled:
             self.reason = "preempted"
         elif self.reason is None and num_out_of_time:
@@ -95,7 +95,7 @@ class StopRequest:
             return False
         save = self._save_seconds
         if save is None:
-            save = min(FIRST_SAVE_SECONDS, FIRST_SAVE_SHARE * self._limit)
+            save = min(FIRST_SAVE_SECONDS, FIRST_SAVE_FRACTION * self._limit)
         return time.monotonic() - self._started + max(self._step_seconds, default=0.0) + save >= self._limit
 
     def _receive(self, number: int, frame: FrameType | None) -> None:

@@ -41,7 +41,7 @@ def log_evaluation(run: Run, state: TrainState) -> None:
     """
     check_replicas(run, state)
     metrics, averaged = run.job.evaluate(run), None
-    if metrics is not None and run.average is not None and run.average.begun:
+    if metrics is not None and run.average is not None and run.average.started:
         with run.average.swapped():
             averaged = run.job.evaluate(run)
         metrics = metrics if averaged is not None else None
@@ -57,7 +57,7 @@ def _documents(run: Run) -> DataPipeline:
 def evaluate(run: Run) -> EvalMetrics | None:
     """The objective's metrics on the held-out documents; None when the run has none, or is asked to stop.
 
-    Masks are a function of (trainer.eval_seed, document, position), so two evaluations of the same weights agree, and
+    Masks are a function of (trainer.eval_seed, document, position), so two evaluations of the same weights match, and
     packing, batch size and the number of processes do not matter beyond rounding. All ranks have equally many batches
     and agree before each of them, so that they leave together.
     """
@@ -103,10 +103,10 @@ def _read_batch(run: Run, batches: Iterator[PackedBatch]) -> PackedBatch | None:
         batch = next(batches, None)
     except Exception as error:  # Raised again below, when the other ranks know.
         failure = error
-    failed, *wishes = run.runtime.sum_on_host([int(failure is not None), *run.stop.wishes()])
+    failed, *requests = run.runtime.sum_on_host([int(failure is not None), *run.stop.requests()])
     if failed:
         exchange(run.runtime, failure=failure)
-    run.stop.agree(*wishes)
+    run.stop.agree(*requests)
     return batch
 
 
@@ -153,7 +153,7 @@ def announce(run: Run) -> None:
 
 
 def slow_reading(config: Config, device_type: str) -> list[str]:
-    """Settings of `dataset` that make a GPU wait, where they were given; they are kept."""
+    """Settings of `dataset` that make a GPU wait, where they were set; they are kept."""
     data = config.dataset
     found: list[str] = []
     if device_type != "cuda":

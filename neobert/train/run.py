@@ -66,10 +66,10 @@ from neobert.weights.encoder_weights import EncoderWeights
 
 @dataclass(frozen=True, kw_only=True, slots=True, eq=False)
 class RunSetup:
-    """A run that may begin: its machine, folder, config and vocabulary are there, its data and model not yet."""
+    """A run that may start: its machine, folder, config and vocabulary are there, its data and model not yet."""
 
     config: Config
-    """As it was given, with what was chosen in the place of `auto`."""
+    """As it was passed, with what was chosen for `auto`."""
 
     runtime: Runtime
     stop: StopRequest
@@ -250,10 +250,10 @@ class Run(RunSetup):
         """Whether all ranks have agreed to stop before the budget is spent."""
         return self.stop.reason is not None
 
-    def read_figures(self) -> dict[str, float]:
+    def read_metrics(self) -> dict[str, float]:
         """What clipping and statistics have seen since the last log line; waits for the device."""
         watching = (w for w in (self.clip, self.statistics) if w is not None)
-        return {name: figure for watcher in watching for name, figure in watcher.read().items()}
+        return {name: value for watcher in watching for name, value in watcher.read().items()}
 
     @property
     def eval_test(self) -> str | None:

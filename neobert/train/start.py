@@ -20,7 +20,14 @@ from neobert.config.schema import Config
 from neobert.disk import is_locked_by, lock_file, replacing
 from neobert.errors import StartupError
 from neobert.train.agreement import RankError, agree, exchange
-from neobert.train.checkpoint.run_folder import check_own, check_place, check_unused, free_names, holds_run, set_aside
+from neobert.train.checkpoint.run_folder import (
+    check_output_dir,
+    check_own,
+    check_unused,
+    free_names,
+    holds_run,
+    set_aside,
+)
 from neobert.weights.folder import (
     AVERAGE_FILE,
     CheckpointError,
@@ -90,7 +97,7 @@ def check_shared(output_dir: Path, runtime: "Runtime") -> None:
     if blind:
         raise RankError(
             f"trainer.output_dir: {output_dir} is not one folder for all processes: {', '.join(blind)} cannot see what "
-            "rank 0 writes; choose a folder on a file system that all nodes share"
+            "rank 0 writes; choose a folder on a file system of all nodes"
         )
 
 
@@ -188,7 +195,7 @@ def agree_on_start(config: Config, runtime: "Runtime") -> Choice:
     def decide() -> Choice:
         output_dir = Path(config.trainer.output_dir)
         try:
-            check_place(config)
+            check_output_dir(config)
             if output_dir.is_dir():
                 _lock(output_dir)
             return choose_start(config)

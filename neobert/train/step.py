@@ -5,12 +5,12 @@ means would weigh a token more in a micro-batch that has fewer of them. Nothing 
 
 A step whose loss or gradient is not finite has no effect on any rank, decided on the device without a collective of its
 own: a loss that is not finite makes its whole gradient NaN, the reduction of the gradients over ranks carries that to
-every rank, and the norm of the reduced gradient tells it. The optimizer reads the resulting flag.
+every rank, and the norm of the reduced gradient shows it. The optimizer reads the resulting flag.
 
 `BatchCopier` brings batches to the device while it still computes the step before. The host runs ahead of a GPU: when a
 batch is handed over, the kernels of earlier steps are still queued. A copy in their stream would wait after them, and
 the step after the copy. So batches are copied from pinned memory in a stream of their own, which starts at once, and
-the compute stream waits for that copy alone. Memory belongs to the copying stream, hence the allocator is told that the
+the compute stream waits for that copy alone. Memory belongs to the copying stream, so the allocator learns that the
 compute stream reads it too and hands it out again only after that.
 """
 
@@ -92,7 +92,7 @@ def train_step(
     Args:
         model: returns `LossSum` for a micro-batch.
         optimizer: one that can leave out a step on the device, see `neobert.optim.optimizers`.
-        micro_batches: this rank's share of the step, on the model's device.
+        micro_batches: this rank's part of the step, on the model's device.
         lr: learning rate of this step; a group with an `lr_factor` has that many times as much.
         scale: what a loss sum is multiplied with before backward: `world / number of targets over all ranks`, since
             DistributedDataParallel averages gradients over ranks.

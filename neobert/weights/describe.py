@@ -97,7 +97,7 @@ def describe_neobert(config: Mapping[str, Any], tensors: Mapping[str, Tensor]) -
             rms_norm=bool(config.get("rms_norm", True)),
             hidden_act=str(config.get("hidden_act", "swiglu")).lower(),
             dropout_prob=float(config.get("dropout_prob", config.get("dropout", 0.0))),
-            norm_eps=float(config["norm_eps"]),  # Text in some files: YAML reads 1e-5 as a word.
+            norm_eps=float(config["norm_eps"]),  # A string in some files: YAML reads 1e-5 as text.
             tie_word_embeddings=head is None or head.equal(embedding),
             decoder_bias=bias is not None and bool(bias.any()),
         )

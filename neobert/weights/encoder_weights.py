@@ -47,7 +47,7 @@ REMOTE_CODE_TYPE = "neobert_encoder"
 """`model_type` of models that we export with their code."""
 
 _EXPORTED, _ENCODER = ("eurobert", "remote_code"), "model."
-"""Layouts that exported folders have, and what the encoder's tensors begin with where there is a head beside it."""
+"""Layouts that exported folders have, and what the encoder's tensors start with where there is a head beside it."""
 
 HUB_NAME = re.compile(r"\w[\w.-]*/\w[\w.-]*(@[\w./-]+)?")
 _SMALL_FILES = ["*.json", "*.txt", "*.model"]
@@ -77,7 +77,7 @@ class EncoderWeights:
     """Which of WEIGHTS."""
 
     objective: str = MLM.name
-    """A key of OBJECTIVES: what they were trained for, as far as the folder tells."""
+    """A key of OBJECTIVES: what they were trained for, as far as the folder says."""
 
     training_only: dict[str, Tensor] = field(default_factory=dict)
     """What a checkpoint has beside `tensors`: a head or a temperature that only training has."""
@@ -174,7 +174,7 @@ def _read_folder(folder: Path, drop_decoder_bias: bool, weights: str) -> Encoder
         training_only = {name: x for name, x in tensors.items() if name.startswith(objective.training_only)}
         tensors = {name: x for name, x in tensors.items() if name not in training_only}
     elif layout.name in _EXPORTED and not any(name.startswith(_ENCODER) for name in tensors):
-        # AutoModel and sentence-transformers save the encoder alone. The config says whether a tied head can be told.
+        # AutoModel and sentence-transformers save the encoder alone. The config says whether a head is tied.
         tensors = {f"{_ENCODER}{name}": tensor for name, tensor in tensors.items()}
     config = layout.describe(raw, tensors)
     if drop_decoder_bias:
@@ -295,7 +295,7 @@ WEIGHTS: dict[str, tuple[str, ...]] = {"model": (MODEL_FILE, "pytorch_model.bin"
 
 
 class UnreadablePickle(ValueError):
-    """A pickle that is damaged or wants to run code; the message is the reason, without torch's advice."""
+    """A pickle that is damaged or tries to run code; the message is the reason, without torch's advice."""
 
 
 def load_pickle(path: Path, device: torch.device | str = "cpu") -> Any:

@@ -1,6 +1,6 @@
 """The folder of a run: every `checkpoints/<step>/` is a complete checkpoint, and nothing else has a decimal name.
 
-Which checkpoint is taken: an explicit one is taken or refused. `latest`, or the folder of a run, means the newest step
+Which checkpoint is used: an explicit one is used or refused. `latest`, or the folder of a run, means the newest step
 that passes the full check of its manifest; steps are compared, not times, since copies change times.
 
 The manifest says which files belong to a checkpoint, how long they are, and what is in them:
@@ -226,7 +226,7 @@ def choose_newest(output_dir: Path) -> Choice:
 def choose_checkpoint(path: Path) -> Choice:
     """The checkpoint that `path` means: itself, or the newest valid one of a run folder or a `checkpoints` folder.
 
-    A checkpoint without a manifest is taken when it is named itself, with a note.
+    A checkpoint without a manifest is used when it is named itself, with a note.
 
     Raises:
         CheckpointError: the named checkpoint is damaged, or a run has none that is valid.
@@ -248,7 +248,7 @@ def choose_checkpoint(path: Path) -> Choice:
 
 
 def find_checkpoint(path: Path) -> Path | None:
-    """`choose_checkpoint` for those who only want the folder: what it has to say becomes warnings.
+    """`choose_checkpoint` for those who only need the folder: what it has to say becomes warnings.
 
     Raises:
         CheckpointError: there are checkpoints, and none of them is whole.

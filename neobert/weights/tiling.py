@@ -6,10 +6,10 @@ The units are channels of the residual stream, whole attention heads, and neuron
 keys and values, and gate and up, are tiled each by itself.
 
 Plain tiling sums every copied unit again, so activations grow. Here the large layer computes what the small one did: of
-a weight whose input unit has c copies, each copy gets a share, and the shares sum to 1 (Net2Net, arXiv 1511.05641). The
-shares are unequal and random: with equal ones, copies would have equal gradients forever, and the large model no more
-capacity than the small one (LEMON, arXiv 2310.07999). A tied vocabulary projection cannot be split, being the embedding
-too; there the weights of the final norm are divided by c.
+a weight whose input unit has c copies, each copy gets a fraction, and the fractions sum to 1 (Net2Net, arXiv
+1511.05641). They are unequal and random: with equal ones, copies would have equal gradients forever, and the large
+model no more capacity than the small one (LEMON, arXiv 2310.07999). A tied vocabulary projection cannot be split,
+being the embedding too; there the weights of the final norm are divided by c.
 
 Depth. Layer i of D takes layer `floor(i d / D)` of d (the order of Gopher, arXiv 2112.11446, appendix G.3.3). What r
 copies of a layer add to the residual stream is divided by r.
@@ -35,12 +35,12 @@ TILED = ("hidden_size", "num_hidden_layers", "num_attention_heads", "intermediat
 
 
 def center_map(small: int, large: int) -> Tensor:
-    """int64 `[large]`: the unit of the small axis at each place of the large one. For 3 and 7: 1 2 0 1 2 0 1."""
+    """int64 `[large]`: the unit of the small axis at each index of the large one. For 3 and 7: 1 2 0 1 2 0 1."""
     return (torch.arange(large) - (large - small) // 2) % small
 
 
 def layer_map(small: int, large: int) -> list[int]:
-    """The small encoder's layer at each place of the large one. For 2 and 5: 0 0 0 1 1."""
+    """The small encoder's layer at each index of the large one. For 2 and 5: 0 0 0 1 1."""
     return [layer * small // large for layer in range(large)]
 
 
@@ -70,7 +70,7 @@ def check_tiling(small: ModelConfig, large: ModelConfig) -> None:
 
 @dataclass(frozen=True, kw_only=True, slots=True, eq=False)
 class _Maps:
-    """Small unit at each place of every large axis, and where the shares come from."""
+    """Small unit at each index of every large axis, and where the fractions come from."""
 
     channels: Tensor
     heads: Tensor
@@ -79,7 +79,7 @@ class _Maps:
     neurons: Tensor
     generator: torch.Generator
 
-    def shares(self, num_rows: int, units: Tensor) -> Tensor:
+    def fractions(self, num_rows: int, units: Tensor) -> Tensor:
         """fp32 `[num_rows, len(units)]`: positive numbers that sum to 1 over the copies of each unit."""
         drawn = torch.rand(num_rows, len(units), generator=self.generator) + 0.5
         totals = torch.zeros(num_rows, int(units.max()) + 1).index_add_(1, units, drawn)
@@ -90,7 +90,7 @@ def tile_weights(weights: EncoderWeights, config: ModelConfig, *, seed: int) -> 
     """`weights` as those of the larger encoder of `config`, in their dtype; the vocabulary stays.
 
     Args:
-        seed: Of the shares of copied units.
+        seed: Of the fractions of copied units.
 
     Raises:
         WeightsError: one cannot be tiled to the other.
@@ -128,7 +128,7 @@ def _tile_rows(weight: Tensor, units: Tensor, num_blocks: int) -> Tensor:
 
 
 def _tile_columns(weight: Tensor, units: Tensor, maps: _Maps) -> Tensor:
-    return weight[:, units] * maps.shares(len(weight), units)
+    return weight[:, units] * maps.fractions(len(weight), units)
 
 
 def _tile_embedding(weight: Tensor, maps: _Maps) -> Tensor:

@@ -1,8 +1,8 @@
 """Embeddings for another vocabulary: rows of the tokens that both have are copied, all others start at their mean.
 
 Tokens are matched by their text, and [CLS], [SEP], [MASK] and padding also by their role, whatever they are called.
-The mean of the copied rows is a neutral place: a row of a new token has the scale of the model, predicts no token in
-particular, and is told apart by its gradient (Hewitt, "Initializing new word embeddings", 2021).
+The mean of the copied rows is a neutral position: a row of a new token has the scale of the model, predicts no token in
+particular, and is distinguished by its gradient (Hewitt, "Initializing new word embeddings", 2021).
 """
 
 from collections.abc import Mapping
@@ -38,7 +38,7 @@ def remap_rows(weight: Tensor, pairs: Mapping[int, int], num_rows: int) -> Tenso
         ValueError: no token is shared.
     """
     if not pairs:
-        raise ValueError("the two vocabularies share no token")
+        raise ValueError("the two vocabularies have no token in common")
     new = torch.tensor(sorted(pairs))
     copied = weight[torch.tensor([pairs[i] for i in sorted(pairs)])]
     result = copied.float().mean(0).to(weight.dtype).expand(num_rows, *weight.shape[1:]).clone()

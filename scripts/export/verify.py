@@ -1,4 +1,4 @@
-"""`neobert verify-export`: check that an exported folder, loaded with transformers, agrees with our model."""
+"""`neobert verify-export`: check that an exported folder, loaded with transformers, matches our model."""
 
 from neobert.commands.registry import run_command
 

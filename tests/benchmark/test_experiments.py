@@ -157,7 +157,7 @@ def test_all_runs_of_a_plan_have_one_precision(folder: Path, monkeypatch: pytest
     assert start(folder, *precision, "no") == 2
 
 
-def test_a_killed_run_goes_on_and_ends_as_one_left_alone(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_killed_run_continues_and_ends_as_one_left_alone(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert start(folder, "--only", "masked") == 0
     alone = json.loads((folder / "out" / "masked-seed0" / "score.json").read_text())
 

@@ -37,14 +37,12 @@ def test_padded_rows_hold_one_document() -> None:
     assert (batch.input_ids.shape, batch.num_documents) == ((4, 64), 4)
 
 
-def test_figures_belong_together() -> None:
-    figures = measure_step(StepSettings(**TINY, precision="fp32"))  # type: ignore[arg-type]
-    assert figures.gemm_fraction * figures.gemm_flops == pytest.approx(
-        figures.tokens_per_second * figures.flops_per_token
-    )
-    assert figures.seconds_p50 <= figures.seconds_p95
-    assert figures.mfu is None, "no data sheet is quoted for a CPU"
-    assert figures.peak_memory_bytes > 10**7
+def test_numbers_belong_together() -> None:
+    timing = measure_step(StepSettings(**TINY, precision="fp32"))  # type: ignore[arg-type]
+    assert timing.gemm_fraction * timing.gemm_flops == pytest.approx(timing.tokens_per_second * timing.flops_per_token)
+    assert timing.seconds_p50 <= timing.seconds_p95
+    assert timing.mfu is None, "no data sheet is quoted for a CPU"
+    assert timing.peak_memory_bytes > 10**7
 
 
 def test_the_script_prints_a_table_or_json(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
@@ -82,9 +80,9 @@ def test_rows_of_a_config_come_through_the_loader(
     file.write_text(config_to_yaml(tiny(tmp_path / "run")))
     flags = ("--config", str(file), "dataset.max_seq_length=32", "--steps", "3", "--warmup", "1", "--json")
     assert run_script(monkeypatch, *flags) == 0
-    figures = json.loads(capsys.readouterr().out)
-    assert figures["rows"] == f"4 rows of 32 of {file}"
-    assert 0 <= figures["data_wait"] < 1
+    values = json.loads(capsys.readouterr().out)
+    assert values["rows"] == f"4 rows of 32 of {file}"
+    assert 0 <= values["data_wait"] < 1
     assert run_script(monkeypatch, "--config", str(file), "--rows", "3") == 2
     assert "--config: it decides --rows too" in capsys.readouterr().err
     assert run_script(monkeypatch, "dataset.max_seq_length=32") == 2
@@ -93,8 +91,8 @@ def test_rows_of_a_config_come_through_the_loader(
 
 @pytest.mark.parametrize("switch", ["all_positions", "plain_adamw", "gradient_checkpointing"])
 def test_every_switch_of_the_comparison_runs(switch: str) -> None:
-    figures = measure_step(StepSettings(**{**TINY, switch: True, "steps": 1}))  # type: ignore[arg-type]
-    assert figures.tokens_per_second > 0
+    timing = measure_step(StepSettings(**{**TINY, switch: True, "steps": 1}))  # type: ignore[arg-type]
+    assert timing.tokens_per_second > 0
 
 
 def test_masked_attention_is_the_same_attention() -> None:

@@ -1,4 +1,4 @@
-"""The command line that scripts share: help, --print-config, errors with exit code 2."""
+"""The command line of all scripts: help, --print-config, errors with exit code 2."""
 
 import os
 import subprocess
@@ -83,8 +83,8 @@ def test_help_lists_every_key_with_its_text(capsys):
 @pytest.mark.parametrize(
     ("argv", "message"),
     [
-        ((), "no config file was given"),
-        (("seed=3",), "no config file was given"),
+        ((), "no config file"),
+        (("seed=3",), "no config file"),
         (("a.yaml", "b.yaml"), "one config file is expected, got 2: a.yaml, b.yaml"),
         (("-v", "a.yaml"), "unknown option -v; --help lists all keys"),
         (("missing.yaml",), "1 error in missing.yaml:\n  - the config file does not exist"),

@@ -65,7 +65,7 @@ def test_integers_may_be_written_as_whole_numbers(written, value):
 
 @pytest.mark.parametrize("written", ["no", "012", "1234e5", "1:30", "2023-11-01", "on", "1_000", "0x10", "true"])
 @pytest.mark.parametrize("quote", ["", "'", '"'])
-def test_texts_are_taken_as_typed(written, quote):
+def test_texts_are_read_as_typed(written, quote):
     text = BASE.replace("name: python_stdlib", f"name: a/b, revision: {quote}{written}{quote}")
     assert parse_config(text).dataset.revision == written
     assert parse_config(BASE, ["dataset.name=a/b", "--dataset.revision", written]).dataset.revision == written
@@ -92,7 +92,7 @@ def test_false(word):
 
 
 @pytest.mark.parametrize("word", ["no", "No", "false", "off", "'no'"])
-def test_a_yaml_false_is_the_word_of_a_choice(word):
+def test_a_yaml_false_is_the_value_of_a_choice(word):
     trainer = parse_config(with_trainer(f"eval_strategy: {word}, save_strategy: {word}")).trainer
     assert (trainer.eval_strategy, trainer.save_strategy) == ("no", "no")
     assert parse_config(BASE + f"wandb: {{watch: {word.replace('no', 'off')}}}").wandb.watch == "off"
@@ -290,7 +290,7 @@ def test_a_bare_key_is_true_for_a_switch_and_an_error_else():
     assert error == "trainer.save_steps: --trainer.save_steps needs a value, integer"
 
 
-def test_values_with_an_equals_sign_and_a_last_word_that_wins():
+def test_values_with_an_equals_sign_and_a_last_argument_that_wins():
     config = parse_config(BASE, ["--trainer.output_dir", "runs/lr=1e-4", "wandb.name=a=b", "seed=1", "--seed", "2"])
     assert (config.trainer.output_dir, config.wandb.name, config.seed) == ("runs/lr=1e-4", "a=b", 2)
 
@@ -299,7 +299,7 @@ def test_an_override_replaces_a_wrong_value_of_the_file():
     assert parse_config(with_trainer("save_steps: abc"), ["trainer.save_steps=5"]).trainer.save_steps == 5
 
 
-def test_words_that_are_no_overrides():
+def test_arguments_that_are_no_overrides():
     assert error_of(BASE, "max").startswith("'max': not an override; write --section.key value")
 
 
@@ -337,7 +337,7 @@ def test_a_budget_on_the_command_line_replaces_the_files(in_file, key, value):
         ("output_dir", "x", "trainer.output_dir"),
     ],
 )
-def test_words_of_other_programs_get_the_right_key(word, value, key):
+def test_keys_of_other_programs_get_the_right_key(word, value, key):
     for text, overrides in [
         (BASE + f"{word}: {value}\n", ()),
         (BASE, (f"--{word}={value}",)),

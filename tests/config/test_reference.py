@@ -8,7 +8,7 @@ import yaml
 from neobert.config.fields import FIELDS, SECTIONS, Field
 from neobert.config.load import parse_config
 from neobert.config.reference import build_markdown, show_value
-from neobert.config.refused import EXPLAINED, LATER, REFUSED, REFUSED_VALUES, RENAMED, WORDS, find_refusal
+from neobert.config.refused import EXPLAINED, FOREIGN_KEYS, LATER, REFUSED, REFUSED_VALUES, RENAMED, find_refusal
 from neobert.config.schema import Config
 
 ROOT = Path(__file__).parents[2]
@@ -24,13 +24,13 @@ def test_every_field_and_section_has_a_text():
     assert all(len(text) > 10 for text in SECTIONS.values())
 
     def leaves(section: object) -> int:
-        values = [getattr(section, f.name) for f in dataclasses.fields(section) if f.name != "given"]
+        values = [getattr(section, f.name) for f in dataclasses.fields(section) if f.name != "explicit"]
         return sum(leaves(value) if dataclasses.is_dataclass(value) else 1 for value in values)
 
     assert len(FIELDS) == leaves(Config())
 
 
-def test_types_in_words():
+def test_types_as_text():
     def words(key: str) -> str:
         return FIELDS[key].type_name
 
@@ -71,10 +71,10 @@ def test_the_tables_of_refused_keys_are_consistent():
         assert not set(table) & set(FIELDS)
         for key in table:
             assert (find_refusal(key) or "").startswith(f"{key}: ")
-    assert set(WORDS.values()) <= set(FIELDS)
-    assert not set(WORDS) & set(EXPLAINED)
+    assert set(FOREIGN_KEYS.values()) <= set(FIELDS)
+    assert not set(FOREIGN_KEYS) & set(EXPLAINED)
     # A word is looked for in any section, so it may be the name of no key.
-    assert not (set(WORDS) | set(EXPLAINED)) & {key.rpartition(".")[2] for key in FIELDS}
+    assert not (set(FOREIGN_KEYS) | set(EXPLAINED)) & {key.rpartition(".")[2] for key in FIELDS}
     for key, words in REFUSED_VALUES.items():
         field: Field = FIELDS[key]
         assert not set(words) & set(field.choices)

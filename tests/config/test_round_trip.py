@@ -108,7 +108,7 @@ def random_value(field: Field, rng: random.Random) -> Any:
         return rng.choice([0, 1, 2, 8, 64, 768, 1024, rng.randrange(10**12)])
     if field.kind is float:
         return rng.choice([0.0, 1.0, 1e-8, 1e5, 1e22, rng.random(), rng.random() * 1e-9, rng.random() * 100])
-    return os.path.expanduser(rng.choice(NASTY))  # Keys of folders are saved with the home folder in place of "~".
+    return os.path.expanduser(rng.choice(NASTY))  # Keys of folders are saved with the home folder instead of "~".
 
 
 def assert_round_trip(config: Config) -> None:
@@ -130,7 +130,7 @@ def test_random_valid_configs_round_trip():
                 values[key] = value
                 accepted.add(key)
         assert_round_trip(build_config(values))
-    # almost every field was given a value that is not its default
+    # almost every field has a value that is not its default
     assert len(accepted) >= len(FIELDS) - 8, sorted(set(FIELDS) - accepted)
 
 

@@ -1,4 +1,4 @@
-"""Rules between fields: each breaks in one place and its sentence names the key, the value and the remedy."""
+"""Rules between fields: each breaks once and its sentence names the key, the value and the remedy."""
 
 import pytest
 
@@ -37,21 +37,21 @@ ERRORS = [
         {"model__ngpt": True},
         "optimizer.weight_decay: 0.1 does nothing with model.ngpt: true, whose matrices are",
     ),
-    ({**NGPT, "model__rope": False}, "model.rope: False has no place in the normalised model (model.ngpt: true)"),
-    ({**NGPT, "model__rms_norm": False}, "model.rms_norm: False has no place in the normalised model"),
-    ({**NGPT, "model__hidden_act": "gelu"}, "model.hidden_act: gelu has no place in the normalised model"),
-    ({**NGPT, "model__dropout_prob": 0.1}, "model.dropout_prob: 0.1 has no place in the normalised model"),
-    ({**NGPT, "model__norm_eps": 1e-6}, "model.norm_eps: 1e-06 has no place in the normalised model"),
-    ({**NGPT, "model__init": "megatron"}, "model.init: megatron has no place in the normalised model"),
-    ({**NGPT, "model__init_std": 0.1}, "model.init_std: 0.1 has no place in the normalised model"),
+    ({**NGPT, "model__rope": False}, "model.rope: False is not part of the normalised model (model.ngpt: true)"),
+    ({**NGPT, "model__rms_norm": False}, "model.rms_norm: False is not part of the normalised model"),
+    ({**NGPT, "model__hidden_act": "gelu"}, "model.hidden_act: gelu is not part of the normalised model"),
+    ({**NGPT, "model__dropout_prob": 0.1}, "model.dropout_prob: 0.1 is not part of the normalised model"),
+    ({**NGPT, "model__norm_eps": 1e-6}, "model.norm_eps: 1e-06 is not part of the normalised model"),
+    ({**NGPT, "model__init": "megatron"}, "model.init: megatron is not part of the normalised model"),
+    ({**NGPT, "model__init_std": 0.1}, "model.init_std: 0.1 is not part of the normalised model"),
     (
         {**NGPT, "model__init_zero_residual": True},
-        "model.init_zero_residual: True has no place in the",
+        "model.init_zero_residual: True is not part of the",
     ),
-    ({**NGPT, "model__qk_norm": True}, "model.qk_norm: True has no place in the normalised model"),
-    ({**NGPT, "model__embedding_norm": True}, "model.embedding_norm: True has no place in the normalised model"),
+    ({**NGPT, "model__qk_norm": True}, "model.qk_norm: True is not part of the normalised model"),
+    ({**NGPT, "model__embedding_norm": True}, "model.embedding_norm: True is not part of the normalised model"),
     ({**NGPT, "model__decoder_bias": True}, "remove it, its default is False"),
-    ({**NGPT, "model__decoder_init_range": 0.1}, "model.decoder_init_range: 0.1 has no place in the normalised model"),
+    ({**NGPT, "model__decoder_init_range": 0.1}, "model.decoder_init_range: 0.1 is not part of the normalised model"),
     ({**NGPT, "model__base_scale": 0.0}, "model.base_scale: 0.0 must be greater than 0"),
     ({"model__base_scale": 0.1}, "model.base_scale: 0.1 has no effect without model.ngpt: true; remove one of the two"),
     (

@@ -8,7 +8,7 @@ import pytest
 from neobert.contrastive.evaluate import ranks, retrieval, spearman
 
 
-def test_ranks_share_their_mean_where_values_are_equal() -> None:
+def test_ranks_get_their_mean_where_values_are_equal() -> None:
     assert ranks(np.array([10.0, 30.0, 10.0, 20.0])).tolist() == [1.5, 4.0, 1.5, 3.0]
 
 

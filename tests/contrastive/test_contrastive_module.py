@@ -185,7 +185,7 @@ def test_equal_texts_are_no_negatives_of_each_other() -> None:
     vectors = F.normalize(module.embed(collate(rows)), dim=1)
     again = 20 * vectors[[0, 2, 4]] @ vectors[[1, 3, 5]].T
     expected = alone + F.cross_entropy(again[1:2], torch.tensor([1]), reduction="sum").item()
-    # The twin counts once more as an anchor, and twice as a negative of the two other rows.
+    # The twin counts again as an anchor, and twice as a negative of the two other rows.
     for i in (0, 2):
         logits = again[i]
         expected += (torch.logsumexp(torch.cat([logits, logits[1:2]]), 0) - torch.logsumexp(logits, 0)).item()
@@ -313,8 +313,8 @@ def test_the_texts_of_a_row_are_never_its_negatives(rows: list[tuple[str, ...]],
         return -F.log_softmax(logits, dim=0)[0]
 
     def others(number: int, first: int) -> list[str]:
-        """What stands beside the answer of a row: of other rows from place `first` on, and its own negatives."""
-        found = [row[place] for n, row in enumerate(rows) if n != number for place in ([1] if first else [0])]
+        """What is beside the answer of a row: of other rows from index `first` on, and its own negatives."""
+        found = [row[index] for n, row in enumerate(rows) if n != number for index in ([1] if first else [0])]
         return found + ([text for row in rows for text in row[2:]] if first else [])
 
     expected = torch.stack([loss_of(row[0], row[1], others(n, 1)) for n, row in enumerate(rows)]).sum()

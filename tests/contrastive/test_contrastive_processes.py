@@ -1,4 +1,4 @@
-"""Two processes train on the pairs one process would, against the same negatives, and agree with it."""
+"""Two processes train on the pairs one process would, against the same negatives, with equal results."""
 
 import json
 from collections.abc import Callable

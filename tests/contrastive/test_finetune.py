@@ -217,10 +217,10 @@ def test_an_older_step_can_be_named_and_the_card_names_it(
 
 def test_a_run_among_the_prepared_sets_is_refused(contrastive: Contrastive, tmp_path: Path) -> None:
     config = contrastive(tmp_path / "x")
-    place = Path(str(config.dataset.path)) / "all" / "pairs" / "run"
-    with pytest.raises(StartupError, match=r"trainer.output_dir: .*pairs/run lies in .*all, where the prepared sets"):
-        finetune(replace(config, trainer=replace(config.trainer, output_dir=str(place))))
-    assert not place.exists()
+    run = Path(str(config.dataset.path)) / "all" / "pairs" / "run"
+    with pytest.raises(StartupError, match=r"trainer.output_dir: .*pairs/run .*all, where the prepared sets"):
+        finetune(replace(config, trainer=replace(config.trainer, output_dir=str(run))))
+    assert not run.exists()
 
 
 def test_what_contradicts_the_checkpoint_is_named(
@@ -278,7 +278,7 @@ def test_the_best_checkpoint_is_kept(contrastive: Contrastive, tmp_path: Path) -
 
 
 @pytest.mark.parametrize("pooling", ["mean", "cls"])
-def test_an_exported_folder_gives_the_same_figure(
+def test_an_exported_folder_gives_the_same_metric(
     contrastive: Contrastive, tmp_path: Path, pair_files: Path, pooling: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """By hand as sentence-transformers does it: the files say how; transformers computes."""
@@ -351,5 +351,5 @@ def test_an_exported_folder_in_sentence_transformers(
     assert verdict.passed, verdict.describe()
     assert any(check.name == f"sentence-transformers, {pooling} pooling" for check in verdict.checks)
     model.save(str(tmp_path / "saved"))
-    before, after = (choose_sentence_settings(load_encoder_weights(place)) for place in (folder, tmp_path / "saved"))
+    before, after = (choose_sentence_settings(load_encoder_weights(path)) for path in (folder, tmp_path / "saved"))
     assert (after.pooling, after.max_length, dict(after.prompts)) == (pooling, before.max_length, dict(before.prompts))

@@ -1,4 +1,4 @@
-"""The order of pairs and the batches made of them: literal plans, shares, exact continuation, layout."""
+"""The order of pairs and the batches made of them: literal plans, fractions, exact continuation, layout."""
 
 from collections import Counter, defaultdict
 from collections.abc import Callable
@@ -12,7 +12,7 @@ from neobert.config.schema import Config
 from neobert.contrastive.batches import PairCollator, digest_rows
 from neobert.contrastive.examples import Example
 from neobert.contrastive.pair_data import ContrastiveData, build_contrastive_data
-from neobert.contrastive.pair_order import PairLane, PairOrder, TrainSet, describe_shares
+from neobert.contrastive.pair_order import PairLane, PairOrder, TrainSet, step_fractions
 from neobert.contrastive.set_folder import PairStore, write_set
 from neobert.data.pipeline import Reader
 from neobert.data.rows.lanes import State, Window
@@ -102,12 +102,12 @@ def test_sets_are_drawn_in_proportion_to_a_power_of_their_size(sets: list[TrainS
         lane = PairLane(sets, chosen, encode)
         counts = Counter(lane.choose_set(window) for window in range(6000))
         assert [counts[s] / 6000 for s in range(3)] == pytest.approx(expected, abs=0.02)
-        assert describe_shares(sets, chosen) == pytest.approx(expected)
+        assert step_fractions(sets, chosen) == pytest.approx(expected)
     mixed = order(pretraining_prob=0.25)
     counts = Counter(PairLane(sets, mixed, encode).choose_set(window) for window in range(6000))
     expected = [0.75 / 5, 0.75 * 4 / 5, 0.25]
     assert [counts[s] / 6000 for s in range(3)] == pytest.approx(expected, abs=0.02)
-    assert describe_shares(sets, mixed) == pytest.approx(expected)
+    assert step_fractions(sets, mixed) == pytest.approx(expected)
 
 
 def test_rows_hold_prefixes_and_drawn_negatives_and_are_cut(sets: list[TrainSet]) -> None:
@@ -130,9 +130,9 @@ def test_rows_hold_prefixes_and_drawn_negatives_and_are_cut(sets: list[TrainSet]
 
 def test_processes_read_their_own_rows_only(sets: list[TrainSet]) -> None:
     whole = PairLane(sets, order(), encode)
-    shares = [PairLane(sets, order(rank=rank, world=2), encode) for rank in range(2)]
+    parts_of = [PairLane(sets, order(rank=rank, world=2), encode) for rank in range(2)]
     state = whole.open(whole.start()).next_state | {"first_row": 5}  # As after a change of the global batch.
-    window, parts = whole.open(state), [lane.open(state) for lane in shares]
+    window, parts = whole.open(state), [lane.open(state) for lane in parts_of]
     for row in range(4):
         rank = (5 + row) % 2
         assert texts_of(parts[rank], row) == texts_of(window, row)
@@ -140,7 +140,7 @@ def test_processes_read_their_own_rows_only(sets: list[TrainSet]) -> None:
     assert parts[0].next_state == parts[1].next_state == window.next_state
 
 
-def test_a_changed_global_batch_goes_on_with_the_next_pair(sets: list[TrainSet]) -> None:
+def test_a_changed_global_batch_continues_with_the_next_pair(sets: list[TrainSet]) -> None:
     before = PairLane(sets[:1], order(), encode)
     state = before.open(before.start()).next_state
     after = PairLane(sets[:1], order(rows_per_step=2), encode)
@@ -227,7 +227,7 @@ def test_the_digest_does_not_depend_on_chunks(
     assert other.digest != batches[0].digest
 
 
-def test_masks_are_drawn_anew_in_every_step(
+def test_masks_are_drawn_again_in_every_step(
     contrastive: Contrastive, tokenizer_folder: Path, tmp_path: Path, pair_files: Path
 ) -> None:
     mixed = [f"contrastive.pretraining_dataset={pair_files}/texts.jsonl", "contrastive.pretraining_prob=0.99"]
@@ -239,7 +239,7 @@ def test_masks_are_drawn_anew_in_every_step(
         "contrastive.pretraining_objective=mlm",
         "datacollator.mlm_probability=0.3",
     )
-    loader, places = data.loader(), {}
+    loader, positions = data.loader(), {}
     try:
         for _ in range(17):  # 60 texts: some come twice.
             batch = next(loader).micro_batches[0]
@@ -253,10 +253,10 @@ def test_masks_are_drawn_anew_in_every_step(
                 text = chunk.input_ids[0, start:end].clone()
                 inside = (slots >= start) & (slots < end)
                 text[slots[inside] - start] = chunk.targets[: chunk.num_targets][inside].int()
-                places.setdefault(tuple(text.tolist()), set()).add(tuple((slots[inside] - start).tolist()))
+                positions.setdefault(tuple(text.tolist()), set()).add(tuple((slots[inside] - start).tolist()))
     finally:
         loader.close()
-    assert max(map(len, places.values())) > 1
+    assert max(map(len, positions.values())) > 1
 
 
 def test_digests_tell_rows_apart() -> None:

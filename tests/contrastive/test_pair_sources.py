@@ -18,7 +18,7 @@ from neobert.config.schema import Config
 from neobert.config.schema_contrastive import PairSource
 from neobert.config.schema_data import DatasetSection
 from neobert.contrastive.examples import SETS, Example
-from neobert.contrastive.prepare_sets import list_wanted, name_source, prepare
+from neobert.contrastive.prepare_sets import list_sets_of, name_source, prepare
 from neobert.contrastive.reading import open_source
 from neobert.contrastive.set_folder import BATCH_ROWS, PairStore, list_sets, write_set
 from neobert.data.source.known_sets import KNOWN_SETS, choose_set
@@ -85,7 +85,7 @@ def test_columns_that_are_not_there_are_named(tmp_path: Path) -> None:
         open_source(PairSource(name=file, anchor_column="left", positive_column="wrong"))
 
 
-def test_two_texts_with_a_label_are_not_taken_for_pairs_in_silence(tmp_path: Path) -> None:
+def test_two_texts_with_a_label_are_not_read_as_pairs_silently(tmp_path: Path) -> None:
     file = str(write(tmp_path / "rows.jsonl", {"sentence1": "a", "sentence2": "b", "label": 0}))
     with pytest.raises(
         DataError, match=r"write score_column: label .* or positive_column: sentence2 to take every row"
@@ -205,12 +205,12 @@ def test_bad_rows_of_libraries_are_counted_too(tmp_path: Path, caplog: pytest.Lo
     pq.write_table(pa.Table.from_pylist(rows), tmp_path / "x.parquet")
     Dataset.from_list(rows).save_to_disk(str(tmp_path / "saved"))
     section = DatasetSection(max_record_bytes=200)
-    for name, place in (("x.parquet", "x.parquet: row 1"), ("saved", "saved, row 1"), ("some/set", "hub, row 1")):
+    for name, location in (("x.parquet", "x.parquet: row 1"), ("saved", "saved, row 1"), ("some/set", "hub, row 1")):
         caplog.clear()
         source = PairSource(name=name if "/" in name else str(tmp_path / name))
         examples = read(source, hub=lambda *arguments: rows, section=section)
         assert [example.anchor for example in examples] == ["b"]
-        assert f"{place}: the record has 300 bytes, and dataset.max_record_bytes is 200" in caplog.text
+        assert f"{location}: the record has 300 bytes, and dataset.max_record_bytes is 200" in caplog.text
 
 
 def test_the_keys_of_bad_records_reach_the_preparation(contrastive: Contrastive, tmp_path: Path) -> None:
@@ -369,10 +369,10 @@ def test_prepare_keeps_what_is_there_and_refreshes_what_changed(
 ) -> None:
     first = write(tmp_path / "first.jsonl", {"anchor": "a", "positive": "p"})
     second = write(tmp_path / "second.jsonl", {"anchor": "b", "positive": "q"})
-    place = f"dataset.path={tmp_path / 'sets'}"
+    path = f"dataset.path={tmp_path / 'sets'}"
 
     def run(*overrides: str) -> dict[str, bool]:
-        done = prepare(contrastive(tmp_path / "run", place, f"dataset.name=[{first}, {second}]", *overrides))
+        done = prepare(contrastive(tmp_path / "run", path, f"dataset.name=[{first}, {second}]", *overrides))
         return {info.key: fresh for info, fresh in done}
 
     assert run() == {"first": True, "second": True}
@@ -397,14 +397,14 @@ def test_prepare_keeps_what_is_there_and_refreshes_what_changed(
 
 def test_all_names_and_collisions(contrastive: Contrastive, tmp_path: Path) -> None:
     for name in ("null", "ALL", "refinedweb"):
-        assert [item.key for item in list_wanted(contrastive(tmp_path, f"dataset.name={name}")).train] == list(SETS)
+        assert [item.key for item in list_sets_of(contrastive(tmp_path, f"dataset.name={name}")).train] == list(SETS)
     write(tmp_path / "a/x.jsonl", {"anchor": "a", "positive": "p"})
     write(tmp_path / "b/x.jsonl", {"anchor": "a", "positive": "p"})
     twice = contrastive(tmp_path, f"dataset.name=[{tmp_path}/a/x.jsonl, {tmp_path}/b/../a/x.jsonl]")
-    assert [item.key for item in list_wanted(twice).all] == ["x"]
+    assert [item.key for item in list_sets_of(twice).all] == ["x"]
     config = contrastive(tmp_path, f"dataset.name=[{tmp_path}/a/x.jsonl, {tmp_path}/b/x.jsonl]")
     with pytest.raises(DataError, match="two sources would both be stored as x"):
-        list_wanted(config)
+        list_sets_of(config)
 
 
 def test_the_script_says_what_to_type_next(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -66,7 +66,7 @@ def policy(tokenizer: Tokenizer) -> PlainPolicy:
 
 @pytest.fixture(scope="session")
 def texts() -> list[str]:
-    """Documents of 1 to 90 words; document n repeats word n, so that every token tells where it is from."""
+    """Documents of 1 to 90 words; document n repeats word n, so that every token says where it is from."""
     sizes = np.random.default_rng(0).integers(1, 90, size=150)
     return [" ".join([f"w{n}"] * int(size)) for n, size in enumerate(sizes)]
 

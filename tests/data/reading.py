@@ -1,4 +1,4 @@
-"""What tests of the data order share: every kind of source, and what several ranks read together."""
+"""What tests of the data order have in common: every kind of source, and what several ranks read together."""
 
 import json
 from dataclasses import replace
@@ -26,7 +26,7 @@ KINDS = (
 
 def dataset_values(kind, corpora):
     """Fields of `dataset` that read the corpus as this kind."""
-    if kind == "hub":  # A folder of files stands in for a name: it is read by the lane for hub data.
+    if kind == "hub":  # A folder of files replaces a name: it is read by the lane for hub data.
         return {"path": None, "name": str(corpora["jsonl.gz"])}
     if kind == "mixture":
         halves = (corpora["jsonl"] / "part-0.jsonl", corpora["half"])

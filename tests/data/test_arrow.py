@@ -64,7 +64,7 @@ def test_documents_are_views_of_the_file(tmp_path, tokenizer):
     assert not store.content(3).flags.writeable
 
 
-def test_special_tokens_on_disk_are_passed_over(tmp_path, tokenizer):
+def test_special_tokens_on_disk_are_skipped(tmp_path, tokenizer):
     wrapped = [[tokenizer.cls_id, *tokens, tokenizer.sep_id] for tokens in DOCUMENTS]
     store = TokenStore(save(tmp_path / "d", wrapped), tokenizer)
     assert contents(store) == DOCUMENTS
@@ -79,7 +79,7 @@ def test_data_of_another_tokenizer_is_refused(tmp_path, tokenizer):
 
 @pytest.mark.parametrize("kind", ["int32", "int64", "int16", "int8"])
 def test_negative_tokens_are_refused_by_name(tmp_path, tokenizer, kind):
-    with pytest.raises(DataError, match=r"d holds token -100 at document 1, but tokens begin at 0: .*without them"):
+    with pytest.raises(DataError, match=r"d holds token -100 at document 1, but tokens start at 0: .*without them"):
         TokenStore(save(tmp_path / "d", [[5], [6, 7, -100, 8], [-1]], List(Value(kind))), tokenizer)
 
 
@@ -210,7 +210,7 @@ def test_pieces_know_their_document(tmp_path, tokenizer, num_files):
 
 
 def test_documents_of_parts_are_numbered_without_gaps(tmp_path, tokenizer):
-    """Machines that share the work begin their numbers far apart."""
+    """Machines that split the work start their numbers far apart."""
     numbers = [0, 0, 1, 1 << 40, (1 << 40) + 1]
     Dataset.from_dict({"input_ids": DOCUMENTS, "document": numbers}).save_to_disk(tmp_path / "d")
     assert TokenStore(tmp_path / "d", tokenizer).document_numbers.tolist() == [0, 0, 1, 2, 3]
@@ -218,7 +218,7 @@ def test_documents_of_parts_are_numbered_without_gaps(tmp_path, tokenizer):
 
 @pytest.mark.parametrize("special_tokens", [True, False])
 def test_the_manifest_says_whether_special_tokens_are_on_disk(tmp_path, tokenizer, special_tokens):
-    """Bare documents that begin like wrapped ones: only the manifest can tell."""
+    """Bare documents that begin like wrapped ones: only the manifest shows it."""
     folder = save(tmp_path / "d", [[tokenizer.cls_id, 7, tokenizer.sep_id]])
     (folder / "manifest.json").write_text(json.dumps({"special_tokens": special_tokens}))
     store = TokenStore(tmp_path / "d", tokenizer)
@@ -249,10 +249,10 @@ def test_the_fingerprint_covers_every_length_and_more_than_heads(tmp_path, token
         moved = [*documents]
         moved[number], moved[number + 1] = documents[number][:-1], [documents[number][-1], *documents[number + 1]]
         seen.add(fingerprint_of(tmp_path / f"moved-{number}", moved, tokenizer))
-    for place in (0, 29_999, 29_950, 12_780):
+    for index in (0, 29_999, 29_950, 12_780):
         edited = [*documents[:-1], [*documents[-1]]]
-        edited[-1][place] += 1
-        seen.add(fingerprint_of(tmp_path / f"edited-{place}", edited, tokenizer))
+        edited[-1][index] += 1
+        seen.add(fingerprint_of(tmp_path / f"edited-{index}", edited, tokenizer))
     assert len(seen) == 1 + 7 + 4
 
 
@@ -273,10 +273,10 @@ def test_the_fingerprint_of_texts_covers_lengths_and_tails(tmp_path):
     texts = ["one two", "three", None, "\u00fc" * 50_000, "", "last"]
     changes = {0: "one tw\u00f4", 2: "", 3: "\u00fc" * 49_999 + "\u00f6", 5: "lost"}
     found = set()
-    for place in (None, *changes):
-        now = [changes[n] if n == place else text for n, text in enumerate(texts)]
-        Dataset.from_dict({"text": now}).save_to_disk(tmp_path / str(place))
-        found.add(ArrowTexts(tmp_path / str(place), None).fingerprint)
+    for change in (None, *changes):
+        now = [changes[n] if n == change else text for n, text in enumerate(texts)]
+        Dataset.from_dict({"text": now}).save_to_disk(tmp_path / str(change))
+        found.add(ArrowTexts(tmp_path / str(change), None).fingerprint)
     moved = ["one twothr", "ee", *texts[2:]]
     Dataset.from_dict({"text": moved}).save_to_disk(tmp_path / "moved")
     found.add(ArrowTexts(tmp_path / "moved", None).fingerprint)

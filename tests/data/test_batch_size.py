@@ -37,9 +37,9 @@ def test_sums_are_those_of_a_plain_loop(rows: int, start: int, steps: int) -> No
         assert batch.steps_for(wanted) == next(s for s in range(len(sizes) + 1) if sum(sizes[:s]) >= wanted)
 
 
-def growing(make_data, make_config, corpora, micro=2, **place):
+def growing(make_data, make_config, corpora, micro=2, **position):
     config = make_config(path=str(corpora["indexed"]), per_device_train_batch_size=micro)
-    data = make_data(config, **place)
+    data = make_data(config, **position)
     batch = BatchSchedule(rows=12, start_rows=4, warmup_steps=3)
     object.__setattr__(data.loader_settings, "batch", batch)
     return data
@@ -66,7 +66,7 @@ def test_steps_take_the_next_rows_and_go_on_where_they_were(make_data, make_conf
         assert [step.digest for step in rest] == [step.digest for step in whole[cut:]]
 
 
-def test_rows_that_are_passed_over_leave_the_sizes_alone(make_data, make_config, corpora) -> None:
+def test_rows_that_are_skipped_leave_the_sizes_alone(make_data, make_config, corpora) -> None:
     data = growing(make_data, make_config, corpora)
     steps = read(data.loader(skip=[(4, 16)]), 4)
     assert [rows_of(step) for step in steps] == [
@@ -80,7 +80,7 @@ def test_rows_that_are_passed_over_leave_the_sizes_alone(make_data, make_config,
         assert [step.digest for step in rest] == [step.digest for step in steps[cut:]]
 
 
-def test_two_ranks_share_every_step(make_data, make_config, corpora) -> None:
+def test_two_ranks_split_every_step(make_data, make_config, corpora) -> None:
     whole = read(growing(make_data, make_config, corpora).loader(), 5)
     ranks = [read(growing(make_data, make_config, corpora, rank=rank, world=2).loader(), 5) for rank in range(2)]
     for number, step in enumerate(whole):

@@ -118,8 +118,8 @@ def test_masks_depend_on_seed_and_row_key_only(collate):
 
 def test_number_of_targets_is_unbiased(collate):
     rows = [make_row(8, key=k) for k in range(2000)]
-    share = sum(collate(rows[i : i + 8]).num_targets for i in range(0, 2000, 8)) / (2000 * 6)
-    assert abs(share - 0.25) < 0.01
+    fraction = sum(collate(rows[i : i + 8]).num_targets for i in range(0, 2000, 8)) / (2000 * 6)
+    assert abs(fraction - 0.25) < 0.01
 
 
 def test_digest_sees_tokens_borders_masks_and_key_but_not_micro_batches(collate):

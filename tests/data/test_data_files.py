@@ -274,9 +274,9 @@ def test_the_fingerprint_of_a_file_covers_its_size_its_ends_and_what_is_between(
         return fingerprint_files([local_file(path)])
 
     found = {fingerprint(content), fingerprint(content + b"x"), fingerprint(content[:-1])}
-    for place in [0, 4095, size - 1, *(last * block // 15 + 2000 for block in range(1, 15))]:
+    for offset in [0, 4095, size - 1, *(last * block // 15 + 2000 for block in range(1, 15))]:
         edited = bytearray(content)
-        edited[place] ^= 1
+        edited[offset] ^= 1
         found.add(fingerprint(bytes(edited)))
     assert len(found) == 3 + 17
 
@@ -285,6 +285,6 @@ def test_every_byte_of_a_small_file_is_in_its_fingerprint(tmp_path):
     path, content = tmp_path / "a.jsonl", b"abcdefghij" * 900
     path.write_bytes(content)
     original = fingerprint_files([local_file(path)])
-    for place in range(0, len(content), 97):
-        path.write_bytes(content[:place] + b"X" + content[place + 1 :])
+    for offset in range(0, len(content), 97):
+        path.write_bytes(content[:offset] + b"X" + content[offset + 1 :])
         assert fingerprint_files([local_file(path)]) != original

@@ -23,9 +23,9 @@ def open_source(path, **values):
     return list_splits(*describe_sources(DatasetSection(path=str(path), **values)))["train"](None)
 
 
-# name of the file, content, the texts, and line: beginning of each problem
+# name of the file, content, the texts, and line: start of each problem
 QUOTES = {
-    "a field of TSV begins with one": ("a.tsv", 'id\ttext\n1\ta\n2\t"b\n3\tc\n', ["a", '"b', "c"], []),
+    "a field of TSV starts with one": ("a.tsv", 'id\ttext\n1\ta\n2\t"b\n3\tc\n', ["a", '"b', "c"], []),
     "it closes rows later": ("a.tsv", 'id\ttext\n1\t"a\n2\tb\n3\tc"\n4\td\n', ['"a', "b", 'c"', "d"], []),
     "in a field of TSV": ("a.tsv", 'id\ttext\n1\t5" wide\n2\t"5" wide\n', ['5" wide', '"5" wide'], []),
     "TSV that was quoted on purpose": (
@@ -50,7 +50,7 @@ QUOTES = {
         "a.csv",
         f'id,text\n2,"b\n{ROWS}30,c"\n31,d\n',
         [*MANY, 'c"', "d"],
-        ["2: a quoted field takes in 29 lines that are rows themselves"],
+        ["2: a quoted field spans 29 lines that are rows themselves"],
     ),
     "many lines on purpose": (
         "a.csv",
@@ -62,7 +62,7 @@ QUOTES = {
         "a.csv",
         'id,text,n\n1,"a,0\n2,b,0\n3,c",0,0\n4,d,0\n',
         ["b", "d"],
-        ["2: a quoted field takes in 3 lines", "4: 4 fields, and the header has 3"],
+        ["2: a quoted field spans 3 lines", "4: 4 fields, and the header has 3"],
     ),
 }
 
@@ -85,7 +85,7 @@ DELIMITERS = {
     "bars": ("a.csv", "id|text\n1|a, b; c\n2|d\n", ["a, b; c", "d"], []),
     "commas": ("a.tsv", 'id,text\n1,"a,b"\n2,c\n', ["a,b", "c"], []),
     "semicolons between quoted names": ("a.csv", '"id";"text"\n"1";"a, b"\n', ["a, b"], []),
-    "semicolons told by a line before": ("a.csv", "sep=;\nid;text\n1;a\n2;b;c\n", ["a"], ["4: 3 fields"]),
+    "semicolons named by a line before": ("a.csv", "sep=;\nid;text\n1;a\n2;b;c\n", ["a"], ["4: 3 fields"]),
     "semicolons, compressed": ("a.csv.gz", "id;text\n1;a, b\n2;c\n", ["a, b", "c"], []),
     "semicolons in the name of a tab-separated column": ("a.tsv", "id;n\ttext\n1\ta;b\n", ["a;b"], []),
 }
@@ -106,7 +106,7 @@ def test_what_a_row_is(case, tmp_path):
 
 
 @pytest.mark.parametrize("word", ["semicolons", "tabs", "bars", "commas"])
-def test_another_delimiter_is_told(word, tmp_path):
+def test_another_delimiter_is_named(word, tmp_path):
     name, content, _, _ = DELIMITERS[word]
     (tmp_path / name).write_text(content)
     source = open_source(tmp_path)
@@ -218,17 +218,17 @@ def write_damaged(path, draw, delimiter):
 
 @pytest.mark.parametrize("seed", [*range(6), *(pytest.param(n, marks=pytest.mark.full) for n in range(6, 300))])
 @pytest.mark.parametrize("name", ["a.csv", "a.tsv.gz"])
-def test_reading_is_a_function_of_the_place_alone(name, seed, tmp_path):
-    """From any cursor, by windows of any size, with what was read ahead given back or not: the same records."""
+def test_reading_is_a_function_of_the_position_alone(name, seed, tmp_path):
+    """From any cursor, by windows of any size, with what was read ahead put back or not: the same records."""
     draw = random.Random(seed)
     write_damaged(tmp_path / name, draw, "\t" if "tsv" in name else ",")
     source = open_source(tmp_path, text_column="text")
     records = list(source.records())
     assert len(records) > 20
-    for place in draw.sample(range(len(records)), 6):
-        after = json.loads(json.dumps(records[place].cursor))
-        assert list(source.records(Span(after=after))) == records[place + 1 :]
-        assert source.cursor_after(place + 1) == records[place].cursor
+    for index in draw.sample(range(len(records)), 6):
+        after = json.loads(json.dumps(records[index].cursor))
+        assert list(source.records(Span(after=after))) == records[index + 1 :]
+        assert source.cursor_after(index + 1) == records[index].cursor
     (reader,) = source.readers(Sharding(seed=1, num_lanes=1))
     expected, cursor, found = list(reader.read(0, reader.start())), reader.start(), []
     while len(found) < len(expected):

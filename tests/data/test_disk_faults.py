@@ -104,13 +104,13 @@ def test_a_damaged_file(ending, damage, words, tmp_path):
         assert not any(text.startswith("file 1 ") for text in again)
 
 
-def test_the_place_behind_a_bad_shard_is_the_same_after_a_restart(tmp_path):
+def test_the_position_after_a_bad_shard_is_the_same_after_a_restart(tmp_path):
     folder = write_corpus(tmp_path / "d", "jsonl.gz")
     cut_off(folder / "1.jsonl.gz")
-    for share in (Sharding(seed=1, num_lanes=1), Sharding(seed=1, num_lanes=8, exact=True)):
-        runs = [[read_on(reader) for reader in open_source(folder).readers(share)] for _ in range(2)]
+    for sharding in (Sharding(seed=1, num_lanes=1), Sharding(seed=1, num_lanes=8, exact=True)):
+        runs = [[read_on(reader) for reader in open_source(folder).readers(sharding)] for _ in range(2)]
         assert runs[0] == runs[1]
-        skipping = [read_on(r, skip=frozenset([1])) for r in open_source(folder).readers(share)]
+        skipping = [read_on(r, skip=frozenset([1])) for r in open_source(folder).readers(sharding)]
         assert sum(len(texts) for texts, _, _ in skipping) == 2 * PER_FILE
 
 
@@ -181,7 +181,7 @@ def test_a_parquet_row_group(tmp_path):
     assert "1.parquet cannot be read" in messages[0]
 
 
-def test_empty_files_are_passed_over(tmp_path):
+def test_empty_files_are_skipped(tmp_path):
     for ending in ("jsonl", "jsonl.gz", "jsonl.zst", "txt", "csv"):
         folder = tmp_path / ending
         folder.mkdir()

@@ -68,7 +68,7 @@ def test_an_epoch_has_every_token_once(kind, corpora, texts, tokenizer, make_con
 
 
 @pytest.mark.parametrize("world", [1, 3])
-def test_a_state_tells_the_digest_of_the_batch_behind_it(world, corpora, make_config, make_data):
+def test_a_state_has_the_digest_of_the_batch_after_it(world, corpora, make_config, make_data):
     """Whatever the number of ranks: a resumed run compares its first batch with it."""
     found = read_world(make_data, make_config(path=str(corpora["jsonl"])), world, 1, None, 6)
     digests = [digest for _, digest, _ in found]
@@ -76,7 +76,7 @@ def test_a_state_tells_the_digest_of_the_batch_behind_it(world, corpora, make_co
 
 
 def test_an_error_ahead_leaves_the_batches_before_it(tmp_path, make_config, make_data):
-    """The loader looks one step ahead for the digest; the step before a failure is still given, without a digest."""
+    """The loader looks one step ahead for the digest; the step before a failure is still returned, without a digest."""
     path = tmp_path / "a.jsonl"
     good = "".join(json.dumps({"text": f"w{n} " * 20}) + "\n" for n in range(24))
     path.write_text(good + "{broken\n" * 30)
@@ -112,7 +112,7 @@ def test_a_neighbourhood_becomes_lanes_and_windows(size, lanes, window, corpora,
     assert (train.order.num_lanes, train.order.window_documents) == (lanes, window)
 
 
-def test_a_share_of_the_documents_is_held_out(corpora, make_config, make_data):
+def test_a_fraction_of_the_documents_is_held_out(corpora, make_config, make_data):
     data = make_data(make_config(path=str(corpora["indexed"]), validation_split=0.1))
     assert (data.eval_set.num_documents, data.num_documents) == (15, 135)
     with pytest.raises(DataError, match=r"dataset.validation_split: 0.1 needs the number of documents.*eval_samples"):

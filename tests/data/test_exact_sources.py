@@ -1,4 +1,4 @@
-"""Every kind of source keeps the same promises: spans, parts, shares and cursors give each record exactly once."""
+"""Every kind of source keeps the same promises: spans, parts, lanes and cursors give each record exactly once."""
 
 import csv
 import gzip
@@ -58,7 +58,7 @@ def make_texts(number):
 
 
 def encode(kind, texts, number):
-    """A file's bytes; kinds of text also have blank lines, a mark at the beginning and Windows line ends."""
+    """A file's bytes; kinds of text also have blank lines, a mark at the start and Windows line ends."""
     form = kind.split(".")[0]
     if form == "jsonl":
         lines = [json.dumps({"id": n, "text": text}, ensure_ascii=n % 2 == 0) for n, text in enumerate(texts)]
@@ -157,11 +157,11 @@ def test_source_order(kind, made):
     assert (source.count() is None) == (kind not in ("parquet", "arrow"))
 
 
-def test_a_span_begins_and_ends_at_any_cursor(source):
+def test_a_span_starts_and_ends_at_any_cursor(source):
     records = list(source.records())
     draw = random.Random(1)
-    places = {0, len(records) - 1, *(draw.randrange(len(records)) for _ in range(12))}
-    for first in sorted(places):
+    indices = {0, len(records) - 1, *(draw.randrange(len(records)) for _ in range(12))}
+    for first in sorted(indices):
         after = json.loads(json.dumps(records[first].cursor))
         assert list(source.records(Span(after=after))) == records[first + 1 :]
         assert list(source.records(Span(until=after))) == records[: first + 1]
@@ -228,16 +228,16 @@ def test_readers_cover_every_record_once_in_an_epoch(kind, source):
     assert len(records) == len(set(records))
 
 
-def test_any_cursor_of_a_reader_goes_on_to_the_same_sequence(kind, source):
+def test_any_cursor_of_a_reader_continues_with_the_same_sequence(kind, source):
     draw = random.Random(2)
     for sharding in shardings(kind):
         readers, fresh = source.readers(sharding), source.readers(sharding)
         for lane in draw.sample(range(len(readers)), min(2, len(readers))):
             for epoch in (0, 1):
                 records = list(readers[lane].read(epoch, readers[lane].start()))
-                for place in draw.sample(range(len(records)), min(3, len(records))):
-                    cursor = json.loads(json.dumps(records[place].cursor))
-                    assert list(fresh[lane].read(epoch, cursor)) == records[place + 1 :]
+                for index in draw.sample(range(len(records)), min(3, len(records))):
+                    cursor = json.loads(json.dumps(records[index].cursor))
+                    assert list(fresh[lane].read(epoch, cursor)) == records[index + 1 :]
 
 
 def test_windows_one_after_the_other(source):
@@ -262,7 +262,7 @@ def test_shuffling_can_be_left_out(kind, source):
         assert any(order != orders[0] for order in orders)
 
 
-def test_lanes_beyond_the_shards_are_an_error_unless_they_may_share(kind, source):
+def test_lanes_beyond_the_shards_are_an_error_unless_they_may_split_shards(kind, source):
     most = SHARDS.get(kind)
     if most is None:
         return

@@ -24,7 +24,7 @@ def test_a_named_data_set_is_read_in_the_order_of_its_files(section, texts):
 
 
 @pytest.mark.parametrize("every", [1, 4, 64])
-def test_a_shard_goes_on_from_every_position(every, section, texts, monkeypatch):
+def test_a_shard_continues_from_every_position(every, section, texts, monkeypatch):
     monkeypatch.setattr(hub, "_STATE_EVERY", every)
     dataset = open_hub(pin_hub(section), "train")._dataset
     shard = HubShard(dataset, "text", dataset.num_shards, 1)
@@ -35,7 +35,7 @@ def test_a_shard_goes_on_from_every_position(every, section, texts, monkeypatch)
     assert list(shard.read(None)) == records
 
 
-def test_held_out_documents_are_passed_over_by_every_lane(section, texts):
+def test_held_out_documents_are_skipped_by_every_lane(section, texts):
     source = open_hub(pin_hub(section), "train")
     cursor = [record.cursor for record in source.records()][29]
     for num_lanes in (1, 2, 5):
@@ -91,7 +91,7 @@ def test_a_hub_data_set_is_pinned_to_its_commit(section, monkeypatch, tmp_path):
 
 
 class FakeShard:
-    """A data set of the library that cannot tell its state."""
+    """A data set of the library that cannot report its state."""
 
     num_shards, features = 2, None
 
@@ -114,13 +114,13 @@ class FakeShard:
         yield from ({"text": f"shard {self._index} text {n}"} for n in range(200))
 
 
-def test_without_a_state_records_are_passed_over_by_counting(monkeypatch, caplog):
-    source = HubSource(FakeShard(), column=None, place="some/data", fingerprint="sha256:0")
+def test_without_a_state_records_are_skipped_by_counting(monkeypatch, caplog):
+    source = HubSource(FakeShard(), column=None, label="some/data", fingerprint="sha256:0")
     records = list(source.records())
     assert len(records) == 400
     assert records[150].cursor == {"shard": 0, "position": {"state": None, "skip": 151, "done": 151}}
-    for place in (0, 63, 64, 150, 199, 200, 398):
-        assert list(source.records(Span(after=records[place].cursor))) == records[place + 1 :]
+    for index in (0, 63, 64, 150, 199, 200, 398):
+        assert list(source.records(Span(after=records[index].cursor))) == records[index + 1 :]
     ticks = iter(range(0, 10**6, 7))
     monkeypatch.setattr(hub.time, "monotonic", lambda: next(ticks))
     with caplog.at_level("INFO"):
@@ -140,7 +140,7 @@ def test_a_shard_that_the_library_cannot_read(section):
             if self._index == 0:
                 raise ValueError("the file is damaged")
 
-    source = HubSource(Damaged(0), column="text", place="some/data", fingerprint="sha256:0")
+    source = HubSource(Damaged(0), column="text", label="some/data", fingerprint="sha256:0")
     (reader,) = source.readers(Sharding(seed=0, num_lanes=1, shuffle=False))
     with pytest.raises(BadShard, match=r"shard 0 of the data set .*ValueError: the file is damaged") as failure:
         list(reader.read(0, reader.start()))

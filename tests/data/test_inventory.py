@@ -144,9 +144,9 @@ REFUSED = {
     "archive.txt": (b"a.txt".ljust(257, b"a") + b"ustar\x0000" + b"words and words\n" * 300, "a tar archive"),
     "page.parquet": (PAGE, "web page, not data"),
     "page.txt.gz": (gzip.compress(PAGE), "web page, not data"),
-    "named_gz.jsonl.gz": (LINES.encode(), "is not gzip, as its name says: it begins with '{"),
+    "named_gz.jsonl.gz": (LINES.encode(), "is not gzip, as its name says: it starts with '{"),
     "archive.jsonl": (b"PK\x03\x04" + bytes(90), "a zip archive"),
-    "lines.parquet": (LINES.encode(), "is no Parquet file: it begins with"),
+    "lines.parquet": (LINES.encode(), "is no Parquet file: it starts with"),
     "version.jsonl": (jsonl({"version": "1.0.2", "n": 1}), r"no text column \(columns: version, n \(number\)\)"),
     "address.csv": (b"url,n\nhttps://a.b/c,1\n", r"no text column \(columns: url, n\)"),
     "address.parquet": (parquet(url=["https://a.b/c"], n=[1]), r"no text column \(columns: n, url\)"),
@@ -281,7 +281,7 @@ def test_files_that_are_not_read_are_named(tmp_path):
     (warning,) = inventory.warnings()
     here = tmp_path.name
     assert warning == (
-        f"3 files not read: {here}/_old.jsonl (its name begins with an underscore), {here}/d.jsonl.partial (.partial), "
+        f"3 files not read: {here}/_old.jsonl (its name starts with an underscore), {here}/d.jsonl.partial (.partial), "
         f"{here}/e (no ending)"
     )
     for n in range(50):
@@ -309,7 +309,7 @@ def test_every_file_has_a_column_of_its_own(tmp_path):
     assert texts_of(open_source(tmp_path / "csv")) == ["a b", "c d"]
 
 
-def test_a_column_is_looked_for_behind_the_first_records(tmp_path):
+def test_a_column_is_looked_for_after_the_first_records(tmp_path):
     path = tmp_path / "a.jsonl"
     path.write_bytes(jsonl(*({"n": n} for n in range(3000)), {"text": "late"}))
     assert texts_of(open_source(path)) == ["late"]

@@ -29,7 +29,7 @@ def read_all(source, num_lanes):
 
 
 @pytest.mark.parametrize("num_lanes", [1, 2, 3, 7, 40])
-def test_byte_ranges_share_every_line_out_once(tmp_path, num_lanes):
+def test_byte_ranges_split_every_line_once(tmp_path, num_lanes):
     texts = [f"text {n} " + "é" * (n * 7 % 50) for n in range(60)]
     for name, part in (("a.jsonl", texts[:25]), ("b.jsonl", texts[25:])):
         lines = [json.dumps({"text": text}, ensure_ascii=False) for text in part]
@@ -41,7 +41,7 @@ def test_byte_ranges_share_every_line_out_once(tmp_path, num_lanes):
     assert [r.text for r in source.records()] == texts
 
 
-def test_a_range_may_begin_exactly_at_a_line(tmp_path):
+def test_a_range_may_start_exactly_at_a_line(tmp_path):
     path = tmp_path / "a.jsonl"
     path.write_text('{"text": "one"}\n{"text": "two"}\n')
     assert [r.text for r in open_shard(path, 0, "text", 0, 16).read(None)] == ["one"]
@@ -59,7 +59,7 @@ def test_cut_ranges_literally():
 @pytest.mark.parametrize(
     ("shards", "lanes"), [(1, 1), (5, 5), (16, 16), (17, 9), (20, 10), (24, 12), (41, 15), (1000, 16)]
 )
-def test_lanes_share_files_evenly(shards, lanes):
+def test_lanes_split_files_evenly(shards, lanes):
     assert choose_num_lanes(shards) == lanes
 
 

@@ -140,7 +140,7 @@ def test_fewer_lanes_where_some_find_nothing(kind, config_of, make_data, monkeyp
     """Epochs later and after any restart too: with other processes and threads, the same rows."""
     config = config_of(kind)
     usual, train = usual_lanes(monkeypatch, make_data, config), make_data(config).train
-    assert caplog.records == [], "what is bad is told when it is read, not when lanes are counted"
+    assert caplog.records == [], "what is bad is reported when it is read, not when lanes are counted"
     assert 1 <= train.order.num_lanes < usual.order.num_lanes
     assert (
         f"{train.order.num_lanes} lanes (of {usual.order.num_lanes} lanes some would find no document" in train.notes[0]

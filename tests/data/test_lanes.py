@@ -1,4 +1,4 @@
-"""Every lane gives each document of its share once an epoch, whole, and continues where a state says."""
+"""Every lane gives each document of its part once an epoch, whole, and continues where a state says."""
 
 from collections import Counter
 from dataclasses import replace
@@ -108,7 +108,7 @@ def test_rows_of_a_window_have_an_order_of_their_own(lane):
         state = window.next_state
 
 
-def test_every_epoch_permutes_all_documents_anew():
+def test_every_epoch_permutes_all_documents_again():
     """A window of another epoch, and of another lane, holds other documents."""
     store = ListStore([5] * 400)
     lane = indexed_lane(store, ORDER, 0, 2)
@@ -125,7 +125,7 @@ def test_every_epoch_permutes_all_documents_anew():
 
 
 @pytest.mark.parametrize("window_tokens", [1, 35, 100, 10**6])
-def test_a_document_larger_than_a_window_goes_on_in_the_next(window_tokens, monkeypatch):
+def test_a_document_larger_than_a_window_continues_in_the_next(window_tokens, monkeypatch):
     monkeypatch.setattr(streams_module, "WINDOW_TOKENS", window_tokens)
     lengths = [7, 900, 0, 13, 205, 1, 10, 20]
     store = ListStore(lengths)

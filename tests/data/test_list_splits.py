@@ -1,4 +1,4 @@
-"""What a path or a name is taken for."""
+"""What a path or a name means."""
 
 import json
 

@@ -1,4 +1,4 @@
-"""`dataset.max_record_bytes`: a longer record is a bad record with its place in every format, and never in memory."""
+"""`dataset.max_record_bytes`: a longer record is a bad record with its location in every format, never in memory."""
 
 import gzip
 import io
@@ -103,12 +103,12 @@ SAMPLE_BY = {"paragraphs": "paragraph", "documents": "document"}
 
 
 def open_source(name, folder, limit=LIMIT):
-    places = (
+    sources = (
         {"name": str(folder / "corpus"), "cache_dir": str(folder / "cache")}
         if name == "hub"
         else {"path": (str(folder),)}
     )
-    (spec,) = describe_sources(DatasetSection(**places, sample_by=SAMPLE_BY.get(name, "line"), max_record_bytes=limit))
+    (spec,) = describe_sources(DatasetSection(**sources, sample_by=SAMPLE_BY.get(name, "line"), max_record_bytes=limit))
     return list_splits(spec)["train"](None)
 
 
@@ -122,10 +122,10 @@ def test_a_long_record_is_a_bad_record(name, tmp_path):
     assert problem in problems[0]
     assert "dataset.max_record_bytes is 200" in problems[0]
     assert len(problems) == (62 if name == "quoted_csv" else 1)
-    for place, record in enumerate(records):
+    for index, record in enumerate(records):
         after = json.loads(json.dumps(record.cursor))
         rest = [(r.text, r.problem) for r in source.records(Span(after=after))]
-        assert rest == [(r.text, r.problem) for r in records[place + 1 :]]
+        assert rest == [(r.text, r.problem) for r in records[index + 1 :]]
     (reader,) = source.readers(Sharding(seed=0, num_lanes=1))
     assert {r.text for r in reader.read(0, reader.start())} == {"one", "two", "three", None}
 
@@ -139,7 +139,7 @@ def test_the_limit_is_part_of_the_fingerprint_where_it_is_not_the_usual_one(name
     assert len({source.fingerprint for source in sources}) == 3
 
 
-def test_lines_of_any_length_keep_their_places():
+def test_lines_of_any_length_keep_their_positions():
     content = b"a" * 9 + b"\n" + b"b" * 10 + b"\n" + b"c" * 3_000_000 + b"\nd\n" + b"e" * 20
     file = RecordFile(io.BytesIO(content), 10)
     lines = list(iter(file.read_line, None))

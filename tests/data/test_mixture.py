@@ -1,4 +1,4 @@
-"""Sources are mixed in the shares asked for, or read once each per epoch; the state continues exactly."""
+"""Sources are mixed in the proportions asked for, or read once each per epoch; the state continues exactly."""
 
 import gzip
 import json
@@ -11,7 +11,7 @@ import pytest
 from neobert.config.schema_data import MixtureSource
 from neobert.data.rows import streams as mixture_module
 from neobert.data.rows import streams as streams_module
-from neobert.data.rows.lanes import Taken
+from neobert.data.rows.lanes import DocumentBatch
 from neobert.data.rows.streams import MixtureStream
 from neobert.errors import DataError
 
@@ -33,7 +33,7 @@ class Counting:
         documents = np.arange(state["next"], min(self.num_documents, state["next"] + min(self.most, max_documents)))
         end = state["next"] + len(documents)
         ended = end == self.num_documents
-        return Taken(
+        return DocumentBatch(
             lengths=documents + 1,
             get=lambda item, start, length: 1000 * self.source + documents[item] + np.arange(start, start + length),
             documents=documents,
@@ -64,7 +64,7 @@ def test_slots_fall_to_sources_by_their_hashes(monkeypatch):
     assert [s["next"] for s in taken.next_state["sources"]] == [3, 2]
 
 
-def test_weights_are_shares_of_documents_and_short_sources_begin_again():
+def test_weights_are_fractions_of_documents_and_short_sources_start_again():
     mixture = mix(Counting(num_documents=10_000, source=0), Counting(num_documents=7, source=1), weights=[0.8, 0.2])
     state, found = mixture.start(), []
     for _ in range(20):
@@ -103,7 +103,7 @@ def test_without_weights_each_document_comes_once_an_epoch(most):
             state = json.loads(json.dumps(taken.next_state))
         assert sorted(found) == sorted((k, d) for k, n in enumerate(sizes) for d in range(n))
         firsts = [source for source, _ in found[:40]]
-        assert firsts.count(3) > firsts.count(0) > 0, "sources alternate in the shares of their sizes"
+        assert firsts.count(3) > firsts.count(0) > 0, "sources alternate in proportion to their sizes"
 
 
 def test_documents_that_did_not_fit_are_owed_to_the_next_window():
@@ -184,7 +184,7 @@ def test_weights_caps_and_slices_of_a_mixture(halves, tokenizer, texts, make_con
 
 
 def test_names_in_comma_form_are_one_corpus(halves, make_config, make_data):
-    """Names are hub names; local folders stand in for them."""
+    """Names are hub names; local folders replace them."""
     config = make_config(path=None, name="python_stdlib:7,python_stdlib:3", streaming=None)
     data = make_data(config)
     assert data.num_documents == 10

@@ -1,7 +1,7 @@
 import numpy as np
 import pytest
 
-from neobert.data.rows.order import Permutation, extend_keys, key, mask_words, step_seed, uniform, uniforms
+from neobert.data.rows.order import Permutation, extend_keys, key, mask_hashes, step_seed, uniform, uniforms
 
 
 def test_golden_values():
@@ -9,7 +9,7 @@ def test_golden_values():
     assert Permutation(1000003, key(42, 1, 0))(range(5)).tolist() == [154273, 688613, 773866, 581729, 74973]
     assert key(42, "documents", 0) == key(42, 1, 0)
     assert key(42, "masks", 7) == 832189726401682030
-    assert mask_words(np.array([1], dtype=np.uint64), [0, 1]).tolist() == [10451216379200822465, 13757245211066428519]
+    assert mask_hashes(np.array([1], dtype=np.uint64), [0, 1]).tolist() == [10451216379200822465, 13757245211066428519]
     assert step_seed(0, 10, 1) == 4919843788680211413
     assert uniform(key(3)) == pytest.approx(0.09792003995383725, abs=0)
 
@@ -37,7 +37,7 @@ def test_keys_are_hashed_not_added():
         key(1, "no such tag")
 
 
-def test_extend_keys_agrees_with_key():
+def test_extend_keys_equals_key():
     assert extend_keys(key(4, "masks"), [0, 9, -1]).tolist() == [key(4, "masks", n) for n in (0, 9, -1)]
 
 

@@ -39,7 +39,7 @@ def trained_on(data, num_steps):
 
 
 def eval_targets(data_of_ranks):
-    """(tokens, targets by document) of an evaluation over all ranks; a document's only word tells its number."""
+    """(tokens, targets by document) of an evaluation over all ranks; a document's only word is its number."""
     tokens, targets = Counter(), {}
     for data in data_of_ranks:
         for batch in data.eval_batches():
@@ -172,7 +172,7 @@ def test_text_is_tokenised_once_where_asked(kind, corpora, texts, tokenizer, mak
     assert any("150 documents" in note for note in data.notes)
 
 
-def test_tokenised_data_is_made_anew_when_text_or_settings_change(tmp_path, make_config, make_data):
+def test_tokenised_data_is_made_again_when_text_or_settings_change(tmp_path, make_config, make_data):
     path = tmp_path / "a.jsonl"
     path.write_text('{"text": "w1 w2 w3"}\n' * 4)
     config = make_config(path=str(path), streaming=False)
@@ -260,9 +260,9 @@ def test_counts_of_an_indexed_source(corpora, texts, tokenizer, make_config, mak
 @pytest.mark.parametrize("kind", ["indexed", "jsonl"])
 def test_unigram_entropy(kind, corpora, texts, tokenizer, make_config, make_data):
     counts = np.array([len(t) for t in tokenizer.encode_batch(texts)], dtype=float)
-    shares = counts / counts.sum()
+    fractions = counts / counts.sum()
     data = make_data(make_config(path=str(corpora[kind]), window_documents=1000))
-    assert data.unigram_entropy() == pytest.approx(-(shares * np.log(shares)).sum())
+    assert data.unigram_entropy() == pytest.approx(-(fractions * np.log(fractions)).sum())
 
 
 def test_fingerprint_depends_on_documents_and_on_what_is_held_out(corpora, make_config, make_data):
@@ -336,7 +336,7 @@ def test_train_split_named_train_is_fine_without_splits(corpora, make_config, ma
         assert make_data(make_config(path=str(corpora[kind]), train_split="train")).train.order.num_lanes == 3
 
 
-def test_the_largest_lane_is_told(tmp_path, make_config, make_data):
+def test_the_largest_lane_is_reported(tmp_path, make_config, make_data):
     for number, count in enumerate((10, 40)):
         with gzip.open(tmp_path / f"{number}.json.gz", "wt") as file:
             file.writelines(json.dumps({"text": f"w{n * 7 % 390} w{n}"}) + "\n" for n in range(count))
@@ -344,7 +344,7 @@ def test_the_largest_lane_is_told(tmp_path, make_config, make_data):
     assert any("times the data of the smallest" in note for note in data.notes)
 
 
-def test_lanes_that_several_processes_read_are_told(corpora, make_config, make_data):
+def test_lanes_that_several_processes_read_are_reported(corpora, make_config, make_data):
     for world, readers in ((1, 0), (2, 2), (3, 0)):
         notes = make_data(make_config(path=str(corpora["jsonl"])), world=world).notes
         assert [f"by {readers} processes" in n for n in notes if "processes" in n] == ([True] if readers else [])

@@ -221,7 +221,7 @@ def test_killed_at_every_step_of_saving_gives_the_same_bytes(tmp_path, source, t
     assert 15 < number < 99, "all steps of saving were met"
 
 
-def test_cut_behind_every_file_gives_the_same_bytes(tmp_path, source, tokenizer, monkeypatch):
+def test_cut_after_every_file_gives_the_same_bytes(tmp_path, source, tokenizer, monkeypatch):
     """A stop right after the n-th file is saved, and one between two saves, for every n."""
     whole = prepare_tokens(source, tokenizer, tmp_path / "whole", SMALL)
     add, expected = token_folder.TokenWriter.add, digests(tmp_path / "whole")
@@ -346,7 +346,7 @@ def test_parts_read_like_one_folder(tmp_path, texts, tokenizer, encoded, max_len
         assert (np.diff(numbers) >= 0).all()
         assert ((np.diff(numbers) > 0) == (np.diff(of_whole) > 0)).all(), "the same pieces make the same documents"
         assert numbers[0] == 0
-    with pytest.raises(DataError, match=r"holds part-0000[123]-of-00003, but --shard is given for 4 parts"):
+    with pytest.raises(DataError, match=r"holds part-0000[123]-of-00003, but --shard .* 4 parts"):
         check_parts(tmp_path / "d", source.fingerprint, tokenizer, settings, 4)
     other = replace(settings, max_documents=5)
     with pytest.raises(DataError, match=r"part-00001-of-00003 is made with other .*max_documents is None there and 5"):
@@ -355,7 +355,7 @@ def test_parts_read_like_one_folder(tmp_path, texts, tokenizer, encoded, max_len
         check_parts(tmp_path / "whole", source.fingerprint, tokenizer, settings, 3)
 
 
-def test_no_file_names_a_place_of_this_machine(tmp_path, source, tokenizer, monkeypatch):
+def test_no_file_names_a_path_of_this_machine(tmp_path, source, tokenizer, monkeypatch):
     interrupt(tmp_path, source, tokenizer, monkeypatch, tmp_path / "d")
     for folder in (work_folder(tmp_path / "d"), tmp_path / "d"):
         if folder.name == "d":

@@ -1,4 +1,4 @@
-"""Rows that a run skips: planned like all rows, so the others stay what they are, and never given."""
+"""Rows that a run skips: planned like all rows, so the others stay what they are, and never returned."""
 
 import json
 import threading
@@ -32,7 +32,7 @@ def read(make_data, config, *, skip=(), steps=1, state=None, world=1):
 
 @pytest.mark.parametrize("num_workers", [0, 2])
 @pytest.mark.parametrize("kind", ["indexed", "jsonl"])
-def test_all_other_rows_are_given_unchanged_also_across_restarts_and_ranks(
+def test_all_other_rows_are_returned_unchanged_also_across_restarts_and_ranks(
     kind, num_workers, corpora, make_config, make_data
 ):
     config = make_config(path=str(corpora[kind]), per_device_train_batch_size=1, num_workers=num_workers)
@@ -50,14 +50,14 @@ def test_all_other_rows_are_given_unchanged_also_across_restarts_and_ranks(
         assert end == last
 
 
-def test_ranges_that_ranks_cannot_share_are_refused(corpora, make_config, make_data):
+def test_ranges_that_ranks_cannot_split_are_refused(corpora, make_config, make_data):
     data = make_data(make_config(path=str(corpora["indexed"]), per_device_train_batch_size=2), world=2)
     data.loader(skip=[(0, 8)]).close()
     with pytest.raises(DataError, match=r"\[\(24, 30\)\].* multiple of 4"):
         data.loader(skip=[(0, 8), (24, 30)])
 
 
-def test_waiting_ends_when_a_stop_is_wanted(corpora, make_config, make_data):
+def test_waiting_ends_when_a_stop_is_requested(corpora, make_config, make_data):
     loader = make_data(make_config(path=str(corpora["indexed"]), num_workers=1)).loader()
     step, go_on = loader._assembler.step, threading.Event()
     assert loader.next_unless(lambda: False) is not None

@@ -51,7 +51,7 @@ def test_a_damaged_file_stops_the_run_and_names_the_remedy(damaged, make_config,
         read_lane(make_data(make_config(path=damaged, num_lanes=1)), 1)
 
 
-def test_a_damaged_file_is_passed_over_from_now_on(damaged, tokenizer, texts, make_config, make_data, caplog):
+def test_a_damaged_file_is_skipped_from_now_on(damaged, tokenizer, texts, make_config, make_data, caplog):
     data = make_data(make_config(path=damaged, num_lanes=1, on_bad_shard="skip"))
     with caplog.at_level(logging.WARNING):
         found, states = read_lane(data, 3)

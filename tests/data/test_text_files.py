@@ -46,7 +46,7 @@ def test_what_a_document_of_plain_text_is(tmp_path):
 
 @pytest.mark.parametrize(("sample_by", "bad"), [("line", [5]), ("paragraph", [5]), ("document", [5])])
 @pytest.mark.parametrize("suffix", ["txt", "text.gz"])
-def test_invalid_utf8_is_told_with_its_line(tmp_path, sample_by, bad, suffix):
+def test_invalid_utf8_is_reported_with_its_line(tmp_path, sample_by, bad, suffix):
     path = tmp_path / f"a.{suffix}"
     content = b"one\ntwo\n\nthree\nca\xe9\nfive\n\nsix\0stays\n"
     path.write_bytes(gzip.compress(content) if suffix.endswith("gz") else content)
@@ -60,7 +60,7 @@ def test_invalid_utf8_is_told_with_its_line(tmp_path, sample_by, bad, suffix):
 
 
 @pytest.mark.parametrize("sample_by", ["line", "paragraph"])
-def test_byte_ranges_anywhere_share_every_document_out_once(tmp_path, sample_by):
+def test_byte_ranges_anywhere_split_every_document_once(tmp_path, sample_by):
     """All pairs of neighbouring ranges of a small file: cuts fall into texts, gaps, and the marks between them."""
     path = tmp_path / "a.txt"
     path.write_bytes(b"\n\none\ntwo\n\n\n \nthree\r\n\r\n\r\nfour\n\n five\nsix\n \n\n")

@@ -1,4 +1,4 @@
-"""The report: figures equal to those counted plainly, for whole documents and for pieces over many batches."""
+"""The report: numbers equal to those counted plainly, for whole documents and for pieces over many batches."""
 
 import io
 import json
@@ -21,7 +21,7 @@ from neobert.errors import DataError
 SETTINGS = PrepareSettings(max_document_chars=100, max_bad_records=0, file_tokens=3000)
 
 
-class Given:
+class Plain:
     fingerprint = "given"
 
     def __init__(self, documents):
@@ -44,9 +44,9 @@ def documents(tokenizer):
 
 
 @pytest.mark.parametrize("values", [{}, {"special_tokens": True}, {"max_length": 9, "special_tokens": True}])
-def test_the_figures_are_those_counted_plainly(tmp_path, tokenizer, documents, values, monkeypatch):
+def test_the_numbers_are_those_counted_plainly(tmp_path, tokenizer, documents, values, monkeypatch):
     monkeypatch.setattr(token_folder, "BATCH_TOKENS", 256)
-    prepare_tokens(Given(documents), tokenizer, tmp_path / "d", replace(SETTINGS, **values))
+    prepare_tokens(Plain(documents), tokenizer, tmp_path / "d", replace(SETTINGS, **values))
     found, text = write_report(tmp_path / "d", max_length=30)
     lengths = sorted(map(len, documents))
     assert (found["num_documents"], found["num_tokens"]) == (305, sum(lengths))

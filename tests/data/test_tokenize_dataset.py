@@ -138,7 +138,7 @@ def test_parts_and_their_report(tmp_path, start, tokenizer, texts):
     assert [store.content(n).tolist() for n in range(len(store))] == encode(tokenizer, texts)
     code, _, err = start("--shard", "1/3")
     assert code == 2
-    assert "--shard is given for 3 parts" in err
+    assert "--shard is set for 3 parts" in err
 
 
 def test_report_of_a_folder_that_is_there(tmp_path, start):

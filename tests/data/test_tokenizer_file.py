@@ -151,7 +151,7 @@ def test_a_class_that_cannot_hold_the_model_is_named(tmp_path):
 
 
 @pytest.mark.parametrize(("kind", "class_name"), [("wordpiece", "BertTokenizerFast"), ("bytes", None)])
-def test_a_class_that_agrees_with_the_file_is_kept(tmp_path, kind, class_name):
+def test_a_class_that_matches_the_file_is_kept(tmp_path, kind, class_name):
     path = write(tmp_path / "t", Backend.from_str(train(kind)), class_name)
     loaded = load(path)
     assert loaded.note is None

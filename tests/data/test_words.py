@@ -80,7 +80,7 @@ def test_words_are_those_of_the_text(kind: str) -> None:
     assert " ".join(spell(tokenizer, words)) == wanted
 
 
-def test_a_piece_that_begins_inside_a_word_and_special_tokens() -> None:
+def test_a_piece_that_starts_inside_a_word_and_special_tokens() -> None:
     tokenizer = train_tokenizer(iter([TEXT] * 3), "wordpiece", 200)
     edges = build_word_edges(tokenizer)
     assert len(edges.continues) == len(edges.is_continued) == tokenizer.size

@@ -286,13 +286,13 @@ def test_a_model_that_disagrees_is_not_kept(
         return result
 
     monkeypatch.setattr(write_module, "native_tensors", wrong)
-    with pytest.raises(ExportError, match=r"does not agree with ours(.|\n)*last hidden state differs by"):
+    with pytest.raises(ExportError, match=r"does not match ours(.|\n)*last hidden state differs by"):
         export(ExportRequest(source=str(runs["tied"]), output=tmp_path / "out"))
     assert list(tmp_path.iterdir()) == []
 
 
 class FakeHub:
-    """Stands in for huggingface_hub.HfApi."""
+    """Replaces huggingface_hub.HfApi."""
 
     calls: list[tuple[str, dict[str, Any]]] = []  # noqa: RUF012
     fails = False
@@ -320,18 +320,18 @@ def test_upload_to_the_hub(runs: dict[str, Path], tmp_path: Path, monkeypatch: p
     assert (tmp_path / "kept" / "config.json").is_file()
 
 
-def test_a_tokenizer_with_another_template_is_mended(tmp_path: Path) -> None:
+def test_a_tokenizer_with_another_template_is_fixed(tmp_path: Path) -> None:
     folder = tmp_path / "plain"
     train_tokenizer(iter(["the old house stands here " * 20]), "wordpiece", 60).save(folder)
     values = json.loads((folder / "tokenizer.json").read_text())
     values["post_processor"] = None
     (folder / "tokenizer.json").write_text(json.dumps(values))
-    changes = save_tokenizer(folder, tmp_path / "mended", max_length=20)
+    changes = save_tokenizer(folder, tmp_path / "fixed", max_length=20)
     assert changes == ["the tokenizer now writes [CLS] text [SEP], as in training"]
-    mended = AutoTokenizer.from_pretrained(str(tmp_path / "mended"))
-    tokens = mended.convert_ids_to_tokens(mended("the [MASK] house").input_ids)
+    fixed = AutoTokenizer.from_pretrained(str(tmp_path / "fixed"))
+    tokens = fixed.convert_ids_to_tokens(fixed("the [MASK] house").input_ids)
     assert tokens == ["[CLS]", "the", "[MASK]", "house", "[SEP]"]
-    assert (mended.model_max_length, sorted(mended("a"))) == (20, ["attention_mask", "input_ids"])
+    assert (fixed.model_max_length, sorted(fixed("a"))) == (20, ["attention_mask", "input_ids"])
 
 
 @pytest.mark.parametrize("name", ["remote", "biased", "ngpt"])

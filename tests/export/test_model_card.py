@@ -80,7 +80,7 @@ def test_the_language_is_what_the_call_says(runs: dict[str, Path], tmp_path: Pat
     assert len(check_language(("EN", "english", "en de", ""))) == 4
 
 
-def test_names_of_the_hub_are_told_from_folders(tiny: Tiny, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_names_of_the_hub_are_no_folders(tiny: Tiny, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     run = tiny(Path("outputs/run"), "model.init_from=chandar-lab/NeoBERT@main")
     assert model_on_hub(facts_of(run)) == "chandar-lab/NeoBERT"

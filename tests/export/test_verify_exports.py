@@ -20,7 +20,7 @@ SCRIPT = Path(__file__).parents[2] / "scripts" / "export" / "verify.py"
 
 
 @pytest.mark.parametrize("name", EXPORTS)
-def test_every_variant_agrees_with_the_run_it_was_made_from(name: str, verdicts: dict[str, Verdict]) -> None:
+def test_every_variant_matches_the_run_it_was_made_from(name: str, verdicts: dict[str, Verdict]) -> None:
     verdict = verdicts[name]
     assert verdict.passed, verdict.describe()
     names = [check.name for check in verdict.checks]

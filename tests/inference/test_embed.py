@@ -56,7 +56,7 @@ def test_rows_have_the_order_of_the_input(loaded: Model, jsonl: Path, texts: lis
     assert [p.name for p in (tmp_path / "new").iterdir()] == ["v.npy"]
 
 
-def test_parquet_tells_the_record(loaded: Model, jsonl: Path, texts: list[str], tmp_path: Path) -> None:
+def test_parquet_names_the_record(loaded: Model, jsonl: Path, texts: list[str], tmp_path: Path) -> None:
     settings = EmbedSettings(pooling="cls", normalize=True, chunk_texts=7)
     run(loaded, jsonl, tmp_path / "v.parquet", settings)
     table = pq.read_table(tmp_path / "v.parquet")
@@ -83,7 +83,7 @@ def test_bad_records_are_named_and_counted(jsonl: Path) -> None:
 
 
 @pytest.mark.parametrize("suffix", [".npy", ".parquet"])
-def test_a_killed_job_goes_on_to_the_same_bytes(
+def test_a_killed_job_continues_with_the_same_bytes(
     loaded: Model, jsonl: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, suffix: str
 ) -> None:
     run(loaded, jsonl, tmp_path / f"whole{suffix}")
@@ -106,7 +106,7 @@ def test_a_killed_job_goes_on_to_the_same_bytes(
     assert report.num_resumed == report.num_records == 33
 
 
-def test_other_settings_do_not_go_on(
+def test_other_settings_do_not_continue(
     loaded: Model, jsonl: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setitem(embed.WRITERS, ".npy", _failing(embed.WRITERS[".npy"], 0))
@@ -135,7 +135,7 @@ def test_errors(loaded: Model, jsonl: Path, tmp_path: Path) -> None:
         run(loaded, tmp_path / "nothing.jsonl", tmp_path / "v.npy")
     several = tmp_path / "several.jsonl"
     several.write_text('{"a": "x", "b": "y"}\n')
-    with pytest.raises(DataError, match=r"--text-column is not given and .* name one of a, b"):
+    with pytest.raises(DataError, match=r"--text-column .* name one of a, b"):
         run(loaded, several, tmp_path / "v.npy")
 
 
@@ -163,7 +163,7 @@ def test_a_split_must_be_chosen_where_there_are_several(loaded: Model, tmp_path:
         assert [text.text for text in texts.read()] == ["test.jsonl"]
 
 
-def test_a_second_process_at_one_output_is_told_before_it_loads_the_model(
+def test_a_second_process_at_one_output_is_stopped_before_it_loads_the_model(
     loaded: Model, jsonl: Path, tmp_path: Path
 ) -> None:
     """The first of the two ends as if it were alone."""
@@ -180,7 +180,7 @@ def test_a_second_process_at_one_output_is_told_before_it_loads_the_model(
         for attempt in (lambda: check_output(output), lambda: run(loaded, jsonl, output)):
             with pytest.raises(DataError, match=r"another process is writing .*v.npy; wait until it ends, or stop it"):
                 attempt()
-        assert [p.name for p in tmp_path.iterdir() if p != jsonl] == [".v.npy.lock"], "nothing was begun"
+        assert [p.name for p in tmp_path.iterdir() if p != jsonl] == [".v.npy.lock"], "nothing was started"
         first.kill()
     assert run(loaded, jsonl, output).num_texts == 30, "a lock ends with its process"
     assert not (tmp_path / ".v.npy.lock").exists()

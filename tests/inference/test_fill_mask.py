@@ -86,7 +86,7 @@ def test_texts_do_not_see_each_other(model: MaskedLM, tokenizer: Tokenizer) -> N
     assert fill_mask(model, tokenizer, []) == []
 
 
-def test_a_mask_takes_the_place_of_a_word_and_its_space(tokenizer: Tokenizer) -> None:
+def test_a_mask_replaces_a_word_and_its_space(tokenizer: Tokenizer) -> None:
     (whole,) = tokenizer.encode_batch(["the cat sees"])
     (cat,) = tokenizer.encode_batch([" cat"])
     assert len(cat) == 1, "the corpus makes it one token"
@@ -157,7 +157,7 @@ def test_a_mask_may_be_filled_with_a_mask(model: MaskedLM, tokenizer: Tokenizer)
 
 
 def test_a_shown_beginning_can_be_typed_to_predict(model: MaskedLM, tokenizer: Tokenizer) -> None:
-    """Its mask stands after the space that is hidden with the token, and reads back to the same guesses."""
+    """Its mask is after the space that is hidden with the token, and reads back to the same guesses."""
     documents = [np.array(tokens, dtype=np.int32) for tokens in tokenizer.encode_batch([*TEXTS, "dogcatdogcat"])]
     shown = fill_beginnings(model, tokenizer, documents, num_texts=4, top_k=2)
     assert shown[0].text == "the cat [MASK] the dog"

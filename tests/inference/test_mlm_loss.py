@@ -99,7 +99,7 @@ def test_the_same_model_through_transformers_has_the_same_loss(loaded: Model, na
 
 
 def test_truncated_documents_are_scored_to_the_limit(loaded: Model, tmp_path: Path, texts: list[str]) -> None:
-    """As if the text ended there: the same masks, whatever stands after the limit."""
+    """As if the text ended there: the same masks, whatever is after the limit."""
     limit = 20
     (ids,) = loaded.tokenizer.encode_batch([text for text in texts if len(text) > 400][:1])
     short = loaded.tokenizer.decode(ids[: limit - 2].tolist())
@@ -151,7 +151,7 @@ def test_the_loss_of_others_against_a_loop(bert: Path, tmp_path: Path) -> None:
     assert result.loss == pytest.approx(expected.item(), rel=1e-5)
 
 
-def test_words_are_chosen_by_their_place_in_the_text() -> None:
+def test_words_are_chosen_by_their_position_in_the_text() -> None:
     settings = LossSettings(mlm_probability=0.5, seed=3)
     text = " ".join(f"word{n}" for n in range(200))
     chosen = choose_words(text, 7, 0, settings)

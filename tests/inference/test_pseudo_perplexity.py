@@ -32,12 +32,12 @@ def naive(model: Model, tokens: np.ndarray) -> float:
     ids = [model.tokenizer.cls_id, *tokens.tolist(), model.tokenizer.sep_id]
     total = 0.0
     weight = model.module.head_weight.detach()
-    for place in range(1, len(ids) - 1):
+    for index in range(1, len(ids) - 1):
         masked = np.array(ids, dtype=np.int32)
-        masked[place] = model.tokenizer.mask_id
-        hidden = hidden_states(model.module, [masked])[place]
+        masked[index] = model.tokenizer.mask_id
+        hidden = hidden_states(model.module, [masked])[index]
         logits = (weight @ hidden)[: model.tokenizer.size]
-        total -= float(logits.log_softmax(-1)[ids[place]])
+        total -= float(logits.log_softmax(-1)[ids[index]])
     return total
 
 
@@ -76,9 +76,9 @@ def test_every_token_is_masked_alone(loaded: Model, texts: list[str]) -> None:
 def test_which_tokens_are_masked_together() -> None:
     maskable = np.array([1, 2, 4, 5, 6])
     exact = masked_copies(np.arange(8), maskable, None)
-    assert [places.tolist() for places in exact] == [[1], [2], [4], [5], [6]]
+    assert [positions.tolist() for positions in exact] == [[1], [2], [4], [5], [6]]
     chunked = masked_copies(np.arange(8), maskable, 2)
-    assert [places.tolist() for places in chunked] == [[1, 4, 6], [2, 5]]
+    assert [positions.tolist() for positions in chunked] == [[1, 4, 6], [2, 5]]
     assert len(masked_copies(np.arange(8), maskable, 100)) == 5
 
 
@@ -94,7 +94,7 @@ def test_long_documents_are_cut_and_special_tokens_are_not_counted(loaded: Model
     assert score_documents(loaded, [with_special], settings, None)[0][0] == 9
 
 
-def test_lines_and_figures_of_a_file(loaded: Model, jsonl: Path, tmp_path: Path) -> None:
+def test_lines_and_results_of_a_file(loaded: Model, jsonl: Path, tmp_path: Path) -> None:
     summary = run(loaded, jsonl, tmp_path / "s.jsonl")
     lines = [json.loads(line) for line in (tmp_path / "s.jsonl").read_text().splitlines()]
     assert [line["record"] for line in lines] == [n for n in range(33) if n not in {3, 8, 12}]
@@ -112,7 +112,7 @@ def test_lines_and_figures_of_a_file(loaded: Model, jsonl: Path, tmp_path: Path)
 
 
 def test_the_interval_is_that_of_the_bootstrap(tmp_path: Path) -> None:
-    """Equal documents have no spread; of two kinds in equal numbers the share is binomial."""
+    """Equal documents have no spread; of two kinds in equal numbers the fraction is binomial."""
     lines = [{"num_tokens": 10, "nll": 20.0}] * 50
     (tmp_path / "equal").write_text("".join(json.dumps(line) + "\n" for line in lines))
     equal = summarize(tmp_path / "equal")
@@ -124,7 +124,7 @@ def test_the_interval_is_that_of_the_bootstrap(tmp_path: Path) -> None:
     assert [math.log(x) for x in mixed.interval] == pytest.approx([2.5 - half_width, 2.5 + half_width], abs=0.012)
 
 
-def test_a_killed_job_goes_on_to_the_same_lines(
+def test_a_killed_job_continues_with_the_same_lines(
     loaded: Model, jsonl: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     settings = ScoreSettings(max_length=40, batch_tokens=60, chunked=3, bias_documents=9)

@@ -1,7 +1,7 @@
 """Every autograd function and custom operator of the package: compiled gradients are the eager ones in all backends.
 
 A compiler may compute other gradients than eager code without a word: torch 2.11 does for a function that returns what
-an operation handed back, changed in place or cast to the dtype it had. So all of them stand in one table, and one that
+an operation handed back, changed in place or cast to the dtype it had. So all of them are in one table, and one that
 is not listed fails a test.
 """
 
@@ -66,7 +66,7 @@ def inputs(shapes: list[tuple[int, ...]]) -> list[Tensor]:
 
 
 def outputs(case: Case, given: list[Tensor]) -> tuple[Tensor, ...]:
-    # Inputs are results of an operation and outputs are read by one: what stands at the edge of a graph is special.
+    # Inputs are results of an operation and outputs are read by one: what is at the edge of a graph is special.
     result = case[0](*(1.5 * x for x in given))
     return result if isinstance(result, tuple) else (result,)
 
@@ -82,7 +82,7 @@ def test_the_table_holds_every_function_and_custom_operator() -> None:
 
 
 def functions_in(path: Path) -> Iterator[str]:
-    """Classes that derive from `autograd.Function`, and operators that are given to `torch.library`."""
+    """Classes that derive from `autograd.Function`, and operators that are passed to `torch.library`."""
     module = ".".join(path.relative_to(PACKAGE.parent).with_suffix("").parts)
     for node in ast.walk(ast.parse(path.read_text())):
         if isinstance(node, ast.ClassDef) and "Function" in map(last_word, node.bases):

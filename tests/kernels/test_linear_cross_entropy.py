@@ -8,17 +8,17 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-import triton  # noqa: F401  without it the parity of the Triton kernel would go untested in silence
+import triton  # noqa: F401  without it the parity of the Triton kernel would silently go untested
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from neobert.kernels import linear_cross_entropy, triton_linear_cross_entropy
-from neobert.kernels.linear_cross_entropy import KERNELS, choose_kernel, kernel_obstacle
+from neobert.kernels.linear_cross_entropy import KERNELS, choose_kernel, kernel_problem
 
 ROWS, HIDDEN, VOCAB = 23, 8, 40
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-RUNNABLE = [name for name in KERNELS if kernel_obstacle(name, DEVICE) is None]
+RUNNABLE = [name for name in KERNELS if kernel_problem(name, DEVICE) is None]
 """On a CPU the Triton kernel is among them, in the interpreter."""
 
 
@@ -177,7 +177,7 @@ def test_large_logits_do_not_overflow(name: str) -> None:
 
 
 @pytest.mark.parametrize("name", ["torch", "triton"])
-def test_what_stands_in_ignored_rows_cannot_reach_a_gradient(name: str) -> None:
+def test_what_is_in_ignored_rows_cannot_reach_a_gradient(name: str) -> None:
     hidden, weight, targets = inputs()
     poisoned = hidden.detach().clone()
     poisoned[targets == -100] = float("nan")
@@ -287,7 +287,7 @@ WORDS = {"z_loss": "fp32", "lse_ptr": "*fp32", "scale_ptr": "*fp32", "targets_pt
 WORDS |= {"max_ptr": "*fp32", "best_ptr": "*i32"}
 for kernel in (kernels._reduce_kernel, kernels._gradient_kernel):
     tile = kernels.TILES[2]
-    constants = {"ROWS": tile.rows, "COLUMNS": tile.columns, "DEPTH": tile.depth, "SHARE": tile.share}
+    constants = {"ROWS": tile.rows, "COLUMNS": tile.columns, "DEPTH": tile.depth, "PART": tile.part}
     constants |= {"EVEN": False, "COUNT": True, "PRECISION": "tf32", "WIDEN": False}
     constants = {name: value for name, value in constants.items() if name in kernel.arg_names}
     types = {name: WORDS.get(name, "*bf16" if "ptr" in name else "i32") for name in kernel.arg_names}

@@ -59,7 +59,7 @@ def plain_attention(q: Tensor, k: Tensor, v: Tensor, seen: Tensor, scale: float)
 
 
 class FakeVarlen:
-    """Stands in for a flash kernel on a machine without one: the definition, from the kernel's own arguments."""
+    """Replaces a flash kernel on a machine without one: the definition, from the kernel's own arguments."""
 
     def __init__(self, scale_name: str, others: tuple[str, ...] = ()) -> None:
         self.scale_name, self.others, self.calls = scale_name, others, 0
@@ -83,7 +83,7 @@ class FakeVarlen:
 
 
 class FakeFlex:
-    """Stands in for FlexAttention: every block that its lists leave out is unseen, and full blocks need no mask."""
+    """Replaces FlexAttention: every block that its lists leave out is unseen, and full blocks need no mask."""
 
     def __init__(self) -> None:
         self.calls = 0
@@ -115,11 +115,11 @@ class FakeFlex:
 
 def _runs(name: str, device: str, dtype: torch.dtype) -> bool:
     available = device == "cpu" or torch.cuda.is_available()
-    return available and ATTENTION[name].obstacle(torch.device(device), dtype, 16) is None
+    return available and ATTENTION[name].problem(torch.device(device), dtype, 16) is None
 
 
 def device_for(name: str, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> str:
-    """Where a backend is tested; where no device of this machine will do, a stand-in takes the place of its kernel."""
+    """Where a backend is tested; where no device of this machine will do, a stand-in replaces its kernel."""
     device = next((d for d in ("cuda", "cpu") if _runs(name, d, dtype)), None)
     if device is not None:
         return device
@@ -134,7 +134,7 @@ def device_for(name: str, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -
 @pytest.mark.parametrize(("rows", "slots"), [(ROWS, 16), (LONG, 48)], ids=["short", "long"])
 @pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 1e-5), (torch.bfloat16, 4e-2)])
 @pytest.mark.parametrize("name", ATTENTION)
-def test_backend_agrees_with_the_definition(
+def test_backend_matches_the_definition(
     name: str,
     dtype: torch.dtype,
     tolerance: float,
@@ -183,7 +183,7 @@ def test_sdpa_in_whole_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
 def in_buckets(segments: Segments, window: int | None = None) -> SegmentedPlan:
     """A plan as for a GPU, with its tensors on the CPU."""
     plan = segmented.prepare_segmented(segments, window)
-    return plan._replace(places=segmented.bucket_places(plan.borders, segments.ids.numel()))
+    return plan._replace(slots=segmented.bucket_slots(plan.borders, segments.ids.numel()))
 
 
 def results_in_buckets(segments: Segments, dtype: torch.dtype, window: int | None) -> list[Tensor]:
@@ -195,7 +195,7 @@ def results_in_buckets(segments: Segments, dtype: torch.dtype, window: int | Non
 
 @pytest.mark.parametrize("window", WINDOWS)
 @pytest.mark.parametrize("scores", [1, 2**26])
-def test_buckets_agree_with_the_definition(scores: int, window: int | None, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_buckets_match_the_definition(scores: int, window: int | None, monkeypatch: pytest.MonkeyPatch) -> None:
     """With few scores at a time, every document is computed by itself."""
     monkeypatch.setattr(segmented, "_BUCKET_SCORES", scores)
     _, segments = pack(LONG, 48)
@@ -209,11 +209,11 @@ def test_buckets_hold_every_document_once() -> None:
         *(16, 16, 24, 24, 32, 48, 64, 64, 96, 1024)
     ]
     borders = torch.tensor([[0, 3, 3, 20], [3, 3, 20, 40]])
-    places = segmented.bucket_places(borders, 40)
-    assert places.shape == (40 + 20 + 16 * 4,), "the size depends on the shape of the batch alone"
-    assert places[:16].tolist() == [0, 1, 2] + [2] * 13
-    assert places[16:40].tolist() == [*range(3, 20)] + [19] * 7
-    assert places[40:64].tolist() == [*range(20, 40)] + [39] * 4
+    slots = segmented.bucket_slots(borders, 40)
+    assert slots.shape == (40 + 20 + 16 * 4,), "the size depends on the shape of the batch alone"
+    assert slots[:16].tolist() == [0, 1, 2] + [2] * 13
+    assert slots[16:40].tolist() == [*range(3, 20)] + [19] * 7
+    assert slots[40:64].tolist() == [*range(20, 40)] + [39] * 4
 
 
 def random_case(seed: int) -> tuple[Segments, int | None]:

@@ -108,7 +108,7 @@ def test_a_document_does_not_depend_on_its_neighbours() -> None:
     assert not torch.equal(before[~second], after[~second])
 
 
-def test_learned_positions_begin_anew_in_every_document() -> None:
+def test_learned_positions_start_at_zero_in_every_document() -> None:
     encoder = build(tiny_config(rope=False))
     positions, segments = pack([(4, 4)], 8)
     tokens = torch.tensor([[5, 6, 7, 8, 5, 6, 7, 8]], dtype=torch.int32)

@@ -52,7 +52,7 @@ def test_unknown_and_missing_keys_are_named_together() -> None:
         ({"hidden_act": "relu"}, r"model\.hidden_act: 'relu' is unknown; write one of swiglu, gelu"),
         ({"dropout_prob": 1.0}, r"model\.dropout_prob: 1\.0 must be at least 0 and less than 1"),
         ({"pad_token_id": 50}, r"model\.pad_token_id: 50 is not a row of a vocabulary of 50"),
-        ({"ngpt": True}, r"model\.embedding_init_range: 0\.5 has no place in the normalised model"),
+        ({"ngpt": True}, r"model\.embedding_init_range: 0\.5 is not part of the normalised model"),
         ({"base_scale": 0.0}, r"model\.base_scale: 0\.0 must be greater than 0"),
         ({"local_attention": 0}, r"model\.local_attention: 0 must be at least 1"),
         ({"num_hidden_layers": 0, "norm_eps": 0.0}, r"model\.num_hidden_layers: 0 .*\nmodel\.norm_eps: 0\.0 "),

@@ -25,7 +25,7 @@ def build(*, tied: bool = True, base_scale: float | None = None, spread: bool = 
     )
     model = MaskedLM(Encoder(config, ATTENTION["sdpa"]), kernel=KERNELS["torch"])
     for weight in model.parameters() if spread else ():
-        if weight.ndim == 1:  # equal numbers would hide one that stands in the wrong place
+        if weight.ndim == 1:  # equal numbers would hide one at the wrong index
             torch.nn.init.uniform_(weight, 0.5 * weight[0].item(), 1.5 * weight[0].item())
     return model
 
@@ -118,7 +118,7 @@ def test_every_matrix_and_only_a_matrix_has_vectors_of_length_one_along_the_hidd
     assert listed == {}
 
 
-def test_normalising_leaves_every_bit_where_it_is_told_to() -> None:
+def test_normalising_leaves_every_bit_where_it_should() -> None:
     matrices = [(torch.randn(5, 7), 0), (torch.randn(5, 7), 1)]
     before = [matrix.clone() for matrix, _ in matrices]
     normalise_(matrices, unless=torch.tensor(1.0))

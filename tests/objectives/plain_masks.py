@@ -15,7 +15,7 @@ def mix(x: int) -> int:
 
 
 def split_runs(policy: MaskPolicy, tokens: Sequence[int]) -> list[list[list[int]]]:
-    """Runs between special tokens -> words (or tokens) -> places."""
+    """Runs between special tokens -> words (or tokens) -> indices."""
     runs: list[list[list[int]]] = []
     for place, token in enumerate(tokens):
         if token in policy.special_ids:
@@ -32,7 +32,7 @@ def split_runs(policy: MaskPolicy, tokens: Sequence[int]) -> list[list[list[int]
 
 
 def span_length(word: int, most: int) -> int:
-    """The length whose share of the 32-bit numbers holds this one: 5/5, 4/5, 16/25, ... of the first share."""
+    """The length whose part of the 32-bit numbers holds this one: 5/5, 4/5, 16/25, ... of the first part."""
     drawn = mix(~word & BITS) >> 32
     weights = [0.8**n for n in range(most)]
     length, reached = 1, weights[0] / sum(weights)
@@ -43,13 +43,13 @@ def span_length(word: int, most: int) -> int:
 
 
 def select(policy: MaskPolicy, tokens: Sequence[int], words: Sequence[int], count: int) -> dict[int, int]:
-    """Place -> the word that decides what stands there, for `count` places."""
+    """Index -> the hash that decides what replaces it, for `count` indices."""
     runs = split_runs(policy, tokens)
     spans: list[tuple[int, list[list[int]]]] = []
     for run in runs:
         for number, unit in enumerate(run):
             length = min(len(run), span_length(words[unit[0]], policy.span_max_words)) if policy.units == "spans" else 1
-            # At the end of its run a span continues at the beginning.
+            # At the end of its run a span continues at the start.
             spans.append((words[unit[0]], [run[(number + step) % len(run)] for step in range(length)]))
     chosen: dict[int, int] = {}
     for word, units in sorted(spans):

@@ -46,7 +46,7 @@ def test_the_count_is_exact(length: int, offset: float) -> None:
     assert (np.diff(selected) > 0).all()
 
 
-def test_the_smallest_words_are_selected() -> None:
+def test_the_smallest_hashes_are_selected() -> None:
     tokens = np.array([CLS, 10, 11, 12, 13, 14, SEP], dtype=np.int32)
     order = np.array([0, 9, 2, 8, 1, 7, 3], dtype=np.uint64)  # [CLS] and [SEP] have small words and are skipped
     _, selected = policy(probability=0.4).corrupt(tokens, order, 0.0)

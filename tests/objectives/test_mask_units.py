@@ -69,8 +69,8 @@ def test_words_are_whole_but_for_the_last_one() -> None:
     tokens = np.array([1, 10, 150, 11, 151, 152, 2, 1, 153, 12, 2], dtype=np.int32)
     order = np.array([0, 40, 1, 20, 2, 3, 0, 0, 30, 10, 0], dtype=np.uint64)  # c, then b, then the piece, then a
     masks = policy(units="words", probability=1.0, mask_all=True)
-    taken = [sorted(plain_masks.select(masks, tokens.tolist(), order.tolist(), count)) for count in range(8)]
-    assert taken == [
+    expected = [sorted(plain_masks.select(masks, tokens.tolist(), order.tolist(), count)) for count in range(8)]
+    assert expected == [
         [],
         [9],
         [3, 9],
@@ -80,9 +80,9 @@ def test_words_are_whole_but_for_the_last_one() -> None:
         [1, 3, 4, 5, 8, 9],
         [1, 2, 3, 4, 5, 8, 9],
     ]
-    for count, places in enumerate(taken):
+    for count, indices in enumerate(expected):
         assert (
-            policy(units="words", probability=max(count / 7, 1e-9)).corrupt(tokens, order, 0.01)[1].tolist() == places
+            policy(units="words", probability=max(count / 7, 1e-9)).corrupt(tokens, order, 0.01)[1].tolist() == indices
         )
 
 
@@ -91,7 +91,7 @@ def test_words_need_both_tables() -> None:
     tokens = np.array([1, 10, 150, 151, 11, 150, 2], dtype=np.int32)
     order = np.array([0, 1, 9, 0, 5, 0, 0], dtype=np.uint64)
     masks = policy(units="words", probability=3 / 5, edges=edges)
-    assert masks.corrupt(tokens, order, 0.01)[1].tolist() == [1, 4, 5], "150 after 10 begins a word of its own"
+    assert masks.corrupt(tokens, order, 0.01)[1].tolist() == [1, 4, 5], "150 after 10 starts a word of its own"
 
 
 def test_lengths_of_spans() -> None:
@@ -125,14 +125,14 @@ def test_spans_are_longer_than_words_and_words_than_tokens() -> None:
 
 
 @pytest.mark.parametrize("units", UNITS)
-def test_every_place_of_a_short_document_is_as_likely(units: str) -> None:
+def test_every_index_of_a_short_document_is_as_likely(units: str) -> None:
     rng, counts = np.random.default_rng(3), Counter()
     masks = policy(units=units, edges=WordEdges(continues=np.zeros(VOCAB, bool), is_continued=np.zeros(VOCAB, bool)))
     for _ in range(4000):
         tokens = packed_row(rng, 12)
         counts.update(masks.corrupt(tokens, draw(rng, 14), float(rng.random()))[1].tolist())
-    shares = np.array([counts[place] for place in range(1, 13)]) / 4000
-    assert shares == pytest.approx(np.full(12, 0.3), abs=0.03)
+    fractions = np.array([counts[index] for index in range(1, 13)]) / 4000
+    assert fractions == pytest.approx(np.full(12, 0.3), abs=0.03)
 
 
 def test_a_span_is_replaced_as_a_whole() -> None:
@@ -174,7 +174,7 @@ def test_all_masked_in_two_spellings() -> None:
     assert set(without_words.corrupt(tokens, words, 0.5)[0].tolist()) <= {*tokens.tolist(), MASK}
 
 
-def test_the_share_changes_linearly_with_the_step() -> None:
+def test_the_fraction_changes_linearly_with_the_step() -> None:
     masks = policy(final_probability=0.15, final_step=10)
     assert [masks.rate(step) for step in (0, 1, 5, 9, 10, 11, 1000)] == pytest.approx(
         [0.3, 0.285, 0.225, 0.165, 0.15, 0.15, 0.15]
@@ -191,13 +191,13 @@ def test_the_share_changes_linearly_with_the_step() -> None:
 
 
 def test_fewer_masks_later_are_some_of_those_before() -> None:
-    """The order of a row's tokens does not depend on the step, so a falling share only takes masks away."""
+    """The order of a row's tokens does not depend on the step, so a falling fraction only takes masks away."""
     rng = np.random.default_rng(9)
     tokens, words = packed_row(rng, 30, 50), draw(rng, 84)
     for units in ("tokens", *UNITS):
         masks = policy(units=units, final_probability=0.1, final_step=4)
-        places = [set(masks.corrupt(tokens, words, 0.5, step=step)[1].tolist()) for step in range(5)]
-        assert all(later < earlier for earlier, later in pairwise(places))
+        indices = [set(masks.corrupt(tokens, words, 0.5, step=step)[1].tolist()) for step in range(5)]
+        assert all(later < earlier for earlier, later in pairwise(indices))
 
 
 def test_settings_that_make_no_mask() -> None:
@@ -209,5 +209,5 @@ def test_settings_that_make_no_mask() -> None:
         policy(units="spans", edges=None)
     masks = policy(final_probability=0.2)
     assert masks.rate(0) == 0.3
-    with pytest.raises(ValueError, match="final_step: None, so the share of step 3"):
+    with pytest.raises(ValueError, match="final_step: None"):
         masks.rate(3)

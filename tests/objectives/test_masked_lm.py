@@ -39,7 +39,7 @@ def build(*, tied: bool = True, variant: dict[str, Any] | None = None, **options
     return MaskedLM(Encoder(config, ATTENTION["sdpa"]), **{"kernel": KERNELS["torch"], **options})
 
 
-def batch_of(rows: tuple[tuple[int, ...], ...], tokens: Tensor, masked: list[int], num_places: int = 8) -> PackedBatch:
+def batch_of(rows: tuple[tuple[int, ...], ...], tokens: Tensor, masked: list[int], num_entries: int = 8) -> PackedBatch:
     """Rows of 12 slots with documents of these lengths; slots `masked` of the stream are hidden behind token 3."""
     slots = tokens.numel()
     ids = torch.zeros(len(rows), 12, dtype=torch.int32)
@@ -52,7 +52,7 @@ def batch_of(rows: tuple[tuple[int, ...], ...], tokens: Tensor, masked: list[int
             positions[number, start:end] = torch.arange(end - start)
         borders |= {number * 12 + end for end in ends}
     cu_seqlens = torch.tensor(sorted(borders) + [slots] * (20 - len(borders)), dtype=torch.int32)
-    unused = num_places - len(masked)
+    unused = num_entries - len(masked)
     corrupted = tokens.clone().flatten()
     corrupted[masked] = 3
     return PackedBatch(
@@ -90,7 +90,7 @@ def test_loss_is_the_cross_entropy_of_the_targets(batch: PackedBatch) -> None:
 
 @pytest.mark.parametrize("tied", [True, False])
 def test_all_positions_is_the_same_loss(batch: PackedBatch, tied: bool) -> None:
-    """Slot 0 is predicted and also where unused places point: its target must survive."""
+    """Slot 0 is predicted and also where unused entries point: its target must survive."""
     losses, gradients = [], []
     for all_positions in (False, True):
         model = build(tied=tied, all_positions=all_positions)

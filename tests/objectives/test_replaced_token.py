@@ -70,15 +70,15 @@ def rows(*documents: tuple[int, ...], seed: int = 0) -> list[PackedRow]:
     return made
 
 
-def collate(given: list[PackedRow], masks: MaskPolicy = MASKS, **options: Any) -> PackedBatch:
+def collate(packed: list[PackedRow], masks: MaskPolicy = MASKS, **options: Any) -> PackedBatch:
     settings: dict[str, Any] = {"seed": 1, "draw": "row", "max_seq_length": 24, "max_segments": 8, "pad_id": 0}
-    return Collator(policy=build_replacements(masks), **{**settings, **options})(given)
+    return Collator(policy=build_replacements(masks), **{**settings, **options})(packed)
 
 
-def reference(module: ReplacedTokenDetector, given: list[PackedRow], batch: PackedBatch) -> Tensor:
+def reference(module: ReplacedTokenDetector, packed: list[PackedRow], batch: PackedBatch) -> Tensor:
     """One document at a time through the encoder, one token at a time through the loss."""
     total = torch.zeros((), dtype=torch.float64)
-    for row, fed in zip(given, batch.input_ids):
+    for row, fed in zip(packed, batch.input_ids):
         end = 0
         for length in row.lengths:
             start, end = end, end + length
@@ -103,10 +103,10 @@ def reference(module: ReplacedTokenDetector, given: list[PackedRow], batch: Pack
 
 @pytest.mark.parametrize("documents", [((9, 12), (7, 5, 8)), ((20,), (11,))], ids=["packed", "one a row"])
 def test_loss_and_gradients_are_those_of_the_definition(documents: tuple[tuple[int, ...], ...]) -> None:
-    module, given = build(), rows(*documents)
-    batch = collate(given)
-    assert (batch.input_ids[0, : len(given[0].tokens)].numpy() != given[0].tokens).any(), "something is replaced"
-    found, expected = module(batch).loss_sum, reference(module, given, batch)
+    module, packed = build(), rows(*documents)
+    batch = collate(packed)
+    assert (batch.input_ids[0, : len(packed[0].tokens)].numpy() != packed[0].tokens).any(), "something is replaced"
+    found, expected = module(batch).loss_sum, reference(module, packed, batch)
     assert found.item() == pytest.approx(expected.item(), rel=1e-5)
     weights = dict(module.named_parameters())
     gradients = torch.autograd.grad(found, list(weights.values()))
@@ -118,13 +118,13 @@ def test_loss_and_gradients_are_those_of_the_definition(documents: tuple[tuple[i
 def test_replaced_are_the_tokens_that_masking_would_hide(units: str) -> None:
     edges = WordEdges(continues=np.arange(VOCABULARY) % 2 == 1, is_continued=np.ones(VOCABULARY, dtype=bool))
     masks = replace(MASKS, units=units, edges=edges)
-    given = rows((20, 4), (22,))
+    packed = rows((20, 4), (22,))
     hidden = Collator(
         policy=replace(masks, mask_all=True), seed=1, draw="row", max_seq_length=24, max_segments=8, pad_id=0
-    )(given)
-    batch = collate(given, masks)
+    )(packed)
+    batch = collate(packed, masks)
     tokens = np.zeros((2, 24), dtype=np.int32)
-    for number, row in enumerate(given):
+    for number, row in enumerate(packed):
         tokens[number, : len(row.tokens)] = row.tokens
     changed = batch.input_ids.numpy() != tokens
     masked = hidden.input_ids.numpy() != tokens
@@ -132,18 +132,18 @@ def test_replaced_are_the_tokens_that_masking_would_hide(units: str) -> None:
     assert not (changed & ~masked).any(), "a replacement may be the token itself, and nothing else stays"
     assert changed.sum() >= 0.8 * masked.sum()
     assert not np.isin(batch.input_ids.numpy()[changed], masks.special_ids).any()
-    assert batch.num_targets == sum(len(row.tokens) - 2 * len(row.lengths) for row in given)
-    assert batch.targets.shape == batch.masked_index.shape == (48,), "as many places as slots, whatever the content"
+    assert batch.num_targets == sum(len(row.tokens) - 2 * len(row.lengths) for row in packed)
+    assert batch.targets.shape == batch.masked_index.shape == (48,), "as many entries as slots, whatever the content"
 
 
 def test_an_evaluation_counts_and_training_does_not() -> None:
-    module, given = build(), rows((20,), (22,))
-    batch = collate(given, draw="document")
+    module, packed = build(), rows((20,), (22,))
+    batch = collate(packed, draw="document")
     assert module(batch).num_correct is None
     with torch.no_grad():
         module.discriminator.out.bias.fill_(100.0)  # Calls every token replaced.
         sums = module.eval()(batch)
-    replaced = sum(int((fed[: len(r.tokens)].numpy() != r.tokens).sum()) for fed, r in zip(batch.input_ids, given))
+    replaced = sum(int((fed[: len(r.tokens)].numpy() != r.tokens).sum()) for fed, r in zip(batch.input_ids, packed))
     assert sums.counts.tolist() == [replaced, batch.num_targets, replaced]
     assert int(sums.num_correct) == replaced
     metrics = build_metrics(

@@ -40,7 +40,7 @@ def test_the_average_follows_its_formula() -> None:
         move(module)
         weights = {name: p.detach().double() for name, p in module.named_parameters()}
         average.update(step, GOES_ON)
-        assert average.begun == (step >= 2)
+        assert average.started == (step >= 2)
         if step == 2:
             expected = copies(weights)
         elif step > 2:
@@ -81,7 +81,7 @@ def test_inside_swapped_the_module_has_the_average_and_afterwards_its_weights_wh
     assert all(torch.equal(tensor, averaged[name]) for name, tensor in average.tensors().items())
 
 
-def test_an_average_that_was_saved_goes_on_and_one_that_lacks_a_weight_is_an_error() -> None:
+def test_an_average_that_was_saved_continues_and_one_that_lacks_a_weight_is_an_error() -> None:
     module = build_module()
     whole, resumed = (WeightAverage(module, decay=0.99) for _ in range(2))
     whole.begin(0)
@@ -95,7 +95,7 @@ def test_an_average_that_was_saved_goes_on_and_one_that_lacks_a_weight_is_an_err
     assert all(torch.equal(tensor, resumed.tensors()[name]) for name, tensor in whole.tensors().items())
     with pytest.raises(KeyError, match=r"0.weight"):
         resumed.begin(4, {"1.weight": torch.zeros(2)})
-    with pytest.raises(RuntimeError, match="begins at step 7"):
+    with pytest.raises(RuntimeError, match="step 7"):
         WeightAverage(module, decay=0.9, start_step=7).tensors()
 
 

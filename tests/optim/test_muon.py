@@ -130,8 +130,8 @@ def test_a_step_that_is_left_out_keeps_every_bit_with_nesterov_and_decay(name: s
         p.grad = grad * torch.nan
     step_unless(optimizer, torch.tensor(True))
     assert all(torch.equal(value, weights[key]) for key, value in module.state_dict().items())
-    for place, values in optimizer.state_dict()["state"].items():
-        assert all(torch.equal(value, state[place][key]) for key, value in values.items())
+    for index, values in optimizer.state_dict()["state"].items():
+        assert all(torch.equal(value, state[index][key]) for key, value in values.items())
 
 
 def test_the_fused_weights_are_split_from_top_to_bottom() -> None:

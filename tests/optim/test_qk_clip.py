@@ -58,10 +58,10 @@ def tokens(seed: int) -> torch.Tensor:
 def by_hand(q: torch.Tensor, k: torch.Tensor, scale: float, window: int | None) -> list[float]:
     """Pair by pair."""
     best = [float("-inf")] * q.shape[1]
-    flat = [(row, ident, place) for row in range(2) for ident, place in zip(IDS[row].tolist(), POSITIONS[row].tolist())]
-    for i, (row, ident, place) in enumerate(flat):
-        for j, (other_row, other, other_place) in enumerate(flat):
-            near = window is None or abs(place - other_place) <= window // 2
+    flat = [(row, ident, at) for row in range(2) for ident, at in zip(IDS[row].tolist(), POSITIONS[row].tolist())]
+    for i, (row, ident, at) in enumerate(flat):
+        for j, (other_row, other, other_at) in enumerate(flat):
+            near = window is None or abs(at - other_at) <= window // 2
             if row == other_row and ident == other > 0 and near:
                 for head in range(q.shape[1]):
                     best[head] = max(best[head], (q[i, head] @ k[j, head]).item() * scale)

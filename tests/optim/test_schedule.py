@@ -47,7 +47,7 @@ W = [0.25, 0.5, 0.75]
             {"cooldown_steps": 4, "cooldown_shape": "cosine"},
             [*W, 1, 1, 1, 1, 0.6 + 0.4 * math.sqrt(0.5), 0.6, 0.6 - 0.4 * math.sqrt(0.5), 0.2, 0.2],
         ),
-        # sqrt(4 / (step + 1)), and a cool-down from where it stands at step 8 down to 0.2.
+        # sqrt(4 / (step + 1)), and a cool-down from where it is at step 8 down to 0.2.
         ("inverse_sqrt", {}, [*W, 1, *(math.sqrt(4 / n) for n in range(5, 13))]),
         (
             "inverse_sqrt",
@@ -90,7 +90,7 @@ def test_inverse_sqrt_stops_at_the_final_ratio() -> None:
     assert [schedule(step) for step in (14, 15, 16, 1000)] == pytest.approx([2 * math.sqrt(4 / 15), 1.0, 1.0, 1.0])
 
 
-def test_a_branch_equals_its_trunk_until_the_decay_begins() -> None:
+def test_a_branch_equals_its_trunk_until_the_decay_starts() -> None:
     trunk = build(name="constant", num_steps=100)
     branch = build(name="wsd", num_steps=60, cooldown_steps=20)
     assert [trunk(step) for step in range(41)] == [branch(step) for step in range(41)]

@@ -50,7 +50,7 @@ def rates(monkeypatch: pytest.MonkeyPatch, *, fp32: float, bf16: float) -> None:
 # ---- precision ----
 
 
-def test_bf16_is_taken_where_its_products_are_clearly_faster() -> None:
+def test_bf16_is_used_where_its_products_are_clearly_faster() -> None:
     assert [precision.choose_faster(fp32=100, bf16=b) for b in (10, 100, 119, 120, 450)] == [
         "no",
         "no",
@@ -119,7 +119,7 @@ def test_all_processes_take_the_choice_of_the_first(
     bound = run_ranks(3, lambda runtime: precision.bind_precision(config, None, runtime))
     assert len(asked) == 1
     assert [config.trainer.mixed_precision for config, _ in bound] == ["bf16"] * 3
-    assert config.trainer.mixed_precision == "auto", "the given config is left as it is"
+    assert config.trainer.mixed_precision == "auto", "the config passed is left as it is"
 
 
 def test_one_gpu_without_bf16_is_enough_for_float32_on_all(
@@ -142,7 +142,9 @@ def test_a_gpu_is_asked_and_not_measured(
     assert precision.choose_precision(tiny(tmp_path, PRECISION, "trainer.use_cpu=false"))[0] == choice
 
 
-def test_a_gpu_without_bf16_cannot_go_on_in_bf16(tiny: Tiny, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_gpu_without_bf16_cannot_continue_in_bf16(
+    tiny: Tiny, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation=True: False)
     before = tiny(tmp_path, "trainer.mixed_precision=bf16")
     gpu: Any = types.SimpleNamespace(device=torch.device("cuda"))
@@ -345,7 +347,7 @@ print(json.dumps([measure(rows) for rows in (8, 16, 32)]))
 runtime.close()
 """
 """In a process of its own, as a run has it: the heap of many tests has holes, which a small batch would fill. So would
-fewer rows than these: what libraries take for good in the first step is as large as four of them.
+fewer rows than these: what libraries allocate permanently in the first step is as large as four of them.
 """
 
 

@@ -39,7 +39,7 @@ def test_the_mean_of_the_last_three(tmp_path: Path, run: Path, capsys: pytest.Ca
     output = tmp_path / "mean"
     capsys.readouterr()
     assert call("average_checkpoints.py", run, "--last", "3", "--output", output) == 0
-    expected = f"{output}/: the mean of 3 checkpoints of {run} (step x share): 8 x 0.3333, 10 x 0.3333, 12 x 0.3333\n"
+    expected = f"{output}/: the mean of 3 checkpoints of {run} (step x weight): 8 x 0.3333, 10 x 0.3333, 12 x 0.3333\n"
     assert capsys.readouterr().out == expected
     found = load_file(output / "model.safetensors")
     sources = [weights_of(run, step) for step in (8, 10, 12)]
@@ -57,7 +57,7 @@ def test_the_mean_of_the_last_three(tmp_path: Path, run: Path, capsys: pytest.Ca
     assert check_contents(output).step == 12
 
 
-def test_given_steps_and_shares_and_the_moving_averages(tmp_path: Path, run: Path) -> None:
+def test_explicit_steps_and_weights_and_the_moving_averages(tmp_path: Path, run: Path) -> None:
     output = tmp_path / "mean"
     request = AverageRequest(run=run, output=output, steps=(4, 10), shares=(1, 3), weights="ema")
     assert average_checkpoints(request).shares == (0.25, 0.75)
@@ -104,7 +104,7 @@ def test_what_it_refuses(tmp_path: Path, run: Path) -> None:
 
     refuse(r"--last: 7, but .* has 6 whole checkpoint\(s\) \(steps: 2, 4, 6, 8, 10, 12\)", last=7)
     refuse(r"--last: 0", last=0)
-    refuse(r"--last: 2 is given beside --steps", last=2, steps=(2, 4))
+    refuse(r"--last: 2 .*--steps", last=2, steps=(2, 4))
     refuse(r"--steps: 3: each must be", steps=(2, 3))
     refuse(r"--steps: 2, 2: each must be a different step", steps=(2, 2))
     refuse(r"--shares: 1, 2: write one number", steps=(2, 4, 6), shares=(1, 2))

@@ -144,7 +144,7 @@ def test_leftovers_of_killed_runs_go_away_with_the_next_save(tmp_path: Path) -> 
     assert names_in(tmp_path / "checkpoints") == {"8"}
 
 
-def test_errors_of_the_disk_in_words(tmp_path: Path) -> None:
+def test_errors_of_the_disk_as_text(tmp_path: Path) -> None:
     torn = describe_failure(
         RuntimeError("[enforce fail at inline_container.cc:672] . unexpected pos 576 vs 534"), tmp_path
     )

@@ -40,7 +40,7 @@ from neobert.train.loop import pretrain
         "measured logits",
         "normalised",
         "averaged weights",
-        "growing batch, falling share of masks",
+        "growing batch, falling fraction of masks",
     ],
 )
 def test_zero_recompiles_after_the_first_step_and_evaluation(

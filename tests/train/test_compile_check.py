@@ -146,14 +146,14 @@ def test_a_failure_is_not_kept(tiny: Tiny, tmp_path: Path, cache: Path, monkeypa
     assert not cache.exists()
 
 
-@pytest.mark.parametrize("place", ["a file", "relative", "no home"])
+@pytest.mark.parametrize("home", ["a file", "relative", "no home"])
 def test_without_a_cache_folder_every_start_checks(
-    place: str, tiny: Tiny, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    home: str, tiny: Tiny, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     (tmp_path / "file").touch()
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setenv("XDG_CACHE_HOME", {"a file": str(tmp_path / "file"), "relative": "here", "no home": ""}[place])
-    monkeypatch.setenv("HOME", "nowhere" if place == "no home" else os.environ["HOME"])
+    monkeypatch.setenv("XDG_CACHE_HOME", {"a file": str(tmp_path / "file"), "relative": "here", "no home": ""}[home])
+    monkeypatch.setenv("HOME", "nowhere" if home == "no home" else os.environ["HOME"])
     config = tiny(tmp_path / "run", *COMPILED)
     monkeypatch.setattr(compile_check, "find_largest_difference", lambda *_: ("a gradient", 0.0))
     assert [len(alone(config)) for _ in range(2)] == [1, 1]

@@ -26,7 +26,7 @@ def mixture(corpus: Path) -> str:
     return json.dumps(parts)
 
 
-def test_a_mixture_trains_resumes_and_tells_tokens_by_source(tiny: Tiny, corpus: Path, tmp_path: Path) -> None:
+def test_a_mixture_trains_resumes_and_reports_tokens_by_source(tiny: Tiny, corpus: Path, tmp_path: Path) -> None:
     settings = ["dataset.path=null", f"dataset.mixture={mixture(corpus)}", "trainer.logging_steps=4"]
     pretrain(tiny(tmp_path / "whole", *settings))
     logs = log_lines(tmp_path / "whole", "log")
@@ -49,7 +49,7 @@ def test_readers_closed_for_evaluations_change_nothing(tiny: Tiny, tmp_path: Pat
     assert lines[0] == lines[1]
 
 
-def test_tokenising_before_a_run_goes_where_it_is_told(tiny: Tiny, tmp_path: Path) -> None:
+def test_tokenising_before_a_run_goes_where_configured(tiny: Tiny, tmp_path: Path) -> None:
     settings = ["dataset.pre_tokenize=true", f"dataset.pre_tokenize_output={tmp_path / 'tokens'}"]
     pretrain(tiny(tmp_path / "run", *settings, "trainer.max_steps=2"))
     assert (tmp_path / "tokens" / "train" / "manifest.json").is_file()
@@ -72,7 +72,7 @@ def test_slow_settings_are_warned_about_on_a_gpu(override: str, sentence: str) -
     assert slow_reading(parse_config("", base), "cuda") == []
 
 
-def test_a_run_goes_on_with_a_mixture_and_says_so(tiny: Tiny, corpus: Path, tmp_path: Path) -> None:
+def test_a_run_continues_with_a_mixture_and_says_so(tiny: Tiny, corpus: Path, tmp_path: Path) -> None:
     pretrain(tiny(tmp_path / "run", "trainer.max_steps=4"))
     pretrain(tiny(tmp_path / "run", "dataset.path=null", f"dataset.mixture={mixture(corpus)}", RESUME))
     log = (tmp_path / "run" / "training.log").read_text()

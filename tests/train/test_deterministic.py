@@ -41,11 +41,11 @@ def test_a_choice_of_workspaces_is_respected(tiny: Tiny, tmp_path: Path, monkeyp
     assert os.environ["CUBLAS_WORKSPACE_CONFIG"] == ":16:8"
 
 
-def test_the_flash_package_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
-    told: list[bool] = []
+def test_the_flash_package_is_set(monkeypatch: pytest.MonkeyPatch) -> None:
+    passed: list[bool] = []
 
     def flash(q: torch.Tensor, *rest: object, deterministic: bool, **settings: object) -> torch.Tensor:
-        told.append(deterministic)
+        passed.append(deterministic)
         return q
 
     monkeypatch.setattr(attention, "flash_attn_varlen_func", flash)
@@ -53,7 +53,7 @@ def test_the_flash_package_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
     for on in (True, False):
         torch.use_deterministic_algorithms(on)
         attention.attend_varlen(q, q, q, (torch.tensor([0, 4]), 4, (-1, -1)), scale=1.0)
-    assert told == [True, False]
+    assert passed == [True, False]
 
 
 def test_the_compiler_chooses_no_kernel_by_the_clock(tiny: Tiny, tmp_path: Path) -> None:

@@ -101,7 +101,7 @@ def test_a_file_that_really_cannot_be_written(tiny: Tiny, tmp_path: Path, limit:
     assert [x["step"] for x in log_lines(out, "step")] == list(range(1, 9)), "the run itself continued"
 
 
-def test_the_output_folder_is_removed_while_the_run_is_going_on(
+def test_the_output_folder_is_removed_while_the_run_runs(
     tiny: Tiny, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     out = tmp_path / "run"
@@ -118,7 +118,7 @@ def test_the_output_folder_is_removed_while_the_run_is_going_on(
     printed = capsys.readouterr().out
     assert f"trainer.output_dir: {out} was removed while the run was writing into it" in printed
     assert "this cannot be tried again" in printed
-    assert not out.exists(), "nothing is made up in its place"
+    assert not out.exists(), "nothing is made up instead"
 
 
 def test_lines_that_could_not_be_written_come_with_the_next_ones(

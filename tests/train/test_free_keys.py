@@ -2,7 +2,7 @@
 bit-equal to those without.
 
 Keys are tried together, some in groups of their own because they exclude each other; where a group differs, each of its
-keys is tried alone to name the one. What cannot be tried stands in `UNTRIED` with the reason.
+keys is tried alone to name the one. What cannot be tried is in `UNTRIED` with the reason.
 """
 
 from collections.abc import Callable, Sequence
@@ -36,7 +36,7 @@ TRIED: list[tuple[str, dict[str, str]]] = [
             "model.init_drop_decoder_bias": "true",
             "model.embedding_init_range": "0.5",
             "model.decoder_init_range": "0.5",
-            "model.attn_backend": "sdpa",  # Of a CPU; those of a GPU round in other places.
+            "model.attn_backend": "sdpa",  # Of a CPU; those of a GPU round elsewhere.
             "model.kernel_backend": "torch",
             "dataset.pre_tokenize_output": "outputs/nowhere",
             "dataset.num_proc": "1",
@@ -112,7 +112,7 @@ TRIED: list[tuple[str, dict[str, str]]] = [
 BESIDE = {"tokenizer.train": ["tokenizer.path=null"]}
 """What another value needs beside it."""
 
-_ROUNDS = "computes the same, and rounds in other places: "
+_ROUNDS = "computes the same, and rounds elsewhere: "
 _TUNING = "is of fine-tuning; test_finetune.py resumes with another value"
 
 UNTRIED: dict[str, str] = {

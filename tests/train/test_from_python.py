@@ -20,7 +20,7 @@ def test_texts_train_and_resume_bit_for_bit(tiny: Callable[..., Config], texts: 
     neobert.pretrain(tiny(run, *settings, "trainer.max_steps=4"), texts)
     resumed = tiny(run, *settings, "trainer.max_steps=8", "trainer.resume_from_checkpoint=latest")
     (folder,) = (tmp_path / "run-data").iterdir()
-    with pytest.raises(UserError, match=r"data: .* other documents, .* pass those to resume"):
+    with pytest.raises(UserError, match=r"data: .* other documents, .* pass them to resume"):
         neobert.pretrain(resumed, [*texts, "one more"])
     as_dataset = Dataset.from_dict({"text": texts + texts}).select(range(len(texts)))
     assert neobert.pretrain(resumed, as_dataset).state.step == 8
@@ -42,7 +42,7 @@ def test_names_of_the_package_are_the_functions_themselves() -> None:
         _ = neobert.train_it
 
 
-def test_two_processes_that_write_the_same_documents_at_once_share_one_copy(
+def test_two_processes_that_write_the_same_documents_at_once_use_one_copy(
     texts: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     save, written = Dataset.save_to_disk, []
@@ -50,7 +50,7 @@ def test_two_processes_that_write_the_same_documents_at_once_share_one_copy(
     def save_second(data: Dataset, path: str) -> None:
         monkeypatch.setattr(Dataset, "save_to_disk", save)
         save(data, path)
-        written.append(write_documents(texts, tmp_path))  # The other process begins later and ends first.
+        written.append(write_documents(texts, tmp_path))  # The other process starts later and ends first.
 
     monkeypatch.setattr(Dataset, "save_to_disk", save_second)
     folder = write_documents(texts, tmp_path)

@@ -43,7 +43,7 @@ def events_of(out: Path) -> list[dict[str, Any]]:
 
 
 class Consumed:
-    """The rows that training steps were given: their numbers, and their tokens with borders."""
+    """The rows of training steps: their numbers, and their tokens with borders."""
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
         self.steps: list[list[tuple[int, tuple[int, ...]]]] = []
@@ -294,10 +294,12 @@ def test_digests_of_ranks_are_summed_around() -> None:
         check_next_batch(f"{(sum(halves) + 1) % 2**64:016x}", sum(as_int64(x) for x in halves))
 
 
-# ---- taken ----
+# ---- accepted ----
 
 
-def test_free_keys_need_no_word(tiny: Tiny, trained: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_free_keys_are_not_declared(
+    tiny: Tiny, trained: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     out = tmp_path / "run"
     free = ["optimizer.lr=1e-3", "scheduler.name=linear", "dataset.num_workers=0", "trainer.logging_steps=1"]
     pretrain(resumed(tiny, trained, out, *free))
@@ -330,7 +332,7 @@ def test_another_batch_keeps_the_row_counter(
 @pytest.mark.parametrize(
     "change", ["dataset.max_seq_length=32", "dataset.num_lanes=1", "seed=4", "datacollator.pack_sequences=false"]
 )
-def test_another_order_begins_at_its_first_row(
+def test_another_order_starts_at_its_first_row(
     tiny: Tiny,
     trained: Path,
     tmp_path: Path,
@@ -386,11 +388,11 @@ def test_masking_may_change_when_declared_and_rows_stay(
     pretrain(resumed(tiny, trained, out, "datacollator.mlm_probability=0.4", "datacollator.mask_all=true", allow))
     assert consumed.numbers() == list(range(16, 32))
     steps = log_lines(out, "step")
-    share = sum(x["num_targets"] for x in steps) / sum(x["num_tokens"] for x in steps)
-    assert 0.3 < share < 0.42
+    fraction = sum(x["num_targets"] for x in steps) / sum(x["num_tokens"] for x in steps)
+    assert 0.3 < fraction < 0.42
 
 
-def test_a_run_goes_on_at_a_longer_context(tiny: Tiny, trained: Path, tmp_path: Path) -> None:
+def test_a_run_continues_at_a_longer_context(tiny: Tiny, trained: Path, tmp_path: Path) -> None:
     out = tmp_path / "longer"
     longer = [
         "dataset.max_seq_length=128",
@@ -404,7 +406,7 @@ def test_a_run_goes_on_at_a_longer_context(tiny: Tiny, trained: Path, tmp_path: 
     assert (result.state.step, result.reason) == (8, "finished")
     state = json.loads((out / "checkpoints/8/train_state.json").read_text())
     assert state["data"]["max_seq_length"] == 128
-    assert state["data"]["next_row"] == 4 * 2, "the order began again"
+    assert state["data"]["next_row"] == 4 * 2, "the order started again"
     (origin,) = state["lineage"]
     assert (origin["step"], origin["checkpoint"]) == (4, str(trained / "checkpoints" / "4"))
     assert origin["resume_allow"][0] == "dataset.max_seq_length"
@@ -455,8 +457,8 @@ def test_every_position_in_windows_and_epochs_can_be_resumed(tiny: Tiny, tmp_pat
     whole = tmp_path / "whole"
     pretrain(tiny(whole, *settings, "trainer.save_steps=1"))
     states = [json.loads((whole / f"checkpoints/{s}/train_state.json").read_text())["data"] for s in range(1, 10)]
-    places = [(lane["epoch"], lane["window"]) for state in states for lane in state["lanes"].values()]
-    assert set(places) == {(0, 0), (0, 1), (0, 2), (0, 3), (1, 0)}, "windows and an epoch end among the cuts"
+    positions = [(lane["epoch"], lane["window"]) for state in states for lane in state["lanes"].values()]
+    assert set(positions) == {(0, 0), (0, 1), (0, 2), (0, 3), (1, 0)}, "windows and an epoch end among the cuts"
     for step in range(1, 9):
         out = tmp_path / f"from-{step}"
         pretrain(

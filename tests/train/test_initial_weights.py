@@ -42,7 +42,7 @@ def test_a_run_starts_where_the_other_one_ended(tiny: Tiny, tmp_path: Path, sour
     said = (out / "training.log").read_text()
     assert f"initial weights from {source}/checkpoints/6 (checkpoint layout after 6 steps)" in said
     assert "the tokenizer is the same" in said
-    assert log_lines(out, "step")[0]["step"] == 1, "the step begins again"
+    assert log_lines(out, "step")[0]["step"] == 1, "the step starts again"
 
 
 def test_a_resumed_run_does_not_start_over(tiny: Tiny, tmp_path: Path, source: Path) -> None:
@@ -73,7 +73,7 @@ SIZES = ("hidden_size", "num_hidden_layers", "num_attention_heads", "intermediat
 
 
 def without_sizes(config: Config, *overrides: str) -> Config:
-    """The config again, from a file in which the keys of the architecture do not stand."""
+    """The config again, from a file in which the keys of the architecture are missing."""
     tree = yaml.safe_load(config_to_yaml(config))
     tree["model"] = {key: value for key, value in tree["model"].items() if key not in ARCHITECTURE}
     return parse_config(yaml.safe_dump(tree), overrides)
@@ -86,7 +86,7 @@ def saved_architecture(run: Path, step: int) -> tuple[list[int], list[int]]:
     return [getattr(config.model, name) for name in SIZES], [model[name] for name in SIZES]
 
 
-def test_keys_that_are_not_given_are_the_sources(tiny: Tiny, tmp_path: Path, source: Path) -> None:
+def test_keys_that_are_not_set_are_the_sources(tiny: Tiny, tmp_path: Path, source: Path) -> None:
     out, init = tmp_path / "run", f"model.init_from={source}"
     config = without_sizes(tiny(out), init, "trainer.max_steps=1")
     assert config.model.hidden_size == 768, "nothing is read when a config is loaded"
@@ -101,15 +101,15 @@ def test_keys_that_are_not_given_are_the_sources(tiny: Tiny, tmp_path: Path, sou
     assert saved_architecture(out, 3) == ([32, 2, 2, 48, 64], [32, 2, 2, 48, 64])
 
 
-def test_a_key_that_is_given_at_its_default_contradicts_too(tiny: Tiny, tmp_path: Path, source: Path) -> None:
+def test_a_key_that_is_set_at_its_default_contradicts_too(tiny: Tiny, tmp_path: Path, source: Path) -> None:
     init = f"model.init_from={source}"
     with pytest.raises(StartupError) as caught:
         pretrain(without_sizes(tiny(tmp_path / "run"), init, "model.hidden_size=768", "model.rope=true"))
     assert f"model.hidden_size: the config has 768, {source} has 32" in str(caught.value)
-    assert "remove these keys: what is not given is the source's" in str(caught.value)
+    assert "remove these keys" in str(caught.value)
     assert "num_hidden_layers" not in str(caught.value)
     in_python = replace(
-        tiny(tmp_path / "b"), model=ModelSection(init_from=str(source), hidden_size=48), given=frozenset()
+        tiny(tmp_path / "b"), model=ModelSection(init_from=str(source), hidden_size=48), explicit=frozenset()
     )
     with pytest.raises(StartupError, match=r"model.hidden_size: the config has 48, "):
         pretrain(in_python)
@@ -173,18 +173,18 @@ def test_with_another_tokenizer_embeddings_follow_the_text_of_the_tokens(
     assert torch.allclose(new["encoder.norm.weight"], old["encoder.norm.weight"], atol=1e-6)
 
 
-def test_a_bias_is_taken_over_or_left_out(tiny: Tiny, tmp_path: Path) -> None:
-    biased, taken, left = (tmp_path / name for name in ("biased", "taken", "left"))
+def test_a_bias_is_copied_or_left_out(tiny: Tiny, tmp_path: Path) -> None:
+    biased, copied, left = (tmp_path / name for name in ("biased", "copied", "left"))
     short = ["trainer.max_steps=2", "trainer.eval_steps=0", "trainer.save_steps=0"]
     pretrain(tiny(biased, *short, "model.decoder_bias=true"))
     init = f"model.init_from={biased}"
     with pytest.raises(StartupError, match=r"model.decoder_bias: the config has False, .* has True"):
         pretrain(tiny(tmp_path / "refused", init))
     still = [init, "trainer.max_steps=1", "optimizer.lr=1e-12"]
-    pretrain(tiny(taken, *still, "model.decoder_bias=true"))
+    pretrain(tiny(copied, *still, "model.decoder_bias=true"))
     pretrain(tiny(left, *still, "model.init_drop_decoder_bias=true"))
     first = load_file(biased / "checkpoints" / "2" / "model.safetensors")
-    second, third = (load_file(run / "checkpoints" / "1" / "model.safetensors") for run in (taken, left))
+    second, third = (load_file(run / "checkpoints" / "1" / "model.safetensors") for run in (copied, left))
     assert first["decoder_bias"].any()
     assert torch.allclose(second["decoder_bias"], first["decoder_bias"], atol=1e-6)
     assert set(third) == set(first) - {"decoder_bias"}

@@ -1,4 +1,4 @@
-"""The figures of a logging interval, from the steps in it, with and without a restart between them."""
+"""The metrics of a logging interval, from the steps in it, with and without a restart between them."""
 
 import json
 import math
@@ -23,7 +23,7 @@ from neobert.types import StepCounts
 
 Tiny = Callable[..., Config]
 MEASURED = ("tokens_per_second", "data_wait", "seconds", "peak_memory_bytes")
-"""Fields of a log line that no two runs share."""
+"""Fields of a log line that differ between any two runs."""
 
 
 def sum_up(steps: list[StepRecord], seconds: float) -> IntervalSums:
@@ -136,8 +136,8 @@ def test_a_line_covers_its_whole_interval_over_restarts(
     assert lines == exact_lines(whole)
     assert [(line["first_step"], line["step"]) for line in lines] == [(1, 5), (6, 7)]
     assert all(len(line["source_tokens"]) == 2 for line in lines)
-    taken = log_lines(out, "step")
-    assert sum(sum(line["source_tokens"].values()) for line in lines) == sum(line["num_tokens"] for line in taken)
+    steps = log_lines(out, "step")
+    assert sum(sum(line["source_tokens"].values()) for line in lines) == sum(line["num_tokens"] for line in steps)
     logged = [values for values, _ in fake.sent if "train/loss" in values]
     assert logged[-1]["train/loss"] == lines[-1]["loss"]
     assert not any("train/partial_interval_steps" in values for values in logged)

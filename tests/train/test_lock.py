@@ -50,7 +50,7 @@ def test_a_second_run_is_refused_and_a_killed_one_leaves_no_lock(tiny: Tiny, tmp
     assert pretrain(tiny(out, "trainer.max_steps=1", *more)).state.step == 1
 
 
-def test_the_lock_names_its_holder_and_is_given_back(tmp_path: Path) -> None:
+def test_the_lock_names_its_holder_and_is_released(tmp_path: Path) -> None:
     acquire_lock(tmp_path)
     acquire_lock(tmp_path)  # A start that failed in this process left it: it is taken over.
     assert json.loads((tmp_path / ".lock").read_text())["pid"] == os.getpid()

@@ -150,7 +150,7 @@ def test_no_document_is_long_enough(start: Callable[..., tuple[int, str, str]]) 
     assert "with fewer than 50000 tokens" in err
 
 
-def test_a_run_goes_on_at_four_times_the_length(start: Callable[..., tuple[int, str, str]], run: Path) -> None:
+def test_a_run_continues_at_four_times_the_length(start: Callable[..., tuple[int, str, str]], run: Path) -> None:
     """Weights, optimizer and step from the checkpoint; rows, positions and RoPE base of the longer run."""
     code, _, err = start(
         "--max-length",

@@ -43,7 +43,7 @@ def equal(one: dict[str, torch.Tensor], other: dict[str, torch.Tensor]) -> bool:
 def test_the_average_is_that_of_the_saved_weights(whole: Path) -> None:
     expected = {name: tensor.double() for name, tensor in read(whole, 1, "model").items()}
     first = read(whole, 1)
-    # Step 1 took the initial weights with a share of 0.1; they follow from the two files.
+    # Step 1 took the initial weights with a weight of 0.1; they follow from the two files.
     initial = {name: (first[name].double() - 0.9 * expected[name]) / 0.1 for name in first}
     expected = {name: 0.1 * initial[name] + 0.9 * expected[name] for name in expected}
     for step in range(2, 13):
@@ -69,7 +69,7 @@ def test_a_resumed_run_has_the_average_of_the_uninterrupted_one(
 
 
 @pytest.mark.parametrize("more", [[], ["trainer.async_save=true"]], ids=["blocking", "background"])
-def test_an_average_that_begins_later_and_a_cut_on_either_side(tiny: Tiny, tmp_path: Path, more: list[str]) -> None:
+def test_an_average_that_starts_later_and_a_cut_on_either_side(tiny: Tiny, tmp_path: Path, more: list[str]) -> None:
     settings = [*EMA, *more, "trainer.ema_start_step=6", "trainer.mixed_precision=bf16"]
     uninterrupted = tmp_path / "whole"
     pretrain(tiny(uninterrupted, *settings))
@@ -92,7 +92,7 @@ def test_training_itself_does_not_know_of_the_average(tiny: Tiny, tmp_path: Path
 
 def test_the_evaluation_is_that_of_the_saved_average(tiny: Tiny, tmp_path: Path, whole: Path) -> None:
     evaluated = {line["step"]: line["loss"] for line in log_lines(whole, "eval_ema")}
-    assert evaluated[0] == log_lines(whole, "eval")[0]["loss"], "it begins as a copy of the weights"
+    assert evaluated[0] == log_lines(whole, "eval")[0]["loss"], "it starts as a copy of the weights"
     assert evaluated[12] != log_lines(whole, "eval")[-1]["loss"]
     out = tmp_path / "run"
     pretrain(tiny(out, f"model.init_from={whole}", "model.init_weights=ema", "trainer.max_steps=1"))
@@ -119,7 +119,7 @@ def test_switching_it_on_and_off_must_be_declared(tiny: Tiny, tmp_path: Path, wh
     assert not (out / "checkpoints" / "12" / "ema.safetensors").exists()
     on = tmp_path / "on"
     pretrain(tiny(on, *EMA, f"trainer.resume_from_checkpoint={out / 'checkpoints' / '12'}", declared))
-    assert "has no average; it begins with the weights of step 12" in (on / "training.log").read_text()
+    assert "has no average; it starts with the weights of step 12" in (on / "training.log").read_text()
     pretrain(tiny(tmp_path / "more", *EMA, f"trainer.resume_from_checkpoint={out}", declared, "trainer.max_steps=13"))
     later, weights, before = (
         read(tmp_path / "more", 13),

@@ -1,4 +1,4 @@
-"""The normalised model in a whole run: every checkpoint lies on the sphere, and a skipped step moves nothing."""
+"""The normalised model in a whole run: every checkpoint is on the sphere, and a skipped step moves nothing."""
 
 from collections.abc import Callable
 from pathlib import Path

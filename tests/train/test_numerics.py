@@ -94,7 +94,7 @@ def test_the_bad_micro_batch_is_named(tiny: Tiny, tmp_path: Path, monkeypatch: p
 
 
 class Killed(BaseException):
-    """Stands for a kill: nothing of ours catches it."""
+    """Acts as a kill: nothing of ours catches it."""
 
 
 def kill_before(monkeypatch: pytest.MonkeyPatch, step: int) -> None:
@@ -174,7 +174,7 @@ def test_more_than_one_percent_of_the_last_thousand_steps_stop_the_run() -> None
         guard.add(step, torch.tensor((step % 100 == 1 and step <= 901) or step in (1001, 1200)))
         verdicts[step] = guard.verdict
     assert all(verdicts[step] is None for step in range(1, 1201))
-    guard.settle()
+    guard.flush()
     assert guard.verdict is None, "at 1,201 those of 1 to 201 have left"
     for step in range(1202, 1206, 2):
         guard.add(step, torch.tensor(True))
@@ -188,7 +188,7 @@ def test_the_counts_continue_from_what_was_saved() -> None:
     flags = [False, True, True, True, True, False]
     for step, flag in enumerate(flags[:3], start=1):
         first.add(step, torch.tensor(flag))
-    state = first.settled(TrainState(step=3))
+    state = first.add_skipped(TrainState(step=3))
     assert state.skipped_steps == [2, 3]
     second.begin(TrainState(**json.loads(json.dumps({"step": 3, "skipped_steps": state.skipped_steps}))))
     for guard in (first, second):
@@ -214,7 +214,7 @@ def test_a_spike_is_compared_with_the_last_steps_that_counted(monkeypatch: pytes
     assert judge(9e9, 1.0)
     assert judge(1.0, 9e9)
     assert judge(math.nan, math.nan)
-    state = guard.settled(TrainState())
+    state = guard.add_skipped(TrainState())
     assert [values[0] for values in state.spike_window] == [2.0, 3.0, 1.0, 499.0], "skipped steps are not in it"
     assert guard.judge(torch.tensor(0.0), torch.tensor(0.0), num_targets=0).item() is False
 
@@ -237,7 +237,7 @@ def test_spikes_mean_the_same_after_a_resume_with_another_number_of_processes(
     first, second = build(before), build(after)
     values = [[2.0, 0.5], [3.0, 0.75], [2.0, 0.5], [3.0, 0.75]]
     assert not any(judge(first, before, loss, norm) for loss, norm in values)
-    state = first.settled(TrainState())
+    state = first.add_skipped(TrainState())
     assert state.spike_window == values
     for loss, norm, skipped in ((2.5, 0.9, False), (2.5, 1.3, True), (4.5, 0.6, True), (2.5, 0.6, False)):
         second.begin(state)
@@ -298,7 +298,7 @@ def test_rollback_passes_over_the_rows_and_every_resume_does(
     assert exact_steps(again) == exact_steps(out)
 
 
-def test_rows_of_the_state_are_passed_over(tiny: Tiny, tmp_path: Path) -> None:
+def test_rows_of_the_state_are_skipped(tiny: Tiny, tmp_path: Path) -> None:
     run = build_run(tiny(tmp_path / "run", "trainer.max_steps=4"))
     given = [
         metrics.row_keys[0].tolist()

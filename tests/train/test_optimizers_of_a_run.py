@@ -84,7 +84,7 @@ def test_checkpoints_of_two_groups_are_recognised_however_the_groups_are_divided
     assert describe_groups(groups) == "5+5 tensors, 090f24167a8d43f9"
 
 
-def test_a_resumed_run_may_divide_its_groups_anew(tiny: Tiny, tmp_path: Path) -> None:
+def test_a_resumed_run_may_divide_its_groups_again(tiny: Tiny, tmp_path: Path) -> None:
     whole, divided = tmp_path / "whole", tmp_path / "divided"
     pretrain(tiny(whole))
     resume = f"trainer.resume_from_checkpoint={whole / 'checkpoints' / '4'}"

@@ -243,31 +243,31 @@ def test_no_handler_is_installed_outside_the_main_thread(tiny: Tiny, tmp_path: P
 def test_max_hours_leaves_room_for_a_step_and_a_save(monkeypatch: pytest.MonkeyPatch) -> None:
     now = [1000.0]
     monkeypatch.setattr(preempt, "time", types.SimpleNamespace(monotonic=lambda: now[0]))
-    stop = StopRequest(max_hours=0.1, is_main=True)  # 360 s, of which 5% stand for a save that was not measured yet.
+    stop = StopRequest(max_hours=0.1, is_main=True)  # 360 s, of which 5% are for a save that was not measured yet.
 
     def pass_time(seconds: float) -> None:
         now[0] += seconds
 
     pass_time(341.9)
-    assert stop.wishes() == [0, 0]
+    assert stop.requests() == [0, 0]
     pass_time(0.2)
-    assert stop.wishes() == [0, 1]
+    assert stop.requests() == [0, 1]
     with stop.timing_save():
         pass_time(2)
-    assert not stop.wanted(), "a save is faster than that"
+    assert not stop.requested(), "a save is faster than that"
     with stop.timing_step():
         pass_time(7)
     now[0] = 1000 + 360 - 9.1
-    assert not stop.wanted()
+    assert not stop.requested()
     pass_time(0.2)
-    assert stop.wanted()
-    assert not StopRequest(max_hours=0.1, is_main=False).wanted(), "rank 0 decides"
-    assert not StopRequest(max_hours=None, is_main=True).wanted()
+    assert stop.requested()
+    assert not StopRequest(max_hours=0.1, is_main=False).requested(), "rank 0 decides"
+    assert not StopRequest(max_hours=None, is_main=True).requested()
     assert stop.agree(0, 1)
     assert stop.reason == "out_of_time"
 
 
-def test_max_hours_ends_a_run_and_it_goes_on_later(
+def test_max_hours_ends_a_run_and_it_continues_later(
     tiny: Tiny, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     out, whole = tmp_path / "run", tmp_path / "whole"

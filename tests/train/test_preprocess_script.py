@@ -111,7 +111,7 @@ def test_a_second_start_finds_the_output_in_dataset_path(write: Write, capsys: p
     assert choose_output(config, "run")[0] == Path("tokens")
     Path("tokens/.tmp-train").mkdir(parents=True)
     Path("tokens/.tmp-train/progress.json").write_text("{}")
-    assert choose_output(config, "run")[1].dataset.path is None, "an unfinished output is gone on with"
+    assert choose_output(config, "run")[1].dataset.path is None, "an unfinished output is continued"
 
 
 def test_several_sources_become_one_folder_each(

@@ -1,4 +1,4 @@
-"""Two processes train on the rows one process would, and agree with it."""
+"""Two processes train on the rows one process would, with equal results."""
 
 import subprocess
 import sys

@@ -321,7 +321,7 @@ def test_weights_that_part_stop_the_run_before_they_are_saved(tiny: Tiny, tmp_pa
 
 @pytest.mark.filterwarnings("ignore:.*has no manifest.json")
 def test_an_architecture_that_a_folder_brings_is_one_on_all_ranks(tiny: Tiny, tmp_path: Path) -> None:
-    """Weights of the same shapes, another epsilon: gradients are shared, so no later comparison could tell."""
+    """Weights of the same shapes, another epsilon: gradients are shared, so no later comparison could find it."""
     pretrain(tiny(tmp_path / "source", "trainer.max_steps=1", "trainer.eval_strategy=no"))
     folders = [tmp_path / "one", tmp_path / "other"]
     for folder, epsilon in zip(folders, (1e-5, 1e-2)):
@@ -330,14 +330,14 @@ def test_an_architecture_that_a_folder_brings_is_one_on_all_ranks(tiny: Tiny, tm
         model = json.loads((folder / "model_config.json").read_text())
         (folder / "model_config.json").write_text(json.dumps(model | {"norm_eps": epsilon}))
     configs = [
-        dataclasses.replace(config, model=ModelSection(init_from=str(folder)), given=frozenset())
+        dataclasses.replace(config, model=ModelSection(init_from=str(folder)), explicit=frozenset())
         for config, folder in zip([tiny(tmp_path / "run")] * 2, folders)
     ]
     for text in run_two(tmp_path, configs):
         assert "model.norm_eps: 1e-05 on rank 0; 0.01 on rank 1" in text
 
 
-def test_a_failure_is_told_with_its_kind_and_without_secrets(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_failure_is_reported_with_its_kind_and_without_secrets(monkeypatch: pytest.MonkeyPatch) -> None:
     def work(runtime: Any) -> None:
         with sharing_errors(runtime):
             if runtime.rank == 1:
@@ -364,7 +364,7 @@ def test_evaluation_documents_that_one_process_cannot_read_end_both(tiny: Tiny, 
     assert "DataError: part-0.jsonl is gone from this node" in second
 
 
-def test_tokenising_is_not_begun_on_other_documents(
+def test_tokenising_is_not_started_on_other_documents(
     tiny: Tiny, tmp_path: Path, texts: list[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     for name, some in (("one", texts), ("other", texts[1:])):

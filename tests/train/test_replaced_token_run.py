@@ -67,11 +67,11 @@ def test_the_evaluation_is_of_all_documents_whatever_the_batches(tiny: Tiny, run
     assert second == pytest.approx(first, rel=1e-5)
 
 
-def test_the_console_has_its_own_words(run: Path) -> None:
+def test_the_console_has_its_own_messages(run: Path) -> None:
     text = (run / "training.log").read_text()
     assert "loss of a model that knows only that 20% of the tokens are replaced" in text
     assert "precision" in text
-    assert "replaced? " in text, "the beginnings of documents at the end"
+    assert "replaced? " in text, "the starts of documents at the end"
     assert "neobert predict" in text
     assert "ppl" not in text
     assert "[MASK]" not in text

@@ -173,7 +173,7 @@ def test_predictions_of_a_run(tiny: Tiny, tmp_path: Path, texts: list[str], caps
     out = tmp_path / "run"
     pretrain(tiny(out, "trainer.max_steps=2"))
     lines = capsys.readouterr().out.partition("predictions:\n")[2].splitlines()
-    for number in range(4):  # The beginnings of the first held-out documents, a word of each hidden.
+    for number in range(4):  # The starts of the first held-out documents, a word of each hidden.
         shown, guesses, hidden = lines[3 * number : 3 * number + 3]
         word = hidden.strip().removeprefix("hidden: '").removesuffix("'")
         before, mask, after = shown.partition("[MASK]")
@@ -218,7 +218,7 @@ def test_a_vocabulary_smaller_than_the_tokenizer_is_an_error(tiny: Tiny, tmp_pat
 
 
 class FakeWandb(types.ModuleType):
-    """Stands in for the package: records what a run sends, and fails on demand."""
+    """Replaces the package: records what a run sends, and fails on demand."""
 
     def __init__(self, *, fail_after: int | None = None) -> None:
         super().__init__("wandb")

@@ -48,13 +48,13 @@ def test_a_run_cut_anywhere_equals_the_uninterrupted_one(tiny: Tiny, tmp_path: P
     shutil.rmtree(out)
 
 
-def test_every_step_has_its_rows_its_rate_and_its_share_of_masks(tiny: Tiny, whole: Path) -> None:
+def test_every_step_has_its_rows_its_rate_and_its_fraction_of_masks(tiny: Tiny, whole: Path) -> None:
     steps = log_lines(whole, "step")
     fill = steps[-1]["num_tokens"] / (12 * 64)
     assert [x["num_tokens"] / 64 for x in steps] == pytest.approx([size * fill for size in SIZES], rel=0.15)
-    shares = [x["num_targets"] / x["num_tokens"] for x in steps]
+    fractions = [x["num_targets"] / x["num_tokens"] for x in steps]
     # Special tokens are 2 of about 40 in these documents; they count as tokens and are never predicted.
-    assert shares == pytest.approx([(0.4 - 0.3 * step / 9) * 0.95 for step in range(9)], rel=0.06)
+    assert fractions == pytest.approx([(0.4 - 0.3 * step / 9) * 0.95 for step in range(9)], rel=0.06)
     shape = [1 / 3, 2 / 3, 1, 1, 1, 1, 0.5, 1 - 0.5**0.5, 1 - 0.75**0.5]
     assert [x["lr"] / 1e-2 for x in steps] == pytest.approx(shape)
 
@@ -105,7 +105,7 @@ def test_decays_branch_off_a_stable_trunk(tiny: Tiny, tmp_path: Path, capsys: py
     jump = "learning rate of step 5: 1.000e-02 by the checkpoint's schedule, 5.500e-03 by this one"
     assert jump in capsys.readouterr().out, "two of the four steps of the cool-down are over"
     base = exact_steps(trunk, after=4)
-    assert exact_steps(long)[:3] == base[:3], "until step 7 of 10, where its cool-down begins"
+    assert exact_steps(long)[:3] == base[:3], "until step 7 of 10, where its cool-down starts"
     assert exact_steps(short)[:1] == base[:1], "until step 5 of 7"
     rows = [[x["batch_digest"] for x in log_lines(out, "step")] for out in (trunk, long, short)]
     assert rows[0][4:] == rows[1][:4]
@@ -118,7 +118,7 @@ def test_decays_branch_off_a_stable_trunk(tiny: Tiny, tmp_path: Path, capsys: py
     assert exact_steps(trunk, after=4) == base, "the trunk is left alone"
 
 
-def test_an_extended_run_goes_on_at_the_shares_of_its_new_length(tiny: Tiny, tmp_path: Path) -> None:
+def test_an_extended_run_continues_at_the_fractions_of_its_new_length(tiny: Tiny, tmp_path: Path) -> None:
     out, again = tmp_path / "run", tmp_path / "again"
     falling = ["datacollator.mlm_probability=0.4", "datacollator.mlm_probability_final=0.1"]
     pretrain(tiny(out, *falling, "trainer.max_steps=4"))
@@ -196,7 +196,7 @@ def test_a_first_batch_that_does_not_fit(tiny: Tiny, tmp_path: Path) -> None:
         choose_rows_per_step(small, world=1)
 
 
-def test_the_console_tells_the_warm_up_of_the_batch(
+def test_the_console_reports_the_warm_up_of_the_batch(
     tiny: Tiny, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     pretrain(tiny(tmp_path / "run", *BATCH, "trainer.max_steps=6"))

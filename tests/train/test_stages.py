@@ -89,7 +89,7 @@ def equal(one: dict[str, torch.Tensor], other: dict[str, torch.Tensor]) -> bool:
     return all(torch.equal(one[name], other[name]) for name in one)
 
 
-def test_every_stage_runs_once_and_goes_on_where_it_was(
+def test_every_stage_runs_once_and_continues_where_it_was(
     tiny: Tiny, tmp_path: Path, runner: Runner, capsys: pytest.CaptureFixture[str]
 ) -> None:
     file, out = write(tiny, tmp_path), tmp_path / "out"
@@ -143,7 +143,7 @@ def shorten(file: Path) -> Path:
     return file
 
 
-def test_the_state_is_taken_and_a_killed_stage_goes_on(tiny: Tiny, tmp_path: Path, runner: Runner) -> None:
+def test_the_state_is_used_and_a_killed_stage_continues(tiny: Tiny, tmp_path: Path, runner: Runner) -> None:
     second = {"takes": "state", "overrides": ["trainer.max_steps=12", "scheduler.total_steps=12"]}
     first = {"overrides": ["trainer.max_steps=6", "scheduler.total_steps=12"]}
     file, out = shorten(write(tiny, tmp_path, first=first, second=second)), tmp_path / "out"
@@ -222,7 +222,7 @@ def test_a_request_to_stop_is_for_the_child(name: str) -> None:
     assert run_command([sys.executable, "-c", code]) == 75
 
 
-def test_all_problems_of_a_file_are_told_together(tiny: Tiny, tmp_path: Path) -> None:
+def test_all_problems_of_a_file_are_reported_together(tiny: Tiny, tmp_path: Path) -> None:
     file = write(
         tiny,
         tmp_path,
@@ -246,7 +246,7 @@ def test_all_problems_of_a_file_are_told_together(tiny: Tiny, tmp_path: Path) ->
         "nowhere.yaml",
         "stage mean: color: is no key",
         "stage mean: config, overrides: average takes neither; write `arguments`",
-        "stage hub: arguments: write a list of words",
+        "stage hub: arguments: write a list",
         "stage again: run: longer_seq must come right after one of pretrain, longer_seq",
         "stage 7: needs a `name`, and `run` with one of pretrain, longer_seq, contrastive, average, export",
     ):

@@ -47,7 +47,7 @@ def test_a_run_logs_them_and_is_the_run_without_them(tiny: Tiny, tmp_path: Path)
     assert all(torch.equal(same[0][name], same[1][name]) for name in same[0])
 
 
-def test_the_figures_are_those_of_the_definitions() -> None:
+def test_the_metrics_are_those_of_the_definitions() -> None:
     module, batch = model_and_batch()
     optimizer = build_optimizer(module, OptimizerSection(lr=1e-3))
     statistics = Statistics(module)

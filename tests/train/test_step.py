@@ -45,7 +45,7 @@ def test_clipping_acts_on_the_scaled_gradient_and_reports_the_norm_before() -> N
     )
 
 
-def test_a_group_has_its_share_of_the_learning_rate() -> None:
+def test_a_group_has_its_multiple_of_the_learning_rate() -> None:
     model = SumOfSquares()
     optimizer = torch.optim.SGD([{"params": model.parameters(), "lr_factor": 0.5}], lr=123.0, fused=True)
     train_step(model, optimizer, [torch.ones(1, 2)], lr=0.1, scale=1.0)  # type: ignore[list-item]

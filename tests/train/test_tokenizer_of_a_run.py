@@ -103,5 +103,5 @@ def test_a_negative_token_far_inside_stops_a_run_with_one_sentence(
     documents = [[5 + n % 300] * 20 for n in range(400)]
     documents[77] = [*documents[77], -100]
     Dataset.from_dict({"input_ids": documents}).save_to_disk(tmp_path / "tokens")
-    with pytest.raises(DataError, match=r"tokens holds token -100 at document 77, but tokens begin at 0"):
+    with pytest.raises(DataError, match=r"tokens holds token -100 at document 77, but tokens start at 0"):
         pretrain(tiny(tmp_path / "run", f"dataset.path={tmp_path / 'tokens'}", "trainer.eval_steps=0"))

@@ -132,7 +132,7 @@ def test_the_hub_out_of_reach_is_said_so(tmp_path: Path, monkeypatch: pytest.Mon
         load_encoder_weights("nobody/nothing")
 
 
-def test_errors_name_what_was_given_and_what_to_give(tmp_path: Path) -> None:
+def test_errors_name_the_value_and_the_remedy(tmp_path: Path) -> None:
     for nowhere in ("/nowhere/at/all", "./nowhere", "../nowhere"):
         with pytest.raises(WeightsError, match=rf"^{re.escape(nowhere)} is no folder: give a run"):
             load_encoder_weights(nowhere)

@@ -1,4 +1,4 @@
-"""Which checkpoint is taken, and why another one is not."""
+"""Which checkpoint is used, and why another one is not."""
 
 import json
 import os
@@ -97,7 +97,7 @@ DAMAGES: dict[str, tuple[Callable[[Path], object], str]] = {
 
 
 @pytest.mark.parametrize("damage", DAMAGES)
-def test_a_damaged_checkpoint_is_passed_over_with_its_reason(tmp_path: Path, damage: str) -> None:
+def test_a_damaged_checkpoint_is_skipped_with_its_reason(tmp_path: Path, damage: str) -> None:
     good, bad = make_checkpoint(tmp_path, 20), make_checkpoint(tmp_path, 40)
     spoil, reason = DAMAGES[damage]
     spoil(bad)

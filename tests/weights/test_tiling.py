@@ -1,4 +1,4 @@
-"""A larger encoder from a smaller one: places, blocks, and what the large one computes."""
+"""A larger encoder from a smaller one: indices, blocks, and what the large one computes."""
 
 from dataclasses import replace
 from pathlib import Path
@@ -46,7 +46,7 @@ VARIANTS = {
 def build(config: ModelConfig, seed: int = 0) -> MaskedLM:
     torch.manual_seed(seed)
     module = MaskedLM(Encoder(config, ATTENTION["sdpa"]), kernel=KERNELS["torch"]).eval()
-    with torch.no_grad():  # Norm weights that are not all 1 show a wrong place.
+    with torch.no_grad():  # Norm weights that are not all 1 show a wrong index.
         for name, parameter in module.named_parameters():
             if parameter.ndim == 1:
                 parameter.copy_(torch.rand_like(parameter) + 0.5).requires_grad_("norm" in name)
@@ -79,7 +79,7 @@ def run(module: MaskedLM) -> tuple[Tensor, Tensor]:
     return hidden, module.logits(hidden)
 
 
-def test_places_are_those_of_a_pattern_that_stands_in_the_middle() -> None:
+def test_indices_are_those_of_a_pattern_in_the_middle() -> None:
     assert center_map(3, 7).tolist() == [1, 2, 0, 1, 2, 0, 1]
     assert center_map(4, 6).tolist() == [3, 0, 1, 2, 3, 0]
     assert center_map(5, 5).tolist() == [0, 1, 2, 3, 4]
@@ -121,8 +121,8 @@ def test_between_multiples_and_deeper_it_is_near() -> None:
     for sizes in ({"hidden_size": 24, "num_attention_heads": 3}, {"num_hidden_layers": 5}):
         near = run(enlarge(small, **sizes))[1].detach().log_softmax(-1)
         again = run(build(replace(gentle, **sizes), seed=1))[1].detach().log_softmax(-1)  # type: ignore[arg-type]
-        error, error_anew = float((near - logits).std()), float((again - logits).std())
-        assert error < 0.15 * spread < error_anew
+        error, error_again = float((near - logits).std()), float((again - logits).std())
+        assert error < 0.15 * spread < error_again
 
 
 def test_blocks_of_fused_matrices_and_whole_heads() -> None:
@@ -135,7 +135,7 @@ def test_blocks_of_fused_matrices_and_whole_heads() -> None:
     weights = replace(weights_of(build(SMALL)), tensors=tensors)
     large = replace(SMALL, hidden_size=24, num_attention_heads=3, intermediate_size=48)
     tiled = tile_weights(weights, large, seed=0).tensors
-    # Columns: 24 channels of the 16, whose shares sum to 1, so that a row of r sums to 16 r.
+    # Columns: 24 channels of the 16, whose fractions sum to 1, so that a row of r sums to 16 r.
     rows = tiled["encoder.layers.0.qkv.weight"].sum(1) / 16
     head_0, head_1 = range(8), range(8, 16)
     one_block = [*head_0, *head_1, *head_0]
@@ -149,15 +149,15 @@ def test_blocks_of_fused_matrices_and_whole_heads() -> None:
     assert tiled["encoder.embedding.weight"].shape == (30, 24)
 
 
-def test_copies_have_different_shares_that_sum_to_one_and_so_different_gradients() -> None:
+def test_copies_have_different_fractions_that_sum_to_one_and_so_different_gradients() -> None:
     small = build(SMALL)
     large = enlarge(small, **WIDER)
     matrix, source = (module.encoder.layers[0].down.weight.detach() for module in (large, small))
     units = center_map(SMALL.ffn_size, 48)
-    shares = matrix[8] / source[center_map(16, 48)[8]][units]
-    assert float(shares.min()) > 0
-    assert torch.allclose(torch.zeros(24).index_add(0, units, shares), torch.ones(24), atol=1e-5)
-    assert float((shares[0] - shares[24]).abs()) > 1e-3
+    fractions = matrix[8] / source[center_map(16, 48)[8]][units]
+    assert float(fractions.min()) > 0
+    assert torch.allclose(torch.zeros(24).index_add(0, units, fractions), torch.ones(24), atol=1e-5)
+    assert float((fractions[0] - fractions[24]).abs()) > 1e-3
     run(large)[1].logsumexp(-1).sum().backward()
     gradient = large.encoder.layers[0].gate_up.weight.grad
     assert gradient is not None

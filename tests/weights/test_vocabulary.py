@@ -20,5 +20,5 @@ def test_shared_rows_are_copied_and_others_start_at_their_mean() -> None:
 
 
 def test_vocabularies_without_a_common_token_are_an_error() -> None:
-    with pytest.raises(ValueError, match="share no token"):
+    with pytest.raises(ValueError, match="no token in common"):
         remap_rows(torch.ones(2, 2), {}, 3)

@@ -7,7 +7,7 @@ Layout of a row of S slots that holds documents a (3 tokens) and b (2 tokens), S
     segments.ids  1    1  1  1   1     2    2  2   2     0     0
     cu_seqlens    0                    5                 9            (the padding is a segment of its own)
 
-Which tokens are predicted is decided here, on the host, with counter-based random words, so that the training step
+Which tokens are predicted is decided here, on the host, with counter-based random hashes, so that the training step
 meets no shape that depends on the content.
 """
 
@@ -20,7 +20,7 @@ import torch
 from numpy.typing import NDArray
 
 from neobert.data.rows.lanes import IntArray, Window
-from neobert.data.rows.order import extend_keys, key, mask_words, uniforms
+from neobert.data.rows.order import extend_keys, key, mask_hashes, uniforms
 from neobert.data.rows.packing import SPECIALS_PER_SEGMENT, Piece
 from neobert.model.segments import Segments
 from neobert.splitmix import mix
@@ -64,7 +64,7 @@ def join_rows(rows: Sequence[PackedRow]) -> PackedRow:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class _Layout:
-    """Where the real tokens of a batch stand; `n` tokens of `k` segments in row order."""
+    """Where the real tokens of a batch are; `n` tokens of `k` segments in row order."""
 
     tokens: IntArray
     """`[n]`"""
@@ -136,8 +136,8 @@ class Collator:
     num_sources: int = 1
 
     def __call__(self, rows: Sequence[PackedRow], num_rows: int | None = None, *, step: int = 0) -> PackedBatch:
-        """A batch of `num_rows` rows (default: as many as given) as they are masked at a step of training; rows beyond
-        those given are all padding."""
+        """A batch of `num_rows` rows (default: as many as are passed) as they are masked at a step of training; further
+        rows are all padding."""
         num_rows = len(rows) if num_rows is None else num_rows
         layout = _layout(rows)
         width = self._choose_width(layout.row_lengths)
@@ -182,12 +182,12 @@ class Collator:
         return min(self.max_seq_length, -(-longest // self.pad_to_multiple_of) * self.pad_to_multiple_of)
 
     def _corrupt(self, rows: Sequence[PackedRow], layout: _Layout, step: int) -> tuple[IntArray, NDArray[np.int64]]:
-        """The corrupted tokens, and the places among the n tokens that are predicted, ascending."""
+        """The corrupted tokens, and the indices of the predicted ones among the n tokens, ascending."""
         if self.draw == "row":
             starts, row_keys = layout.row_starts, [row.key for row in rows]
             keys = extend_keys(key(self.seed, "masks"), row_keys)
             offsets = uniforms(extend_keys(key(self.seed, "mask_count"), row_keys))
-            words = mask_words(keys[layout.row_of], layout.slots)
+            hashes = mask_hashes(keys[layout.row_of], layout.slots)
         else:
             starts = layout.starts
             documents = np.array([d for row in rows for d in row.documents], dtype=np.int64)
@@ -196,14 +196,14 @@ class Collator:
             keys = extend_keys(extend_keys(key(self.seed, "masks"), sources), documents)
             counts = extend_keys(extend_keys(key(self.seed, "mask_count"), sources), documents)
             offsets = uniforms(extend_keys(counts, firsts))
-            words = mask_words(np.repeat(keys, layout.lengths), np.repeat(firsts, layout.lengths) + layout.positions)
+            hashes = mask_hashes(np.repeat(keys, layout.lengths), np.repeat(firsts, layout.lengths) + layout.positions)
         corrupted = layout.tokens.copy()
         selected = [np.empty(0, dtype=np.int64)]
         ends = [*starts[1:].tolist(), len(corrupted)]
         for start, end, offset in zip(starts.tolist(), ends, offsets.tolist()):
-            draw = layout.tokens[start:end], words[start:end], offset
-            corrupted[start:end], places = self.policy.corrupt(*draw, step=step)
-            selected.append(places + start)
+            draw = layout.tokens[start:end], hashes[start:end], offset
+            corrupted[start:end], indices = self.policy.corrupt(*draw, step=step)
+            selected.append(indices + start)
         return corrupted, np.concatenate(selected)
 
     def _targets(
@@ -247,6 +247,6 @@ def _digest(layout: _Layout, corrupted: IntArray, selected: NDArray[np.int64], r
     labels = np.zeros(len(corrupted), dtype=np.uint64)
     labels[selected] = layout.tokens[selected].astype(np.uint64) + np.uint64(1)
     numbers = layout.numbers.astype(np.uint64)
-    words = corrupted.astype(np.uint64) | (numbers << np.uint64(24)) | (labels << np.uint64(40))
-    sums = np.add.reduceat(mask_words(words, layout.slots), layout.row_starts)
+    packed = corrupted.astype(np.uint64) | (numbers << np.uint64(24)) | (labels << np.uint64(40))
+    sums = np.add.reduceat(mask_hashes(packed, layout.slots), layout.row_starts)
     return int(extend_keys(mix(sums), row_keys).sum(dtype=np.uint64))

@@ -139,29 +139,29 @@ def _choose_splits(config: Config, sources: Sequence[Source]) -> list[SplitSlice
     if text is None:
         names = [choose_eval_split(list(source.splits), source.train_split.name) for source in sources]
         return [None if name is None else parse_split(name) for name in names]
-    wanted = parse_split(text)
-    if not any(wanted.name in source.splits for source in sources):
-        check_split([name for source in sources for name in source.splits], wanted.name, "dataset.eval_split")
+    requested = parse_split(text)
+    if not any(requested.name in source.splits for source in sources):
+        check_split([name for source in sources for name in source.splits], requested.name, "dataset.eval_split")
     for source in sources:
-        if wanted.name == source.train_split.name and (wanted.is_whole or source.train_split.is_whole):
+        if requested.name == source.train_split.name and (requested.is_whole or source.train_split.is_whole):
             raise DataError(
                 f"dataset.eval_split: {text!r} is the training split; set dataset.eval_split: null and "
                 "dataset.eval_samples to hold out its first documents"
             )
-        check_disjoint(source.train_split, wanted, source.count_train_split)
-    return [wanted if wanted.name in source.splits else None for source in sources]
+        check_disjoint(source.train_split, requested, source.count_train_split)
+    return [requested if requested.name in source.splits else None for source in sources]
 
 
 def _collect_splits(
     config: Config, sources: Sequence[Source], chosen: Sequence[SplitSlice | None], order: RowOrder
 ) -> tuple[list[FirstDocuments], list[str], Sequence[View]]:
     pairs = [(source, split) for source, split in zip(sources, chosen) if split is not None]
-    shares = _share(config.dataset.eval_samples, [source.spec.weight for source, _ in pairs])
+    counts = _split_count(config.dataset.eval_samples, [source.spec.weight for source, _ in pairs])
     found, notes, views = [], [], []
-    for (source, split), share in zip(pairs, shares):
+    for (source, split), count in zip(pairs, counts):
         view = source.open(split)
-        num_slots = _choose_num_slots(config, view, share, len(pairs))
-        documents = _take_first(view, source, order, num_documents=share, num_slots=num_slots)
+        num_slots = _choose_num_slots(config, view, count, len(pairs))
+        documents = _take_first(view, source, order, num_documents=count, num_slots=num_slots)
         found.append(documents)
         views.append(view)
         of = f" of {source.spec.label}" if len(sources) > 1 else ""
@@ -176,9 +176,9 @@ def _collect_held_out(
     config: Config, sources: Sequence[Source], train: Sequence[View], order: RowOrder
 ) -> list[FirstDocuments]:
     section, found = config.dataset, []
-    shares = _share(section.eval_samples, [source.spec.weight for source in sources])
-    for source, view, share in zip(sources, train, shares):
-        field, value = "dataset.eval_samples", share
+    counts = _split_count(section.eval_samples, [source.spec.weight for source in sources])
+    for source, view, count in zip(sources, train, counts):
+        field, value = "dataset.eval_samples", count
         if section.validation_split is not None:
             field, value = "dataset.validation_split", _part_of(view, source, section.validation_split)
         documents = _take_first(view, source, order, num_documents=value)
@@ -196,30 +196,30 @@ def _part_of(view: View, source: Source, fraction: float) -> int:
     if count is None:
         raise DataError(
             f"dataset.validation_split: {fraction} needs the number of documents, and {source.spec.label} is a stream "
-            "that does not tell it; write dataset.eval_samples, or dataset.streaming: false to tokenise it once"
+            "that does not know it; write dataset.eval_samples, or dataset.streaming: false to tokenise it once"
         )
     return max(1, round(count * fraction))
 
 
-def _share(total: int | None, weights: Sequence[float | None]) -> list[int | None]:
+def _split_count(total: int | None, weights: Sequence[float | None]) -> list[int | None]:
     """`total` cut by weights (None: equally), the largest remainders rounded up.
 
-    >>> _share(10, [2.0, 1.0])
+    >>> _split_count(10, [2.0, 1.0])
     [7, 3]
     """
     if total is None:
         return [None] * len(weights)
     known = [1.0 if weight is None else weight for weight in weights]
     exact = [total * weight / sum(known) for weight in known]
-    shares = [math.floor(share) for share in exact]
-    by_remainder = sorted(range(len(exact)), key=lambda n: shares[n] - exact[n])
-    for number in by_remainder[: total - sum(shares)]:
-        shares[number] += 1
-    return list(shares)
+    counts = [math.floor(count) for count in exact]
+    by_remainder = sorted(range(len(exact)), key=lambda n: counts[n] - exact[n])
+    for number in by_remainder[: total - sum(counts)]:
+        counts[number] += 1
+    return list(counts)
 
 
 def _choose_num_slots(config: Config, view: View, num_documents: int | None, num_views: int) -> int | None:
-    """Slots of rows to fill with documents, where no number of documents is given; None: take all."""
+    """Slots of rows to fill with documents, where no number of documents is set; None: take all."""
     max_batches = config.trainer.eval_max_batches
     if num_documents is not None:
         return None

@@ -1,6 +1,6 @@
 """Lanes: the independent, endless row sources that rows are drawn from in turn.
 
-Row g of a run comes from lane g modulo the number of lanes. A lane reads its share of the documents window by window;
+Row g of a run comes from lane g modulo the number of lanes. A lane reads its part of the documents window by window;
 packing and shuffling happen inside a window only, and `open` is pure, so the state that opens a window is all that must
 be stored to have it again. A state is a small JSON object; `row` counts the rows of its window already used.
 
@@ -11,8 +11,8 @@ A window is planned in three steps, for L slots in a row:
     plan      pieces packed into rows; the rows in an order keyed by (seed, lane, epoch, window)
 
 An automatic number of lanes never ends a run: there are as many lanes as find documents. A source is cut by what it
-tells of its size, and not all of it need be documents: one line may be larger than many ranges, files sorted by length
-begin with empty texts, a row group holds nulls. Every lane is asked for its first document; while some have none, the
+says of its size, and not all of it need be documents: one line may be larger than many ranges, files sorted by length
+start with empty texts, a row group holds nulls. Every lane is asked for its first document; while some have none, the
 source is cut again for as many lanes as had one. That is a function of the data and the settings alone, so every
 process and every resume finds the same number, and the data state holds it.
 """
@@ -44,7 +44,7 @@ MAX_EMPTY_WINDOWS = 1000
 
 
 @dataclass(frozen=True, kw_only=True, slots=True, eq=False)
-class Taken:
+class DocumentBatch:
     """The next documents of a stream."""
 
     lengths: NDArray[np.int64]
@@ -60,11 +60,11 @@ class Taken:
     """Number of each document's source."""
 
     starts: NDArray[np.int64]
-    """Token at which each begins here: above 0 where a large document continues that an earlier take began."""
+    """Token at which each starts here: above 0 where a large document continues that an earlier batch started."""
 
     next_state: State
     ended: bool
-    """Whether the epoch is over; `next_state` then begins the next one."""
+    """Whether the epoch is over; `next_state` then starts the next one."""
 
 
 class DocumentStream(Protocol):
@@ -77,7 +77,7 @@ class DocumentStream(Protocol):
     def start(self) -> State:
         """The state before the first document."""
 
-    def take(self, state: State, max_documents: int) -> Taken:
+    def take(self, state: State, max_documents: int) -> DocumentBatch:
         """At most so many documents after `state`, none of the next epoch. Pure. Fewer when they are large."""
 
 
@@ -105,7 +105,7 @@ class Lane(Protocol):
         """The state before the first row."""
 
     def open(self, state: State) -> Window:
-        """The window that `state` stands in. Pure: the same state gives the same rows forever."""
+        """The window that `state` is in. Pure: the same state gives the same rows forever."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -155,11 +155,11 @@ class PackingLane:
 
     def open(self, state: State) -> Window:
         order, epoch = self._order, state["epoch"]
-        taken = self._stream.take(state["stream"], order.window_documents)
+        batch = self._stream.take(state["stream"], order.window_documents)
         pieces, num_dropped = split_documents(
-            taken.lengths, order.max_seq_length, order.min_length, truncate=order.truncate
+            batch.lengths, order.max_seq_length, order.min_length, truncate=order.truncate
         )
-        starts = taken.starts.tolist()
+        starts = batch.starts.tolist()
         pieces = [piece._replace(start=piece.start + starts[piece.document]) for piece in pieces]
         next_state = {
             "epoch": epoch,
@@ -168,18 +168,18 @@ class PackingLane:
             "used": state["used"] + len(pieces),
             "empty": 0 if pieces else state["empty"] + 1,
             "dropped": state["dropped"] + num_dropped,
-            "stream": taken.next_state,
+            "stream": batch.next_state,
         }
-        if next_state["empty"] > MAX_EMPTY_WINDOWS or (taken.ended and not epoch and not next_state["used"]):
+        if next_state["empty"] > MAX_EMPTY_WINDOWS or (batch.ended and not epoch and not next_state["used"]):
             raise self._no_rows()
-        if taken.ended:
+        if batch.ended:
             # Where every epoch deals few documents out again, a lane may have none in one and some in the next.
             next_state |= {"epoch": epoch + 1, "window": 0, "used": 0}
         return Window(
             rows=order.plan(pieces, key(order.seed, "rows", self._lane, epoch, state["window"])),
-            get=lambda piece: taken.get(piece.document, piece.start, piece.length),
-            documents=taken.documents,
-            sources=taken.sources,
+            get=lambda piece: batch.get(piece.document, piece.start, piece.length),
+            documents=batch.documents,
+            sources=batch.sources,
             next_state=next_state,
         )
 
@@ -231,9 +231,9 @@ def _finds(stream: DocumentStream, is_enough: Callable[[NDArray[np.int64]], int]
     """Whether the first epoch has documents with these lengths; few are read where the first ones do."""
     state, count = stream.start(), 1
     while True:
-        taken = stream.take(state, count)
-        if is_enough(taken.lengths):
+        batch = stream.take(state, count)
+        if is_enough(batch.lengths):
             return True
-        if taken.ended:
+        if batch.ended:
             return False
-        state, count = taken.next_state, min(2 * count, order.window_documents)
+        state, count = batch.next_state, min(2 * count, order.window_documents)

@@ -1,4 +1,4 @@
-"""From lanes to optimizer steps: which rows a rank gets, in which micro-batches, and where the run stands after them.
+"""From lanes to optimizer steps: which rows a rank gets, in which micro-batches, and where the run is after them.
 
 Row g comes from lane g modulo the number of lanes and goes to rank g modulo the number of ranks. Step s takes the next
 B(s) rows. Nothing else decides, so ranks, threads and read-ahead are free to change between two starts.
@@ -78,7 +78,7 @@ def merge_states(states: Sequence[State]) -> State:
     """One state from those of all ranks after the same step.
 
     Raises:
-        DataError: ranks disagree about the next row or about a lane that they share.
+        DataError: ranks disagree about the next row or about a lane that both read.
     """
     digests = [state["next_batch_digest"] for state in states]
     merged: State = {**states[0], "lanes": {}}
@@ -86,7 +86,7 @@ def merge_states(states: Sequence[State]) -> State:
     merged["next_batch_digest"] = None if total is None else f"{total:016x}"
     for rank, state in enumerate(states):
         if state["next_row"] != merged["next_row"]:
-            raise DataError(f"rank {rank} stands at row {state['next_row']}, rank 0 at row {merged['next_row']}")
+            raise DataError(f"rank {rank} is at row {state['next_row']}, rank 0 at row {merged['next_row']}")
         for lane, lane_state in state["lanes"].items():
             if merged["lanes"].setdefault(lane, lane_state) != lane_state:
                 raise DataError(
@@ -148,7 +148,7 @@ class _LaneRows:
             self._states[number] = window.next_state
 
     def snapshot(self) -> dict[str, State]:
-        """States by lane number, of the lanes that have given a row to this run."""
+        """States by lane number, of the lanes that have produced a row of this run."""
         return {str(number): dict(state) for number, state in sorted(self._states.items())}
 
     def close(self) -> None:
@@ -228,11 +228,11 @@ class _Assembler:
     def step(self) -> StepBatch:
         """The micro-batches of this rank's next optimizer step, and the state after them."""
         settings, rows = self._settings, []
-        given, wanted = 0, settings.batch(self._step)
-        while given < wanted:
+        made, expected = 0, settings.batch(self._step)
+        while made < expected:
             row, self._next_row = self._next_row, self._next_row + 1
             skipped = any(start <= row < end for start, end in self._skip)
-            given += not skipped
+            made += not skipped
             lane = row % self._order.num_lanes
             if lane not in self._mine:
                 continue
@@ -290,8 +290,8 @@ class Loader:
         step: int = 0,
     ) -> None:
         """`skip` holds half-open ranges of row numbers that are planned like all rows, so that the others stay what
-        they are, and never given. `step` is the number of the first step to make: it decides about the number of rows
-        and the share of masked tokens."""
+        they are, and never returned. `step` is the number of the first step to make: it decides about the number of
+        rows and the fraction of masked tokens."""
         per_micro_step = settings.world * settings.micro_batch_rows
         for rows in (settings.batch.rows, settings.batch.start_rows):
             if rows % per_micro_step:
@@ -355,7 +355,7 @@ class Loader:
         self._assembler.close()
 
     def _produce(self) -> StepBatch | BaseException:
-        """The next step, whose state tells the digest of the one after it: a resumed run compares its first batch."""
+        """The next step, whose state has the digest of the one after it: a resumed run compares its first batch."""
         item = self._assemble() if self._ahead is None else self._ahead
         if isinstance(item, BaseException):
             return item

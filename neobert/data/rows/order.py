@@ -2,7 +2,7 @@
 
 A key is a hash of a tuple, `key(seed, "masks", row)`: parts are folded in one after the other, never added, so that
 (seed + 1, epoch) and (seed, epoch + 1) have nothing in common. From a key come permutations of any size without
-memory, 64-bit words for positions, and numbers in [0, 1). All of it is 64-bit integer arithmetic (splitmix64), hence
+memory, 64-bit hashes for positions, and numbers in [0, 1). All of it is 64-bit integer arithmetic (splitmix64), so
 equal on every machine and library version. The golden values in the tests pin it: a change here changes the data
 order of every run, so it must raise the version of the loader's state.
 """
@@ -10,7 +10,7 @@ order of every run, so it must raise the version of the loader's state.
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-from neobert.splitmix import BITS, GAMMA, Words, mix, mix_number
+from neobert.splitmix import BITS, GAMMA, Hashes, mix, mix_number
 
 TAGS = {
     "documents": 1,
@@ -30,7 +30,7 @@ _START = 0x243F6A8885A308D3
 
 
 def key(*parts: int | str) -> int:
-    """A 64-bit hash of a tuple of integers and tags (words of `TAGS`)."""
+    """A 64-bit hash of a tuple of integers and tags (names of `TAGS`)."""
     value = _START
     for part in parts:
         number = TAGS[part] if isinstance(part, str) else int(part)
@@ -38,17 +38,17 @@ def key(*parts: int | str) -> int:
     return value
 
 
-def extend_keys(keys: int | Words, parts: ArrayLike) -> Words:
+def extend_keys(keys: int | Hashes, parts: ArrayLike) -> Hashes:
     """Keys with one more part, for a whole array: `extend_keys(key(a), [b])[0] == key(a, b)`."""
     return mix(np.asarray(keys, dtype=np.uint64) + np.asarray(parts).astype(np.uint64) + np.uint64(GAMMA))
 
 
-def mask_words(keys: Words, positions: ArrayLike) -> Words:
-    """One 64-bit word for each (key, position); `keys` and `positions` broadcast."""
+def mask_hashes(keys: Hashes, positions: ArrayLike) -> Hashes:
+    """One 64-bit hash for each (key, position); `keys` and `positions` broadcast."""
     return mix(keys + (np.asarray(positions).astype(np.uint64) + np.uint64(1)) * np.uint64(GAMMA))
 
 
-def uniforms(keys: Words) -> NDArray[np.float64]:
+def uniforms(keys: Hashes) -> NDArray[np.float64]:
     """A number in [0, 1) for each key, with 53 random bits."""
     return (mix(keys ^ np.uint64(GAMMA)) >> np.uint64(11)).astype(np.float64) * 2.0**-53
 
@@ -89,7 +89,7 @@ class Permutation:
             outside = images >= self._n
         return images.astype(np.int64)
 
-    def _network(self, x: Words) -> Words:
+    def _network(self, x: Hashes) -> Hashes:
         left, right = x >> self._half, x & self._low
         for round_key in self._keys:
             left, right = right, left ^ (mix(right ^ round_key) & self._low)

@@ -103,12 +103,12 @@ def best_fit(lengths: Sequence[int], capacity: int, max_items: int) -> list[list
 
 
 def one_per_row(lengths: Sequence[int]) -> list[list[int]]:
-    """Every item in a row of its own."""
+    """Every item in its own row."""
     return [[item] for item in range(len(lengths))]
 
 
 def next_fit(lengths: Sequence[int], capacity: int, max_items: int) -> list[list[int]]:
-    """Items in the order given: each joins the last row or, when it does not fit there, begins a new one.
+    """Items in the order given: each joins the last row or, when it does not fit there, starts a new one.
 
     >>> next_fit([5, 4, 10, 3], capacity=10, max_items=4)
     [[0, 1], [2], [3]]

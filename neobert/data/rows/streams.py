@@ -7,8 +7,8 @@ that is too large continues in the next take, at the token or character where th
 (seed, lane, epoch, slot), and the lane keeps one state for each source: that is all there is to remember. Two ways of
 mixing:
 
-    weights given    slots fall to the sources in these shares; a source that ends begins its next epoch at once
-    no weights       each document once per epoch; slots fall to the sources in the shares of their sizes, so that they
+    with weights     slots fall to the sources in these proportions; a source that ends starts its next epoch at once
+    no weights       each document once per epoch; slots fall to the sources in proportion to their sizes, so that they
                      run out at about the same time; what is left of a longer one follows alone
 
 Worked example, weights 3 and 1, five slots: hashes .12 .80 .55 .91 .07 of [0, 1) fall to sources 0 1 0 1 0, so the
@@ -24,7 +24,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from neobert.config.schema import DatasetSection
-from neobert.data.rows.lanes import DocumentStream, RowOrder, State, Taken
+from neobert.data.rows.lanes import DocumentBatch, DocumentStream, RowOrder, State
 from neobert.data.rows.order import Permutation, extend_keys, key, uniforms
 from neobert.data.rows.packing import SPECIALS_PER_SEGMENT
 from neobert.data.source.network import with_retries
@@ -54,7 +54,7 @@ class IndexedTokens(Protocol):
 class IndexedStream:
     """Documents [first, last) of an indexed store, in one permutation of all of them per epoch.
 
-    Lane v of V owns the permuted places v, v + V, v + 2V, ... The state's `position` counts these places, and `offset`
+    Lane v of V owns the permuted indices v, v + V, v + 2V, ... The state's `position` counts them, and `offset`
     is the token at which the document there continues.
     """
 
@@ -76,17 +76,17 @@ class IndexedStream:
         return self.num_tokens * _BYTES_PER_TOKEN // self.num_lanes
 
     @property
-    def num_places(self) -> int:
+    def num_documents(self) -> int:
         """Documents of this lane."""
         return (self.last - self.first - self.lane + self.num_lanes - 1) // self.num_lanes
 
     def start(self) -> State:
         return {"epoch": 0, "position": 0, "offset": 0}
 
-    def take(self, state: State, max_documents: int) -> Taken:
+    def take(self, state: State, max_documents: int) -> DocumentBatch:
         epoch, position, done = state["epoch"], state["position"], state["offset"]
-        places = np.arange(position, min(self.num_places, position + max_documents)) * self.num_lanes + self.lane
-        documents = self._permute(places, epoch) + self.first
+        indices = np.arange(position, min(self.num_documents, position + max_documents)) * self.num_lanes + self.lane
+        documents = self._permute(indices, epoch) + self.first
         lengths = self.store.lengths(documents)
         lengths[:1] -= done
         lengths, rest = self._limit_tokens(lengths)
@@ -97,8 +97,8 @@ class IndexedStream:
         next_state = {"epoch": epoch, "position": end, "offset": 0}
         if rest:
             next_state["offset"] = rest + (done if len(lengths) == 1 else 0)
-        ended = end == self.num_places
-        return Taken(
+        ended = end == self.num_documents
+        return DocumentBatch(
             lengths=lengths,
             get=lambda item, start, length: self.store.content(documents[item], start, start + length),
             documents=documents,
@@ -108,16 +108,16 @@ class IndexedStream:
             ended=ended,
         )
 
-    def _permute(self, places: NDArray[np.int64], epoch: int) -> NDArray[np.int64]:
+    def _permute(self, indices: NDArray[np.int64], epoch: int) -> NDArray[np.int64]:
         if not self.order.shuffle:
-            return places
+            return indices
         seed = self.order.seed if self.seed is None else self.seed
-        return Permutation(self.last - self.first, key(seed, "documents", epoch))(places)
+        return Permutation(self.last - self.first, key(seed, "documents", epoch))(indices)
 
     def _limit_tokens(self, lengths: NDArray[np.int64]) -> tuple[NDArray[np.int64], int]:
         """The first documents that together have `WINDOW_TOKENS` tokens.
 
-        The last of them is cut after a whole number of pieces; the second value is how many of its tokens were taken,
+        The last of them is cut after a whole number of pieces; the second value is how many of its tokens were read,
         or 0 when it was not cut.
         """
         content = self.order.max_seq_length - SPECIALS_PER_SEGMENT
@@ -127,12 +127,12 @@ class IndexedStream:
             return lengths, 0
         last = int(np.searchsorted(ends, WINDOW_TOKENS))
         before = int(ends[last - 1]) if last else 0
-        taken = -(-(WINDOW_TOKENS - before) // content) * content
+        read = -(-(WINDOW_TOKENS - before) // content) * content
         kept = lengths[: last + 1].copy()
-        if truncate or taken >= kept[last]:
+        if truncate or read >= kept[last]:
             return kept, 0
-        kept[last] = taken
-        return kept, taken
+        kept[last] = read
+        return kept, read
 
 
 @dataclass(kw_only=True, slots=True)
@@ -192,7 +192,7 @@ class TextStream:
         counters = {"bad": 0, "bad_in_epoch": 0, "skipped": 0, "skipped_shards": []}
         return {"epoch": 0, "cursor": self.reader.start(), "char": 0, **counters}
 
-    def take(self, state: State, max_documents: int) -> Taken:
+    def take(self, state: State, max_documents: int) -> DocumentBatch:
         where = f"lane {self.lane} in an epoch"
 
         def read() -> tuple[_Reading, RecordCounts]:
@@ -211,7 +211,7 @@ class TextStream:
         }
         if reading.ended:
             next_state |= {"epoch": state["epoch"] + 1, "cursor": self.reader.start(), "char": 0, "bad_in_epoch": 0}
-        return Taken(
+        return DocumentBatch(
             lengths=np.array([len(document) for document in tokens], dtype=np.int64),
             get=lambda item, start, length: tokens[item][start : start + length],
             documents=np.array(reading.documents, dtype=np.int64),
@@ -283,10 +283,10 @@ class MixtureStream:
     def start(self) -> State:
         return self._epoch_start(0, [stream.start() for stream in self.streams])
 
-    def take(self, state: State, max_documents: int) -> Taken:
+    def take(self, state: State, max_documents: int) -> DocumentBatch:
         chosen = self._choose(state, max_documents)
-        taken: list[Taken] = []
-        places: list[NDArray[np.int64]] = []
+        batches: list[DocumentBatch] = []
+        positions: list[NDArray[np.int64]] = []
         owed, ended, states = list(state["owed"]), set(state["ended"]), list(state["sources"])
         for number in range(len(self.streams)):
             slots = np.flatnonzero(chosen == number)
@@ -294,16 +294,16 @@ class MixtureStream:
             if self.weights is None and parts and parts[-1].ended:
                 ended.add(number)
                 owed[number] = 0
-            taken += parts
+            batches += parts
             count = sum(len(part.lengths) for part in parts)
-            # Documents stand at their slots; those that an earlier window still owed come after them.
-            places.append(np.concatenate([slots, max_documents + np.arange(count)])[:count])
+            # Documents are at their slots; those that an earlier window still owed come after them.
+            positions.append(np.concatenate([slots, max_documents + np.arange(count)])[:count])
         slot = state["slot"] + max_documents
         is_over = len(ended) == len(self.streams)
         next_state = {**state, "slot": slot, "owed": owed, "ended": sorted(ended), "sources": states}
         return _join(
-            taken,
-            np.argsort(np.concatenate(places), kind="stable"),
+            batches,
+            np.argsort(np.concatenate(positions), kind="stable"),
             next_state=self._epoch_start(state["epoch"] + 1, states) if is_over else next_state,
             ended=is_over,
         )
@@ -326,9 +326,9 @@ class MixtureStream:
         usual = sum(known) / len(known) if known else 1.0
         return [float(stream.size) if stream.size > 0 else usual for stream in self.streams]
 
-    def _take_from(self, number: int, state: State, count: int) -> tuple[list[Taken], State, int]:
+    def _take_from(self, number: int, state: State, count: int) -> tuple[list[DocumentBatch], State, int]:
         """The next `count` documents of a source; (takes, state after them, documents still owed)."""
-        parts: list[Taken] = []
+        parts: list[DocumentBatch] = []
         stream, num_empty = self.streams[number], 0
         while count > 0:
             part = stream.take(state, count)
@@ -348,8 +348,8 @@ class MixtureStream:
         return parts, state, count
 
 
-def _join(parts: Sequence[Taken], order: NDArray[np.int64], *, next_state: State, ended: bool) -> Taken:
-    """Takes side by side, their documents in the given order."""
+def _join(parts: Sequence[DocumentBatch], order: NDArray[np.int64], *, next_state: State, ended: bool) -> DocumentBatch:
+    """Batches side by side, their documents in the given order."""
     numbers = [np.full(len(part.lengths), number) for number, part in enumerate(parts)]
     items = [np.arange(len(part.lengths)) for part in parts]
 
@@ -357,7 +357,7 @@ def _join(parts: Sequence[Taken], order: NDArray[np.int64], *, next_state: State
         return np.concatenate([np.empty(0, dtype=np.int64), *arrays])[order].astype(np.int64)
 
     part_of, item_of = joined(numbers), joined(items)
-    return Taken(
+    return DocumentBatch(
         lengths=joined([part.lengths for part in parts]),
         get=lambda item, start, length: parts[part_of[item]].get(int(item_of[item]), start, length),
         documents=joined([part.documents for part in parts]),

@@ -71,14 +71,14 @@ def _choose_packing(config: Config) -> Literal["best_fit", "next_fit", "none"]:
 def build_train(views: Sequence[View], tokenizer: Tokenizer, order: RowOrder, section: DatasetSection) -> TrainData:
     """Lanes over the training documents of all sources."""
     sizes = [view.documents.size(view.span, order) for view in views]
-    wanted = _choose_num_lanes(views, order, section)
-    num_lanes = wanted
+    requested = _choose_num_lanes(views, order, section)
+    num_lanes = requested
 
     def open_quietly(count: int) -> OpenStreams:
         return _stream_opener(views, count, sizes, tokenizer, order, section, log=False)
 
     if section.num_lanes is None:
-        num_lanes = fit_num_lanes(wanted, open_quietly, order, weighted=views[0].spec.weight is not None)
+        num_lanes = fit_num_lanes(requested, open_quietly, order, weighted=views[0].spec.weight is not None)
     order = replace(order, num_lanes=num_lanes)
     if section.shuffle_buffer_size:
         order = replace(order, window_documents=math.ceil(section.shuffle_buffer_size / num_lanes))
@@ -92,8 +92,8 @@ def build_train(views: Sequence[View], tokenizer: Tokenizer, order: RowOrder, se
             streams = open_streams(lane)
             if len(streams) == 1:
                 return PackingLane(streams[0], order, lane)
-            given = None if weights[0] is None else [weight or 0.0 for weight in weights]
-            mixture = MixtureStream(streams=streams, weights=given, labels=labels, seed=order.seed, lane=lane)
+            explicit = None if weights[0] is None else [weight or 0.0 for weight in weights]
+            mixture = MixtureStream(streams=streams, weights=explicit, labels=labels, seed=order.seed, lane=lane)
             return PackingLane(mixture, order, lane)
 
         return open_lane
@@ -110,7 +110,7 @@ def build_train(views: Sequence[View], tokenizer: Tokenizer, order: RowOrder, se
         num_tokens=sum(tokens for tokens, _ in known) if complete else None,
         num_pieces=sum(pieces for _, pieces in known) if complete else None,
         notes=[
-            _note_lanes(num_lanes, wanted, order),
+            _note_lanes(num_lanes, requested, order),
             *_note_sources(views),
             *_note_sizes(views, open_quietly, num_lanes),
         ],
@@ -157,13 +157,13 @@ def _choose_num_lanes(views: Sequence[View], order: RowOrder, section: DatasetSe
     """Lanes as asked for; else as many as the sources offer, and few enough for a small neighbourhood."""
     if section.shuffle_buffer_size == 0:
         return 1
-    wanted = section.num_lanes
-    if wanted is None:
+    requested = section.num_lanes
+    if requested is None:
         natural = [view.documents.choose_num_lanes(view.span, order) for view in views]
-        wanted = max(natural) if _all_tokenised(views) or len(views) == 1 else min(MIXTURE_LANES, max(natural))
+        requested = max(natural) if _all_tokenised(views) or len(views) == 1 else min(MIXTURE_LANES, max(natural))
         if section.shuffle_buffer_size is not None:
-            wanted = max(1, min(wanted, section.shuffle_buffer_size // MIN_WINDOW))
-    return wanted
+            requested = max(1, min(requested, section.shuffle_buffer_size // MIN_WINDOW))
+    return requested
 
 
 def _all_tokenised(views: Sequence[View]) -> bool:
@@ -175,9 +175,9 @@ def _unique_labels(views: Sequence[View]) -> tuple[str, ...]:
     return tuple(f"{x} ({n})" if labels.count(x) > 1 else x for n, x in enumerate(labels))
 
 
-def _note_lanes(num_lanes: int, wanted: int, order: RowOrder) -> str:
+def _note_lanes(num_lanes: int, requested: int, order: RowOrder) -> str:
     kept = "" if order.shuffle else ", in the order of the source"
-    fewer = "" if num_lanes == wanted else f" (of {wanted} lanes some would find no document to train on)"
+    fewer = "" if num_lanes == requested else f" (of {requested} lanes some would find no document to train on)"
     return f"{num_lanes} lanes{fewer}, windows of {order.window_documents} documents{kept}"
 
 
@@ -187,8 +187,8 @@ def _note_sources(views: Sequence[View]) -> list[str]:
     if views[0].spec.weight is None:
         return ["each document of " + ", ".join(view.spec.label for view in views) + " once per epoch"]
     total = sum(view.spec.weight or 0.0 for view in views)
-    shares = ", ".join(f"{(view.spec.weight or 0.0) / total:.1%} {view.spec.label}" for view in views)
-    return [f"documents are drawn {shares}"]
+    fractions = ", ".join(f"{(view.spec.weight or 0.0) / total:.1%} {view.spec.label}" for view in views)
+    return [f"documents are drawn {fractions}"]
 
 
 def _note_sizes(views: Sequence[View], cut: Callable[[int], OpenStreams], num_lanes: int) -> list[str]:

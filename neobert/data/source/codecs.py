@@ -36,20 +36,20 @@ class Codec:
 
     ending: str
     magic: bytes
-    """What such a file begins with."""
+    """What such a file starts with."""
 
     open: Callable[[BinaryIO], BinaryIO]
     """The bytes in a file that is open already; closing it closes the file."""
 
 
 def codec_of_name(name: str) -> str | None:
-    """The codec that the ending of a name stands for."""
-    return next((word for word, codec in CODECS.items() if name.lower().endswith(codec.ending)), None)
+    """The codec of the ending of a name."""
+    return next((codec_name for codec_name, codec in CODECS.items() if name.lower().endswith(codec.ending)), None)
 
 
 def codec_of_content(head: bytes) -> str | None:
-    """The codec of a file that begins with these bytes."""
-    return next((word for word, codec in CODECS.items() if head.startswith(codec.magic)), None)
+    """The codec of a file that starts with these bytes."""
+    return next((codec_name for codec_name, codec in CODECS.items() if head.startswith(codec.magic)), None)
 
 
 def strip_codec(name: str) -> str:
@@ -174,13 +174,13 @@ CODECS: dict[str, Codec] = {
 
 
 VALUES = "JSON values"
-"""The layer that writes every JSON value in a line of its own."""
+"""The layer that writes every JSON value in its own line."""
 
 CARRIAGE_RETURNS = "carriage returns"
 """The layer that ends lines as everybody does."""
 
 MAX_VALUE_BYTES = 64 << 20
-"""Of one JSON value that is not in a line of its own."""
+"""Of one JSON value that is not in its own line."""
 
 _TEXT_BLOCK = 1 << 16
 _STRING = rb'"[^"\\]*(?:\\.[^"\\]*)*"'
@@ -190,7 +190,7 @@ _CLEAN = re.compile(rb"(" + _STRING + rb")|,(?=\s*[}\]])|\s*[\r\n]\s*", re.DOTAL
 
 
 class RecodeError(OSError):
-    """A file that is not what its beginning promised."""
+    """A file that is not what its first bytes say."""
 
 
 def open_layers(raw: BinaryIO, layers: Sequence[str]) -> BinaryIO:
@@ -228,7 +228,7 @@ def _unicode(encoding: str) -> Callable[[BinaryIO], BinaryIO]:
                 yield decoder.decode(block).encode("utf-8")
             decoder.decode(b"", final=True)
         except UnicodeError as error:
-            raise RecodeError(f"it begins as {encoding.upper()} and is not: {error}") from error
+            raise RecodeError(f"it starts as {encoding.upper()} and is not: {error}") from error
 
     return lambda file: _stream(pieces(file), file)
 
@@ -254,15 +254,15 @@ def split_values(file: BinaryIO) -> Iterator[bytes]:
         buffer, start = buffer[start:] + block, 0
         depth = begin = 0
         for token in _TOKEN.finditer(buffer):
-            word = token[0]
-            if word == b'"' or (token.end() == len(buffer) and not ended and word not in b"{}[]"):
+            mark = token[0]
+            if mark == b'"' or (token.end() == len(buffer) and not ended and mark not in b"{}[]"):
                 break  # It may continue in the next block.
             if depth == 0:
                 begin = token.start()
-                if word in (b"[", b"]") and in_list == (word == b"]"):
+                if mark in (b"[", b"]") and in_list == (mark == b"]"):
                     in_list, start = not in_list, token.end()
                     continue
-            depth += (word in (b"{", b"[")) - (word in (b"}", b"]"))
+            depth += (mark in (b"{", b"[")) - (mark in (b"}", b"]"))
             if depth <= 0:
                 yield _clean(buffer[begin : token.end()])
                 depth, start = 0, token.end()

@@ -1,8 +1,8 @@
 """CSV and TSV: a header line with the names of the columns, then a row each.
 
-The header tells what separates the columns: a comma, a semicolon, a tab or a bar. A row may go over several lines where
-a field is quoted (RFC 4180), so only reading from the beginning tells where rows begin: these files are never cut into
-byte ranges. How a row is read depends on nothing but the bytes from its beginning on:
+The header shows what separates the columns: a comma, a semicolon, a tab or a bar. A row may go over several lines where
+a field is quoted (RFC 4180), so only reading from the start shows where rows begin: these files are never cut into
+byte ranges. How a row is read depends on nothing but the bytes from its start on:
 
 | the row | is |
 |---|---|
@@ -12,7 +12,7 @@ byte ranges. How a row is read depends on nothing but the bytes from its beginni
 | quoted well, with another number of fields | a bad record |
 
 So a stray quotation mark costs one line, and reading continues at the next one. Between tabs it costs nothing: where
-the quotes do not make a row, the line is read as it stands.
+the quotes do not make a row, the line is read as it is.
 """
 
 import csv
@@ -30,7 +30,7 @@ from neobert.data.source.record_file import Line, RecordFile
 from neobert.data.source.text import ShardFault, TooLong
 
 DELIMITERS = {",": "commas", ";": "semicolons", "\t": "tabs", "|": "bars"}
-"""What may stand between columns."""
+"""What may separate columns."""
 
 _SAMPLE_ROWS = 100
 _HEAD_BYTES = 1 << 20
@@ -38,7 +38,7 @@ _NAMED_BY_EXCEL = re.compile(r"sep=([,;\t|])")
 """A line before the header that says what separates the columns."""
 
 _QUOTED_CELL = re.compile(r'"(?:[^"]|"")*"([,;\t|])')
-"""A quoted name of a column, and what stands after it."""
+"""A quoted name of a column, and what comes after it."""
 
 _MANY_LINES = 16
 """A row that is well formed and shorter than this is believed, whatever its lines look like."""
@@ -46,7 +46,7 @@ _MANY_LINES = 16
 _FEW_LINES = 4
 """Between tabs, so many lines that are rows are rows, whatever quotation marks are in them."""
 
-_ROW_SHARE = 0.9
+_ROW_FRACTION = 0.9
 """Of the lines in a quoted field: so many that are rows by themselves are rows."""
 
 # The limit is one of the process; how large a record may be is `dataset.max_record_bytes`.
@@ -75,7 +75,7 @@ class Header:
 
 
 class Row(NamedTuple):
-    """A row as it stands in a file."""
+    """A row as it is in a file."""
 
     size: int
     """Bytes."""
@@ -127,31 +127,31 @@ class Delimited:
 
 
 def read_row(file: RecordFile, header: Header) -> Row | None:
-    """The next row of a file that stands after a row, or after the header; None at its end."""
+    """The next row of a file that is after a row, or after the header; None at its end."""
     first = file.read_line()
     if first is None:
         return None
     if first.problem is not None or not first.content.strip():
         return Row(first.size, 1, None, first.problem)
-    taken, problem = _Taken(file, first), None
+    row, problem = _RowLines(file, first), None
     try:
-        fields = header.fit(next(csv.reader(taken, delimiter=header.delimiter, strict=True)))
+        fields = header.fit(next(csv.reader(row, delimiter=header.delimiter, strict=True)))
     except csv.Error as error:
-        fields, problem = [], taken.describe(error)
+        fields, problem = [], row.describe(error)
     fits = len(fields) == len(header.columns)
-    if problem is None and _is_swallowed(taken.texts, header, fits):
-        problem = f"a quoted field takes in {len(taken.lines)} lines that are rows themselves"
-    if problem is None and (fits or taken.problem is not None):
-        return Row(taken.size, len(taken.lines), None if taken.problem else fields, taken.problem, taken.bad_line)
-    if taken.bad_line == 1:
-        return taken.give_back(None, taken.problem)
-    literal = header.fit(header.split(taken.texts[0]))
+    if problem is None and _is_swallowed(row.texts, header, fits):
+        problem = f"a quoted field spans {len(row.lines)} lines that are rows themselves"
+    if problem is None and (fits or row.problem is not None):
+        return Row(row.size, len(row.lines), None if row.problem else fields, row.problem, row.bad_line)
+    if row.bad_line == 1:
+        return row.keep_first_line(None, row.problem)
+    literal = header.fit(header.split(row.texts[0]))
     if header.delimiter == "\t" and len(literal) == len(header.columns):
-        return taken.give_back(literal)
+        return row.keep_first_line(literal)
     if problem is not None:
-        return taken.give_back(None, problem)
+        return row.keep_first_line(None, problem)
     problem = f"{len(fields)} fields, and the header has {len(header.columns)}"
-    return Row(taken.size, len(taken.lines), None, problem)
+    return Row(row.size, len(row.lines), None, problem)
 
 
 def read_rows(
@@ -165,7 +165,7 @@ def read_rows(
             line += row.num_lines
 
 
-class _Taken:
+class _RowLines:
     """The lines of a row for the csv module, which asks for as many as the row has."""
 
     def __init__(self, file: RecordFile, first: Line) -> None:
@@ -207,7 +207,7 @@ class _Taken:
         reason = str(TooLong(self.size, self._file.max_record_bytes)) if self._is_cut else str(error)
         return f"a quotation mark that is not closed ({reason})" if self._is_open else reason
 
-    def give_back(self, fields: list[str] | None, problem: str | None = None) -> Row:
+    def keep_first_line(self, fields: list[str] | None, problem: str | None = None) -> Row:
         """The row is its first line alone; the others are read again."""
         self._file.unread(self.lines[1:])
         return Row(self.lines[0].size, 1, fields, problem)
@@ -226,7 +226,7 @@ def _is_swallowed(lines: Sequence[str], header: Header, fits: bool) -> bool:
         return False
     are_rows = [len(header.split(line)) == len(header.columns) for line in lines]
     inner = are_rows[1:-1] or are_rows[1:]  # What follows the closing quotation mark says nothing about the others.
-    return are_rows[0] and sum(inner) >= _ROW_SHARE * len(inner)
+    return are_rows[0] and sum(inner) >= _ROW_FRACTION * len(inner)
 
 
 def _skip_lines(file: RecordFile, count: int) -> tuple[int, int]:
@@ -235,14 +235,14 @@ def _skip_lines(file: RecordFile, count: int) -> tuple[int, int]:
     return sum(line.size for line in lines), len(lines)
 
 
-def read_header(file: DataFile, wanted: str | None = None) -> Header:
+def read_header(file: DataFile, requested: str | None = None) -> Header:
     """The columns of a file; none when it is empty.
 
     Args:
-        wanted: a column that is there, whatever its name looks like.
+        requested: a column that is there, whatever its name looks like.
 
     Raises:
-        ShardFault: the header cannot be read, or does not tell what separates the columns.
+        ShardFault: the header cannot be read, or does not show what separates the columns.
     """
     usual = delimiter = "\t" if ".tsv" in file.name.lower() else ","
     lines = _read_head(file)
@@ -252,7 +252,7 @@ def read_header(file: DataFile, wanted: str | None = None) -> Header:
     elif begin < len(lines) and (quoted := _QUOTED_CELL.match(lines[begin])) is not None:
         delimiter = quoted[1]
     columns, num_lines = _parse_header(file, lines[begin:], delimiter)
-    if len(columns) == 1 and columns[0] != wanted:
+    if len(columns) == 1 and columns[0] != requested:
         delimiter = _guess_delimiter(file, columns[0], lines[begin + num_lines :], delimiter)
         columns, num_lines = _parse_header(file, lines[begin:], delimiter)
     return Header(columns=columns, delimiter=delimiter, num_lines=begin + num_lines, is_guess=delimiter != usual)
@@ -273,7 +273,7 @@ def _read_head(file: DataFile) -> list[str]:
 
 
 def _parse_header(file: DataFile, lines: Sequence[str], delimiter: str) -> tuple[tuple[str, ...], int]:
-    """The names of the columns, and the number of lines that they stand in."""
+    """The names of the columns, and the number of lines that they are in."""
     if not lines:
         return (), 0
     reader = csv.reader(lines, delimiter=delimiter, strict=True)
@@ -291,7 +291,7 @@ def _guess_delimiter(file: DataFile, cell: str, rows: Sequence[str], usual: str)
     """What separates the columns of a file whose header would be one cell.
 
     Raises:
-        ShardFault: the rows do not agree with the header.
+        ShardFault: the rows do not match the header.
     """
     found: dict[str, float] = {}
     for delimiter in DELIMITERS:

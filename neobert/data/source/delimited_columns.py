@@ -28,10 +28,10 @@ class _Cells:
 
     num_rows: int = 0
 
-    def split(self, header: Header, wanted: str | None) -> tuple[list[str], list[str]]:
+    def split(self, header: Header, requested: str | None) -> tuple[list[str], list[str]]:
         """Columns with text, and the others. One that is named or called text is believed unless it holds numbers."""
-        believed = [c for c in header.columns if is_believed(c, wanted) and c not in self.numeric]
-        found = {*choose_candidates(self.texts, wanted), *believed}
+        believed = [c for c in header.columns if is_believed(c, requested) and c not in self.numeric]
+        found = {*choose_candidates(self.texts, requested), *believed}
         return [c for c in header.columns if c in found], [c for c in header.columns if c not in found]
 
 
@@ -64,7 +64,7 @@ def open_delimited(files: Sequence[DataFile], spec: SourceSpec) -> FileSource:
 
 
 def _choose_own(found: Inspected, headers: Mapping[str, Header], column: str, spec: SourceSpec) -> dict[str, str]:
-    """The columns of the files that do not have `column`; files without any are taken out where that is allowed.
+    """The columns of the files that do not have `column`; files without any are left out where that is allowed.
 
     Raises:
         DataError: a file has no text column, and such files are not skipped.
@@ -107,7 +107,7 @@ def _choose_usual(found: Inspected, headers: Mapping[str, Header], spec: SourceS
     Raises:
         DataError: no file has one, or a file has no row that can be read and such files are not skipped.
     """
-    wanted = spec.text_column
+    requested = spec.text_column
     choices, num_rows = [], 0
     for file in found:
         if (header := headers.get(file.url)) is None:
@@ -118,14 +118,14 @@ def _choose_usual(found: Inspected, headers: Mapping[str, Header], spec: SourceS
             if spec.section.on_bad_shard == "error":
                 raise
             continue  # Its sample says so again, and takes it out.
-        choices.append(cells.split(header, wanted))
+        choices.append(cells.split(header, requested))
         num_rows += cells.num_rows
         if cells.num_rows and choices[-1][0]:
-            return choose_text_column(*choices[-1], wanted, spec.label)
+            return choose_text_column(*choices[-1], requested, spec.label)
     if not num_rows:
         raise DataError(f"dataset.path: {spec.label} has no text: no file of it has a row that can be read")
     texts, others = ([name for choice in choices for name in choice[part]] for part in (0, 1))
-    return choose_text_column(texts, list(dict.fromkeys(others)), wanted, spec.label)
+    return choose_text_column(texts, list(dict.fromkeys(others)), requested, spec.label)
 
 
 def _read_cells(file: DataFile, header: Header, spec: SourceSpec) -> _Cells:

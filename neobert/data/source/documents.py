@@ -4,7 +4,7 @@
 |---|---|---|---|
 | tokens on disk | yes | yes | `store.tokens.TokenStore` |
 | texts with random access | no | yes | `store.arrow.IndexedTexts` |
-| texts in shards that are read from their beginning | no | no | `source.sharing.ShardedSource` |
+| texts in shards that are read from their start | no | no | `source.sharing.ShardedSource` |
 
 Every stretch of documents is a `Span` of their cursors; what a cursor holds is the business of the class alone.
 """

@@ -1,7 +1,7 @@
 """Data files, local and remote, and what keeps a run from reading a file that was replaced.
 
 Local files are opened directly. A path with a protocol (`s3://`, `gs://`, `hf://` ...) goes through fsspec.
-A file's stamp, its size with the time of change or the ETag, is taken when it is listed and compared whenever it is
+A file's stamp, its size with the time of change or the ETag, is read when it is listed and compared whenever it is
 opened: a cursor means nothing in another file of the same name.
 """
 
@@ -93,7 +93,7 @@ class DataFile:
 
     @property
     def is_streamed(self) -> bool:
-        """Whether it can be read from its beginning only."""
+        """Whether it can be read from its start only."""
         return bool(self.layers)
 
     def name_line(self, number: int) -> str:
@@ -121,7 +121,7 @@ class DataFile:
         if now.stamp != self.stamp:
             raise DataError(
                 f"{self.url} was replaced while it was being read ({self.size} bytes before, {now.size} now); put the "
-                "file of before back and resume, or begin a new run with the new data"
+                "file of before back and resume, or start a new run with the new data"
             )
 
     def open_raw(self) -> BinaryIO:
@@ -148,13 +148,13 @@ class FoundFile(NamedTuple):
 
     file: DataFile
     below: tuple[str, ...]
-    """Names of the folders and of the file below the place that was listed."""
+    """Names of the folders and of the file below the path that was listed."""
 
     real: str
     """Its path without links."""
 
     linked: bool = False
-    """Whether a link below the place that was listed led to it."""
+    """Whether a link below the path that was listed led to it."""
 
 
 class Listing(NamedTuple):
@@ -197,7 +197,7 @@ def open_filesystem(url: str) -> tuple[Any, str]:
 def list_files(url: str) -> Listing:
     """The files that a path names: one file, a folder with all below it, or a pattern; in the order of their names.
 
-    Files and folders whose name begins with a dot or an underscore are left out, unless the path names them.
+    Files and folders whose name starts with a dot or an underscore are left out, unless the path names them.
 
     Raises:
         DataError: a folder cannot be listed.
@@ -269,5 +269,5 @@ def _remote_file(url: str, info: dict[str, Any]) -> DataFile:
 
 
 def _parts_before_pattern(parts: tuple[str, ...]) -> tuple[str, ...]:
-    first = next(place for place, part in enumerate(parts) if glob.has_magic(part))
+    first = next(index for index, part in enumerate(parts) if glob.has_magic(part))
     return parts[:first]

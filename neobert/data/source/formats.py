@@ -184,7 +184,7 @@ def list_data_files(spec: SourceSpec) -> DataFiles:
 
 
 def _drop_twins(found: Sequence[FoundFile], listings: Sequence[Listing]) -> tuple[list[FoundFile], list[FileReport]]:
-    """Every file once, and reports of the other ways that lead to it: a way through a word of a split is taken first,
+    """Every file once, and reports of the other ways that lead to it: a way through a word of a split is used first,
     then one without links.
 
     Raises:
@@ -225,11 +225,11 @@ def _is_description(file: DataFile) -> bool:
     return file.name in _NOT_DATA or file.name.split(".")[0].upper() in ("README", "LICENSE")
 
 
-def find_covering(section: DatasetSection, place: str) -> str | None:
-    """The path of a source below which `place`, a file that may not be there yet, would be found and read as data."""
+def find_covering(section: DatasetSection, file: str) -> str | None:
+    """The path of a source below which `file`, a file that may not be there yet, would be found and read as data."""
     for spec in describe_sources(section):
         for url in spec.path:
-            if not is_remote(url) and not _is_saved(Path(url).expanduser()) and covers(url, place):
+            if not is_remote(url) and not _is_saved(Path(url).expanduser()) and covers(url, file):
                 return url
     return None
 

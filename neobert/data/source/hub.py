@@ -1,7 +1,7 @@
 """Data sets of the hub, and everything else that only `datasets` can read.
 
 Reading is always streamed, shard by shard, with the library's own `state_dict` as cursor. Its `shuffle` is never used
-(the state leaves out the buffer, so a resumed stream loses documents), and every reading begins with a fresh shard
+(the state leaves out the buffer, so a resumed stream loses documents), and every reading starts with a fresh shard
 object: a loaded state would otherwise be applied again in each later epoch.
 """
 
@@ -33,7 +33,7 @@ logger = build_logger(__name__)
 
 Result = TypeVar("Result")
 
-_TELL_SECONDS = 10
+_REPORT_SECONDS = 10
 _FAULTS = (OSError, EOFError, ValueError, DatasetsError, pa.ArrowException)
 _COLUMN_SAMPLE = 100
 _EXAMPLES = 20
@@ -45,7 +45,7 @@ class HubShard:
     """One shard of a streamed data set.
 
     Its position is `{"state": the library's, "skip": records after it, "done": records of the shard}`. Where the
-    library keeps no state, `state` stays null and `skip` counts from the beginning: continuing reads everything before
+    library keeps no state, `state` stays null and `skip` counts from the start: continuing reads everything before
     again.
     """
 
@@ -74,7 +74,7 @@ class HubShard:
         if state is not None:
             shard.load_state_dict(copy.deepcopy(state))
         try:
-            for example in _pass_over(iter(shard), skip, f"shard {self.number}"):
+            for example in _skip_records(iter(shard), skip, f"shard {self.number}"):
                 done, skip = done + 1, skip + 1
                 if skip % _STATE_EVERY == 0 and (found := _find_state(shard)) is not None:
                     state, skip = found, 0
@@ -110,16 +110,16 @@ def _find_state(shard: IterableDataset) -> State | None:
     return state
 
 
-def _pass_over(examples: Iterator[Any], count: int, where: str) -> Iterator[Any]:
+def _skip_records(examples: Iterator[Any], count: int, where: str) -> Iterator[Any]:
     """What comes after the first `count` examples; says how it goes when that takes long."""
-    began = told = time.monotonic()
+    started = reported = time.monotonic()
     for number in range(1, count + 1):
         if next(examples, None) is None:
             return
-        if (now := time.monotonic()) - told > _TELL_SECONDS:
-            told = now
-            logger.info("%s: skipped %d of %d records in %.0f s", where, number, count, now - began)
-    if (seconds := time.monotonic() - began) > 1:
+        if (now := time.monotonic()) - reported > _REPORT_SECONDS:
+            reported = now
+            logger.info("%s: skipped %d of %d records in %.0f s", where, number, count, now - started)
+    if (seconds := time.monotonic() - started) > 1:
         logger.info("%s: skipped %d records in %.1f s; this data set keeps no state", where, count, seconds)
     yield from examples
 
@@ -132,14 +132,14 @@ class HubSource(ShardedSource):
         dataset: IterableDataset,
         *,
         column: str | None,
-        place: str,
+        label: str,
         fingerprint: str,
         count: int | None = None,
         max_record_bytes: int = MAX_RECORD_BYTES,
     ) -> None:
-        self._column, note = _choose_column(dataset, column, place)
+        self._column, note = _choose_column(dataset, column, label)
         self._dataset = dataset.select_columns([self._column])
-        super().__init__(place, [0] * self._dataset.num_shards)
+        super().__init__(label, [0] * self._dataset.num_shards)
         self._count = count
         self.commit: str | None = None
         """The commit that is read; None for local files."""
@@ -208,7 +208,7 @@ def open_hub(pin: HubPin, split: str) -> HubSource:
         return HubSource(
             _spread(dataset, spec.section.num_lanes),
             column=spec.text_column,
-            place=name,
+            label=name,
             fingerprint=fingerprint,
             count=(described.num_examples or None) if described is not None else None,
             max_record_bytes=spec.section.max_record_bytes,
@@ -240,7 +240,7 @@ def _spread(dataset: IterableDataset, num_lanes: int | None) -> IterableDataset:
     return dataset if dataset.num_shards >= (num_lanes or STREAM_LANES) else dataset.reshard()
 
 
-def _choose_column(dataset: IterableDataset, wanted: str | None, place: str) -> tuple[str, str]:
+def _choose_column(dataset: IterableDataset, requested: str | None, label: str) -> tuple[str, str]:
     text_columns: list[str] = []
     others: list[str] = []
     if dataset.features is not None:
@@ -253,12 +253,12 @@ def _choose_column(dataset: IterableDataset, wanted: str | None, place: str) -> 
             others = [name for name in example if name not in text_columns]
             if text_columns:
                 break
-    if wanted is None and text_columns and not set(TEXT_COLUMNS) & set(text_columns):  # A guess: look at the values.
+    if requested is None and text_columns and not set(TEXT_COLUMNS) & set(text_columns):  # A guess: look at the values.
         examples = list(islice(dataset, _EXAMPLES))
         some = {name: [x[name] for x in examples if isinstance(x.get(name), str)] for name in text_columns}
-        candidates = choose_candidates(some, wanted)
+        candidates = choose_candidates(some, requested)
         others, text_columns = [*others, *(n for n in text_columns if n not in candidates)], candidates
-    return choose_text_column(text_columns, others, wanted, place)
+    return choose_text_column(text_columns, others, requested, label)
 
 
 def _cannot_load(name: str, error: BaseException) -> DataError:

@@ -22,7 +22,7 @@ class Sample:
     num_usable: int = 0
     num_bad: int = 0
     problem: str | None = None
-    """Of the first one that is bad, with its place."""
+    """Of the first one that is bad, with its location."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -102,8 +102,8 @@ class Inventory:
             return []
         kept = [report for report in self.files if report.problem is None]
         splits = Counter(report.split for report in kept)
-        shares = ", ".join(f"{count:,} {name}" for name, count in splits.items())
-        lines = [f"{count_files(len(self.files))}: {len(kept):,} read ({shares})"]
+        counts = ", ".join(f"{count:,} {name}" for name, count in splits.items())
+        lines = [f"{count_files(len(self.files))}: {len(kept):,} read ({counts})"]
         if unread := len(self.files) - len(kept):
             lines[0] += f", {unread:,} not read"
         sampled = [report for report in kept if report.num_sampled is not None]

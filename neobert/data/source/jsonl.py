@@ -148,9 +148,9 @@ class Fields:
         """A field with a list of objects, which may be the records."""
         return next((name for name, kind in self.others.items() if kind == _RECORDS), None)
 
-    def candidates(self, wanted: str | None) -> list[str]:
+    def candidates(self, requested: str | None) -> list[str]:
         """Fields that could be the text."""
-        return choose_candidates(self.texts, wanted)
+        return choose_candidates(self.texts, requested)
 
     def rest(self, candidates: Sequence[str]) -> list[str]:
         """The other fields."""
@@ -244,20 +244,20 @@ def _choose_usual(found: Inspected, samples: Mapping[DataFile, Fields], spec: So
     """The column of most files: of the first records, else of all that were sampled."""
     first = _first_records(found)
     candidates = first.candidates(spec.text_column)
-    wanted = spec.text_column
-    if not candidates or (wanted is not None and wanted not in candidates):
+    requested = spec.text_column
+    if not candidates or (requested is not None and requested not in candidates):
         for fields in samples.values():
             for name, examples in fields.texts.items():
                 first.texts.setdefault(name, []).extend(examples)
             first.others |= fields.others
-        candidates = first.candidates(wanted)
-        if not candidates or (wanted is not None and wanted not in candidates):
-            names = TEXT_COLUMNS if wanted is None else (wanted,)
+        candidates = first.candidates(requested)
+        if not candidates or (requested is not None and requested not in candidates):
+            names = TEXT_COLUMNS if requested is None else (requested,)
             candidates = [*candidates, *_search_all(found.kept, names, spec.section.max_record_bytes)]
     nested = next((file for file, fields in samples.items() if fields.num_objects == 1 and fields.inner_list), None)
     if not candidates and nested is not None:
         raise DataError(f"{nested.url} {_no_column(nested, samples[nested], '', spec)}")
-    return choose_text_column(candidates, first.describe_rest(candidates), wanted, spec.label)
+    return choose_text_column(candidates, first.describe_rest(candidates), requested, spec.label)
 
 
 def _first_records(found: Inspected) -> Fields:
@@ -280,10 +280,10 @@ def _choose_column(file: DataFile, fields: Fields, usual: str, spec: SourceSpec)
     """The column of a file, and why there is none."""
     if fields.counts.get(usual) or not fields.num_objects:
         return usual, None
-    wanted = spec.text_column
-    names = TEXT_COLUMNS if wanted is None else (wanted,)
+    requested = spec.text_column
+    names = TEXT_COLUMNS if requested is None else (requested,)
     own = [name for name in names if fields.counts.get(name)][:1]
-    if not own and wanted is None:
+    if not own and requested is None:
         own = [name for name in fields.candidates(None) if fields.counts.get(name)]
     if len(own) == 1:
         return own[0], None
@@ -320,7 +320,7 @@ def _search_all(files: Sequence[DataFile], names: Sequence[str], max_record_byte
 
 
 def _search(file: DataFile, names: Sequence[str], max_record_bytes: int) -> str | None:
-    """The first of these columns with a text anywhere in a file; of a very large file only its beginning is read, and
+    """The first of these columns with a text anywhere in a file; of a very large file only its start is read, and
     the first name is believed."""
     limit = _SEARCH_REMOTE_BYTES if file.is_remote else _SEARCH_BYTES
     try:

@@ -3,14 +3,14 @@
 import re
 
 ALL = ("all", "refinedweb")
-"""Words of `dataset.name` for every known set; the second is the default of other NeoBERT code."""
+"""Values of `dataset.name` for every known set; the second is the default of other NeoBERT code."""
 
 
 def choose_set(name: str) -> str | None:
     """The key of the known set that `name` means: a key, a hub name or the last part of one; None for others."""
-    wanted = _slug(name)
+    slug = _slug(name)
     for key, hub_name in KNOWN_SETS.items():
-        if wanted in (_slug(key), _slug(hub_name), _slug(hub_name.split("/")[-1])):
+        if slug in (_slug(key), _slug(hub_name), _slug(hub_name.split("/")[-1])):
             return key
     return None
 

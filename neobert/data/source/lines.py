@@ -41,7 +41,7 @@ from neobert.data.source.text import (
 )
 
 BOM = b"\xef\xbb\xbf"
-"""Some programs write this mark at the beginning of a file; it is not part of the text."""
+"""Some programs write this mark at the start of a file; it is not part of the text."""
 
 FAULTS = (OSError, *DAMAGED)
 """What reading a file that is gone, damaged or not allowed raises; errors of the network are among them."""
@@ -66,7 +66,7 @@ ReadEntry = Callable[[RecordFile, DataFile, int], Entry | None]
 
 
 class LineFormat(Protocol):
-    """How records stand in a file."""
+    """How records are written in a file."""
 
     cuttable: bool
     """Whether byte ranges of a plain file can be read apart."""
@@ -75,7 +75,7 @@ class LineFormat(Protocol):
         """Moves a seekable file to the first border between records at or after `begin`; returns where that is."""
 
     def read(self, file: RecordFile, data_file: DataFile, start: int) -> Entry | None:
-        """The record at byte `start`, where the file stands; None at the end of the file."""
+        """The record at byte `start`, where the file is; None at the end of the file."""
 
     def skip(self, file: RecordFile, data_file: DataFile, start: int) -> Entry | None:
         """The same without looking into it more than needed."""
@@ -118,8 +118,8 @@ class FileShard:
                     break
                 start, offset, problem = offset, offset + entry.size, entry.problem
                 if problem is not None:
-                    place = self._count_lines(start) if line is None else self._lines_to_begin() + line
-                    problem = f"{self._file.name_line(place + entry.line)}: {problem}"
+                    line_number = self._count_lines(start) if line is None else self._lines_to_begin() + line
+                    problem = f"{self._file.name_line(line_number + entry.line)}: {problem}"
                 line = None if line is None else line + entry.num_lines
                 yield Record((self.number << 40) | start, entry.text, problem, {"offset": offset, "line": line})
         except GeneratorExit:
@@ -200,7 +200,7 @@ class FileShard:
         return self._lines_before
 
     def _count_lines(self, end: int) -> int:
-        """Lines that begin before byte `end`: counted only to tell the place of a bad record."""
+        """Lines that begin before byte `end`: counted only to report the location of a bad record."""
         left, count, last = end, 0, b"\n"
         with self._file.open() as file:
             while left > 0 and (block := file.read(min(left, 1 << 20))):
@@ -216,17 +216,17 @@ class FileSource(ShardedSource):
         files: Sequence[DataFile],
         form: LineFormat,
         *,
-        place: str,
+        label: str,
         notes: list[str],
         fingerprint: str,
         max_record_bytes: int,
     ) -> None:
-        super().__init__(place, [file.text_bytes for file in files])
+        super().__init__(label, [file.text_bytes for file in files])
         self._max_record_bytes = max_record_bytes
         self._files, self._format, self.notes, self.fingerprint = list(files), form, notes, fingerprint
         self._cuttable = form.cuttable and not any(file.is_streamed for file in files)
         self.reports: dict[str, FileReport] = {}
-        """What is known of its files, those that were taken out too."""
+        """What is known of its files, those that were left out too."""
 
     def build_shard(self, number: int, span: Span = WHOLE) -> FileShard:
         begin, end = span.after or {"offset": 0}, span.until or {"offset": None}
@@ -248,18 +248,18 @@ class FileSource(ShardedSource):
                 for lane, of_lane in enumerate(cut_ranges(ranges, count))
             ]
 
-        # Any number of byte ranges can be read; `most` only tells which of them are too small.
+        # Any number of byte ranges can be read; `most` only says which of them are too small.
         if sharding.num_lanes is not None and not sharding.exact:
             return build(sharding.num_lanes)
-        return deal(build, sharding, most=most, chosen=min(STREAM_LANES, most), place=self._place)
+        return deal(build, sharding, most=most, chosen=min(STREAM_LANES, most), label=self._label)
 
-    def position_after(self, place: int, number: int) -> tuple[State | None, int]:
-        return self.build_shard(place).position_after(number)
+    def position_after(self, shard: int, number: int) -> tuple[State | None, int]:
+        return self.build_shard(shard).position_after(number)
 
     def part(self, number: int, count: int) -> Span:
         if not self._cuttable:
             return super().part(number, count)
-        check_part(number, count, max(1, sum(self._sizes)), self._place)
+        check_part(number, count, max(1, sum(self._sizes)), self._label)
         return Span(
             after=self._border(number, count) if number else None,
             until=self._border(number + 1, count) if number + 1 < count else None,
@@ -271,12 +271,12 @@ class FileSource(ShardedSource):
     def _border(self, number: int, count: int) -> State:
         """The border between records after `number` of `count` equal runs of bytes."""
         left = sum(self._sizes) * number // count
-        place = 0
-        while left >= self._sizes[place]:
-            left, place = left - self._sizes[place], place + 1
+        shard = 0
+        while left >= self._sizes[shard]:
+            left, shard = left - self._sizes[shard], shard + 1
         if not left:
-            return {"shard": place, "position": None}
-        return {"shard": place, "position": self.build_shard(place).align(left)}
+            return {"shard": shard, "position": None}
+        return {"shard": shard, "position": self.build_shard(shard).align(left)}
 
 
 def build_file_source(found: Inspected, form: LineFormat, notes: Sequence[str], spec: SourceSpec) -> FileSource:
@@ -291,7 +291,7 @@ def build_file_source(found: Inspected, form: LineFormat, notes: Sequence[str], 
     source = FileSource(
         found.kept,
         form,
-        place=spec.label,
+        label=spec.label,
         notes=[*notes, *found.notes],
         fingerprint=add_limit(fingerprint, spec.section.max_record_bytes),
         max_record_bytes=spec.section.max_record_bytes,
@@ -341,7 +341,7 @@ def sample_lines(file: DataFile, form: LineFormat, max_record_bytes: int) -> Sam
         ShardFault: it cannot be read.
     """
 
-    # Line numbers count from where a place begins; counting those before would mean reading them.
+    # Line numbers count from where a range starts; counting those before would mean reading them.
     def open_range(begin: int, end: int | None) -> FileShard:
         return FileShard(file, 0, form, begin, end, max_record_bytes=max_record_bytes)
 

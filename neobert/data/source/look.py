@@ -1,7 +1,7 @@
 """What the first bytes of a file say: compression, encoding and form of its text, or why there is none in it.
 
 The name of a file says which format it has; that its content is something else is either read (gzip content without
-.gz, UTF-16 with its mark, a JSON list, old line ends) or named with the remedy, never taken for text.
+.gz, UTF-16 with its mark, a JSON list, old line ends) or named with the remedy, never read as text.
 """
 
 import codecs
@@ -40,7 +40,7 @@ _PAGE = re.compile(
     rb"(?:<\?xml[^>]*\?>\s*)?(?:<!--.*?-->\s*)*<(?:!doctype\s+html|html|head|body)[\s>]", re.IGNORECASE | re.DOTALL
 )
 _ANSWER = re.compile(rb"(?:<\?xml[^>]*\?>\s*)?<Error>\s*<Code>")
-_TAR_PLACE = 257
+_TAR_OFFSET = 257
 _OTHERS = {
     b"PK\x03\x04": "a zip archive",
     b"%PDF-": "a PDF file",
@@ -52,7 +52,7 @@ _OTHERS = {
     b"\x89HDF\r\n": "an HDF5 file",
     b"\x80\x04\x95": "a pickle",
 }
-_MARKS = {  # UTF-32 first: it begins as UTF-16 does.
+_MARKS = {  # UTF-32 first: it starts as UTF-16 does.
     codecs.BOM_UTF32_LE: "UTF-32",
     codecs.BOM_UTF32_BE: "UTF-32",
     codecs.BOM_UTF16_LE: "UTF-16",
@@ -67,14 +67,14 @@ class Look(NamedTuple):
     """How the bytes become lines of UTF-8: codecs and recoders, outermost first."""
 
     problem: str | None = None
-    """Why it has no text of its format, as the end of a sentence that begins with its name."""
+    """Why it has no text of its format, as the end of a sentence that starts with its name."""
 
     is_empty: bool = False
     is_blank: bool = False
     """Only white space, not nothing."""
 
     damage: str | None = None
-    """It begins well and cannot be read to the end of the first bytes."""
+    """It starts well and cannot be read to the end of the first bytes."""
 
 
 @lru_cache(maxsize=1 << 18)
@@ -96,7 +96,7 @@ def look(file: DataFile) -> Look:
         return Look((), problem)
     expected, found = codec_of_name(file.url), codec_of_content(raw)
     if expected is not None and found != expected:
-        reason = f"is not {expected}, as its name says: it begins with {_quote(raw)}"
+        reason = f"is not {expected}, as its name says: it starts with {_quote(raw)}"
         return Look((), f"{reason}; rename it, or fetch it again")
     return _look_inside(file, kind, raw)
 
@@ -149,14 +149,14 @@ def _read_up_to(file: BinaryIO, size: int) -> tuple[bytes, BaseException | None]
 
 
 def _not_the_file(head: bytes, size: int) -> str | None:
-    """What stands in the place of data that was not fetched."""
+    """What was saved instead of data that was not fetched."""
     start = head.removeprefix(codecs.BOM_UTF8).lstrip()
     if _POINTER.match(start) and size < 1024:
         return "is a Git LFS pointer, not the file; `git lfs pull` fetches it"
     if size < _PIECE and _ANNEX.match(head):
         return "is a git-annex pointer, not the file; `git annex get` fetches it"
     if _PAGE.match(start) or _ANSWER.match(start):
-        return "is a web page, not data (a login or an error may have been saved in its place); fetch it again"
+        return "is a web page, not data (a login or an error may have been saved instead); fetch it again"
     return None
 
 
@@ -165,7 +165,7 @@ def _not_parquet(head: bytes) -> str | None:
         return None
     codec = codec_of_content(head)
     known = f"{codec} content" if codec is not None else _name_magic(head)
-    found = f"is {known}" if known else f"begins with {_quote(head)}"
+    found = f"is {known}" if known else f"starts with {_quote(head)}"
     return f"is no Parquet file: it {found}; fetch it again, or rename it"
 
 
@@ -175,7 +175,7 @@ def _other_kind(head: bytes) -> str | None:
 
 
 def _name_magic(head: bytes) -> str | None:
-    if head[_TAR_PLACE:].startswith(b"ustar"):
+    if head[_TAR_OFFSET:].startswith(b"ustar"):
         return "a tar archive"
     return next((name for magic, name in _OTHERS.items() if head.startswith(magic)), None)
 
@@ -205,7 +205,7 @@ def _not_utf8(file: DataFile, head: bytes) -> str | None:
             reason = f"line {number}: {error}"
     if not rows:
         return None
-    return f"has no text: no row of its beginning is UTF-8, {reason}; {remedy_for_latin1(file)}"
+    return f"has no text: none of its first rows is UTF-8, {reason}; {remedy_for_latin1(file)}"
 
 
 def remedy_for_latin1(file: DataFile) -> str:
@@ -214,7 +214,7 @@ def remedy_for_latin1(file: DataFile) -> str:
 
 
 def _json_layers(file: DataFile, layers: list[str], head: bytes) -> list[str]:
-    """The layer that is needed where JSON does not stand one object a line."""
+    """The layer that is needed where JSON is not one object a line."""
     lines = _first_lines(file, layers, head)
     num_good = sum(isinstance(_parse_any(line), dict) for line in lines)
     if lines and 2 * num_good >= len(lines):
@@ -230,7 +230,7 @@ def _json_layers(file: DataFile, layers: list[str], head: bytes) -> list[str]:
 
 
 def _first_lines(file: DataFile, layers: list[str], head: bytes) -> list[bytes]:
-    """Lines of the beginning, whole ones."""
+    """The first lines, whole ones."""
     lines = head.removeprefix(codecs.BOM_UTF8).split(b"\n")
     if len(head) >= HEAD_BYTES:
         lines.pop()

@@ -61,7 +61,7 @@ def with_retries(
         except Exception as error:
             if not is_transient(error):
                 raise
-            reason = f"{type(error).__name__}: {str(error).strip() or 'no further words'}".splitlines()[0]
+            reason = f"{type(error).__name__}: {str(error).strip() or 'no further message'}".splitlines()[0]
             if attempt == retries:
                 raise DataError(
                     f"{where} cannot be read: {reason}. It was tried again {retries} times (dataset.network_retries); "
@@ -76,7 +76,7 @@ def with_retries(
 def is_transient(error: BaseException | None) -> bool:
     """Whether an error, or one that caused it, is of the network and may pass.
 
-    Told by the names of types and by HTTP status, because the packages they come from are optional.
+    Detected by the names of types and by HTTP status, because the packages they come from are optional.
     """
     while error is not None:
         names = {base.__name__ for base in type(error).__mro__}

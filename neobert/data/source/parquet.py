@@ -150,17 +150,17 @@ class ParquetSource(ShardedSource):
         self,
         row_groups: Sequence[RowGroup],
         *,
-        place: str,
+        label: str,
         notes: list[str],
         fingerprint: str,
         max_record_bytes: int,
     ) -> None:
-        super().__init__(place, [row_group.text_bytes for row_group in row_groups])
+        super().__init__(label, [row_group.text_bytes for row_group in row_groups])
         self._max_record_bytes = max_record_bytes
         self._row_groups = row_groups
         self.notes, self.fingerprint = notes, fingerprint
         self.reports: dict[str, FileReport] = {}
-        """What is known of its files, those that were taken out too."""
+        """What is known of its files, those that were left out too."""
 
     def build_shard(self, number: int, span: Span = WHOLE) -> RowGroupShard:
         begin, end = span.after or {"row": 0}, span.until or {"row": None}
@@ -179,7 +179,7 @@ class ParquetSource(ShardedSource):
 
         large_enough = sum(shard.size for shard in shards) // MIN_LANE_BYTES
         chosen = max(1, min(STREAM_LANES, len(shards), large_enough))
-        return deal(build, sharding, most=len(shards), chosen=chosen, place=self._place)
+        return deal(build, sharding, most=len(shards), chosen=chosen, label=self._label)
 
     def count(self, span: Span = WHOLE) -> int | None:
         return self._num_rows if span.is_whole else None
@@ -189,10 +189,10 @@ class ParquetSource(ShardedSource):
         return self._row_groups[-1].first_row + self._row_groups[-1].num_rows
 
     def cursor_after(self, number: int) -> State:
-        for place, row_group in enumerate(self._row_groups):
+        for shard, row_group in enumerate(self._row_groups):
             if row_group.first_row < number <= row_group.first_row + row_group.num_rows:
-                return {"shard": place, "position": {"row": number - row_group.first_row}}
-        raise too_few(self._place, number, self._num_rows)
+                return {"shard": shard, "position": {"row": number - row_group.first_row}}
+        raise too_few(self._label, number, self._num_rows)
 
 
 def open_parquet(files: Sequence[DataFile], spec: SourceSpec) -> ParquetSource:
@@ -223,7 +223,7 @@ def open_parquet(files: Sequence[DataFile], spec: SourceSpec) -> ParquetSource:
         raise DataError(f"dataset.path: {spec.label} has no text: all of its {len(files)} files are empty")
     source = ParquetSource(
         row_groups,
-        place=spec.label,
+        label=spec.label,
         notes=[note, *found.notes],
         fingerprint=add_limit(fingerprint_files(found.kept, skip_unreadable=skip), spec.section.max_record_bytes),
         max_record_bytes=spec.section.max_record_bytes,
@@ -282,10 +282,10 @@ def _read_footer(file: DataFile, skip: bool) -> _Footer | None:
 
 def _choose_usual(footers: Sequence[_Footer], spec: SourceSpec) -> tuple[str, str]:
     """The column of most files: of the first one with values in it."""
-    wanted = spec.text_column
+    requested = spec.text_column
     for footer in footers:
-        texts, others = split_schema(footer.schema, wanted)
-        if wanted is None and not texts and "input_ids" in footer.schema.names:
+        texts, others = split_schema(footer.schema, requested)
+        if requested is None and not texts and "input_ids" in footer.schema.names:
             raise DataError(
                 f"dataset.path: {footer.file.url} holds input_ids and no text; tokenised documents are read from "
                 'folders of save_to_disk: `datasets.load_dataset("parquet", data_files=...)["train"].save_to_disk(...)`'
@@ -294,14 +294,14 @@ def _choose_usual(footers: Sequence[_Footer], spec: SourceSpec) -> tuple[str, st
         if texts:
             break
     else:
-        texts, others = split_schema(footers[0].schema, wanted)
-    candidates = [name for name in texts if _is_believable(footers, name, wanted)]
-    return choose_text_column(candidates, [*others, *(set(texts) - set(candidates))], wanted, spec.label)
+        texts, others = split_schema(footers[0].schema, requested)
+    candidates = [name for name in texts if _is_believable(footers, name, requested)]
+    return choose_text_column(candidates, [*others, *(set(texts) - set(candidates))], requested, spec.label)
 
 
-def _is_believable(footers: Sequence[_Footer], name: str, wanted: str | None) -> bool:
-    """Whether a column could be the text, as far as the first and last values in the footers tell."""
-    if name == wanted or name in TEXT_COLUMNS:
+def _is_believable(footers: Sequence[_Footer], name: str, requested: str | None) -> bool:
+    """Whether a column could be the text, as far as the first and last values in the footers show."""
+    if name == requested or name in TEXT_COLUMNS:
         return True
     ends = [
         value

@@ -39,18 +39,18 @@ class Paragraphs:
     def align(self, file: RecordFile, begin: int) -> int:
         file.seek(begin - 1)
         file.read_line()
-        place = file.tell()
-        file.seek(max(0, place - _LOOK_BACK))
-        before = file.read(place - file.tell())
+        position = file.tell()
+        file.seek(max(0, position - _LOOK_BACK))
+        before = file.read(position - file.tell())
         if _BORDER.search(before):
-            return place
+            return position
         in_text = bool(_LINE_WITH_TEXT.search(before))
         while (line := file.read_line()) is not None:
-            place += line.size
+            position += line.size
             if _is_blank(line) and in_text:
                 break
             in_text = not _is_blank(line)
-        return place
+        return position
 
     def read(self, file: RecordFile, data_file: DataFile, start: int) -> Entry | None:
         whole, num_lines = self._join_lines(file)
@@ -109,7 +109,7 @@ def open_text(files: Sequence[DataFile], spec: SourceSpec) -> FileSource:
     """
     found = inspect_files(files, spec)
     check_samples(found, lambda file: _sample(file, spec.section.max_record_bytes))
-    others = ", ".join(word for word in SAMPLE_BY if word != spec.section.sample_by)
+    others = ", ".join(value for value in SAMPLE_BY if value != spec.section.sample_by)
     unit = "file" if spec.section.sample_by == "document" else spec.section.sample_by
     note = f"one document a {unit} of plain text (dataset.sample_by: {spec.section.sample_by}; or {others})"
     return build_file_source(found, SAMPLE_BY[spec.section.sample_by], [note], spec)
@@ -117,7 +117,7 @@ def open_text(files: Sequence[DataFile], spec: SourceSpec) -> FileSource:
 
 @lru_cache(maxsize=1 << 14)
 def _sample(file: DataFile, max_record_bytes: int) -> Sample:
-    return sample_lines(file, TextLines(), max_record_bytes)  # Whatever a document is: lines tell the encoding.
+    return sample_lines(file, TextLines(), max_record_bytes)  # Whatever a document is: lines show the encoding.
 
 
 def _is_blank(line: Line) -> bool:

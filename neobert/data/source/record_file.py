@@ -27,12 +27,12 @@ class Line(NamedTuple):
 
 
 class RecordFile:
-    """A file that is read record by record. Lines that were read can be given back and are then read again."""
+    """A file that is read record by record. Lines that were read can be put back and are then read again."""
 
     def __init__(self, file: BinaryIO, max_record_bytes: int = MAX_RECORD_BYTES) -> None:
         self._file, self.max_record_bytes = file, max_record_bytes
         self._again: list[Line] = []
-        """Lines given back, the next one last."""
+        """Lines put back, the next one last."""
 
     def read_line(self) -> Line | None:
         """The next line; None at the end of the file."""
@@ -45,7 +45,7 @@ class RecordFile:
         if len(content) <= limit:
             return Line(content, len(content))
         size, ended = len(content), content.endswith(b"\n")
-        del content  # One block at a time, not the beginning of the line beside it.
+        del content  # One block at a time, not the start of the line beside it.
         while not ended and (block := self._file.readline(_BLOCK)):
             size, ended = size + len(block), block.endswith(b"\n")
         return Line(b"", size, str(TooLong(size, limit)))
@@ -67,7 +67,7 @@ class RecordFile:
         return Line(b"", size, str(TooLong(size, limit))), num_lines + (last != b"\n")
 
     def read(self, size: int) -> bytes:
-        """At most so many bytes, of a file that no line was given back to."""
+        """At most so many bytes, of a file that no line was put back to."""
         assert not self._again
         return self._file.read(size)
 

@@ -38,8 +38,8 @@ MIN_LANE_BYTES = 256 * 1024
 class ShardedSource(TextDocuments):
     """A source made of shards with a number each. Subclasses say how a shard is built and how large it is."""
 
-    def __init__(self, place: str, sizes: Sequence[int]) -> None:
-        self._place, self._sizes = place, list(sizes)
+    def __init__(self, label: str, sizes: Sequence[int]) -> None:
+        self._label, self._sizes = label, list(sizes)
 
     def build_shard(self, number: int, span: Span = WHOLE) -> Shard:
         """A shard, or what `span` leaves of it."""
@@ -50,7 +50,7 @@ class ShardedSource(TextDocuments):
         if not parts:
             return
         first, (position, _) = parts[0]
-        # The first shard begins by its cursor, not by a cut, so that its records keep their positions.
+        # The first shard starts at its cursor, not by a cut, so that its records keep their positions.
         shards = [self.build_shard(number, Span(until=part.until)) for number, part in parts]
         for record in read_shards(shards, {"shard": 0, "position": position}):
             yield record._replace(cursor=record.cursor | {"shard": record.cursor["shard"] + first})
@@ -62,7 +62,7 @@ class ShardedSource(TextDocuments):
             sharding,
             most=len(parts),
             chosen=choose_num_lanes(len(parts)),
-            place=self._place,
+            label=self._label,
         )
 
     def count(self, span: Span = WHOLE) -> int | None:
@@ -70,24 +70,24 @@ class ShardedSource(TextDocuments):
 
     def cursor_after(self, number: int) -> State:
         left = number
-        for place in range(len(self._sizes)):
-            position, passed = self.position_after(place, left)
+        for shard in range(len(self._sizes)):
+            position, passed = self.position_after(shard, left)
             if passed == left:
-                return {"shard": place, "position": position}
+                return {"shard": shard, "position": position}
             left -= passed
-        raise too_few(self._place, number, number - left)
+        raise too_few(self._label, number, number - left)
 
-    def position_after(self, place: int, number: int) -> tuple[State | None, int]:
+    def position_after(self, shard: int, number: int) -> tuple[State | None, int]:
         """Position after the record with this number in a shard, or after its last one, and how many that were."""
         position, passed = None, 0
-        for record in self.build_shard(place).read(None):
+        for record in self.build_shard(shard).read(None):
             position, passed = record.cursor, passed + 1
             if passed == number:
                 break
         return position, passed
 
     def part(self, number: int, count: int) -> Span:
-        check_part(number, count, len(self._sizes), self._place)
+        check_part(number, count, len(self._sizes), self._label)
         first, last = (choose_borders(self._sizes, count)[n] for n in (number, number + 1))
         return Span(
             after={"shard": first, "position": None} if number else None,
@@ -102,7 +102,7 @@ class ShardedSource(TextDocuments):
 
 
 def deal(
-    build: Callable[[int], list[LaneReader]], sharding: Sharding, *, most: int, chosen: int, place: str
+    build: Callable[[int], list[LaneReader]], sharding: Sharding, *, most: int, chosen: int, label: str
 ) -> list[LaneReader]:
     """The readers of a source.
 
@@ -120,8 +120,8 @@ def deal(
         return build(sharding.num_lanes)
     if not sharding.exact:
         raise DataError(
-            f"dataset.num_lanes: {sharding.num_lanes}, but {place} has {most} shards to share out; "
-            "give at most that, or leave it null"
+            f"dataset.num_lanes: {sharding.num_lanes}, but {label} has {most} shards to split; "
+            "write at most that, or leave it null"
         )
     # A divisor, so that every part is shared by as many lanes. Each lane reads by objects of its own.
     count = max(n for n in range(1, max(1, most) + 1) if sharding.num_lanes % n == 0)
@@ -131,9 +131,9 @@ def deal(
 
 
 def choose_num_lanes(num_shards: int) -> int:
-    """Lanes for shards that cannot be cut: many, up to 16, whose shares differ little in size.
+    """Lanes for shards that cannot be cut: many, up to 16, whose parts differ little in size.
 
-    Equal shares where half of the lanes can be kept for them; else the last share of a round may be missing in a few.
+    Equal parts where half of the lanes can be kept for them; else the last part of a round may be missing in a few.
     """
     most = max(1, min(STREAM_LANES, num_shards))
     equal = max(n for n in range(1, most + 1) if -(-num_shards // n) <= 1.1 * (num_shards // n))
@@ -143,7 +143,7 @@ def choose_num_lanes(num_shards: int) -> int:
 
 
 def choose_borders(sizes: Sequence[int], count: int) -> list[int]:
-    """Cuts shards into `count` runs of about equal size, none of them empty: the place where each begins, and the end.
+    """Cuts shards into `count` runs of about equal size, none of them empty: the index where each starts, and the end.
 
     >>> choose_borders([5, 1, 1, 1, 4], 3)
     [0, 1, 4, 5]
@@ -152,11 +152,11 @@ def choose_borders(sizes: Sequence[int], count: int) -> list[int]:
     starts = list(accumulate(weights, initial=0))
     borders = [0]
     for part in range(1, count):
-        wanted = starts[-1] * part / count
-        place = bisect_left(starts, wanted)
-        if place and wanted - starts[place - 1] <= starts[place] - wanted:
-            place -= 1
-        borders.append(min(max(place, borders[-1] + 1), len(sizes) - (count - part)))
+        target = starts[-1] * part / count
+        index = bisect_left(starts, target)
+        if index and target - starts[index - 1] <= starts[index] - target:
+            index -= 1
+        borders.append(min(max(index, borders[-1] + 1), len(sizes) - (count - part)))
     return [*borders, len(sizes)]
 
 
@@ -180,16 +180,16 @@ def cut_ranges(ranges: Sequence[tuple[int, int, int]], count: int) -> list[list[
     return parts
 
 
-def check_part(number: int, count: int, most: int, place: str) -> None:
-    """Raises when part `number` of `count` cannot be had of a source with at most `most` parts.
+def check_part(number: int, count: int, most: int, label: str) -> None:
+    """Raises when part `number` of `count` cannot be taken from a source with at most `most` parts.
 
     Raises:
         DataError: naming the largest count.
     """
     if not 0 <= number < count <= most:
-        raise DataError(f"{place} cannot be cut into {count} parts; the largest possible number is {most}")
+        raise DataError(f"{label} cannot be cut into {count} parts; the largest possible number is {most}")
 
 
-def too_few(place: str, wanted: int, found: int) -> DataError:
+def too_few(label: str, requested: int, found: int) -> DataError:
     """The error of a document number beyond the end."""
-    return DataError(f"{place} has {found} records, and number {wanted} was asked for; give a smaller number")
+    return DataError(f"{label} has {found} records, and number {requested} was requested; use a smaller number")

@@ -34,16 +34,16 @@ def may_be_text(values: Iterable[str]) -> bool:
     return any(not _NO_TEXT.fullmatch(value.strip()) for value in values)
 
 
-def choose_candidates(values: Mapping[str, Sequence[str]], wanted: str | None) -> list[str]:
+def choose_candidates(values: Mapping[str, Sequence[str]], requested: str | None) -> list[str]:
     """The columns of strings that could be the text: one that is named or called so is believed, others are looked at.
 
     Args:
         values: some of each column; a column without is believed.
     """
-    return [name for name, some in values.items() if is_believed(name, wanted) or not some or may_be_text(some)]
+    return [name for name, some in values.items() if is_believed(name, requested) or not some or may_be_text(some)]
 
 
-def split_schema(schema: pa.Schema, wanted: str | None) -> tuple[list[str], list[str]]:
+def split_schema(schema: pa.Schema, requested: str | None) -> tuple[list[str], list[str]]:
     """(columns of text, the others with their types) of an Arrow schema.
 
     A column without values (of type null) is one of text. So is a binary one that is named or called text: what is
@@ -51,14 +51,14 @@ def split_schema(schema: pa.Schema, wanted: str | None) -> tuple[list[str], list
     """
     counts = Counter(schema.names)
     fields = [f for f in schema if counts[f.name] == 1]
-    texts = [f.name for f in fields if is_text(f.type) or (_may_hold_text(f.type) and is_believed(f.name, wanted))]
-    others = [f"{f.name}{_describe_kind(f, wanted)}" for f in fields if f.name not in texts]
+    texts = [f.name for f in fields if is_text(f.type) or (_may_hold_text(f.type) and is_believed(f.name, requested))]
+    others = [f"{f.name}{_describe_kind(f, requested)}" for f in fields if f.name not in texts]
     return texts, others + [f"{name} ({count} columns)" for name, count in counts.items() if count > 1]
 
 
-def _describe_kind(column: pa.Field, wanted: str | None) -> str:
+def _describe_kind(column: pa.Field, requested: str | None) -> str:
     """The type of a column, where its name or type would let one think of text."""
-    if pa.types.is_primitive(column.type) and not is_believed(column.name, wanted):
+    if pa.types.is_primitive(column.type) and not is_believed(column.name, requested):
         return ""
     return f" ({str(column.type).partition('<')[0]})"
 
@@ -74,26 +74,26 @@ def _may_hold_text(kind: pa.DataType) -> bool:
     return bool(is_binary or pa.types.is_null(kind))
 
 
-def is_believed(name: str, wanted: str | None) -> bool:
+def is_believed(name: str, requested: str | None) -> bool:
     """Whether a column is the text by its name alone."""
-    return name == wanted or name in TEXT_COLUMNS
+    return name == requested or name in TEXT_COLUMNS
 
 
 def choose_text_column(
-    text_columns: Sequence[str], other_columns: Sequence[str], wanted: str | None, place: str
+    text_columns: Sequence[str], other_columns: Sequence[str], requested: str | None, label: str
 ) -> tuple[str, str]:
     """The column to read, and a sentence that says so.
 
     Raises:
-        DataError: the wanted column is not there, or none was named and several would do.
+        DataError: the requested column is not there, or none was named and several would do.
     """
-    if wanted is not None:
-        if wanted in text_columns:
-            return wanted, f"text from column {wanted!r} (dataset.text_column)"
-        is_there = any(name == wanted or name.startswith(f"{wanted} (") for name in other_columns)
+    if requested is not None:
+        if requested in text_columns:
+            return requested, f"text from column {requested!r} (dataset.text_column)"
+        is_there = any(name == requested or name.startswith(f"{requested} (") for name in other_columns)
         kind = "holds no text" if is_there else "is not"
         raise DataError(
-            f"dataset.text_column: {wanted!r} {kind} in {place}; "
+            f"dataset.text_column: {requested!r} {kind} in {label}; "
             f"text columns there: {', '.join(text_columns) or 'none'}"
         )
     for name in TEXT_COLUMNS:
@@ -103,10 +103,10 @@ def choose_text_column(
         return text_columns[0], f"text from column {text_columns[0]!r}, the only one with text"
     if text_columns:
         raise DataError(
-            f"dataset.text_column is null and {place} has several text columns; name one of {', '.join(text_columns)}"
+            f"dataset.text_column is null and {label} has several text columns; name one of {', '.join(text_columns)}"
         )
     raise DataError(
-        f"{place} has no text column (columns: {', '.join(other_columns) or 'none'}); "
+        f"{label} has no text column (columns: {', '.join(other_columns) or 'none'}); "
         "choose another dataset.path, or name the column with dataset.text_column"
     )
 
@@ -128,7 +128,7 @@ class SourceSpec(MixtureSource):
 
     @property
     def label(self) -> str:
-        """The source in a word or two, for messages and the log."""
+        """A short name of the source, for messages and the log."""
         if not self.path:
             return str(self.name)
         return self.path[0] if len(self.path) == 1 else f"{self.path[0]} (and {len(self.path) - 1} more)"
@@ -138,8 +138,8 @@ def name_folders(specs: Sequence[SourceSpec], folder: Path) -> list[Path]:
     """Where the tokens of each source go: a single source has the folder for itself."""
     if len(specs) == 1:
         return [folder]
-    words = [re.sub(r"[^A-Za-z0-9._]+", "-", Path(spec.label.rstrip("/")).name).strip("-.") for spec in specs]
-    return [folder / f"{number}-{word or 'source'}" for number, word in enumerate(words)]
+    names = [re.sub(r"[^A-Za-z0-9._]+", "-", Path(spec.label.rstrip("/")).name).strip("-.") for spec in specs]
+    return [folder / f"{number}-{name or 'source'}" for number, name in enumerate(names)]
 
 
 def describe_sources(section: DatasetSection) -> tuple[SourceSpec, ...]:
@@ -161,8 +161,8 @@ def describe_sources(section: DatasetSection) -> tuple[SourceSpec, ...]:
         return tuple(_describe_entry(entry, section) for entry in section.mixture)
     if section.name is None:
         raise DataError("no data is named: set dataset.path (files, folder) or dataset.name (hub, or python_stdlib)")
-    words = [word.strip() for name in _as_tuple(section.name) for word in name.split(",")]
-    return tuple(_parse_name(word, base) for word in words)
+    names = [part.strip() for name in _as_tuple(section.name) for part in name.split(",")]
+    return tuple(_parse_name(name, base) for name in names)
 
 
 def _describe_entry(entry: MixtureSource, section: DatasetSection) -> SourceSpec:
@@ -175,7 +175,7 @@ def _describe_entry(entry: MixtureSource, section: DatasetSection) -> SourceSpec
 
 
 def describe_source(source: str, *, text_column: str | None = None, config: str | None = None) -> SourceSpec:
-    """A source given as one word on a command line: what exists or looks like files is a path, all else a name.
+    """A source as one argument of a command line: what exists or looks like files is a path, all else a name.
 
     Raises:
         DataError: `config` of a source that has no configurations, or a name written wrongly.
@@ -189,13 +189,13 @@ def describe_source(source: str, *, text_column: str | None = None, config: str 
     return replace(_parse_name(source, SourceSpec()), text_column=text_column, config=config)
 
 
-def _parse_name(word: str, base: SourceSpec) -> SourceSpec:
-    name, colon, count = word.rpartition(":")
+def _parse_name(text: str, base: SourceSpec) -> SourceSpec:
+    name, colon, count = text.rpartition(":")
     if not colon:
-        name, count = word, ""
+        name, count = text, ""
     if not name or (colon and not (count.isdecimal() and int(count) > 0)):
         raise DataError(
-            f"dataset.name: {word!r} is not a name; write a hub dataset, or name:5000 for its first 5000 documents"
+            f"dataset.name: {text!r} is not a name; write a hub dataset, or name:5000 for its first 5000 documents"
         )
     return replace(base, name=name, max_documents=int(count) if count else None)
 

@@ -59,7 +59,7 @@ class SplitSlice:
 
     @property
     def needs_size(self) -> bool:
-        """Whether it cannot be told without the number of documents of the split."""
+        """Whether it cannot be resolved without the number of documents of the split."""
         return any(bound is not None and (bound.percent or bound.value < 0) for bound in (self.begin, self.end))
 
     @property
@@ -80,7 +80,7 @@ class SplitSlice:
         return f"{self.name}[{'' if self.begin is None else self.begin}:{'' if self.end is None else self.end}]"
 
 
-def parse_split(words: str) -> SplitSlice:
+def parse_split(text: str) -> SplitSlice:
     """A split as it is written in `dataset.train_split`.
 
     >>> str(parse_split("train[10%:-500]"))
@@ -89,13 +89,13 @@ def parse_split(words: str) -> SplitSlice:
     Raises:
         DataError: it is not written like a split.
     """
-    found = _SPLIT.fullmatch(words.strip())
+    found = _SPLIT.fullmatch(text.strip())
     if found is None:
         raise DataError(
-            f"{words!r} is not a split or a slice; write for example train, train[:10%], train[1000:] or train[-500:]"
+            f"{text!r} is not a split or a slice; write for example train, train[:10%], train[1000:] or train[-500:]"
         )
     return SplitSlice(
-        name=found["name"].strip(), begin=_parse_bound(found["begin"], words), end=_parse_bound(found["end"], words)
+        name=found["name"].strip(), begin=_parse_bound(found["begin"], text), end=_parse_bound(found["end"], text)
     )
 
 
@@ -108,7 +108,7 @@ def slice_bounds(split: SplitSlice, num_documents: int | None) -> tuple[int, int
     (20, 195)
 
     Args:
-        num_documents: documents of the split; None when unknown, and then percents and negative numbers cannot be told.
+        num_documents: documents of the split; None when unknown, then percents and negative numbers cannot be resolved.
 
     Raises:
         DataError: the size is needed and unknown, or the slice is empty or reaches beyond the split.
@@ -118,8 +118,8 @@ def slice_bounds(split: SplitSlice, num_documents: int | None) -> tuple[int, int
             f"{split}: the number of documents of split {split.name!r} is not known while it is streamed, and percents "
             "and negative numbers count from it; give absolute numbers (train[:1000]), or set dataset.streaming: false"
         )
-    begin = 0 if split.begin is None else _place(split.begin, split, num_documents)
-    end = None if split.end is None else _place(split.end, split, num_documents)
+    begin = 0 if split.begin is None else _resolve_bound(split.begin, split, num_documents)
+    end = None if split.end is None else _resolve_bound(split.end, split, num_documents)
     if begin == (num_documents if end is None else end) or (end is not None and begin > end):
         size = "" if num_documents is None else f" of its {num_documents} documents"
         raise DataError(f"{split} holds none{size or ' of the documents'}; widen it")
@@ -145,7 +145,7 @@ def check_disjoint(train: SplitSlice, evaluation: SplitSlice, count: Callable[[]
     """Raises when documents would be evaluated that are trained on.
 
     Args:
-        count: documents of the split; asked only where a slice cannot be told without.
+        count: documents of the split; asked only where a slice cannot be resolved without.
 
     Raises:
         DataError: with both slices.
@@ -154,7 +154,7 @@ def check_disjoint(train: SplitSlice, evaluation: SplitSlice, count: Callable[[]
     if train.name == evaluation.name and overlap(train, evaluation, count() if needed else None):
         raise DataError(
             f"dataset.eval_split: {str(evaluation)!r} overlaps dataset.train_split: {str(train)!r}, so documents would "
-            "be evaluated that were trained on; let one slice begin where the other ends"
+            "be evaluated that were trained on; let one slice start where the other ends"
         )
 
 
@@ -171,15 +171,15 @@ def choose_eval_split(names: Sequence[str], train_split: str) -> str | None:
     return None
 
 
-def choose_train_split(names: Sequence[str], wanted: str | None) -> str:
-    """The split to train on, slice and all: the wanted one, else `train`, else the only one there is.
+def choose_train_split(names: Sequence[str], requested: str | None) -> str:
+    """The split to train on, slice and all: the requested one, else `train`, else the only one there is.
 
     Raises:
         DataError: it is not there.
     """
-    if wanted is not None:
-        check_split(names, wanted, "dataset.train_split")
-        return wanted
+    if requested is not None:
+        check_split(names, requested, "dataset.train_split")
+        return requested
     if "train" in names:
         return "train"
     if len(names) == 1 and names[0] not in EVAL_SPLITS:
@@ -187,19 +187,19 @@ def choose_train_split(names: Sequence[str], wanted: str | None) -> str:
     raise DataError(f"there is no split named train; set dataset.train_split to one of {', '.join(names)}")
 
 
-def check_split(names: Sequence[str], wanted: str, field: str) -> None:
-    """Raises when the split that `wanted` is, or is a slice of, is not there.
+def check_split(names: Sequence[str], requested: str, field: str) -> None:
+    """Raises when the split that `requested` is, or is a slice of, is not there.
 
     Raises:
         DataError: with the names there are.
     """
-    if parse_split(wanted).name not in names:
-        raise DataError(f"{field}: {wanted!r} is not there; splits found: {', '.join(names)}")
+    if parse_split(requested).name not in names:
+        raise DataError(f"{field}: {requested!r} is not there; splits found: {', '.join(names)}")
 
 
 def find_split(below: Sequence[str]) -> tuple[str, str | None]:
     """The split of a file, and the word that says so: the first split word in its folders, from the outermost, and in
-    its name. A word counts as a whole only: no letter stands beside it. Without one the file is train.
+    its name. A word counts as a whole only: no letter is next to it. Without one the file is train.
 
     >>> find_split(["en", "c4-validation.00001-of-00008.jsonl.gz"]), find_split(["testimonials.jsonl"])
     (('validation', 'validation'), ('train', None))
@@ -210,23 +210,23 @@ def find_split(below: Sequence[str]) -> tuple[str, str | None]:
     return "train", None
 
 
-def _parse_bound(words: str | None, split: str) -> Bound | None:
-    if words is None:
+def _parse_bound(text: str | None, split: str) -> Bound | None:
+    if text is None:
         return None
-    bound = Bound(value=int(words.rstrip("%")), percent=words.endswith("%"))
+    bound = Bound(value=int(text.rstrip("%")), percent=text.endswith("%"))
     if bound.percent and abs(bound.value) > 100:
         raise DataError(f"{split!r}: {bound} is more than everything; percents go from -100% to 100%")
     return bound
 
 
-def _place(bound: Bound, split: SplitSlice, num_documents: int | None) -> int:
-    place = bound.value
+def _resolve_bound(bound: Bound, split: SplitSlice, num_documents: int | None) -> int:
+    index = bound.value
     if num_documents is None:
-        return place
+        return index
     if bound.percent:
-        place = round(bound.value * num_documents / 100)
+        index = round(bound.value * num_documents / 100)
     if bound.value < 0:
-        place += num_documents
-    if not 0 <= place <= num_documents:
+        index += num_documents
+    if not 0 <= index <= num_documents:
         raise DataError(f"{split}: {bound} is outside of split {split.name!r}, which has {num_documents} documents")
-    return place
+    return index

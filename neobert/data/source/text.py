@@ -36,7 +36,7 @@ class Record(NamedTuple):
     """None when the entry has no text: skipped and counted."""
 
     problem: str | None
-    """Why the entry cannot be read, beginning with its place; counted as bad. None when it can."""
+    """Why the entry cannot be read, starting with its location; counted as bad. None when it can."""
 
     cursor: State
     """Where reading continues after this entry."""
@@ -52,7 +52,7 @@ class Span(NamedTuple):
     """
 
     after: State | None = None
-    """Begins after the document with this cursor; None: at the first."""
+    """Starts after the document with this cursor; None: at the first."""
 
     until: State | None = None
     """Ends with the document that has this cursor; None: with the last."""
@@ -111,13 +111,13 @@ class Sharding:
 
 
 class LaneReader(Protocol):
-    """One lane's share of a text source, in an order of its own for every epoch."""
+    """One lane's part of a text source, in an order of its own for every epoch."""
 
     size: int
     """About how many bytes of text it has, comparable between kinds of sources; 0 when unknown."""
 
     def start(self) -> State:
-        """The cursor at the beginning of an epoch."""
+        """The cursor at the start of an epoch."""
 
     def read(self, epoch: int, cursor: State, skip: frozenset[int] = frozenset()) -> Records:
         """The records of an epoch from `cursor` on.
@@ -169,10 +169,10 @@ class BadShard(DataError):
 
 
 class Shard(Protocol):
-    """A stretch of a source that is read from its beginning to its end, usually a file."""
+    """A stretch of a source that is read from its start to its end, usually a file."""
 
     number: int
-    """Its number in the source; ranges of one file share it."""
+    """Its number in the source; ranges of one file have the same."""
 
     size: int
 
@@ -203,9 +203,9 @@ class ShardReader:
 
 
 class EveryNth:
-    """One of `count` lanes that share a reader: of every `count` records it takes the one at place `turn`.
+    """One of `count` lanes that use one reader: of every `count` records it takes the one at index `turn`.
 
-    The cursor is `{"cursor": of the reader, "seen": records since the beginning of the epoch, modulo count}`.
+    The cursor is `{"cursor": of the reader, "seen": records since the start of the epoch, modulo count}`.
     """
 
     def __init__(self, reader: LaneReader, turn: int, count: int) -> None:
@@ -228,25 +228,25 @@ class EveryNth:
 
 
 def read_shards(shards: Sequence[Shard], cursor: State, skip: frozenset[int] = frozenset()) -> Records:
-    """Records of shards in the order given, from the cursor `{"shard": place, "position": position in it}` on.
+    """Records of shards in the order given, from the cursor `{"shard": index, "position": position in it}` on.
 
     Raises:
         BadShard: one of them cannot be read.
     """
     position = cursor["position"]
-    for place in range(cursor["shard"], len(shards)):
-        if shards[place].number not in skip:
+    for index in range(cursor["shard"], len(shards)):
+        if shards[index].number not in skip:
             try:
-                for record in shards[place].read(position):
-                    yield record._replace(cursor={"shard": place, "position": record.cursor})
+                for record in shards[index].read(position):
+                    yield record._replace(cursor={"shard": index, "position": record.cursor})
             except ShardFault as fault:
-                after = {"shard": place + 1, "position": None}
-                raise BadShard(str(fault), shard=shards[place].number, next_cursor=after) from fault
+                after = {"shard": index + 1, "position": None}
+                raise BadShard(str(fault), shard=shards[index].number, next_cursor=after) from fault
         position = None
 
 
 def cut_end(text: str, start: int, max_chars: int) -> int:
-    """End of the part of `text` that begins at `start`: at most `max_chars` characters, after white space if any."""
+    """End of the part of `text` that starts at `start`: at most `max_chars` characters, after white space if any."""
     limit = start + max_chars
     if limit >= len(text):
         return len(text)
@@ -289,7 +289,7 @@ class RecordCounts:
         """Counts a record that cannot be read.
 
         Args:
-            problem: why, beginning with its place.
+            problem: why, starting with its location.
 
         Raises:
             DataError: more than `max_bad` records cannot be read.
@@ -298,7 +298,7 @@ class RecordCounts:
         if self.bad > self.max_bad:
             raise DataError(
                 f"dataset.max_bad_records: {self.max_bad}, but {self.bad} records of {self.where} cannot be read, the "
-                f"last one at {problem}; mend the file, or raise dataset.max_bad_records to skip them"
+                f"last one at {problem}; fix the file, or raise dataset.max_bad_records to skip them"
             )
         if self.log:
             logger.warning("bad record skipped: %s", problem)

@@ -21,14 +21,14 @@ class FoundPath(NamedTuple):
 
     path: str
     below: tuple[str, ...]
-    """Names of the folders and of the file below the place that was listed."""
+    """Names of the folders and of the file below the path that was listed."""
 
     stat: os.stat_result
     real: str
     """Its path without links: two links to one file have the same."""
 
     linked: bool
-    """Whether a link below the place led to it."""
+    """Whether a link below the path led to it."""
 
 
 class LeftOut(NamedTuple):
@@ -42,7 +42,7 @@ class LeftOut(NamedTuple):
 
 @dataclass(kw_only=True, slots=True)
 class Walk:
-    """Everything below a place."""
+    """Everything below a path."""
 
     files: list[FoundPath] = field(default_factory=list)
     left_out: list[LeftOut] = field(default_factory=list)
@@ -63,7 +63,7 @@ class _Folder(NamedTuple):
 def walk(url: str) -> Walk:
     """The files of a path: itself, all below a folder, or all that a pattern matches and all below that.
 
-    Names that begin with a dot or an underscore are left out, unless the path names them.
+    Names that start with a dot or an underscore are left out, unless the path names them.
 
     Raises:
         DataError: a folder cannot be listed.
@@ -75,15 +75,15 @@ def walk(url: str) -> Walk:
         elif os.path.lexists(path):
             _add(FoundPath(str(path), (path.name,), _NO_STATUS, os.path.realpath(path), path.is_symlink()), found)
     else:
-        first = next(place for place, part in enumerate(path.parts) if glob.has_magic(part))
+        first = next(index for index, part in enumerate(path.parts) if glob.has_magic(part))
         _match(_top(Path(*path.parts[:first])), path.parts[first:], found, set())
     found.files.sort(key=lambda item: item.below)
-    found.left_out[:] = dict.fromkeys(found.left_out)  # A pattern may come to one place by several ways.
+    found.left_out[:] = dict.fromkeys(found.left_out)  # A pattern may reach one path in several ways.
     return found
 
 
-def covers(url: str, place: str) -> bool:
-    """Whether `walk(url)` lists a file `place` (absolute, without links), links below the path of `url` aside.
+def covers(url: str, file: str) -> bool:
+    """Whether `walk(url)` lists a file `file` (absolute, without links), links below the path of `url` aside.
 
     >>> covers("/data", "/data/a/b.txt"), covers("/data/*.csv", "/data/b.txt"), covers("/data", "/data/.git/b.txt")
     (True, False, False)
@@ -92,7 +92,7 @@ def covers(url: str, place: str) -> bool:
     magic = (number for number, part in enumerate(path.parts) if glob.has_magic(part))
     first = len(path.parts) if os.path.lexists(path) else next(magic, len(path.parts))
     top = Path(os.path.realpath(Path(*path.parts[:first])))
-    return Path(place).is_relative_to(top) and _covers(Path(place).relative_to(top).parts, path.parts[first:])
+    return Path(file).is_relative_to(top) and _covers(Path(file).relative_to(top).parts, path.parts[first:])
 
 
 def _covers(names: tuple[str, ...], parts: tuple[str, ...]) -> bool:
@@ -121,7 +121,7 @@ def _walk(folder: _Folder, found: Walk) -> None:
         if not is_hidden(entry.name):
             _visit(folder, entry, found)
         elif entry.name.startswith("_"):
-            found.left_out.append(LeftOut(_join(folder, entry), "its name begins with an underscore"))
+            found.left_out.append(LeftOut(_join(folder, entry), "its name starts with an underscore"))
 
 
 def _visit(folder: _Folder, entry: "os.DirEntry[str]", found: Walk) -> None:

@@ -188,25 +188,25 @@ def _examples(column: pa.ChunkedArray) -> list[str]:
 
 
 class PermutedReader:
-    """Documents [first, last) in one permutation per epoch; lane v of V owns places v, v + V, ..."""
+    """Documents [first, last) in one permutation per epoch; lane v of V owns indices v, v + V, ..."""
 
     def __init__(
         self, texts: IndexedTexts, sharding: Sharding, lane: int, num_lanes: int, first: int, last: int
     ) -> None:
         self._texts, self._sharding, self._lane, self._num_lanes = texts, sharding, lane, num_lanes
         self._first, self._size = first, max(0, last - first)
-        self._num_places = (self._size - lane + num_lanes - 1) // num_lanes
-        self.size = texts.num_bytes * self._num_places // max(1, len(texts))
+        self._num_documents = (self._size - lane + num_lanes - 1) // num_lanes
+        self.size = texts.num_bytes * self._num_documents // max(1, len(texts))
 
     def start(self) -> State:
         return {"position": 0}
 
     def read(self, epoch: int, cursor: State, skip: frozenset[int] = frozenset()) -> Records:
         permute = Permutation(self._size, key(self._sharding.seed, "documents", epoch))
-        for begin in range(cursor["position"], self._num_places, _LANE_DOCUMENTS):
-            positions = np.arange(begin, min(self._num_places, begin + _LANE_DOCUMENTS))
-            places = positions * self._num_lanes + self._lane
-            documents = (permute(places) if self._sharding.shuffle else places) + self._first
+        for begin in range(cursor["position"], self._num_documents, _LANE_DOCUMENTS):
+            positions = np.arange(begin, min(self._num_documents, begin + _LANE_DOCUMENTS))
+            indices = positions * self._num_lanes + self._lane
+            documents = (permute(indices) if self._sharding.shuffle else indices) + self._first
             for position, document in zip(positions.tolist(), documents.tolist()):
                 yield self._texts.record(document, {"position": position + 1})
 

@@ -50,14 +50,14 @@ class PreparedSource:
     """The files that were read."""
 
 
-def open_text_split(spec: SourceSpec, wanted: str | None, tokenizer: Tokenizer | None) -> tuple[TextDocuments, Span]:
+def open_text_split(spec: SourceSpec, requested: str | None, tokenizer: Tokenizer | None) -> tuple[TextDocuments, Span]:
     """A source of text, and where a split of it is; None takes `train`, or the only one there is.
 
     Raises:
         DataError: it is not there, or is tokenised already.
     """
     splits = list_splits(spec)
-    split = parse_split(choose_train_split(list(splits), wanted))
+    split = parse_split(choose_train_split(list(splits), requested))
     source = splits[split.name](tokenizer).as_text(spec.label)
     return source, _locate_text(source, split, None)
 
@@ -110,7 +110,7 @@ def data_overrides(prepared: Sequence[PreparedSource], section: DatasetSection) 
 
 
 def describe_origin(spec: SourceSpec, documents: object, tokenizer_name: str | None) -> Origin:
-    """Words for the manifest. Of a path only the last part: the folder may be moved, and be given to others."""
+    """Text for the manifest. Of a path only the last part: the folder may be moved, and be passed on to others."""
     return Origin(
         source=", ".join(last_part(hide_credentials(path)) for path in spec.path) if spec.path else spec.name,
         revision=documents.commit if isinstance(documents, HubSource) else spec.revision,
@@ -119,7 +119,7 @@ def describe_origin(spec: SourceSpec, documents: object, tokenizer_name: str | N
 
 
 def name_tokenizer(section: TokenizerSection) -> str | None:
-    """The tokenizer in a word, without the folders above it."""
+    """A short name of the tokenizer, without the folders above it."""
     return section.name if section.path is None else last_part(section.path)
 
 
@@ -127,10 +127,10 @@ def last_part(path: str) -> str:
     return Path(path.rstrip("/")).name
 
 
-def describe_tokenizer(word: str) -> TokenizerSection:
-    """A tokenizer given as one word on a command line: a folder that exists or looks like one, else a hub name."""
-    is_path = Path(word).expanduser().exists() or word.startswith((".", "/", "~"))
-    return TokenizerSection(path=str(Path(word).expanduser())) if is_path else TokenizerSection(name=word)
+def describe_tokenizer(argument: str) -> TokenizerSection:
+    """A tokenizer as one argument of a command line: a folder that exists or looks like one, else a hub name."""
+    is_path = Path(argument).expanduser().exists() or argument.startswith((".", "/", "~"))
+    return TokenizerSection(path=str(Path(argument).expanduser())) if is_path else TokenizerSection(name=argument)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True, eq=False)
@@ -162,10 +162,10 @@ def _plan(
     settings = choose_settings(section, spec, train, spec.max_documents)
     settings = replace(settings, min_tokens=min_tokens or 0)
     plans = {train.name: _plan_split(spec, splits, train, tokenizer, settings, stored_allowed=min_tokens is not None)}
-    wanted, evaluation = section.eval_split or choose_eval_split(names, train.name), None
-    if wanted is not None:
-        check_split(names, wanted, "dataset.eval_split")
-        split = parse_split(wanted)
+    requested, evaluation = section.eval_split or choose_eval_split(names, train.name), None
+    if requested is not None:
+        check_split(names, requested, "dataset.eval_split")
+        split = parse_split(requested)
         check_disjoint(train, split, lambda: splits[train.name](tokenizer).count())
         # Two slices of one split need two names.
         evaluation = split.name if split.name != train.name else EVAL_SPLITS[0]

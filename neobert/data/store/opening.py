@@ -63,7 +63,7 @@ class Source:
         return self.splits[self.train_split.name](self.tokenizer).count()
 
     def open(self, split: SplitSlice, max_documents: int | None = None) -> View:
-        """A split or a slice of it, at most its first `max_documents`; tokenises it first where that is wanted."""
+        """A split or a slice of it, at most its first `max_documents`; tokenises it first where that is requested."""
         found = self.splits[split.name](self.tokenizer)
         to_disk = self.section.streaming is False or self.section.pre_tokenize or not found.in_place
         if to_disk and not found.is_tokenised:
@@ -122,7 +122,7 @@ def list_sources(
 def locate_slice(
     documents: Documents, split: SplitSlice, max_documents: int | None = None, *, size: int | None = None
 ) -> Span:
-    """Where a slice begins and ends.
+    """Where a slice starts and ends.
 
     Args:
         size: documents of the split, where the caller knows better than the source.
@@ -176,8 +176,8 @@ def _open_texts(spec: SourceSpec, section: DatasetSection, max_documents: int | 
     splits = list_splits(spec)
     train = parse_split(choose_train_split(list(splits), spec.split))
     source = splits[train.name](None).as_text(spec.label)
-    wanted = None if section.eval_split is None else parse_split(section.eval_split).name
-    has_split = wanted is not None or choose_eval_split(list(splits), train.name) is not None
+    requested = None if section.eval_split is None else parse_split(section.eval_split).name
+    has_split = requested is not None or choose_eval_split(list(splits), train.name) is not None
     num_held_out = 0 if has_split else section.eval_samples or 0
     if not has_split and section.validation_split is not None:
         num_held_out = int((source.count() or 0) * section.validation_split) + 1

@@ -50,9 +50,9 @@ LINE_SECONDS = 10.0
 
 
 class Meter:
-    """Shows documents, tokens, tokens per second, and the share done where the size is known.
+    """Shows documents, tokens, tokens per second, and the fraction done where the size is known.
 
-    Used as a context; the numbers given to `show` are totals, those before the first call do not count for the speed.
+    Used as a context; the numbers passed to `show` are totals, those before the first call do not count for the speed.
     """
 
     def __init__(self, label: str, *, console: Console | None = None) -> None:
@@ -80,7 +80,7 @@ class Meter:
     ) -> None:
         self._progress.stop()
 
-    def show(self, documents: int, tokens: int, share: float | None) -> None:
+    def show(self, documents: int, tokens: int, fraction: float | None) -> None:
         """Totals so far; cheap enough to be called for every document."""
         now = time.monotonic()
         if self._first_tokens is None:
@@ -91,14 +91,14 @@ class Meter:
         speed = (tokens - self._first_tokens) / max(now - self._started, 1e-9)
         line = f"{documents:,} documents, {tokens:,} tokens, {speed:,.0f} tokens/s"
         if self._console.is_terminal:
-            self._progress.update(self._task, line=line, completed=share, total=None if share is None else 1.0)
+            self._progress.update(self._task, line=line, completed=fraction, total=None if fraction is None else 1.0)
             return
-        done = "" if share is None else f" ({share:.0%})"
+        done = "" if fraction is None else f" ({fraction:.0%})"
         self._console.print(f"{self._label}: {line}{done}", soft_wrap=True, markup=False)
 
 
 _PART_NUMBERS = 1 << 40
-"""Document numbers of part i begin at i times this: they rise over all parts, without knowing the parts before."""
+"""Document numbers of part i start at i times this: they rise over all parts, without knowing the parts before."""
 
 
 @dataclass(kw_only=True, slots=True)
@@ -206,12 +206,12 @@ def _find(job: _Preparation, replace_other: bool) -> dict[str, Any] | None:
     Raises:
         DataError: the folder is there and may not be replaced.
     """
-    found, wanted = read_manifest(job.folder), job.identity()
+    found, expected = read_manifest(job.folder), job.identity()
     if found is None and job.folder.exists():
         raise DataError(f"{job.folder} is in the way: tokenised data is to be written there; move it or remove it")
     if found is None:
         return None
-    differences = describe_differences(found, wanted)
+    differences = describe_differences(found, expected)
     if differences and not replace_other:
         raise DataError(f"{job.folder} holds other data ({differences}); choose another folder, or remove that one")
     return None if differences else found
@@ -280,7 +280,7 @@ def _write(job: _Preparation, progress: _Progress) -> dict[str, Any]:
                 progress.cursor, progress.files = document.cursor, writer.files
                 _save_progress(job, progress)
             if meter is not None:
-                meter.show(progress.num_documents, progress.num_tokens, _share_done(settings, progress, total))
+                meter.show(progress.num_documents, progress.num_tokens, _fraction_done(settings, progress, total))
     if not progress.num_documents and job.part is None:
         raise DataError(
             f"the source has no usable documents ({progress.bad} cannot be read, {progress.skipped} without text, "
@@ -326,7 +326,7 @@ def cut_tokens(tokens: IntArray, row_tokens: int | None) -> list[IntArray]:
     return [tokens[start : start + row_tokens] for start in range(0, len(tokens), row_tokens)]
 
 
-def _share_done(settings: PrepareSettings, progress: _Progress, total: int | None) -> float | None:
+def _fraction_done(settings: PrepareSettings, progress: _Progress, total: int | None) -> float | None:
     if settings.max_documents is not None:
         return progress.num_documents / settings.max_documents
     passed = progress.num_documents + progress.bad + progress.skipped + progress.empty + progress.short

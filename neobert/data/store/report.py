@@ -24,13 +24,13 @@ from numpy.typing import NDArray
 from neobert.data.rows.packing import SPECIALS_PER_SEGMENT
 from neobert.data.store.arrow import load_table, read_manifest
 from neobert.errors import DataError
-from neobert.splitmix import GAMMA, Words, mix
+from neobert.splitmix import GAMMA, Hashes, mix
 
 _WIDTH, _HEIGHT, _LEFT, _TOP, _BOTTOM = 720, 320, 70, 40, 50
 
 
 def draw_lengths(histogram: Sequence[dict[str, int]], title: str) -> str:
-    """One bar for each `{"from", "to", "documents"}`, with the share of the documents above it."""
+    """One bar for each `{"from", "to", "documents"}`, with the fraction of the documents above it."""
     total = max(1, sum(entry["documents"] for entry in histogram))
     most = max(1, *(entry["documents"] for entry in histogram))
     step = (_WIDTH - _LEFT - 20) / len(histogram)
@@ -94,7 +94,7 @@ class _Statistics:
     """What is known of the documents that are complete."""
 
     lengths: Counter[int] = field(default_factory=Counter)
-    hashes: list[Words] = field(default_factory=list)
+    hashes: list[Hashes] = field(default_factory=list)
     num_unknown: int | None = 0
     open_document: int | None = None
     """The document of the last row, which may continue in the next batch."""
@@ -175,14 +175,14 @@ def _add(statistics: _Statistics, rows: _Rows, unk_id: int | None) -> None:
         statistics.num_unknown += int((rows.tokens == unk_id).sum())
     if statistics.open_document != int(rows.documents[0]):
         _close(statistics)
-    begins = np.flatnonzero(np.r_[True, rows.documents[1:] != rows.documents[:-1]])
-    lengths = np.add.reduceat(rows.lengths, begins)
+    firsts = np.flatnonzero(np.r_[True, rows.documents[1:] != rows.documents[:-1]])
+    lengths = np.add.reduceat(rows.lengths, firsts)
     starts = np.cumsum(lengths) - lengths
     positions = np.arange(len(rows.tokens)) - np.repeat(starts, lengths)
     positions[: lengths[0]] += statistics.open_length
     with np.errstate(over="ignore"):
-        words = mix(rows.tokens.astype(np.uint64) + positions.astype(np.uint64) * np.uint64(GAMMA))
-        sums = np.r_[np.uint64(0), np.cumsum(words, dtype=np.uint64)]
+        mixed = mix(rows.tokens.astype(np.uint64) + positions.astype(np.uint64) * np.uint64(GAMMA))
+        sums = np.r_[np.uint64(0), np.cumsum(mixed, dtype=np.uint64)]
         hashes = sums[starts + lengths] - sums[starts]
         hashes[0] += np.uint64(statistics.open_hash)
     lengths[0] += statistics.open_length
@@ -252,7 +252,7 @@ def _write_text(values: dict[str, Any], folder: Path) -> str:
         "unknown tokens: " + ("not known, there is no manifest" if unknown is None else f"{unknown:.4%}"),
         f"duplicates of another document: {values['duplicates']:,} ({values['duplicate_share']:.2%})",
         "documents that do not fit into a row of "
-        + ", ".join(f"{row}: {share:.1%}" for row, share in values["longer_than_row"].items()),
+        + ", ".join(f"{row}: {fraction:.1%}" for row, fraction in values["longer_than_row"].items()),
     ]
     for entry in values["histogram"]:
         bar = "#" * -(-_BAR * entry["documents"] // most)

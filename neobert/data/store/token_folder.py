@@ -1,6 +1,6 @@
 """A folder of tokenised documents in the layout of `datasets.save_to_disk`: what shapes it, and how it is written.
 
-Batches and files end at places that depend on the documents written since the beginning alone, and always after a
+Batches and files end at positions that depend on the documents written since the start alone, and always after a
 whole document. So a writer that continues after its last finished file writes the same bytes as one never interrupted.
 """
 
@@ -84,7 +84,7 @@ def choose_settings(
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Origin:
-    """Where documents and tokenizer come from, in words for the manifest."""
+    """Where documents and tokenizer come from, as text for the manifest."""
 
     source: str | None = None
     revision: str | None = None
@@ -110,7 +110,7 @@ def make_identity(
 
 
 def describe_differences(there: Mapping[str, Any], here: Mapping[str, Any]) -> str:
-    """Where two identities differ, in words; empty when they do not."""
+    """Where two identities differ, as text; empty when they do not."""
     pairs = {**here, **here["settings"]}
     others = {**there, **there.get("settings", {})}
     names = [name for name in pairs if name != "settings" and not fits(others.get(name), pairs[name])]
@@ -154,7 +154,7 @@ class TokenWriter:
         """
         self._folder, self._around, self._file_tokens = folder, around, file_tokens
         columns = {"input_ids": True, "special_tokens_mask": special_tokens_mask, "document": document_numbers}
-        self._columns = [name for name, wanted in columns.items() if wanted]
+        self._columns = [name for name, is_written in columns.items() if is_written]
         self._schema = pa.schema(
             [pa.field(name, _TYPES[name]) for name in self._columns],
             metadata={"huggingface": json.dumps({"info": {"features": self.features}})},

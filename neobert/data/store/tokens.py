@@ -84,7 +84,7 @@ class TokenStore(Documents):
         if self._documents is None:
             return None
         stored = np.concatenate([chunk.to_numpy(zero_copy_only=True) for chunk in self._documents.chunks])
-        # Machines that share the work number their documents without knowing of each other: only changes count.
+        # Machines that split the work number their documents without knowing of each other: only changes count.
         return np.cumsum(np.diff(stored, prepend=stored[:1]) != 0)
 
     def lengths(self, documents: NDArray[np.int64]) -> NDArray[np.int64]:
@@ -100,19 +100,19 @@ class TokenStore(Documents):
         """
         values, first, end = self._bounds(int(document))
         tokens = values[first:end][start:stop]
-        place = self._first_outside(tokens)
-        if place is not None:
-            raise self._refuse(int(tokens[place]), int(document))
+        index = self._first_outside(tokens)
+        if index is not None:
+            raise self._refuse(int(tokens[index]), int(document))
         return tokens
 
     def all_lengths(self) -> NDArray[np.int64]:
         """`lengths` of every document, from the offsets alone: where special tokens were found on disk, each document
-        is taken to have two of them."""
+        is assumed to have two of them."""
         raw = np.concatenate([np.diff(offsets) for offsets in self._offsets]) if self._offsets else np.empty(0, int)
         return np.maximum(0, raw.astype(np.int64) - (2 if self._stripped else 0))
 
     def _first_outside(self, tokens: NDArray[Any]) -> int | None:
-        """Where the first number stands that is no token; two passes over the numbers, without a copy."""
+        """The index of the first number that is no token; two passes over the numbers, without a copy."""
         if not len(tokens) or (tokens.min() >= 0 and tokens.max() < self._num_ids):
             return None
         return int(np.flatnonzero((tokens < 0) | (tokens >= self._num_ids))[0])
@@ -121,7 +121,7 @@ class TokenStore(Documents):
         found = f"dataset.path: {self._folder} holds token {token} at document {self.document_at(row)}, but "
         if token < 0:
             return DataError(
-                f"{found}tokens begin at 0: labels or marks of padding are in input_ids; write it again without them"
+                f"{found}tokens start at 0: labels or marks of padding are in input_ids; write it again without them"
             )
         return DataError(
             f"{found}the tokenizer has only {self._num_ids}: another one made it; name that one with tokenizer.name or "
@@ -135,28 +135,28 @@ class TokenStore(Documents):
             DataError: one of them is no token of the tokenizer.
         """
         total = int(sum(int(offsets[-1]) - int(offsets[0]) for offsets in self._offsets))
-        share = min(1.0, max_tokens / max(1, total))
+        fraction = min(1.0, max_tokens / max(1, total))
         for first_row, offsets, values in zip(self._starts, self._offsets, self._values):
             begin, end = int(offsets[0]), int(offsets[-1])
-            block = values[begin : min(end, begin + max(1, int((end - begin) * share)))]
-            place = self._first_outside(block)
-            if place is not None:
-                row = int(np.searchsorted(offsets, begin + place, side="right")) - 1
-                raise self._refuse(int(block[place]), int(first_row) + row)
+            block = values[begin : min(end, begin + max(1, int((end - begin) * fraction)))]
+            index = self._first_outside(block)
+            if index is not None:
+                row = int(np.searchsorted(offsets, begin + index, side="right")) - 1
+                raise self._refuse(int(block[index]), int(first_row) + row)
             yield block
 
     def _bounds(self, document: int) -> tuple[NDArray[Any], int, int]:
         chunk = int(np.searchsorted(self._starts, document, side="right")) - 1
         offsets, values = self._offsets[chunk], self._values[chunk]
-        place = document - int(self._starts[chunk])
-        start, end = int(offsets[place]), int(offsets[place + 1])
+        index = document - int(self._starts[chunk])
+        start, end = int(offsets[index]), int(offsets[index + 1])
         if self._stripped and start < end:
             start += int(values[start] == self._cls_id)
             end -= int(start < end and values[end - 1] == self._sep_id)
         return values, start, end
 
     def _check_sample(self, tokenizer: Tokenizer) -> bool:
-        """Looks at documents spread over the store; whether special tokens stand around them."""
+        """Looks at documents spread over the store; whether special tokens are around them."""
         sample = [content for d in spread(len(self), _SAMPLE) if len(content := self.content(d))]
         padding = {tokenizer.pad_id} - {tokenizer.cls_id, tokenizer.sep_id, tokenizer.unk_id}
         if any(int(tokens[-1]) in padding for tokens in sample):
@@ -175,8 +175,8 @@ class TokenStore(Documents):
     def _raw(self, document: int) -> bytes:
         """Tokens as they are on disk."""
         chunk = int(np.searchsorted(self._starts, document, side="right")) - 1
-        offsets, place = self._offsets[chunk], document - int(self._starts[chunk])
-        return self._values[chunk][int(offsets[place]) : int(offsets[place + 1])].astype(np.int32).tobytes()
+        offsets, index = self._offsets[chunk], document - int(self._starts[chunk])
+        return self._values[chunk][int(offsets[index]) : int(offsets[index + 1])].astype(np.int32).tobytes()
 
     def _first_fingerprint(self) -> str:
         """As versions before this form made it: heads of 64 documents, and lengths of files."""

@@ -1,7 +1,7 @@
 """Steps that are made again after a crash, compared with what the first attempt wrote.
 
 A run that was killed leaves lines in `log.jsonl` for steps after its last checkpoint. The next start makes those steps
-once more. If it continues exactly, every one of them has the same batch, the same learning rate, the same loss and the
+again. If it continues exactly, every one of them has the same batch, the same learning rate, the same loss and the
 same gradient norm, to the last bit; if not, the first step that differs says where to look. The comparison costs
 nothing: both lines are there anyway.
 
@@ -19,7 +19,7 @@ from neobert.errors import UserError
 Line = dict[str, Any]
 
 _TURNS = ("saved", "rolled_back", "source_switched", "order_restarted")
-"""Events that tell which attempt the last steps belong to."""
+"""Events that say which attempt the last steps belong to."""
 
 EXACT = ("batch_digest", "lr", "loss_hex", "grad_norm_hex")
 """What must repeat, in the order in which a difference is looked for: the cause before its effects."""
@@ -31,7 +31,7 @@ class ReplayDiverged(UserError):
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class RankLayout:
-    """How a process shares out a batch; another one rounds differently."""
+    """How a process splits a batch; another one rounds differently."""
 
     processes: int
     micro_batch_rows: int
@@ -41,7 +41,7 @@ class RankLayout:
 
 
 def read_layout(events: Sequence[Line]) -> RankLayout | None:
-    """The layout of the process that wrote the last event; None when there is no event that tells."""
+    """The layout of the process that wrote the last event; None when there is no such event."""
     if not events or "micro_batch_rows" not in events[-1]:
         return None
     return RankLayout(processes=events[-1]["processes"], micro_batch_rows=events[-1]["micro_batch_rows"])
@@ -52,7 +52,7 @@ def is_first_attempt(events: Sequence[Line]) -> bool:
 
     Not when this start reads another source. Not when the run went back to a checkpoint and was killed before the next
     save either: the rows that it then skipped are known to no checkpoint, so the next start meets the bad rows once
-    more and goes back once more.
+    more and goes back again.
     """
     turns = [event["event"] for event in events if event["event"] in _TURNS]
     return turns[-1:] in ([], ["saved"])
@@ -76,7 +76,7 @@ class ReplayAudit:
         return self._num_repeated == len(self._old)
 
     def compare(self, lines: Iterable[Line]) -> str | None:
-        """Takes step lines as they are written; the first difference of all, in words, when it is among them."""
+        """Takes step lines as they are written; the first difference of all, as text, when it is among them."""
         known = self.first_difference
         for line in lines:
             old = self._old.get(line["step"])
@@ -117,4 +117,4 @@ _READABLE = {
     "loss_hex": lambda old, new: f" ({old.get('loss')} and {new['loss']})",
     "grad_norm_hex": lambda old, new: f" ({old.get('grad_norm')} and {new['grad_norm']})",
 }
-"""The same in words, by the field that differs."""
+"""The same as text, by the field that differs."""

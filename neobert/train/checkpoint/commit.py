@@ -1,12 +1,12 @@
 """The write protocol of a checkpoint folder: complete under its name, or not there.
 
-1. Rank 0 makes `.tmp-<step>-<nonce>` and tells the others its name.
+1. Rank 0 makes `.tmp-<step>-<nonce>` and sends the others its name.
 2. Every rank writes its own files, flushes each to the disk (fsync) and takes its length and SHA-256.
 3. The records are gathered. If any rank failed, rank 0 removes the folder and every rank learns why.
 4. Rank 0 writes `manifest.json` last, flushes every folder, renames the folder to `<step>`, flushes `checkpoints/`.
 
 Only rank 0 creates, renames or deletes folders. A kill at any instant leaves the old checkpoints and at most a folder
-whose name begins with a dot, which the next save removes. A rename can reach the disk before the data it names: without
+whose name starts with a dot, which the next save removes. A rename can reach the disk before the data it names: without
 step 2 and 4's flushes a power loss leaves empty files under a valid name.
 
 In the background a thread does step 2, and in a single process 3 and 4 as well, so that the checkpoint is there as soon
@@ -31,7 +31,7 @@ from neobert.train.machine import Runtime
 from neobert.weights.folder import MANIFEST, FileRecord, Manifest, record_file
 
 Write = Callable[[Path], None]
-"""Writes one file, or one folder of files, at the given path."""
+"""Writes one file, or one folder of files, at a path."""
 
 MOST_FAILURES = 3
 """Saves that may fail in a row before the run stops."""
@@ -94,7 +94,7 @@ class Committer:
         return self._failures > 0
 
     def begin(self, step: int, files: Mapping[str, Write], *, background: bool) -> None:
-        """Starts writing `files` (of this rank) as the checkpoint of `step`; `poll` tells how it ended.
+        """Starts writing `files` (of this rank) as the checkpoint of `step`; `poll` reports how it ended.
 
         In the background `files` must not read anything that training changes. Collective.
         """
@@ -130,7 +130,7 @@ class Committer:
         return outcome
 
     def _stage(self, step: int) -> tuple[str | None, str | None, bool]:
-        """Rank 0: makes the temporary folder; (its name, or what went wrong, whether for good)."""
+        """Rank 0: makes the temporary folder; (its name, or what went wrong, whether permanently)."""
         name = f".tmp-{step}-{secrets.token_hex(4)}"
         if not self._output_dir.is_dir():
             reason = f"trainer.output_dir: {self._output_dir} was removed while the run was writing into it"
@@ -220,7 +220,7 @@ def remove_tree(folder: Path) -> str | None:
 
 
 def describe_failure(error: Exception, folder: Path) -> str:
-    """An error of a save in words, with the free space of the disk.
+    """An error of a save as text, with the free space of the disk.
 
     torch reports a write that the disk cut short as `unexpected pos 576 vs 534`, whatever the cause.
     """

@@ -3,15 +3,15 @@
 | class | meaning |
 |---|---|
 | fixed | never changes: architecture, tokenizer, optimizer, the data under the same setting |
-| needs declaring | changes what is learned; taken when `trainer.resume_allow` names it |
+| needs declaring | changes what is learned; accepted when `trainer.resume_allow` names it |
 | declared | was named |
-| source | another source was named: the order of rows begins at its first row |
+| source | another source was named: the order of rows starts at its first row |
 | schedule | length of the run and learning rate, functions of the step: may always change |
 | free | changes nothing that is learned |
 
 The class of a key is written at its field in the schema.
 
-Another order of rows (row shape, lanes, seed, source) begins at row 0. Another global batch does not: the position is
+Another order of rows (row shape, lanes, seed, source) starts at row 0. Another global batch does not: the position is
 the number of the next row, so no row is lost or repeated.
 """
 
@@ -86,7 +86,7 @@ class Comparison:
 
     @property
     def restarts_order(self) -> bool:
-        """Whether the order of rows begins again."""
+        """Whether the order of rows starts again."""
         return any(d.key in _ORDER or d.key == FINGERPRINT for d in self.differences)
 
     @property
@@ -97,7 +97,7 @@ class Comparison:
         """What has to be equal on all ranks: which keys changed, and what follows from that."""
         changed = {f"{d.key}, compared with the checkpoint": d.kind for d in self.differences if d.kind != "free"}
         return changed | {
-            "the order of rows begins again": self.restarts_order,
+            "the order of rows starts again": self.restarts_order,
             "the next batch is the checkpoint's": self.same_next_batch,
         }
 
@@ -138,7 +138,7 @@ def build_facts(
 
     Args:
         order: fields of `RowOrder`, as it is now or as the checkpoint's data state holds them.
-        mask_end: the step at which the share of masked tokens reaches its final value, where it changes.
+        mask_end: the step at which the fraction of masked tokens reaches its final value, where it changes.
     """
     public = without_secrets(config)
     facts = {key: _as_plain(field.value_in(public)) for key, field in FIELDS.items()}
@@ -184,13 +184,13 @@ def _differs(key: str, saved: Any, now: Any) -> bool:
     if saved is None and key in (SPECIAL_IDS, GROUPS):
         return False  # Not recorded by an earlier version.
     if key == _FULL_ROWS and None in (saved, now):
-        return False  # One of the two does not pack; that difference is told already.
+        return False  # One of the two does not pack; that difference is reported already.
     return (list(saved) if isinstance(saved, tuple) else saved) != (list(now) if isinstance(now, tuple) else now)
 
 
 @dataclass(frozen=True, slots=True)
 class _Classifier:
-    """What the difference of each key is, given all of them."""
+    """What the difference of each key is, from all of them."""
 
     saved: Facts
     now: Facts

@@ -2,8 +2,8 @@
 
 Ranks apply the same gradient to the same weights, so their copies stay equal to the last bit without ever being
 compared; a checkpoint holds those of rank 0. What makes them differ (other settings, other files, a damaged memory)
-makes each rank train a model of its own in silence. A sum over the bits of every tensor tells, at the price of reading
-them once.
+makes each rank silently train a model of its own. A sum over the bits of every tensor shows it, at the price of
+reading them once.
 
 Machines whose processors round differently, or that add with another number of threads, drift apart in the last bits
 and stay near each other, since the gradients are shared: up to `ROUNDING` that is a warning.
@@ -32,7 +32,7 @@ _BITS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 
 
 def check_replicas(run: "Run", state: TrainState) -> None:
-    """Raises when a rank's weights, optimizer state or place in the data is not that of the others. Collective.
+    """Raises when a rank's weights, optimizer state or position in the data is not that of the others. Collective.
 
     Raises:
         RankError: with the rank, the tensor that differs most, and by how much; `events.jsonl` has it too.

@@ -165,7 +165,7 @@ def load_weights(run: Run, checkpoint: Path) -> None:
 def load_average(run: Run, checkpoint: Path) -> None:
     """The checkpoint's moving average of the weights, where this start keeps one; after `load_weights`.
 
-    Where the checkpoint has none, the average begins with its weights.
+    Where the checkpoint has none, the average starts with its weights.
 
     Raises:
         StartupError: the file cannot be read.
@@ -180,10 +180,10 @@ def load_average(run: Run, checkpoint: Path) -> None:
             run.tracker.say(f"trainer.ema_decay: null: the average in {checkpoint / EMA_FILE} is not continued")
         return
     average.begin(step, _load_tensors(checkpoint / EMA_FILE) if had else None)
-    if had and not average.begun:
-        run.tracker.say(f"trainer.ema_start_step: {average.start_step}: the average begins again after that step")
-    elif average.begun and not had:
-        run.tracker.say(f"trainer.ema_decay: {checkpoint} has no average; it begins with the weights of step {step:,}")
+    if had and not average.started:
+        run.tracker.say(f"trainer.ema_start_step: {average.start_step}: the average starts again after that step")
+    elif average.started and not had:
+        run.tracker.say(f"trainer.ema_decay: {checkpoint} has no average; it starts with the weights of step {step:,}")
 
 
 def _load_tensors(path: Path) -> dict[str, torch.Tensor]:
@@ -207,7 +207,7 @@ def read_pickle(path: Path, device: torch.device | str = "cpu") -> Any:
     """Tensors and plain values of a checkpoint's pickle; code in it is never run.
 
     Raises:
-        StartupError: the file is missing or damaged, or wants to run code.
+        StartupError: the file is missing or damaged, or tries to run code.
     """
     try:
         return load_pickle(path, device)
@@ -216,7 +216,7 @@ def read_pickle(path: Path, device: torch.device | str = "cpu") -> Any:
     except UnreadablePickle as error:
         raise StartupError(
             f"{path} is damaged, or holds code that is never run ({error}): of a checkpoint's pickles only tensors and "
-            "plain values are read, whoever wrote them. Choose another step, or begin a new run with its weights, "
+            "plain values are read, whoever wrote them. Choose another step, or start a new run with its weights, "
             f"which are no pickle: model.init_from: {path.parent}"
         ) from error
 
@@ -300,7 +300,7 @@ MAX_ROLLBACKS = 3
 
 
 def roll_back(run: Run, state: TrainState) -> TrainState | None:
-    """Loads the newest checkpoint at least `trainer.rollback_steps` old; None when that is not wanted or not possible.
+    """Loads the newest checkpoint at least `trainer.rollback_steps` old; None when that is not configured or possible.
 
     Collective. Checkpoints after it belong to an abandoned branch and are renamed.
     """

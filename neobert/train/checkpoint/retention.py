@@ -1,6 +1,6 @@
 """Which checkpoints stay: the newest valid ones, the milestones, and the best by evaluation loss.
 
-A folder that is not valid neither counts nor is deleted: it may be all that is left of something. Deleting begins with
+A folder that is not valid neither counts nor is deleted: it may be all that is left of something. Deleting starts with
 a rename to `.trash-<step>-<nonce>`, since a kill in the middle must not leave half a checkpoint under a valid name.
 """
 
@@ -65,7 +65,7 @@ class Score(NamedTuple):
     """None when that step was not evaluated, or it is not known."""
 
     test: str | None
-    """`name_test` of it; None where an earlier version did not tell."""
+    """`name_test` of it; None where an earlier version did not write it."""
 
 
 def name_test(config: Config, eval_fingerprint: str | None) -> str | None:

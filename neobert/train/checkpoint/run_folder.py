@@ -40,7 +40,7 @@ def _is_empty(path: Path) -> bool:
     return path.is_file() and not path.stat().st_size
 
 
-def check_place(config: Config) -> None:
+def check_output_dir(config: Config) -> None:
     """Raises where a run would write into another run, into a folder of weights or into its own data.
 
     Raises:
@@ -62,7 +62,7 @@ def check_place(config: Config) -> None:
     source = data and next((x for name in written if (x := find_covering(data, str(real / name))) is not None), None)
     if source is not None:
         raise StartupError(
-            f"{refused} lies where dataset.path: {source} is searched for files, so that the next start would read "
+            f"{refused} is where dataset.path: {source} is searched for files, so that the next start would read "
             "what this one writes as data; choose a folder outside of it"
         )
 
@@ -83,9 +83,9 @@ def _inputs_inside(config: Config, output_dir: Path) -> Iterator[tuple[str, str,
     for key, paths in named.items():
         for path in (x for entry in paths for x in ((entry,) if isinstance(entry, str) else entry or ())):
             parts = Path(path).expanduser().parts
-            place = Path(os.path.realpath(Path(*(part for part in parts if not glob.has_magic(part)))))
-            if place.is_relative_to(real) and place.exists():
-                yield key, path, (*place.relative_to(real).parts, ENTRIES[0])[0]
+            real_path = Path(os.path.realpath(Path(*(part for part in parts if not glob.has_magic(part)))))
+            if real_path.is_relative_to(real) and real_path.exists():
+                yield key, path, (*real_path.relative_to(real).parts, ENTRIES[0])[0]
 
 
 def check_own(output_dir: Path) -> None:

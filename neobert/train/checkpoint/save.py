@@ -54,7 +54,7 @@ def save_checkpoint(run: Run, state: TrainState, *, wait: bool = False) -> Path 
     background = run.config.trainer.async_save and not wait
     with run.tracker.paused(), run.stop.timing_save():
         check_replicas(run, state)
-        state = run.tracker.settled(run.guard.settled(state))
+        state = run.tracker.add_interval(run.guard.add_skipped(state))
         data_states = run.runtime.gather_objects(state.data)
         data_state = merge_states(data_states) if state.data else {}
         run.committer.begin(state.step, _build_files(run, state, data_state, background), background=background)
@@ -119,7 +119,7 @@ def _build_files(run: Run, state: TrainState, data_state: dict[str, Any], backgr
     if not run.runtime.is_main:
         return files
     kinds = {MODEL_FILE: run.module.state_dict()}
-    if run.average is not None and run.average.begun:
+    if run.average is not None and run.average.started:
         kinds[EMA_FILE] = kinds[MODEL_FILE] | run.average.tensors()
     schedule = {"name": run.config.scheduler.name, "step": state.step, "lr": run.schedule(state.step)}
     config_text = config_to_yaml(without_secrets(run.config))

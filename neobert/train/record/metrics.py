@@ -1,4 +1,4 @@
-"""Figures of the steps since the last log: kept on the device, read back in one transfer.
+"""Metrics of the steps since the last log: kept on the device, read back in one transfer.
 
 Per-step losses and norms stay device tensors until a logging point; then one stacked tensor crosses to the host and one
 all-reduce sums it over ranks, so that training never waits for a scalar.
@@ -169,7 +169,7 @@ def summarise(sums: IntervalSums) -> Interval:
 
 
 class MetricWindow:
-    """Collects steps; `read` turns those not yet read into records, `restart` begins the next logging interval."""
+    """Collects steps; `read` turns those not yet read into records, `restart` starts the next logging interval."""
 
     def __init__(self, runtime: Runtime, labels: Sequence[str]) -> None:
         self._runtime, self._labels = runtime, labels
@@ -184,7 +184,7 @@ class MetricWindow:
 
     @property
     def num_pending(self) -> int:
-        """Steps whose figures were not read yet."""
+        """Steps whose metrics were not read yet."""
         return len(self._pending)
 
     @property

@@ -113,6 +113,6 @@ class LineFile:
 
 
 def _encode(line: dict[str, Any]) -> str:
-    """A number that is not finite becomes null: JSON has no word for it."""
+    """A number that is not finite becomes null: JSON cannot write it."""
     numbers = {k: None for k, v in line.items() if isinstance(v, float) and not math.isfinite(v)}
     return json.dumps(line | numbers, allow_nan=False) + "\n"

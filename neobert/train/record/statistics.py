@@ -1,11 +1,11 @@
 """How large gradients, weights and logits are, by kind of weight, at logging points (`trainer.log_statistics`).
 
-A step that ends a logging interval is watched: the norms of its gradients are taken before clipping, and the logits of
-up to 256 of its predicted tokens are computed once more, from the hidden states that the step has anyway. All of it
+A step that ends a logging interval is watched: gradient norms are measured before clipping, and the logits of
+up to 256 of its predicted tokens are computed again, from the hidden states that the step has anyway. All of it
 stays on the device until the log line is written, and no weight, gradient or random number is touched.
 
 The logsumexp of the logits is what a z-loss keeps small: where it drifts, the vocabulary projection is about to become
-unstable (PaLM, arXiv 2204.02311, section 5). It is taken over the tokens of this process; gradients and weights are
+unstable (PaLM, arXiv 2204.02311, section 5). It is measured over the tokens of this process; gradients and weights are
 equal on all of them.
 """
 
@@ -62,7 +62,7 @@ class Statistics:
             handle.remove()
 
     def read(self) -> dict[str, float]:
-        """Figures of the step that was watched last, and of the weights as they are now; empty when none was watched
+        """Metrics of the step that was watched last, and of the weights as they are now; empty when none was watched
         since the last call. Waits for the device."""
         if not self._found:
             return {}

@@ -31,7 +31,7 @@ from neobert.train.step import StepMetrics
 from neobert.types import TrainState
 
 MOST_PENDING = 1000
-"""Steps whose figures may wait on the device; more are written between two logging points."""
+"""Steps whose metrics may wait on the device; more are written between two logging points."""
 
 
 class Sink(Protocol):
@@ -120,7 +120,7 @@ class Tracker:
         """Writes the lines of all steps so far. Collective, and waits for the device."""
         self._write_steps()
 
-    def settled(self, state: TrainState) -> TrainState:
+    def add_interval(self, state: TrainState) -> TrainState:
         """`state` with what must be saved of the logging interval; after `flush` or inside `paused`."""
         return replace(state, interval=asdict(self._window.sums))
 
@@ -132,7 +132,7 @@ class Tracker:
             yield
 
     def add(self, state: TrainState, metrics: StepMetrics) -> None:
-        """Takes one step's figures without waiting for the device."""
+        """Takes one step's metrics without waiting for the device."""
         self.trained, self.step = True, state.step
         self._window.add(state.step, metrics)
         if self._window.num_pending == MOST_PENDING:
@@ -177,12 +177,12 @@ class Tracker:
         self._append(self._log, [line | profiled | partial])
         self._reporter.say(self._describe(state.step, values))
         if by_source is not None:
-            shares = ", ".join(f"{count / interval.num_tokens:.1%} {label}" for label, count in by_source.items())
-            self._reporter.say(f"      tokens by source: {shares}")
+            fractions = ", ".join(f"{count / interval.num_tokens:.1%} {label}" for label, count in by_source.items())
+            self._reporter.say(f"      tokens by source: {fractions}")
         self._send(values | {f"train/{name}": value for name, value in statistics.items()}, state.step)
 
     def _choose_values(self, interval: Interval, sums: IntervalSums) -> dict[str, float]:
-        """What console and trackers show of an interval: the figures that this run has, by the trackers' names."""
+        """What console and trackers show of an interval: the metrics that this run has, by the trackers' names."""
         trainer, predicts_tokens = self._config.trainer, choose_objective(self._config).predicts_tokens
         values: dict[str, float] = {
             "train/loss": interval.loss,
@@ -213,8 +213,8 @@ class Tracker:
         return values
 
     def log_eval(self, state: TrainState, metrics: EvalMetrics | None, averaged: EvalMetrics | None = None) -> None:
-        """Records an evaluation of the weights and, if given, of their moving average, in lines of kind `eval` and
-        `eval_ema`; None (no evaluation data) records nothing."""
+        """Records an evaluation of the weights and of their moving average, if there is one, in lines of kind `eval`
+        and `eval_ema`; None (no evaluation data) records nothing."""
         self._evaluated_step = state.step
         self._eval_loss = None if metrics is None else metrics.loss
         if metrics is None:
@@ -271,7 +271,7 @@ class Tracker:
         )
         self.skipped = [*self.skipped, step][-MOST_PENDING:]
         self.warn(step.describe())
-        # As texts, which tell a NaN from an infinity.
+        # As texts, in which a NaN and an infinity differ.
         numbers = {"loss": str(step.loss), "grad_norm": str(step.grad_norm)}
         self.event("skipped_step", step.step, **numbers, rows=step.rows, suspects=step.suspects)
 
