@@ -7,12 +7,12 @@ from neobert.host import prepare_threads
 
 if TYPE_CHECKING:
     from neobert.config.load import load_config
-    from neobert.inference.loading import load
+    from neobert.inference.model import load
     from neobert.train.from_python import pretrain
 
 __all__ = ["load", "load_config", "pretrain"]
 
-_HOMES = {"load": "inference.loading", "load_config": "config.load", "pretrain": "train.from_python"}
+_HOMES = {"load": "inference.model", "load_config": "config.load", "pretrain": "train.from_python"}
 
 
 def __getattr__(name: str) -> Any:

@@ -26,7 +26,7 @@ from neobert.data.source.spec import describe_sources
 from neobert.model.attention import ATTENTION
 from neobert.model.segments import Segments
 from neobert.optim.optimizers import OPTIMIZERS, build_optimizer, step_unless
-from neobert.train.record.wandb_sink import WandbSink
+from neobert.train.record.sinks import WandbSink
 
 FOLDER = Path(sys.argv[1])
 TINY = [

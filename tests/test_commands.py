@@ -22,8 +22,8 @@ from neobert.contrastive.mine import MineSettings
 from neobert.data.tokenizer import DEFAULT_VOCAB_SIZE
 from neobert.errors import UserError
 from neobert.inference.embed import EmbedSettings
-from neobert.inference.loading import DTYPES
 from neobert.inference.mlm_loss import LossSettings
+from neobert.inference.model import DTYPES
 from neobert.inference.pseudo_perplexity import ScoreSettings
 from neobert.model.pooling import POOLING
 from neobert.weights.encoder_weights import WEIGHTS

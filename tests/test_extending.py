@@ -14,9 +14,9 @@ from typing import NamedTuple
 import pytest
 
 from neobert.config.fields import FIELDS
-from neobert.config.key import Condition
 from neobert.config.schema_data import FILLS_MASKS, PREDICTS_TOKENS
 from neobert.data.source.files import FORMATS
+from neobert.key import Condition
 from neobert.model.attention import ATTENTION
 from neobert.objectives.masking import UNITS
 from neobert.objectives.table import OBJECTIVES

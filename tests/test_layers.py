@@ -12,7 +12,7 @@ ROOT = Path(__file__).parent.parent
 PACKAGE = ROOT / "neobert"
 LAYERS = [
     {"secrets", "host"},
-    {"errors"},
+    {"errors", "key"},
     {"model", "kernels"},
     {"config"},
     {"types", "splitmix", "cli", "disk"},

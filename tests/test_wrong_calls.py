@@ -80,7 +80,7 @@ CALLS = [
     ("benchmarks/resume_cost.py ./none --tokenizer tokenizer", "dataset.path: ./none does not exist"),
     ("benchmarks/resume_cost.py text.jsonl --tokenizer ./none", "tokenizer.path: ./none is no folder"),
     ("benchmarks/save_cost.py --folder none", "--folder: none is not a folder"),
-    ("benchmarks/save_cost.py --hidden-size 65 --num-layers 1", "model.hidden_size: 65"),
+    ("benchmarks/save_cost.py --hidden-size 65 --num-layers 1", "model.hidden_size 65"),
     ("checkpoint.py list none", "none holds no checkpoint"),
     ("checkpoint.py prune run --keep -1", "--keep: -1"),
     ("contrastive/evaluate.py run none.jsonl", "none.jsonl is not there"),

@@ -11,18 +11,18 @@ import os
 import random
 import shutil
 import signal
+import subprocess
+import sys
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from hashlib import sha256
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any, NoReturn
 
-from neobert.config.load import parse_config
+from neobert import cli
+from neobert.config.load import load_config, parse_config
 from neobert.errors import UserError
-
-if TYPE_CHECKING:
-    from neobert.benchmark.lives import Lives
 
 SETTINGS = """
 seed: 11
@@ -38,6 +38,63 @@ trainer: {max_steps: 300, per_device_train_batch_size: 2, gradient_accumulation_
 """
 
 EXACT = ("step", "loss_hex", "grad_norm_hex", "lr", "num_tokens", "num_targets", "batch_digest")
+
+
+class Lives:
+    """Starting the same run over and over without paying for imports: a parent that has imported everything and forks.
+
+    The parent reads one JSON request a line: the config file, overrides, variables, a file for the output, and a number
+    of processes. It forks a child for each rank and answers with their pids; to the request "wait" it answers with how
+    they ended (an exit code, or minus a signal). The children are ordinary processes: they can be killed like any
+    other. One start at a time.
+    """
+
+    def __init__(self) -> None:
+        command = [sys.executable, "-m", "neobert.benchmark.kill_storm"]
+        variables = {**os.environ, "OMP_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false"}
+        self._parent = subprocess.Popen(
+            command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=variables
+        )
+
+    def start(
+        self,
+        config_file: Path,
+        overrides: Sequence[str],
+        output: Path,
+        *,
+        variables: dict[str, str] | None = None,
+        world: int = 1,
+    ) -> list[int]:
+        """Starts a run; the pids of its ranks. Its output is added to the file `output`."""
+        request = {
+            "config": str(config_file),
+            "overrides": list(overrides),
+            "output": str(output),
+            "variables": variables or {},
+            "world": world,
+        }
+        self._ask(request)
+        return self._answer()
+
+    def wait(self) -> list[int]:
+        """How the ranks ended: exit codes, or minus the signal. Until then their pids cannot be anybody else's."""
+        self._ask("wait")
+        return self._answer()
+
+    def close(self) -> None:
+        """Ends the parent."""
+        assert self._parent.stdin is not None
+        self._parent.stdin.close()
+        self._parent.wait()
+
+    def _ask(self, request: Any) -> None:
+        assert self._parent.stdin is not None
+        self._parent.stdin.write(json.dumps(request) + "\n")
+        self._parent.stdin.flush()
+
+    def _answer(self) -> list[int]:
+        assert self._parent.stdout is not None
+        return json.loads(self._parent.stdout.readline())
 
 
 class StormError(UserError):
@@ -92,7 +149,7 @@ def find_phase(run: Path) -> str:
 
 
 def run_storm(
-    lives: "Lives", config_file: Path, out: Path, overrides: Sequence[str], *, max_kills: int, life: float, seed: int
+    lives: Lives, config_file: Path, out: Path, overrides: Sequence[str], *, max_kills: int, life: float, seed: int
 ) -> Storm:
     """Starts, kills and resumes a run until it is finished.
 
@@ -141,7 +198,6 @@ def run_storms(folder: Path, more: Sequence[str], *, kills: int, life: float | N
     write_corpus(folder / "corpus", seed=seed)
     config_file = folder / "storm.yaml"
     config_file.write_text(SETTINGS)
-    from neobert.benchmark.lives import Lives  # With all that training needs, after the settings are checked.
 
     lives = Lives()
     try:
@@ -151,7 +207,7 @@ def run_storms(folder: Path, more: Sequence[str], *, kills: int, life: float | N
 
 
 def _compare(
-    lives: "Lives",
+    lives: Lives,
     config_file: Path,
     overrides: list[str],
     folder: Path,
@@ -200,3 +256,39 @@ def _compare(
     good = sum(storm.survived for storm in storms)
     print(f"{total} kills in {len(storms)} storms: {good} equal to the one left alone, bit for bit", flush=True)
     return 0 if good == len(storms) else 1
+
+
+def _serve() -> None:
+    import neobert.train.loop  # noqa: F401  Here, so that no child pays for it.
+
+    pids: list[int] = []
+    # Not `for line in sys.stdin`: a child inherits what was read ahead.
+    while line := sys.stdin.readline():
+        request = json.loads(line)
+        if request == "wait":
+            print(json.dumps([os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) for pid in pids]), flush=True)
+            continue
+        pids = []
+        for rank in range(request["world"]):
+            pid = os.fork()
+            if pid == 0:
+                _live(request, rank)
+            pids.append(pid)
+        print(json.dumps(pids), flush=True)
+
+
+def _live(request: dict[str, Any], rank: int) -> NoReturn:
+    from neobert.train.loop import pretrain
+
+    descriptor = os.open(request["output"], os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
+    os.dup2(descriptor, 1)
+    os.dup2(descriptor, 2)
+    os.environ.update(request["variables"])
+    if request["world"] > 1:
+        world = str(request["world"])
+        os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=world, LOCAL_WORLD_SIZE=world)
+    cli.run(lambda: cli.EXIT_CODES[pretrain(load_config(request["config"], request["overrides"])).reason])
+
+
+if __name__ == "__main__":
+    _serve()

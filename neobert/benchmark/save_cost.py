@@ -22,7 +22,7 @@ from neobert.train.finish import finish
 from neobert.train.loop import training_steps
 from neobert.train.run import Run, build_run
 from neobert.types import TrainState
-from neobert.weights.manifest import check_contents
+from neobert.weights.folder import check_contents
 
 
 @dataclass(kw_only=True, slots=True)

@@ -6,11 +6,18 @@ that the training masks, packs or batches.
 
 Seconds of training are those that the run's log counts, without start-up, evaluation and saving. The first logging
 interval is left out too, because a model is compiled and the data opened in it: the others are scaled up to all steps.
+
+The yardstick is how much a config learns in a fixed time. A learning-rate schedule needs the number of steps before the
+first one, so a throw-away run of the same config makes some steps first; its speed times the seconds gives the number,
+and the run itself makes exactly that many. The seconds that it took are reported beside the budget: they differ where
+the machine was slower or faster than in the throw-away run.
 """
 
 import contextlib
+import dataclasses
 import json
 import sys
+import tempfile
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,12 +25,12 @@ from typing import Any
 
 import torch
 
-from neobert.config.load import load_saved_config
+from neobert.config.load import load_config, load_saved_config
 from neobert.config.schema import Config
-from neobert.data.store.encode import limit_threads
+from neobert.data.tokenizer import limit_threads
 from neobert.errors import UserError
-from neobert.inference.loading import load
 from neobert.inference.mlm_loss import LossSettings, MlmLoss, mlm_loss
+from neobert.inference.model import load
 from neobert.inference.scorer import OwnScorer
 from neobert.inference.texts import open_texts
 from neobert.train.loop import pretrain
@@ -123,3 +130,47 @@ def describe_machine() -> dict[str, Any]:
     """What the numbers were measured on."""
     device = torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu"
     return {"device": device, "threads": torch.get_num_threads(), "torch": torch.__version__}
+
+
+def measure_steps(file: Path, overrides: Sequence[str], *, seconds: float, steps: int) -> int:
+    """Steps that fit into `seconds`, by the speed of a run of `steps`, of which the first fifth is left out."""
+    with tempfile.TemporaryDirectory() as folder:
+        run = Path(folder) / "speed"
+        config = load_config(
+            file,
+            [
+                *overrides,
+                f"trainer.max_steps={steps}",
+                f"trainer.logging_steps={max(1, steps // 5)}",
+                "trainer.save_model=false",
+                "trainer.eval_strategy=no",
+                "trainer.eval_max_batches=1",
+                f"trainer.output_dir={run}",
+            ],
+        )
+        train(config)
+        return max(1, round(read_speed(run).steps_per_second * seconds))
+
+
+def measure(file: Path, overrides: Sequence[str], output: Path, *, num_steps: int, data: Path) -> dict[str, Any]:
+    """Trains and scores: the metrics of the run."""
+    config = load_config(
+        file,
+        [
+            *overrides,
+            f"trainer.max_steps={num_steps}",
+            "trainer.overwrite_output_dir=true",
+            f"trainer.output_dir={output}",
+        ],
+    )
+    train(config)
+    loss = score(output, data, device="cpu" if config.trainer.use_cpu else "auto")
+    return {
+        "loss": loss.loss,
+        "accuracy": loss.accuracy,
+        "num_targets": loss.num_targets,
+        "num_documents": loss.num_documents,
+        **dataclasses.asdict(read_speed(output)),
+        **describe_machine(),
+        "held_out": dataclasses.asdict(HELD_OUT),
+    }

@@ -23,8 +23,16 @@ from torch import Tensor
 from neobert.config.nesting import parse_json
 from neobert.disk import sync
 from neobert.weights.encoder_weights import WEIGHTS
-from neobert.weights.folder import AVERAGE_FILE, MODEL_FILE, valid_steps
-from neobert.weights.manifest import MANIFEST, CheckpointError, Manifest, check_contents, record_file
+from neobert.weights.folder import (
+    AVERAGE_FILE,
+    MANIFEST,
+    MODEL_FILE,
+    CheckpointError,
+    Manifest,
+    check_contents,
+    record_file,
+    valid_steps,
+)
 
 _COPIED = ("model_config.json", "tokenizer_info.json", "tokenizer")
 """What all of the averaged checkpoints must have alike, and the average has from them."""

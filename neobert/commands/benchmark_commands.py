@@ -170,7 +170,7 @@ def benchmark_inference(program: str, argv: list[str]) -> None:
     import torch
 
     from neobert.benchmark.inference import compare
-    from neobert.inference.loading import load
+    from neobert.inference.model import load
     from neobert.inference.packed import BATCH_TOKENS
     from neobert.inference.texts import open_texts
 
@@ -355,7 +355,7 @@ def yardstick(program: str, argv: list[str]) -> None:
 
     config = load_config(options.file, [*overrides, "trainer.max_steps=1"])  # What is wrong is said first.
     from neobert.benchmark import trial
-    from neobert.benchmark.yardstick import measure, measure_steps
+    from neobert.benchmark.trial import measure, measure_steps
 
     trial.use_threads(options.threads)
     trial.check_data(options.data)

@@ -19,8 +19,14 @@ from neobert.train.checkpoint.retention import (
     read_score,
 )
 from neobert.train.start import acquire_lock, read_checkpoint_config, read_train_state, release_lock
-from neobert.weights.folder import checkpoint_steps, choose_checkpoint, valid_steps
-from neobert.weights.manifest import CheckpointError, check_contents, check_sizes
+from neobert.weights.folder import (
+    CheckpointError,
+    check_contents,
+    check_sizes,
+    checkpoint_steps,
+    choose_checkpoint,
+    valid_steps,
+)
 
 
 def verify_run(run: Path) -> tuple[list[str], bool]:

@@ -16,13 +16,12 @@ from neobert.commands.preprocess import choose_config_name, write_command
 from neobert.config.load import config_to_yaml, load_saved_config, parse_config
 from neobert.config.schema import Config
 from neobert.data.pipeline import build_tokenizer
-from neobert.data.store.encode import limit_threads
 from neobert.data.store.offline import PreparedSource, data_overrides, name_tokenizer, prepare_sources
+from neobert.data.tokenizer import limit_threads
 from neobert.errors import StartupError
 from neobert.train.loop import pretrain
 from neobert.train.start import read_train_state
-from neobert.weights.folder import choose_checkpoint
-from neobert.weights.manifest import CheckpointError
+from neobert.weights.folder import CheckpointError, choose_checkpoint
 
 
 def run_longer(config: Config, args: argparse.Namespace, argv: Sequence[str]) -> int:

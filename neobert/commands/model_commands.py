@@ -38,7 +38,7 @@ def predict(program: str, argv: list[str]) -> None:
         texts += [line for line in read.splitlines() if line.strip()]
     if not texts:
         raise ValueError('no text; write one with [MASK] in it, for example "The sky is [MASK].", or --file')
-    from neobert.inference.loading import load
+    from neobert.inference.model import load
 
     model = load(args.model, device=args.device, dtype=args.dtype, weights=args.weights)
     for result in model.predict(texts, top_k=args.top_k, joint=args.joint):
@@ -59,7 +59,7 @@ def embed(program: str, argv: list[str]) -> None:
     parser.add_argument("--chunk-texts", type=int, help="default 2048")
     args = parser.parse_args(argv)
     from neobert.inference.embed import EmbedSettings, check_output, embed_to_file
-    from neobert.inference.loading import load
+    from neobert.inference.model import load
     from neobert.inference.texts import open_texts
 
     settings = EmbedSettings(**explicit_values(args, EmbedSettings))
@@ -120,7 +120,7 @@ def pseudo_perplexity(program: str, argv: list[str]) -> None:
     parser.add_argument("--chunked", type=int, metavar="K", help="faster estimate: mask every K-th token at once")
     parser.add_argument("--bias-documents", type=int, help="first documents scored exactly too (default 16)")
     args = parser.parse_args(argv)
-    from neobert.inference.loading import load
+    from neobert.inference.model import load
     from neobert.inference.pseudo_perplexity import ScoreSettings, pseudo_perplexity_to_file, summarize
     from neobert.inference.texts import open_texts
 

@@ -21,8 +21,7 @@ from neobert.objectives.table import choose_objective
 from neobert.train.build import build_config_data
 from neobert.train.start import read_checkpoint_config, read_train_state
 from neobert.types import IGNORE_INDEX, PackedBatch, PackedRow
-from neobert.weights.folder import choose_checkpoint, valid_steps
-from neobert.weights.manifest import CheckpointError
+from neobert.weights.folder import CheckpointError, choose_checkpoint, valid_steps
 
 
 @dataclass(frozen=True, kw_only=True, slots=True, eq=False)

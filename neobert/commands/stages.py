@@ -12,8 +12,7 @@ from neobert.config.schema import Config
 from neobert.errors import StartupError, UserError
 from neobert.train.checkpoint.run_folder import holds_run
 from neobert.train.start import is_own, read_checkpoint_config, read_train_state
-from neobert.weights.folder import AVERAGE_FILE, STEPS_KEY, choose_newest
-from neobert.weights.manifest import CheckpointError, read_manifest
+from neobert.weights.folder import AVERAGE_FILE, STEPS_KEY, CheckpointError, choose_newest, read_manifest
 
 UNKNOWN = Path("<final checkpoint>")
 """The result of a stage that has not run, in what `--dry-run` prints."""

@@ -18,13 +18,11 @@ from neobert.config.schema_data import DatasetSection
 from neobert.data.rows.packing import SPECIALS_PER_SEGMENT
 from neobert.data.source.spec import describe_source
 from neobert.data.store.arrow import read_manifest
-from neobert.data.store.encode import limit_threads
 from neobert.data.store.offline import describe_origin, describe_tokenizer, name_tokenizer, open_text_split
 from neobert.data.store.prepare import prepare_tokens, read_progress, work_folder
-from neobert.data.store.prepare_settings import PrepareSettings, describe_differences, make_identity
 from neobert.data.store.report import list_folders, write_report
-from neobert.data.store.token_writer import write_description
-from neobert.data.tokenizer import Tokenizer, check_mask_token, load_tokenizer
+from neobert.data.store.token_folder import PrepareSettings, describe_differences, make_identity, write_description
+from neobert.data.tokenizer import Tokenizer, check_mask_token, limit_threads, load_tokenizer
 from neobert.errors import DataError
 from neobert.secrets import scrub
 

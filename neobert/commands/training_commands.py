@@ -1,17 +1,22 @@
 """Commands that train, and that make ready what training reads. Libraries are imported after the arguments are read."""
 
+import inspect
 import shlex
 import textwrap
+from collections.abc import Sequence
 from pathlib import Path
 
 from neobert import cli
-from neobert.commands.command_line import parse_command_line
 from neobert.commands.flags import build_parser, shard
+from neobert.config.load import config_to_yaml, load_config, split_arguments
 from neobert.config.migrate import MigrationError, migrate
+from neobert.config.reference import build_help
+from neobert.config.rules import warnings
+from neobert.config.schema import Config
 from neobert.config.schema_data import DatasetSection
 from neobert.config.shipped import SHIPPED, copy_shipped
 from neobert.config.source import YamlError, read_yaml_text
-from neobert.errors import DataError
+from neobert.errors import CallError, DataError
 from neobert.secrets import scrub
 
 
@@ -33,8 +38,7 @@ def preprocess(program: str, argv: list[str]) -> None:
     config = parse_command_line(typed, description=preprocess.__doc__, program=program)
     if config.task != "pretraining":
         raise DataError(f"task: {config.task} is for neobert preprocess-pairs (scripts/{config.task}/preprocess.py)")
-    from neobert.commands.preprocess import choose_config_name, prepare, write_command
-    from neobert.commands.preview import preview
+    from neobert.commands.preprocess import choose_config_name, prepare, preview, write_command
     from neobert.data.store.report import write_report
 
     if "--debug" in argv:
@@ -237,3 +241,44 @@ def migrate_config(program: str, argv: list[str]) -> None:
         raise type(error)(f"{file}: {error}") from error
     cli.print_result(text, end="")
     cli.say(f"{len(edits)} edits:", *(f"  - {edit}" for edit in edits))
+
+
+def parse_command_line(argv: Sequence[str], *, description: str | None, program: str) -> Config:
+    """The config that `argv` describes.
+
+    `--help` and `--print-config` print to stdout and exit with 0; nothing but the config file is read for them.
+    Warnings of `--print-config` go to stderr.
+
+    Args:
+        argv: a config file, or the name of a shipped one, and overrides.
+        description: the docstring of the command, for `--help`.
+        program: what was typed before the arguments.
+
+    Raises:
+        CallError: there is no config file, or more than one, or an unknown option.
+        ConfigError: the file or an override is wrong; all problems in one message.
+    """
+    usage = f"usage: {program} CONFIG.yaml [--section.key VALUE ...]"
+    if any(argument in ("--help", "-h") for argument in argv):
+        cli.print_result(build_help(usage, inspect.cleandoc(description or "")))
+        raise SystemExit(0)
+    rest = [argument for argument in argv if argument != "--print-config"]
+    overrides, others = split_arguments(rest)
+    path = _choose_file(others, usage)
+    config = load_config(path, [f"--{key}" if text is None else f"--{key}={text}" for key, text in overrides])
+    if len(rest) < len(argv):
+        cli.say(*(f"warning: {warning}" for warning in warnings(config)))
+        cli.print_result(config_to_yaml(config), end="")
+        raise SystemExit(0)
+    return config
+
+
+def _choose_file(others: Sequence[str], usage: str) -> str:
+    options = [argument for argument in others if argument.startswith("-")]
+    if options:
+        raise CallError(f"unknown option {options[0]}; --help lists all keys\n{usage}")
+    if len(others) > 1:
+        raise CallError(f"one config file is expected, got {len(others)}: {', '.join(others)}\n{usage}")
+    if not others:
+        raise CallError(f"no config file; write a file, or a name that `neobert config list` has\n{usage}")
+    return others[0]

@@ -20,10 +20,10 @@ from operator import attrgetter, or_
 from types import NoneType, UnionType
 from typing import Any, Literal, get_args, get_origin, get_type_hints
 
-from neobert.config.key import Condition, Known
 from neobert.config.refused import REFUSED_VALUES
 from neobert.config.schema import Config
 from neobert.config.source import Leaf, Tree, parse_yaml_list
+from neobert.key import Condition, Known
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -99,7 +99,12 @@ def _split_optional(annotation: Any) -> tuple[Any, bool]:
 
 
 def read_docs(owner: type) -> dict[str, str]:
-    """Field name -> the string literal that follows the field."""
+    """Field name -> the string literal that follows the field, in the class itself or one that it extends."""
+    classes = [kind for kind in reversed(owner.__mro__) if dataclasses.is_dataclass(kind)]
+    return {name: text for kind in classes for name, text in _read_own_docs(kind).items()}
+
+
+def _read_own_docs(owner: type) -> dict[str, str]:
     (body,) = (node.body for node in ast.parse(inspect.getsource(owner)).body if isinstance(node, ast.ClassDef))
     texts = {}
     for statement, follower in pairwise(body):
@@ -130,7 +135,7 @@ def list_fields(owner: type, prefix: str = "", needs: tuple[Condition, ...] = ()
             found += list_fields(hints[f.name], f"{prefix}{f.name}.", (*needs, *f.metadata.get("needs", ())))
             continue
         if "key" not in f.metadata:
-            raise TypeError(f"{owner.__name__}.{f.name}: write it with neobert.config.key.key(default, resume=...)")
+            raise TypeError(f"{owner.__name__}.{f.name}: write it with neobert.key.key(default, resume=...)")
         known = f.metadata["key"]
         found.append(
             Field(
@@ -168,7 +173,7 @@ FIELDS, SECTIONS = _build_tables()
 
 
 def list_keys(change: str) -> frozenset[str]:
-    """The keys that change one thing of `neobert.config.key.CHANGES`."""
+    """The keys that change one thing of `neobert.key.CHANGES`."""
     return frozenset(key for key, field in FIELDS.items() if change in field.known.changes)
 
 

@@ -12,13 +12,13 @@ from typing import Any
 import yaml
 
 from neobert.config.fields import FIELDS, SECTIONS, LeafError, parse_value
-from neobert.config.key import show_value
 from neobert.config.load import ConfigError, parse_config
 from neobert.config.refused import find_refusal, find_renamed
 from neobert.config.rules import BUDGETS
 from neobert.config.schema_optimizer import MUON
 from neobert.config.source import Leaf, Tree, VariableError, YamlError, parse_yaml, substitute
 from neobert.errors import UserError
+from neobert.key import show_value
 
 _DEFAULTS: dict[str, Any] = {
     "tokenizer.name": "bert-base-uncased",

@@ -8,8 +8,8 @@ import textwrap
 from pathlib import Path
 
 from neobert.config.fields import FIELDS, SECTIONS, Field
-from neobert.config.key import RESUME, show_value
 from neobert.config.refused import EXPLAINED, FOREIGN_KEYS, LATER, REFUSED, RENAMED
+from neobert.key import RESUME, show_value
 
 _INTRODUCTION = """\
 # Configuration

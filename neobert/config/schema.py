@@ -1,4 +1,5 @@
-"""Every key of a config file: its name, type, default and meaning. The only list of keys.
+"""Every key of a config file: its name, type, default and meaning. The only list of keys; those of an architecture come
+from `neobert.model.config`.
 
 A config file has one mapping per section below, plus `task` and `seed`. The text under each field is its
 documentation: `--help` and docs/configuration.md are made from it. `neobert.config.load` turns YAML into a `Config`,
@@ -8,15 +9,16 @@ which is frozen: a value derived from it lives in the object that derived it.
 from dataclasses import dataclass, field
 from typing import Literal
 
-from neobert.config.key import key, section, when
 from neobert.config.schema_contrastive import ContrastiveSection
 from neobert.config.schema_data import PREDICTS_TOKENS, DatacollatorSection, DatasetSection, TokenizerSection
 from neobert.config.schema_optimizer import OptimizerSection
 from neobert.config.schema_trainer import TrainerSection
+from neobert.key import key, section
+from neobert.model.config import Architecture
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class ModelSection:
+class ModelSection(Architecture):
     """The encoder to train. The vocabulary and the padding id come from the tokenizer."""
 
     name: str | None = key(None, resume="free")
@@ -39,53 +41,9 @@ class ModelSection:
     init_drop_decoder_bias: bool = key(False, needs="model.init_from", tasks="pretraining", resume="free")
     """true: leave out the bias that the vocabulary projection of `init_from` may have (published NeoBERT has one)."""
 
-    hidden_size: int = key(768, at_least=1, resume="fixed")
-    """Width of the residual stream; a multiple of `num_attention_heads`."""
-
-    num_hidden_layers: int = key(12, at_least=1, resume="fixed")
-    """Number of encoder blocks."""
-
-    num_attention_heads: int = key(12, at_least=1, resume="fixed")
-    """Attention heads of each block; with `rope` the head width `hidden_size / num_attention_heads` must be even."""
-
-    intermediate_size: int = key(3072, at_least=1, resume="fixed")
-    """Width of the feed-forward layer. SwiGLU uses 2/3 of it, rounded up to a multiple of 8, so that both activations
-    have about the same number of parameters."""
-
-    # Learned positions are weights, of that number of rows.
-    max_position_embeddings: int = key(1024, at_least=1, resume=when("model.rope", "declared", otherwise="fixed"))
-    """Longest document the model can read, in tokens; at least `dataset.max_seq_length`."""
-
     vocab_size: int | None = key(None, at_least=1, resume="fixed")
     """Rows of the embedding. null: the tokenizer's size rounded up to a multiple of 128. Smaller than the tokenizer is
     an error, larger is kept."""
-
-    rope: bool = key(True, resume="fixed")
-    """true: rotary position embeddings; false: learned ones, counted from 0 in every document."""
-
-    rope_theta: float = key(10000.0, above=0, resume="declared")
-    """Base of the rotary frequencies; larger values suit longer documents."""
-
-    rms_norm: bool = key(True, resume="fixed")
-    """true: RMSNorm; false: LayerNorm."""
-
-    hidden_act: Literal["swiglu", "gelu"] = key("swiglu", resume="fixed")
-    """Feed-forward activation."""
-
-    dropout_prob: float = key(0.0, at_least=0, below=1, resume="declared")
-    """Dropout on the outputs of attention and feed-forward layers, never on attention probabilities."""
-
-    norm_eps: float = key(1e-5, above=0, resume="fixed")
-    """Added to the variance in every norm."""
-
-    embedding_init_range: float = key(0.02, above=0, resume="free")
-    """Embeddings start uniform in (-range, range)."""
-
-    decoder_init_range: float = key(0.02, above=0, resume="free")
-    """Linear layers start uniform in (-range, range)."""
-
-    tie_word_embeddings: bool = key(True, resume="fixed")
-    """Predict tokens with the embedding matrix itself instead of a second matrix."""
 
     # Free: the same attention and loss, rounded differently.
     attn_backend: Literal["auto", "sdpa", "flash_attn_varlen", "flex"] = key("auto", resume="free")
@@ -95,44 +53,6 @@ class ModelSection:
     kernel_backend: Literal["auto", "torch", "triton", "liger"] = key("auto", needs=PREDICTS_TOKENS, resume="free")
     """What computes the loss from hidden states and vocabulary: auto takes `triton` on CUDA where it can be imported,
     else `torch`; the log names the choice. A kernel named here that cannot run is an error."""
-
-    local_attention: int | None = key(None, at_least=1, resume="fixed")
-    """Sliding window in tokens: a token attends to those of its document at most `local_attention // 2` tokens away, to
-    either side. null: every layer attends to whole documents."""
-
-    global_attention_every: int = key(
-        3, at_least=2, because="1 leaves no layer a window", needs="model.local_attention", resume="fixed"
-    )
-    """With `local_attention`: layers 0, k, 2k, ... attend to whole documents all the same."""
-
-    qk_norm: bool = key(False, resume="fixed")
-    """RMSNorm of the queries and keys of every head, with a learned gain, before the rotary positions: attention logits
-    cannot grow without bound."""
-
-    embedding_norm: bool = key(False, resume="fixed")
-    """A norm between the embedding and the first block."""
-
-    decoder_bias: bool = key(False, resume="fixed")
-    """A bias for each token on the vocabulary projection, 0 at the start. Published NeoBERT has one."""
-
-    init: Literal["uniform", "truncated_normal", "megatron", "small"] = key("uniform", resume="free")
-    """Initial weights. `uniform`: within `embedding_init_range` and `decoder_init_range`. `truncated_normal`: normal
-    with `init_std`, cut at twice that. `megatron`: normal with `init_std`, divided by sqrt(2 `num_hidden_layers`) in
-    the layers that write into the residual stream. `small`: normal with sqrt(2 / (5 `hidden_size`)), and
-    2 / (`num_hidden_layers` sqrt(`hidden_size`)) in those layers."""
-
-    init_std: float | None = key(None, above=0, resume="free")
-    """Standard deviation of `truncated_normal` and `megatron`; null is 0.02."""
-
-    init_zero_residual: bool = key(False, resume="free")
-    """The layers that write into the residual stream start at 0, and so every block as the identity."""
-
-    ngpt: bool = key(False, resume="fixed")
-    """The normalised model (nGPT): hidden states and the vectors of all matrices have length 1, learned scales replace
-    norms. Needs `optimizer.weight_decay: 0`; a warm-up is not needed."""
-
-    base_scale: float | None = key(None, above=0, resume="fixed")
-    """With `ngpt`: where the stored scales start; the smaller, the faster they learn. null: 1 / sqrt(`hidden_size`)."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 from typing import Literal
 
-from neobert.config.key import key
+from neobert.key import key
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 from typing import Literal
 
-from neobert.config.key import key, when
+from neobert.key import key, when
 
 MASKS = "task=pretraining or contrastive.pretraining_objective=mlm"
 """What keys of masks need: pretraining, or fine-tuning in which some steps are masked language modelling."""

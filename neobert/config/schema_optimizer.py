@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 from typing import Literal
 
-from neobert.config.key import key, section
+from neobert.key import key, section
 
 MUON = ("muonclip", "normuon")
 """Optimizers that treat the matrices of the blocks by themselves."""

@@ -3,8 +3,8 @@
 from dataclasses import dataclass
 from typing import Literal
 
-from neobert.config.key import key, when
 from neobert.config.schema_data import FILLS_MASKS, MASKS, PREDICTS_TOKENS
+from neobert.key import key, when
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

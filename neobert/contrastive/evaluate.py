@@ -20,8 +20,7 @@ from neobert.contrastive.examples import Example, Form
 from neobert.contrastive.pair_data import ContrastiveData, HeldOut
 from neobert.contrastive.reading import open_source
 from neobert.errors import DataError
-from neobert.inference.loading import load
-from neobert.inference.model import Model
+from neobert.inference.model import Model, load
 from neobert.inference.packed import BATCH_TOKENS
 from neobert.train.agreement import exchange, sharing_errors
 from neobert.train.run import Run

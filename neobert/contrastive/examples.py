@@ -48,9 +48,6 @@ class Example:
     label: str | None = None
 
 
-ToExamples = Callable[[RawRow], Iterator[Example]]
-
-
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Columns:
     """Where the parts of an example are in a row."""

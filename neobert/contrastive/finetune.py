@@ -19,7 +19,7 @@ from neobert.contrastive.pair_data import build_contrastive_data
 from neobert.contrastive.set_folder import sets_folder
 from neobert.data.tokenizer import load_tokenizer
 from neobert.errors import StartupError
-from neobert.model.config import ModelConfig
+from neobert.model.config import Architecture, ModelConfig
 from neobert.objectives.table import check_task
 from neobert.train.loop import RunResult, train
 from neobert.train.run import Job, Run, build_run
@@ -29,7 +29,7 @@ from neobert.weights.encoder_weights import find_weights, load_encoder_weights
 from neobert.weights.folder import checkpoint_steps
 
 _OF_TRAINING = ("dropout_prob", "embedding_init_range", "decoder_init_range")
-"""Fields of ModelConfig that a fine-tuning run sets for itself."""
+"""Fields of the architecture that a fine-tuning run sets for itself."""
 
 
 def bind_checkpoint(config: Config) -> Config:
@@ -109,7 +109,7 @@ def _bind(
     Raises:
         StartupError: a key of `model` is neither at its default nor what the checkpoint has; every one is named.
     """
-    shared = {f.name for f in fields(ModelSection)} & {f.name for f in fields(ModelConfig)} - set(_OF_TRAINING)
+    shared = {f.name for f in fields(Architecture)} - set(_OF_TRAINING)
     defaults = ModelSection()
     differing, bound = [], dict[str, Any]()
     for name in sorted(shared):

@@ -24,7 +24,7 @@ from neobert.contrastive.examples import Example
 from neobert.contrastive.reading import open_source
 from neobert.disk import replacing
 from neobert.errors import DataError
-from neobert.inference.loading import load
+from neobert.inference.model import load
 
 _ANCHORS = 256
 """Anchors compared with the whole collection at once."""

@@ -34,7 +34,7 @@ from neobert.contrastive.reading import open_source
 from neobert.data.rows.collate import Collator
 from neobert.data.rows.packing import SPECIALS_PER_SEGMENT
 from neobert.errors import DataError
-from neobert.inference.loading import DTYPES, choose_device, load
+from neobert.inference.model import DTYPES, choose_device, load
 from neobert.kernels.linear_cross_entropy import KERNELS
 from neobert.model.attention import choose_attention
 from neobert.model.config import ModelConfig

@@ -27,9 +27,8 @@ from neobert.data.rows.packing import max_segments_per_row
 from neobert.data.rows.training import TrainData, build_row_order, build_train
 from neobert.data.source.inventory import NO_FILES, Inventory
 from neobert.data.source.spec import describe_sources
-from neobert.data.store.encode import limit_threads
 from neobert.data.store.opening import Source, View, list_sources, open_training_texts
-from neobert.data.tokenizer import Tokenizer, check_mask_token, load_tokenizer, train_tokenizer
+from neobert.data.tokenizer import Tokenizer, check_mask_token, limit_threads, load_tokenizer, train_tokenizer
 from neobert.host import available_cpus
 from neobert.types import Corruption, PackedBatch
 
@@ -233,16 +232,7 @@ def build_data(
         collate=collate,
         eval_set=evaluation.eval_set,
         eval_collate=replace(collate, policy=eval_masks, seed=config.trainer.eval_seed, draw="document"),
-        fingerprint=combine(
-            (view.documents.fingerprint for view in evaluation.train),
-            lambda prints: _hash(
-                section.sample_by,
-                [
-                    (one, *map(_describe_cursor, view.span), view.spec.weight)
-                    for one, view in zip(prints, evaluation.train)
-                ],
-            ),
-        ),
+        fingerprint=_combine_fingerprints(evaluation.train, section.sample_by),
         inventory=inventory,
         notes=(
             *found,
@@ -251,6 +241,16 @@ def build_data(
             *_note_shared_lanes(train, reader.world),
             *evaluation.notes,
             threads,
+        ),
+    )
+
+
+def _combine_fingerprints(views: Sequence[View], sample_by: str) -> str:
+    return combine(
+        (view.documents.fingerprint for view in views),
+        lambda prints: _hash(
+            sample_by,
+            [(one, *map(_describe_cursor, view.span), view.spec.weight) for one, view in zip(prints, views)],
         ),
     )
 

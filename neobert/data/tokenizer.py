@@ -6,6 +6,7 @@ spells one, say `[MASK]` in a page about BERT, is tokenised as ordinary text.
 
 import hashlib
 import json
+import os
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, Literal
@@ -176,6 +177,15 @@ _OWN_MASK = (
     "name a token of its own in tokenizer_config.json, one that tokenizer.json has, or set "
     "tokenizer.allow_special_token_rewrite: true for a fresh run to add one"
 )
+
+
+def limit_threads(num_threads: int | None) -> None:
+    """Sets how many threads tokenise; None takes all cores.
+
+    The tokenizer's thread pool reads this once, when the process tokenises for the first time: call it before.
+    """
+    if num_threads is not None:
+        os.environ["RAYON_NUM_THREADS"] = str(num_threads)
 
 
 def load_tokenizer(section: TokenizerSection) -> Tokenizer:

@@ -11,7 +11,7 @@ from typing import Any
 
 from neobert.config.load import load_saved_config
 from neobert.config.nesting import parse_json
-from neobert.export.choose import ExportError
+from neobert.export.forms import ExportError
 from neobert.model.config import ModelConfig
 from neobert.objectives.base import VectorSettings
 from neobert.objectives.table import choose_objective

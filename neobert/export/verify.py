@@ -23,8 +23,8 @@ from torch import Tensor
 
 from neobert.config.schema import TokenizerSection
 from neobert.data.tokenizer import Tokenizer, load_tokenizer
-from neobert.export.choose import ExportError
 from neobert.export.compare import TOLERANCE, build_model, layer_errors, our_states, random_documents
+from neobert.export.forms import ExportError
 from neobert.export.sentence_files import choose_sentence_settings
 from neobert.export.write import cut_vocabulary, pad
 from neobert.inference.fill_mask import MASK_TEXT, fill_mask

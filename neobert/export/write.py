@@ -22,14 +22,20 @@ from transformers import AutoModelForMaskedLM
 from neobert.config.schema import TokenizerSection
 from neobert.data.tokenizer import Tokenizer, check_mask_token, load_tokenizer
 from neobert.errors import DataError
-from neobert.export.card import model_card
-from neobert.export.card_data import check_language
-from neobert.export.choose import ExportError, Form, choose_form
+from neobert.export.card import check_language, model_card
 from neobert.export.compare import build_model, layer_errors, our_states, random_documents
-from neobert.export.remote_code import code_files, remote_config, remote_tensors
+from neobert.export.forms import (
+    ExportError,
+    Form,
+    choose_form,
+    code_files,
+    native_config,
+    native_tensors,
+    remote_config,
+    remote_tensors,
+)
 from neobert.export.sentence_files import choose_sentence_settings, write_sentence_files
 from neobert.export.tokenizer_files import check_class, save_tokenizer
-from neobert.export.transformers_native import native_config, native_tensors
 from neobert.objectives.table import OBJECTIVES
 from neobert.weights.describe import WeightsError
 from neobert.weights.encoder_weights import EncoderWeights, load_encoder_weights

@@ -12,8 +12,7 @@ from transformers import AutoModelForMaskedLM
 from neobert.data.tokenizer import Tokenizer, check_mask_token
 from neobert.data.tokenizer_file import load_as_written
 from neobert.errors import DataError
-from neobert.inference.loading import DTYPES, choose_device, load
-from neobert.inference.model import Model
+from neobert.inference.model import DTYPES, Model, choose_device, load
 from neobert.inference.packed import evaluating, precision
 from neobert.types import IGNORE_INDEX, PackedBatch
 from neobert.weights.folder import find_checkpoint

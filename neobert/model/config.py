@@ -1,128 +1,102 @@
-"""ModelConfig: the architecture of an encoder, and nothing about a run.
+"""The architecture of an encoder, and nothing about a run.
 
-It is built once from the user's `model` section, with the bound vocabulary size and padding id, and saved beside the
+Its keys are those of section `model` of a config file, which adds where weights come from and what runs them. A
+`ModelConfig` is built from it once, with the vocabulary size and padding id of the tokenizer, and saved beside the
 weights as `model_config.json`: whoever holds that file and the weights can rebuild the model.
 """
 
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, fields
-from typing import Any, Self
+from typing import Any, Literal, Self, get_args, get_origin, get_type_hints
 
-HIDDEN_ACTS = ("swiglu", "gelu")
+from neobert.key import key, when
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class ModelConfig:
-    """The architecture of an encoder. Raises ValueError, naming the key, for values that make no model."""
+class Architecture:
+    """What an encoder computes: the keys that section `model` of a config and the `ModelConfig` of a run share."""
 
-    hidden_size: int
-    """Width of the residual stream."""
+    hidden_size: int = key(768, at_least=1, resume="fixed")
+    """Width of the residual stream; a multiple of `num_attention_heads`."""
 
-    num_hidden_layers: int
+    num_hidden_layers: int = key(12, at_least=1, resume="fixed")
     """Number of encoder blocks."""
 
-    num_attention_heads: int
-    """Number of attention heads; divides `hidden_size`."""
+    num_attention_heads: int = key(12, at_least=1, resume="fixed")
+    """Attention heads of each block; with `rope` the head width `hidden_size / num_attention_heads` must be even."""
 
-    intermediate_size: int
-    """Width of the feed-forward layer before the 2/3 rule of SwiGLU (see `ffn_size`)."""
+    intermediate_size: int = key(3072, at_least=1, resume="fixed")
+    """Width of the feed-forward layer. SwiGLU uses 2/3 of it, rounded up to a multiple of 8, so that both activations
+    have about the same number of parameters."""
 
-    max_position_embeddings: int
-    """Longest document, in tokens."""
+    # Learned positions are weights, of that number of rows.
+    max_position_embeddings: int = key(1024, at_least=1, resume=when("model.rope", "declared", otherwise="fixed"))
+    """Longest document the model can read, in tokens; at least `dataset.max_seq_length`."""
 
-    vocab_size: int
-    """Rows of the embedding; at least the tokenizer's size."""
+    rope: bool = key(True, resume="fixed")
+    """true: rotary position embeddings; false: learned ones, counted from 0 in every document."""
 
-    pad_token_id: int
-    """Token id of padding. No computation reads it: padding is a segment of its own."""
+    rope_theta: float = key(10000.0, above=0, resume="declared")
+    """Base of the rotary frequencies; larger values suit longer documents."""
 
-    rope: bool = True
-    """True: rotary positions. False: learned position embeddings, counted per document."""
+    rms_norm: bool = key(True, resume="fixed")
+    """true: RMSNorm; false: LayerNorm."""
 
-    rope_theta: float = 10000.0
-    """Base of the rotary frequencies."""
+    hidden_act: Literal["swiglu", "gelu"] = key("swiglu", resume="fixed")
+    """Feed-forward activation."""
 
-    rms_norm: bool = True
-    """True: RMSNorm. False: LayerNorm without bias."""
+    dropout_prob: float = key(0.0, at_least=0, below=1, resume="declared")
+    """Dropout on the outputs of attention and feed-forward layers, never on attention probabilities."""
 
-    hidden_act: str = "swiglu"
-    """Feed-forward layer: `swiglu` or `gelu` (exact)."""
+    norm_eps: float = key(1e-5, above=0, resume="fixed")
+    """Added to the variance in every norm."""
 
-    dropout_prob: float = 0.0
-    """Dropout on the outputs of attention and feed-forward layer; never on attention probabilities."""
+    embedding_init_range: float = key(0.02, above=0, resume="free")
+    """Embeddings start uniform in (-range, range)."""
 
-    norm_eps: float = 1e-5
-    """Added to the mean square (or variance) inside the norms."""
+    decoder_init_range: float = key(0.02, above=0, resume="free")
+    """Linear layers start uniform in (-range, range)."""
 
-    embedding_init_range: float = 0.02
-    """Embeddings start uniform in (-range, +range)."""
+    tie_word_embeddings: bool = key(True, resume="fixed")
+    """Predict tokens with the embedding matrix itself instead of a second matrix."""
 
-    decoder_init_range: float = 0.02
-    """Linear layers start uniform in (-range, +range)."""
+    local_attention: int | None = key(None, at_least=1, resume="fixed")
+    """Sliding window in tokens: a token attends to those of its document at most `local_attention // 2` tokens away, to
+    either side. null: every layer attends to whole documents."""
 
-    tie_word_embeddings: bool = True
-    """Whether the vocabulary projection is the embedding matrix itself."""
+    global_attention_every: int = key(
+        3, at_least=2, because="1 leaves no layer a window", needs="model.local_attention", resume="fixed"
+    )
+    """With `local_attention`: layers 0, k, 2k, ... attend to whole documents all the same."""
 
-    local_attention: int | None = None
-    """Sliding window: a token attends to those of its document at most `local_attention // 2` positions away. None: no
-    layer has one."""
+    qk_norm: bool = key(False, resume="fixed")
+    """RMSNorm of the queries and keys of every head, with a learned gain, before the rotary positions: attention logits
+    cannot grow without bound."""
 
-    global_attention_every: int = 3
-    """With `local_attention`, layers 0, k, 2k, ... have no window."""
-
-    qk_norm: bool = False
-    """RMSNorm of every head's queries and keys, with a gain for each coordinate of a head, before the rotation."""
-
-    embedding_norm: bool = False
+    embedding_norm: bool = key(False, resume="fixed")
     """A norm between the embedding and the first block."""
 
-    decoder_bias: bool = False
-    """A bias on the vocabulary projection, 0 at the start."""
+    decoder_bias: bool = key(False, resume="fixed")
+    """A bias for each token on the vocabulary projection, 0 at the start. Published NeoBERT has one."""
 
-    init: str = "uniform"
-    """Initial weights: `uniform`, `truncated_normal`, `megatron` or `small`; see `init.py`."""
+    init: Literal["uniform", "truncated_normal", "megatron", "small"] = key("uniform", resume="free")
+    """Initial weights. `uniform`: within `embedding_init_range` and `decoder_init_range`. `truncated_normal`: normal
+    with `init_std`, cut at twice that. `megatron`: normal with `init_std`, divided by sqrt(2 `num_hidden_layers`) in
+    the layers that write into the residual stream. `small`: normal with sqrt(2 / (5 `hidden_size`)), and
+    2 / (`num_hidden_layers` sqrt(`hidden_size`)) in those layers."""
 
-    init_std: float | None = None
-    """Standard deviation of `truncated_normal` and `megatron`; None: 0.02."""
+    init_std: float | None = key(None, above=0, resume="free")
+    """Standard deviation of `truncated_normal` and `megatron`; null is 0.02."""
 
-    init_zero_residual: bool = False
-    """Whether the outputs of attention and feed-forward layer start at 0."""
+    init_zero_residual: bool = key(False, resume="free")
+    """The layers that write into the residual stream start at 0, and so every block as the identity."""
 
-    ngpt: bool = False
-    """The normalised model; see `ngpt.py`."""
+    ngpt: bool = key(False, resume="fixed")
+    """The normalised model (nGPT): hidden states and the vectors of all matrices have length 1, learned scales take the
+    place of norms. Needs `optimizer.weight_decay: 0`; a warm-up is not needed."""
 
-    base_scale: float | None = None
-    """With `ngpt`, what the stored scales start at; None: 1 / sqrt(hidden_size)."""
-
-    def __post_init__(self) -> None:
-        problems = [
-            f"model.{name}: {value} is not positive; write a positive number"
-            for name in _POSITIVE
-            if (value := getattr(self, name)) is not None and not value > 0
-        ]
-        if not problems and self.hidden_size % self.num_attention_heads:
-            problems.append(
-                f"model.num_attention_heads: {self.num_attention_heads} does not divide model.hidden_size "
-                f"{self.hidden_size}; choose a divisor"
-            )
-        elif not problems and self.rope and self.head_dim % 2:
-            problems.append(
-                f"model.rope: rotary positions need an even head size, and model.hidden_size {self.hidden_size} / "
-                f"model.num_attention_heads {self.num_attention_heads} is {self.head_dim}; choose another number of "
-                "heads or model.rope: false"
-            )
-        if self.hidden_act not in HIDDEN_ACTS:
-            problems.append(f"model.hidden_act: {self.hidden_act!r} is unknown; write one of {', '.join(HIDDEN_ACTS)}")
-        if not 0 <= self.dropout_prob < 1:
-            problems.append(f"model.dropout_prob: {self.dropout_prob} is outside [0, 1); write 0 for no dropout")
-        if not 0 <= self.pad_token_id < max(self.vocab_size, 1):
-            problems.append(
-                f"model.pad_token_id: {self.pad_token_id} is not a row of a vocabulary of {self.vocab_size}; take "
-                "both from the same tokenizer"
-            )
-        problems += variant_problems(self)
-        if problems:
-            raise ValueError("\n".join(problems))
+    base_scale: float | None = key(None, above=0, resume="fixed")
+    """With `ngpt`: where the stored scales start; the smaller, the faster they learn. null: 1 / sqrt(`hidden_size`)."""
 
     @property
     def head_dim(self) -> int:
@@ -149,6 +123,32 @@ class ModelConfig:
         """The sliding window of a layer, counted from 0; None where it attends to whole documents."""
         return None if layer % self.global_attention_every == 0 else self.local_attention
 
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class ModelConfig(Architecture):
+    """The architecture of an encoder. Raises ValueError, naming the key, for values that make no model."""
+
+    vocab_size: int
+    """Rows of the embedding; at least the tokenizer's size."""
+
+    pad_token_id: int
+    """Token id of padding. No computation reads it: padding is a segment of its own."""
+
+    def __post_init__(self) -> None:
+        problems = list(architecture_problems(self))
+        for field in fields(Architecture):
+            problems += field.metadata["key"].range_problems(f"model.{field.name}", getattr(self, field.name))
+        for name, kind in get_type_hints(Architecture).items():
+            if get_origin(kind) is Literal and (value := getattr(self, name)) not in get_args(kind):
+                problems.append(f"model.{name}: {value!r} is unknown; write one of {', '.join(get_args(kind))}")
+        if not 0 <= self.pad_token_id < self.vocab_size:
+            problems.append(
+                f"model.pad_token_id: {self.pad_token_id} is not a row of a vocabulary of {self.vocab_size}; take "
+                "both from the same tokenizer"
+            )
+        if problems:
+            raise ValueError("\n".join(problems))
+
     def to_dict(self) -> dict[str, Any]:
         """All fields, JSON-ready."""
         return asdict(self)
@@ -172,23 +172,6 @@ class ModelConfig:
         return cls(**values)
 
 
-_POSITIVE = (
-    "hidden_size",
-    "num_hidden_layers",
-    "num_attention_heads",
-    "intermediate_size",
-    "max_position_embeddings",
-    "vocab_size",
-    "rope_theta",
-    "norm_eps",
-    "embedding_init_range",
-    "decoder_init_range",
-    "local_attention",
-    "global_attention_every",
-    "init_std",
-    "base_scale",
-)
-
 _ADDED = (
     "local_attention",
     "global_attention_every",
@@ -204,8 +187,6 @@ _ADDED = (
 """Keys that the first version of `model_config.json` did not have; their defaults are what it did."""
 
 _OF_A_RUN = (
-    "vocab_size",
-    "pad_token_id",
     "dropout_prob",
     "embedding_init_range",
     "decoder_init_range",
@@ -214,36 +195,46 @@ _OF_A_RUN = (
     "init_zero_residual",
 )
 
-ARCHITECTURE = tuple(f.name for f in fields(ModelConfig) if f.name not in _OF_A_RUN)
-"""Fields that decide what weights mean. The others follow the tokenizer, or act on nothing but training."""
+ARCHITECTURE = tuple(f.name for f in fields(Architecture) if f.name not in _OF_A_RUN)
+"""Fields that decide what weights mean. The others act on nothing but training."""
 
 INITS_WITH_STD = ("truncated_normal", "megatron")
 
-_NOT_IN_NGPT: dict[str, Any] = {
-    "rope": True,
-    "rms_norm": True,
-    "hidden_act": "swiglu",
-    "dropout_prob": 0.0,
-    "norm_eps": 1e-5,
-    "embedding_init_range": 0.02,
-    "decoder_init_range": 0.02,
-    "init": "uniform",
-    "init_std": None,
-    "init_zero_residual": False,
-    "qk_norm": False,
-    "embedding_norm": False,
-    "decoder_bias": False,
-}
-"""Settings that the normalised model has its own answer to, and their defaults."""
+_DEFAULTS = Architecture()
 
-_UNIFORM_RANGES = {"embedding_init_range": 0.02, "decoder_init_range": 0.02}
+_NOT_IN_NGPT = (
+    "rope",
+    "rms_norm",
+    "hidden_act",
+    "dropout_prob",
+    "norm_eps",
+    "embedding_init_range",
+    "decoder_init_range",
+    "init",
+    "init_std",
+    "init_zero_residual",
+    "qk_norm",
+    "embedding_norm",
+    "decoder_bias",
+)
+"""Settings that the normalised model has its own answer to."""
 
 
-def variant_problems(model: Any) -> Iterator[str]:
-    """Settings that contradict each other or do nothing together, of a ModelConfig or the section of the same names."""
+def architecture_problems(model: Architecture) -> Iterator[str]:
+    """Settings that contradict each other or do nothing together."""
+    size, heads = model.hidden_size, model.num_attention_heads
+    if size >= 1 and heads >= 1:
+        if size % heads:
+            yield f"model.num_attention_heads: {heads} does not divide model.hidden_size {size}; choose a divisor"
+        elif model.rope and model.head_dim % 2:
+            yield (
+                f"model.rope: rotary positions need an even head size, and model.hidden_size {size} / "
+                f"model.num_attention_heads {heads} is {model.head_dim}; choose another number of heads or "
+                "model.rope: false"
+            )
     if model.ngpt:
-        for name, default in _NOT_IN_NGPT.items():
-            if (value := getattr(model, name)) != default:
+        for name in _NOT_IN_NGPT:
+            if (value := getattr(model, name)) != (default := getattr(_DEFAULTS, name)):
                 yield (
                     f"model.{name}: {value} is not part of the normalised model (model.ngpt: true); remove it, its "
                     f"default is {default}"
@@ -252,8 +243,8 @@ def variant_problems(model: Any) -> Iterator[str]:
     if model.base_scale is not None:
         yield f"model.base_scale: {model.base_scale} has no effect without model.ngpt: true; remove one of the two"
     if model.init != "uniform":
-        for name, default in _UNIFORM_RANGES.items():
-            if (value := getattr(model, name)) != default:
+        for name in ("embedding_init_range", "decoder_init_range"):
+            if (value := getattr(model, name)) != getattr(_DEFAULTS, name):
                 yield f"model.{name}: {value} has no effect with model.init: {model.init}; remove one of the two"
     if model.init_std is not None and model.init not in INITS_WITH_STD:
         yield (

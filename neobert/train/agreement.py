@@ -25,7 +25,7 @@ from neobert.config.fields import FIELDS, Field
 from neobert.config.schema import Config
 from neobert.errors import StartupError, UserError
 from neobert.secrets import scrub
-from neobert.weights.manifest import MANIFEST
+from neobert.weights.folder import MANIFEST
 
 if TYPE_CHECKING:
     from neobert.train.machine import Runtime

@@ -3,7 +3,7 @@
 import math
 from dataclasses import fields, replace
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Protocol
 
 import torch
 from torch.optim import Optimizer
@@ -19,7 +19,7 @@ from neobert.data.words import build_word_edges
 from neobert.errors import StartupError
 from neobert.kernels.linear_cross_entropy import KERNELS, choose_kernel
 from neobert.model.attention import AttentionBackend, choose_attention
-from neobert.model.config import ModelConfig
+from neobert.model.config import Architecture, ModelConfig
 from neobert.model.encoder import Encoder
 from neobert.objectives.base import ObjectiveModule
 from neobert.objectives.masking import MaskPolicy
@@ -29,8 +29,8 @@ from neobert.optim.optimizers import build_optimizer, keep_unit_length
 from neobert.optim.qk_clip import QKClip
 from neobert.train.machine import Runtime, choose_device_type, compute_dtype
 from neobert.train.record.console import Reporter
+from neobert.train.record.sinks import WandbSink
 from neobert.train.record.tracking import Sink
-from neobert.train.record.wandb_sink import WandbSink
 
 
 def choose_rows_per_step(config: Config, world: int) -> int:
@@ -86,9 +86,9 @@ def build_attention(config: Config) -> AttentionBackend:
         StartupError: `model.attn_backend` names one that cannot run here.
     """
     device, dtype = torch.device(choose_device_type(config)), compute_dtype(config)
-    head_dim = config.model.hidden_size // config.model.num_attention_heads
+    backend, head_dim = config.model.attn_backend, config.model.head_dim
     try:
-        return choose_attention(config.model.attn_backend, device=device, dtype=dtype, head_dim=head_dim)
+        return choose_attention(backend, device=device, dtype=dtype, head_dim=head_dim)
     except ValueError as error:
         raise StartupError(str(error)) from error
 
@@ -99,11 +99,9 @@ def build_model_config(config: Config, tokenizer: Tokenizer) -> ModelConfig:
     Raises:
         DataError: `model.vocab_size` is smaller than the tokenizer.
     """
-    section = config.model
-    vocab_size = padded_vocab_size(section.vocab_size, tokenizer.size)
-    of_tokenizer: dict[str, Any] = {"vocab_size": vocab_size, "pad_token_id": tokenizer.pad_id}
-    names = (f.name for f in fields(ModelConfig) if f.name not in of_tokenizer)
-    return ModelConfig(**{name: getattr(section, name) for name in names}, **of_tokenizer)
+    vocab_size = padded_vocab_size(config.model.vocab_size, tokenizer.size)
+    architecture = {f.name: getattr(config.model, f.name) for f in fields(Architecture)}
+    return ModelConfig(**architecture, vocab_size=vocab_size, pad_token_id=tokenizer.pad_id)
 
 
 def build_mask_policy(tokenizer: Tokenizer, probability: float, *, mask_all: bool) -> MaskPolicy:

@@ -19,7 +19,7 @@ from neobert.config.schema import Config, ModelSection, TokenizerSection
 from neobert.data.rows.order import key
 from neobert.data.tokenizer import Tokenizer, load_tokenizer
 from neobert.errors import DataError, StartupError
-from neobert.model.config import ARCHITECTURE, ModelConfig
+from neobert.model.config import ARCHITECTURE, Architecture, ModelConfig
 from neobert.model.ngpt import normalise_
 from neobert.objectives.base import Objective, ObjectiveModule
 from neobert.weights.describe import WeightsError
@@ -28,7 +28,7 @@ from neobert.weights.tiling import TILED, tile_weights
 from neobert.weights.vocabulary import VOCABULARY_TENSORS, match_tokens, remap_rows
 
 
-def bind_architecture(config: Config, theirs: ModelConfig | ModelSection) -> Config:
+def bind_architecture(config: Config, theirs: Architecture) -> Config:
     """The config with the architecture `theirs` in the keys that are not set; nothing is checked.
 
     A key is set when it was written down, or is not at its default (in a config that was made in Python).

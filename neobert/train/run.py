@@ -15,7 +15,6 @@ from torch.optim import Optimizer
 
 from neobert.config.schema import Config
 from neobert.data.pipeline import Reader, build_tokenizer
-from neobert.data.rows.batch_size import BatchSchedule
 from neobert.data.rows.lanes import RowOrder, State
 from neobert.data.rows.loader import Loader
 from neobert.data.source.inventory import Inventory
@@ -37,6 +36,7 @@ from neobert.train.agreement import (
     sharing_errors,
 )
 from neobert.train.build import (
+    Sized,
     build_attention,
     build_average,
     build_clip,
@@ -131,13 +131,7 @@ def open_run(config: Config, runtime: Runtime) -> tuple[RunSetup, EncoderWeights
     checked = check_compiled_gradients(config, attention, runtime)
     reporter = Reporter(active=runtime.is_main, show_progress=not config.trainer.disable_tqdm)
     output_dir = open_output_dir(config, runtime, reporter, start)
-    tokenizer = build_tokenizer(config, checkpoint, output_dir, partial(main_first, runtime))
-    if tokenizer.note is not None:
-        reporter.warn(tokenizer.note)
-    check_equal(runtime, lambda: {"tokenizer digest": tokenizer.digest, "special ids": list(tokenizer.special_ids)})
-    model_config = build_model_config(config, tokenizer)
-    # What `model.init_from` decides beside shapes, such as model.norm_eps: every rank has read its own folder.
-    check_equal(runtime, lambda: {f"model.{name}": value for name, value in model_config.to_dict().items()})
+    tokenizer, model_config = _build_vocabulary(config, checkpoint, output_dir, runtime, reporter)
     config, more = bind_micro_batch(
         config,
         runtime,
@@ -166,6 +160,20 @@ def open_run(config: Config, runtime: Runtime) -> tuple[RunSetup, EncoderWeights
     return setup, initial
 
 
+def _build_vocabulary(
+    config: Config, checkpoint: Path | None, output_dir: Path, runtime: Runtime, reporter: Reporter
+) -> tuple[Tokenizer, ModelConfig]:
+    """The tokenizer, and the architecture with its vocabulary; equal on all ranks."""
+    tokenizer = build_tokenizer(config, checkpoint, output_dir, partial(main_first, runtime))
+    if tokenizer.note is not None:
+        reporter.warn(tokenizer.note)
+    check_equal(runtime, lambda: {"tokenizer digest": tokenizer.digest, "special ids": list(tokenizer.special_ids)})
+    model_config = build_model_config(config, tokenizer)
+    # What `model.init_from` decides beside shapes, such as model.norm_eps: every rank has read its own folder.
+    check_equal(runtime, lambda: {f"model.{name}": value for name, value in model_config.to_dict().items()})
+    return tokenizer, model_config
+
+
 def _bind_initial(config: Config, checkpoint_config: Config | None) -> tuple[Config, EncoderWeights | None]:
     """The config with the architecture of `model.init_from`, and its weights; a checkpoint has its own of both."""
     if checkpoint_config is None:
@@ -177,7 +185,7 @@ def _bind_initial(config: Config, checkpoint_config: Config | None) -> tuple[Con
     return config, None
 
 
-class RunData(Protocol):
+class RunData(Sized, Protocol):
     """What a run reads: `DataPipeline` in pretraining."""
 
     @property
@@ -197,15 +205,6 @@ class RunData(Protocol):
 
     @property
     def inventory(self) -> Inventory: ...
-
-    @property
-    def batch(self) -> BatchSchedule: ...
-
-    @property
-    def num_rows(self) -> int | None: ...
-
-    @property
-    def num_tokens(self) -> int | None: ...
 
     def loader(self, state: State | None = None, skip: Sequence[tuple[int, int]] = (), step: int = 0) -> Loader: ...
 

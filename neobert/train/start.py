@@ -28,8 +28,14 @@ from neobert.train.checkpoint.run_folder import (
     holds_run,
     set_aside,
 )
-from neobert.weights.folder import AVERAGE_FILE, Choice, checkpoint_steps, choose_checkpoint, choose_newest
-from neobert.weights.manifest import CheckpointError
+from neobert.weights.folder import (
+    AVERAGE_FILE,
+    CheckpointError,
+    Choice,
+    checkpoint_steps,
+    choose_checkpoint,
+    choose_newest,
+)
 
 if TYPE_CHECKING:
     from neobert.train.machine import Runtime

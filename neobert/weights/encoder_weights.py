@@ -12,12 +12,14 @@ A name of the form `owner/model` that is no folder is fetched from the Hugging F
 revision.
 """
 
+import pickle
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
+import torch
 import yaml
 from huggingface_hub import snapshot_download
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
@@ -30,10 +32,16 @@ from neobert.objectives.base import Objective
 from neobert.objectives.mlm import MLM
 from neobert.objectives.table import OBJECTIVES, recognise_objective
 from neobert.weights.describe import WeightsError
-from neobert.weights.folder import AVERAGE_FILE, EMA_FILE, MODEL_FILE, OBJECTIVE_KEY, STEPS_KEY, find_checkpoint
+from neobert.weights.folder import (
+    AVERAGE_FILE,
+    EMA_FILE,
+    MODEL_FILE,
+    OBJECTIVE_KEY,
+    STEPS_KEY,
+    CheckpointError,
+    find_checkpoint,
+)
 from neobert.weights.layouts import LAYOUTS, Layout, to_ours
-from neobert.weights.manifest import CheckpointError
-from neobert.weights.pickles import UnreadablePickle, load_pickle
 
 REMOTE_CODE_TYPE = "neobert_encoder"
 """`model_type` of models that we export with their code."""
@@ -284,3 +292,27 @@ def _read_pickled(file: Path) -> dict[str, Tensor]:
 
 WEIGHTS: dict[str, tuple[str, ...]] = {"model": (MODEL_FILE, "pytorch_model.bin"), "ema": (EMA_FILE,)}
 """Which weights of a folder are meant: those that were trained, or their moving average. File names, first found."""
+
+
+class UnreadablePickle(ValueError):
+    """A pickle that is damaged or tries to run code; the message is the reason, without torch's advice."""
+
+
+def load_pickle(path: Path, device: torch.device | str = "cpu") -> Any:
+    """Tensors and plain values of a file of `torch.save`.
+
+    Raises:
+        FileNotFoundError: it is missing.
+        UnreadablePickle: it is damaged, or names anything else than tensors and plain values.
+    """
+    try:
+        return torch.load(path, map_location=device, weights_only=True)
+    except FileNotFoundError:
+        raise
+    except pickle.UnpicklingError as error:
+        # Torch advises to load the file all the same, in several paragraphs.
+        named = re.search(r"GLOBAL ([\w.]+)", str(error))
+        reason = f"it names {named[1]}, which could be any code" if named else "it is no file of torch.save"
+        raise UnreadablePickle(reason) from error
+    except (OSError, RuntimeError, EOFError, ValueError, KeyError) as error:
+        raise UnreadablePickle((str(error).strip() or type(error).__name__).split(". ")[0]) from error

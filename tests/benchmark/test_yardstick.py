@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 from calls import call
 
-from neobert.benchmark import trial, yardstick
+from neobert.benchmark import trial
 from neobert.config.load import config_to_yaml
 from neobert.config.schema import Config
 from neobert.inference.mlm_loss import LossSettings
@@ -47,12 +47,12 @@ def test_one_json_line(words: list[str], capsys: pytest.CaptureFixture[str], mon
 
 def test_the_number_of_steps_is_what_fits(words: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
     speed = trial.Speed(num_steps=5, num_tokens=500, training_seconds=2.0, tokens_per_second=250.0)
-    monkeypatch.setattr(yardstick, "read_speed", lambda run: speed)
+    monkeypatch.setattr(trial, "read_speed", lambda run: speed)
     steps: list[int | None] = []
-    monkeypatch.setattr(yardstick, "train", lambda config: steps.append(config.trainer.max_steps))
-    assert yardstick.measure_steps(Path(words[0]), [], seconds=9.0, steps=5) == 22
+    monkeypatch.setattr(trial, "train", lambda config: steps.append(config.trainer.max_steps))
+    assert trial.measure_steps(Path(words[0]), [], seconds=9.0, steps=5) == 22
     assert steps == [5]
-    assert yardstick.measure_steps(Path(words[0]), [], seconds=0.001, steps=5) == 1
+    assert trial.measure_steps(Path(words[0]), [], seconds=0.001, steps=5) == 1
 
 
 def test_a_number_of_steps_repeats_a_run(words: list[str], capsys: pytest.CaptureFixture[str]) -> None:

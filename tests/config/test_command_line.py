@@ -8,8 +8,7 @@ from pathlib import Path
 import pytest
 from calls import call
 
-from neobert.commands.command_line import parse_command_line
-from neobert.commands.training_commands import config
+from neobert.commands.training_commands import config, parse_command_line
 from neobert.config.fields import FIELDS
 from neobert.config.load import ConfigError, load_config, parse_config
 from neobert.config.shipped import SHIPPED
@@ -145,7 +144,7 @@ def test_a_shipped_config_is_copied_out_and_never_over_a_file(tmp_path, monkeypa
 def test_print_config_needs_neither_torch_nor_a_data_library(run_yaml):
     code = (
         "import sys\n"
-        "from neobert.commands.command_line import parse_command_line\n"
+        "from neobert.commands.training_commands import parse_command_line\n"
         "try:\n"
         "    parse_command_line([sys.argv[1], '--print-config'], description='', program='')\n"
         "finally:\n"

@@ -5,9 +5,9 @@ from dataclasses import dataclass
 import pytest
 
 from neobert.config.fields import FIELDS, can_be_declared, list_fields, list_keys
-from neobert.config.key import RESUME, Condition, key, when
 from neobert.config.load import build_config
 from neobert.config.rules import validate
+from neobert.key import RESUME, Condition, key, when
 
 
 @dataclass
@@ -29,7 +29,7 @@ def test_a_field_without_a_class_is_refused_where_the_schema_is_read() -> None:
     with pytest.raises(TypeError, match="resume"):
         key(3)  # type: ignore[call-arg]
 
-    with pytest.raises(TypeError, match=r"_Section.plain: write it with neobert.config.key.key\(default, resume=...\)"):
+    with pytest.raises(TypeError, match=r"_Section.plain: write it with neobert.key.key\(default, resume=...\)"):
         list_fields(_Section)
 
 

@@ -207,7 +207,10 @@ def test_keys_below_values_and_sections_as_values():
     assert "trainer.max_steps is a value (integer or null), nothing is below it" in error_of(
         BASE, "trainer.max_steps.x=3"
     )
-    assert error_of(BASE, "--model", "3") == "model: is a section; set its keys one by one, for example --model.name"
+    assert (
+        error_of(BASE, "--model", "3")
+        == "model: is a section; set its keys one by one, for example --model.hidden_size"
+    )
 
 
 @pytest.mark.parametrize(
@@ -243,7 +246,7 @@ def test_all_errors_come_together_and_none_twice():
     keys = [error.partition(":")[0] for error in errors]
     expected = ["modle", "trainer.max_step", "'what'", "trainer.save_steps", "model.rope"]
     # trainer.max_steps is not missed on top of `trainer.max_step`
-    assert keys == [*expected, "optimizer.lr", "model.hidden_size", "dataset.name", "tokenizer.name"]
+    assert keys == [*expected, "optimizer.lr", "model.num_attention_heads", "dataset.name", "tokenizer.name"]
 
 
 def test_the_error_is_a_readable_list(tmp_path):

@@ -67,8 +67,11 @@ ERRORS = [
         {"model__init_from": "x", "model__decoder_bias": True, "model__init_drop_decoder_bias": True},
         "model.init_drop_decoder_bias: true leaves out what model.decoder_bias: true needs; write false for one",
     ),
-    ({"model__hidden_size": 770}, "model.hidden_size: 770 is not a multiple of model.num_attention_heads = 12"),
-    ({"model__hidden_size": 60}, "gives heads of width 5; model.rope needs an even width"),
+    (
+        {"model__hidden_size": 770},
+        "model.num_attention_heads: 12 does not divide model.hidden_size 770; choose a",
+    ),
+    ({"model__hidden_size": 60}, "model.rope: rotary positions need an even head size, and model.hidden_size 60 / "),
     ({"model__hidden_size": 0}, "model.hidden_size: 0 must be at least 1"),
     ({"model__max_position_embeddings": 256}, "256 is less than dataset.max_seq_length = 512; raise it, or lower"),
     ({"model__dropout_prob": 1.0}, "model.dropout_prob: 1.0 must be at least 0 and less than 1"),

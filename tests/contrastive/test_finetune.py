@@ -28,7 +28,7 @@ from neobert.errors import DataError, StartupError
 from neobert.export.sentence_files import choose_sentence_settings
 from neobert.export.verify import verify
 from neobert.export.write import ExportRequest, export
-from neobert.inference.loading import load
+from neobert.inference.model import load
 from neobert.train.loop import pretrain
 from neobert.weights.encoder_weights import load_encoder_weights
 

@@ -10,9 +10,9 @@ from tokenizers import models
 from transformers import PreTrainedTokenizerFast
 
 from neobert.data.fingerprint import combine, fits
-from neobert.data.store import arrow, token_writer
+from neobert.data.store import arrow, token_folder
 from neobert.data.store.arrow import ArrowTexts, choose_indexed_lanes, load_table, read_manifest
-from neobert.data.store.token_writer import TokenWriter, write_description
+from neobert.data.store.token_folder import TokenWriter, write_description
 from neobert.data.store.tokens import TokenStore
 from neobert.data.tokenizer import Tokenizer
 from neobert.errors import DataError
@@ -168,7 +168,7 @@ def test_fingerprint_sees_one_changed_token(tmp_path, tokenizer):
 
 
 def test_written_folders_are_read_by_us_and_by_datasets(tmp_path, tokenizer, monkeypatch):
-    monkeypatch.setattr(token_writer, "BATCH_TOKENS", 10)
+    monkeypatch.setattr(token_folder, "BATCH_TOKENS", 10)
     for name in ("one", "two"):
         write_folder(tmp_path / name, DOCUMENTS, {"num_documents": 5}, file_tokens=30)
     assert contents(TokenStore(tmp_path / "one", tokenizer)) == DOCUMENTS

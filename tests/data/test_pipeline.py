@@ -16,7 +16,7 @@ from neobert.data.pipeline import Reader, build_data, build_tokenizer
 from neobert.data.source.formats import StdlibSource, list_splits
 from neobert.data.source.spec import SourceSpec, describe_source
 from neobert.data.store import prepare
-from neobert.data.store.prepare_settings import PrepareSettings
+from neobert.data.store.token_folder import PrepareSettings
 from neobert.errors import DataError
 from neobert.types import IGNORE_INDEX
 

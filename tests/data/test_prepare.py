@@ -16,15 +16,14 @@ from datasets import Dataset, load_from_disk
 
 from neobert import disk
 from neobert.commands.tokenize_dataset import check_parts, join_parts, part_folder
-from neobert.data.source.documents import TextDocuments
+from neobert.data.source.documents import EncodedDocument, TextDocuments
 from neobert.data.source.formats import list_splits
 from neobert.data.source.spec import describe_source
 from neobert.data.source.text import Record
-from neobert.data.store import prepare, token_writer
+from neobert.data.store import prepare, token_folder
 from neobert.data.store.arrow import read_manifest
-from neobert.data.store.encode import EncodedDocument
 from neobert.data.store.prepare import cut_tokens, prepare_tokens, work_folder
-from neobert.data.store.prepare_settings import Origin, PrepareSettings
+from neobert.data.store.token_folder import Origin, PrepareSettings
 from neobert.data.store.tokens import TokenStore
 from neobert.errors import DataError
 from neobert.train.memory import current_bytes, forget_peak, peak_bytes
@@ -165,8 +164,8 @@ def work(source, tokenizer, folder, settings):
 def test_killed_at_random_moments_and_started_again_gives_the_same_bytes(
     tmp_path, source, tokenizer, special, monkeypatch
 ):
-    monkeypatch.setattr("neobert.data.store.encode.ENCODE_DOCUMENTS", 8)
-    monkeypatch.setattr(token_writer, "BATCH_TOKENS", 200)
+    monkeypatch.setattr("neobert.data.source.documents.ENCODE_DOCUMENTS", 8)
+    monkeypatch.setattr(token_folder, "BATCH_TOKENS", 200)
     settings = replace(SMALL, special_tokens=special, max_length=20 if special else None)
     prepare_tokens(source, tokenizer, tmp_path / "whole", settings)
     folder, rng = tmp_path / "killed", random.Random(4 + special)
@@ -198,7 +197,7 @@ def work_until(source, tokenizer, folder, settings, number):
             os._exit(9)
         sync(path)
 
-    disk.sync = token_writer.sync = prepare.sync = dying
+    disk.sync = token_folder.sync = prepare.sync = dying
     prepare_tokens(source, tokenizer, folder, settings)
     os._exit(0)
 
@@ -225,7 +224,7 @@ def test_killed_at_every_step_of_saving_gives_the_same_bytes(tmp_path, source, t
 def test_cut_after_every_file_gives_the_same_bytes(tmp_path, source, tokenizer, monkeypatch):
     """A stop right after the n-th file is saved, and one between two saves, for every n."""
     whole = prepare_tokens(source, tokenizer, tmp_path / "whole", SMALL)
-    add, expected = token_writer.TokenWriter.add, digests(tmp_path / "whole")
+    add, expected = token_folder.TokenWriter.add, digests(tmp_path / "whole")
     for stop in (1, 14, 60, 61, 110, 149):
         calls = iter(range(1, 10**6))
 
@@ -236,7 +235,7 @@ def test_cut_after_every_file_gives_the_same_bytes(tmp_path, source, tokenizer, 
 
         folder = tmp_path / f"at-{stop}"
         with monkeypatch.context() as patch:
-            patch.setattr(token_writer.TokenWriter, "add", stopping)
+            patch.setattr(token_folder.TokenWriter, "add", stopping)
             with pytest.raises(KeyboardInterrupt):
                 prepare_tokens(source, tokenizer, folder, SMALL)
         saved = len(list(work_folder(folder).glob("output/*"))) if work_folder(folder).exists() else 0
@@ -258,7 +257,7 @@ def spy(records, read):
 
 def interrupt(tmp_path, source, tokenizer, monkeypatch, folder):
     calls = iter(range(1, 10**6))
-    add = token_writer.TokenWriter.add
+    add = token_folder.TokenWriter.add
 
     def stopping(self, rows, document):
         if next(calls) == 100:
@@ -266,7 +265,7 @@ def interrupt(tmp_path, source, tokenizer, monkeypatch, folder):
         return add(self, rows, document)
 
     with monkeypatch.context() as patch:
-        patch.setattr(token_writer.TokenWriter, "add", stopping)
+        patch.setattr(token_folder.TokenWriter, "add", stopping)
         with pytest.raises(KeyboardInterrupt):
             prepare_tokens(source, tokenizer, folder, SMALL)
 

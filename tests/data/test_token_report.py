@@ -10,12 +10,12 @@ import pytest
 from datasets import Dataset
 from rich.console import Console
 
+from neobert.data.source.documents import EncodedDocument
 from neobert.data.store import prepare as meter
-from neobert.data.store import token_writer
-from neobert.data.store.encode import EncodedDocument
+from neobert.data.store import token_folder
 from neobert.data.store.prepare import Meter, prepare_tokens
-from neobert.data.store.prepare_settings import PrepareSettings
 from neobert.data.store.report import write_report
+from neobert.data.store.token_folder import PrepareSettings
 from neobert.errors import DataError
 
 SETTINGS = PrepareSettings(max_document_chars=100, max_bad_records=0, file_tokens=3000)
@@ -45,7 +45,7 @@ def documents(tokenizer):
 
 @pytest.mark.parametrize("values", [{}, {"special_tokens": True}, {"max_length": 9, "special_tokens": True}])
 def test_the_numbers_are_those_counted_plainly(tmp_path, tokenizer, documents, values, monkeypatch):
-    monkeypatch.setattr(token_writer, "BATCH_TOKENS", 256)
+    monkeypatch.setattr(token_folder, "BATCH_TOKENS", 256)
     prepare_tokens(Plain(documents), tokenizer, tmp_path / "d", replace(SETTINGS, **values))
     found, text = write_report(tmp_path / "d", max_length=30)
     lengths = sorted(map(len, documents))

@@ -173,7 +173,7 @@ def test_threads_that_tokenise():
     """The pool of the tokenizer has as many threads as were asked for."""
     code = (
         "import os, tokenizers\n"
-        "from neobert.data.store.encode import limit_threads\n"
+        "from neobert.data.tokenizer import limit_threads\n"
         "limit_threads(3)\n"
         "backend = tokenizers.Tokenizer(tokenizers.models.WordLevel({'a': 0}, unk_token='a'))\n"
         "before = len(os.listdir('/proc/self/task'))\n"

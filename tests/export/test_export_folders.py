@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import shutil
 import stat
 import sys
@@ -28,8 +29,7 @@ from variants import EXPORTS
 import neobert.export.write as write_module
 from neobert.config.schema import Config
 from neobert.data.tokenizer import train_tokenizer
-from neobert.export.choose import CARRIED, REQUIRED, ExportError, choose_form
-from neobert.export.remote_code import code_files
+from neobert.export.forms import CARRIED, REQUIRED, ExportError, choose_form, code_files
 from neobert.export.sentence_files import choose_sentence_settings
 from neobert.export.tokenizer_files import save_tokenizer
 from neobert.export.write import Exported, ExportRequest, export
@@ -223,13 +223,14 @@ def test_the_card_says_how_the_model_was_trained(exports: dict[str, Exported], r
 
 def test_the_code_in_a_folder_is_that_of_the_model_and_needs_nothing_of_ours() -> None:
     files = code_files()
-    model = Path(write_module.__file__).parents[1] / "model"
-    assert {"modeling_neobert_encoder.py", "encoder.py", "attention.py", "config.py"} <= set(files)
+    package = Path(write_module.__file__).parents[1]
+    assert {"modeling_neobert_encoder.py", "encoder.py", "attention.py", "config.py", "key.py"} <= set(files)
     for name, text in files.items():
         assert "from neobert" not in text
         assert "import neobert" not in text
         if name != "modeling_neobert_encoder.py" and "_OPERATORS" not in text:
-            assert text == (model / name).read_text().replace("from neobert.model.", "from ."), "verbatim"
+            source = (package / ("" if name == "key.py" else "model") / name).read_text()
+            assert text == re.sub(r"from neobert\.(model\.)?", "from .", source), "verbatim"
 
 
 def test_everything_wrong_is_said_together_and_nothing_is_written(runs: dict[str, Path], tmp_path: Path) -> None:

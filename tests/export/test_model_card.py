@@ -9,9 +9,9 @@ from huggingface_hub import ModelCard
 
 from neobert.config.load import parse_config, save_config
 from neobert.config.schema import Config
-from neobert.export.card_data import check_language
-from neobert.export.choose import ExportError
+from neobert.export.card import check_language
 from neobert.export.facts import RunFacts, datasets_on_hub, hub_model, load_run_facts, model_on_hub, name_sources
+from neobert.export.forms import ExportError
 from neobert.export.write import Exported, ExportRequest, export
 
 Tiny = Callable[..., Config]

@@ -11,8 +11,8 @@ from variants import EXPORTS
 
 import neobert
 import neobert.export.verify as verify_module
-from neobert.export.choose import ExportError
 from neobert.export.compare import layer_errors, random_documents
+from neobert.export.forms import ExportError
 from neobert.export.verify import Verdict, verify
 from neobert.export.write import Exported
 

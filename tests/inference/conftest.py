@@ -16,7 +16,7 @@ from neobert.model.attention import ATTENTION
 from neobert.model.config import ModelConfig
 from neobert.model.encoder import Encoder
 from neobert.objectives.mlm import MaskedLM
-from neobert.weights.manifest import MANIFEST, Manifest, record_file
+from neobert.weights.folder import MANIFEST, Manifest, record_file
 
 
 @pytest.fixture(scope="session")

@@ -5,7 +5,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from neobert.weights.manifest import MANIFEST, Manifest, record_file
+from neobert.weights.folder import MANIFEST, Manifest, record_file
 
 
 def rewrite_manifest(checkpoint: Path) -> None:

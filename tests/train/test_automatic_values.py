@@ -14,7 +14,7 @@ import torch
 from ranks import run_ranks
 from records import exact_steps
 
-from neobert.commands.preview import preview
+from neobert.commands.preprocess import preview
 from neobert.config.load import load_config, save_config
 from neobert.config.schema import Config
 from neobert.data.tokenizer import load_tokenizer

@@ -19,7 +19,7 @@ from neobert.errors import StartupError
 from neobert.export.write import ExportRequest, export
 from neobert.train.loop import pretrain
 from neobert.weights.encoder_weights import load_encoder_weights
-from neobert.weights.manifest import CheckpointError, check_contents
+from neobert.weights.folder import CheckpointError, check_contents
 
 Tiny = Callable[..., Config]
 

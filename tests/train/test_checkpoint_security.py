@@ -14,7 +14,7 @@ from rewriting import rewrite_manifest
 from neobert.config.load import load_config
 from neobert.config.schema import Config
 from neobert.errors import StartupError
-from neobert.inference.loading import load
+from neobert.inference.model import load
 from neobert.train.loop import pretrain
 
 Tiny = Callable[..., Config]

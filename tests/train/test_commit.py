@@ -23,8 +23,7 @@ from neobert.train.finish import finish
 from neobert.train.loop import pretrain, training_steps
 from neobert.train.pretraining import announce
 from neobert.train.run import build_run
-from neobert.weights.folder import valid_steps
-from neobert.weights.manifest import MANIFEST, check_contents
+from neobert.weights.folder import MANIFEST, check_contents, valid_steps
 
 Tiny = Callable[..., Config]
 

@@ -17,9 +17,8 @@ from neobert.errors import StartupError
 from neobert.train import loop, start
 from neobert.train.checkpoint import save as checkpoint
 from neobert.train.loop import pretrain
-from neobert.train.record import line_file
-from neobert.weights.folder import checkpoint_steps, valid_steps
-from neobert.weights.manifest import check_contents
+from neobert.train.record import sinks
+from neobert.weights.folder import check_contents, checkpoint_steps, valid_steps
 
 Tiny = Callable[..., Config]
 
@@ -125,7 +124,7 @@ def test_the_output_folder_is_removed_while_the_run_runs(
 def test_lines_that_could_not_be_written_come_with_the_next_ones(
     tiny: Tiny, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    out, real, calls = tmp_path / "run", line_file.os.fsync, []
+    out, real, calls = tmp_path / "run", sinks.os.fsync, []
 
     def fail_sometimes(descriptor: int) -> None:
         calls.append(descriptor)
@@ -133,7 +132,7 @@ def test_lines_that_could_not_be_written_come_with_the_next_ones(
             raise OSError(28, "No space left on device")
         real(descriptor)
 
-    monkeypatch.setattr(line_file, "os", SimpleNamespace(fsync=fail_sometimes, truncate=line_file.os.truncate))
+    monkeypatch.setattr(sinks, "os", SimpleNamespace(fsync=fail_sometimes, truncate=sinks.os.truncate))
     pretrain(tiny(out, "trainer.save_model=false"))
     assert [x["step"] for x in log_lines(out, "step")] == list(range(1, 13))
     assert "a record could not be written ([Errno 28] No space left on device)" in capsys.readouterr().out

@@ -16,7 +16,7 @@ from neobert.config.load import ConfigError
 from neobert.config.schema import Config
 from neobert.data.tokenizer import load_tokenizer
 from neobert.errors import StartupError
-from neobert.inference.loading import load
+from neobert.inference.model import load
 from neobert.train import loop
 from neobert.train.checkpoint.identity import FINAL_MASKS, as_int64, check_next_batch, compare
 from neobert.train.loop import pretrain

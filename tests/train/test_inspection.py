@@ -18,8 +18,7 @@ from neobert.config.schema import Config
 from neobert.errors import StartupError
 from neobert.train import loop
 from neobert.train.loop import pretrain
-from neobert.weights.folder import checkpoint_steps
-from neobert.weights.manifest import CheckpointError
+from neobert.weights.folder import CheckpointError, checkpoint_steps
 
 Tiny = Callable[..., Config]
 

@@ -12,12 +12,11 @@ import pytest
 from ports import free_port
 from records import exact_steps, log_lines
 
-from neobert.benchmark.lives import Lives
+from neobert.benchmark.kill_storm import Lives
 from neobert.config.load import config_to_yaml
 from neobert.config.schema import Config
 from neobert.train.loop import pretrain
-from neobert.weights.folder import checkpoint_steps, choose_newest
-from neobert.weights.manifest import check_contents
+from neobert.weights.folder import check_contents, checkpoint_steps, choose_newest
 
 Tiny = Callable[..., Config]
 

@@ -19,7 +19,7 @@ from neobert.export.write import ExportRequest, export
 from neobert.train.loop import pretrain
 from neobert.weights.describe import WeightsError
 from neobert.weights.encoder_weights import load_encoder_weights
-from neobert.weights.manifest import read_manifest
+from neobert.weights.folder import read_manifest
 
 Tiny = Callable[..., Config]
 EMA = ["trainer.ema_decay=0.8", "model.dropout_prob=0.1"]

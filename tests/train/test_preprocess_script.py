@@ -12,8 +12,8 @@ from calls import call
 from datasets import load_from_disk
 from records import log_lines
 
-from neobert.commands.command_line import parse_command_line
 from neobert.commands.preprocess import choose_output
+from neobert.commands.training_commands import parse_command_line
 from neobert.config.load import config_to_yaml, load_config
 from neobert.config.schema import Config
 from neobert.config.schema_data import MixtureSource

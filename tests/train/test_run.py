@@ -14,7 +14,7 @@ from records import exact_steps, log_lines
 
 from neobert.config.schema import Config
 from neobert.errors import DataError, StartupError
-from neobert.inference.loading import load
+from neobert.inference.model import load
 from neobert.objectives.mlm import perplexity
 from neobert.train import machine as runtime
 from neobert.train.build import choose_rows_per_step

@@ -13,7 +13,7 @@ from neobert.config.schema import Config
 from neobert.errors import DataError
 from neobert.train.loop import pretrain
 from neobert.train.record import tracking
-from neobert.train.record.wandb_sink import TRACKED_SECTIONS
+from neobert.train.record.sinks import TRACKED_SECTIONS
 
 Tiny = Callable[..., Config]
 IN_URL, IN_ENVIRONMENT = "pa55word-in-url", "t0ken-in-environment"

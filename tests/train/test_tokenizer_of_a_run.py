@@ -12,10 +12,10 @@ from transformers import AutoTokenizer
 from neobert.config.schema import Config, TokenizerSection
 from neobert.data.tokenizer import load_tokenizer
 from neobert.errors import DataError
-from neobert.export.choose import ExportError
+from neobert.export.forms import ExportError
 from neobert.export.write import ExportRequest, export
 from neobert.inference.fill_mask import fill_mask
-from neobert.inference.loading import load
+from neobert.inference.model import load
 from neobert.inference.scorer import OwnScorer, TransformersScorer
 from neobert.train.loop import pretrain
 

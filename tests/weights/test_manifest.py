@@ -8,8 +8,17 @@ from pathlib import Path
 
 import pytest
 
-from neobert.weights.folder import checkpoint_steps, choose_checkpoint, choose_newest, valid_steps
-from neobert.weights.manifest import MANIFEST, CheckpointError, Manifest, check_contents, record_file
+from neobert.weights.folder import (
+    MANIFEST,
+    CheckpointError,
+    Manifest,
+    check_contents,
+    checkpoint_steps,
+    choose_checkpoint,
+    choose_newest,
+    record_file,
+    valid_steps,
+)
 
 FILES = {"model.safetensors": b"weights " * 100, "optimizer.bin": b"moments", "tokenizer/tokenizer.json": b"{}"}
 

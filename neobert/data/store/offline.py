@@ -29,8 +29,7 @@ from neobert.data.source.splits import (
 from neobert.data.source.text import WHOLE, Span
 from neobert.data.store.opening import locate_slice
 from neobert.data.store.prepare import prepare_tokens
-from neobert.data.store.prepare_settings import Origin, PrepareSettings, choose_settings
-from neobert.data.store.token_writer import write_json
+from neobert.data.store.token_folder import Origin, PrepareSettings, choose_settings, write_json
 from neobert.data.tokenizer import Tokenizer
 from neobert.errors import DataError
 from neobert.secrets import hide_credentials

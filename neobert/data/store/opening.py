@@ -24,7 +24,7 @@ from neobert.data.source.spec import SourceSpec, describe_sources, name_folders
 from neobert.data.source.splits import SplitSlice, choose_eval_split, choose_train_split, parse_split, slice_bounds
 from neobert.data.source.text import WHOLE, RecordCounts, Span, cut_text
 from neobert.data.store.prepare import prepare_tokens
-from neobert.data.store.prepare_settings import choose_settings
+from neobert.data.store.token_folder import choose_settings
 from neobert.data.store.tokens import TokenStore
 from neobert.data.tokenizer import Tokenizer
 

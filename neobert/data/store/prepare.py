@@ -28,12 +28,18 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 
 from neobert.data.rows.lanes import IntArray, State
-from neobert.data.source.documents import Documents
+from neobert.data.source.documents import Documents, EncodedDocument
 from neobert.data.source.text import WHOLE, RecordCounts, Span
 from neobert.data.store.arrow import read_manifest
-from neobert.data.store.encode import EncodedDocument
-from neobert.data.store.prepare_settings import UNNAMED, Origin, PrepareSettings, describe_differences, make_identity
-from neobert.data.store.token_writer import TokenWriter, write_description
+from neobert.data.store.token_folder import (
+    UNNAMED,
+    Origin,
+    PrepareSettings,
+    TokenWriter,
+    describe_differences,
+    make_identity,
+    write_description,
+)
 from neobert.data.tokenizer import Tokenizer
 from neobert.disk import locked, sync, write_json
 from neobert.errors import DataError

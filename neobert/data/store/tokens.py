@@ -14,10 +14,9 @@ from neobert.data.fingerprint import Fingerprint, digest_documents, spread
 from neobert.data.rows.lanes import DocumentStream, RowOrder, State
 from neobert.data.rows.packing import SPECIALS_PER_SEGMENT, piece_lengths
 from neobert.data.rows.streams import IndexedStream
-from neobert.data.source.documents import Documents, FirstDocuments, StreamSettings, count_slots
+from neobert.data.source.documents import Documents, EncodedDocument, FirstDocuments, StreamSettings, count_slots
 from neobert.data.source.text import WHOLE, Encode, RecordCounts, Sharding, Span
 from neobert.data.store.arrow import choose_indexed_lanes, load_table, read_manifest
-from neobert.data.store.encode import EncodedDocument
 from neobert.data.tokenizer import Tokenizer
 from neobert.errors import DataError
 

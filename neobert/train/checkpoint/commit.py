@@ -28,7 +28,7 @@ from pathlib import Path
 from neobert.disk import sync
 from neobert.testing.faults import fault_point
 from neobert.train.machine import Runtime
-from neobert.weights.manifest import MANIFEST, FileRecord, Manifest, record_file
+from neobert.weights.folder import MANIFEST, FileRecord, Manifest, record_file
 
 Write = Callable[[Path], None]
 """Writes one file, or one folder of files, at a path."""

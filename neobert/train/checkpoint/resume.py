@@ -40,8 +40,8 @@ from neobert.train.checkpoint.save import complete_save, estimate_bytes
 from neobert.train.run import Run
 from neobert.train.start import check_free_space, is_own, read_checkpoint_config, read_train_state
 from neobert.types import TrainState
+from neobert.weights.encoder_weights import UnreadablePickle, load_pickle
 from neobert.weights.folder import EMA_FILE, MODEL_FILE, checkpoint_steps, is_valid, valid_steps
-from neobert.weights.pickles import UnreadablePickle, load_pickle
 
 
 def resume_or_start(run: Run) -> TrainState:

@@ -9,8 +9,7 @@ from pathlib import Path
 from neobert.config.nesting import parse_json
 from neobert.config.schema import Config
 from neobert.errors import StartupError
-from neobert.weights.folder import MODEL_FILE, checkpoint_steps
-from neobert.weights.manifest import MANIFEST
+from neobert.weights.folder import MANIFEST, MODEL_FILE, checkpoint_steps
 
 TRACE, SNAPSHOT = "profiler_trace.json", "snapshot.pickle"
 """What the profiler writes."""

@@ -25,8 +25,8 @@ from neobert.train.checkpoint.audit import RankLayout, ReplayAudit, ReplayDiverg
 from neobert.train.machine import Runtime
 from neobert.train.numerics import SkippedStep, build_skipped_step
 from neobert.train.record.console import Reporter
-from neobert.train.record.line_file import LineFile
 from neobert.train.record.metrics import Interval, IntervalSums, MetricWindow, StepRecord, summarise
+from neobert.train.record.sinks import LineFile
 from neobert.train.step import StepMetrics
 from neobert.types import TrainState
 

@@ -8,7 +8,7 @@ docs/configuration.md are made from it. Only rules over several keys are written
 """
 
 import dataclasses
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any, Literal, TypeVar, get_args
 
@@ -137,6 +137,13 @@ class Known:
             and (self.at_most is None or value <= self.at_most)
             and (self.below is None or value < self.below)
         )
+
+    def range_problems(self, name: str, value: Any) -> Iterator[str]:
+        """A sentence where a value, or an item of a list, is out of range; null and `auto` are in every range."""
+        numbers = value if isinstance(value, tuple) else (value,)
+        if not all(self.allows(number) for number in numbers if number not in (None, "auto")):
+            because = f" ({self.because})" if self.because else ""
+            yield f"{name}: {show_value(value)} must be {self.range_text}{because}"
 
 
 def key(
