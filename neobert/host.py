@@ -18,7 +18,8 @@ from pathlib import Path
 SPIN_COUNT = 5000
 """Rounds that a waiting thread spins before it sleeps; GNU's OpenMP makes 300,000."""
 
-_WAITING = ("GOMP_SPINCOUNT", "OMP_WAIT_POLICY")
+WAITING = ("GOMP_SPINCOUNT", "OMP_WAIT_POLICY")
+"""What of the environment decides how threads wait."""
 
 
 def prepare_threads(environment: MutableMapping[str, str] = os.environ) -> None:
@@ -27,14 +28,14 @@ def prepare_threads(environment: MutableMapping[str, str] = os.environ) -> None:
         return
     if "OMP_NUM_THREADS" not in environment and available_cpus() < affine_cpus():
         environment["OMP_NUM_THREADS"] = str(available_cpus())
-    if not any(name in environment for name in _WAITING):
+    if not any(name in environment for name in WAITING):
         environment["GOMP_SPINCOUNT"] = str(SPIN_COUNT)
 
 
 def describe_waiting(environment: MutableMapping[str, str] = os.environ) -> str:
     """How threads wait, as the environment says it."""
     return (
-        ", ".join(f"{name}={environment[name]}" for name in _WAITING if name in environment) or "OpenMP's own spinning"
+        ", ".join(f"{name}={environment[name]}" for name in WAITING if name in environment) or "OpenMP's own spinning"
     )
 
 

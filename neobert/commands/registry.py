@@ -194,6 +194,11 @@ COMMANDS: dict[str, Command] = {
     "benchmark-resume": Command(
         "seconds to the first batch of a resumed run", "benchmark_commands", "benchmarks/resume_cost.py"
     ),
+    "benchmark-busy": Command(
+        "the training step beside other programs, by how threads wait",
+        "benchmark_commands",
+        "benchmarks/busy_cpu.py",
+    ),
     "benchmark-save": Command(
         "what a checkpoint costs to save and to load", "benchmark_commands", "benchmarks/save_cost.py"
     ),
