@@ -4,7 +4,7 @@
     elementwise bytes   what all but products and attention read and write, eager: time is this over the bandwidth
     saved bytes         what the forward keeps for the backward beside the weights, a slot; eager, and a compiled block
     graphs              that a block compiles to over batches of different documents
-    attention blocks    ceil(longest / 128) x heads x segments of a layer's forward, by what its kernel is handed; useful
+    attention blocks    ceil(longest / 128) x heads x segments of a forward of a layer, by what its kernel gets; useful
                         are those in which a document has queries. The backward launches three times as many
 
 The step runs on fake tensors, which have a shape and no content, so 64 rows of 1,024 take no memory. A build of torch

@@ -1,0 +1,462 @@
+"""`neobert gpu-check`: everything that has to be seen on a GPU once, in one resumable command.
+
+`CHECKS` says what is run, what is expected of it and about how long it takes. Each check has a process of its own with
+a time limit (`gpu_worker`); the next process imports its libraries while a check runs. Results are in gpu-check.json as
+soon as they are there, and in gpu-check.md beside what was expected. The same command again skips what is done and
+tries again what failed, was skipped or did not fit.
+
+Without a GPU every check runs on the CPU with tiny sizes, in one process: a dry run, which says that nothing is wrong
+with the checks themselves, and nothing about a GPU.
+"""
+
+import json
+import os
+import selectors
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass, field
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any, Self
+
+from neobert.disk import locked, write_json, write_text
+from neobert.errors import DataError, UserError
+
+RECORD, TABLE, LOG = "gpu-check.json", "gpu-check.md", "gpu-check.log"
+
+_ROOT = str(Path(__file__).parents[2])
+"""Where the package is, installed or not."""
+
+_START_SECONDS = 120.0
+"""In which a worker imports its libraries."""
+
+_STOPPED = "stopped after"
+
+_GRACE = 3.0
+"""Times the estimated cost that a check may take, when the budget has it."""
+
+_STACK = ("accelerate", "omegaconf", "tokenizers", "datasets")
+"""Packages of a training run, beyond torch and numpy."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class GpuCheck:
+    """One line of the table."""
+
+    runs: str
+    expects: str
+    minutes: float
+    """Estimated, on an H200: no check was run on a GPU when this was written."""
+
+    function: str
+    """`module:name` in `neobert.benchmark`, called with a `Bench`."""
+
+    packages: tuple[str, ...] = ()
+    gpus: int = 1
+
+
+CHECKS: dict[str, GpuCheck] = {
+    "machine": GpuCheck(
+        runs="compiler, Python.h, driver, versions; a first launch of the Triton loss kernel",
+        expects="a C compiler, Python.h, a driver as new as torch's CUDA, and the launch works",
+        minutes=0.3,
+        function="gpu_kernels:check_machine",
+    ),
+    "step-compiled": GpuCheck(
+        runs="the training step of 28 x 768 at 8, 32 and 64 rows of 1,024, bf16, compiled blocks",
+        expects="64 rows: 280,000 real tokens/s, MFU 38%; no less at 32 rows than 90% of it",
+        minutes=1.6,
+        function="gpu_steps:check_compiled_step",
+    ),
+    "borders": GpuCheck(
+        runs="attention of a layer with the real segment borders, and with borders filled up to rows x (L // 8 + 1)",
+        expects="filled-up borders cost 110 to 200 ms more over 28 layers at 64 x 1,024, and 3 GB",
+        minutes=0.4,
+        function="gpu_kernels:check_borders",
+    ),
+    "where": GpuCheck(
+        runs="three profiled steps at 64 rows, compiled and eager: device time by kind of kernel",
+        expects="products about 60% of a compiled step, idle under 5%",
+        minutes=1.2,
+        function="gpu_steps:check_where_time_goes",
+    ),
+    "run": GpuCheck(
+        runs="the quickstart, 120 steps, compiled, with evaluations, saves and a resume; its model is used",
+        expects="it finishes, the loss falls, the resumed run continues, the saved model answers",
+        minutes=0.9,
+        function="gpu_runs:check_run",
+        packages=_STACK,
+    ),
+    "equality": GpuCheck(
+        runs="two runs and a resume with trainer.deterministic and compiled blocks",
+        expects="losses, gradient norms and weights equal to the last bit",
+        minutes=1.0,
+        function="gpu_runs:check_equality",
+        packages=_STACK,
+    ),
+    "gpu-tests": GpuCheck(
+        runs="pytest -m gpu",
+        expects="all pass",
+        minutes=1.2,
+        function="gpu_runs:check_gpu_tests",
+        packages=("pytest", *_STACK),
+    ),
+    "step-eager": GpuCheck(
+        runs="the training step at 8, 32 and 64 rows, eager",
+        expects="64 rows: 216,000 real tokens/s, MFU 29%",
+        minutes=0.6,
+        function="gpu_steps:check_eager_step",
+    ),
+    "attention": GpuCheck(
+        runs="every attention backend, and FlashAttention 3 where torch has it: time, distance to the definition",
+        expects="flash_attn_varlen is the fastest that runs; all within 2e-2 of the definition in bf16",
+        minutes=0.6,
+        function="gpu_kernels:check_attention",
+    ),
+    "gemm": GpuCheck(
+        runs="the products of a layer at 65,536 tokens, forward and backward: bf16, and fp8 by rows where it exists",
+        expects="bf16 600 to 700 TFLOP/s (110 to 130 ms in 28 layers), fp8 1.5 to 1.8 times as fast",
+        minutes=0.3,
+        function="gpu_kernels:check_products",
+    ),
+    "loss": GpuCheck(
+        runs="loss kernels torch, triton, liger and the reference at 13,312 x 768 x 30,592, and their gradients",
+        expects="5 to 7 ms a step for triton; gradients within 1% of the definition",
+        minutes=0.4,
+        function="gpu_kernels:check_loss",
+    ),
+    "recompiles": GpuCheck(
+        runs="compiled steps on eight batches of different documents, graphs counted",
+        expects="no graph after the first step",
+        minutes=0.5,
+        function="gpu_steps:check_recompiles",
+    ),
+    "micro-batch": GpuCheck(
+        runs="trainer.per_device_train_batch_size: auto with 28 x 768 at 1,024, up to the end of the memory",
+        expects="it ends with a number of rows and the run trains with it",
+        minutes=1.2,
+        function="gpu_runs:check_micro_batch",
+        packages=_STACK,
+    ),
+    "profiler": GpuCheck(
+        runs="trainer.profiler_steps in a run, and neobert analyze-profile on its trace",
+        expects="a trace of the device whose times add up, and products, attention, loss and optimizer in it",
+        minutes=0.5,
+        function="gpu_runs:check_profiler",
+        packages=_STACK,
+    ),
+    "inference": GpuCheck(
+        runs="hidden states of 512 documents, 28 x 768: fp32, fp32 with TF32, bf16",
+        expects="bf16 5 to 10 times as fast as fp32, vectors at a cosine above 0.99",
+        minutes=0.5,
+        function="gpu_steps:check_inference",
+    ),
+    "optimizers": GpuCheck(
+        runs="a step of every optimizer on one gradient of 28 x 768",
+        expects="adamw under 3% of a step, Muon under 15%",
+        minutes=0.5,
+        function="gpu_steps:check_optimizers",
+    ),
+    "checkpointing": GpuCheck(
+        runs="memory and speed with gradient checkpointing at 128 and 256 rows, compiled",
+        expects="256 rows fit in 80 GB; three quarters of the speed without",
+        minutes=1.0,
+        function="gpu_steps:check_checkpointing",
+    ),
+    "muonclip": GpuCheck(
+        runs="muonclip with skipped spikes, averaged weights and statistics, compiled",
+        expects="it finishes, losses are finite, the average loads",
+        minutes=0.7,
+        function="gpu_runs:check_muonclip",
+        packages=_STACK,
+    ),
+    "two-gpus": GpuCheck(
+        runs="a run of one process resumed by two, with gradient accumulation and compiled blocks",
+        expects="the losses of one process within 1%",
+        minutes=1.5,
+        function="gpu_runs:check_two_gpus",
+        packages=_STACK,
+        gpus=2,
+    ),
+    "trainer-tests": GpuCheck(
+        runs="NEOBERT_TEST_DEVICE=cuda pytest tests/train",
+        expects="all pass",
+        minutes=4.0,
+        function="gpu_runs:check_trainer_tests",
+        packages=("pytest", *_STACK),
+    ),
+}
+"""In the order of their worth: what does not fit into the minutes is at the end."""
+
+
+class CannotRun(Exception):
+    """A check has nothing to run on here; the message says why."""
+
+
+class NotAsExpected(Exception):
+    """A check ran and what came out is wrong."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Bench:
+    """What a check runs on."""
+
+    device: str
+    """`cuda` or `cpu`."""
+
+    folder: Path
+    """For its files; gone after the check."""
+
+    @property
+    def dry(self) -> bool:
+        return self.device == "cpu"
+
+    def size(self, full: Any, tiny: Any) -> Any:
+        """What is for a GPU, or for a dry run."""
+        return tiny if self.dry else full
+
+
+@dataclass(kw_only=True, slots=True)
+class Found:
+    """What a check saw."""
+
+    lines: list[str] = field(default_factory=list)
+    values: dict[str, Any] = field(default_factory=dict)
+
+    def add(self, name: str, text: str, **values: Any) -> None:
+        """One line, and the numbers in it."""
+        self.lines.append(f"{name}: {text}")
+        self.values[name] = values
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Machine:
+    """What a worker says of where it is."""
+
+    device: str
+    """Name of the GPU, or `cpu`."""
+
+    gpus: int
+
+    @property
+    def dry(self) -> bool:
+        return self.gpus == 0
+
+
+# --- one process -----------------------------------------------------------------------------------------------------
+
+
+class Worker:
+    """A process that has imported torch and waits for the name of a check."""
+
+    def __init__(self, log: Path) -> None:
+        with log.open("ab") as file:
+            self._process = subprocess.Popen(
+                [sys.executable, "-m", "neobert.benchmark.gpu_worker"],
+                stdin=subprocess.PIPE,
+                stdout=subprocess.PIPE,
+                stderr=file,
+                start_new_session=True,  # A compiler's helpers end with it.
+                env={**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, (_ROOT, os.environ.get("PYTHONPATH"))))},
+            )
+
+    def greet(self) -> Machine:
+        """Waits for the imports.
+
+        Raises:
+            UserError: they failed.
+        """
+        answer = self._read(_START_SECONDS)
+        if answer is None:
+            raise UserError(f"the process of the checks did not start; the last lines of {LOG} say why")
+        return Machine(**answer)
+
+    def run(self, name: str, seconds: float) -> dict[str, Any]:
+        """The result of a check, `failed` where it does not come in time. A worker that failed is not used again."""
+        try:
+            self._send({"name": name})
+            answer = self._read(seconds)
+        except BrokenPipeError:
+            answer = None
+        if answer is not None:
+            return answer
+        late = self._process.poll() is None
+        self.close()
+        reason = f"{_STOPPED} {seconds:.0f} s" if late else f"the process ended with {self._process.returncode}"
+        return {"state": "failed", "reason": reason}
+
+    @property
+    def is_alive(self) -> bool:
+        return self._process.poll() is None
+
+    def close(self) -> None:
+        """Ends the process and what it started."""
+        with suppress(ProcessLookupError):
+            os.killpg(self._process.pid, signal.SIGKILL)
+        self._process.wait()
+
+    def _send(self, message: dict[str, Any]) -> None:
+        assert self._process.stdin is not None
+        self._process.stdin.write(json.dumps(message).encode() + b"\n")
+        self._process.stdin.flush()
+
+    def _read(self, seconds: float) -> dict[str, Any] | None:
+        assert self._process.stdout is not None
+        with selectors.DefaultSelector() as selector:
+            selector.register(self._process.stdout, selectors.EVENT_READ)
+            if not selector.select(max(seconds, 0)):
+                return None
+        line = self._process.stdout.readline()
+        answer: dict[str, Any] | None = json.loads(line) if line.endswith(b"\n") else None
+        return answer
+
+
+class Workers:
+    """One worker that serves, and on a GPU the next one, which imports meanwhile: a check has a process of its own."""
+
+    def __init__(self, log: Path, first: Worker, machine: Machine) -> None:
+        self._log, self._machine, self._current = log, machine, first
+        self._next: Worker | None = None
+
+    def run(self, name: str, seconds: float) -> dict[str, Any]:
+        if not self._machine.dry:
+            self._next = Worker(self._log)
+        started = time.monotonic()
+        result = self._current.run(name, seconds)
+        result["seconds"] = round(time.monotonic() - started, 1)
+        if self._next is not None or not self._current.is_alive:
+            self._current.close()
+            self._current = self._next or Worker(self._log)
+            self._next = None
+            self._current.greet()
+        return result
+
+    def close(self) -> None:
+        for worker in filter(None, (self._current, self._next)):
+            worker.close()
+
+
+@contextmanager
+def _workers(log: Path) -> Iterator[tuple[Workers, Machine]]:
+    first = Worker(log)
+    try:
+        machine = first.greet()
+    except BaseException:
+        first.close()
+        raise
+    workers = Workers(log, first, machine)
+    try:
+        yield workers, machine
+    finally:
+        workers.close()
+
+
+# --- the record ------------------------------------------------------------------------------------------------------
+
+
+@dataclass(kw_only=True, slots=True)
+class CheckRecord:
+    """gpu-check.json."""
+
+    machine: Machine
+    results: dict[str, dict[str, Any]]
+
+    @classmethod
+    def read(cls, output: Path, machine: Machine) -> Self:
+        """What an earlier start on this kind of machine left; a dry run leaves nothing to a GPU.
+
+        Raises:
+            DataError: the results in `output` are of another GPU, or no results.
+        """
+        file = output / RECORD
+        if not file.exists():
+            return cls(machine=machine, results={})
+        try:
+            saved = json.loads(file.read_text(encoding="utf-8"))
+            before, results = Machine(**saved["machine"]), dict(saved["checks"])
+        except (ValueError, KeyError, TypeError) as error:
+            raise DataError(f"{file} holds no results of gpu-check ({error}); write another --output") from error
+        if not before.dry and before != machine:
+            raise DataError(
+                f"--output: {output} holds results of {before.gpus} x {before.device}, and this machine has "
+                f"{machine.device}; write another --output"
+            )
+        return cls(machine=machine, results=results if before == machine else {})
+
+    def write(self, output: Path) -> None:
+        """Both files, each replaced as a whole."""
+        machine = {"device": self.machine.device, "gpus": self.machine.gpus}
+        write_json(output / RECORD, {"machine": machine, "checks": self.results})
+        write_text(output / TABLE, describe(self))
+
+    def is_done(self, name: str) -> bool:
+        return self.results.get(name, {}).get("state") == "done"
+
+
+def describe(record: CheckRecord) -> str:
+    """Expectation beside result, as Markdown."""
+    mark = "dry run on a CPU, tiny sizes: " if record.machine.dry else ""
+    lines = [f"# {mark}GPU check on {record.machine.device}", ""]
+    lines += ["| check | what it runs | expected on an H200 | result | s |", "|---|---|---|---|---|"]
+    for name, check in CHECKS.items():
+        result = record.results.get(name, {"state": "not run", "reason": "not reached"})
+        text = "<br>".join([_headline(result), *result.get("lines", [])]).replace("|", "\\|")
+        lines.append(f"| {name} | {check.runs} | {check.expects} | {mark}{text} | {result.get('seconds', '')} |")
+    return "\n".join(lines) + "\n"
+
+
+def _headline(result: dict[str, Any]) -> str:
+    reason = result.get("reason")
+    state: str = result["state"]
+    return state if reason is None else f"{state}: {reason}"
+
+
+# --- all of it -------------------------------------------------------------------------------------------------------
+
+
+def run_checks(output: Path, *, minutes: float, say: Callable[[str], None]) -> bool:
+    """Runs what fits into the minutes and is not done yet; whether nothing failed.
+
+    Args:
+        say: takes a line for each check.
+
+    Raises:
+        DataError: the results in `output` are of another GPU, or another process writes there.
+        UserError: torch cannot be imported.
+    """
+    deadline = time.monotonic() + 60 * minutes
+    with locked(output), _workers(output / LOG) as (workers, machine):
+        record = CheckRecord.read(output, machine)
+        mark = "dry run (CPU, tiny): " if machine.dry else ""
+        for name, check in CHECKS.items():
+            if record.is_done(name):
+                say(f"{mark}{name}: done before")
+                continue
+            left = deadline - time.monotonic()
+            limit = _GRACE * 60 * check.minutes
+            result = _refuse(check, machine, left) or workers.run(name, min(left, limit))
+            if left < limit and result.get("reason", "").startswith(_STOPPED):
+                result |= {"state": "not run", "reason": f"no time left; {result['reason']}"}
+            record.results[name] = {"dry_run": machine.dry, **result}
+            record.write(output)
+            seconds = f" ({result['seconds']} s)" if "seconds" in result else ""
+            for line in [f"{name}: {_headline(result)}{seconds}", *(f"  {x}" for x in result.get("lines", []))]:
+                say(mark + line)
+        return all(result["state"] != "failed" for result in record.results.values())
+
+
+def _refuse(check: GpuCheck, machine: Machine, seconds_left: float) -> dict[str, Any] | None:
+    """The result of a check that is not tried; None for one that is."""
+    missing = [name for name in check.packages if find_spec(name) is None]
+    if missing:
+        return {"state": "skipped", "reason": f"needs {', '.join(missing)}: run `pip install {' '.join(missing)}`"}
+    if check.gpus > max(machine.gpus, 1):
+        return {"state": "skipped", "reason": f"needs {check.gpus} GPUs, and this machine has {machine.gpus}"}
+    cost = 0.05 if machine.dry else check.minutes
+    if seconds_left < 60 * cost:
+        return {"state": "not run", "reason": "no time left; the same command with more --minutes runs it"}
+    return None

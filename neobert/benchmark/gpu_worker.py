@@ -1,0 +1,53 @@
+"""The process in which a check of `gpu_check` runs: reads names on its standard input, answers in lines of JSON.
+
+What a check prints goes to the standard error, which is the log.
+"""
+
+import importlib
+import json
+import os
+import sys
+import tempfile
+import traceback
+from pathlib import Path
+from typing import Any, TextIO
+
+import torch
+
+if not torch.cuda.is_available():  # Before triton is imported: its kernels run in the interpreter then.
+    os.environ["TRITON_INTERPRET"] = "1"
+
+from neobert.benchmark.gpu_check import CHECKS, Bench, CannotRun, Found
+
+
+def answer(name: str, device: str) -> dict[str, Any]:
+    """The result of a check."""
+    print(f"\n=== {name}", file=sys.stderr, flush=True)
+    module, function = CHECKS[name].function.split(":")
+    torch.compiler.reset()
+    try:
+        with tempfile.TemporaryDirectory() as folder:
+            check = getattr(importlib.import_module(f"neobert.benchmark.{module}"), function)
+            found: Found = check(Bench(device=device, folder=Path(folder)))
+    except CannotRun as error:
+        return {"state": "skipped", "reason": str(error)}
+    except Exception as error:  # Of a kernel, of the compiler, of a run: any kind is a result.
+        traceback.print_exc()
+        text = " ".join(str(error).split())
+        return {"state": "failed", "reason": f"{type(error).__name__}: {text[:400]}"}
+    return {"state": "done", "lines": found.lines, "values": found.values}
+
+
+def serve(channel: TextIO) -> None:
+    """Answers until the standard input ends."""
+    gpus = torch.cuda.device_count() if torch.cuda.is_available() else 0
+    name = torch.cuda.get_device_name(0) if gpus else "cpu"
+    print(json.dumps({"device": name, "gpus": gpus}), file=channel, flush=True)
+    for line in sys.stdin:
+        print(json.dumps(answer(json.loads(line)["name"], "cuda" if gpus else "cpu")), file=channel, flush=True)
+
+
+if __name__ == "__main__":
+    answers = os.fdopen(os.dup(1), "w")
+    os.dup2(2, 1)
+    serve(answers)
