@@ -227,7 +227,7 @@ class Found:
     lines: list[str] = field(default_factory=list)
     values: dict[str, Any] = field(default_factory=dict)
 
-    def add(self, name: str, text: str, **values: Any) -> None:
+    def add(self, name: str, text: str, /, **values: Any) -> None:
         """One line, and the numbers in it."""
         self.lines.append(f"{name}: {text}")
         self.values[name] = values
@@ -270,24 +270,22 @@ class Worker:
         Raises:
             UserError: they failed.
         """
-        answer = self._read(_START_SECONDS)
-        if answer is None:
-            raise UserError(f"the process of the checks did not start; the last lines of {LOG} say why")
+        try:
+            answer = self._read(_START_SECONDS)
+        except (TimeoutError, EOFError) as error:
+            raise UserError(f"the process of the checks did not start; the last lines of {LOG} say why") from error
         return Machine(**answer)
 
     def run(self, name: str, seconds: float) -> dict[str, Any]:
         """The result of a check, `failed` where it does not come in time. A worker that failed is not used again."""
         try:
             self._send({"name": name})
-            answer = self._read(seconds)
-        except BrokenPipeError:
-            answer = None
-        if answer is not None:
-            return answer
-        late = self._process.poll() is None
-        self.close()
-        reason = f"{_STOPPED} {seconds:.0f} s" if late else f"the process ended with {self._process.returncode}"
-        return {"state": "failed", "reason": reason}
+            return self._read(seconds)
+        except TimeoutError:
+            self.close()
+            return {"state": "failed", "reason": f"{_STOPPED} {seconds:.0f} s"}
+        except (BrokenPipeError, EOFError):
+            return {"state": "failed", "reason": f"the process ended with {self._process.wait()}"}
 
     @property
     def is_alive(self) -> bool:
@@ -298,20 +296,26 @@ class Worker:
         with suppress(ProcessLookupError):
             os.killpg(self._process.pid, signal.SIGKILL)
         self._process.wait()
+        for stream in filter(None, (self._process.stdin, self._process.stdout)):
+            with suppress(BrokenPipeError):  # What was not read.
+                stream.close()
 
     def _send(self, message: dict[str, Any]) -> None:
         assert self._process.stdin is not None
         self._process.stdin.write(json.dumps(message).encode() + b"\n")
         self._process.stdin.flush()
 
-    def _read(self, seconds: float) -> dict[str, Any] | None:
+    def _read(self, seconds: float) -> dict[str, Any]:
+        """Raises TimeoutError, or EOFError where the process is gone."""
         assert self._process.stdout is not None
         with selectors.DefaultSelector() as selector:
             selector.register(self._process.stdout, selectors.EVENT_READ)
             if not selector.select(max(seconds, 0)):
-                return None
+                raise TimeoutError
         line = self._process.stdout.readline()
-        answer: dict[str, Any] | None = json.loads(line) if line.endswith(b"\n") else None
+        if not line.endswith(b"\n"):
+            raise EOFError
+        answer: dict[str, Any] = json.loads(line)
         return answer
 
 
@@ -319,20 +323,23 @@ class Workers:
     """One worker that serves, and on a GPU the next one, which imports meanwhile: a check has a process of its own."""
 
     def __init__(self, log: Path, first: Worker, machine: Machine) -> None:
-        self._log, self._machine, self._current = log, machine, first
+        self._log, self._machine = log, machine
+        self._current: Worker | None = first
         self._next: Worker | None = None
 
     def run(self, name: str, seconds: float) -> dict[str, Any]:
+        """The result of a check, with its seconds. Raises UserError when no worker starts."""
+        if self._current is None:
+            self._current, self._next = self._next or Worker(self._log), None
+            self._current.greet()
         if not self._machine.dry:
             self._next = Worker(self._log)
         started = time.monotonic()
         result = self._current.run(name, seconds)
         result["seconds"] = round(time.monotonic() - started, 1)
-        if self._next is not None or not self._current.is_alive:
+        if not self._machine.dry or not self._current.is_alive:
             self._current.close()
-            self._current = self._next or Worker(self._log)
-            self._next = None
-            self._current.greet()
+            self._current = None
         return result
 
     def close(self) -> None:

@@ -32,6 +32,8 @@ _HIDDEN = _PAPER["hidden_size"]
 _FFN = 2048
 """2/3 of the intermediate size of the paper, as SwiGLU has it."""
 
+_DRIVER = Path("/proc/driver/nvidia/version")
+
 _FP8 = (8, 9)
 """Compute capability from which products by rows in fp8 exist."""
 
@@ -71,6 +73,11 @@ def check_machine(bench: Bench) -> Found:
         capability = f"{gpu.major}.{gpu.minor}"
         text = f"{gpu.name}, capability {capability}, {gpu.total_memory / 2**30:.0f} GiB"
         found.add(f"GPU {number}", text, name=gpu.name, capability=capability)
+    if bench.dry and _DRIVER.exists():
+        raise NotAsExpected(
+            f"there is an NVIDIA driver here and torch sees no GPU: install a torch for CUDA that is no newer than the "
+            f"driver, or a newer driver ({_DRIVER.read_text().splitlines()[0]}; torch is for CUDA {torch.version.cuda})"
+        )
     if not bench.dry and (compiler is None or not header.exists()):
         raise NotAsExpected(f"Triton needs a C compiler and Python.h; install gcc and python3-dev ({found.lines[0]})")
     if kernel_obstacle("triton", torch.device(bench.device)) is None:
@@ -235,7 +242,7 @@ def _distance_to_definition(backend: AttentionBackend, bench: Bench) -> float:
     real = (segments.ids.flatten() > 0)[:, None, None]
     grad = grad * real
     wide = [x.detach().float().requires_grad_() for x in (q, k, v)]
-    want = reference_attention(*wide, segments, scale=0.125) * real
+    want = reference_attention(wide[0], wide[1], wide[2], segments, scale=0.125) * real
     got = backend.attend(q, k, v, backend.prepare(segments), scale=0.125) * real
     pairs = [(got, want)]
     pairs += zip(torch.autograd.grad(got, (q, k, v), grad), torch.autograd.grad(want, wide, grad.float()))

@@ -17,12 +17,13 @@ import torch
 if not torch.cuda.is_available():  # Before triton is imported: its kernels run in the interpreter then.
     os.environ["TRITON_INTERPRET"] = "1"
 
+from neobert import cli
 from neobert.benchmark.gpu_check import CHECKS, Bench, CannotRun, Found
 
 
 def answer(name: str, device: str) -> dict[str, Any]:
     """The result of a check."""
-    print(f"\n=== {name}", file=sys.stderr, flush=True)
+    cli.say("", f"=== {name}")
     module, function = CHECKS[name].function.split(":")
     torch.compiler.reset()
     try:

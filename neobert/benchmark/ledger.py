@@ -188,7 +188,7 @@ class _OnGpu(TorchFunctionMode):
         if func == torch.Tensor.is_cuda.__get__:  # type: ignore[attr-defined]
             return True
         if func is F.rms_norm:  # One kernel on a GPU, several on a CPU; this one is one on both.
-            return F.layer_norm(*args, bias=None, **kwargs)
+            return F.layer_norm(*args, **kwargs)
         if kwargs.get("device") == _CUDA:
             kwargs = {**kwargs, "device": _CPU}
         return func(*args, **kwargs)

@@ -44,7 +44,7 @@ def test_a_dry_run_of_every_check(tmp_path: Path) -> None:
 def small(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> dict[str, GpuCheck]:
     """Workers that are a few lines of Python, and a table of checks that go wrong in several ways."""
     checks = {
-        name: GpuCheck(runs=name, expects="x", minutes=0.02, function="x:y")
+        name: GpuCheck(runs=name, expects="x", minutes=0.005, function="x:y")
         for name in ("fails", "hangs", "dies", "works")
     }
     monkeypatch.setattr(gpu_check, "CHECKS", checks)
@@ -77,7 +77,7 @@ def test_each_check_has_a_process_and_a_limit(small: dict[str, GpuCheck], tmp_pa
     results = json.loads((tmp_path / "out" / "gpu-check.json").read_text())["checks"]
     assert {name: (r["state"], r.get("reason")) for name, r in results.items()} == {
         "fails": ("failed", "wrong"),
-        "hangs": ("failed", "stopped after 4 s"),
+        "hangs": ("failed", "stopped after 1 s"),
         "dies": ("failed", "the process ended with 9"),
         "works": ("done", None),
     }
