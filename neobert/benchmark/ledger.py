@@ -2,6 +2,8 @@
 
     launches            operators of forward and backward that start a kernel, eager
     elementwise bytes   what all but products and attention read and write, eager: time is this over the bandwidth
+    fused bytes         the same a slot of a compiled block, if what is between products and attention reads and writes
+                        each tensor once
     saved bytes         what the forward keeps for the backward beside the weights, a slot; eager, and a compiled block
     graphs              that a block compiles to over batches of different documents
     attention blocks    ceil(longest / 128) x heads x segments of a forward of a layer, by what its kernel gets; useful
@@ -16,9 +18,9 @@ Operators stand for kernels: a fused norm is one, whatever torch does on a CPU. 
 
 import itertools
 import math
+import operator
 import sys
 import warnings
-from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
@@ -61,6 +63,9 @@ class Ledger:
     launches: int
     elementwise_bytes: int
     saved_bytes_per_slot: float
+    fused_bytes_per_slot: float
+    """Of one block, forward and backward."""
+
     compiled_saved_bytes_per_slot: float
     """Of one block."""
 
@@ -83,7 +88,7 @@ def measure_ledger(settings: StepSettings) -> Ledger:
     with FakeTensorMode(allow_non_fake_inputs=True) as fake:
         module = _build_module(source, settings)
         count, saved = _count_eager(module, _fake_batch(fake, batches[0]))
-        graphs, compiled = _count_compiled(module.encoder, [_fake_batch(fake, batch) for batch in batches])
+        compiled = _count_compiled(module.encoder, [_fake_batch(fake, batch) for batch in batches])
     lengths = batches[0].segments.cu_seqlens_cpu.diff().tolist()
     heads, slots = source.model.num_attention_heads, batches[0].input_ids.numel()
     return Ledger(
@@ -91,8 +96,9 @@ def measure_ledger(settings: StepSettings) -> Ledger:
         launches=count.launches,
         elementwise_bytes=count.elementwise_bytes,
         saved_bytes_per_slot=saved / slots,
-        compiled_saved_bytes_per_slot=compiled / slots,
-        graphs_per_block=graphs,
+        fused_bytes_per_slot=compiled.fused_bytes / slots,
+        compiled_saved_bytes_per_slot=compiled.saved_bytes / slots,
+        graphs_per_block=compiled.graphs,
         attention_blocks=heads * max(count.attention_grids),
         useful_attention_blocks=heads * sum(math.ceil(length / QUERIES) for length in lengths),
     )
@@ -221,19 +227,33 @@ def _seen_as_gpu() -> Iterator[None]:
 # --- compiled --------------------------------------------------------------------------------------------------------
 
 
-def _count_compiled(encoder: Encoder, batches: list[PackedBatch]) -> tuple[int, int]:
-    """Graphs of a block over the batches, and the bytes that its first one keeps for the backward."""
-    block, config = encoder.layers[0], encoder.config
-    graphs: list[int] = []
+@dataclass(kw_only=True, slots=True)
+class _Compiled:
+    """Of one block; bytes are those of its first graph."""
 
-    def keep_graph(graph: torch.fx.GraphModule, inputs: Any) -> Any:
-        graphs.append(_bytes_between(graph))
+    graphs: int = 0
+    fused_bytes: int = 0
+    saved_bytes: int = 0
+
+
+def _count_compiled(encoder: Encoder, batches: list[PackedBatch]) -> _Compiled:
+    """A block over the batches."""
+    block, config, found = encoder.layers[0], encoder.config, _Compiled()
+
+    def compile_forward(graph: torch.fx.GraphModule, inputs: Any) -> Any:
+        found.graphs += 1
+        if found.graphs == 1:
+            found.saved_bytes = _bytes_made_for(graph)
+            found.fused_bytes += _fused_bytes(graph)
+        return _boxed(graph)
+
+    def compile_backward(graph: torch.fx.GraphModule, inputs: Any) -> Any:
+        if found.graphs == 1:
+            found.fused_bytes += _fused_bytes(graph)
         return _boxed(graph)
 
     compiler = aot_autograd(
-        fw_compiler=keep_graph,
-        bw_compiler=lambda graph, inputs: _boxed(graph),
-        partition_fn=min_cut_rematerialization_partition,
+        fw_compiler=compile_forward, bw_compiler=compile_backward, partition_fn=min_cut_rematerialization_partition
     )
     torch.compiler.reset()
     block.compile(backend=compiler, dynamic=False)
@@ -248,7 +268,7 @@ def _count_compiled(encoder: Encoder, batches: list[PackedBatch]) -> tuple[int, 
     finally:
         block._compiled_call_impl = None
         torch.compiler.reset()
-    return len(graphs), graphs[0]
+    return found
 
 
 def _boxed(graph: torch.fx.GraphModule) -> Any:
@@ -259,15 +279,43 @@ def _boxed(graph: torch.fx.GraphModule) -> Any:
     return call
 
 
-def _bytes_between(forward: torch.fx.GraphModule) -> int:
-    """What the forward of a partitioned graph makes, its result included, that is not a view of a weight."""
-    made = Counter[int]()
+def _bytes_made_for(forward: torch.fx.GraphModule) -> int:
+    """What the forward of a partitioned graph hands on and did not get, its result included."""
     (output,) = (node for node in forward.graph.nodes if node.op == "output")
-    for node in output.args[0]:
-        value = node.meta["val"] if isinstance(node, torch.fx.Node) and node.op != "placeholder" else None
-        if isinstance(value, Tensor):
-            made[id(node)] = value.numel() * value.element_size()
-    return sum(made.values())
+    return sum(_node_bytes(node) for node in output.all_input_nodes if node.op != "placeholder")
+
+
+def _fused_bytes(graph: torch.fx.GraphModule) -> int:
+    """What elementwise operators read of others and write for others."""
+    own = {node for node in graph.graph.nodes if node.op == "call_function" and not _is_view(node) and _fuses(node)}
+    read = {_origin(given) for node in own for given in node.all_input_nodes} - own
+    others = (node for node in graph.graph.nodes if node not in own and not _is_view(node))
+    written = own & {_origin(given) for node in others for given in node.all_input_nodes}
+    return sum(map(_node_bytes, read | written))
+
+
+def _fuses(node: torch.fx.Node) -> bool:
+    name = "" if node.target is operator.getitem else node.target.name().split(".")[0]  # type: ignore[union-attr]
+    return bool(name) and name not in _PRODUCTS and "varlen_attn" not in name and not name.startswith(_LAUNCH_NOTHING)
+
+
+def _is_view(node: torch.fx.Node) -> bool:
+    """Also an element of a list of views."""
+    if node.target is operator.getitem:
+        return _is_view(node.args[0])  # type: ignore[arg-type]
+    return bool(getattr(node.target, "is_view", False))
+
+
+def _origin(node: torch.fx.Node) -> torch.fx.Node:
+    """Whose memory a view shows."""
+    while _is_view(node):
+        node = node.args[0]  # type: ignore[assignment]
+    return node
+
+
+def _node_bytes(node: torch.fx.Node) -> int:
+    value = node.meta.get("val")
+    return _num_bytes(value) if isinstance(value, Tensor) else 0
 
 
 def main() -> None:

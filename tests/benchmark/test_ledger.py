@@ -16,9 +16,9 @@ PAPER = StepSettings(preset="neobert", rows=64, length=1024)
 SMALL = StepSettings(preset="small", rows=8, length=512)
 
 BOUNDS = {
-    # settings: launches, elementwise GB, saved bytes a slot: eager, of a compiled block; graphs, attention blocks
-    PAPER: (2_016, 548.6, 986_100, 27_930, 1, 792_576),
-    SMALL: (402, 4.25, 74_500, 9_770, 1, 8_320),
+    # launches, elementwise GB, saved bytes; of a compiled block: fused bytes, saved bytes, graphs; attention blocks
+    PAPER: (2_016, 548.6, 986_100, 85_290, 27_930, 1, 792_576),
+    SMALL: (402, 4.25, 74_500, 31_050, 9_770, 1, 8_320),
 }
 """What the code needs today, rounded up. Write lower numbers after an improvement; a higher one needs a reason."""
 
@@ -31,6 +31,7 @@ def test_a_step_asks_no_more_of_a_gpu_than_before(settings: StepSettings) -> Non
         found.launches,
         found.elementwise_bytes / 1e9,
         found.saved_bytes_per_slot,
+        found.fused_bytes_per_slot,
         found.compiled_saved_bytes_per_slot,
         found.graphs_per_block,
         found.attention_blocks,
