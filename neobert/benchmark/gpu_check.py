@@ -1,9 +1,9 @@
 """`neobert gpu-check`: everything that has to be seen on a GPU once, in one resumable command.
 
-`CHECKS` says what is run, what is expected of it and about how long it takes. Each check has a process of its own with
-a time limit (`gpu_worker`); the next process imports its libraries while a check runs. Results are in gpu-check.json as
-soon as they are there, and in gpu-check.md beside what was expected. The same command again skips what is done and
-tries again what failed, was skipped or did not fit.
+`CHECKS` in `gpu_table` says what is run, what is expected of it and about how long it takes. Each check has a process
+of its own with a time limit (`gpu_worker`); the next process imports its libraries while a check runs. Results are in
+gpu-check.json as soon as they are there, and in gpu-check.md beside what was expected. The same command again skips
+what is done and tries again what failed, was skipped or did not fit.
 
 Without a GPU every check runs on the CPU with tiny sizes, in one process: a dry run, which says that nothing is wrong
 with the checks themselves, and nothing about a GPU.
@@ -18,11 +18,12 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, Self
 
+from neobert.benchmark.gpu_table import CHECKS, GpuCheck
 from neobert.disk import locked, write_json, write_text
 from neobert.errors import DataError, UserError
 
@@ -38,199 +39,6 @@ _STOPPED = "stopped after"
 
 _GRACE = 3.0
 """Times the estimated cost that a check may take, when the budget has it."""
-
-_STACK = ("accelerate", "omegaconf", "tokenizers", "datasets")
-"""Packages of a training run, beyond torch and numpy."""
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class GpuCheck:
-    """One line of the table."""
-
-    runs: str
-    expects: str
-    minutes: float
-    """Estimated, on an H200: no check was run on a GPU when this was written."""
-
-    function: str
-    """`module:name` in `neobert.benchmark`, called with a `Bench`."""
-
-    packages: tuple[str, ...] = ()
-    gpus: int = 1
-
-
-CHECKS: dict[str, GpuCheck] = {
-    "machine": GpuCheck(
-        runs="compiler, Python.h, driver, versions; a first launch of the Triton loss kernel",
-        expects="a C compiler, Python.h, a driver as new as torch's CUDA, and the launch works",
-        minutes=0.3,
-        function="gpu_kernels:check_machine",
-    ),
-    "step-compiled": GpuCheck(
-        runs="the training step of 28 x 768 at 8, 32 and 64 rows of 1,024, bf16, compiled blocks",
-        expects="64 rows: 280,000 real tokens/s, MFU 38%; no less at 32 rows than 90% of it",
-        minutes=1.6,
-        function="gpu_steps:check_compiled_step",
-    ),
-    "borders": GpuCheck(
-        runs="attention of a layer with the real segment borders, and with borders filled up to rows x (L // 8 + 1)",
-        expects="filled-up borders cost 110 to 200 ms more over 28 layers at 64 x 1,024, and 3 GB",
-        minutes=0.4,
-        function="gpu_kernels:check_borders",
-    ),
-    "where": GpuCheck(
-        runs="three profiled steps at 64 rows, compiled and eager: device time by kind of kernel",
-        expects="products about 60% of a compiled step, idle under 5%",
-        minutes=1.2,
-        function="gpu_steps:check_where_time_goes",
-    ),
-    "run": GpuCheck(
-        runs="the quickstart, 120 steps, compiled, with evaluations, saves and a resume; its model is used",
-        expects="it finishes, the loss falls, the resumed run continues, the saved model answers",
-        minutes=0.9,
-        function="gpu_runs:check_run",
-        packages=_STACK,
-    ),
-    "equality": GpuCheck(
-        runs="two runs and a resume with trainer.deterministic and compiled blocks",
-        expects="losses, gradient norms and weights equal to the last bit",
-        minutes=1.0,
-        function="gpu_runs:check_equality",
-        packages=_STACK,
-    ),
-    "gpu-tests": GpuCheck(
-        runs="pytest -m gpu",
-        expects="all pass",
-        minutes=1.2,
-        function="gpu_runs:check_gpu_tests",
-        packages=("pytest", *_STACK),
-    ),
-    "step-eager": GpuCheck(
-        runs="the training step at 8, 32 and 64 rows, eager",
-        expects="64 rows: 216,000 real tokens/s, MFU 29%",
-        minutes=0.6,
-        function="gpu_steps:check_eager_step",
-    ),
-    "attention": GpuCheck(
-        runs="every attention backend, and FlashAttention 3 where torch has it: time, distance to the definition",
-        expects="flash_attn_varlen is the fastest that runs; all within 2e-2 of the definition in bf16",
-        minutes=0.6,
-        function="gpu_kernels:check_attention",
-    ),
-    "gemm": GpuCheck(
-        runs="the products of a layer at 65,536 tokens, forward and backward: bf16, and fp8 by rows where it exists",
-        expects="bf16 600 to 700 TFLOP/s (110 to 130 ms in 28 layers), fp8 1.5 to 1.8 times as fast",
-        minutes=0.3,
-        function="gpu_kernels:check_products",
-    ),
-    "loss": GpuCheck(
-        runs="loss kernels torch, triton, liger and the reference at 13,312 x 768 x 30,592, and their gradients",
-        expects="5 to 7 ms a step for triton; gradients within 1% of the definition",
-        minutes=0.4,
-        function="gpu_kernels:check_loss",
-    ),
-    "recompiles": GpuCheck(
-        runs="compiled steps on eight batches of different documents, graphs counted",
-        expects="no graph after the first step",
-        minutes=0.5,
-        function="gpu_steps:check_recompiles",
-    ),
-    "micro-batch": GpuCheck(
-        runs="trainer.per_device_train_batch_size: auto with 28 x 768 at 1,024, up to the end of the memory",
-        expects="it ends with a number of rows and the run trains with it",
-        minutes=1.2,
-        function="gpu_runs:check_micro_batch",
-        packages=_STACK,
-    ),
-    "profiler": GpuCheck(
-        runs="trainer.profiler_steps in a run, and neobert analyze-profile on its trace",
-        expects="a trace of the device whose times add up, and products, attention, loss and optimizer in it",
-        minutes=0.5,
-        function="gpu_runs:check_profiler",
-        packages=_STACK,
-    ),
-    "inference": GpuCheck(
-        runs="hidden states of 512 documents, 28 x 768: fp32, fp32 with TF32, bf16",
-        expects="bf16 5 to 10 times as fast as fp32, vectors at a cosine above 0.99",
-        minutes=0.5,
-        function="gpu_steps:check_inference",
-    ),
-    "optimizers": GpuCheck(
-        runs="a step of every optimizer on one gradient of 28 x 768",
-        expects="adamw under 3% of a step, Muon under 15%",
-        minutes=0.5,
-        function="gpu_steps:check_optimizers",
-    ),
-    "checkpointing": GpuCheck(
-        runs="memory and speed with gradient checkpointing at 128 and 256 rows, compiled",
-        expects="256 rows fit in 80 GB; three quarters of the speed without",
-        minutes=1.0,
-        function="gpu_steps:check_checkpointing",
-    ),
-    "muonclip": GpuCheck(
-        runs="muonclip with skipped spikes, averaged weights and statistics, compiled",
-        expects="it finishes, losses are finite, the average loads",
-        minutes=0.7,
-        function="gpu_runs:check_muonclip",
-        packages=_STACK,
-    ),
-    "two-gpus": GpuCheck(
-        runs="a run of one process resumed by two, with gradient accumulation and compiled blocks",
-        expects="the losses of one process within 1%",
-        minutes=1.5,
-        function="gpu_runs:check_two_gpus",
-        packages=_STACK,
-        gpus=2,
-    ),
-    "trainer-tests": GpuCheck(
-        runs="NEOBERT_TEST_DEVICE=cuda pytest tests/train",
-        expects="all pass",
-        minutes=4.0,
-        function="gpu_runs:check_trainer_tests",
-        packages=("pytest", *_STACK),
-    ),
-}
-"""In the order of their worth: what does not fit into the minutes is at the end."""
-
-
-class CannotRun(Exception):
-    """A check has nothing to run on here; the message says why."""
-
-
-class NotAsExpected(Exception):
-    """A check ran and what came out is wrong."""
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Bench:
-    """What a check runs on."""
-
-    device: str
-    """`cuda` or `cpu`."""
-
-    folder: Path
-    """For its files; gone after the check."""
-
-    @property
-    def dry(self) -> bool:
-        return self.device == "cpu"
-
-    def size(self, full: Any, tiny: Any) -> Any:
-        """What is for a GPU, or for a dry run."""
-        return tiny if self.dry else full
-
-
-@dataclass(kw_only=True, slots=True)
-class Found:
-    """What a check saw."""
-
-    lines: list[str] = field(default_factory=list)
-    values: dict[str, Any] = field(default_factory=dict)
-
-    def add(self, name: str, text: str, /, **values: Any) -> None:
-        """One line, and the numbers in it."""
-        self.lines.append(f"{name}: {text}")
-        self.values[name] = values
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -264,17 +72,17 @@ class Worker:
                 env={**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, (_ROOT, os.environ.get("PYTHONPATH"))))},
             )
 
-    def greet(self) -> Machine:
-        """Waits for the imports.
+    def describe_machine(self) -> Machine:
+        """What it runs on.
 
         Raises:
-            UserError: they failed.
+            UserError: torch cannot be imported or does not answer.
         """
         try:
-            answer = self._read(_START_SECONDS)
-        except (TimeoutError, EOFError) as error:
+            self._send({"name": None})
+            return Machine(**self._read(_START_SECONDS))
+        except (TimeoutError, BrokenPipeError, EOFError) as error:
             raise UserError(f"the process of the checks did not start; the last lines of {LOG} say why") from error
-        return Machine(**answer)
 
     def run(self, name: str, seconds: float) -> dict[str, Any]:
         """The result of a check, `failed` where it does not come in time. A worker that failed is not used again."""
@@ -328,10 +136,9 @@ class Workers:
         self._next: Worker | None = None
 
     def run(self, name: str, seconds: float) -> dict[str, Any]:
-        """The result of a check, with its seconds. Raises UserError when no worker starts."""
+        """The result of a check, with its seconds."""
         if self._current is None:
             self._current, self._next = self._next or Worker(self._log), None
-            self._current.greet()
         if not self._machine.dry:
             self._next = Worker(self._log)
         started = time.monotonic()
@@ -351,7 +158,7 @@ class Workers:
 def _workers(log: Path) -> Iterator[tuple[Workers, Machine]]:
     first = Worker(log)
     try:
-        machine = first.greet()
+        machine = first.describe_machine()
     except BaseException:
         first.close()
         raise
@@ -448,7 +255,7 @@ def run_checks(output: Path, *, minutes: float, say: Callable[[str], None]) -> b
             result = _refuse(check, machine, left) or workers.run(name, min(left, limit))
             if left < limit and result.get("reason", "").startswith(_STOPPED):
                 result |= {"state": "not run", "reason": f"no time left; {result['reason']}"}
-            record.results[name] = {"dry_run": machine.dry, **result}
+            record.results[name] = {"dry_run": machine.dry, "expects": check.expects, **result}
             record.write(output)
             seconds = f" ({result['seconds']} s)" if "seconds" in result else ""
             for line in [f"{name}: {_headline(result)}{seconds}", *(f"  {x}" for x in result.get("lines", []))]:

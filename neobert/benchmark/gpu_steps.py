@@ -11,7 +11,7 @@ import torch
 from torch._dynamo.utils import counters
 from torch.profiler import ProfilerActivity, profile, record_function
 
-from neobert.benchmark.gpu_check import Bench, Found, NotAsExpected
+from neobert.benchmark.gpu_table import Bench, Found, NotAsExpected
 from neobert.benchmark.optimizer_cost import measure_times
 from neobert.benchmark.profile_analysis import analyse
 from neobert.benchmark.settings import StepSettings
@@ -146,7 +146,7 @@ def check_recompiles(bench: Bench) -> Found:
     found.add("graphs", f"{graphs[0]} after the first step, {graphs[-1]} after eight", counts=graphs)
     breaks = dict(counters["graph_break"])
     if graphs[-1] != graphs[0] or breaks:
-        raise NotAsExpected(f"graphs after each step: {graphs}; graph breaks: {breaks}")
+        raise NotAsExpected(f"graphs after each step: {graphs}; graph breaks: {breaks}", found)
     return found
 
 
@@ -178,12 +178,12 @@ def check_inference(bench: Bench) -> Found:
         dtype = torch.bfloat16 if precision == "bf16" else torch.float32
         model, attention, _ = build_model(settings, made_up_rows(settings).model, torch.device(bench.device), dtype)
 
-        def embed(model: Any = model) -> torch.Tensor:
-            return torch.stack(
-                [hidden_states(model.module, [documents[n] for n in batch]).float().mean(0) for batch in batches]
-            )
+        def embed(model: Any = model) -> list[torch.Tensor]:
+            return [hidden_states(model.module, [documents[n] for n in batch]) for batch in batches]
 
-        vectors, seconds = embed(), []
+        states = zip(embed(), ([len(documents[n]) for n in batch] for batch in batches))
+        vectors = torch.stack([x.float().mean(0) for hidden, lengths in states for x in hidden.split(lengths)])
+        seconds = []
         for _ in range(bench.size(3, 1)):
             wait_for(torch.device(bench.device))
             start = time.perf_counter()
@@ -198,5 +198,5 @@ def check_inference(bench: Bench) -> Found:
         low += [name] if not cosine > _LEAST_COSINE else []
     torch.set_float32_matmul_precision("highest")
     if low:
-        raise NotAsExpected(f"{', '.join(low)} differ from fp32: {'; '.join(found.lines)}")
+        raise NotAsExpected(f"{', '.join(low)}: vectors differ from those of fp32", found)
     return found

@@ -18,7 +18,7 @@ if not torch.cuda.is_available():  # Before triton is imported: its kernels run 
     os.environ["TRITON_INTERPRET"] = "1"
 
 from neobert import cli
-from neobert.benchmark.gpu_check import CHECKS, Bench, CannotRun, Found
+from neobert.benchmark.gpu_table import CHECKS, Bench, CannotRun, Found, NotAsExpected
 
 
 def answer(name: str, device: str) -> dict[str, Any]:
@@ -35,17 +35,25 @@ def answer(name: str, device: str) -> dict[str, Any]:
     except Exception as error:  # Of a kernel, of the compiler, of a run: any kind is a result.
         traceback.print_exc()
         text = " ".join(str(error).split())
-        return {"state": "failed", "reason": f"{type(error).__name__}: {text[:400]}"}
+        seen = error.found if isinstance(error, NotAsExpected) else Found()
+        reason = f"{type(error).__name__}: {text[:400]}"
+        return {"state": "failed", "reason": reason, "lines": seen.lines, "values": seen.values}
     return {"state": "done", "lines": found.lines, "values": found.values}
 
 
 def serve(channel: TextIO) -> None:
-    """Answers until the standard input ends."""
-    gpus = torch.cuda.device_count() if torch.cuda.is_available() else 0
-    name = torch.cuda.get_device_name(0) if gpus else "cpu"
-    print(json.dumps({"device": name, "gpus": gpus}), file=channel, flush=True)
+    """Answers until the standard input ends. A process that waits leaves the GPU alone."""
+    device = "cuda" if torch.cuda.is_available() else "cpu"
     for line in sys.stdin:
-        print(json.dumps(answer(json.loads(line)["name"], "cuda" if gpus else "cpu")), file=channel, flush=True)
+        name = json.loads(line)["name"]
+        found = describe_machine() if name is None else answer(name, device)
+        print(json.dumps(found), file=channel, flush=True)
+
+
+def describe_machine() -> dict[str, Any]:
+    """What `Machine` of `gpu_check` holds."""
+    gpus = torch.cuda.device_count() if torch.cuda.is_available() else 0
+    return {"device": torch.cuda.get_device_name(0) if gpus else "cpu", "gpus": gpus}
 
 
 if __name__ == "__main__":

@@ -10,8 +10,10 @@ from typing import Any
 import pytest
 import torch
 
-from neobert.benchmark import gpu_check
-from neobert.benchmark.gpu_check import CHECKS, GpuCheck, Machine, run_checks
+from neobert.benchmark import gpu_check, gpu_kernels, gpu_runs, gpu_worker
+from neobert.benchmark.gpu_check import Machine, run_checks
+from neobert.benchmark.gpu_table import CHECKS, Bench, Found, GpuCheck, NotAsExpected
+from neobert.config.schema import Config
 from neobert.errors import DataError
 
 ROOT = Path(__file__).parents[2]
@@ -51,10 +53,13 @@ def small(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> dict[str, GpuCheck
     script = tmp_path / "worker.py"
     script.write_text(
         "import json, os, sys, time\n"
-        f"print(json.dumps({{'device': 'cpu', 'gpus': 0}}), flush=True)\n"
         "for line in sys.stdin:\n"
         "    name = json.loads(line)['name']\n"
-        f"    open({str(tmp_path / 'calls')!r}, 'a').write(name + '\\n')\n"
+        "    if name is None:\n"
+        "        gpus = int(os.environ.get('GPUS_OF_THE_TEST', '0'))\n"
+        "        print(json.dumps({'device': 'H200' if gpus else 'cpu', 'gpus': gpus}), flush=True)\n"
+        "        continue\n"
+        f"    open({str(tmp_path / 'calls')!r}, 'a').write(name + ' ' + str(os.getpid()) + '\\n')\n"
         "    if name == 'hangs': time.sleep(60)\n"
         "    if name == 'dies': os._exit(9)\n"
         "    state = {'state': 'done', 'lines': ['7 ms']}\n"
@@ -83,7 +88,24 @@ def test_each_check_has_a_process_and_a_limit(small: dict[str, GpuCheck], tmp_pa
     }
     assert "dry run (CPU, tiny):   7 ms" in said
     run_checks(tmp_path / "out", minutes=1, say=said.append)
-    assert (tmp_path / "calls").read_text().split() == ["fails", "hangs", "dies", "works", "fails", "hangs", "dies"]
+    assert calls(tmp_path) == ["fails", "hangs", "dies", "works", "fails", "hangs", "dies"]
+    assert len({*calls(tmp_path, 1)}) == 3 + 2, "of the two starts: what hung or died is replaced, others serve again"
+
+
+def calls(folder: Path, column: int = 0) -> list[str]:
+    """Names of the checks that were run, or the processes that ran them."""
+    return [line.split()[column] for line in (folder / "calls").read_text().splitlines()]
+
+
+def test_on_a_gpu_no_two_checks_share_a_process(
+    small: dict[str, GpuCheck], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("GPUS_OF_THE_TEST", "1")
+    said: list[str] = []
+    run_checks(tmp_path / "out", minutes=1, say=said.append)
+    assert len({*calls(tmp_path, 1)}) == len(small) == 4
+    assert not any("dry run" in line for line in said)
+    assert "works: done" in said[-2]
 
 
 def test_what_does_not_fit_is_not_run(
@@ -131,3 +153,37 @@ def test_the_table_is_complete() -> None:
         assert module in modules
         assert f"def {function}(bench: Bench) -> Found:" in source, name
     assert sum(known.minutes for known in CHECKS.values()) > 9, "the order decides what is left out"
+
+
+def test_what_is_wrong_leaves_its_numbers(monkeypatch: pytest.MonkeyPatch) -> None:
+    def check(bench: Bench) -> Found:
+        found = Found()
+        found.add("a product", "3 ms", name="a product", ms=3)
+        raise NotAsExpected("too slow", found)
+
+    monkeypatch.setattr(gpu_kernels, "check_products", check)
+    assert gpu_worker.answer("gemm", "cpu") == {
+        "state": "failed",
+        "reason": "NotAsExpected: too slow",
+        "lines": ["a product: 3 ms"],
+        "values": {"a product": {"name": "a product", "ms": 3}},
+    }
+
+
+class _Built(Exception):
+    pass
+
+
+@pytest.mark.parametrize("name", ["run", "equality", "micro_batch", "profiler", "muonclip", "two_gpus"])
+def test_the_config_of_a_run_on_a_gpu_is_valid(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What a dry run does not use."""
+
+    def stop(config: Config) -> None:
+        assert config.trainer.torch_compile
+        assert not config.trainer.use_cpu
+        assert config.trainer.torch_compile_backend == "inductor"
+        raise _Built
+
+    monkeypatch.setattr(gpu_runs, "_train", stop)
+    with pytest.raises(_Built):
+        getattr(gpu_runs, f"check_{name}")(Bench(device="cuda", folder=tmp_path))
