@@ -75,8 +75,8 @@ def check_machine(bench: Bench) -> Found:
         found.add(f"GPU {number}", text, name=gpu.name, capability=capability)
     if bench.dry and _DRIVER.exists():
         raise NotAsExpected(
-            "there is an NVIDIA driver here and torch sees no GPU: install a torch whose CUDA the driver knows, or a newer "
-            f"driver ({_DRIVER.read_text().splitlines()[0]}; torch is for CUDA {torch.version.cuda})",
+            "there is an NVIDIA driver here and torch sees no GPU: install a torch whose CUDA the driver knows, or a "
+            f"newer driver ({_DRIVER.read_text().splitlines()[0]}; torch is for CUDA {torch.version.cuda})",
             found,
         )
     if not bench.dry and (compiler is None or not header.exists()):
