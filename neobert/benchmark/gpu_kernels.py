@@ -193,7 +193,7 @@ _FAR = 2e-2
 
 
 def check_attention(bench: Bench) -> Found:
-    """Every backend that can run, and FlashAttention 3 in the place of torch's own kernel."""
+    """Every backend that can run, and FlashAttention 3 instead of the kernel of torch."""
     found, far = Found(), []
     for name, backend in ATTENTION.items():
         obstacle = backend.obstacle(torch.device(bench.device), torch.bfloat16, 64)
