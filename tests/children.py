@@ -7,6 +7,7 @@ import traceback
 from collections.abc import Callable
 from pathlib import Path
 
+from devices import skip_without_fork
 from ports import free_port
 
 
@@ -16,6 +17,7 @@ def fork(work: Callable[[], int], log: Path, *, rank: int = 0, world: int = 1, p
     The child ends with the exit code that `work` returns, or 1 after an error; what it prints, and the traceback, is in
     `log`.
     """
+    skip_without_fork()
     child = os.fork()
     if child:
         return child

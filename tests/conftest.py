@@ -27,6 +27,7 @@ if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"
 
 # ruff: noqa: E402
+from devices import DEVICE, KEYS
 from small_corpus import make_texts
 
 from neobert.config.load import config_to_yaml, load_config, parse_config
@@ -111,7 +112,7 @@ def tiny(corpus: Path, tokenizer_folder: Path) -> Callable[..., Config]:
         "trainer.eval_steps=4",
         "trainer.save_steps=4",
         "trainer.save_total_limit=null",
-        "trainer.use_cpu=true",
+        *KEYS[DEVICE],
         "trainer.output_dir=outputs/tiny",
     ]
     text = config_to_yaml(load_config(None, base))

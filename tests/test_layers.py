@@ -36,6 +36,11 @@ BARE = [
     "benchmark.profile_analysis",
     "commands.benchmark_commands",
     "benchmark.loss_kernels",
+    "benchmark.gpu_worker",
+    "benchmark.gpu_kernels",
+    "benchmark.gpu_steps",
+    "benchmark.ledger",
+    "commands.gpu_commands",
 ]
 STACK = ["omegaconf", "datasets", "accelerate", "transformers", "pyarrow", "rich"]
 

@@ -41,6 +41,8 @@ def measure(case: Case, repeats: int) -> tuple[float, int]:
     clock = choose_clock(device)
     if device.type == "cpu":
         forget_peak()
+    else:
+        torch.cuda.reset_peak_memory_stats(device)
     before, seconds = _peak(device), []
     for _ in range(repeats + 1):
         start = clock()

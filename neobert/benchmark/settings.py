@@ -41,6 +41,9 @@ class StepSettings:
 
     kernel: str = "auto"
     compile: bool = False
+    compile_backend: str = "inductor"
+    """With compile: as `trainer.torch_compile_backend`."""
+
     gradient_checkpointing: bool = False
     checkpointing_every: int = 1
     """With gradient_checkpointing: every k-th block is computed again."""

@@ -179,7 +179,7 @@ def measure_step(settings: StepSettings, source: RowSource | None = None) -> Ste
     dtype = torch.bfloat16 if settings.precision == "bf16" else torch.float32
     source = made_up_rows(settings) if source is None else source
     model, attention, kernel = build_model(settings, source.model, device, dtype, source.objective)
-    optimizer = _build_optimizer(model, settings)
+    optimizer = build_step_optimizer(model, settings)
     # Threads of a loader count in the time of the process.
     clock = time.perf_counter if source.real else choose_clock(device)
     seconds, waits, timed, started = [], [], [], time.perf_counter()
@@ -195,7 +195,7 @@ def measure_step(settings: StepSettings, source: RowSource | None = None) -> Ste
             scale=1 / max(batch.num_targets, 1),
             gradient_clipping=1.0,
         )
-        _wait(device)
+        wait_for(device)
         seconds.append(clock() - start)
         if number == 0:
             first = time.perf_counter() - started
@@ -230,7 +230,8 @@ def measure_step(settings: StepSettings, source: RowSource | None = None) -> Ste
     )
 
 
-def _build_optimizer(model: nn.Module, settings: StepSettings) -> Optimizer:
+def build_step_optimizer(model: nn.Module, settings: StepSettings) -> Optimizer:
+    """The optimizer that the settings ask for."""
     section = OptimizerSection(lr=1e-4)
     return build_plain_adamw(model, section) if settings.plain_adamw else build_optimizer(model, section)
 
@@ -258,7 +259,7 @@ def build_model(
     module = objective.build_module(encoder, config, KERNELS[kernel]).to(device)
     if settings.compile:
         for block in encoder.layers:
-            block.compile()
+            block.compile(backend=settings.compile_backend)
     return Autocast(module, device, settings.precision == "bf16"), attention.name, kernel
 
 
@@ -280,7 +281,7 @@ def measure_gemm(
     for _ in range(repeats):
         start = clock()
         out: Tensor = a @ b
-        _wait(device)
+        wait_for(device)
         best = min(best, clock() - start)
         del out
     return 2 * size**3 / best
@@ -317,7 +318,8 @@ def _describe_device(device: torch.device) -> str:
     return f"cpu, {torch.get_num_threads()} threads"
 
 
-def _wait(device: torch.device) -> None:
+def wait_for(device: torch.device) -> None:
+    """Until the device has done what is queued."""
     if device.type == "cuda":
         torch.cuda.synchronize(device)
 

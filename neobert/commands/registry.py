@@ -202,6 +202,9 @@ COMMANDS: dict[str, Command] = {
     "benchmark-save": Command(
         "what a checkpoint costs to save and to load", "benchmark_commands", "benchmarks/save_cost.py"
     ),
+    "gpu-check": Command(
+        "try and measure everything on a GPU once, in minutes", "gpu_commands", "gpu_check.py", resumes=True
+    ),
     "compare": Command(
         "train the runs of a plan one by one and compare them", "benchmark_commands", "experiments/compare.py"
     ),

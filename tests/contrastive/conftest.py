@@ -6,6 +6,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+from devices import DEVICE, KEYS
 from small_corpus import OBJECTS, SUBJECTS, VERBS
 
 from neobert.config.load import parse_config
@@ -64,7 +65,7 @@ def make_config(files: Path, sets: Path, tokenizer: Path, output_dir: Path, *ove
         "trainer.eval_steps=4",
         "trainer.save_steps=4",
         "trainer.save_total_limit=null",
-        "trainer.use_cpu=true",
+        *KEYS[DEVICE],
         f"trainer.output_dir={output_dir}",
     ]
     start = "contrastive.pretrained_checkpoint_dir" in " ".join(overrides)

@@ -1,6 +1,7 @@
 """Every backend of the table against the definition, forward and backward, and what the segmented operator promises."""
 
 import random
+import shutil
 import warnings
 from typing import Any
 
@@ -8,6 +9,7 @@ import pytest
 import torch
 from packed import ROWS, pack, real_slots
 from torch import Tensor
+from torch._dynamo.utils import counters
 from torch.nn.attention.flex_attention import BlockMask
 
 from neobert.model import attention, flex, segmented
@@ -387,6 +389,22 @@ def test_flex_itself_computes_the_definition(window: int | None) -> None:
     want = reference_attention(q, k, v, segments, scale=0.3, window=window)
     got = out[0].transpose(0, 1)
     torch.testing.assert_close(got[real_slots(segments)], want[real_slots(segments)], atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.full
+@pytest.mark.skipif(shutil.which("g++") is None, reason="inductor needs g++ on a CPU")
+def test_the_compiled_kernel_of_flex_computes_the_definition_for_all_documents() -> None:
+    """Half a minute, most of it for inductor: the kernel that it writes is compiled once for all documents."""
+    torch.compiler.reset()
+    counters.clear()
+    for rows in ([(130, 1, 69), (5, 195)], [(100, 50, 50), (199,)], [(1,) * 100, (20,) * 10]):
+        _, segments = pack(rows, 200, num_borders=400)
+        q, k, v = (x.detach() for x in inputs(segments, torch.float32)[:3])
+        with torch.no_grad():
+            got = flex.attend_flex(q, k, v, flex.prepare_flex(segments), scale=0.3)
+        want = reference_attention(q, k, v, segments, scale=0.3)
+        torch.testing.assert_close(got[real_slots(segments)], want[real_slots(segments)], atol=1e-5, rtol=1e-5)
+    assert counters["stats"]["unique_graphs"] == 1
 
 
 def test_flex_finds_its_blocks_without_looking_at_values() -> None:

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from devices import cpu_only
 from records import exact_steps, log_lines
 
 from neobert.config.schema import Config
@@ -16,6 +17,7 @@ from neobert.train.loop import pretrain
 Tiny = Callable[..., Config]
 
 
+@cpu_only
 @pytest.mark.parametrize("precision", ["no", "bf16"])
 def test_a_run_on_a_cpu_is_deterministic_with_and_without(
     tiny: Tiny, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, precision: str
@@ -56,6 +58,7 @@ def test_the_flash_package_is_set(monkeypatch: pytest.MonkeyPatch) -> None:
     assert passed == [True, False]
 
 
+@cpu_only
 def test_the_compiler_chooses_no_kernel_by_the_clock(tiny: Tiny, tmp_path: Path) -> None:
     assert choose_compile_options(tiny(tmp_path / "a")) is None
     assert choose_compile_options(tiny(tmp_path / "b", "trainer.deterministic=true")) == {

@@ -7,6 +7,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from devices import cpu_only
 from records import exact_steps, log_lines
 from safetensors.torch import load_file
 
@@ -30,6 +31,7 @@ def run(tiny: Tiny, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return out
 
 
+@cpu_only
 def test_golden_losses(tiny: Tiny, tmp_path: Path) -> None:
     pretrain(tiny(tmp_path / "run", OBJECTIVE, "trainer.max_steps=4"))
     assert [s["loss"] for s in log_lines(tmp_path / "run", "step")] == pytest.approx(GOLDEN, abs=1e-4)

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from devices import cpu_only
 from records import exact_steps, log_lines
 
 from neobert.config.schema import Config
@@ -360,6 +361,7 @@ def test_lines_on_the_console_are_never_wrapped(capsys: pytest.CaptureFixture[st
     assert (tmp_path / "training.log").read_text().splitlines() == [long_line, "[MASK] is no markup"]
 
 
+@cpu_only
 def test_golden_losses(tiny: Tiny, tmp_path: Path) -> None:
     """The first losses of a tiny run, stored as numbers: a refactoring must not move them.
 
