@@ -15,7 +15,7 @@ from neobert.benchmark.step_batches import made_up_policy
 from neobert.data.rows.collate import Collator, bound_segments
 from neobert.data.rows.packing import max_segments_per_row
 from neobert.model import attention
-from neobert.model.attention import ATTENTION, MOST_SEGMENTS, choose_attention, prepare_varlen
+from neobert.model.attention import ATTENTION, choose_attention, prepare_varlen
 from neobert.model.encoder import Encoder
 from neobert.model.segments import Segments
 from neobert.types import PackedRow
@@ -113,7 +113,9 @@ def test_more_segments_than_a_launch_takes(counter: BlockCounter, rows: int) -> 
     assert torch.equal(run(segments, 1)[:, 0, 0], torch.arange(rows * 1024.0))
     assert counter.segments == rows * 128
     assert counter.launches == (1 if rows == 400 else 3)
-    shapes = [[tokens for _, tokens in prepare_varlen(s).launches] for s in (segments, collate([(9,)] * rows, 1024, 64))]
+    shapes = [
+        [tokens for _, tokens in prepare_varlen(s).launches] for s in (segments, collate([(9,)] * rows, 1024, 64))
+    ]
     assert shapes[0] == shapes[1]
 
 
