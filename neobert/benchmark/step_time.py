@@ -208,7 +208,7 @@ def measure_step(settings: StepSettings, source: RowSource | None = None) -> Ste
         attended_length=sum(b.attended_tokens for b in timed) / real,
         predicted_fraction=sum(b.num_targets for b in timed) / real if source.objective.predicts_tokens else 0.0,
     )
-    rate, gemm, peak = real / sum(seconds), measure_gemm(device, dtype, clock), peak_flops(device)
+    rate, gemm, peak = real / sum(seconds), measure_gemm(device, dtype, clock), peak_flops(device, dtype)
     median = float(np.percentile(seconds, 50))
     return StepFigures(
         tokens_per_second=rate,

@@ -54,7 +54,7 @@ def measure(file: Path, overrides: Sequence[str], output: Path, *, num_steps: in
         ],
     )
     train(config)
-    loss = score(output, data, device="cpu" if config.trainer.use_cpu else "auto")
+    loss = score(output, data, device="cpu" if config.trainer.means_cpu else "auto")
     return {
         "loss": loss.loss,
         "accuracy": loss.accuracy,

@@ -89,7 +89,12 @@ def build_model_parser(program: str, description: str | None) -> Parser:
     parser = build_parser(program, description)
     parser.add_argument("model", help=_MODEL_HELP)
     parser.add_argument("--device", default="auto", help="auto (a GPU when there is one), cpu or cuda")
-    parser.add_argument("--dtype", default="fp32", choices=["fp32", "bf16"], help="of matrix products (default fp32)")
+    parser.add_argument(
+        "--dtype",
+        default="auto",
+        choices=["auto", "fp32", "bf16"],
+        help="of matrix products (auto: bf16 on a GPU that has it, else fp32)",
+    )
     parser.add_argument("--weights", default="model", choices=["model", "ema"], help="ema: their moving average")
     return parser
 

@@ -12,7 +12,7 @@ from transformers import AutoModelForMaskedLM
 from neobert.data.tokenizer import Tokenizer, check_mask_token
 from neobert.data.tokenizer_file import load_as_written
 from neobert.errors import DataError
-from neobert.inference.loading import DTYPES, choose_device, load
+from neobert.inference.loading import choose_device, choose_dtype, load
 from neobert.inference.model import Model
 from neobert.inference.packed import evaluating, precision
 from neobert.types import IGNORE_INDEX, PackedBatch
@@ -120,7 +120,7 @@ class TransformersScorer:
 
 
 def load_scorer(
-    path: str, *, device: str = "auto", dtype: str = "fp32", trust_remote_code: bool = False, weights: str = "model"
+    path: str, *, device: str = "auto", dtype: str = "auto", trust_remote_code: bool = False, weights: str = "model"
 ) -> Scorer:
     """The masked language model at `path`: ours where it holds a checkpoint, else through transformers. `weights` is
     as in `neobert.load`.
@@ -135,4 +135,4 @@ def load_scorer(
     if Path(path).is_dir() and not (Path(path) / "config.json").is_file():
         raise DataError(f"{path} holds neither a checkpoint nor a config.json; give a run folder or an exported model")
     place = choose_device(device)
-    return TransformersScorer(path, device=place, dtype=DTYPES[dtype], trust_remote_code=trust_remote_code)
+    return TransformersScorer(path, device=place, dtype=choose_dtype(dtype, place), trust_remote_code=trust_remote_code)

@@ -87,8 +87,8 @@ def choose_attention(
     """The backend called `name`, or with `auto` the first of ATTENTION that works for `dtype` on `device`.
 
     `dtype` is what matrix products are computed in: the autocast dtype where autocast is on. Without `head_dim` the
-    size of the heads is not checked. flash-attn 3 has kernels for compute capability 9 (Hopper) alone: elsewhere the next
-    one is taken.
+    size of the heads is not checked. flash-attn 3 has kernels for compute capability 9 (Hopper) alone: elsewhere the
+    next one is taken.
     Raises ValueError for an unknown name and for a named backend that cannot run here.
     """
     if name == "auto":
@@ -173,33 +173,42 @@ def attend_varlen(q_TND: Tensor, k_TND: Tensor, v_TND: Tensor, prepared: Any, *,
 
     The backward is deterministic where torch's deterministic algorithms are asked for; torch's kernel looks for itself.
     """
-    return _launch(flash_attn_varlen_func, (q_TND, k_TND, v_TND), prepared, scale)
+    return _launch(flash_attn_varlen_func, q_TND, k_TND, v_TND, prepared, scale)
 
 
 def attend_varlen_without_flash_3(
     q_TND: Tensor, k_TND: Tensor, v_TND: Tensor, prepared: Any, *, scale: float
 ) -> Tensor:
     """The same on a GPU that flash-attn 3 has no kernel for."""
-    return _launch(_flash_2, (q_TND, k_TND, v_TND), prepared, scale)
+    return _launch(_flash_2, q_TND, k_TND, v_TND, prepared, scale)
 
 
-def _launch(flash: Callable[..., Any] | None, qkv: tuple[Tensor, ...], plan: VarlenPlan, scale: float) -> Tensor:
+def _launch(
+    flash: Callable[..., Any] | None, q_TND: Tensor, k_TND: Tensor, v_TND: Tensor, plan: VarlenPlan, scale: float
+) -> Tensor:
     if len(plan.launches) == 1:
-        return _launch_once(flash, qkv, plan.launches[0][0], plan, scale)
-    parts = zip(*(x.split([tokens for _, tokens in plan.launches]) for x in qkv))
-    return torch.cat([_launch_once(flash, x, borders, plan, scale) for x, (borders, _) in zip(parts, plan.launches)])
+        return _launch_once(flash, q_TND, k_TND, v_TND, plan.launches[0][0], plan, scale)
+    counts = [tokens for _, tokens in plan.launches]
+    parts = zip(q_TND.split(counts), k_TND.split(counts), v_TND.split(counts), plan.launches)
+    return torch.cat([_launch_once(flash, q, k, v, borders, plan, scale) for q, k, v, (borders, _) in parts])
 
 
 def _launch_once(
-    flash: Callable[..., Any] | None, qkv: tuple[Tensor, ...], borders: Tensor, plan: VarlenPlan, scale: float
+    flash: Callable[..., Any] | None,
+    q_TND: Tensor,
+    k_TND: Tensor,
+    v_TND: Tensor,
+    borders: Tensor,
+    plan: VarlenPlan,
+    scale: float,
 ) -> Tensor:
-    arguments = (*qkv, borders, borders, plan.longest, plan.longest)
+    arguments = (q_TND, k_TND, v_TND, borders, borders, plan.longest, plan.longest)
     if flash is None:
         out_TND = varlen_attn(*arguments, scale=scale, window_size=plan.reach)
         assert isinstance(out_TND, Tensor), "a tuple only where auxiliary results are asked for"
         return out_TND
     deterministic = torch.are_deterministic_algorithms_enabled()
-    out = flash(*arguments, softmax_scale=scale, window_size=plan.reach, deterministic=deterministic)
+    out: Any = flash(*arguments, softmax_scale=scale, window_size=plan.reach, deterministic=deterministic)
     return out[0] if isinstance(out, tuple) else out  # the first releases of flash-attn 3 add the logsumexps
 
 

@@ -49,6 +49,7 @@ from neobert.config.schema import Config
 from neobert.errors import StartupError
 from neobert.kernels.linear_cross_entropy import choose_kernel
 from neobert.train.agreement import exchange
+from neobert.train.gpu import find_device_problems, find_tool_problems, use_expandable_segments
 
 
 @dataclass(frozen=True, kw_only=True, slots=True, eq=False)
@@ -148,8 +149,20 @@ def compute_dtype(config: Config) -> torch.dtype:
 
 
 def choose_device_type(config: Config) -> str:
-    """`cuda` when there is a GPU and `trainer.use_cpu` does not forbid it, else `cpu`."""
-    return "cuda" if torch.cuda.is_available() and not config.trainer.use_cpu else "cpu"
+    """What `trainer.device` names: `cuda`, `cpu` or `mps`; `auto` is `cuda` when there is a GPU, else `cpu`."""
+    if config.trainer.means_cpu:
+        return "cpu"
+    if config.trainer.device == "auto":
+        return "cuda" if torch.cuda.is_available() else "cpu"
+    return config.trainer.device
+
+
+def choose_compile(config: Config) -> bool:
+    """Whether blocks are compiled: `trainer.torch_compile`, and null on a GPU, where no batch has another shape."""
+    if config.trainer.torch_compile is not None:
+        return config.trainer.torch_compile
+    one_shape = config.task == "pretraining" or bool(config.trainer.torch_compile_dynamic)
+    return choose_device_type(config) == "cuda" and one_shape
 
 
 def is_installed(name: str) -> bool:
@@ -172,16 +185,20 @@ def check_runtime(config: Config) -> None:
         )
     if config.trainer.mixed_precision == "bf16" and device_type == "cuda" and not torch.cuda.is_bf16_supported():
         problems.append("trainer.mixed_precision: bf16, but this GPU has no bfloat16; set trainer.mixed_precision: no")
-    needs_compiler = config.trainer.torch_compile and config.trainer.torch_compile_backend == "inductor"
-    if needs_compiler and device_type == "cpu" and not any(shutil.which(name) for name in ("c++", "g++", "clang++")):
+    problems += find_device_problems(config, device_type)
+    inductor = choose_compile(config) and config.trainer.torch_compile_backend == "inductor"
+    if inductor and device_type == "cpu" and not any(shutil.which(name) for name in ("c++", "g++", "clang++")):
         problems.append(
             "trainer.torch_compile: true with torch_compile_backend: inductor needs a C++ compiler on a CPU and none "
             "is on the PATH; install g++ or set trainer.torch_compile: false"
         )
+    kernel = None
     try:
-        choose_kernel(config.model.kernel_backend, device=torch.device(device_type))
+        kernel = choose_kernel(config.model.kernel_backend, device=torch.device(device_type))
     except ValueError as error:
         problems.append(str(error))
+    if not problems and device_type == "cuda":
+        problems += find_tool_problems(config, inductor=inductor, kernel=kernel)
     if problems:
         raise StartupError("\n".join(problems))
 
@@ -233,6 +250,8 @@ def build_runtime(config: Config) -> Runtime:
         StartupError: the launcher asked for several processes and they did not find each other.
     """
     settle_determinism(config.trainer.deterministic)
+    if choose_device_type(config) == "cuda":
+        use_expandable_segments()
     if config.trainer.tf32 and torch.cuda.is_available():
         torch.set_float32_matmul_precision("high")
     # The precision is bound when the process group is there, since all processes take one choice.
@@ -284,7 +303,7 @@ def check_launcher(config: Config, environment: Mapping[str, str] = os.environ) 
         if value not in ("no", "1", str(_value_of(config, key)).lower()):
             problems.append(f"{name}: {value} is not read here; write {key} in the config and leave it to the launcher")
     if environment.get("ACCELERATE_USE_CPU", "").lower() == "true" and choose_device_type(config) != "cpu":
-        problems.append("ACCELERATE_USE_CPU: true, but trainer.use_cpu is false; write trainer.use_cpu: true")
+        problems.append("ACCELERATE_USE_CPU: true, but trainer.device is not cpu; write trainer.device: cpu")
     if _started_one_of_several(environment):
         problems.append(
             "MASTER_ADDR is set beside ACCELERATE_USE_CPU, and no WORLD_SIZE: accelerate launch was asked for several "
@@ -346,6 +365,8 @@ def choose_precision(config: Config) -> tuple[str, str]:
     if choose_device_type(config) == "cuda":
         supported = torch.cuda.is_bf16_supported(including_emulation=False)
         return ("bf16", "this GPU has bfloat16") if supported else ("no", "this GPU has no bfloat16")
+    if choose_device_type(config) == "mps":
+        return "no", "bfloat16 was never tried on mps"
     inner, outer = config.model.hidden_size, config.model.intermediate_size
     fp32, bf16 = (measure_product(_ROWS, inner, outer, dtype) for dtype in (torch.float32, torch.bfloat16))
     return choose_faster(fp32=fp32, bf16=bf16), (

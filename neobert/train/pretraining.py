@@ -14,10 +14,12 @@ from neobert.config.rules import warnings
 from neobert.config.schema import Config
 from neobert.data.pipeline import DataPipeline
 from neobert.kernels.linear_cross_entropy import choose_kernel
+from neobert.model.peak import name_without_peak
 from neobert.objectives.base import Answer, Answers, EvalMetrics, EvalSums
 from neobert.objectives.table import load_part
 from neobert.train.agreement import exchange
 from neobert.train.checkpoint.replicas import check_replicas
+from neobert.train.machine import choose_compile
 from neobert.train.memory import memory_explained
 from neobert.train.run import Job, Run
 from neobert.train.start import write_config
@@ -131,12 +133,14 @@ def announce(run: Run) -> None:
         f"compute   {run.runtime.device}, {config.trainer.mixed_precision.replace('no', 'fp32')}, "
         f"attention {run.attention.name} ({run.attention.kernel}), "
         f"{f'loss kernel {kernel}, ' if objective.predicts_tokens else ''}"
-        f"{run.runtime.world} process(es)",
+        f"{'compiled' if choose_compile(config) else 'not compiled'}, {run.runtime.world} process(es)",
         f"tokens    vocabulary {run.tokenizer.size:,}, embedding rows {model.vocab_size:,}",
         f"batch     {config.trainer.micro_batch_rows} rows x {accumulation} micro-batches x "
         f"{run.runtime.world} process(es) = {run.rows_per_step} rows of {length} = {slots:,} slots a step",
         f"budget    {budget}",
     ]
+    if (name := name_without_peak(run.runtime.device)) is not None:
+        lines.append(f"mfu       unknown: no peak of {name} is in neobert/model/peak.py")
     if batch.warmup_steps:
         lines.append(
             f"warm-up   of the batch from {batch.start_rows} rows to {batch.rows} at step {batch.warmup_steps:,}, "
