@@ -135,4 +135,6 @@ def load_scorer(
     if Path(path).is_dir() and not (Path(path) / "config.json").is_file():
         raise DataError(f"{path} holds neither a checkpoint nor a config.json; give a run folder or an exported model")
     place = choose_device(device)
-    return TransformersScorer(path, device=place, dtype=choose_dtype(dtype, place), trust_remote_code=trust_remote_code)
+    # There all weights would be bf16, norms and the residual stream too: only where it is asked for.
+    products = choose_dtype("fp32" if dtype == "auto" else dtype, place)
+    return TransformersScorer(path, device=place, dtype=products, trust_remote_code=trust_remote_code)

@@ -25,6 +25,7 @@ from neobert.objectives.base import ObjectiveModule
 from neobert.objectives.masking import MaskPolicy
 from neobert.objectives.table import choose_objective
 from neobert.optim.moving_average import WeightAverage
+from neobert.optim.muon import Muon
 from neobert.optim.optimizers import build_optimizer, keep_unit_length
 from neobert.optim.qk_clip import QKClip
 from neobert.train.machine import Runtime, choose_compile, choose_device_type, compute_dtype
@@ -169,6 +170,12 @@ def build_run_optimizer(config: Config, module: ObjectiveModule) -> Optimizer:
     optimizer = build_optimizer(module, config.optimizer, dtype=compute_dtype(config))
     keep_unit_length(optimizer, module.unit_matrices())
     return optimizer
+
+
+def share_factors(optimizer: Optimizer, runtime: Runtime) -> None:
+    """Has the GPUs of a run share the work of Muon's orthogonal factors."""
+    if isinstance(optimizer, Muon) and runtime.world > 1 and runtime.device.type == "cuda":
+        optimizer.share(runtime.rank, runtime.world, runtime.gather_on_device)
 
 
 def build_clip(config: Config, module: ObjectiveModule, optimizer: Optimizer, runtime: Runtime) -> QKClip | None:

@@ -1,4 +1,4 @@
-"""What a run on a GPU needs beside the GPU: a torch that can use it, and what Triton and inductor compile with.
+"""What a run needs beside its device: a torch that can use it, and what Triton and inductor compile with.
 
 Found out before any data is prepared. The first launch of a Triton kernel, inductor's included, compiles a small C
 module against Python's headers, which slim images lack.
@@ -33,13 +33,20 @@ def find_device_problems(config: Config, device_type: str) -> list[str]:
     return []
 
 
-def find_tool_problems(config: Config, *, inductor: bool, kernel: str | None) -> list[str]:
-    """What Triton would need on this GPU and does not find, with the keys that ask for it.
+def find_tool_problems(config: Config, device_type: str, *, inductor: bool, kernel: str | None) -> list[str]:
+    """What inductor needs on a CPU, or Triton on a GPU, and does not find, with the keys that ask for it.
 
     Args:
         inductor: whether blocks are compiled by inductor.
         kernel: the loss kernel of the run.
     """
+    if inductor and device_type == "cpu" and not any(shutil.which(name) for name in ("c++", "g++", "clang++")):
+        return [
+            "trainer.torch_compile: true with torch_compile_backend: inductor needs a C++ compiler on a CPU and none "
+            "is on the PATH; install g++ or set trainer.torch_compile: false"
+        ]
+    if device_type != "cuda":
+        return []
     compiled = "true" if config.trainer.torch_compile else "null, which is true on a GPU"
     asked = [
         (inductor, f"trainer.torch_compile: {compiled}", "trainer.torch_compile: false"),

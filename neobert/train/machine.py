@@ -30,7 +30,6 @@ continues from a checkpoint keeps the checkpoint's.
 import importlib.util
 import os
 import resource
-import shutil
 import time
 from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
@@ -101,6 +100,12 @@ class Runtime:
         if self.world > 1:
             dist.all_reduce(values, op=dist.ReduceOp.MAX)
         return values
+
+    def gather_on_device(self, values: Tensor) -> Tensor:
+        """The tensors of all ranks, `[n, ...]` each, one after the other in rank order."""
+        gathered = values.new_empty(self.world * len(values), *values.shape[1:])
+        dist.all_gather_into_tensor(gathered, values.contiguous())
+        return gathered
 
     def gather_objects(self, value: Any, *, patient: bool = False) -> list[Any]:
         """Every rank's picklable value, in rank order, on every rank. `patient`: waits for hours if need be."""
@@ -186,19 +191,13 @@ def check_runtime(config: Config) -> None:
     if config.trainer.mixed_precision == "bf16" and device_type == "cuda" and not torch.cuda.is_bf16_supported():
         problems.append("trainer.mixed_precision: bf16, but this GPU has no bfloat16; set trainer.mixed_precision: no")
     problems += find_device_problems(config, device_type)
-    inductor = choose_compile(config) and config.trainer.torch_compile_backend == "inductor"
-    if inductor and device_type == "cpu" and not any(shutil.which(name) for name in ("c++", "g++", "clang++")):
-        problems.append(
-            "trainer.torch_compile: true with torch_compile_backend: inductor needs a C++ compiler on a CPU and none "
-            "is on the PATH; install g++ or set trainer.torch_compile: false"
-        )
     kernel = None
     try:
         kernel = choose_kernel(config.model.kernel_backend, device=torch.device(device_type))
     except ValueError as error:
         problems.append(str(error))
-    if not problems and device_type == "cuda":
-        problems += find_tool_problems(config, inductor=inductor, kernel=kernel)
+    inductor = choose_compile(config) and config.trainer.torch_compile_backend == "inductor"
+    problems += find_tool_problems(config, device_type, inductor=inductor, kernel=kernel)
     if problems:
         raise StartupError("\n".join(problems))
 
