@@ -43,6 +43,9 @@ _SHORTEST_BUCKET = 16
 _BUCKET_SCORES = 2**26
 """Scores of the documents of a bucket that go through the backward together."""
 
+_MOST_DOCUMENTS = 65_535
+"""Of them: torch's kernels count them in a dimension of CUDA's grid that ends there."""
+
 
 class SegmentedPlan(NamedTuple):
     """What the operators read. Its tensors have one shape for all batches of one shape."""
@@ -307,7 +310,7 @@ def _each_bucket(buckets: Tensor, places: Tensor, reach: int, num_heads: int) ->
     """Buckets cut so that their scores are bounded."""
     begin = 0
     for length, num_documents in buckets.T.tolist():
-        most = max(1, _BUCKET_SCORES // (num_heads * length * length)) if length else 1
+        most = max(1, min(_MOST_DOCUMENTS, _BUCKET_SCORES // max(1, num_heads * length * length)))
         for first in range(0, num_documents, most):
             count = min(most, num_documents - first)
             places_BL = places[begin : begin + count * length].view(count, length)
