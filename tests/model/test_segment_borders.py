@@ -10,6 +10,7 @@ import pytest
 import torch
 from packed import pack, tiny_config
 from torch import Tensor
+from torch._dynamo.utils import counters
 
 from neobert.benchmark.step_batches import made_up_policy
 from neobert.data.rows.collate import Collator, bound_segments
@@ -223,3 +224,21 @@ def test_flash_attention_3_is_for_hopper(monkeypatch: pytest.MonkeyPatch) -> Non
             backend = choose_attention(name, device=cuda, dtype=torch.bfloat16)
             assert backend.kernel == f"flash-attn {version}"
             assert backend.attend(q, q, q, plan, scale=1.0) == version
+
+
+def test_one_graph_with_the_real_kernel_forward_and_backward(monkeypatch: pytest.MonkeyPatch) -> None:
+    """torch's own operator, as the compiler sees it: on tensors without memory. Traced by AOT, joint and backward."""
+    monkeypatch.setattr(attention, "flash_attn_varlen_func", None)
+    counters.clear()
+    encoder = Encoder(tiny_config(), VARLEN).to("meta", torch.bfloat16)
+    for block in encoder.layers:
+        block.compile(backend="aot_eager", dynamic=False)
+    tokens = torch.zeros(2, 16, dtype=torch.int32, device="meta")
+    try:
+        for rows in ([(7, 5), (9,)], [(16,), (16,)], [(2,) * 5, (3, 3, 3)], [(4,) * 4, (2,) * 8]):
+            positions, segments = pack(rows, 16)
+            encoder(tokens, positions.to("meta"), segments.to(torch.device("meta"))).float().sum().backward()
+    finally:
+        torch.compiler.reset()
+    assert counters["stats"]["unique_graphs"] == 1
+    assert counters["aot_autograd"]["ok"] == 1
