@@ -71,9 +71,9 @@ def prepare_segmented(segments: Segments, window: int | None = None) -> Segmente
     device = segments.ids.device
     if device.type != "cpu":
         buckets, places = plan_buckets(torch.stack((starts, ends)), segments.ids.numel())
-        # From pageable memory the host would wait for everything that is queued on the device.
-        places = places.pin_memory() if device.type == "cuda" else places
-        return SegmentedPlan(borders=buckets, places=places.to(device, non_blocking=True), reach=reach)
+        if device.type == "cuda":  # From pageable memory the host would wait for everything that is queued there.
+            places = places.pin_memory().to(device, non_blocking=True)
+        return SegmentedPlan(borders=buckets, places=places.to(device), reach=reach)
     ids = segments.ids.flatten()
     ends = torch.where(ids[starts.clamp(max=ids.shape[0] - 1)] == 0, starts, ends)
     return SegmentedPlan(

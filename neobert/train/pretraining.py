@@ -66,7 +66,9 @@ def evaluate(run: Run) -> EvalMetrics | None:
     data, build_metrics = _documents(run), run.objective.build_metrics
     if data.eval_set is None or build_metrics is None:
         return None
-    sums = torch.zeros(2 + run.objective.num_counts, dtype=torch.float64, device=run.runtime.device)
+    device = run.runtime.device
+    wide = torch.float32 if device.type == "mps" else torch.float64  # which mps does not have
+    sums = torch.zeros(2 + run.objective.num_counts, dtype=wide, device=device)
     counts = [0, 0]
     with run.tracker.paused():
         run.model.eval()
@@ -76,7 +78,7 @@ def evaluate(run: Run) -> EvalMetrics | None:
                 run.model.train()
                 return None
             with memory_explained(run, batch, "eval"):
-                loss = run.model(batch.to(run.runtime.device, non_blocking=True))
+                loss = run.model(batch.to(device, non_blocking=device.type == "cuda"))
             sums += torch.stack([loss.loss_sum, loss.num_correct, *(() if loss.counts is None else loss.counts)])
             counts = [a + b for a, b in zip(counts, (batch.num_targets, batch.num_tokens))]
         run.model.train()
