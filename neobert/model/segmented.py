@@ -42,9 +42,8 @@ _LEAST_QUERIES = 128
 _SHORTEST_BUCKET = 16
 _BUCKET_SCORES = 2**26
 """Scores of the documents of a bucket that go through the backward together."""
-
 _MOST_DOCUMENTS = 65_535
-"""Of them: torch's kernels count them in a dimension of CUDA's grid that ends there."""
+"""Of a bucket at once: torch's kernels count them in a dimension of CUDA's grid that ends there."""
 
 
 class SegmentedPlan(NamedTuple):
