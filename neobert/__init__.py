@@ -8,11 +8,11 @@ from neobert.host import prepare_threads
 if TYPE_CHECKING:
     from neobert.config.load import load_config
     from neobert.inference.model import load
-    from neobert.train.from_python import pretrain
+    from neobert.train.loop import pretrain
 
 __all__ = ["load", "load_config", "pretrain"]
 
-_HOMES = {"load": "inference.model", "load_config": "config.load", "pretrain": "train.from_python"}
+_HOMES = {"load": "inference.model", "load_config": "config.load", "pretrain": "train.loop"}
 
 
 def __getattr__(name: str) -> Any:

@@ -173,7 +173,7 @@ def test_help_says_the_defaults_that_hold(
 def test_names_that_help_writes_out_are_those_of_the_tables(capsys: pytest.CaptureFixture[str]) -> None:
     assert set(re.findall(r"\w+", POOLING_HELP)) >= set(POOLING)
     actions = {action.dest: action for action in build_model_parser("", "")._actions}
-    assert actions["dtype"].choices == list(DTYPES)
+    assert actions["dtype"].choices == ["auto", *DTYPES]
     assert actions["weights"].choices == list(WEIGHTS)
     assert tuple(RUNS) == CONTESTANTS
     assert call("pretraining/train_tokenizer.py", "--help") == 0

@@ -250,7 +250,7 @@ def _make(job: PlannedRun, config: Config, run: Path, data: Path) -> TrialResult
     found = None
     try:
         train(config)
-        found = score(run, data, device="cpu" if config.trainer.use_cpu else "auto")
+        found = score(run, data, device="cpu" if config.trainer.means_cpu else "auto")
     except Stopped as stopped:
         if stopped.outcome != "numbers":
             raise

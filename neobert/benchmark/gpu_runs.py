@@ -21,7 +21,7 @@ from neobert.benchmark.profile_analysis import IDLE, analyse_path
 from neobert.benchmark.trial import read_speed
 from neobert.config.load import config_to_yaml, load_config, load_saved_config
 from neobert.config.schema import Config
-from neobert.inference.loading import load
+from neobert.inference.model import load
 from neobert.train.loop import pretrain
 
 _FILES, _CHARACTERS = 80, 4000

@@ -39,6 +39,7 @@ from neobert.objectives.base import Objective, ObjectiveModule
 from neobert.objectives.table import OBJECTIVES
 from neobert.optim.groups import build_parameter_groups
 from neobert.optim.optimizers import build_optimizer
+from neobert.train.device import find_missing_tools
 from neobert.train.step import train_step
 from neobert.types import LossSum, PackedBatch
 
@@ -207,7 +208,7 @@ def measure_step(settings: StepSettings, source: RowSource | None = None) -> Ste
         attended_length=sum(b.attended_tokens for b in timed) / real,
         predicted_fraction=sum(b.num_targets for b in timed) / real if source.objective.predicts_tokens else 0.0,
     )
-    rate, gemm, peak = real / sum(seconds), measure_gemm(device, dtype, clock), peak_flops(device)
+    rate, gemm, peak = real / sum(seconds), measure_gemm(device, dtype, clock), peak_flops(device, dtype)
     median = float(np.percentile(seconds, 50))
     return StepTiming(
         tokens_per_second=rate,
@@ -248,6 +249,12 @@ def build_model(
     if settings.attention != MASKED_ATTENTION.name:
         attention = choose_attention(settings.attention, device=device, dtype=dtype, head_dim=architecture.head_dim)
     kernel = choose_kernel(settings.kernel, device=device)
+    asks = settings.compile or kernel in ("triton", "liger") or attention.name == "flex"
+    missing = find_missing_tools() if device.type == "cuda" and asks else None
+    if missing is not None:
+        raise ValueError(
+            f"--device cuda: compiling for this GPU needs {missing}; or use --kernel torch without --compile"
+        )
     torch.manual_seed(0)
     encoder = Encoder(
         architecture,

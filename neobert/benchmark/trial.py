@@ -33,8 +33,8 @@ from neobert.inference.mlm_loss import LossSettings, MlmLoss, mlm_loss
 from neobert.inference.model import load
 from neobert.inference.scorer import OwnScorer
 from neobert.inference.texts import open_texts
+from neobert.train.device import choose_precision
 from neobert.train.loop import pretrain
-from neobert.train.machine import choose_precision
 
 HELD_OUT = LossSettings(mlm_probability=0.15, mask_all=True, max_length=512, truncate=True, max_documents=400)
 """What is asked of every model."""
@@ -164,7 +164,7 @@ def measure(file: Path, overrides: Sequence[str], output: Path, *, num_steps: in
         ],
     )
     train(config)
-    loss = score(output, data, device="cpu" if config.trainer.use_cpu else "auto")
+    loss = score(output, data, device="cpu" if config.trainer.means_cpu else "auto")
     return {
         "loss": loss.loss,
         "accuracy": loss.accuracy,

@@ -166,7 +166,7 @@ def benchmark_inference(program: str, argv: list[str]) -> None:
     parser.add_argument("--rows", type=count, default=32, help="texts of a padded batch (default %(default)s)")
     parser.add_argument("--repeats", type=count, default=5, help="measurements, of which the median counts")
     args = parser.parse_args(argv)
-    if args.dtype != "fp32":
+    if args.dtype == "bf16":
         raise ValueError("--dtype: the two are compared in fp32; leave it out")
     import torch
 
@@ -177,7 +177,7 @@ def benchmark_inference(program: str, argv: list[str]) -> None:
 
     with open_texts(args.input, text_column=args.text_column, split=args.split) as opened:
         texts = [text.text for text in islice(opened.read(), args.documents)]
-    model = load(args.model, device=args.device)
+    model = load(args.model, device=args.device, dtype="fp32")
     batch_tokens = args.batch_tokens or BATCH_TOKENS
     lines = compare(model, texts, batch_tokens=batch_tokens, rows=args.rows, repeats=args.repeats)
     machine = f"{torch.get_num_threads()} threads on {model.module.head_weight.device}"

@@ -89,9 +89,14 @@ def build_model_parser(program: str, description: str | None) -> Parser:
     parser = build_parser(program, description)
     parser.add_argument("model", help=_MODEL_HELP)
     parser.add_argument("--device", default="auto", help="auto (a GPU when there is one), cpu or cuda")
-    parser.add_argument("--dtype", default="fp32", choices=["fp32", "bf16"], help="of matrix products (default fp32)")
+    add_dtype(parser)
     parser.add_argument("--weights", default="model", choices=["model", "ema"], help="ema: their moving average")
     return parser
+
+
+def add_dtype(parser: argparse.ArgumentParser) -> None:
+    meaning = "of matrix products (auto: bf16 on a GPU that has it, else fp32)"
+    parser.add_argument("--dtype", default="auto", choices=["auto", "fp32", "bf16"], help=meaning)
 
 
 def add_input(parser: argparse.ArgumentParser) -> None:
@@ -122,6 +127,7 @@ def build_pairs_parser(program: str, description: str | None, pairs_help: str, p
     parser.add_argument("--positive-prefix", default="", help=prefix_help)
     parser.add_argument("--max-length", type=int, help="cut texts at so many tokens; default: the model's length")
     parser.add_argument("--device", default="auto", help="auto, cpu or cuda")
+    add_dtype(parser)
     return parser
 
 

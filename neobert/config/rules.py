@@ -252,20 +252,24 @@ def check_average(config: Config) -> Iterator[str]:
 def check_device(config: Config) -> Iterator[str]:
     """What a device cannot do."""
     backend, kernel = config.model.attn_backend, config.model.kernel_backend
-    if config.trainer.use_cpu:
+    trainer = config.trainer
+    on_cpu = "trainer.use_cpu is true" if trainer.use_cpu else "trainer.device is cpu"
+    if trainer.use_cpu and trainer.device in ("cuda", "mps"):
+        yield f"trainer.device: {trainer.device}, but trainer.use_cpu is true; remove one of them"
+    if trainer.means_cpu:
         if backend in ("flash_attn_varlen", "flex"):
             remedy = "write model.attn_backend: auto"
-            yield f"model.attn_backend: {backend} needs a GPU, but trainer.use_cpu is true; {remedy}"
+            yield f"model.attn_backend: {backend} needs a GPU, but {on_cpu}; {remedy}"
         if kernel == "liger":
             remedy = "write model.kernel_backend: auto"
-            yield f"model.kernel_backend: liger needs a GPU, but trainer.use_cpu is true; {remedy}"
+            yield f"model.kernel_backend: liger needs a GPU, but {on_cpu}; {remedy}"
     elif backend == "flash_attn_varlen" and config.trainer.mixed_precision == "no":
         yield (
             "model.attn_backend: flash_attn_varlen needs trainer.mixed_precision: bf16, it is no;"
             " write model.attn_backend: auto"
         )
-    if config.dataset.pin_memory and config.trainer.use_cpu:
-        yield "dataset.pin_memory: true needs a GPU, but trainer.use_cpu is true; write null"
+    if config.dataset.pin_memory and trainer.means_cpu:
+        yield f"dataset.pin_memory: true needs a GPU, but {on_cpu}; write null"
 
 
 FILL_THE_RUN = ("cosine", "linear")

@@ -184,8 +184,9 @@ class TrainerSection:
     ema_start_step: int = key(0, at_least=0, needs="trainer.ema_decay", resume="declared")
     """With `ema_decay`: the average starts with the weights after this step."""
 
-    torch_compile: bool = key(False, resume="free")
-    """Compile the model with torch.compile."""
+    torch_compile: bool | None = key(None, resume="free")
+    """Compile the model with torch.compile. null: on a GPU, in fine-tuning only with `torch_compile_dynamic: true`; not
+    on a CPU."""
 
     torch_compile_backend: Literal["inductor", "aot_eager", "eager"] = key("inductor", resume="free")
     """Backend of torch.compile."""
@@ -193,8 +194,12 @@ class TrainerSection:
     torch_compile_dynamic: bool | None = key(None, resume="free")
     """Compile for changing shapes; null is false, because shapes are constant here."""
 
+    device: Literal["auto", "cpu", "cuda", "mps"] = key("auto", resume="free")
+    """Where to train. auto: on the GPU when there is one, else on the CPU; a GPU that torch cannot use is an error.
+    cuda: a GPU of NVIDIA, or of AMD with a ROCm build of torch. mps: a GPU of Apple. ROCm and mps were never tried."""
+
     use_cpu: bool = key(False, resume="free")
-    """Train on the CPU even when there is a GPU."""
+    """true: the same as `device: cpu`, whose older form it is."""
 
     cpu_threads: int | None = key(None, at_least=1, machine=True, resume="free")
     """Threads that compute on a CPU; null is OMP_NUM_THREADS, or else what this process may use by its affinity and by
@@ -245,6 +250,11 @@ class TrainerSection:
     fill_mask_texts: tuple[str, ...] | None = key(None, needs=FILLS_MASKS, resume="free")
     """Texts with [MASK] that the model completes at the end of the run. null takes the starts of the first
     evaluation documents and hides one token of each; `[]` shows none."""
+
+    @property
+    def means_cpu(self) -> bool:
+        """Whether no GPU may be used."""
+        return self.use_cpu or self.device == "cpu"
 
     @property
     def micro_batch_rows(self) -> int:

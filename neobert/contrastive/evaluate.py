@@ -192,7 +192,7 @@ def evaluate_file(args: argparse.Namespace) -> str:
     opened = open_source(PairSource(name=args.pairs, split=args.split))
     if opened.form not in MAIN:
         raise DataError(f"{opened.label} has neither pairs nor scored pairs to evaluate on")
-    model = load(args.model, device=args.device)
+    model = load(args.model, device=args.device, dtype=args.dtype)
     length = min(args.max_length or model.max_length, model.max_length)
     examples = [
         Example(

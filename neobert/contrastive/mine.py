@@ -111,7 +111,7 @@ def mine_file(args: argparse.Namespace) -> tuple[int, int]:
     opened = open_source(PairSource(name=args.pairs, split=args.split))
     if opened.form != "pairs":
         raise DataError(f"{opened.label} has no pairs; name a set with anchors and positives")
-    examples, model = list(opened.examples), load(args.model, device=args.device)
+    examples, model = list(opened.examples), load(args.model, device=args.device, dtype=args.dtype)
     documents = list(dict.fromkeys(str(example.positive) for example in examples))
     length = min(args.max_length or model.max_length, model.max_length)
     anchors = embed_cut(

@@ -19,7 +19,7 @@ import numpy as np
 from neobert.config.schema import Config, DatasetSection
 from neobert.data.fingerprint import combine, fits
 from neobert.data.rows.batch_size import BatchSchedule, build_batch_schedule
-from neobert.data.rows.collate import Collator
+from neobert.data.rows.collate import Collator, bound_segments
 from neobert.data.rows.evaluation import EvalSet, choose_evaluation
 from neobert.data.rows.lanes import RowOrder, State
 from neobert.data.rows.loader import Loader, LoaderSettings, sum_counters
@@ -217,6 +217,7 @@ def build_data(
     evaluation = choose_evaluation(config, sources, views, order)
     train = build_train(evaluation.train, tokenizer, order, section)
     collate = replace(_build_collate(config, tokenizer, train_masks), num_sources=len(sources))
+    longest = [view.documents.longest(view.span) for view in evaluation.train]
     loader_settings = reader.loader_settings(
         section,
         batch=build_batch_schedule(config, reader.rows_per_step),
@@ -229,7 +230,7 @@ def build_data(
         tokenizer=tokenizer,
         train=train,
         loader_settings=loader_settings,
-        collate=collate,
+        collate=replace(collate, max_segment_length=bound_segments(longest, section.max_seq_length)),
         eval_set=evaluation.eval_set,
         eval_collate=replace(collate, policy=eval_masks, seed=config.trainer.eval_seed, draw="document"),
         fingerprint=_combine_fingerprints(evaluation.train, section.sample_by),

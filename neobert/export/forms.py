@@ -154,10 +154,10 @@ def code_files() -> dict[str, str]:
     """
     sources, waiting = {}, [MODELING]
     model = Path(encoder.__file__).parent
-    places = {MODELING: Path(__file__).with_name("modeling.py"), "key": model.with_name("key.py")}
+    files = {MODELING: Path(__file__).with_name("modeling.py"), "key": model.with_name("key.py")}
     while waiting:
         name = waiting.pop()
-        text = places.get(name, model / f"{name}.py").read_text(encoding="utf-8")
+        text = files.get(name, model / f"{name}.py").read_text(encoding="utf-8")
         waiting += [other for other in _IMPORT.findall(text) if f"{other}.py" not in sources and other not in waiting]
         sources[f"{name}.py"] = _relocate(name, text)
     return sources

@@ -170,10 +170,11 @@ class Model:
 
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
+"""Beside `auto`, see `choose_dtype`."""
 
 
 def load(
-    path: str | Path, *, device: str | torch.device = "auto", dtype: str = "fp32", weights: str = "model"
+    path: str | Path, *, device: str | torch.device = "auto", dtype: str = "auto", weights: str = "model"
 ) -> Model:
     """A trained model with its tokenizer, ready to answer.
 
@@ -181,21 +182,24 @@ def load(
         path: a checkpoint; a run folder or its `checkpoints` folder, which mean the newest checkpoint; an exported
             folder; a model of the hub (`owner/model`) in a layout that `neobert.weights.layouts` knows.
         device: `auto` takes a GPU when there is one.
-        dtype: `fp32`, or `bf16` for matrix products in bf16 as in training with `trainer.mixed_precision: bf16`.
+        dtype: of matrix products: `fp32`; `bf16`, as in training with `trainer.mixed_precision: bf16`; `auto` is bf16
+            on a GPU that has it, else fp32. fp32 on a GPU is TF32 only where `torch.set_float32_matmul_precision` was
+            called for it.
         weights: `model`, or `ema` for the moving average of a checkpoint of a run with `trainer.ema_decay`.
 
     Raises:
         WeightsError: there is no model at `path`, or it is damaged, or has no tokenizer.
         ValueError: the dtype or the device is unknown, or not there.
     """
-    if dtype not in DTYPES:
-        raise ValueError(f"dtype: {dtype!r} is unknown; write one of {', '.join(DTYPES)}")
     chosen = choose_device(device)
+    products = choose_dtype(dtype, chosen)
     found = load_encoder_weights(path, weights=weights)
     if found.tokenizer is None:
         raise WeightsError(f"{found.folder} has no tokenizer.json; put the tokenizer of the model there")
     objective = OBJECTIVES[found.objective]
-    encoder = Encoder(found.config, choose_attention("auto", device=chosen, dtype=DTYPES[dtype]))
+    encoder = Encoder(
+        found.config, choose_attention("auto", device=chosen, dtype=products, head_dim=found.config.head_dim)
+    )
     # An exported folder has the head of no objective.
     has_head = bool(found.training_only) or objective.fills_masks
     module = objective.build_trained(encoder) if has_head else ObjectiveModule(encoder)
@@ -206,11 +210,21 @@ def load(
     module.check_tied()
     for part in module.modules():
         if isinstance(part, nn.Linear):  # Embeddings and norms stay fp32, and with them the residual stream.
-            part.to(DTYPES[dtype])
+            part.to(products)
     tokenizer = load_tokenizer(TokenizerSection(path=str(found.tokenizer)))
     if tokenizer.note is not None:
         warnings.warn(tokenizer.note, stacklevel=2)
     return Model(module=module.to(chosen).eval(), tokenizer=tokenizer, objective=objective)
+
+
+def choose_dtype(dtype: str, device: torch.device) -> torch.dtype:
+    """The type of matrix products that is meant. Raises ValueError for an unknown name."""
+    if dtype == "auto":
+        has_bf16 = device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
+        return torch.bfloat16 if has_bf16 else torch.float32
+    if dtype not in DTYPES:
+        raise ValueError(f"dtype: {dtype!r} is unknown; write one of auto, {', '.join(DTYPES)}")
+    return DTYPES[dtype]
 
 
 def choose_device(device: str | torch.device) -> torch.device:

@@ -12,7 +12,7 @@ from transformers import AutoModelForMaskedLM
 from neobert.data.tokenizer import Tokenizer, check_mask_token
 from neobert.data.tokenizer_file import load_as_written
 from neobert.errors import DataError
-from neobert.inference.model import DTYPES, Model, choose_device, load
+from neobert.inference.model import Model, choose_device, choose_dtype, load
 from neobert.inference.packed import evaluating, precision
 from neobert.types import IGNORE_INDEX, PackedBatch
 from neobert.weights.folder import find_checkpoint
@@ -119,7 +119,7 @@ class TransformersScorer:
 
 
 def load_scorer(
-    path: str, *, device: str = "auto", dtype: str = "fp32", trust_remote_code: bool = False, weights: str = "model"
+    path: str, *, device: str = "auto", dtype: str = "auto", trust_remote_code: bool = False, weights: str = "model"
 ) -> Scorer:
     """The masked language model at `path`: ours where it holds a checkpoint, else through transformers. `weights` is
     as in `neobert.load`.
@@ -134,4 +134,6 @@ def load_scorer(
     if Path(path).is_dir() and not (Path(path) / "config.json").is_file():
         raise DataError(f"{path} holds neither a checkpoint nor a config.json; give a run folder or an exported model")
     chosen = choose_device(device)
-    return TransformersScorer(path, device=chosen, dtype=DTYPES[dtype], trust_remote_code=trust_remote_code)
+    # There all weights would be bf16, norms and the residual stream too: only where it is asked for.
+    products = choose_dtype("fp32" if dtype == "auto" else dtype, chosen)
+    return TransformersScorer(path, device=chosen, dtype=products, trust_remote_code=trust_remote_code)

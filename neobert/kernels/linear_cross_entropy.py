@@ -21,6 +21,7 @@ Legend: M rows, D hidden size, V vocabulary, C rows of a chunk.
 
 import os
 from collections.abc import Callable
+from functools import cache, partial
 from typing import Any
 
 import torch
@@ -46,8 +47,9 @@ target is ignored; `num_correct` an int64 scalar, the number of targets that are
 asked for; `z_sum` the part of `loss_sum` that is z-loss, an fp32 scalar without gradient, None with z = 0.
 """
 
-CHUNK_BYTES = 64 * 2**20
-"""Logits of one chunk, in the dtype of the products."""
+CHUNK_BYTES = {"cpu": 64 * 2**20, "cuda": 512 * 2**20}
+"""Logits of one chunk, in the dtype of the products, by the kind of device; others as a CPU. It takes many rows to keep
+a GPU busy."""
 
 TILE_BYTES = 2 * 2**20
 """fp32 logits of the rows that go through the softmax together on a CPU: they stay in its cache."""
@@ -83,13 +85,18 @@ def chunked_linear_cross_entropy(
     ignore_index: int = -100,
     count_correct: bool = False,
     z_loss: float = 0.0,
+    compiled: bool = False,
 ) -> tuple[Tensor, Tensor | None, Tensor | None]:
-    """The same in chunks; see LinearCrossEntropy. Raises RuntimeError in a second backward through one loss."""
+    """The same in chunks; see LinearCrossEntropy. Raises RuntimeError in a second backward through one loss.
+
+    Args:
+        compiled: fuses what becomes of the logits of a chunk into few passes over them, for a GPU.
+    """
     with_grad = torch.is_grad_enabled() and (hidden_MD.requires_grad or weight_VD.requires_grad)
     device_type = hidden_MD.device.type
     dtype = torch.get_autocast_dtype(device_type) if torch.is_autocast_enabled(device_type) else hidden_MD.dtype
     loss_sum, num_correct, z_sum = _ChunkedLinearCrossEntropy.apply(
-        hidden_MD, weight_VD, targets_M, ignore_index, count_correct, z_loss, with_grad, dtype
+        hidden_MD, weight_VD, targets_M, ignore_index, count_correct, z_loss, with_grad, dtype, compiled
     )
     return loss_sum, num_correct, z_sum
 
@@ -106,7 +113,9 @@ class _ChunkedLinearCrossEntropy(torch.autograd.Function):
         z_loss: float,
         with_grad: bool,
         dtype: torch.dtype,
+        compiled: bool,
     ) -> tuple[Tensor, Tensor | None, Tensor | None]:
+        chunk_losses = _compiled_losses_and_gradients() if compiled else _losses_and_gradients
         # Ignored rows become zero rows with target 0: whatever is in them cannot reach a gradient.
         counted_M = targets_M != ignore_index
         target_M1 = torch.where(counted_M, targets_M, 0)[:, None]
@@ -118,7 +127,7 @@ class _ChunkedLinearCrossEntropy(torch.autograd.Function):
         num_correct = torch.zeros((), dtype=torch.int64, device=hidden.device) if count_correct else None
         grad_hidden = torch.zeros_like(hidden) if with_grad else None
         grad_weight = None
-        chunk = max(1, CHUNK_BYTES // (dtype.itemsize * len(weight)))
+        chunk = max(1, CHUNK_BYTES.get(hidden.device.type, CHUNK_BYTES["cpu"]) // (dtype.itemsize * len(weight)))
         # One buffer for all chunks: on a CPU fresh pages cost more than the arithmetic on them.
         buffer_CV = torch.empty((min(chunk, len(hidden)), len(weight)), dtype=dtype, device=hidden.device)
         with torch.autocast(hidden.device.type, enabled=False):
@@ -129,9 +138,7 @@ class _ChunkedLinearCrossEntropy(torch.autograd.Function):
                 if num_correct is not None:
                     hits = (logits_CV.argmax(dim=-1, keepdim=True) == target_C1) & counted_C1
                     num_correct = num_correct + hits.sum()  # not in place, since it leaves
-                losses_M[rows], z_terms_M[rows] = _losses_and_gradients(
-                    logits_CV, target_C1, counted_C1, z_loss, with_grad
-                )
+                losses_M[rows], z_terms_M[rows] = chunk_losses(logits_CV, target_C1, counted_C1, z_loss, with_grad)
                 if grad_hidden is not None:  # What was logits is gradients now.
                     torch.mm(logits_CV, weight, out=grad_hidden[rows])
                     part_VD = logits_CV.T @ hidden_CD
@@ -157,7 +164,7 @@ class _ChunkedLinearCrossEntropy(torch.autograd.Function):
                 "first; compute the loss again"
             )
         (grad_hidden, grad_weight), ctx.grads = ctx.grads, None
-        return grad_hidden.mul_(grad_loss), grad_weight.mul_(grad_loss), None, None, None, None, None, None
+        return grad_hidden.mul_(grad_loss), grad_weight.mul_(grad_loss), *(None,) * 7
 
 
 def _losses_and_gradients(
@@ -192,6 +199,28 @@ def _losses_and_gradients(
             logits.copy_(gradient.scatter_add_(1, target, -counted.to(wide)))
     return losses_C1[:, 0], z_terms_C1[:, 0]
 
+
+def _losses_and_gradients_at_once(
+    logits_CV: Tensor, target_C1: Tensor, counted_C1: Tensor, z_loss: float, with_grad: bool
+) -> Tensor:
+    """The same as `_losses_and_gradients`, written for a compiler: nothing of the size of the logits is kept."""
+    wide_logits = logits_CV.to(torch.promote_types(logits_CV.dtype, torch.float32))
+    lse = wide_logits.logsumexp(dim=-1, keepdim=True)
+    losses_C1 = torch.where(counted_C1, lse - wide_logits.gather(1, target_C1) + z_loss * lse.square(), 0)
+    if with_grad:
+        probs = torch.exp(wide_logits - lse) * (1 + 2 * z_loss * lse)
+        is_target = torch.arange(logits_CV.shape[1], device=logits_CV.device) == target_C1
+        logits_CV.copy_(torch.where(counted_C1, probs - is_target.to(probs.dtype), 0))
+    return losses_C1[:, 0]
+
+
+@cache
+def _compiled_losses_and_gradients() -> Callable[..., Tensor]:
+    return torch.compile(_losses_and_gradients_at_once)
+
+
+compiled_linear_cross_entropy: LinearCrossEntropy = partial(chunked_linear_cross_entropy, compiled=True)
+"""The kernel `torch` on a GPU, in a run whose blocks are compiled."""
 
 KERNELS: dict[str, LinearCrossEntropy] = {
     "reference": reference_linear_cross_entropy,

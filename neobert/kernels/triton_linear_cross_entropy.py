@@ -38,7 +38,7 @@ from torch.autograd.function import once_differentiable
 INTERPRETED: bool = triton.knobs.runtime.interpret
 """Whether kernels run in the interpreter, whose products take bf16 for integers: there operands are widened first."""
 
-CHUNK_BYTES = 64 * 2**20
+CHUNK_BYTES = 512 * 2**20
 """Gradients of one chunk of logits, `[M, C]`."""
 
 

@@ -14,8 +14,9 @@ on attention probabilities. With a sliding window of w tokens, query i sees the 
 Legend: T tokens of the flat stream, N heads, D head size.
 """
 
-from dataclasses import dataclass
-from typing import Any, Protocol
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from typing import Any, NamedTuple, Protocol
 
 import torch
 from torch import Tensor
@@ -25,19 +26,24 @@ from neobert.model.flex import attend_flex, flex_problem, prepare_flex
 from neobert.model.segmented import attend_segmented, prepare_segmented
 from neobert.model.segments import Segments
 
-FLASH = "torch.nn.attention.varlen"
-"""What `flash_attn_varlen` runs."""
 try:
-    from flash_attn_interface import flash_attn_varlen_func
-
-    FLASH = "flash-attn 3"
+    from flash_attn import flash_attn_varlen_func as _flash_2
 except ImportError:
-    try:
-        from flash_attn import flash_attn_varlen_func
+    _flash_2 = None
+try:
+    from flash_attn_interface import flash_attn_varlen_func as _flash_3
+except ImportError:
+    _flash_3 = None
 
-        FLASH = "flash-attn 2"
-    except ImportError:
-        flash_attn_varlen_func = None
+flash_attn_varlen_func: Callable[..., Any] | None = _flash_3 or _flash_2
+"""What `flash_attn_varlen` runs, see `choose_attention`; without it torch's own kernel."""
+
+_WITHOUT_FLASH_3 = "torch.nn.attention.varlen" if _flash_2 is None else "flash-attn 2"
+FLASH = _WITHOUT_FLASH_3 if _flash_3 is None else "flash-attn 3"
+"""Its name, for the log."""
+
+MOST_SEGMENTS = 65_535
+"""Of one launch: the kernels count segments in the second dimension of CUDA's grid, which ends there."""
 
 
 class Attend(Protocol):
@@ -82,17 +88,25 @@ def choose_attention(
     """The backend called `name`, or with `auto` the first of ATTENTION that works for `dtype` on `device`.
 
     `dtype` is what matrix products are computed in: the autocast dtype where autocast is on. Without `head_dim` the
-    size of the heads is not checked.
+    size of the heads is not checked. flash-attn 3 has kernels for compute capability 9 (Hopper) alone: elsewhere the
+    next one is taken.
     Raises ValueError for an unknown name and for a named backend that cannot run here.
     """
     if name == "auto":
-        return next(b for b in ATTENTION.values() if b.problem(device, dtype, head_dim) is None)
+        found = next(b for b in ATTENTION.values() if b.problem(device, dtype, head_dim) is None)
+        return _with_kernel_of(found, device)
     if name not in ATTENTION:
         raise ValueError(f"model.attn_backend: {name!r} is unknown; write one of auto, {', '.join(sorted(ATTENTION))}")
     backend = ATTENTION[name]
     if (problem := backend.problem(device, dtype, head_dim)) is not None:
         raise ValueError(f"model.attn_backend: {name!r} {problem}; or write model.attn_backend: auto")
-    return backend
+    return _with_kernel_of(backend, device)
+
+
+def _with_kernel_of(backend: AttentionBackend, device: torch.device) -> AttentionBackend:
+    if backend.name != "flash_attn_varlen" or _flash_3 is None or torch.cuda.get_device_capability(device)[0] == 9:
+        return backend
+    return replace(backend, kernel=_WITHOUT_FLASH_3, attend=attend_varlen_without_flash_3)
 
 
 def reference_attention(
@@ -113,13 +127,46 @@ def reference_attention(
 # --- flash_attn_varlen: one kernel over all documents -------------------------------------------------------------
 
 
-def prepare_varlen(segments: Segments, window: int | None = None) -> tuple[Tensor, int, tuple[int, int]]:
-    """The borders on the device, the bound of a segment's length, and the reach to the left and right (-1: no limit).
+class VarlenPlan(NamedTuple):
+    """What the kernel reads."""
 
-    Segments of no tokens at the end are harmless.
+    launches: tuple[tuple[Tensor, int], ...]
+    """int32 borders on the device, counted from 0, and the number of tokens, of one launch after the other."""
+
+    longest: int
+    """Bound of a segment's length; the kernel launches blocks for so many tokens of every segment."""
+
+    reach: tuple[int, int]
+    """How far a token sees to the left and right; -1: no limit."""
+
+
+def prepare_varlen(segments: Segments, window: int | None = None) -> VarlenPlan:
+    """The real borders, without those that fill up `cu_seqlens`: the kernel launches blocks for every segment that it
+    is given, empty or not.
+
+    Their number is read on the host, and differs from batch to batch; the compiler is asked for one graph for all.
+    Rows that together may have more than MOST_SEGMENTS segments go in several launches, as many for every batch of one
+    shape.
     """
     reach = -1 if window is None else window // 2
-    return segments.cu_seqlens, segments.max_seqlen, (reach, reach)
+    (rows, width), borders = segments.ids.shape, segments.cu_seqlens_cpu
+    rows_per_launch = max(1, MOST_SEGMENTS * rows // max(1, len(borders) - 1))
+    starts = torch.arange(0, rows, rows_per_launch) * width
+    ends = (starts + rows_per_launch * width).clamp(max=rows * width)
+    firsts, lasts = (torch.searchsorted(borders, x.to(borders.dtype)).tolist() for x in (starts, ends))
+    launches = []
+    for start, end, first, last in zip(starts.tolist(), ends.tolist(), firsts, lasts):
+        if last - first > MOST_SEGMENTS:
+            raise ValueError(
+                f"{last - first} documents in a row of {width} slots are more than the {MOST_SEGMENTS} that "
+                "flash_attn_varlen takes: write shorter rows, or model.attn_backend: flex"
+            )
+        part = segments.cu_seqlens[first : last + 1]
+        part = part - start if start else part
+        if not torch.compiler.is_compiling():
+            torch._dynamo.mark_dynamic(part, 0)
+        launches.append((part, end - start))
+    return VarlenPlan(tuple(launches), segments.max_seqlen, (reach, reach))
 
 
 def attend_varlen(q_TND: Tensor, k_TND: Tensor, v_TND: Tensor, prepared: Any, *, scale: float) -> Tensor:
@@ -127,14 +174,42 @@ def attend_varlen(q_TND: Tensor, k_TND: Tensor, v_TND: Tensor, prepared: Any, *,
 
     The backward is deterministic where torch's deterministic algorithms are asked for; torch's kernel looks for itself.
     """
-    borders, longest, reach = prepared
-    arguments = (q_TND, k_TND, v_TND, borders, borders, longest, longest)
-    if flash_attn_varlen_func is None:
-        out_TND = varlen_attn(*arguments, scale=scale, window_size=reach)
+    return _launch(flash_attn_varlen_func, q_TND, k_TND, v_TND, prepared, scale)
+
+
+def attend_varlen_without_flash_3(
+    q_TND: Tensor, k_TND: Tensor, v_TND: Tensor, prepared: Any, *, scale: float
+) -> Tensor:
+    """The same on a GPU that flash-attn 3 has no kernel for."""
+    return _launch(_flash_2, q_TND, k_TND, v_TND, prepared, scale)
+
+
+def _launch(
+    flash: Callable[..., Any] | None, q_TND: Tensor, k_TND: Tensor, v_TND: Tensor, plan: VarlenPlan, scale: float
+) -> Tensor:
+    if len(plan.launches) == 1:
+        return _launch_once(flash, q_TND, k_TND, v_TND, plan.launches[0][0], plan, scale)
+    counts = [tokens for _, tokens in plan.launches]
+    parts = zip(q_TND.split(counts), k_TND.split(counts), v_TND.split(counts), plan.launches)
+    return torch.cat([_launch_once(flash, q, k, v, borders, plan, scale) for q, k, v, (borders, _) in parts])
+
+
+def _launch_once(
+    flash: Callable[..., Any] | None,
+    q_TND: Tensor,
+    k_TND: Tensor,
+    v_TND: Tensor,
+    borders: Tensor,
+    plan: VarlenPlan,
+    scale: float,
+) -> Tensor:
+    arguments = (q_TND, k_TND, v_TND, borders, borders, plan.longest, plan.longest)
+    if flash is None:
+        out_TND = varlen_attn(*arguments, scale=scale, window_size=plan.reach)
         assert isinstance(out_TND, Tensor), "a tuple only where auxiliary results are asked for"
         return out_TND
     deterministic = torch.are_deterministic_algorithms_enabled()
-    out = flash_attn_varlen_func(*arguments, softmax_scale=scale, window_size=reach, deterministic=deterministic)
+    out: Any = flash(*arguments, softmax_scale=scale, window_size=plan.reach, deterministic=deterministic)
     return out[0] if isinstance(out, tuple) else out  # the first releases of flash-attn 3 add the logsumexps
 
 

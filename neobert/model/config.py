@@ -92,8 +92,8 @@ class Architecture:
     """The layers that write into the residual stream start at 0, and so every block as the identity."""
 
     ngpt: bool = key(False, resume="fixed")
-    """The normalised model (nGPT): hidden states and the vectors of all matrices have length 1, learned scales take the
-    place of norms. Needs `optimizer.weight_decay: 0`; a warm-up is not needed."""
+    """The normalised model (nGPT): hidden states and the vectors of all matrices have length 1, learned scales replace
+    norms. Needs `optimizer.weight_decay: 0`; a warm-up is not needed."""
 
     base_scale: float | None = key(None, above=0, resume="fixed")
     """With `ngpt`: where the stored scales start; the smaller, the faster they learn. null: 1 / sqrt(`hidden_size`)."""

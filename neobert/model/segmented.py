@@ -42,13 +42,16 @@ _LEAST_QUERIES = 128
 _SHORTEST_BUCKET = 16
 _BUCKET_SCORES = 2**26
 """Scores of the documents of a bucket that go through the backward together."""
+_MOST_DOCUMENTS = 65_535
+"""Of a bucket at once: torch's kernels count them in a dimension of CUDA's grid that ends there."""
 
 
 class SegmentedPlan(NamedTuple):
     """What the operators read. Its tensors have one shape for all batches of one shape."""
 
     borders: Tensor
-    """int32 `[2, N]` on the host: begin and end of each segment."""
+    """On the host, `[2, N]`: begin and end of each segment; where there are buckets, length and number of documents of
+    each of them."""
 
     slots: Tensor
     """int64, on the device: slots of the tokens of every bucket, one bucket after the other; empty on a CPU."""
@@ -66,9 +69,10 @@ def prepare_segmented(segments: Segments, window: int | None = None) -> Segmente
     reach = -1 if window is None else window // 2
     device = segments.ids.device
     if device.type != "cpu":
-        borders = torch.stack((starts, ends))
-        slots = bucket_slots(borders, segments.ids.numel())
-        return SegmentedPlan(borders=borders, slots=slots.to(device, non_blocking=True), reach=reach)
+        buckets, slots = plan_buckets(torch.stack((starts, ends)), segments.ids.numel())
+        if device.type == "cuda":  # From pageable memory the host would wait for everything that is queued there.
+            slots = slots.pin_memory().to(device, non_blocking=True)
+        return SegmentedPlan(borders=buckets, slots=slots.to(device), reach=reach)
     ids = segments.ids.flatten()
     ends = torch.where(ids[starts.clamp(max=ids.shape[0] - 1)] == 0, starts, ends)
     return SegmentedPlan(
@@ -267,31 +271,29 @@ def bucket_length(length: int) -> int:
     return bucket
 
 
-def _buckets(borders: Tensor) -> list[tuple[int, list[tuple[int, int]]]]:
-    """Length and documents (begin, end) of every bucket."""
+def plan_buckets(borders: Tensor, num_tokens: int) -> tuple[Tensor, Tensor]:
+    """For segments that begin and end at `borders` `[2, N]`, both on the host and int64:
+
+    - `[2, K]`, length and number of documents of every bucket, shortest first, then zeros;
+    - the slots of every bucket's documents `[B, L]`, flat, one bucket after the other, then zeros.
+
+    Beyond its end a document repeats its last token, so that slots count on only within a document. The sizes depend
+    on the number of tokens and borders alone.
+    """
     found: dict[int, list[tuple[int, int]]] = {}
     for start, end in borders.T.tolist():
         if start < end:
             found.setdefault(bucket_length(end - start), []).append((start, end))
-    return sorted(found.items())
-
-
-def bucket_slots(borders: Tensor, num_tokens: int) -> Tensor:
-    """int64 on the host: the slots of every bucket's documents `[B, L]`, flat, one bucket after the other, then zeros.
-
-    Beyond its end a document repeats its last token, so that slots count on only within a document. The size depends
-    on the number of tokens and borders alone.
-    """
-    parts = []
-    for bucket, documents in _buckets(borders):
+    table = torch.zeros(2, 2 * max(num_tokens, 1).bit_length(), dtype=torch.int64)
+    slots = torch.zeros(num_tokens + num_tokens // 2 + _SHORTEST_BUCKET * borders.shape[1], dtype=torch.int64)
+    first = 0
+    for number, (bucket, documents) in enumerate(sorted(found.items())):
+        table[:, number] = torch.tensor([bucket, len(documents)])
         starts, ends = torch.tensor(documents).T[..., None]
-        parts.append(torch.minimum(starts + torch.arange(bucket), ends - 1).flatten())
-    bound = num_tokens + num_tokens // 2 + _SHORTEST_BUCKET * borders.shape[1]
-    slots = torch.zeros(bound, dtype=torch.int64)
-    if parts:
-        flat = torch.cat(parts)
-        slots[: len(flat)] = flat
-    return slots
+        part = torch.minimum(starts + torch.arange(bucket), ends - 1).flatten()
+        slots[first : first + len(part)] = part
+        first += len(part)
+    return table, slots
 
 
 class _Bucket(NamedTuple):
@@ -303,13 +305,13 @@ class _Bucket(NamedTuple):
     """Which keys a query attends to; queries of the padding repeat the last token."""
 
 
-def _each_bucket(borders: Tensor, slots: Tensor, reach: int, num_heads: int) -> Iterator[_Bucket]:
+def _each_bucket(buckets: Tensor, slots: Tensor, reach: int, num_heads: int) -> Iterator[_Bucket]:
     """Buckets cut so that their scores are bounded."""
     begin = 0
-    for length, documents in _buckets(borders):
-        most = max(1, _BUCKET_SCORES // (num_heads * length * length))
-        for first in range(0, len(documents), most):
-            count = min(most, len(documents) - first)
+    for length, num_documents in buckets.T.tolist():
+        most = max(1, min(_MOST_DOCUMENTS, _BUCKET_SCORES // max(1, num_heads * length * length)))
+        for first in range(0, num_documents, most):
+            count = min(most, num_documents - first)
             slots_BL = slots[begin : begin + count * length].view(count, length)
             begin += count * length
             position_BL = slots_BL - slots_BL[:, :1]

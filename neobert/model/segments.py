@@ -19,13 +19,15 @@ class Segments:
     """int32 `[B, S]`: 0 for padding, else the number of the document within its row, from 1."""
 
     cu_seqlens: Tensor
-    """int32 `[N]`: borders of the segments in the token stream, from 0 to T; filled up with T to a constant length."""
+    """int32 `[N]`: borders of the segments in the token stream, from 0 to T; filled up with T to a constant length,
+    which kernels do without where they can: see `attention.prepare_varlen`."""
 
     cu_seqlens_cpu: Tensor
     """The same borders, always on the host: code that must loop over segments reads these without a device sync."""
 
     max_seqlen: int
-    """Upper bound of a segment's length, constant over a run (the row length), so that kernels never re-specialise."""
+    """Upper bound of the length of a segment, padding included: constant over a run, so that kernels never
+    re-specialise."""
 
     def to(self, device: torch.device, *, non_blocking: bool = False) -> "Segments":
         """A copy on `device`; the host borders stay on the host."""

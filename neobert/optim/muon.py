@@ -14,7 +14,8 @@ the size of the whole:
 Only the matrices of the blocks are updated so; all other weights, embeddings and vocabulary projection among them, by
 AdamW in the same object, so that there is one state dict. A fused weight is several matrices one below the other
 (queries, keys and values; gate and up), each with an orthogonal factor of its own. Matrices of one shape go through the
-products together. `reference_muon` computes the same one matrix at a time.
+products together. `reference_muon` computes the same one matrix at a time. Ranks of a run have the same gradients and
+would all compute the same factors: with `share` each computes a part of them, and they are exchanged.
 
 Nothing waits for the device. Where `found_inf` is set, weights, means and counts keep every bit.
 """
@@ -39,6 +40,9 @@ _MOST_ELEMENTS = 2**26
 """Of the matrices that go through the products together: bounds the memory of a step."""
 
 
+Gather = Callable[[Tensor], Tensor]
+
+
 class Muon(Optimizer):
     """Muon for the group of the role `matrices`, AdamW for the others; the formulas are at the head of this module."""
 
@@ -59,6 +63,17 @@ class Muon(Optimizer):
         super().__init__(groups, {"lr": lr, "betas": betas, "eps": eps, "fused": True})
         self.section, self.dtype = section, dtype
         self.equal_rows = equal_rows
+        self._rank, self._world = 0, 1
+        self._gather: Gather | None = None
+
+    def share(self, rank: int, world: int, gather: Gather) -> None:
+        """Has this rank compute each `world`-th part of the orthogonal factors, and `gather` bring those of the others:
+        it takes `[n, rows, columns]` of every rank and returns `[world * n, rows, columns]`, in rank order.
+
+        The weights are those of one process to the last bit where a product of one matrix does not depend on how many
+        are in its batch.
+        """
+        self._rank, self._world, self._gather = rank, world, gather
 
     @torch.no_grad()
     def step(self) -> None:  # type: ignore[override]
@@ -127,7 +142,7 @@ class Muon(Optimizer):
         stack = torch.stack(batch.directions)
         if skip is not None and section.nesterov:  # A gradient that is not finite is no part of the means.
             stack = torch.where(skip, 0.0, stack)
-        updates = orthogonalize(stack, method=section.orthogonalization, num_steps=section.ns_steps, dtype=self.dtype)
+        updates = self._factors(stack)
         if self.equal_rows:
             means = updates.square().mean(2, keepdim=True)
             squares = torch.lerp(torch.stack(batch.squares), means, 1 - section.normuon_beta2)
@@ -136,6 +151,18 @@ class Muon(Optimizer):
             updates = equalize_rows(updates, squares)
         factor = NORM_FACTORS[section.norm_factor](*stack.shape[1:])
         return updates.mul_(factor if skip is None else torch.where(skip, 0.0, factor))
+
+    def _factors(self, stack: Tensor) -> Tensor:
+        """The orthogonal factor of each matrix of `stack` `[n, rows, columns]`, the work shared between the ranks."""
+        method, num_steps = self.section.orthogonalization, self.section.ns_steps
+        if self._gather is None:
+            return orthogonalize(stack, method=method, num_steps=num_steps, dtype=self.dtype)
+        own = -(-len(stack) // self._world)
+        part = stack[self._rank * own : (self._rank + 1) * own]
+        missing = part.new_zeros(own - len(part), *stack.shape[1:])
+        part = orthogonalize(torch.cat((part, missing)), method=method, num_steps=num_steps, dtype=self.dtype)
+        # In the type of the products nothing of them is lost, and bf16 is half as much to exchange.
+        return self._gather(part.to(self.dtype))[: len(stack)].to(stack.dtype)
 
 
 def equalize_rows(updates: Tensor, squares: Tensor) -> Tensor:

@@ -38,17 +38,29 @@ class StableAdamW(Optimizer):
         # Written by `step_unless` and by gradient scalers; a plain call has none.
         found_inf: Tensor | None = getattr(self, "found_inf", None)
         for group in self.param_groups:
-            for p in group["params"]:
-                if p.grad is not None:
-                    self._update(p, p.grad, group, found_inf)
+            params = [p for p in group["params"] if p.grad is not None]
+            for p in params:
+                self._start(p)
+            grads = [p.grad for p in params if p.grad is not None]
+            squares, steps = ([self.state[p][name] for p in params] for name in ("exp_avg_sq", "step"))
+            settings = {"beta2": group["betas"][1], "eps": group["eps"]}
+            excesses: Iterable[Tensor]
+            if params and params[0].device.type != "cpu":
+                excesses = relative_sizes(grads, squares, [step + 1 for step in steps], **settings)
+            else:  # One after the other: what is computed of a weight is in the cache still when it is updated.
+                excesses = (relative_size(*x[:2], x[2] + 1, **settings) for x in zip(grads, squares, steps))
+            for p, grad, excess in zip(params, grads, excesses):
+                self._update(p, grad, excess, group, found_inf)
 
-    def _update(self, p: Tensor, grad: Tensor, group: dict[str, Any], found_inf: Tensor | None) -> None:
-        state, (beta1, beta2), eps = self.state[p], group["betas"], group["eps"]
+    def _start(self, p: Tensor) -> None:
+        state = self.state[p]
         if not state:
             # "fused" in the groups has a loaded count stay on the device, in fp32.
             state["step"] = torch.zeros((), dtype=torch.float32, device=p.device)
             state["exp_avg"], state["exp_avg_sq"] = torch.zeros_like(p), torch.zeros_like(p)
-        excess = relative_size(grad, state["exp_avg_sq"], state["step"] + 1, beta2=beta2, eps=eps)
+
+    def _update(self, p: Tensor, grad: Tensor, excess: Tensor, group: dict[str, Any], found_inf: Tensor | None) -> None:
+        state, (beta1, beta2) = self.state[p], group["betas"]
         adamw(
             [p],
             [grad],
@@ -63,7 +75,7 @@ class StableAdamW(Optimizer):
             beta2=beta2,
             lr=group["lr"] / excess.clamp_min(1.0),
             weight_decay=group["weight_decay"],
-            eps=eps,
+            eps=group["eps"],
             maximize=False,
         )
 
@@ -77,3 +89,18 @@ def relative_size(grad: Tensor, old_square: Tensor, step: Tensor, *, beta2: floa
         ratio = g.square()
         total += ratio.div_(torch.lerp(old, ratio, 1 - beta2).clamp_min_(eps**2 * debias)).sum()
     return (total * debias / grad.numel()).sqrt()
+
+
+def relative_sizes(
+    grads: list[Tensor], old_squares: list[Tensor], steps: list[Tensor], *, beta2: float, eps: float
+) -> list[Tensor]:
+    """`relative_size` of many weights, a GPU's way: a kernel goes through all of them, and little is launched for each.
+    Takes two tensors of the size of the weights."""
+    debias = 1 - beta2 ** torch.stack(steps)
+    squares = torch._foreach_mul(grads, grads)
+    means = torch._foreach_lerp(old_squares, squares, 1 - beta2)
+    for mean, least in zip(means, (eps**2 * debias).unbind()):
+        mean.clamp_min_(least)
+    torch._foreach_div_(squares, means)
+    means = torch._foreach_div(torch._foreach_norm(squares, 1), [float(grad.numel()) for grad in grads])
+    return list((torch.stack(means) * debias).sqrt().unbind())

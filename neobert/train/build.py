@@ -17,7 +17,7 @@ from neobert.data.rows.order import key
 from neobert.data.tokenizer import Tokenizer, padded_vocab_size
 from neobert.data.words import build_word_edges
 from neobert.errors import StartupError
-from neobert.kernels.linear_cross_entropy import KERNELS, choose_kernel
+from neobert.kernels.linear_cross_entropy import KERNELS, choose_kernel, compiled_linear_cross_entropy
 from neobert.model.attention import AttentionBackend, choose_attention
 from neobert.model.config import Architecture, ModelConfig
 from neobert.model.encoder import Encoder
@@ -25,9 +25,11 @@ from neobert.objectives.base import ObjectiveModule
 from neobert.objectives.masking import MaskPolicy
 from neobert.objectives.table import choose_objective
 from neobert.optim.moving_average import WeightAverage
+from neobert.optim.muon import Muon
 from neobert.optim.optimizers import build_optimizer, keep_unit_length
 from neobert.optim.qk_clip import QKClip
-from neobert.train.machine import Runtime, choose_device_type, compute_dtype
+from neobert.train.device import choose_device_type
+from neobert.train.machine import Runtime, choose_compile, compute_dtype
 from neobert.train.record.console import Reporter
 from neobert.train.record.sinks import WandbSink
 from neobert.train.record.tracking import Sink
@@ -169,6 +171,12 @@ def build_run_optimizer(config: Config, module: ObjectiveModule) -> Optimizer:
     return optimizer
 
 
+def share_factors(optimizer: Optimizer, runtime: Runtime) -> None:
+    """Has the GPUs of a run share the work of Muon's orthogonal factors."""
+    if isinstance(optimizer, Muon) and runtime.world > 1 and runtime.device.type == "cuda":
+        optimizer.share(runtime.rank, runtime.world, runtime.gather_on_device)
+
+
 def build_clip(config: Config, module: ObjectiveModule, optimizer: Optimizer, runtime: Runtime) -> QKClip | None:
     """What clips attention logits after the steps of `optimizer`, None where nothing does."""
     muon = config.optimizer.muon_config
@@ -196,7 +204,11 @@ def build_module(
     Raises:
         StartupError: the config does not fit the architecture.
     """
-    kernel = KERNELS[choose_kernel(config.model.kernel_backend, device=runtime.device)]
+    name = choose_kernel(config.model.kernel_backend, device=runtime.device)
+    inductor = choose_compile(config) and config.trainer.torch_compile_backend == "inductor"
+    kernel = KERNELS[name]
+    if name == "torch" and runtime.device.type == "cuda" and inductor:
+        kernel = compiled_linear_cross_entropy
     encoder = build_encoder(config, model_config, attention)
     module = choose_objective(config).build_module(encoder, config, kernel).to(runtime.device)
     compile_blocks(config, module.encoder)
@@ -217,10 +229,12 @@ def build_encoder(config: Config, model_config: ModelConfig, attention: Attentio
 def compile_blocks(config: Config, encoder: Encoder) -> None:
     """Compiles the blocks if `trainer.torch_compile` says so.
 
-    One at a time: all blocks use one compiled graph, so the start is fast; in place, so that names stay.
+    One at a time: all blocks use one compiled graph, so the start is fast; in place, so that names stay. Gradients
+    are reduced between blocks anyway: the compiler must not cut a block where DistributedDataParallel's buckets end.
     """
-    if not config.trainer.torch_compile:
+    if not choose_compile(config):
         return
+    torch._dynamo.config.optimize_ddp = False
     for block in encoder.layers:
         block.compile(
             backend=config.trainer.torch_compile_backend,

@@ -34,7 +34,7 @@ from neobert.model.encoder import Encoder
 from neobert.model.segments import Segments
 from neobert.train.agreement import exchange
 from neobert.train.build import choose_compile_options, compile_blocks
-from neobert.train.machine import Runtime, compute_dtype
+from neobert.train.machine import Runtime, choose_compile, compute_dtype
 
 KNOWN_RIGHT = "2.13"
 """A release of torch in which all tests of compiled gradients pass."""
@@ -55,13 +55,14 @@ def check_compiled_gradients(config: Config, attention: AttentionBackend, runtim
     Raises:
         StartupError: on every rank, when on any of them compiled gradients differ or a block cannot be compiled.
     """
-    if not config.trainer.torch_compile:
+    if not choose_compile(config):
         return []
     outcomes = exchange(runtime, _check(config, attention, runtime.device))
     for rank, (problem, _) in enumerate(outcomes):
         if problem is not None:
             where = f" (seen by process {rank} of {runtime.world})" if runtime.world > 1 else ""
-            raise StartupError(f"trainer.torch_compile: true, but {problem}{where}")
+            value = "true" if config.trainer.torch_compile else "null, which is true on a GPU"
+            raise StartupError(f"trainer.torch_compile: {value}, but {problem}{where}")
     return [note for _, note in outcomes[:1] if note is not None]
 
 

@@ -2,10 +2,12 @@
 
 import gc
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING, Union
 
 import torch
 from torch.profiler import record_function
@@ -13,6 +15,7 @@ from torch.profiler import record_function
 from neobert.config.schema import Config
 from neobert.data.rows.loader import Loader
 from neobert.data.rows.order import step_seed
+from neobert.data.source.hub import write_documents
 from neobert.objectives.table import check_task
 from neobert.testing.faults import fault_point
 from neobert.train.agreement import exchange, sharing_errors
@@ -26,6 +29,9 @@ from neobert.train.record.profiling import DATA_WAIT, profiled
 from neobert.train.run import Run, build_run
 from neobert.train.step import BatchCopier, StepMetrics, train_step
 from neobert.types import StepBatch, StepCounts, TrainState
+
+if TYPE_CHECKING:
+    from datasets import Dataset
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -43,13 +49,24 @@ def due(step: int, every: int) -> bool:
     return every > 0 and step % every == 0
 
 
-def pretrain(config: Config) -> RunResult:
+def pretrain(config: Config, data: Union["Dataset", Sequence[str], None] = None) -> RunResult:
     """Pretraining on documents, for the objective that `trainer.objective` names.
 
+    Args:
+        data: a Dataset with a column of text, or texts, instead of the source that the config names. They are written
+            once to `<trainer.output_dir>-data/<digest of their content>`, which is what the run reads: a start with
+            equal data resumes exactly, one with other data is refused.
+
     Raises:
+        DataError: `data` is neither, or empty, or other documents than this output folder was started with.
         StartupError: the run cannot start as configured; the message names the key and the remedy.
     """
     check_task(config, "pretraining")
+    if data is not None:
+        output_dir = Path(config.trainer.output_dir)
+        folder = write_documents(data, output_dir.with_name(f"{output_dir.name}-data"))
+        section = replace(config.dataset, path=str(folder), name=None, mixture=(), config=None, revision=None)
+        config = replace(config, dataset=section)
     return train(build_run(config))
 
 

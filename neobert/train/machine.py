@@ -16,22 +16,13 @@ know each other. What they were asked for is in the environment:
 | srun | `SLURM_STEP_NUM_TASKS` |
 | `accelerate launch` that starts one | `MASTER_ADDR` beside `ACCELERATE_USE_CPU`: only when several were requested |
 
-Which precision `trainer.mixed_precision: auto` means on this machine.
-
-On a GPU the answer is in its capabilities: bf16 where it has it. On a CPU it is not: without instructions for it bf16
-is several times slower than fp32, with them several times faster, and libraries decide which of them are used. So two
-matrix products of the model's shape are timed, one in each precision. bf16 also converts weights and activations back
-and forth, so it is used only when its product is clearly faster.
-
-The choice is part of what makes a run exact: it is one for all ranks, the run's config holds it, and a run that
-continues from a checkpoint keeps the checkpoint's.
+The precision that `auto` means (see `device`) is part of what makes a run exact: it is one for all ranks, the run's
+config holds it, and a run that continues from a checkpoint keeps the checkpoint's.
 """
 
 import importlib.util
 import os
 import resource
-import shutil
-import time
 from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
@@ -50,6 +41,13 @@ from neobert.errors import StartupError
 from neobert.host import describe_waiting
 from neobert.kernels.linear_cross_entropy import choose_kernel
 from neobert.train.agreement import exchange
+from neobert.train.device import (
+    choose_device_type,
+    choose_precision,
+    find_device_problems,
+    find_tool_problems,
+    use_expandable_segments,
+)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True, eq=False)
@@ -109,6 +107,12 @@ class Runtime:
             dist.all_reduce(values, op=dist.ReduceOp.MAX)
         return values
 
+    def gather_on_device(self, values: Tensor) -> Tensor:
+        """The tensors of all ranks, `[n, ...]` each, one after the other in rank order."""
+        gathered = values.new_empty(self.world * len(values), *values.shape[1:])
+        dist.all_gather_into_tensor(gathered, values.contiguous())
+        return gathered
+
     def gather_objects(self, value: Any, *, patient: bool = False) -> list[Any]:
         """Every rank's picklable value, in rank order, on every rank. `patient`: waits for hours if need be."""
         if self.world == 1:
@@ -155,9 +159,12 @@ def compute_dtype(config: Config) -> torch.dtype:
     return torch.bfloat16 if config.trainer.mixed_precision == "bf16" else torch.float32
 
 
-def choose_device_type(config: Config) -> str:
-    """`cuda` when there is a GPU and `trainer.use_cpu` does not forbid it, else `cpu`."""
-    return "cuda" if torch.cuda.is_available() and not config.trainer.use_cpu else "cpu"
+def choose_compile(config: Config) -> bool:
+    """Whether blocks are compiled: `trainer.torch_compile`, and null on a GPU, where no batch has another shape."""
+    if config.trainer.torch_compile is not None:
+        return config.trainer.torch_compile
+    one_shape = config.task == "pretraining" or bool(config.trainer.torch_compile_dynamic)
+    return choose_device_type(config) == "cuda" and one_shape
 
 
 def is_installed(name: str) -> bool:
@@ -180,16 +187,14 @@ def check_runtime(config: Config) -> None:
         )
     if config.trainer.mixed_precision == "bf16" and device_type == "cuda" and not torch.cuda.is_bf16_supported():
         problems.append("trainer.mixed_precision: bf16, but this GPU has no bfloat16; set trainer.mixed_precision: no")
-    needs_compiler = config.trainer.torch_compile and config.trainer.torch_compile_backend == "inductor"
-    if needs_compiler and device_type == "cpu" and not any(shutil.which(name) for name in ("c++", "g++", "clang++")):
-        problems.append(
-            "trainer.torch_compile: true with torch_compile_backend: inductor needs a C++ compiler on a CPU and none "
-            "is on the PATH; install g++ or set trainer.torch_compile: false"
-        )
+    problems += find_device_problems(config, device_type)
+    kernel = None
     try:
-        choose_kernel(config.model.kernel_backend, device=torch.device(device_type))
+        kernel = choose_kernel(config.model.kernel_backend, device=torch.device(device_type))
     except ValueError as error:
         problems.append(str(error))
+    inductor = choose_compile(config) and config.trainer.torch_compile_backend == "inductor"
+    problems += find_tool_problems(config, device_type, inductor=inductor, kernel=kernel)
     if problems:
         raise StartupError("\n".join(problems))
 
@@ -243,6 +248,8 @@ def build_runtime(config: Config) -> Runtime:
     set_determinism(config.trainer.deterministic)
     if config.trainer.cpu_threads is not None:
         torch.set_num_threads(config.trainer.cpu_threads)
+    if choose_device_type(config) == "cuda":
+        use_expandable_segments()
     if config.trainer.tf32 and torch.cuda.is_available():
         torch.set_float32_matmul_precision("high")
     # The precision is bound when the process group is there, since all processes take one choice.
@@ -294,7 +301,7 @@ def check_launcher(config: Config, environment: Mapping[str, str] = os.environ) 
         if value not in ("no", "1", str(_value_of(config, key)).lower()):
             problems.append(f"{name}: {value} is not read here; write {key} in the config and leave it to the launcher")
     if environment.get("ACCELERATE_USE_CPU", "").lower() == "true" and choose_device_type(config) != "cpu":
-        problems.append("ACCELERATE_USE_CPU: true, but trainer.use_cpu is false; write trainer.use_cpu: true")
+        problems.append("ACCELERATE_USE_CPU: true, but trainer.device is not cpu; write trainer.device: cpu")
     if _started_one_of_several(environment):
         problems.append(
             "MASTER_ADDR is set beside ACCELERATE_USE_CPU, and no WORLD_SIZE: accelerate launch was asked for several "
@@ -313,18 +320,6 @@ def _started_one_of_several(environment: Mapping[str, str]) -> bool:
 def _value_of(config: Config, key: str) -> object:
     value: object = getattr(config.trainer, key.removeprefix("trainer."))
     return value
-
-
-LEAST_GAIN = 1.2
-"""How many times faster the bf16 product must be on a CPU."""
-
-_ROWS, _FIRST_ROWS = 2048, 16
-"""Of a product; the first ones say how many of them `_SECONDS` pay for."""
-
-_REPEATS = 5
-_SECONDS = 0.1
-"""Of one product at most. Without instructions for bf16 some CPUs are a hundred times slower in it, and 2,048 rows of a
-base-size model take half a minute."""
 
 
 def bind_precision(config: Config, checkpoint_config: Config | None, runtime: Runtime) -> tuple[Config, list[str]]:
@@ -349,40 +344,3 @@ def bind_precision(config: Config, checkpoint_config: Config | None, runtime: Ru
             )
     bound = replace(config, trainer=replace(config.trainer, mixed_precision=precision))
     return bound, [f"trainer.mixed_precision: auto is {precision}: {reason}"]
-
-
-def choose_precision(config: Config) -> tuple[str, str]:
-    """`bf16` or `no`, and the reason, with the numbers that were measured."""
-    if choose_device_type(config) == "cuda":
-        supported = torch.cuda.is_bf16_supported(including_emulation=False)
-        return ("bf16", "this GPU has bfloat16") if supported else ("no", "this GPU has no bfloat16")
-    inner, outer = config.model.hidden_size, config.model.intermediate_size
-    fp32, bf16 = (measure_product(_ROWS, inner, outer, dtype) for dtype in (torch.float32, torch.bfloat16))
-    return choose_faster(fp32=fp32, bf16=bf16), (
-        f"products of up to {_ROWS} x {inner} x {outer} make {bf16 / 1e9:,.1f} GFLOP/s in bf16 and {fp32 / 1e9:,.1f} "
-        f"in fp32 on this CPU (bf16 is used from {LEAST_GAIN} times as many)"
-    )
-
-
-def choose_faster(*, fp32: float, bf16: float) -> str:
-    """The precision for two rates in FLOP/s."""
-    return "bf16" if bf16 >= LEAST_GAIN * fp32 else "no"
-
-
-def measure_product(rows: int, inner: int, outer: int, dtype: torch.dtype) -> float:
-    """FLOP/s of `[rows, inner] x [inner, outer]` on the CPU, with fewer rows where so many take too long: the best of a
-    few products, after two small ones of which the first finds its code."""
-    a, b = torch.ones(rows, inner, dtype=dtype), torch.ones(inner, outer, dtype=dtype)
-    first = min(rows, _FIRST_ROWS)
-    for _ in range(2):
-        seconds = _time_product(a[:first], b)
-    rows = min(rows, max(first, int(first * _SECONDS / seconds)))
-    best = min(_time_product(a[:rows], b) for _ in range(_REPEATS))
-    return 2 * rows * inner * outer / best
-
-
-def _time_product(a: torch.Tensor, b: torch.Tensor) -> float:
-    start = time.perf_counter()
-    with torch.no_grad():
-        torch.mm(a, b)
-    return time.perf_counter() - start

@@ -20,8 +20,29 @@ if TYPE_CHECKING:
 
 
 def is_out_of_memory(error: BaseException) -> bool:
-    """Whether an allocator gave up: torch's on a GPU, torch's on a CPU, or Python's."""
-    return isinstance(error, MemoryError | torch.OutOfMemoryError) or "can't allocate memory" in str(error)
+    """Whether an allocator gave up: torch's on a GPU, torch's on a CPU, Python's, or that of a library on the GPU."""
+    if isinstance(error, MemoryError | torch.OutOfMemoryError):
+        return True
+    return isinstance(error, RuntimeError) and any(words in str(error) for words in _OUT_OF_MEMORY)
+
+
+_OUT_OF_MEMORY = (
+    "can't allocate memory",  # torch on a CPU
+    "CUDA error: out of memory",
+    "CUDA driver error: out of memory",
+    "CUDA_ERROR_OUT_OF_MEMORY",
+    "Triton Error [CUDA]: out of memory",
+    "cudaErrorMemoryAllocation",
+    "CUBLAS_STATUS_ALLOC_FAILED",
+    "CUBLAS_STATUS_NOT_INITIALIZED",  # its handle takes memory
+    "CUDNN_STATUS_ALLOC_FAILED",
+    "Cuda failure 'out of memory'",  # NCCL, in some releases with a number after "failure"
+    "Cuda failure 2 'out of memory'",
+    "HIP out of memory",
+    "HIP error: out of memory",
+    "MPS backend out of memory",
+)
+"""Words of errors that are a plain RuntimeError."""
 
 
 def available_bytes(root: Path = Path("/")) -> int:

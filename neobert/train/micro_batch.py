@@ -4,7 +4,8 @@ The rows of a step are `trainer.global_batch_size`, whatever the machine: only t
 once is chosen, among the numbers that divide the rows of one process. Full rows of random tokens, one document each
 (the most expensive kind for attention), make a whole step on a model and an optimizer that are thrown away afterwards.
 
-- On a GPU, ascending numbers are tried until one runs out of memory or passes `GPU_FRACTION` of what was free.
+- On a GPU, ascending numbers are tried until one runs out of memory or passes `GPU_FRACTION` of what was free; compiled
+  where the run is, since compiled steps need less.
 - On a CPU nothing may run out of memory, since the system would end the process: the peak of the two smallest numbers
   is measured, a straight line through them gives the others, and the largest below `CPU_FRACTION` of what is available
   is used, up to `MOST_CPU_SLOTS` slots, which keep the cores of a CPU busy.
@@ -183,11 +184,12 @@ def build_measure(
     config: Config, runtime: Runtime, model_config: ModelConfig, attention: AttentionBackend, tokenizer: Tokenizer
 ) -> Measure:
     """The peak of a training step with this config, as a function of its rows."""
-    eager = replace(config, trainer=replace(config.trainer, torch_compile=False))
     on_gpu, dtype = runtime.device.type == "cuda", compute_dtype(config)
+    # A compiler takes memory of the process for good, which on a CPU would be measured too; a step needs less with it.
+    measured = config if on_gpu else replace(config, trainer=replace(config.trainer, torch_compile=False))
 
     def make_step(rows: int) -> None:
-        module = build_module(eager, model_config, attention, runtime)
+        module = build_module(measured, model_config, attention, runtime)
         module.forward = torch.autocast(runtime.device.type, dtype=dtype, enabled=dtype != torch.float32)(  # type: ignore[method-assign]
             module.forward
         )
@@ -201,6 +203,7 @@ def build_measure(
         torch.cuda.reset_peak_memory_stats(runtime.device)
         fits = _survives(make_step, rows)
         peak = torch.cuda.max_memory_reserved(runtime.device)
+        torch.compiler.reset()  # Each number of rows has graphs of its own, and compilers give up after some.
         gc.collect()
         torch.cuda.empty_cache()
         torch.cuda.reset_peak_memory_stats(runtime.device)

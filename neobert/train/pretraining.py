@@ -14,10 +14,12 @@ from neobert.config.rules import warnings
 from neobert.config.schema import Config
 from neobert.data.pipeline import DataPipeline
 from neobert.kernels.linear_cross_entropy import choose_kernel
+from neobert.model.peak import name_without_peak
 from neobert.objectives.base import Answer, Answers, EvalMetrics, EvalSums
 from neobert.objectives.table import load_part
 from neobert.train.agreement import exchange
 from neobert.train.checkpoint.replicas import check_replicas
+from neobert.train.machine import choose_compile
 from neobert.train.memory import memory_explained
 from neobert.train.run import Job, Run
 from neobert.train.start import write_config
@@ -64,7 +66,9 @@ def evaluate(run: Run) -> EvalMetrics | None:
     data, build_metrics = _documents(run), run.objective.build_metrics
     if data.eval_set is None or build_metrics is None:
         return None
-    sums = torch.zeros(2 + run.objective.num_counts, dtype=torch.float64, device=run.runtime.device)
+    device = run.runtime.device
+    wide = torch.float32 if device.type == "mps" else torch.float64  # which mps does not have
+    sums = torch.zeros(2 + run.objective.num_counts, dtype=wide, device=device)
     counts = [0, 0]
     with run.tracker.paused():
         run.model.eval()
@@ -74,7 +78,7 @@ def evaluate(run: Run) -> EvalMetrics | None:
                 run.model.train()
                 return None
             with memory_explained(run, batch, "eval"):
-                loss = run.model(batch.to(run.runtime.device, non_blocking=True))
+                loss = run.model(batch.to(device, non_blocking=device.type == "cuda"))
             sums += torch.stack([loss.loss_sum, loss.num_correct, *(() if loss.counts is None else loss.counts)])
             counts = [a + b for a, b in zip(counts, (batch.num_targets, batch.num_tokens))]
         run.model.train()
@@ -131,12 +135,14 @@ def announce(run: Run) -> None:
         f"compute   {run.runtime.describe_device()}, {config.trainer.mixed_precision.replace('no', 'fp32')}, "
         f"attention {run.attention.name} ({run.attention.kernel}), "
         f"{f'loss kernel {kernel}, ' if objective.predicts_tokens else ''}"
-        f"{run.runtime.world} process(es)",
+        f"{'compiled' if choose_compile(config) else 'not compiled'}, {run.runtime.world} process(es)",
         f"tokens    vocabulary {run.tokenizer.size:,}, embedding rows {model.vocab_size:,}",
         f"batch     {config.trainer.micro_batch_rows} rows x {accumulation} micro-batches x "
         f"{run.runtime.world} process(es) = {run.rows_per_step} rows of {length} = {slots:,} slots a step",
         f"budget    {budget}",
     ]
+    if (name := name_without_peak(run.runtime.device)) is not None:
+        lines.append(f"mfu       unknown: no peak of {name} is in neobert/model/peak.py")
     if batch.warmup_steps:
         lines.append(
             f"warm-up   of the batch from {batch.start_rows} rows to {batch.rows} at step {batch.warmup_steps:,}, "

@@ -47,6 +47,7 @@ from neobert.train.build import (
     build_sinks,
     choose_num_steps,
     choose_rows_per_step,
+    share_factors,
 )
 from neobert.train.checkpoint.commit import Committer
 from neobert.train.checkpoint.replicas import compare_tensors, list_tensors
@@ -316,6 +317,7 @@ def build_run(config: Config) -> Run:
             copied = copy_initial_weights(module, objective, initial, tokenizer, tile=config.model.init_tile)
             setup.reporter.say(copied)
         optimizer = build_run_optimizer(config, module)
+        share_factors(optimizer, runtime)
         compare_tensors(runtime, list_tensors(module, optimizer), "before the first step", setup.reporter.warn)
     model = runtime.prepare_model(module)  # Has collectives of its own, so no rank may be missing.
     with sharing_errors(runtime):

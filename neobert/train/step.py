@@ -159,6 +159,6 @@ class BatchCopier:
         return moved
 
     def _moved(self, batch: StepBatch) -> StepBatch:
-        return replace(
-            batch, micro_batches=tuple(micro.to(self._device, non_blocking=True) for micro in batch.micro_batches)
-        )
+        # Only CUDA keeps the memory of a copy that is under way.
+        moved = (micro.to(self._device, non_blocking=self._stream is not None) for micro in batch.micro_batches)
+        return replace(batch, micro_batches=tuple(moved))

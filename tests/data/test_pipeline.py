@@ -436,3 +436,24 @@ def test_slices_of_one_split_are_tokenised_side_by_side(corpora, make_config, ma
 def test_slices_that_overlap_are_refused(train, evaluation, corpora, make_config, make_data):
     with pytest.raises(DataError, match=r"dataset\.eval_split: .* overlaps dataset\.train_split"):
         make_data(make_config(path=str(corpora["indexed"]), train_split=train, eval_split=evaluation))
+
+
+def test_the_bound_of_a_segment_is_that_of_the_longest_training_document(
+    corpora, texts, tokenizer, make_config, make_data
+):
+    """Of documents whose lengths are known; attention launches blocks for so many tokens of each. Batches keep their
+    digests, and evaluation the length of a row."""
+    longest = max(map(len, tokenizer.encode_batch(texts))) + 2
+    known = make_data(make_config(path=str(corpora["indexed"]), eval_samples=0, max_seq_length=256))
+    unknown = make_data(make_config(path=str(corpora["jsonl"]), eval_samples=0, max_seq_length=256))
+    assert longest <= known.collate.max_segment_length < min(2 * longest, 256)
+    assert (unknown.collate.max_segment_length, known.eval_collate.max_segment_length) == (256, None)
+    loaders = [replace(known, collate=replace(known.collate, max_segment_length=n)).loader() for n in (None, longest)]
+    for _ in range(3):
+        plain, bounded = (next(loader) for loader in loaders)
+        assert plain.digest == bounded.digest
+        for one, other in zip(plain.micro_batches, bounded.micro_batches):
+            assert other.segments.max_seqlen == longest >= other.segments.cu_seqlens.diff().max()
+            assert set(one.segments.cu_seqlens.tolist()) <= set(other.segments.cu_seqlens.tolist())
+    for loader in loaders:
+        loader.close()

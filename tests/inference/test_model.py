@@ -10,9 +10,12 @@ import pytest
 import torch
 
 import neobert
-from neobert.inference.model import Model
+from neobert.commands.flags import build_model_parser, build_pairs_parser
+from neobert.inference import loading
+from neobert.inference.model import Model, choose_dtype
 from neobert.inference.packed import hidden_states, plan_batches, token_losses
-from neobert.model.attention import ATTENTION
+from neobert.inference.scorer import load_scorer
+from neobert.model.attention import ATTENTION, choose_attention
 from neobert.model.pooling import POOLING
 from neobert.model.segments import Segments
 from neobert.weights.describe import WeightsError
@@ -43,7 +46,7 @@ def test_a_model_is_a_run_its_checkpoints_or_one_of_them(run_folder: Path, loade
 def test_errors_of_loading(run_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(WeightsError, match="holds no weights: give a run folder"):
         neobert.load(tmp_path)
-    with pytest.raises(ValueError, match="dtype: 'fp8' is unknown; write one of fp32, bf16"):
+    with pytest.raises(ValueError, match="dtype: 'fp8' is unknown; write one of auto, fp32, bf16"):
         neobert.load(run_folder, dtype="fp8")
     with pytest.raises(ValueError, match="device: 'gpu' is unknown; write auto, cpu or cuda"):
         neobert.load(run_folder, device="gpu")
@@ -148,3 +151,28 @@ def test_few_shapes_are_multiplied(loaded: Model) -> None:
         hook.remove()
     assert len({len(hidden) for hidden in states}) == 11
     assert set(seen) == {64}
+
+
+def test_matrix_products_are_bf16_on_a_gpu_that_has_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    """With attention over all documents at once; fp32 where it is asked for, and on a CPU."""
+    cuda, cpu = torch.device("cuda"), torch.device("cpu")
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
+    for has_it, expected in ((True, torch.bfloat16), (False, torch.float32)):
+        monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation=True, has_it=has_it: has_it)
+        assert choose_dtype("auto", cuda) == expected
+        assert choose_dtype("fp32", cuda) == torch.float32
+        assert choose_dtype("auto", cpu) == torch.float32
+        assert choose_dtype("bf16", cpu) == torch.bfloat16
+    assert choose_attention("auto", device=cuda, dtype=torch.bfloat16, head_dim=64).name == "flash_attn_varlen"
+
+
+def test_every_function_that_loads_takes_the_same_default(run_folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Commands too; what was fp32 there is now the choice of the device."""
+    asked: list[str] = []
+    monkeypatch.setattr(loading, "choose_dtype", lambda dtype, device: asked.append(dtype) or torch.float32)
+    neobert.load(run_folder)
+    load_scorer(str(run_folder))
+    for build in (build_model_parser, lambda *given: build_pairs_parser(*given, "", "")):
+        actions = {action.dest: action for action in build("program", "")._actions}
+        asked.append(actions["dtype"].default)
+    assert asked == ["auto"] * 4

@@ -25,7 +25,7 @@ RUNNABLE = [name for name in KERNELS if kernel_problem(name, DEVICE) is None]
 @pytest.fixture(autouse=True)
 def chunks_of_five_rows(monkeypatch: pytest.MonkeyPatch) -> None:
     """Of fp32 logits, ten in bf16; two rows of a chunk go through the softmax together."""
-    monkeypatch.setattr(linear_cross_entropy, "CHUNK_BYTES", 5 * 4 * VOCAB)
+    monkeypatch.setattr(linear_cross_entropy, "CHUNK_BYTES", {"cpu": 5 * 4 * VOCAB})
     monkeypatch.setattr(linear_cross_entropy, "TILE_BYTES", 2 * 4 * VOCAB)
 
 
@@ -356,3 +356,22 @@ def test_gradients_reach_a_tied_embedding() -> None:
         gradients.append(torch.autograd.grad(KERNELS[name](hidden, weight, targets)[0], weight)[0])
     for gradient in gradients[1:]:
         torch.testing.assert_close(gradient, gradients[0])
+
+
+@pytest.mark.parametrize("z_loss", [0.0, 0.05])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_what_is_compiled_for_a_gpu_computes_the_same(
+    dtype: torch.dtype, z_loss: float, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Traced and run without inductor, which would take long; chunks of two sizes, the last one short."""
+    trace = torch.compile(linear_cross_entropy._losses_and_gradients_at_once, backend="aot_eager", fullgraph=True)
+    monkeypatch.setattr(linear_cross_entropy, "_compiled_losses_and_gradients", lambda: trace)
+    monkeypatch.setattr(linear_cross_entropy, "TILE_BYTES", 2**20)  # The other goes tile by tile on a CPU.
+    found = []
+    for kernel in (linear_cross_entropy.compiled_linear_cross_entropy, KERNELS["torch"]):
+        hidden, weight, targets = inputs(dtype)
+        loss, correct = kernel(hidden, weight, targets, count_correct=True, z_loss=z_loss)
+        loss.backward()
+        found.append((loss.detach(), correct, hidden.grad, weight.grad))
+    tolerance = 1e-5 if dtype == torch.float32 else 2e-2
+    torch.testing.assert_close(*found, atol=tolerance, rtol=tolerance)

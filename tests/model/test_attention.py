@@ -3,6 +3,7 @@
 import random
 import shutil
 import warnings
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -185,7 +186,8 @@ def test_sdpa_in_whole_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
 def in_buckets(segments: Segments, window: int | None = None) -> SegmentedPlan:
     """A plan as for a GPU, with its tensors on the CPU."""
     plan = segmented.prepare_segmented(segments, window)
-    return plan._replace(slots=segmented.bucket_slots(plan.borders, segments.ids.numel()))
+    buckets, slots = segmented.plan_buckets(plan.borders, segments.ids.numel())
+    return plan._replace(borders=buckets, slots=slots)
 
 
 def results_in_buckets(segments: Segments, dtype: torch.dtype, window: int | None) -> list[Tensor]:
@@ -211,7 +213,8 @@ def test_buckets_hold_every_document_once() -> None:
         *(16, 16, 24, 24, 32, 48, 64, 64, 96, 1024)
     ]
     borders = torch.tensor([[0, 3, 3, 20], [3, 3, 20, 40]])
-    slots = segmented.bucket_slots(borders, 40)
+    buckets, slots = segmented.plan_buckets(borders, 40)
+    assert buckets.T.tolist() == [[16, 1], [24, 2]] + [[0, 0]] * 10
     assert slots.shape == (40 + 20 + 16 * 4,), "the size depends on the shape of the batch alone"
     assert slots[:16].tolist() == [0, 1, 2] + [2] * 13
     assert slots[16:40].tolist() == [*range(3, 20)] + [19] * 7
@@ -434,3 +437,19 @@ def test_heads_that_a_kernel_does_not_take(monkeypatch: pytest.MonkeyPatch) -> N
     with pytest.raises(ValueError, match=r"'flex' needs heads of at least 16, .* is 8: choose fewer heads"):
         choose_attention("flex", device=cuda, dtype=torch.float32, head_dim=8)
     assert choose_attention("flex", device=cuda, dtype=torch.float32, head_dim=16).name == "flex"
+
+
+def test_buckets_are_copied_without_waiting(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The copy to a GPU comes from page-locked memory, once a batch; the operators read a small table of buckets."""
+    pinned: list[int] = []
+    monkeypatch.setattr(Tensor, "pin_memory", lambda self: pinned.append(self.numel()) or self)
+    copies: list[dict[str, Any]] = []
+    monkeypatch.setattr(Tensor, "to", lambda self, *where, **how: copies.append(how) or self)
+    _, segments = pack(LONG, 48)
+    on_gpu = SimpleNamespace(
+        ids=SimpleNamespace(device=torch.device("cuda"), numel=segments.ids.numel),
+        cu_seqlens_cpu=segments.cu_seqlens_cpu,
+    )
+    plan = segmented.prepare_segmented(on_gpu)  # type: ignore[arg-type]
+    assert pinned == [plan.slots.numel()]
+    assert copies == [{"non_blocking": True}, {}]  # the second finds it there

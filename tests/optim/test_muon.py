@@ -2,6 +2,10 @@
 
 import copy
 import itertools
+import os
+import subprocess
+import sys
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -9,7 +13,8 @@ import torch
 from torch import nn
 
 from neobert.config.schema_optimizer import MuonSection, OptimizerSection
-from neobert.optim.muon import NORM_FACTORS, equalize_rows, reference_muon, split_matrices
+from neobert.optim import muon
+from neobert.optim.muon import NORM_FACTORS, Muon, equalize_rows, reference_muon, split_matrices
 from neobert.optim.optimizers import build_optimizer, step_unless
 from neobert.optim.orthogonal import ORTHOGONALIZATIONS, orthogonalize, polar_express, reference_orthogonal
 
@@ -195,3 +200,72 @@ def test_rows_become_equally_large_and_the_matrix_keeps_its_size() -> None:
     even = equalize_rows(updates, updates.square().mean(2, keepdim=True))
     torch.testing.assert_close(even.norm(dim=2), (updates.norm() / 2**0.5).expand(1, 2))
     torch.testing.assert_close(even.norm(), updates.norm())
+
+
+TWO_PROCESSES = """
+import sys
+from functools import partial
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+
+sys.path.insert(0, sys.argv[2])
+from test_muon import build, make_steps
+from neobert.train.machine import Runtime
+
+torch.set_num_threads(1)
+rank, folder = int(sys.argv[1]), Path(sys.argv[3])
+dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=2)
+runtime = Runtime(
+    accelerator=None, device=torch.device("cpu"), rank=rank, world=2, host_group=None, patient_group=None
+)
+for name in ("muonclip", "normuon"):
+    for dtype in (torch.float32, torch.bfloat16):
+        module, optimizer = build(name)
+        optimizer.dtype = dtype
+        optimizer.share(rank, 2, runtime.gather_on_device)
+        make_steps(module, optimizer, range(3))
+        torch.save(module.state_dict(), folder / f"{name}-{dtype}-{rank}.pt")
+dist.destroy_process_group()
+"""
+
+
+def test_two_processes_that_share_the_factors_have_the_weights_of_one(tmp_path: Path) -> None:
+    """Over gloo; shapes with an odd number of matrices among them. The ranks are equal to the bit."""
+    here = str(Path(__file__).parent)
+    path = os.pathsep.join([str(Path(here).parents[1]), os.environ.get("PYTHONPATH", "")])
+    command, environment = [sys.executable, "-c", TWO_PROCESSES], {**os.environ, "PYTHONPATH": path}
+    ranks = [subprocess.Popen([*command, str(rank), here, str(tmp_path)], env=environment) for rank in range(2)]
+    assert [rank.wait(timeout=120) for rank in ranks] == [0, 0]
+    for name, dtype in itertools.product(("muonclip", "normuon"), (torch.float32, torch.bfloat16)):
+        module, optimizer = build(name)
+        assert isinstance(optimizer, Muon)
+        optimizer.dtype = dtype
+        make_steps(module, optimizer, range(3))
+        first, second = (torch.load(tmp_path / f"{name}-{dtype}-{rank}.pt") for rank in range(2))
+        for key, weight in module.state_dict().items():
+            assert torch.equal(first[key], second[key]), key
+            torch.testing.assert_close(first[key], weight, rtol=1e-5, atol=1e-6)
+
+
+def test_each_of_three_ranks_computes_a_third_of_the_factors(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of 7 matrices 3, 3 and 1 with two of zeros; together they are what one computes."""
+    computed: list[int] = []
+
+    def counting(stack: torch.Tensor, **settings: Any) -> torch.Tensor:
+        computed.append(len(stack))
+        return orthogonalize(stack, **settings)
+
+    monkeypatch.setattr(muon, "orthogonalize", counting)
+    _, optimizer = build("muonclip")
+    assert isinstance(optimizer, Muon)
+    stack = torch.randn(7, 12, 20, generator=torch.Generator().manual_seed(0))
+    whole = optimizer._factors(stack)
+    parts: list[torch.Tensor] = []
+    for rank in range(3):
+        optimizer.share(rank, 3, lambda part: parts.append(part) or torch.cat((part,) * 3))
+        optimizer._factors(stack)
+    assert computed == [7, 3, 3, 3]
+    torch.testing.assert_close(torch.cat(parts)[:7], whole, rtol=1e-6, atol=1e-6)
+    assert not torch.cat(parts)[7:].any()

@@ -8,6 +8,7 @@ from torch import nn
 
 from neobert.config.schema_optimizer import OptimizerSection
 from neobert.optim.optimizers import build_optimizer
+from neobert.optim.stable_adamw import relative_size, relative_sizes
 
 BETAS, EPS, LR, DECAY = (0.9, 0.95), 1e-8, 0.1, 0.2
 
@@ -56,3 +57,17 @@ def test_gradients_of_constant_size_are_those_of_adamw_and_a_sudden_one_moves_le
 
 def test_a_gradient_of_zeros_moves_nothing_but_the_decay() -> None:
     torch.testing.assert_close(train("stable_adamw", [torch.zeros(2, 3)]), torch.full((2, 3), 1 - LR * DECAY))
+
+
+def test_all_weights_at_once_have_the_sizes_of_one_after_the_other() -> None:
+    """As on a GPU; some gradients are zeros, steps differ."""
+    generator = torch.Generator().manual_seed(0)
+    shapes = [(5, 3), (7,), (1,), (2, 4)]
+    grads = [torch.randn(shape, generator=generator) * 10.0**-n for n, shape in enumerate(shapes)]
+    grads[1][:4] = 0
+    squares = [torch.rand(shape, generator=generator) * 10.0 ** (-9 * n) for n, shape in enumerate(shapes)]
+    squares[1][:4] = 0
+    steps = [torch.tensor(float(n)) for n in (1, 5, 1000, 2)]
+    got = relative_sizes(grads, squares, steps, beta2=0.95, eps=1e-8)
+    want = [relative_size(*x, beta2=0.95, eps=1e-8) for x in zip(grads, squares, steps)]
+    torch.testing.assert_close(got, want, rtol=1e-6, atol=0)

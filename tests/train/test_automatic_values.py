@@ -19,9 +19,9 @@ from neobert.config.load import load_config, save_config
 from neobert.config.schema import Config
 from neobert.data.tokenizer import load_tokenizer
 from neobert.errors import StartupError
+from neobert.train import device, micro_batch
 from neobert.train import machine as precision
 from neobert.train import memory as host_memory
-from neobert.train import micro_batch
 from neobert.train.build import choose_rows_per_step
 from neobert.train.loop import pretrain
 from neobert.train.micro_batch import (
@@ -44,14 +44,14 @@ def fail(*args: Any, **named: Any) -> Any:
 
 def rates(monkeypatch: pytest.MonkeyPatch, *, fp32: float, bf16: float) -> None:
     measured = {torch.float32: fp32, torch.bfloat16: bf16}
-    monkeypatch.setattr(precision, "measure_product", lambda rows, inner, outer, dtype: measured[dtype])
+    monkeypatch.setattr(device, "measure_product", lambda rows, inner, outer, dtype: measured[dtype])
 
 
 # ---- precision ----
 
 
 def test_bf16_is_used_where_its_products_are_clearly_faster() -> None:
-    assert [precision.choose_faster(fp32=100, bf16=b) for b in (10, 100, 119, 120, 450)] == [
+    assert [device.choose_faster(fp32=100, bf16=b) for b in (10, 100, 119, 120, 450)] == [
         "no",
         "no",
         "no",
@@ -61,7 +61,7 @@ def test_bf16_is_used_where_its_products_are_clearly_faster() -> None:
 
 
 def test_the_measured_rate_is_a_number_of_operations_a_second() -> None:
-    assert 1e6 < precision.measure_product(64, 64, 64, torch.float32) < 1e15
+    assert 1e6 < device.measure_product(64, 64, 64, torch.float32) < 1e15
 
 
 def test_a_slow_product_is_measured_with_fewer_rows(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -72,10 +72,10 @@ def test_a_slow_product_is_measured_with_fewer_rows(monkeypatch: pytest.MonkeyPa
         rows.append(len(a))
         return len(a) / speed
 
-    monkeypatch.setattr(precision, "_time_product", take)
+    monkeypatch.setattr(device, "_time_product", take)
     for speed, most in ((100, 16), (2_000, 200), (1e9, 2048)):
         rows.clear()
-        assert precision.measure_product(2048, 4, 8, torch.float32) == pytest.approx(2 * 4 * 8 * speed)
+        assert device.measure_product(2048, 4, 8, torch.float32) == pytest.approx(2 * 4 * 8 * speed)
         assert (rows[:2], max(rows)) == ([16, 16], most)
 
 
@@ -102,7 +102,7 @@ def test_a_run_binds_its_precision_and_a_resume_keeps_it(
     )
     assert said in capsys.readouterr().out
 
-    monkeypatch.setattr(precision, "measure_product", fail)
+    monkeypatch.setattr(device, "measure_product", fail)
     pretrain(
         tiny(resumed, PRECISION, "trainer.max_steps=8", f"trainer.resume_from_checkpoint={chosen / 'checkpoints/4'}")
     )
@@ -136,10 +136,10 @@ def test_one_gpu_without_bf16_is_enough_for_float32_on_all(
 def test_a_gpu_is_asked_and_not_measured(
     tiny: Tiny, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, supported: bool, choice: str
 ) -> None:
-    monkeypatch.setattr(precision, "measure_product", fail)
+    monkeypatch.setattr(device, "measure_product", fail)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation=True: supported)
-    assert precision.choose_precision(tiny(tmp_path, PRECISION, "trainer.use_cpu=false"))[0] == choice
+    assert device.choose_precision(tiny(tmp_path, PRECISION, "trainer.use_cpu=false"))[0] == choice
 
 
 def test_a_gpu_without_bf16_cannot_continue_in_bf16(

@@ -54,7 +54,7 @@ def test_the_flash_package_is_set(monkeypatch: pytest.MonkeyPatch) -> None:
     q = torch.zeros(4, 1, 2)
     for on in (True, False):
         torch.use_deterministic_algorithms(on)
-        attention.attend_varlen(q, q, q, (torch.tensor([0, 4]), 4, (-1, -1)), scale=1.0)
+        attention.attend_varlen(q, q, q, attention.VarlenPlan(((torch.tensor([0, 4]), 4),), 4, (-1, -1)), scale=1.0)
     assert passed == [True, False]
 
 

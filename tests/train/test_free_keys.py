@@ -71,6 +71,7 @@ TRIED: list[tuple[str, dict[str, str]]] = [
             "trainer.tf32": "false",
             "trainer.torch_compile_backend": "eager",
             "trainer.torch_compile_dynamic": "true",
+            "trainer.device": "cpu",
             "trainer.disable_tqdm": "true",
             "trainer.detect_anomaly": "true",
             "trainer.max_hours": "10",

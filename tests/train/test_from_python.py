@@ -9,8 +9,8 @@ from records import exact_steps
 
 import neobert
 from neobert.config.schema import Config
+from neobert.data.source.hub import write_documents
 from neobert.errors import DataError, UserError
-from neobert.train.from_python import write_documents
 
 
 def test_texts_train_and_resume_bit_for_bit(tiny: Callable[..., Config], texts: list[str], tmp_path: Path) -> None:

@@ -72,7 +72,7 @@ def test_the_cpu_of_a_launcher_is_the_cpu_of_the_config(
     tiny: Tiny, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(launcher, "choose_device_type", lambda config: "cuda")
-    with pytest.raises(StartupError, match=r"ACCELERATE_USE_CPU: true, .* write trainer.use_cpu: true"):
+    with pytest.raises(StartupError, match=r"ACCELERATE_USE_CPU: true, .* write trainer.device: cpu"):
         check_launcher(tiny(tmp_path), ALONE)
 
 

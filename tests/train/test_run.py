@@ -17,6 +17,7 @@ from neobert.config.schema import Config
 from neobert.errors import DataError, StartupError
 from neobert.inference.model import load
 from neobert.objectives.mlm import perplexity
+from neobert.train import device as gpu
 from neobert.train import machine as runtime
 from neobert.train.build import choose_rows_per_step
 from neobert.train.loop import pretrain
@@ -308,7 +309,7 @@ def test_a_kernel_that_cannot_run_stops_before_any_work(
 def test_compile_without_a_compiler_stops_before_any_work(
     tiny: Tiny, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(runtime.shutil, "which", lambda name: None)
+    monkeypatch.setattr(gpu.shutil, "which", lambda name: None)
     with pytest.raises(StartupError, match="needs a C\\+\\+ compiler"):
         pretrain(tiny(tmp_path / "run", "trainer.torch_compile=true"))
     assert not (tmp_path / "run").exists()

@@ -30,6 +30,13 @@ EVAL_TARGETS_MULTIPLE = 256
 """Evaluation draws masks for each document, so their number varies a little; the arrays grow in steps of this."""
 
 
+def bound_segments(longest: Sequence[int | None], max_seq_length: int) -> int:
+    """`Collator.max_segment_length` for sources whose longest documents have so many tokens (None: unknown): a power of
+    two that has room for [CLS] and [SEP] too, or the length of a row."""
+    slots = [max_seq_length if tokens is None else tokens + SPECIALS_PER_SEGMENT for tokens in longest]
+    return min(max_seq_length, 1 << (max(slots) - 1).bit_length())
+
+
 def build_row(pieces: Sequence[Piece], window: Window, row_key: int, *, cls_id: int, sep_id: int) -> PackedRow:
     """Fetches the tokens of a planned row and wraps every piece as `[CLS] ... [SEP]`."""
     lengths = tuple(piece.length + SPECIALS_PER_SEGMENT for piece in pieces)
@@ -133,6 +140,9 @@ class Collator:
     pad_to_multiple_of: int | None = None
     """None: S is always `max_seq_length`. Else S is the longest row rounded up to this multiple."""
 
+    max_segment_length: int | None = None
+    """Upper bound of the length of a segment, where it is known to be less than that of a row; see `bound_segments`."""
+
     num_sources: int = 1
 
     def __call__(self, rows: Sequence[PackedRow], num_rows: int | None = None, *, step: int = 0) -> PackedBatch:
@@ -162,7 +172,7 @@ class Collator:
                 ids=torch.from_numpy(segment_ids).view(shape),
                 cu_seqlens=borders,
                 cu_seqlens_cpu=borders,
-                max_seqlen=width,
+                max_seqlen=self._longest(width),
             ),
             masked_index=torch.from_numpy(masked_index),
             targets=torch.from_numpy(targets),
@@ -174,6 +184,9 @@ class Collator:
             attended_tokens=int(np.square(layout.lengths).sum()),
             digest=_digest(layout, corrupted, selected, row_keys[: len(rows)]),
         )
+
+    def _longest(self, width: int) -> int:
+        return min(width, self.max_segment_length or width)
 
     def _choose_width(self, row_lengths: NDArray[np.int64]) -> int:
         if self.pad_to_multiple_of is None:
@@ -220,14 +233,18 @@ class Collator:
         return masked_index, targets
 
     def _borders(self, layout: _Layout, num_rows: int, width: int) -> IntArray:
-        """Borders of segments and paddings in the `num_rows * width` slots, filled up to a constant length."""
+        """Borders of segments and paddings in the `num_rows * width` slots, filled up to a constant length. A padding
+        that is longer than any segment may be is cut into several."""
         real = np.zeros(num_rows, dtype=np.int64)
         real[: len(layout.row_lengths)] = layout.row_lengths
+        longest = self._longest(width)
         row_starts = np.arange(num_rows) * width
         first_rows = layout.row_of[layout.starts]
         segments = first_rows * width + layout.starts - layout.row_starts[first_rows]
-        paddings = (row_starts + real)[real < width]
-        borders = np.full(num_rows * (self.max_segments + 1) + 1, num_rows * width, dtype=np.int32)
+        most_paddings = -(-width // longest)
+        cuts = real[:, None] + np.arange(most_paddings) * longest
+        paddings = (row_starts[:, None] + cuts)[cuts < width]
+        borders = np.full(num_rows * (self.max_segments + most_paddings) + 1, num_rows * width, dtype=np.int32)
         found = np.sort(np.concatenate([segments, paddings]))
         borders[: len(found)] = found
         return borders

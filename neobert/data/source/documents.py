@@ -177,6 +177,10 @@ class Documents:
         """(tokens with special tokens, pieces) of one pass; None for text."""
         return None
 
+    def longest(self, span: Span) -> int | None:
+        """Tokens of the longest one at most, without special tokens; None for text."""
+        return None
+
     def slice(self, first: int, last: int | None, *, size: int | None = None, is_cap: bool = False) -> Span:
         """Documents [first, last); None: up to the end.
 

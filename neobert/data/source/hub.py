@@ -7,15 +7,18 @@ object: a loaded state would otherwise be applied again in each later epoch.
 
 import copy
 import hashlib
+import json
+import secrets
+import shutil
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
 from typing import Any, TypeVar
 
 import pyarrow as pa
-from datasets import IterableDataset, get_dataset_split_names, load_dataset
+from datasets import Dataset, IterableDataset, get_dataset_split_names, load_dataset
 from datasets.exceptions import DatasetsError
 from huggingface_hub import HfApi
 
@@ -276,3 +279,38 @@ def _cannot_load(name: str, error: BaseException) -> DataError:
             "dataset.path"
         )
     return DataError(f"dataset.name: {name} cannot be loaded: {reason}. {remedy}")
+
+
+def write_documents(data: Dataset | Sequence[str], parent: Path) -> Path:
+    """The folder in `parent` that holds these documents as `save_to_disk` writes them; written when it is not there.
+
+    Raises:
+        DataError: `data` is neither a Dataset nor texts, or empty, or `parent` holds other documents.
+    """
+    if not isinstance(data, Dataset):
+        if isinstance(data, str) or not all(isinstance(text, str) for text in data):
+            raise DataError("data: pass a datasets.Dataset, or a list of texts (str)")
+        data = Dataset.from_dict({"text": list(data)})
+    if not len(data):
+        raise DataError("data: there are no documents in it; pass at least one")
+    digest = hashlib.sha256()
+    for row in data:
+        digest.update(json.dumps(row, sort_keys=True, default=str).encode() + b"\n")
+    folder = parent / digest.hexdigest()[:16]
+    if others := [path for path in parent.glob("[!.]*") if path != folder]:
+        raise DataError(
+            f"data: the run of this trainer.output_dir was made with other documents, those in {others[0]}; pass them "
+            f"to resume it, choose another trainer.output_dir, or remove {parent} to start with these"
+        )
+    if not folder.is_dir():
+        # Every process of a run does this before they know each other: each writes a copy, and the first rename stays.
+        temporary = parent / f".tmp-{folder.name}-{secrets.token_hex(4)}"
+        try:
+            data.flatten_indices().save_to_disk(str(temporary))
+            temporary.rename(folder)
+        except OSError:
+            if not folder.is_dir():
+                raise
+        finally:
+            shutil.rmtree(temporary, ignore_errors=True)
+    return folder

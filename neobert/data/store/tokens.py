@@ -196,6 +196,11 @@ class TokenStore(Documents):
         _, _, sizes, _ = piece_lengths(self.all_lengths()[first:last], *limits, truncate=order.truncate)
         return int(sizes.sum()) + SPECIALS_PER_SEGMENT * len(sizes), len(sizes)
 
+    def longest(self, span: Span) -> int:
+        first, last = self._rows(span)
+        # Some may lack the special tokens that were found around others.
+        return int(self.all_lengths()[first:last].max(initial=0)) + (2 if self._stripped else 0)
+
     def slice(self, first: int, last: int | None, *, size: int | None = None, is_cap: bool = False) -> Span:
         return Span(self._cursor(first) if first else None, None if last is None else self._cursor(last))
 

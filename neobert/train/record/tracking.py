@@ -22,7 +22,7 @@ from neobert.objectives.table import choose_objective
 from neobert.secrets import scrub_config
 from neobert.train.agreement import exchange
 from neobert.train.checkpoint.audit import RankLayout, ReplayAudit, ReplayDiverged, is_first_attempt, read_layout
-from neobert.train.machine import Runtime
+from neobert.train.machine import Runtime, compute_dtype
 from neobert.train.numerics import SkippedStep, build_skipped_step
 from neobert.train.record.console import Reporter
 from neobert.train.record.metrics import Interval, IntervalSums, MetricWindow, StepRecord, summarise
@@ -316,7 +316,7 @@ class Tracker:
                 self._sinks.remove(sink)
 
     def _mfu(self, tokens_per_second: float, attended_length: float, predicted_fraction: float) -> float | None:
-        peak = peak_flops(self._runtime.device)
+        peak = peak_flops(self._runtime.device, compute_dtype(self._config))
         if peak is None:
             return None
         flops_per_token = self._module.encoder.flops_per_token(
