@@ -302,6 +302,10 @@ def benchmark_busy(program: str, argv: list[str]) -> None:
     parser.add_argument("--seconds", type=float, default=4.0, help="of each measurement")
     parser.add_argument("--repeats", type=count, default=3)
     args = parser.parse_args(argv)
+    if min(args.loads) < 0:
+        parser.error(f"--loads: {min(args.loads)} is no number of processes; write 0 or more")
+    if not args.seconds > 0:
+        parser.error(f"--seconds: {args.seconds} must be greater than 0")
     from neobert.benchmark.busy_cpu import BusySettings, describe, measure_ways
 
     settings = BusySettings(loads=tuple(args.loads), seconds=args.seconds, repeats=args.repeats)

@@ -123,7 +123,7 @@ class _ChunkedLinearCrossEntropy(torch.autograd.Function):
         weight = weight_VD.to(dtype)
         wide = torch.promote_types(dtype, torch.float32)
         losses_M = torch.zeros(len(hidden), dtype=wide, device=hidden.device)
-        z_terms_M = torch.zeros_like(losses_M)
+        z_sums: list[Tensor] = []
         num_correct = torch.zeros((), dtype=torch.int64, device=hidden.device) if count_correct else None
         grad_hidden = torch.zeros_like(hidden) if with_grad else None
         grad_weight = None
@@ -138,7 +138,9 @@ class _ChunkedLinearCrossEntropy(torch.autograd.Function):
                 if num_correct is not None:
                     hits = (logits_CV.argmax(dim=-1, keepdim=True) == target_C1) & counted_C1
                     num_correct = num_correct + hits.sum()  # not in place, since it leaves
-                losses_M[rows], z_terms_M[rows] = chunk_losses(logits_CV, target_C1, counted_C1, z_loss, with_grad)
+                losses_M[rows], lse_C = chunk_losses(logits_CV, target_C1, counted_C1, z_loss, with_grad)
+                if z_loss:
+                    z_sums.append(z_loss * torch.where(counted_M[rows], lse_C, 0).square().sum())
                 if grad_hidden is not None:  # What was logits is gradients now.
                     torch.mm(logits_CV, weight, out=grad_hidden[rows])
                     part_VD = logits_CV.T @ hidden_CD
@@ -150,7 +152,7 @@ class _ChunkedLinearCrossEntropy(torch.autograd.Function):
         if num_correct is not None:
             ctx.mark_non_differentiable(num_correct)
         # A copy: compiled by torch 2.11, what a cast to its own dtype returned has no gradient. See model/rotary.py.
-        z_sum = z_terms_M.sum().to(torch.float32, copy=True) if z_loss else None
+        z_sum = torch.stack(z_sums or [losses_M.new_zeros(())]).sum().to(torch.float32, copy=True) if z_loss else None
         if z_sum is not None:
             ctx.mark_non_differentiable(z_sum)
         return losses_M.sum().to(torch.float32, copy=True), num_correct, z_sum
@@ -170,8 +172,8 @@ class _ChunkedLinearCrossEntropy(torch.autograd.Function):
 def _losses_and_gradients(
     logits_CV: Tensor, target_C1: Tensor, counted_C1: Tensor, z_loss: float, with_grad: bool
 ) -> tuple[Tensor, Tensor]:
-    """Losses and their z-loss terms `[C]` of a chunk, 0 where ignored; with `with_grad` the logits are overwritten by
-    their gradients.
+    """Losses `[C]` of a chunk, 0 where ignored, and logsumexp; with `with_grad` the logits are overwritten by their
+    gradients.
 
     On a CPU rows go in tiles that stay in its cache, so that one pass over the memory of the chunk serves all the
     operations. Exponentials and sums are fp32 at least.
@@ -180,7 +182,7 @@ def _losses_and_gradients(
     wide = torch.promote_types(logits_CV.dtype, torch.float32)
     tile = max(1, TILE_BYTES // (wide.itemsize * vocabulary)) if logits_CV.device.type == "cpu" else rows
     buffer = torch.empty((min(tile, rows), vocabulary), dtype=wide, device=logits_CV.device)
-    losses_C1, z_terms_C1 = torch.empty((2, rows, 1), dtype=wide, device=logits_CV.device)
+    losses_C1, lse_C1 = torch.empty((2, rows, 1), dtype=wide, device=logits_CV.device)
     for start in range(0, rows, tile):
         part = slice(start, start + tile)
         logits, target, counted = logits_CV[part], target_C1[part], counted_C1[part]
@@ -191,18 +193,17 @@ def _losses_and_gradients(
         exp = shifted.exp_()
         total = exp.sum(dim=-1, keepdim=True)
         log_total = total.log()
-        lse = largest + log_total
-        z_terms_C1[part] = torch.where(counted, z_loss * lse.square(), 0)
+        lse = torch.add(largest, log_total, out=lse_C1[part])
         losses_C1[part] = torch.where(counted, log_total - target_logit + z_loss * lse.square(), 0)
         if with_grad:
             gradient = exp.mul_(torch.where(counted, (1 + 2 * z_loss * lse) / total, 0))
             logits.copy_(gradient.scatter_add_(1, target, -counted.to(wide)))
-    return losses_C1[:, 0], z_terms_C1[:, 0]
+    return losses_C1[:, 0], lse_C1[:, 0]
 
 
 def _losses_and_gradients_at_once(
     logits_CV: Tensor, target_C1: Tensor, counted_C1: Tensor, z_loss: float, with_grad: bool
-) -> Tensor:
+) -> tuple[Tensor, Tensor]:
     """The same as `_losses_and_gradients`, written for a compiler: nothing of the size of the logits is kept."""
     wide_logits = logits_CV.to(torch.promote_types(logits_CV.dtype, torch.float32))
     lse = wide_logits.logsumexp(dim=-1, keepdim=True)
@@ -211,11 +212,11 @@ def _losses_and_gradients_at_once(
         probs = torch.exp(wide_logits - lse) * (1 + 2 * z_loss * lse)
         is_target = torch.arange(logits_CV.shape[1], device=logits_CV.device) == target_C1
         logits_CV.copy_(torch.where(counted_C1, probs - is_target.to(probs.dtype), 0))
-    return losses_C1[:, 0]
+    return losses_C1[:, 0], lse[:, 0]
 
 
 @cache
-def _compiled_losses_and_gradients() -> Callable[..., Tensor]:
+def _compiled_losses_and_gradients() -> Callable[..., tuple[Tensor, Tensor]]:
     return torch.compile(_losses_and_gradients_at_once)
 
 

@@ -14,6 +14,7 @@ on attention probabilities. With a sliding window of w tokens, query i sees the 
 Legend: T tokens of the flat stream, N heads, D head size.
 """
 
+from bisect import bisect_left
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Any, NamedTuple, Protocol
@@ -149,13 +150,12 @@ def prepare_varlen(segments: Segments, window: int | None = None) -> VarlenPlan:
     shape.
     """
     reach = -1 if window is None else window // 2
-    (rows, width), borders = segments.ids.shape, segments.cu_seqlens_cpu
-    rows_per_launch = max(1, MOST_SEGMENTS * rows // max(1, len(borders) - 1))
-    starts = torch.arange(0, rows, rows_per_launch) * width
-    ends = (starts + rows_per_launch * width).clamp(max=rows * width)
-    firsts, lasts = (torch.searchsorted(borders, x.to(borders.dtype)).tolist() for x in (starts, ends))
+    (rows, width), borders = segments.ids.shape, segments.cu_seqlens_cpu.tolist()
+    slots_per_launch = max(1, MOST_SEGMENTS * rows // max(1, len(borders) - 1)) * width
     launches = []
-    for start, end, first, last in zip(starts.tolist(), ends.tolist(), firsts, lasts):
+    for start in range(0, rows * width, slots_per_launch):
+        end = min(start + slots_per_launch, rows * width)
+        first, last = bisect_left(borders, start), bisect_left(borders, end)
         if last - first > MOST_SEGMENTS:
             raise ValueError(
                 f"{last - first} documents in a row of {width} slots are more than the {MOST_SEGMENTS} that "

@@ -185,7 +185,7 @@ def build_measure(
 ) -> Measure:
     """The peak of a training step with this config, as a function of its rows."""
     on_gpu, dtype = runtime.device.type == "cuda", compute_dtype(config)
-    # A compiler takes memory of the process for good, which on a CPU would be measured too; a step needs less with it.
+    # A compiler keeps memory of the process, which on a CPU would be measured too; a step needs less with it.
     measured = config if on_gpu else replace(config, trainer=replace(config.trainer, torch_compile=False))
 
     def make_step(rows: int) -> None:

@@ -17,8 +17,8 @@ SMALL = StepSettings(preset="small", rows=8, length=512)
 
 BOUNDS = {
     # launches, elementwise GB, saved bytes; of a compiled block: fused bytes, saved bytes, graphs; attention blocks
-    PAPER: (2_016, 548.6, 986_100, 85_290, 27_930, 1, 792_576),
-    SMALL: (402, 4.25, 74_500, 31_050, 9_770, 1, 8_320),
+    PAPER: (1_686, 546.0, 986_100, 85_290, 27_930, 1, 32_928),
+    SMALL: (402, 4.25, 74_500, 31_050, 9_770, 1, 288),
 }
 """What the code needs today, rounded up. Write lower numbers after an improvement; a higher one needs a reason."""
 
@@ -66,5 +66,5 @@ def test_the_blocks_of_attention_are_those_of_the_borders_that_the_kernel_gets(m
     assert real.attention_blocks == 2 * 4 * num_documents, "2 heads, 4 blocks of 128 queries in 512"
     monkeypatch.setattr(ledger, "made_up_rows", with_batches(filled_up))
     filled = measure_ledger(tiny)
-    assert filled.attention_blocks >= real.attention_blocks + 2 * 4 * 1000
+    assert filled.attention_blocks == real.attention_blocks, "borders that fill up the tensor do not reach the kernel"
     assert filled.useful_attention_blocks == real.useful_attention_blocks <= real.attention_blocks

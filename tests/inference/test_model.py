@@ -11,7 +11,7 @@ import torch
 
 import neobert
 from neobert.commands.flags import build_model_parser, build_pairs_parser
-from neobert.inference import loading
+from neobert.inference import model as loading
 from neobert.inference.model import Model, choose_dtype
 from neobert.inference.packed import hidden_states, plan_batches, token_losses
 from neobert.inference.scorer import load_scorer

@@ -24,7 +24,7 @@ for capability in json.loads(sys.argv[1]):
     for size, own in ((2, "*bf16"), (4, "*fp32")):
         for kernel in (kernels._reduce_kernel, kernels._gradient_kernel):
             tile, names = kernels.TILES[size], kernel.arg_names
-            constants = {"ROWS": tile.rows, "COLUMNS": tile.columns, "DEPTH": tile.depth, "SHARE": tile.share}
+            constants = {"ROWS": tile.rows, "COLUMNS": tile.columns, "DEPTH": tile.depth, "PART": tile.part}
             constants |= {"EVEN": True, "COUNT": False, "PRECISION": "tf32", "WIDEN": False}
             types = {name: TYPES.get(name, own if "ptr" in name else "i32") for name in names}
             types |= {name: "constexpr" for name in names if name in constants}

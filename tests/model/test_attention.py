@@ -183,6 +183,26 @@ def test_sdpa_in_whole_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
             torch.testing.assert_close(got, exact, atol=4e-2, rtol=4e-2)
 
 
+@pytest.mark.parametrize("window", [-1, 16])
+def test_sdpa_multiplies_few_shapes_in_bf16(monkeypatch: pytest.MonkeyPatch, window: int) -> None:
+    """Of every length at every position, the end of the stream too: torch's library keeps code for each shape."""
+    shapes = set()
+    for name in ("bmm", "baddbmm"):
+        product = getattr(torch, name)
+
+        def note(*args: Any, product: Any = product, **named: Any) -> Tensor:
+            shapes.add(tuple(x.shape for x in args[-2:]))
+            return product(*args, **named)
+
+        monkeypatch.setattr(torch, name, note)
+    for length in range(1, 97):
+        borders = torch.tensor([[0, 5], [5, 5 + length]])
+        q = torch.zeros(5 + length, 1, 4, dtype=torch.bfloat16)
+        segmented._forward_by_document(q, q, q, borders, 0.3, window)
+        segmented._backward_by_document(q, q, q, q, borders, 0.3, window)
+    assert {n for pair in shapes for shape in pair for n in shape} == {1, 4, 32, 64, 96}
+
+
 def in_buckets(segments: Segments, window: int | None = None) -> SegmentedPlan:
     """A plan as for a GPU, with its tensors on the CPU."""
     plan = segmented.prepare_segmented(segments, window)
@@ -290,7 +310,7 @@ def test_work_of_a_window_is_linear_in_the_length() -> None:
     assert work(4096, -1) == 4096**2
     assert work(4096, 64) <= 4096 * (128 + 2 * 64)
     assert work(8192, 64) == pytest.approx(2 * work(4096, 64), rel=0.02)
-    assert work(100, 128) == 100 * 100, "a window that reaches over the whole document changes nothing"
+    assert work(100, 128) == work(100, -1) == 128**2, "a window that reaches over the whole document changes nothing"
 
 
 def test_sdpa_gradients_are_the_derivatives() -> None:
