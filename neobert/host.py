@@ -15,7 +15,7 @@ from collections.abc import Iterator, MutableMapping
 from dataclasses import dataclass
 from pathlib import Path
 
-SPIN_COUNT = 5000
+SPIN_COUNT = 20_000
 """Rounds that a waiting thread spins before it sleeps; GNU's OpenMP makes 300,000."""
 
 WAITING = ("GOMP_SPINCOUNT", "OMP_WAIT_POLICY")
