@@ -40,7 +40,7 @@ BARE = [
     "benchmark.gpu_kernels",
     "benchmark.gpu_steps",
     "benchmark.ledger",
-    "commands.gpu_commands",
+    "commands.machine_commands",
 ]
 STACK = ["omegaconf", "datasets", "accelerate", "transformers", "pyarrow", "rich"]
 

@@ -292,26 +292,6 @@ def benchmark_save(program: str, argv: list[str]) -> None:
         cli.print_result(measure(config, args.repeats).table())
 
 
-def benchmark_busy(program: str, argv: list[str]) -> None:
-    """The training step beside programs that want the same CPUs, by how threads wait: `neobert benchmark-busy`.
-
-    Takes four minutes, and starts up to four processes that keep the CPUs busy meanwhile.
-    """
-    parser = build_parser(program, benchmark_busy.__doc__)
-    parser.add_argument("--loads", type=int, nargs="+", default=[0, 1, 2, 4], help="competing processes")
-    parser.add_argument("--seconds", type=float, default=4.0, help="of each measurement")
-    parser.add_argument("--repeats", type=count, default=3)
-    args = parser.parse_args(argv)
-    if min(args.loads) < 0:
-        parser.error(f"--loads: {min(args.loads)} is no number of processes; write 0 or more")
-    if not args.seconds > 0:
-        parser.error(f"--seconds: {args.seconds} must be greater than 0")
-    from neobert.benchmark.busy_cpu import BusySettings, describe, measure_ways
-
-    settings = BusySettings(loads=tuple(args.loads), seconds=args.seconds, repeats=args.repeats)
-    cli.print_result(describe(settings, measure_ways(settings)))
-
-
 def analyze_profile(program: str, argv: list[str]) -> None:
     """Where the time of profiled steps went: `neobert analyze-profile RUN_FOLDER_OR_TRACE [--json]`.
 

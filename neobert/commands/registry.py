@@ -196,14 +196,14 @@ COMMANDS: dict[str, Command] = {
     ),
     "benchmark-busy": Command(
         "the training step beside other programs, by how threads wait",
-        "benchmark_commands",
+        "machine_commands",
         "benchmarks/busy_cpu.py",
     ),
     "benchmark-save": Command(
         "what a checkpoint costs to save and to load", "benchmark_commands", "benchmarks/save_cost.py"
     ),
     "gpu-check": Command(
-        "try and measure everything on a GPU once, in minutes", "gpu_commands", "gpu_check.py", resumes=True
+        "try and measure everything on a GPU once, in minutes", "machine_commands", "gpu_check.py", resumes=True
     ),
     "compare": Command(
         "train the runs of a plan one by one and compare them", "benchmark_commands", "experiments/compare.py"
