@@ -31,7 +31,7 @@ _TILE = 2**20
 """Scores (heads x queries x keys) of one tile: 2 MB of bf16 stay in a CPU's cache."""
 
 _BLOCK = 32
-"""Slots that bf16 on a CPU goes in."""
+"""Slots of a block, for bf16 on a CPU."""
 
 _LEAST_QUERIES = 128
 """Queries of a tile of a very long document: fewer would make the products too thin."""

@@ -67,7 +67,7 @@ class Muon(Optimizer):
         self._gather: Gather | None = None
 
     def share(self, rank: int, world: int, gather: Gather) -> None:
-        """Has this rank compute each `world`-th part of the orthogonal factors, and `gather` bring those of the others:
+        """Has this rank compute one of `world` parts of the orthogonal factors, and `gather` bring those of the others:
         it takes `[n, rows, columns]` of every rank and returns `[world * n, rows, columns]`, in rank order.
 
         The weights are those of one process to the last bit where a product of one matrix does not depend on how many

@@ -185,9 +185,11 @@ def check_runtime(config: Config) -> None:
             "wandb.enabled: true, but the package wandb is not installed; "
             "run `pip install -e '.[wandb]'` or set wandb.enabled: false"
         )
-    if config.trainer.mixed_precision == "bf16" and device_type == "cuda" and not torch.cuda.is_bf16_supported():
+    needs_bf16 = config.trainer.mixed_precision == "bf16" and device_type == "cuda"
+    if device_problems := find_device_problems(config, device_type):
+        problems += device_problems
+    elif needs_bf16 and not torch.cuda.is_bf16_supported():
         problems.append("trainer.mixed_precision: bf16, but this GPU has no bfloat16; set trainer.mixed_precision: no")
-    problems += find_device_problems(config, device_type)
     kernel = None
     try:
         kernel = choose_kernel(config.model.kernel_backend, device=torch.device(device_type))

@@ -28,6 +28,7 @@ def is_out_of_memory(error: BaseException) -> bool:
 
 _OUT_OF_MEMORY = (
     "can't allocate memory",  # torch on a CPU
+    "CUDA out of memory",  # torch on a GPU, within an error of the compiler
     "CUDA error: out of memory",
     "CUDA driver error: out of memory",
     "CUDA_ERROR_OUT_OF_MEMORY",
@@ -42,7 +43,7 @@ _OUT_OF_MEMORY = (
     "HIP error: out of memory",
     "MPS backend out of memory",
 )
-"""Words of errors that are a plain RuntimeError."""
+"""Parts of the messages of errors that are a RuntimeError, of no kind of their own."""
 
 
 def available_bytes(root: Path = Path("/")) -> int:

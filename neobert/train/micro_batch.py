@@ -139,8 +139,8 @@ def choose_by_line(candidates: Sequence[int], measure: Measure, limit: int) -> t
     """The largest of the ascending `candidates` whose peak should be within `limit` bytes (0: none), and the reason.
 
     Only the first two are measured, the second only when the first leaves room for it; the others are read off the
-    straight line through both. The first is measured twice: libraries keep memory permanently in the first step of a
-    process, which is needed but does not grow with the rows.
+    straight line through both. The first is measured twice: in the first step of a process libraries take memory and
+    keep it, which is needed but does not grow with the rows.
     """
     first = candidates[0]
     peak = measure(first)

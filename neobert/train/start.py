@@ -97,7 +97,7 @@ def check_shared(output_dir: Path, runtime: "Runtime") -> None:
     if blind:
         raise RankError(
             f"trainer.output_dir: {output_dir} is not one folder for all processes: {', '.join(blind)} cannot see what "
-            "rank 0 writes; choose a folder on a file system of all nodes"
+            "rank 0 writes; choose a folder on a file system that all nodes can see"
         )
 
 

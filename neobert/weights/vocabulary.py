@@ -1,7 +1,7 @@
 """Embeddings for another vocabulary: rows of the tokens that both have are copied, all others start at their mean.
 
 Tokens are matched by their text, and [CLS], [SEP], [MASK] and padding also by their role, whatever they are called.
-The mean of the copied rows is a neutral position: a row of a new token has the scale of the model, predicts no token in
+The mean of the copied rows is neutral: a row of a new token has the scale of the model, predicts no token in
 particular, and is distinguished by its gradient (Hewitt, "Initializing new word embeddings", 2021).
 """
 

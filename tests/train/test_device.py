@@ -109,8 +109,11 @@ def test_a_device_that_is_not_there_is_refused(
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     monkeypatch.setattr(torch.backends.mps, "is_available", lambda: False)
     monkeypatch.setattr(gpu, "find_unused_gpu", lambda: None)
-    with pytest.raises(StartupError, match=rf"trainer\.device: {device}, .* write trainer\.device: auto or cpu"):
-        check_runtime(tiny(tmp_path, *ON_GPU, f"trainer.device={device}"))
+    with pytest.raises(
+        StartupError, match=rf"trainer\.device: {device}, .* write trainer\.device: auto or cpu"
+    ) as refused:
+        check_runtime(tiny(tmp_path, *ON_GPU, f"trainer.device={device}", "trainer.mixed_precision=bf16"))
+    assert "bfloat16" not in str(refused.value)
     monkeypatch.setattr(torch.backends.mps, "is_available", lambda: True)
     check_runtime(tiny(tmp_path, *ON_GPU, "trainer.device=mps"))
 
@@ -245,6 +248,7 @@ def test_auto_measures_the_step_that_the_run_makes(tiny: Tiny, tmp_path: Path, m
         "NCCL Error 1: unhandled cuda error\nLast error:\nCuda failure 'out of memory'",
         "Last error:\nCuda failure 2 'out of memory'",
         "Triton Error [CUDA]: out of memory",
+        "backend='inductor' raised:\nOutOfMemoryError: CUDA out of memory. Tried to allocate 2.00 GiB",
     ],
 )
 def test_every_kind_of_out_of_memory_is_known(words: str, monkeypatch: pytest.MonkeyPatch) -> None:
