@@ -21,7 +21,7 @@ from neobert.benchmark.loss_kernels import Case, measure
 from neobert.benchmark.settings import PRESETS, StepSettings
 from neobert.benchmark.step_time import made_up_rows
 from neobert.kernels.linear_cross_entropy import KERNELS, PACKAGES, kernel_problem
-from neobert.model.attention import ATTENTION, AttentionBackend, choose_attention, reference_attention
+from neobert.model.attention import ATTENTION, AttentionBackend, VarlenPlan, choose_attention, reference_attention
 from neobert.model.segments import Segments
 
 _COMPILERS = ("cc", "gcc", "clang")
@@ -126,7 +126,8 @@ def check_borders(bench: Bench) -> Found:
             "filled to L // 8 a row": with_borders(segments, filled(real, rows * (length // 8 + 1) + 1)),
         }
         for name, own in kinds.items():
-            forward, backward, peak = _time_attention(backend, own, bench)
+            prepared = backend.prepare(own) if own is segments else prepare_all_borders(backend, own)
+            forward, backward, peak = _time_attention(backend, own, prepared, bench)
             found.add(
                 f"{rows} x {length}, {name}",
                 f"{len(own.cu_seqlens)} borders, forward {forward:.3f} ms, backward {backward:.3f} ms, "
@@ -150,15 +151,24 @@ def with_borders(segments: Segments, borders: Tensor) -> Segments:
     return replace(segments, cu_seqlens=borders.to(segments.ids.device), cu_seqlens_cpu=borders)
 
 
+def prepare_all_borders(backend: AttentionBackend, segments: Segments) -> Any:
+    """What `attend` reads when the kernel gets the borders that `prepare_varlen` leaves out too."""
+    prepared = backend.prepare(segments)
+    if isinstance(prepared, VarlenPlan):
+        return prepared._replace(launches=((segments.cu_seqlens, segments.ids.numel()),))
+    return prepared
+
+
 def _segments(bench: Bench, *, rows: int, length: int, mean: float) -> Segments:
     settings = StepSettings(preset="tiny", vocab_size=300, rows=rows, length=length, mean_document=mean, steps=1)
     return next(made_up_rows(settings).batches).segments.to(torch.device(bench.device))
 
 
-def _time_attention(backend: AttentionBackend, segments: Segments, bench: Bench) -> tuple[float, float, int]:
+def _time_attention(
+    backend: AttentionBackend, segments: Segments, prepared: Any, bench: Bench
+) -> tuple[float, float, int]:
     """Milliseconds of forward and backward, and bytes at the peak beside the inputs (0 on a CPU)."""
     q, k, v, grad = _inputs(segments, bench)
-    prepared = backend.prepare(segments)
 
     def forward() -> Tensor:
         return backend.attend(q, k, v, prepared, scale=0.125)
@@ -215,7 +225,7 @@ def _check_backend(found: Found, name: str, backend: AttentionBackend, bench: Be
         found.lines.append(f"{name}: {type(error).__name__}: {str(error)[:200]}")
         return [name]
     segments = _segments(bench, rows=bench.size(64, 2), length=bench.size(1024, 64), mean=bench.size(250.0, 20.0))
-    forward, backward, _ = _time_attention(backend, segments, bench)
+    forward, backward, _ = _time_attention(backend, segments, backend.prepare(segments), bench)
     found.add(
         name,
         f"{backend.kernel}: forward {forward:.3f} ms, backward {backward:.3f} ms, {_LAYERS} layers "
@@ -348,8 +358,8 @@ def _gradient_distance(name: str, bench: Bench) -> float:
     return max(((a.double() - b).norm() / b.norm()).item() for a, b in zip(got, want))
 
 
-def _gradients(name: str, given: tuple[Tensor, Tensor, Tensor], bench: Bench, *, low: bool) -> tuple[Tensor, ...]:
-    states, weight, targets = (x.to(bench.device) for x in given)
+def _gradients(name: str, inputs: tuple[Tensor, Tensor, Tensor], bench: Bench, *, low: bool) -> tuple[Tensor, ...]:
+    states, weight, targets = (x.to(bench.device) for x in inputs)
     states, weight = states.requires_grad_(), weight.requires_grad_()
     with torch.autocast(bench.device, torch.bfloat16) if low else nullcontext():
         loss, *_ = KERNELS[name](states, weight, targets)
