@@ -23,16 +23,14 @@ from neobert.benchmark.step_time import made_up_rows
 from neobert.kernels.linear_cross_entropy import KERNELS, PACKAGES, kernel_problem
 from neobert.model.attention import ATTENTION, AttentionBackend, VarlenPlan, choose_attention, reference_attention
 from neobert.model.segments import Segments
+from neobert.train.device import C_COMPILERS, find_missing_tools, find_unused_gpu
 
-_COMPILERS = ("cc", "gcc", "clang")
 _PACKAGES = ("torch", "triton", "numpy", "liger-kernel", "flash-attn", "flash-attn-3", "transformers", "accelerate")
 _PAPER = PRESETS["neobert"]
 _HEADS, _LAYERS = _PAPER["num_attention_heads"], _PAPER["num_hidden_layers"]
 _HIDDEN = _PAPER["hidden_size"]
 _FFN = 2048
 """2/3 of the intermediate size of the paper, as SwiGLU has it."""
-
-_DRIVER = Path("/proc/driver/nvidia/version")
 
 _FP8 = (8, 9)
 """Compute capability from which products by rows in fp8 exist."""
@@ -61,7 +59,7 @@ def milliseconds(work: Callable[[], object], bench: Bench, repeats: int = 20) ->
 def check_machine(bench: Bench) -> Found:
     """What the machine has, and one launch of a kernel that has to be compiled here."""
     found = Found()
-    compiler = os.environ.get("CC") or next(filter(None, map(shutil.which, _COMPILERS)), None)
+    compiler = os.environ.get("CC") or next(filter(None, map(shutil.which, C_COMPILERS)), None)
     header = Path(sysconfig.get_path("include")) / "Python.h"
     found.add("compiler", f"{compiler}, {header}{'' if header.exists() else ' is missing'}", has_header=header.exists())
     versions = {name: _version_of(name) for name in _PACKAGES}
@@ -73,14 +71,10 @@ def check_machine(bench: Bench) -> Found:
         capability = f"{gpu.major}.{gpu.minor}"
         text = f"{gpu.name}, capability {capability}, {gpu.total_memory / 2**30:.0f} GiB"
         found.add(f"GPU {number}", text, name=gpu.name, capability=capability)
-    if bench.dry and _DRIVER.exists():
-        raise NotAsExpected(
-            "there is an NVIDIA driver here and torch sees no GPU: install a torch whose CUDA the driver knows, or a "
-            f"newer driver ({_DRIVER.read_text().splitlines()[0]}; torch is for CUDA {torch.version.cuda})",
-            found,
-        )
-    if not bench.dry and (compiler is None or not header.exists()):
-        raise NotAsExpected("Triton needs a C compiler and Python.h; install gcc and python3-dev", found)
+    if bench.dry and (unused := find_unused_gpu()) is not None:
+        raise NotAsExpected(unused, found)
+    if not bench.dry and (missing := find_missing_tools()) is not None:
+        raise NotAsExpected(f"compiling for this GPU needs {missing}", found)
     if kernel_problem("triton", torch.device(bench.device)) is None:
         found.add("first launch of Triton", f"{_launch_triton(bench):.0f} ms, compilation included")
     return found

@@ -146,6 +146,13 @@ def test_a_missing_package_is_said(monkeypatch: pytest.MonkeyPatch) -> None:
     assert gpu_check._refuse(CHECKS["gemm"], Machine(device="x", gpus=1), 1e9) is None
 
 
+def test_a_gpu_that_torch_cannot_use_is_no_dry_run(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(gpu_kernels, "find_unused_gpu", lambda: "there is a GPU")
+    with pytest.raises(NotAsExpected, match="there is a GPU") as failed:
+        gpu_kernels.check_machine(Bench(device="cpu", folder=Path()))
+    assert "versions" in failed.value.found.values
+
+
 def test_borders_that_fill_up_reach_the_kernel_where_their_cost_is_measured() -> None:
     bench = Bench(device="cpu", folder=Path())
     real = gpu_kernels._segments(bench, rows=2, length=64, mean=20.0)
