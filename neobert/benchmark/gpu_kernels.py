@@ -21,18 +21,16 @@ from neobert.benchmark.loss_kernels import Case, measure
 from neobert.benchmark.settings import PRESETS, StepSettings
 from neobert.benchmark.step_time import made_up_rows
 from neobert.kernels.linear_cross_entropy import KERNELS, PACKAGES, kernel_problem
-from neobert.model.attention import ATTENTION, AttentionBackend, choose_attention, reference_attention
+from neobert.model.attention import ATTENTION, AttentionBackend, VarlenPlan, choose_attention, reference_attention
 from neobert.model.segments import Segments
+from neobert.train.device import C_COMPILERS, find_missing_tools, find_unused_gpu
 
-_COMPILERS = ("cc", "gcc", "clang")
 _PACKAGES = ("torch", "triton", "numpy", "liger-kernel", "flash-attn", "flash-attn-3", "transformers", "accelerate")
 _PAPER = PRESETS["neobert"]
 _HEADS, _LAYERS = _PAPER["num_attention_heads"], _PAPER["num_hidden_layers"]
 _HIDDEN = _PAPER["hidden_size"]
 _FFN = 2048
 """2/3 of the intermediate size of the paper, as SwiGLU has it."""
-
-_DRIVER = Path("/proc/driver/nvidia/version")
 
 _FP8 = (8, 9)
 """Compute capability from which products by rows in fp8 exist."""
@@ -61,7 +59,7 @@ def milliseconds(work: Callable[[], object], bench: Bench, repeats: int = 20) ->
 def check_machine(bench: Bench) -> Found:
     """What the machine has, and one launch of a kernel that has to be compiled here."""
     found = Found()
-    compiler = os.environ.get("CC") or next(filter(None, map(shutil.which, _COMPILERS)), None)
+    compiler = os.environ.get("CC") or next(filter(None, map(shutil.which, C_COMPILERS)), None)
     header = Path(sysconfig.get_path("include")) / "Python.h"
     found.add("compiler", f"{compiler}, {header}{'' if header.exists() else ' is missing'}", has_header=header.exists())
     versions = {name: _version_of(name) for name in _PACKAGES}
@@ -73,14 +71,10 @@ def check_machine(bench: Bench) -> Found:
         capability = f"{gpu.major}.{gpu.minor}"
         text = f"{gpu.name}, capability {capability}, {gpu.total_memory / 2**30:.0f} GiB"
         found.add(f"GPU {number}", text, name=gpu.name, capability=capability)
-    if bench.dry and _DRIVER.exists():
-        raise NotAsExpected(
-            "there is an NVIDIA driver here and torch sees no GPU: install a torch whose CUDA the driver knows, or a "
-            f"newer driver ({_DRIVER.read_text().splitlines()[0]}; torch is for CUDA {torch.version.cuda})",
-            found,
-        )
-    if not bench.dry and (compiler is None or not header.exists()):
-        raise NotAsExpected("Triton needs a C compiler and Python.h; install gcc and python3-dev", found)
+    if bench.dry and (unused := find_unused_gpu()) is not None:
+        raise NotAsExpected(unused, found)
+    if not bench.dry and (missing := find_missing_tools()) is not None:
+        raise NotAsExpected(f"compiling for this GPU needs {missing}", found)
     if kernel_problem("triton", torch.device(bench.device)) is None:
         found.add("first launch of Triton", f"{_launch_triton(bench):.0f} ms, compilation included")
     return found
@@ -126,7 +120,8 @@ def check_borders(bench: Bench) -> Found:
             "filled to L // 8 a row": with_borders(segments, filled(real, rows * (length // 8 + 1) + 1)),
         }
         for name, own in kinds.items():
-            forward, backward, peak = _time_attention(backend, own, bench)
+            prepared = backend.prepare(own) if own is segments else prepare_all_borders(backend, own)
+            forward, backward, peak = _time_attention(backend, own, prepared, bench)
             found.add(
                 f"{rows} x {length}, {name}",
                 f"{len(own.cu_seqlens)} borders, forward {forward:.3f} ms, backward {backward:.3f} ms, "
@@ -150,15 +145,24 @@ def with_borders(segments: Segments, borders: Tensor) -> Segments:
     return replace(segments, cu_seqlens=borders.to(segments.ids.device), cu_seqlens_cpu=borders)
 
 
+def prepare_all_borders(backend: AttentionBackend, segments: Segments) -> Any:
+    """What `attend` reads when the kernel gets the borders that `prepare_varlen` leaves out too."""
+    prepared = backend.prepare(segments)
+    if isinstance(prepared, VarlenPlan):
+        return prepared._replace(launches=((segments.cu_seqlens, segments.ids.numel()),))
+    return prepared
+
+
 def _segments(bench: Bench, *, rows: int, length: int, mean: float) -> Segments:
     settings = StepSettings(preset="tiny", vocab_size=300, rows=rows, length=length, mean_document=mean, steps=1)
     return next(made_up_rows(settings).batches).segments.to(torch.device(bench.device))
 
 
-def _time_attention(backend: AttentionBackend, segments: Segments, bench: Bench) -> tuple[float, float, int]:
+def _time_attention(
+    backend: AttentionBackend, segments: Segments, prepared: Any, bench: Bench
+) -> tuple[float, float, int]:
     """Milliseconds of forward and backward, and bytes at the peak beside the inputs (0 on a CPU)."""
     q, k, v, grad = _inputs(segments, bench)
-    prepared = backend.prepare(segments)
 
     def forward() -> Tensor:
         return backend.attend(q, k, v, prepared, scale=0.125)
@@ -215,7 +219,7 @@ def _check_backend(found: Found, name: str, backend: AttentionBackend, bench: Be
         found.lines.append(f"{name}: {type(error).__name__}: {str(error)[:200]}")
         return [name]
     segments = _segments(bench, rows=bench.size(64, 2), length=bench.size(1024, 64), mean=bench.size(250.0, 20.0))
-    forward, backward, _ = _time_attention(backend, segments, bench)
+    forward, backward, _ = _time_attention(backend, segments, backend.prepare(segments), bench)
     found.add(
         name,
         f"{backend.kernel}: forward {forward:.3f} ms, backward {backward:.3f} ms, {_LAYERS} layers "
@@ -348,8 +352,8 @@ def _gradient_distance(name: str, bench: Bench) -> float:
     return max(((a.double() - b).norm() / b.norm()).item() for a, b in zip(got, want))
 
 
-def _gradients(name: str, given: tuple[Tensor, Tensor, Tensor], bench: Bench, *, low: bool) -> tuple[Tensor, ...]:
-    states, weight, targets = (x.to(bench.device) for x in given)
+def _gradients(name: str, inputs: tuple[Tensor, Tensor, Tensor], bench: Bench, *, low: bool) -> tuple[Tensor, ...]:
+    states, weight, targets = (x.to(bench.device) for x in inputs)
     states, weight = states.requires_grad_(), weight.requires_grad_()
     with torch.autocast(bench.device, torch.bfloat16) if low else nullcontext():
         loss, *_ = KERNELS[name](states, weight, targets)

@@ -39,7 +39,7 @@ _TINY = (
     "trainer.mixed_precision=no",
     "trainer.torch_compile=false",
     "trainer.torch_compile_backend=aot_eager",
-    "trainer.use_cpu=true",
+    "trainer.device=cpu",
 )
 """Of a dry run, which compiles where that is what is checked."""
 
@@ -187,8 +187,8 @@ def check_profiler(bench: Bench) -> Found:
     _train(_build_config(bench, "run", *keys))
     analysis = analyse_path(bench.folder / "run")
     found = Found()
-    shares = ", ".join(f"{name} {part:.1%}" for name, part in analysis.shares.items() if part >= 5e-4)
-    found.add("trace", f"of {analysis.device}, {analysis.milliseconds_per_step:.1f} ms a step: {shares}")
+    parts = ", ".join(f"{name} {part:.1%}" for name, part in analysis.shares.items() if part >= 5e-4)
+    found.add("trace", f"of {analysis.device}, {analysis.milliseconds_per_step:.1f} ms a step: {parts}")
     missing = [name for name in ("GEMM", "loss", "optimizer", IDLE) if not analysis.shares[name] > 0]
     if analysis.device != bench.device or missing or not math.isclose(sum(analysis.shares.values()), 1, abs_tol=1e-6):
         raise NotAsExpected(f"of {analysis.device}, without {', '.join(missing) or 'a missing kind'}", found)

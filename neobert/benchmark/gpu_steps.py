@@ -125,8 +125,8 @@ def check_where_time_goes(bench: Bench) -> Found:
         file = bench.folder / f"{name}.json"
         recorded.export_chrome_trace(str(file))
         analysis = analyse(json.loads(file.read_text()))
-        shares = ", ".join(f"{kind} {part:.1%}" for kind, part in analysis.shares.items() if part >= 5e-4)
-        found.add(name, f"{analysis.milliseconds_per_step:.1f} ms a step: {shares}", **asdict(analysis))
+        parts = ", ".join(f"{kind} {part:.1%}" for kind, part in analysis.shares.items() if part >= 5e-4)
+        found.add(name, f"{analysis.milliseconds_per_step:.1f} ms a step: {parts}", **asdict(analysis))
         found.lines += [
             f"{name}, {o.category}: {o.name[:70]}, {o.calls_per_step:.0f} x {o.mean_microseconds:.0f} us, {o.share:.1%}"
             for o in analysis.largest

@@ -288,9 +288,9 @@ def _bytes_made_for(forward: torch.fx.GraphModule) -> int:
 def _fused_bytes(graph: torch.fx.GraphModule) -> int:
     """What elementwise operators read of others and write for others."""
     own = {node for node in graph.graph.nodes if node.op == "call_function" and not _is_view(node) and _fuses(node)}
-    read = {_origin(given) for node in own for given in node.all_input_nodes} - own
+    read = {_origin(source) for node in own for source in node.all_input_nodes} - own
     others = (node for node in graph.graph.nodes if node not in own and not _is_view(node))
-    written = own & {_origin(given) for node in others for given in node.all_input_nodes}
+    written = own & {_origin(source) for node in others for source in node.all_input_nodes}
     return sum(map(_node_bytes, read | written))
 
 

@@ -124,7 +124,7 @@ def build_batch(rows: list[PackedRow], *, chunk_rows: int, pad_id: int, max_leng
 
 
 def build_module(args: argparse.Namespace, vocab_size: int, pad_id: int, *, padded: bool) -> ContrastiveEncoder:
-    """The model of `--model`, or one of the sizes passed with random weights."""
+    """The model of `--model`, or one of the sizes in `args` with random weights."""
     device = choose_device(args.device)
     kind = PaddedEncoder if padded else ContrastiveEncoder
     attention = choose_attention("auto", device=device, dtype=DTYPES[args.dtype])

@@ -143,7 +143,7 @@ class VarlenPlan(NamedTuple):
 
 def prepare_varlen(segments: Segments, window: int | None = None) -> VarlenPlan:
     """The real borders, without those that fill up `cu_seqlens`: the kernel launches blocks for every segment that it
-    is given, empty or not.
+    gets, empty or not.
 
     Their number is read on the host, and differs from batch to batch; the compiler is asked for one graph for all.
     Rows that together may have more than MOST_SEGMENTS segments go in several launches, as many for every batch of one

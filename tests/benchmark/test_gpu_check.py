@@ -15,6 +15,7 @@ from neobert.benchmark.gpu_check import Machine, run_checks
 from neobert.benchmark.gpu_table import CHECKS, Bench, Found, GpuCheck, NotAsExpected
 from neobert.config.schema import Config
 from neobert.errors import DataError
+from neobert.model.attention import ATTENTION
 
 ROOT = Path(__file__).parents[2]
 pytestmark = pytest.mark.skipif(torch.cuda.is_available(), reason="it is no dry run where there is a GPU")
@@ -143,6 +144,23 @@ def test_a_missing_package_is_said(monkeypatch: pytest.MonkeyPatch) -> None:
     refused = gpu_check._refuse(CHECKS["run"], Machine(device="x", gpus=1), 1e9)
     assert refused == {"state": "skipped", "reason": "needs accelerate: run `pip install accelerate`"}
     assert gpu_check._refuse(CHECKS["gemm"], Machine(device="x", gpus=1), 1e9) is None
+
+
+def test_a_gpu_that_torch_cannot_use_is_no_dry_run(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(gpu_kernels, "find_unused_gpu", lambda: "there is a GPU")
+    with pytest.raises(NotAsExpected, match="there is a GPU") as failed:
+        gpu_kernels.check_machine(Bench(device="cpu", folder=Path()))
+    assert "versions" in failed.value.found.values
+
+
+def test_borders_that_fill_up_reach_the_kernel_where_their_cost_is_measured() -> None:
+    bench = Bench(device="cpu", folder=Path())
+    real = gpu_kernels._segments(bench, rows=2, length=64, mean=20.0)
+    borders = gpu_kernels.filled(torch.unique(real.cu_seqlens_cpu), 40)
+    segments, backend = gpu_kernels.with_borders(real, borders), ATTENTION["flash_attn_varlen"]
+    (launch,) = gpu_kernels.prepare_all_borders(backend, segments).launches
+    assert (len(launch[0]), launch[1]) == (40, 2 * 64)
+    assert len(backend.prepare(segments).launches[0][0]) < 40, "a run leaves them out"
 
 
 def test_the_table_is_complete() -> None:
