@@ -69,7 +69,7 @@ def test_only_what_the_user_left_open_is_chosen(
 
 def test_commands_and_python_choose_before_torch_is_there() -> None:
     code = (
-        "import os, sys, neobert; assert 'torch' not in sys.modules; neobert.pretrain; import torch; "
+        "import os, sys, neobert; assert 'torch' not in sys.modules; neobert.load_config; import torch; "
         "from neobert.host import describe_waiting; print(torch.get_num_threads(), describe_waiting())"
     )
     clean = {k: v for k, v in os.environ.items() if not k.startswith(("OMP_", "GOMP_"))}

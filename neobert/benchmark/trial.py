@@ -105,7 +105,7 @@ def train(config: Config) -> None:
 def score(run: Path, data: Path, *, device: str = "auto") -> MlmLoss:
     """The held-out loss of a run's newest checkpoint, in fp32."""
     with open_texts(str(data), split=VALIDATION) as texts:
-        return mlm_loss(OwnScorer(load(run, device=device)), texts, HELD_OUT)
+        return mlm_loss(OwnScorer(load(run, device=device, dtype="fp32")), texts, HELD_OUT)
 
 
 def read_speed(run: Path) -> Speed:

@@ -166,6 +166,11 @@ COMMANDS: dict[str, Command] = {
         "benchmarks/against_transformers.py",
         also=(ValueError,),
     ),
+    "benchmark-busy": Command(
+        "the training step beside other programs, by how threads wait",
+        "machine_commands",
+        "benchmarks/busy_cpu.py",
+    ),
     "benchmark-contrastive": Command(
         "pairs per second and peak memory of contrastive steps",
         "benchmark_commands",
@@ -193,11 +198,6 @@ COMMANDS: dict[str, Command] = {
     ),
     "benchmark-resume": Command(
         "seconds to the first batch of a resumed run", "benchmark_commands", "benchmarks/resume_cost.py"
-    ),
-    "benchmark-busy": Command(
-        "the training step beside other programs, by how threads wait",
-        "machine_commands",
-        "benchmarks/busy_cpu.py",
     ),
     "benchmark-save": Command(
         "what a checkpoint costs to save and to load", "benchmark_commands", "benchmarks/save_cost.py"

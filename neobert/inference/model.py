@@ -234,7 +234,8 @@ def choose_device(device: str | torch.device) -> torch.device:
     try:
         chosen = torch.device(device)
     except RuntimeError as error:
-        raise ValueError(f"device: {device!r} is unknown; write auto, cpu or cuda") from error
-    if chosen.type == "cuda" and not torch.cuda.is_available():
-        raise ValueError(f"device: {device} is not here (torch sees no GPU); write cpu or auto")
+        raise ValueError(f"device: {device!r} is unknown; write auto, cpu, cuda or mps") from error
+    there = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available()}
+    if not there.get(chosen.type, True):
+        raise ValueError(f"device: {device} is not here (torch sees no GPU of that kind); write cpu or auto")
     return chosen

@@ -101,7 +101,6 @@ class _TritonLinearCrossEntropy(torch.autograd.Function):
         hidden = torch.where(counted_M[:, None], hidden_MD, 0).to(dtype).contiguous()
         weight = weight_VD.to(dtype).contiguous()
         lse_M, target_logit_M, best_M = _reduce_logits(hidden, weight, targets, count_correct)
-        z_terms_M = torch.where(counted_M, z_loss * lse_M.square(), 0)
         losses_M = torch.where(counted_M, lse_M - target_logit_M + z_loss * lse_M.square(), 0)
         ctx.save_for_backward(hidden, weight, targets, lse_M)
         ctx.z_loss, ctx.dtypes = z_loss, (hidden_MD.dtype, weight_VD.dtype)
@@ -109,7 +108,7 @@ class _TritonLinearCrossEntropy(torch.autograd.Function):
         if best_M is not None:
             num_correct = (best_M == targets).sum()
             ctx.mark_non_differentiable(num_correct)
-        z_sum = z_terms_M.sum() if z_loss else None
+        z_sum = torch.where(counted_M, z_loss * lse_M.square(), 0).sum() if z_loss else None
         if z_sum is not None:
             ctx.mark_non_differentiable(z_sum)
         return losses_M.sum(), num_correct, z_sum

@@ -3,8 +3,6 @@
 Accelerate brings device placement, autocast and DistributedDataParallel. The loader, the schedule, gradient
 accumulation and checkpoints are ours, so `Accelerator` prepares the model and nothing else.
 
-What the launcher asked for, as its variables say, and whether this program gives it.
-
 A process that was started alone looks like a run of one process, and silently trains as one: `accelerate launch
 --cpu --num_processes 2` starts one (only a GPU makes it start several), `srun` and `mpirun` start several that do not
 know each other. What they were asked for is in the environment:

@@ -48,7 +48,7 @@ def test_errors_of_loading(run_folder: Path, tmp_path: Path, monkeypatch: pytest
         neobert.load(tmp_path)
     with pytest.raises(ValueError, match="dtype: 'fp8' is unknown; write one of auto, fp32, bf16"):
         neobert.load(run_folder, dtype="fp8")
-    with pytest.raises(ValueError, match="device: 'gpu' is unknown; write auto, cpu or cuda"):
+    with pytest.raises(ValueError, match="device: 'gpu' is unknown; write auto, cpu, cuda or mps"):
         neobert.load(run_folder, device="gpu")
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     with pytest.raises(ValueError, match="device: cuda is not here"):
