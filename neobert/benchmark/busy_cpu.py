@@ -16,23 +16,19 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 
-import torch
-
 from neobert.benchmark.settings import StepSettings
-from neobert.benchmark.step_time import build_model, build_plain_adamw, made_up_rows
-from neobert.config.schema_optimizer import OptimizerSection
+from neobert.benchmark.step_time import build_stepper
 from neobert.host import SPIN_COUNT, WAITING, available_cpus
-from neobert.train.step import train_step
 
-CHOSEN = f"GOMP_SPINCOUNT={SPIN_COUNT}"
+DEFAULT = "OpenMP's default"
 
 WAYS: dict[str, dict[str, str]] = {
-    "OpenMP's default": {"GOMP_SPINCOUNT": "300000"},
-    CHOSEN: {"GOMP_SPINCOUNT": str(SPIN_COUNT)},
+    DEFAULT: {"GOMP_SPINCOUNT": "300000"},
+    f"GOMP_SPINCOUNT={SPIN_COUNT}": {"GOMP_SPINCOUNT": str(SPIN_COUNT)},
     "OMP_WAIT_POLICY=PASSIVE": {"OMP_WAIT_POLICY": "PASSIVE"},
     "one thread": {"OMP_NUM_THREADS": "1"},
 }
-"""Environment of each; `neobert` sets that of CHOSEN."""
+"""Environment of each; `neobert` sets the second."""
 
 
 QUICKSTART = StepSettings(
@@ -53,7 +49,7 @@ class BusySettings:
     """What is measured."""
 
     loads: tuple[int, ...] = (0, 1, 2, 4)
-    """Competing processes."""
+    """Competing processes; 0 is among them, with which the others are compared."""
 
     seconds: float = 4.0
     """Of each measurement."""
@@ -82,16 +78,7 @@ def _measure_in_a_process(settings: BusySettings, variables: dict[str, str]) -> 
 
 def measure_loads(step: StepSettings, loads: Sequence[int], seconds: float) -> dict[int, float]:
     """Number of competing processes -> real tokens a second of this process, by the clock on the wall."""
-    source = made_up_rows(step)
-    dtype = torch.bfloat16 if step.precision == "bf16" else torch.float32
-    model, _, _ = build_model(step, source.model, torch.device("cpu"), dtype)
-    optimizer = build_plain_adamw(model, OptimizerSection(lr=1e-4))
-
-    def make_step() -> int:
-        batch = next(source.batches)
-        train_step(model, optimizer, [batch], lr=1e-4, scale=1 / max(batch.num_targets, 1), gradient_clipping=1.0)
-        return batch.num_tokens
-
+    make_step = build_stepper(step)
     make_step()
     rates = {}
     for load in loads:
@@ -99,7 +86,7 @@ def measure_loads(step: StepSettings, loads: Sequence[int], seconds: float) -> d
             make_step()
             tokens, start = 0, time.perf_counter()
             while not tokens or time.perf_counter() - start < seconds:
-                tokens += make_step()
+                tokens += make_step().num_tokens
             rates[load] = tokens / (time.perf_counter() - start)
     return rates
 
@@ -118,7 +105,7 @@ def competing(count: int) -> Iterator[None]:
 
 def describe(settings: BusySettings, rates: dict[str, dict[int, float]]) -> str:
     """The table: a row for each way, and how much of the fair fraction it keeps."""
-    cpus, quiet = available_cpus(), rates["OpenMP's default"][settings.loads[0]]
+    cpus, quiet = available_cpus(), rates[DEFAULT][0]
     titles = ["quiet" if load == 0 else f"beside {load}" for load in settings.loads]
     lines = [
         f"real tokens a second on {cpus} CPUs (of the fair fraction)",

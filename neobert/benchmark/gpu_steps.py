@@ -2,7 +2,6 @@
 
 import json
 import time
-from collections.abc import Callable
 from dataclasses import asdict
 from typing import Any
 
@@ -19,13 +18,13 @@ from neobert.benchmark.step_batches import make_documents
 from neobert.benchmark.step_time import (
     StepTiming,
     build_model,
-    build_step_optimizer,
+    build_stepper,
     made_up_rows,
     measure_step,
+    product_dtype,
     wait_for,
 )
 from neobert.inference.packed import hidden_states, plan_batches
-from neobert.train.step import train_step
 
 _TINY: dict[str, Any] = {
     "preset": "tiny",
@@ -90,29 +89,13 @@ def _describe_step(timing: StepTiming) -> str:
     )
 
 
-def _stepper(settings: StepSettings) -> Callable[[], None]:
-    """Makes one training step a call."""
-    device = torch.device(settings.device)
-    source = made_up_rows(settings)
-    dtype = torch.bfloat16 if settings.precision == "bf16" else torch.float32
-    model, _, _ = build_model(settings, source.model, device, dtype)
-    optimizer = build_step_optimizer(model, settings)
-
-    def step() -> None:
-        batch = next(source.batches)
-        moved = [batch.to(device, non_blocking=True)]
-        train_step(model, optimizer, moved, lr=1e-4, scale=1 / max(batch.num_targets, 1), gradient_clipping=1.0)
-
-    return step
-
-
 def check_where_time_goes(bench: Bench) -> Found:
     """Kinds of kernels of three profiled steps, by the rules of `neobert analyze-profile`."""
     found = Found()
     for name, compiled in (("compiled", True), ("eager", False)):
         torch.compiler.reset()
         settings = step_settings(bench, compile=compiled)
-        step = _stepper(settings)
+        step = build_stepper(settings)
         for _ in range(settings.warmup):
             step()
         wait_for(torch.device(bench.device))
@@ -137,7 +120,7 @@ def check_where_time_goes(bench: Bench) -> Found:
 def check_recompiles(bench: Bench) -> Found:
     """Graphs after the first step and after eight batches of other documents."""
     counters.clear()
-    step = _stepper(step_settings(bench, compile=True, steps=8, rows=bench.size(16, 2)))
+    step = build_stepper(step_settings(bench, compile=True, steps=8, rows=bench.size(16, 2)))
     graphs = []
     for _ in range(8):
         step()
@@ -175,8 +158,8 @@ def check_inference(bench: Bench) -> Found:
     for name, precision, matmul in (("fp32", "fp32", "highest"), ("TF32", "fp32", "high"), ("bf16", "bf16", "highest")):
         torch.set_float32_matmul_precision(matmul)
         settings = step_settings(bench, precision=precision)
-        dtype = torch.bfloat16 if precision == "bf16" else torch.float32
-        model, attention, _ = build_model(settings, made_up_rows(settings).model, torch.device(bench.device), dtype)
+        architecture, device = made_up_rows(settings).model, torch.device(bench.device)
+        model, attention, _ = build_model(settings, architecture, device, product_dtype(settings))
 
         def embed(model: Any = model) -> list[torch.Tensor]:
             return [hidden_states(model.module, [documents[n] for n in batch]) for batch in batches]

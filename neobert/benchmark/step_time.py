@@ -170,14 +170,37 @@ def made_up_rows(settings: StepSettings) -> RowSource:
     return RowSource(model=model, batches=itertools.cycle(batches), name=name, real=False)
 
 
+def build_stepper(settings: StepSettings) -> Callable[[], PackedBatch]:
+    """Makes a training step on the next made-up rows at every call, and returns the rows."""
+    device, source = torch.device(settings.device), made_up_rows(settings)
+    model, _, _ = build_model(settings, source.model, device, product_dtype(settings))
+    optimizer = build_step_optimizer(model, settings)
+
+    def step() -> PackedBatch:
+        batch = next(source.batches)
+        _make_step(model, optimizer, batch.to(device, non_blocking=True))
+        return batch
+
+    return step
+
+
+def _make_step(model: Autocast, optimizer: Optimizer, batch: PackedBatch) -> None:
+    scale = 1 / max(batch.num_targets, 1)
+    train_step(model, optimizer, [batch], lr=1e-4, scale=scale, gradient_clipping=1.0)
+
+
+def product_dtype(settings: StepSettings) -> torch.dtype:
+    """Of the matrix products."""
+    return torch.bfloat16 if settings.precision == "bf16" else torch.float32
+
+
 def measure_step(settings: StepSettings, source: RowSource | None = None) -> StepTiming:
     """Builds the model, makes the steps, measures.
 
     Raises:
         ValueError: an attention backend or a kernel that cannot run on the device.
     """
-    device = torch.device(settings.device)
-    dtype = torch.bfloat16 if settings.precision == "bf16" else torch.float32
+    device, dtype = torch.device(settings.device), product_dtype(settings)
     source = made_up_rows(settings) if source is None else source
     model, attention, kernel = build_model(settings, source.model, device, dtype, source.objective)
     optimizer = build_step_optimizer(model, settings)
@@ -188,14 +211,7 @@ def measure_step(settings: StepSettings, source: RowSource | None = None) -> Ste
         start = clock()
         batch = next(source.batches)
         waits.append(clock() - start)
-        train_step(
-            model,
-            optimizer,
-            [batch.to(device, non_blocking=True)],
-            lr=1e-4,
-            scale=1 / max(batch.num_targets, 1),
-            gradient_clipping=1.0,
-        )
+        _make_step(model, optimizer, batch.to(device, non_blocking=True))
         wait_for(device)
         seconds.append(clock() - start)
         if number == 0:

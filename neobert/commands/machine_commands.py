@@ -34,7 +34,7 @@ def benchmark_busy(program: str, argv: list[str]) -> None:
     Takes four minutes, and starts up to four processes that keep the CPUs busy meanwhile.
     """
     parser = build_parser(program, benchmark_busy.__doc__)
-    parser.add_argument("--loads", type=int, nargs="+", default=[0, 1, 2, 4], help="competing processes")
+    parser.add_argument("--loads", type=int, nargs="+", default=[1, 2, 4], help="competing processes, beside none")
     parser.add_argument("--seconds", type=float, default=4.0, help="of each measurement")
     parser.add_argument("--repeats", type=count, default=3)
     args = parser.parse_args(argv)
@@ -44,5 +44,5 @@ def benchmark_busy(program: str, argv: list[str]) -> None:
         parser.error(f"--seconds: {args.seconds} must be greater than 0")
     from neobert.benchmark.busy_cpu import BusySettings, describe, measure_ways
 
-    settings = BusySettings(loads=tuple(args.loads), seconds=args.seconds, repeats=args.repeats)
+    settings = BusySettings(loads=tuple(sorted({0, *args.loads})), seconds=args.seconds, repeats=args.repeats)
     cli.print_result(describe(settings, measure_ways(settings)))

@@ -7,6 +7,7 @@ import pytest
 
 from neobert.benchmark import busy_cpu
 from neobert.benchmark.busy_cpu import QUICKSTART, BusySettings, competing, describe, measure_loads, measure_ways
+from neobert.commands.machine_commands import benchmark_busy
 
 TINY = replace(QUICKSTART, preset="tiny", vocab_size=64, rows=2, length=32, mean_document=10.0)
 
@@ -32,6 +33,16 @@ def test_competing_processes_run_during_the_measurement_alone(monkeypatch: pytes
     assert all(process.poll() is not None for process in started)
     assert list(measure_loads(TINY, [0, 1], 0.0)) == [0, 1]
     assert len(started) == 3
+
+
+def test_the_machine_alone_is_always_measured(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(
+        busy_cpu, "measure_ways", lambda settings: {way: dict.fromkeys(settings.loads, 10.0) for way in busy_cpu.WAYS}
+    )
+    benchmark_busy("neobert benchmark-busy", ["--loads", "2"])
+    assert capsys.readouterr().out.splitlines()[1].split() == ["quiet", "beside", "2"]
 
 
 def test_the_table_says_how_much_of_the_fair_fraction_is_kept(monkeypatch: pytest.MonkeyPatch) -> None:
