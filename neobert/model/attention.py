@@ -21,7 +21,6 @@ from typing import Any, NamedTuple, Protocol
 
 import torch
 from torch import Tensor
-from torch.nn.attention.varlen import varlen_attn
 
 from neobert.model.flex import attend_flex, flex_problem, prepare_flex
 from neobert.model.segmented import attend_segmented, prepare_segmented
@@ -205,6 +204,9 @@ def _launch_once(
 ) -> Tensor:
     arguments = (q_TND, k_TND, v_TND, borders, borders, plan.longest, plan.longest)
     if flash is None:
+        # Not at import: it brings torch's compiler, which takes a second, and a CPU needs neither.
+        from torch.nn.attention.varlen import varlen_attn
+
         out_TND = varlen_attn(*arguments, scale=scale, window_size=plan.reach)
         assert isinstance(out_TND, Tensor), "a tuple only where auxiliary results are asked for"
         return out_TND

@@ -12,13 +12,15 @@ Legend: T tokens of the flat stream, N heads, D head size, Q and K numbers of bl
 
 import functools
 from collections.abc import Callable
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
-from torch.nn.attention.flex_attention import BlockMask, flex_attention
 
 from neobert.model.segments import Segments
+
+if TYPE_CHECKING:  # Imported on first use: it brings torch's compiler, which takes a second.
+    from torch.nn.attention.flex_attention import BlockMask
 
 BLOCK = 128
 """Tokens of a block."""
@@ -27,11 +29,15 @@ BLOCK = 128
 @functools.cache
 def _compiled_flex_attention() -> Callable[..., Any]:
     """Uncompiled it would hold all scores. Not made at import: that alone takes a second."""
+    from torch.nn.attention.flex_attention import flex_attention
+
     return torch.compile(flex_attention, dynamic=False)
 
 
-def prepare_flex(segments: Segments, window: int | None = None) -> BlockMask:
+def prepare_flex(segments: Segments, window: int | None = None) -> "BlockMask":
     """The mask of equal documents, within `window // 2` positions where there is a window."""
+    from torch.nn.attention.flex_attention import BlockMask
+
     num_tokens, device = segments.ids.numel(), segments.ids.device
     borders = segments.cu_seqlens
     token_T = torch.arange(num_tokens, dtype=torch.int32, device=device)
@@ -67,6 +73,8 @@ def _listed(chosen_QK: Tensor) -> tuple[Tensor, Tensor]:
 
 def attend_flex(q_TND: Tensor, k_TND: Tensor, v_TND: Tensor, prepared: Any, *, scale: float) -> Tensor:
     """Attention of each segment to itself."""
+    from torch.nn.attention.flex_attention import flex_attention
+
     q, k, v = (x.transpose(0, 1)[None] for x in (q_TND, k_TND, v_TND))
     attend: Any = flex_attention if torch.compiler.is_compiling() else _compiled_flex_attention()
     return attend(q, k, v, block_mask=prepared, scale=scale)[0].transpose(0, 1)

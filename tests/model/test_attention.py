@@ -11,7 +11,7 @@ import torch
 from packed import ROWS, pack, real_slots
 from torch import Tensor
 from torch._dynamo.utils import counters
-from torch.nn.attention.flex_attention import BlockMask
+from torch.nn.attention.flex_attention import BlockMask, flex_attention
 
 from neobert.model import attention, flex, segmented
 from neobert.model.attention import ATTENTION, AttentionBackend, choose_attention, reference_attention
@@ -127,7 +127,7 @@ def device_for(name: str, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -
     if device is not None:
         return device
     monkeypatch.setattr(attention, "flash_attn_varlen_func", None)
-    monkeypatch.setattr(attention, "varlen_attn", FakeVarlen("scale"))
+    monkeypatch.setattr("torch.nn.attention.varlen.varlen_attn", FakeVarlen("scale"))
     monkeypatch.setattr(flex, "_compiled_flex_attention", FakeFlex)
     monkeypatch.setattr(flex, "BLOCK", 4)
     return "cpu"
@@ -391,7 +391,7 @@ def test_varlen_hands_its_kernel_what_it_needs(
     _, segments = pack(ROWS, 16)
     fake = FakeVarlen("softmax_scale", ("deterministic",)) if package else FakeVarlen("scale")
     monkeypatch.setattr(attention, "flash_attn_varlen_func", fake if package else None)
-    monkeypatch.setattr(attention, "varlen_attn", fake)
+    monkeypatch.setattr("torch.nn.attention.varlen.varlen_attn", fake)
     monkeypatch.setattr(torch, "are_deterministic_algorithms_enabled", lambda: deterministic)
     got = results(ATTENTION["flash_attn_varlen"], segments, torch.float32, window=4)
     for one, want in zip(got, expected(segments, torch.float32, 4)):
@@ -408,7 +408,7 @@ def test_flex_itself_computes_the_definition(window: int | None) -> None:
     with torch.no_grad(), warnings.catch_warnings():
         warnings.simplefilter("ignore")  # it says that it computes all scores
         swapped = (x.transpose(0, 1)[None] for x in (q, k, v))
-        out = flex.flex_attention(*swapped, block_mask=flex.prepare_flex(segments, window), scale=0.3)
+        out = flex_attention(*swapped, block_mask=flex.prepare_flex(segments, window), scale=0.3)
     want = reference_attention(q, k, v, segments, scale=0.3, window=window)
     got = out[0].transpose(0, 1)
     torch.testing.assert_close(got[real_slots(segments)], want[real_slots(segments)], atol=1e-5, rtol=1e-5)

@@ -52,7 +52,7 @@ class BlockCounter:
 def counter(monkeypatch: pytest.MonkeyPatch) -> BlockCounter:
     found = BlockCounter()
     monkeypatch.setattr(attention, "flash_attn_varlen_func", None)
-    monkeypatch.setattr(attention, "varlen_attn", found)
+    monkeypatch.setattr("torch.nn.attention.varlen.varlen_attn", found)
     return found
 
 
@@ -135,7 +135,7 @@ def test_several_launches_compute_the_definition(monkeypatch: pytest.MonkeyPatch
         return _definition(q, k, v, cu_q, scale)
 
     monkeypatch.setattr(attention, "flash_attn_varlen_func", None)
-    monkeypatch.setattr(attention, "varlen_attn", kernel)
+    monkeypatch.setattr("torch.nn.attention.varlen.varlen_attn", kernel)
     monkeypatch.setattr(attention, "MOST_SEGMENTS", 6)
     _, segments = pack([(7, 5), (9,), (3, 3, 6), (16,), (4, 4)], 16, 5 * 3 + 1)
     generator = torch.Generator().manual_seed(0)
@@ -170,8 +170,7 @@ def test_one_graph_serves_batches_of_different_numbers_of_documents(monkeypatch:
     """Two blocks, five batches, with 2 to 12 real segments: one compilation, and the eager result each time."""
     monkeypatch.setattr(attention, "flash_attn_varlen_func", None)
     monkeypatch.setattr(
-        attention,
-        "varlen_attn",
+        "torch.nn.attention.varlen.varlen_attn",
         lambda q, k, v, cu_q, cu_k, max_q, max_k, *, scale, window_size: opaque_varlen(q, k, v, cu_q, max_q, scale),
     )
     graphs: list[torch.fx.GraphModule] = []
