@@ -119,6 +119,11 @@ class Known:
         return (self.resume.then, self.resume.otherwise) if isinstance(self.resume, When) else (self.resume,)
 
     @property
+    def has_range(self) -> bool:
+        """Whether there is a bound."""
+        return any(bound is not None for bound in (self.at_least, self.above, self.at_most, self.below))
+
+    @property
     def range_text(self) -> str:
         """`at least 1`, `from 0 to 1`; empty without bounds."""
         if self.at_least is not None and self.at_most is not None:

@@ -65,7 +65,10 @@ class Field:
 
     def value_in(self, config: Config) -> Any:
         """This field's value in `config`."""
-        return attrgetter(self.key)(config)
+        return _build_getter(self.key)(config)
+
+
+_build_getter = cache(attrgetter)
 
 
 TEXTS = str | tuple[str, ...]

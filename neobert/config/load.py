@@ -11,6 +11,7 @@ Overrides are written `--a.b value`, `--a.b=value` or `a.b=value`; a bare `--a.b
 
 import dataclasses
 import difflib
+import functools
 import os
 import re
 from collections.abc import Iterator, Mapping, Sequence
@@ -118,9 +119,13 @@ def build_config(values: dict[str, Any]) -> Config:
     return config
 
 
+_list_hints = functools.cache(get_type_hints)
+"""Of a class, evaluated once: that takes longer than all the rest of building a config."""
+
+
 def _build_section(kind: Any, values: dict[str, Any], prefix: str) -> Any:
     arguments = {}
-    for name, hint in get_type_hints(kind).items():
+    for name, hint in _list_hints(kind).items():
         key = prefix + name
         if key in SECTIONS:
             arguments[name] = _build_section(hint, values, f"{key}.")

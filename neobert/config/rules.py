@@ -79,7 +79,7 @@ def _check_range(name: str, field: Field, value: Any) -> Iterator[str]:
         for number, item in enumerate(value):
             for part in list_fields(field.item):
                 yield from _check_range(f"{name}: [{number}].{part.key}", part, getattr(item, part.key))
-    elif field.known.range_text:
+    elif field.known.has_range:
         yield from field.known.range_problems(name, value)
 
 
