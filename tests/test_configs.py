@@ -9,6 +9,7 @@ from calls import call
 from neobert.benchmark.experiment_plan import Workspace, build_job_config, check_plan, grid, load_plan
 from neobert.config.load import config_to_yaml, load_config
 from neobert.config.rules import warnings
+from neobert.config.schema import Config
 from neobert.train.loop import pretrain
 
 ROOT = Path(__file__).parents[1]
@@ -54,10 +55,21 @@ def test_a_shipped_config_loads_and_is_portable(path: Path) -> None:
     assert warnings(config) == []
 
 
+def two_micro_batches(config: Config) -> list[str]:
+    """Overrides for a config that accumulates gradients: over two micro-batches, not over as many as fill a GPU."""
+    trainer = config.trainer
+    if trainer.global_batch_size is not None:
+        assert isinstance(trainer.per_device_train_batch_size, int)
+        assert trainer.global_batch_size % (2 * trainer.per_device_train_batch_size) == 0
+        return [f"trainer.global_batch_size={2 * trainer.per_device_train_batch_size}"]
+    accumulates = (trainer.gradient_accumulation_steps or 1) > 1
+    return ["trainer.gradient_accumulation_steps=2"] if accumulates else []
+
+
 @pytest.mark.parametrize("path", PRETRAINING, ids=lambda p: p.stem)
 def test_the_first_two_steps(path: Path, corpus: Path, tokenizer_folder: Path, tmp_path: Path) -> None:
     local = [f"dataset.path={corpus}", f"tokenizer.path={tokenizer_folder}", f"trainer.output_dir={tmp_path}"]
-    config = load_config(path, [*TINY, *local])
+    config = load_config(path, [*TINY, *local, *two_micro_batches(load_config(path))])
     assert pretrain(config).state.step == 2
     lines = [json.loads(line) for line in (tmp_path / "log.jsonl").read_text().splitlines()]
     assert [0 < line["loss"] < 12 for line in lines if line["kind"] == "step"] == [True, True]

@@ -2,14 +2,13 @@
 
 import copy
 import itertools
-import os
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+import torch.distributed as dist
+from children import run_in_two
 from torch import nn
 
 from neobert.config.schema_optimizer import MuonSection, OptimizerSection
@@ -17,6 +16,7 @@ from neobert.optim import muon
 from neobert.optim.muon import NORM_FACTORS, Muon, equalize_rows, reference_muon, split_matrices
 from neobert.optim.optimizers import build_optimizer, step_unless
 from neobert.optim.orthogonal import ORTHOGONALIZATIONS, orthogonalize, polar_express, reference_orthogonal
+from neobert.train.machine import Runtime
 
 H, F = 12, 20
 
@@ -202,43 +202,36 @@ def test_rows_become_equally_large_and_the_matrix_keeps_its_size() -> None:
     torch.testing.assert_close(even.norm(), updates.norm())
 
 
-TWO_PROCESSES = """
-import sys
-from functools import partial
-from pathlib import Path
+KINDS = list(itertools.product(("muonclip", "normuon"), (torch.float32, torch.bfloat16)))
 
-import torch
-import torch.distributed as dist
 
-sys.path.insert(0, sys.argv[2])
-from test_muon import build, make_steps
-from neobert.train.machine import Runtime
-
-torch.set_num_threads(1)
-rank, folder = int(sys.argv[1]), Path(sys.argv[3])
-dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=2)
-runtime = Runtime(
-    accelerator=None, device=torch.device("cpu"), rank=rank, world=2, host_group=None, patient_group=None
-)
-for name in ("muonclip", "normuon"):
-    for dtype in (torch.float32, torch.bfloat16):
+def share_the_factors(folder: Path) -> int:
+    """What one of two ranks does; it leaves its weights in `folder`."""
+    dist.init_process_group("gloo")
+    rank = dist.get_rank()
+    runtime = Runtime(
+        accelerator=None,  # type: ignore[arg-type]
+        device=torch.device("cpu"),
+        rank=rank,
+        world=2,
+        host_group=None,
+        patient_group=None,
+    )
+    for name, dtype in KINDS:
         module, optimizer = build(name)
+        assert isinstance(optimizer, Muon)
         optimizer.dtype = dtype
         optimizer.share(rank, 2, runtime.gather_on_device)
         make_steps(module, optimizer, range(3))
         torch.save(module.state_dict(), folder / f"{name}-{dtype}-{rank}.pt")
-dist.destroy_process_group()
-"""
+    dist.destroy_process_group()
+    return 0
 
 
 def test_two_processes_that_share_the_factors_have_the_weights_of_one(tmp_path: Path) -> None:
     """Over gloo; shapes with an odd number of matrices among them. The ranks are equal to the bit."""
-    here = str(Path(__file__).parent)
-    path = os.pathsep.join([str(Path(here).parents[1]), os.environ.get("PYTHONPATH", "")])
-    command, environment = [sys.executable, "-c", TWO_PROCESSES], {**os.environ, "PYTHONPATH": path}
-    ranks = [subprocess.Popen([*command, str(rank), here, str(tmp_path)], env=environment) for rank in range(2)]
-    assert [rank.wait(timeout=120) for rank in ranks] == [0, 0]
-    for name, dtype in itertools.product(("muonclip", "normuon"), (torch.float32, torch.bfloat16)):
+    run_in_two(lambda: share_the_factors(tmp_path), tmp_path)
+    for name, dtype in KINDS:
         module, optimizer = build(name)
         assert isinstance(optimizer, Muon)
         optimizer.dtype = dtype
