@@ -1,3 +1,4 @@
+import datasets
 import pytest
 from huggingface_hub import errors as hf_errors
 
@@ -59,7 +60,7 @@ def test_a_data_set_that_cannot_be_reached(monkeypatch):
     def unreachable(*args, **kwargs):
         raise ConnectionError("Couldn't reach 'nobody/nothing' on the Hub")
 
-    monkeypatch.setattr(hub, "get_dataset_split_names", unreachable)
+    monkeypatch.setattr(datasets, "get_dataset_split_names", unreachable)
     monkeypatch.setattr(hub.HfApi, "dataset_info", unreachable)
     (section,) = describe_sources(DatasetSection(name="nobody/nothing", network_retries=0))
     for failing in (lambda: list_splits(section), lambda: pin_hub(section)):
@@ -82,9 +83,9 @@ def test_a_hub_data_set_is_pinned_to_its_commit(section, monkeypatch, tmp_path):
         asked.update(kwargs, name=name)
         return real(section.name, split="train", streaming=True)
 
-    real = hub.load_dataset
+    real = datasets.load_dataset
     monkeypatch.setattr(hub, "HfApi", Api)
-    monkeypatch.setattr(hub, "load_dataset", load)
+    monkeypatch.setattr(datasets, "load_dataset", load)
     source = open_hub(pin_hub(SourceSpec(name="some/data", revision="main")), "train")
     assert (asked["name"], asked["revision"], asked["split"]) == ("some/data", "c0ffee", "train")
     assert "dataset.revision: c0ffee stays on it" in source.notes[-1]
@@ -173,13 +174,13 @@ def test_a_revision_that_moves_during_the_start(section, monkeypatch):
         def dataset_info(self, name, revision):
             return type("Info", (), {"sha": next(commits)})
 
-    real = hub.load_dataset
+    real = datasets.load_dataset
     monkeypatch.setattr(hub, "HfApi", Api)
     monkeypatch.setattr(
-        hub, "get_dataset_split_names", lambda *a, **kw: asked.append(kw["revision"]) or ["train", "test"]
+        datasets, "get_dataset_split_names", lambda *a, **kw: asked.append(kw["revision"]) or ["train", "test"]
     )
     monkeypatch.setattr(
-        hub,
+        datasets,
         "load_dataset",
         lambda *a, **kw: asked.append(kw["revision"]) or real(section.name, split="train", streaming=True),
     )

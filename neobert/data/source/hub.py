@@ -3,6 +3,8 @@
 Reading is always streamed, shard by shard, with the library's own `state_dict` as cursor. Its `shuffle` is never used
 (the state leaves out the buffer, so a resumed stream loses documents), and every reading starts with a fresh shard
 object: a loaded state would otherwise be applied again in each later epoch.
+
+`datasets` is imported where it reads: it takes a second, and brings pandas, which local files do without.
 """
 
 import copy
@@ -15,11 +17,9 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import pyarrow as pa
-from datasets import Dataset, IterableDataset, get_dataset_split_names, load_dataset
-from datasets.exceptions import DatasetsError
 from huggingface_hub import HfApi
 
 from neobert.config.schema_data import MAX_RECORD_BYTES
@@ -32,12 +32,14 @@ from neobert.data.source.text import WHOLE, Record, Records, ShardFault, Span, T
 from neobert.errors import OR_SKIP_SHARD, DataError
 from neobert.secrets import build_logger
 
+if TYPE_CHECKING:
+    from datasets import Dataset, IterableDataset
+
 logger = build_logger(__name__)
 
 Result = TypeVar("Result")
 
 _REPORT_SECONDS = 10
-_FAULTS = (OSError, EOFError, ValueError, DatasetsError, pa.ArrowException)
 _COLUMN_SAMPLE = 100
 _EXAMPLES = 20
 _STATE_EVERY = 64
@@ -56,7 +58,7 @@ class HubShard:
 
     def __init__(
         self,
-        dataset: IterableDataset,
+        dataset: "IterableDataset",
         column: str,
         num_shards: int,
         number: int,
@@ -69,6 +71,8 @@ class HubShard:
         self._end: int | None = None if span.until is None else span.until["done"]
 
     def read(self, position: State | None) -> Records:
+        from datasets.exceptions import DatasetsError
+
         shard = self._dataset.shard(num_shards=self._num_shards, index=self.number)
         start = position or self._begin or {"state": None, "skip": 0, "done": 0}
         state, skip, done = start["state"], start["skip"], start["done"]
@@ -86,7 +90,7 @@ class HubShard:
                 yield Record((self.number << 40) | (done - 1), text, problem, cursor)
                 if done == self._end:
                     return
-        except _FAULTS as error:
+        except (OSError, EOFError, ValueError, DatasetsError, pa.ArrowException) as error:
             if is_transient(error):
                 raise
             raise ShardFault(
@@ -105,7 +109,7 @@ class HubShard:
         return (text if text.strip() else None), None
 
 
-def _find_state(shard: IterableDataset) -> State | None:
+def _find_state(shard: "IterableDataset") -> State | None:
     try:
         state: State | None = shard.state_dict()
     except NotImplementedError:
@@ -132,7 +136,7 @@ class HubSource(ShardedSource):
 
     def __init__(
         self,
-        dataset: IterableDataset,
+        dataset: "IterableDataset",
         *,
         column: str | None,
         label: str,
@@ -186,6 +190,8 @@ def list_hub_splits(pin: HubPin) -> list[str]:
     Raises:
         DataError: the data set cannot be reached.
     """
+    from datasets import get_dataset_split_names
+
     spec = pin.spec
     return list(_ask_hub(spec, lambda: get_dataset_split_names(str(spec.name), spec.config, revision=pin.commit)))
 
@@ -196,6 +202,8 @@ def open_hub(pin: HubPin, split: str) -> HubSource:
     Raises:
         DataError: the data set cannot be reached or has no text column.
     """
+    from datasets import load_dataset
+
     spec, name, commit = pin.spec, str(pin.spec.name), pin.commit
     if commit is None:
         files = [local_file(path) for path in sorted(Path(name).rglob("*")) if path.is_file()]
@@ -238,12 +246,12 @@ def _ask_hub(spec: SourceSpec, ask: Callable[[], Result]) -> Result:
         raise _cannot_load(str(spec.name), error) from error
 
 
-def _spread(dataset: IterableDataset, num_lanes: int | None) -> IterableDataset:
+def _spread(dataset: "IterableDataset", num_lanes: int | None) -> "IterableDataset":
     """Cuts files into their row groups when there are fewer files than lanes; the order of the records stays."""
     return dataset if dataset.num_shards >= (num_lanes or STREAM_LANES) else dataset.reshard()
 
 
-def _choose_column(dataset: IterableDataset, requested: str | None, label: str) -> tuple[str, str]:
+def _choose_column(dataset: "IterableDataset", requested: str | None, label: str) -> tuple[str, str]:
     text_columns: list[str] = []
     others: list[str] = []
     if dataset.features is not None:
@@ -281,12 +289,14 @@ def _cannot_load(name: str, error: BaseException) -> DataError:
     return DataError(f"dataset.name: {name} cannot be loaded: {reason}. {remedy}")
 
 
-def write_documents(data: Dataset | Sequence[str], parent: Path) -> Path:
+def write_documents(data: "Dataset | Sequence[str]", parent: Path) -> Path:
     """The folder in `parent` that holds these documents as `save_to_disk` writes them; written when it is not there.
 
     Raises:
         DataError: `data` is neither a Dataset nor texts, or empty, or `parent` holds other documents.
     """
+    from datasets import Dataset
+
     if not isinstance(data, Dataset):
         if isinstance(data, str) or not all(isinstance(text, str) for text in data):
             raise DataError("data: pass a datasets.Dataset, or a list of texts (str)")
