@@ -17,6 +17,7 @@ Variables may use other variables. `$$variables` and `$${variables` mean the pla
 """
 
 import difflib
+import functools
 import re
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -120,6 +121,19 @@ def parse_yaml_list(text: str) -> list[Tree] | None:
 
 
 def _parse(text: str) -> Tree:
+    return _copy(_parse_once(text))
+
+
+def _copy(tree: Tree) -> Tree:
+    """The same leaves in lists and mappings of its own."""
+    if isinstance(tree, dict):
+        return {name: _copy(item) for name, item in tree.items()}
+    return [_copy(item) for item in tree] if isinstance(tree, list) else tree
+
+
+@functools.lru_cache(maxsize=16)
+def _parse_once(text: str) -> Tree:
+    """A run that resumes reads one text several times: its own config and that of its checkpoint."""
     try:
         node = compose(text)
         if not isinstance(node, yaml.CollectionNode):
