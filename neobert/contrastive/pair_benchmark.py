@@ -194,7 +194,12 @@ def _forget_peak(device: torch.device) -> int:
 
 
 def run_benchmark(args: argparse.Namespace) -> None:
-    """Prints one line for each variant."""
+    """Prints one line for each variant.
+
+    Raises:
+        ValueError: the device is unknown or not here.
+    """
+    choose_device(args.device)  # Before a process is started.
     where = "beyond model, optimizer and data"
     print(f"{'variant':<11} {'pairs/s':>9} {'peak MiB':>9} {'slots/token':>12} {'loss':>9}   (peak {where})")
     context = multiprocessing.get_context("spawn")
