@@ -15,6 +15,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from neobert.kernels.linear_cross_entropy import KERNELS
+from neobert.model.fp8 import _Fp8Product, emulate
 from neobert.model.layers import _RMSNormCPU, _SwiGLUCPU
 from neobert.model.rotary import _Rotate, rotary_table
 from neobert.model.segmented import segmented_attention
@@ -41,6 +42,10 @@ FUNCTIONS: dict[str, Case] = {
     "neobert.objectives.losses._Gather": (_Gather.apply, [(12, 8)]),
     "neobert.kernels.linear_cross_entropy._ChunkedLinearCrossEntropy": loss("torch"),
     "neobert.kernels.triton_linear_cross_entropy._TritonLinearCrossEntropy": loss("triton"),
+    "neobert.model.fp8._Fp8Product": (
+        lambda x, w: _Fp8Product.apply(x.bfloat16(), w.bfloat16(), emulate, torch.float8_e4m3fn).float(),
+        [(12, 32), (16, 32)],
+    ),
     "neobert.model.layers._RMSNormCPU": (lambda x, w: _RMSNormCPU.apply(x, w, 1e-6), [(12, 32), (32,)]),
     "neobert.model.layers._SwiGLUCPU": (_SwiGLUCPU.apply, [(12, 32)]),
     "neobert.model.rotary._Rotate": (lambda x: _Rotate.apply(x, *ROTATION), [(12, 4, 8)]),
