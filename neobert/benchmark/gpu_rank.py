@@ -18,7 +18,7 @@ def main(config: str, folder: str) -> None:
     """Trains by a config file; `contexts-<rank>.json` in `folder` has the numbers of the GPUs."""
     pretrain(load_config(config))
     count = torch.cuda.device_count() if torch.cuda.is_available() else 0
-    used = [number for number in range(count) if torch._C._cuda_hasPrimaryContext(number)]
+    used = [number for number in range(count) if torch._C._cuda_hasPrimaryContext(number)]  # type: ignore[attr-defined]
     Path(folder, f"contexts-{os.environ['RANK']}.json").write_text(json.dumps(used))
 
 

@@ -38,7 +38,7 @@ _TINY = (
     "trainer.per_device_eval_batch_size=2",
     "trainer.mixed_precision=no",
     "trainer.torch_compile=false",
-    "trainer.torch_compile_backend=aot_eager",
+    "trainer.torch_compile_backend=eager",
     "trainer.device=cpu",
 )
 """Of a dry run, which compiles where that is what is checked."""

@@ -117,6 +117,8 @@ class StepTiming:
 class Autocast(nn.Module):
     """A module under autocast, as a run has it."""
 
+    module: ObjectiveModule
+
     def __init__(self, module: ObjectiveModule, device: torch.device, enabled: bool) -> None:
         super().__init__()
         self.module, self._device, self._enabled = module, device, enabled

@@ -228,7 +228,8 @@ def build_model(config: Config, module: ObjectiveModule) -> nn.Module:
 
 def computing_module(model: nn.Module) -> ObjectiveModule:
     """What of a result of `build_model` computes."""
-    computing: ObjectiveModule = model.computing if isinstance(model, MasterWeights) else model
+    computing = model.computing if isinstance(model, MasterWeights) else model
+    assert isinstance(computing, ObjectiveModule)
     return computing
 
 

@@ -22,6 +22,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from neobert.objectives.base import ObjectiveModule
+
 
 class MasterWeights(nn.Module):
     """Computes what `module` does, in bf16, and leaves the gradients in the fp32 weights of `module`.
@@ -29,23 +31,25 @@ class MasterWeights(nn.Module):
     Its parameters are those of `module`; several processes have to reduce the gradients themselves.
     """
 
-    def __init__(self, module: nn.Module) -> None:
+    module: ObjectiveModule
+
+    def __init__(self, module: ObjectiveModule) -> None:
         super().__init__()
         self.module = module
         replaced: dict[int, Any] = {id(p): p for p in module.parameters()}
         masters = [p for part in bf16_parts(module) for p in part.parameters(recurse=False)]
         replaced |= {id(p): nn.Parameter(p.detach().to(torch.bfloat16), p.requires_grad) for p in masters}
         # Beside the registered modules: it has no weights of its own that anything else may see.
-        self._computing = (copy.deepcopy(module, replaced),)
-        self._masters = list(dict.fromkeys(masters))
-        self._copies: list[nn.Parameter] = [replaced[id(p)] for p in self._masters]
+        self._computing: tuple[ObjectiveModule] = (copy.deepcopy(module, replaced),)
+        self._masters: list[Tensor] = list(dict.fromkeys(masters))
+        self._copies: list[Tensor] = [replaced[id(p)] for p in self._masters]
         self._trained = next(p for p in self._masters if p.requires_grad)
         for master, own in zip(self._masters, self._copies):
             if own.requires_grad:
                 own.register_post_accumulate_grad_hook(_hand_to(master))
 
     @property
-    def computing(self) -> Any:
+    def computing(self) -> ObjectiveModule:
         """The module that computes: `module` with weights in bf16."""
         return self._computing[0]
 
@@ -68,7 +72,7 @@ def bf16_parts(module: nn.Module) -> list[nn.Module]:
     return [part for part in module.modules() if isinstance(part, nn.Linear | nn.Embedding)]
 
 
-def _hand_to(master: nn.Parameter) -> Callable[[Tensor], None]:
+def _hand_to(master: Tensor) -> Callable[[Tensor], None]:
     """Adds the gradient of a copy to that of its master, in fp32, as soon as it is complete."""
 
     def add(own: Tensor) -> None:

@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 import torch
+import torch._inductor.config
 import torch.distributed as dist
 from torch import Tensor
 
@@ -128,7 +129,10 @@ def test_nothing_that_was_changed_in_place_leaves_a_function(name: str) -> None:
 
 @pytest.mark.parametrize("backend", ["eager", "aot_eager", "inductor"])
 def test_compiled_gradients_are_the_eager_ones(backend: str) -> None:
-    """All functions in one graph, each with inputs of its own: a compilation costs more than what it compiles."""
+    """All functions in one graph, each with inputs of its own: a compilation costs more than what it compiles.
+
+    inductor leaves out casts to bf16 within a kernel, after which fp8 would round elsewhere.
+    """
     torch._dynamo.reset()
     cases = {name: case for name, case in FUNCTIONS.items() if name not in NOT_TRACEABLE}
     cases["the plain loss"] = loss("reference")
@@ -139,7 +143,8 @@ def test_compiled_gradients_are_the_eager_ones(backend: str) -> None:
 
     flat = [x for own in given.values() for x in own]
     want = torch.autograd.grad(total(), flat)
-    got = torch.autograd.grad(torch.compile(total, backend=backend, fullgraph=True)(), flat)
+    with torch._inductor.config.patch(emulate_precision_casts=True):
+        got = torch.autograd.grad(torch.compile(total, backend=backend, fullgraph=True)(), flat)
     names = [name for name, own in given.items() for _ in own]
     differences = dict.fromkeys(names, 0.0)
     for name, a, b in zip(names, want, got):
