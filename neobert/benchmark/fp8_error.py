@@ -7,7 +7,9 @@ for bf16, and for fp8 with d y in e4m3 and in e5m2. Then runs of a tiny model on
 precision, seed by seed.
 """
 
+import contextlib
 import statistics
+import sys
 import tempfile
 from collections.abc import Iterable
 from pathlib import Path
@@ -30,6 +32,14 @@ KEYS = {
     "fp8": ["trainer.mixed_precision=bf16", "trainer.fp8=emulated"],
     "fp8, bf16_residual": ["trainer.mixed_precision=bf16", "trainer.fp8=emulated", "trainer.bf16_residual=true"],
 }
+
+
+_RUN = (
+    "model.hidden_size=64",
+    "trainer.per_device_train_batch_size=8",
+    "optimizer.lr=5e-3",
+    "trainer.save_model=false",
+)
 
 
 def measure_products(inputs: int, outputs: int, *, tokens: int = 512, seed: int = 0) -> dict[str, list[float]]:
@@ -64,8 +74,9 @@ def measure_losses(folder: Path, *, steps: int = 50, seeds: Iterable[int] = rang
         for number, (name, keys) in enumerate(KEYS.items()):
             run = f"{seed}-{number}"
             bench = Bench(device="cpu", folder=folder)
-            more = [f"seed={seed}", f"trainer.max_steps={steps}", "trainer.save_model=false", *keys]
-            pretrain(build_config(bench, run, *more))
+            more = [f"seed={seed}", f"trainer.max_steps={steps}", *_RUN, *keys]
+            with contextlib.redirect_stdout(sys.stderr):
+                pretrain(build_config(bench, run, *more))
             found[name].append([line["loss"] for line in read_log(folder / run)])
     return found
 
