@@ -21,7 +21,16 @@ from neobert.benchmark.loss_kernels import Case, measure
 from neobert.benchmark.settings import PRESETS, StepSettings
 from neobert.benchmark.step_time import made_up_rows
 from neobert.kernels.linear_cross_entropy import KERNELS, PACKAGES, kernel_problem
-from neobert.model.attention import ATTENTION, AttentionBackend, VarlenPlan, choose_attention, reference_attention
+from neobert.model.attention import (
+    ATTENTION,
+    AttentionBackend,
+    VarlenPlan,
+    activate_flash_3,
+    attend_varlen_by_torch,
+    choose_attention,
+    reference_attention,
+)
+from neobert.model.fp8 import fp8_problem
 from neobert.model.segments import Segments
 from neobert.train.device import C_COMPILERS, find_missing_tools, find_unused_gpu
 
@@ -31,9 +40,6 @@ _HEADS, _LAYERS = _PAPER["num_attention_heads"], _PAPER["num_hidden_layers"]
 _HIDDEN = _PAPER["hidden_size"]
 _FFN = 2048
 """2/3 of the intermediate size of the paper, as SwiGLU has it."""
-
-_FP8 = (8, 9)
-"""Compute capability from which products by rows in fp8 exist."""
 
 
 def milliseconds(work: Callable[[], object], bench: Bench, repeats: int = 20) -> float:
@@ -197,7 +203,7 @@ _FAR = 2e-2
 
 
 def check_attention(bench: Bench) -> Found:
-    """Every backend that can run, and FlashAttention 3 instead of the kernel of torch."""
+    """Every backend that can run, and flash-attn 3 by torch instead of torch's own kernel."""
     found, far = Found(), []
     for name, backend in ATTENTION.items():
         problem = backend.problem(torch.device(bench.device), torch.bfloat16, 64)
@@ -205,8 +211,7 @@ def check_attention(bench: Bench) -> Found:
             found.lines.append(f"{name}: cannot run here, it {problem}")
             continue
         far += _check_backend(found, name, backend, bench)
-    if not bench.dry:
-        far += _check_flash_3(found, bench)
+    far += _check_kernels_of_torch(found, bench) if not bench.dry else []
     if far:
         raise NotAsExpected(f"{', '.join(far)}: not the definition", found)
     return found
@@ -231,17 +236,21 @@ def _check_backend(found: Found, name: str, backend: AttentionBackend, bench: Be
     return [] if difference < _FAR else [name]
 
 
-def _check_flash_3(found: Found, bench: Bench) -> list[str]:
-    flash: Any = torch.nn.attention
+def _check_kernels_of_torch(found: Found, bench: Bench) -> list[str]:
+    """torch's varlen_attn with its own kernel, and with flash-attn 3 where torch can run it."""
+    varlen = replace(ATTENTION["flash_attn_varlen"], attend=attend_varlen_by_torch)
+    far = _check_backend(found, "torch's kernel", replace(varlen, kernel="FlashAttention 2 of torch"), bench)
+    if torch.cuda.get_device_capability()[0] != 9:
+        problem: str | None = "needs compute capability 9"
+    else:
+        problem = activate_flash_3()
+    if problem is not None:
+        found.lines.append(f"flash-attn 3 by torch: cannot run here, {problem[:200]}")
+        return far
     try:
-        flash.activate_flash_attention_impl("FA3")
-    except Exception as error:  # The function, the package or the GPU is missing: each has an error of its own.
-        found.lines.append(f"FlashAttention 3: cannot run here ({type(error).__name__}: {str(error)[:200]})")
-        return []
-    try:
-        return _check_backend(found, "FlashAttention 3", ATTENTION["flash_attn_varlen"], bench)
+        return far + _check_backend(found, "flash-attn 3 by torch", replace(varlen, kernel="flash-attn 3"), bench)
     finally:
-        flash.restore_flash_attention_impl()
+        torch.nn.attention.restore_flash_attention_impl()
 
 
 def _distance_to_definition(backend: AttentionBackend, bench: Bench) -> float:
@@ -266,7 +275,8 @@ def check_products(bench: Bench) -> Found:
     found = Found()
     tokens = bench.size(65536, 64)
     total = {"bf16": 0.0, "fp8": 0.0}
-    in_fp8 = not bench.dry and torch.cuda.get_device_capability() >= _FP8
+    problem = fp8_problem(torch.device(bench.device))
+    in_fp8 = problem is None
     for layer, outer, inner in (
         ("qkv", 3 * _HIDDEN, _HIDDEN),
         ("out", _HIDDEN, _HIDDEN),
@@ -291,7 +301,7 @@ def check_products(bench: Bench) -> Found:
     sums = {name: _LAYERS * taken for name, taken in total.items() if taken}
     found.add(f"{_LAYERS} layers", ", ".join(f"{name} {taken:.1f} ms" for name, taken in sums.items()), **sums)
     if not in_fp8:
-        found.lines.append("fp8: needs a GPU of compute capability 8.9 or later")
+        found.lines.append(f"fp8: cannot run here, it {problem}")
     return found
 
 

@@ -38,13 +38,13 @@ _TINY = (
     "trainer.per_device_eval_batch_size=2",
     "trainer.mixed_precision=no",
     "trainer.torch_compile=false",
-    "trainer.torch_compile_backend=aot_eager",
+    "trainer.torch_compile_backend=eager",
     "trainer.device=cpu",
 )
 """Of a dry run, which compiles where that is what is checked."""
 
 
-def _build_config(bench: Bench, name: str, *overrides: str) -> Config:
+def build_config(bench: Bench, name: str, *overrides: str) -> Config:
     """The quickstart on a small text, compiled, in a folder of the check."""
     text = _write_text(bench)
     return load_config(
@@ -85,7 +85,7 @@ def _train(config: Config) -> None:
         raise NotAsExpected(f"the run ended with {result.reason} at step {result.state.step}")
 
 
-def _lines(run: Path, kind: str = "step") -> list[dict[str, Any]]:
+def read_log(run: Path, kind: str = "step") -> list[dict[str, Any]]:
     """Of the log of a run."""
     lines = map(json.loads, (run / "log.jsonl").read_text().splitlines())
     return [line for line in lines if line["kind"] == kind]
@@ -96,10 +96,10 @@ def check_run(bench: Bench) -> Found:
     found, steps = Found(), bench.size(120, 6)
     keys = [f"trainer.max_steps={steps}", f"trainer.eval_steps={steps // 2}", f"trainer.save_steps={steps // 2}"]
     counters.clear()
-    _train(_build_config(bench, "run", *keys))
+    _train(build_config(bench, "run", *keys))
     run = bench.folder / "run"
-    losses = [line["loss"] for line in _lines(run)]
-    evaluations = [line["loss"] for line in _lines(run, "eval")]
+    losses = [line["loss"] for line in read_log(run)]
+    evaluations = [line["loss"] for line in read_log(run, "eval")]
     found.add(
         "run",
         f"{steps} steps, loss {losses[0]:.3f} to {losses[-1]:.3f}, held-out {evaluations[-1]:.3f}, "
@@ -109,8 +109,8 @@ def check_run(bench: Bench) -> Found:
         graphs=counters["stats"]["unique_graphs"],
     )
     shutil.rmtree(run / "checkpoints" / str(steps))
-    _train(_build_config(bench, "run", *keys, "trainer.resume_from_checkpoint=latest"))
-    resumed = [line["loss"] for line in _lines(run)]
+    _train(build_config(bench, "run", *keys, "trainer.resume_from_checkpoint=latest"))
+    resumed = [line["loss"] for line in read_log(run)]
     gap = max(abs(a - b) / abs(b) for a, b in zip(resumed, losses))
     found.add("resume", f"from step {steps // 2}: losses differ by at most {gap:.1e} of their size", difference=gap)
     model = load(run, device=bench.device, dtype=bench.size("bf16", "fp32"))
@@ -135,10 +135,10 @@ def check_equality(bench: Bench) -> Found:
         "trainer.save_total_limit=null",
     ]
     for name in ("first", "second"):
-        _train(_build_config(bench, name, *keys))
+        _train(build_config(bench, name, *keys))
     shutil.copytree(bench.folder / "first", bench.folder / "resumed")
     shutil.rmtree(bench.folder / "resumed" / "checkpoints" / "8")
-    _train(_build_config(bench, "resumed", *keys, "trainer.resume_from_checkpoint=latest"))
+    _train(build_config(bench, "resumed", *keys, "trainer.resume_from_checkpoint=latest"))
     found, want = Found(), _exact(bench.folder / "first")
     for name in ("second", "resumed"):
         steps, weights = _exact(bench.folder / name)
@@ -153,7 +153,7 @@ def check_equality(bench: Bench) -> Found:
 
 
 def _exact(run: Path) -> tuple[list[tuple[Any, ...]], bytes]:
-    steps = [tuple(line[key] for key in _EXACT) for line in _lines(run)]
+    steps = [tuple(line[key] for key in _EXACT) for line in read_log(run)]
     return steps, (run / "checkpoints" / "8" / "model.safetensors").read_bytes()
 
 
@@ -172,7 +172,7 @@ def check_micro_batch(bench: Bench) -> Found:
         "trainer.save_model=false",
     ]
     rows = bench.size(1024, 8)
-    _train(_build_config(bench, "run", *keys, f"trainer.global_batch_size={rows}", *bench.size(paper, [])))
+    _train(build_config(bench, "run", *keys, f"trainer.global_batch_size={rows}", *bench.size(paper, [])))
     chosen = load_saved_config(bench.folder / "run" / "config.yaml").trainer.micro_batch_rows
     peak = 0 if bench.dry else torch.cuda.max_memory_reserved()
     found = Found()
@@ -184,7 +184,7 @@ def check_micro_batch(bench: Bench) -> Found:
 def check_profiler(bench: Bench) -> Found:
     """The trace of a run, and what its analysis says."""
     keys = ["trainer.max_steps=8", "trainer.profiler_steps_start=6", "trainer.profiler_steps=2"]
-    _train(_build_config(bench, "run", *keys))
+    _train(build_config(bench, "run", *keys))
     analysis = analyse_path(bench.folder / "run")
     found = Found()
     parts = ", ".join(f"{name} {part:.1%}" for name, part in analysis.shares.items() if part >= 5e-4)
@@ -206,9 +206,9 @@ def check_muonclip(bench: Bench) -> Found:
         "trainer.log_statistics=true",
         "trainer.save_steps=8",
     ]
-    _train(_build_config(bench, "run", *keys))
+    _train(build_config(bench, "run", *keys))
     run = bench.folder / "run"
-    losses = [line["loss"] for line in _lines(run)]
+    losses = [line["loss"] for line in read_log(run)]
     average = load(run, device=bench.device, weights="ema").hidden_states(["import os"])[0]
     found = Found()
     found.add("run", f"{len(losses)} steps, loss {losses[0]:.3f} to {losses[-1]:.3f}", losses=losses)
@@ -221,24 +221,34 @@ def check_muonclip(bench: Bench) -> Found:
 
 
 def check_two_gpus(bench: Bench) -> Found:
-    """One process trains; two resume a copy of its run half-way and have to make its losses again."""
+    """One process trains; two resume a copy of its run half-way and have to make its losses again, each on a GPU of its
+    own. Twice: with gradients that DistributedDataParallel reduces, and with master weights, whose are reduced here."""
     keys = ["trainer.max_steps=8", "trainer.save_steps=4", "trainer.save_total_limit=null"]
-    keys += ["trainer.global_batch_size=16", "trainer.per_device_train_batch_size=4"]
-    _train(_build_config(bench, "one", *keys))
+    keys += ["trainer.global_batch_size=16", "trainer.per_device_train_batch_size=4", "trainer.mixed_precision=bf16"]
+    found = Found()
+    for name in ("false", "true"):
+        _check_resume_by_two(bench, found, f"trainer.bf16_residual={name}", keys)
+    return found
+
+
+def _check_resume_by_two(bench: Bench, found: Found, variant: str, keys: list[str]) -> None:
+    bench = Bench(device=bench.device, folder=bench.folder / variant)
+    bench.folder.mkdir()
+    _train(build_config(bench, "one", *keys, variant))
     shutil.copytree(bench.folder / "one", bench.folder / "two")
     shutil.rmtree(bench.folder / "two" / "checkpoints" / "8")
-    config = _build_config(bench, "two", *keys, "trainer.resume_from_checkpoint=latest")
+    config = build_config(bench, "two", *keys, variant, "trainer.resume_from_checkpoint=latest")
     file = bench.folder / "two.yaml"
     file.write_text(config_to_yaml(config))
     launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
-    _run_quietly([*launcher, "-m", "neobert", "pretrain", str(file)], seconds=240)
-    one, two = ([line["loss"] for line in _lines(bench.folder / name)] for name in ("one", "two"))
+    _run_quietly([*launcher, "-m", "neobert.benchmark.gpu_rank", str(file), str(bench.folder)], seconds=240)
+    one, two = ([line["loss"] for line in read_log(bench.folder / name)] for name in ("one", "two"))
     gap = max(abs(a - b) / abs(b) for a, b in zip(two, one, strict=True))
-    found = Found()
-    found.add("two processes", f"losses differ from those of one by at most {gap:.1e} of their size", difference=gap)
-    if gap > 0.01:
-        raise NotAsExpected(f"one process: {one}; two: {two}", found)
-    return found
+    contexts = [json.loads((bench.folder / f"contexts-{rank}.json").read_text()) for rank in (0, 1)]
+    text = f"losses differ from those of one process by at most {gap:.1e} of their size; GPUs by process: {contexts}"
+    found.add(f"two processes, {variant}", text, difference=gap, contexts=contexts)
+    if gap > 0.01 or contexts != [[0], [1]]:
+        raise NotAsExpected(f"{variant}: one process: {one}; two: {two}; GPUs by process: {contexts}", found)
 
 
 def _run_quietly(command: Sequence[str], *, seconds: float) -> None:

@@ -1,5 +1,6 @@
 """Checks of `gpu_check` on training steps, optimizers and inference over made-up rows. Torch and numpy suffice."""
 
+import itertools
 import json
 import time
 from dataclasses import asdict
@@ -18,13 +19,16 @@ from neobert.benchmark.step_batches import make_documents
 from neobert.benchmark.step_time import (
     StepTiming,
     build_model,
+    build_step_optimizer,
     build_stepper,
     made_up_rows,
+    make_step,
     measure_step,
     product_dtype,
     wait_for,
 )
 from neobert.inference.packed import hidden_states, plan_batches
+from neobert.model.fp8 import emulate, fp8_problem, quantise, scaled_product
 
 _TINY: dict[str, Any] = {
     "preset": "tiny",
@@ -36,7 +40,7 @@ _TINY: dict[str, Any] = {
     "steps": 2,
     "warmup": 1,
     "device": "cpu",
-    "compile_backend": "aot_eager",
+    "compile_backend": "eager",  # The others take longer than all the rest.
 }
 _FULL: dict[str, Any] = {"preset": "neobert", "length": 1024, "rows": 64, "steps": 10, "warmup": 3, "device": "cuda"}
 
@@ -54,6 +58,65 @@ def check_compiled_step(bench: Bench) -> Found:
 def check_eager_step(bench: Bench) -> Found:
     """Speed at three sizes, eager."""
     return _measure_steps(bench, bench.size((64, 32, 8), (2,)), compile=False)
+
+
+_FAR_LOSS = 0.01
+
+
+def check_precision_keys(bench: Bench) -> Found:
+    """The step with `trainer.bf16_residual` and `trainer.fp8`, alone and together: speed, and losses beside bf16's."""
+    found, far = Found(), []
+    residual: dict[str, Any] = {"bf16_residual": True}
+    fp8 = {"fp8": bench.size("rowwise", "emulated")}
+    variants = {"bf16": {}, "bf16_residual": residual, "fp8": fp8, "both": {**residual, **fp8}}
+    variants = {name: {**keys, "compile": not bench.dry} for name, keys in variants.items()}
+    problem = None if bench.dry else fp8_problem(torch.device(bench.device))
+    if problem is None and not bench.dry:
+        _check_product(found)
+    expected = None
+    for name, keys in variants.items():
+        if "fp8" in keys and problem is not None:
+            found.lines.append(f"{name}: cannot run here, it {problem}")
+            continue
+        try:
+            losses = _first_losses(step_settings(bench, rows=bench.size(8, 2), **keys), bench.size(10, 2))
+        except Exception as error:  # Of a kernel or of the compiler: the others have their turn.
+            found.lines.append(f"{name}: {type(error).__name__}: {str(error)[:200]}")
+            far.append(name)
+            continue
+        expected = losses if expected is None else expected
+        gap = ((losses - expected).abs() / expected).max().item()
+        far += [] if gap < _FAR_LOSS else [name]
+        found.add(name, f"losses of {len(losses)} steps within {gap:.1e} of those of bf16", difference=gap)
+        speeds = _measure_steps(bench, bench.size((64, 8), (2,)), **keys)
+        found.lines += [f"{name}, {line}" for line in speeds.lines]
+        found.values[name] |= speeds.values
+    if far:
+        raise NotAsExpected(f"{', '.join(far)}: fails, or its losses are not those of bf16", found)
+    return found
+
+
+def _first_losses(settings: StepSettings, num_steps: int) -> torch.Tensor:
+    """Mean losses of the first steps of a model, on the host."""
+    torch.compiler.reset()
+    device, source = torch.device(settings.device), made_up_rows(settings)
+    model, _, _ = build_model(settings, source.model, device, product_dtype(settings))
+    optimizer, losses = build_step_optimizer(model, settings), []
+    for batch in itertools.islice(source.batches, num_steps):
+        losses.append(make_step(model, optimizer, batch.to(device)).loss_sum / batch.num_targets)
+    return torch.stack(losses).cpu()
+
+
+def _check_product(found: Found) -> None:
+    """The product of the GPU beside its emulation. Raises NotAsExpected where they differ."""
+    x, weight = (torch.randn(rows, 768, device="cuda", dtype=torch.bfloat16) for rows in (512, 2304))
+    for dtype in (torch.float8_e4m3fn, torch.float8_e5m2):
+        given = (*quantise(x, dtype), *quantise(weight))
+        right = emulate(*given).float()
+        gap = ((scaled_product(*given).float() - right).norm() / right.norm()).item()
+        found.add(f"product of {dtype} and e4m3", f"differs from its emulation by {gap:.1e} of it", difference=gap)
+        if not gap < 2**-7:
+            raise NotAsExpected("torch._scaled_mm is not what is emulated", found)
 
 
 def check_checkpointing(bench: Bench) -> Found:

@@ -13,7 +13,8 @@ The step runs on fake tensors, which have a shape and no content, so 64 rows of 
 without CUDA cannot make fake tensors of a GPU with gradients. So they are the CPU's, and only the code of this package
 sees a GPU in them: it takes the branches that it takes there.
 
-Operators stand for kernels: a fused norm is one, whatever torch does on a CPU. The optimizer is not in it.
+Operators stand for kernels: a fused norm is one, whatever torch does on a CPU. The optimizer is not in it; copies of
+master weights and what becomes of their gradients are (`--bf16-residual`), as are the casts of autocast.
 """
 
 import itertools
@@ -41,16 +42,19 @@ from neobert.benchmark.settings import StepSettings
 from neobert.benchmark.step_time import RowSource, made_up_rows
 from neobert.config.schema import Config
 from neobert.kernels.linear_cross_entropy import KERNELS
+from neobert.model import layers
 from neobert.model.attention import ATTENTION
 from neobert.model.encoder import Encoder
+from neobert.model.fp8 import FP8_PRODUCTS, use_fp8
 from neobert.objectives.base import ObjectiveModule
+from neobert.train.master_weights import MasterWeights
 from neobert.types import PackedBatch
 
 QUERIES = 128
 """Of one block of a flash kernel."""
 
 _CPU, _CUDA = torch.device("cpu"), torch.device("cuda", 0)
-_PRODUCTS = ("aten::mm", "aten::addmm", "aten::bmm", "aten::baddbmm")
+_PRODUCTS = ("aten::mm", "aten::_scaled_mm", "aten::addmm", "aten::bmm", "aten::baddbmm")
 _LAUNCH_NOTHING = ("aten::empty", "aten::new_empty", "aten::detach", "aten::_unsafe_view", "aten::lift_fresh")
 _NUM_BATCHES = 3
 
@@ -87,8 +91,11 @@ def measure_ledger(settings: StepSettings) -> Ledger:
     batches = list(itertools.islice(source.batches, _NUM_BATCHES))
     with FakeTensorMode(allow_non_fake_inputs=True) as fake:
         module = _build_module(source, settings)
-        count, saved = _count_eager(module, _fake_batch(fake, batches[0]))
-        compiled = _count_compiled(module.encoder, [_fake_batch(fake, batch) for batch in batches])
+        model = MasterWeights(module) if settings.bf16_residual else module
+        computing = model.computing if isinstance(model, MasterWeights) else module
+        autocast = not settings.bf16_residual
+        count, saved = _count_eager(model, computing, _fake_batch(fake, batches[0]), autocast)
+        compiled = _count_compiled(computing.encoder, [_fake_batch(fake, batch) for batch in batches], autocast)
     lengths = batches[0].segments.cu_seqlens_cpu.diff().tolist()
     heads, slots = source.model.num_attention_heads, batches[0].input_ids.numel()
     return Ledger(
@@ -117,6 +124,8 @@ def _build_module(source: RowSource, settings: StepSettings) -> ObjectiveModule:
     for part in module.modules():
         for name, weight in list(part.named_parameters(recurse=False)):
             part.register_parameter(name, nn.Parameter(torch.empty(weight.shape)))
+    if settings.fp8 != "no":
+        use_fp8(encoder, FP8_PRODUCTS[settings.fp8])
     return module
 
 
@@ -169,9 +178,11 @@ def _num_bytes(x: Tensor) -> int:
     return x.element_size() * math.prod(size for size, stride in zip(x.shape, x.stride()) if stride)
 
 
-def _count_eager(module: ObjectiveModule, batch: PackedBatch) -> tuple[_Count, int]:
+def _count_eager(
+    model: nn.Module, computing: ObjectiveModule, batch: PackedBatch, autocast: bool
+) -> tuple[_Count, int]:
     """The operators of forward and backward, and the bytes that wait for the backward."""
-    weights = {StorageWeakRef(p.untyped_storage()) for p in module.parameters()}
+    weights = {StorageWeakRef(p.untyped_storage()) for p in computing.parameters()}
     kept: dict[StorageWeakRef, int] = {}
 
     def keep(x: Tensor) -> Tensor:
@@ -180,9 +191,9 @@ def _count_eager(module: ObjectiveModule, batch: PackedBatch) -> tuple[_Count, i
             kept[reference] = storage.nbytes()
         return x
 
-    with _Count() as count, _seen_as_gpu(), torch.autograd.graph.saved_tensors_hooks(keep, lambda x: x):
-        module(batch).loss_sum.backward()
-    module.zero_grad()
+    with _Count() as count, _seen_as_gpu(autocast), torch.autograd.graph.saved_tensors_hooks(keep, lambda x: x):
+        model(batch).loss_sum.backward()
+    model.zero_grad()
     return count, sum(kept.values())
 
 
@@ -201,8 +212,8 @@ class _OnGpu(TorchFunctionMode):
 
 
 @contextmanager
-def _seen_as_gpu() -> Iterator[None]:
-    """Inside, code of this package finds tensors on a GPU, under autocast to bf16."""
+def _seen_as_gpu(autocast: bool) -> Iterator[None]:
+    """Inside, code of this package finds tensors on a GPU; `autocast` to bf16."""
     own: Any = FakeTensor.device
 
     def find_device(tensor: FakeTensor) -> torch.device:
@@ -213,9 +224,9 @@ def _seen_as_gpu() -> Iterator[None]:
     FakeTensor.device = property(find_device)  # type: ignore[assignment,method-assign]
     before = torch.is_autocast_enabled("cuda"), torch.get_autocast_dtype("cuda")
     try:
-        torch.set_autocast_enabled("cuda", True)
+        torch.set_autocast_enabled("cuda", autocast)
         torch.set_autocast_dtype("cuda", torch.bfloat16)
-        with warnings.catch_warnings(), torch.autocast("cpu", torch.bfloat16), _OnGpu():
+        with warnings.catch_warnings(), torch.autocast("cpu", torch.bfloat16, autocast), _OnGpu():
             warnings.simplefilter("ignore")  # Autocast of a GPU says that there is none.
             yield
     finally:
@@ -236,7 +247,15 @@ class _Compiled:
     saved_bytes: int = 0
 
 
-def _count_compiled(encoder: Encoder, batches: list[PackedBatch]) -> _Compiled:
+class _NormOfAGpu:
+    """Replaces the norm of a CPU, whose backward is written out and would be traced."""
+
+    @staticmethod
+    def apply(x: Tensor, weight: Tensor, eps: float) -> Tensor:
+        return F.rms_norm(x, weight.shape, weight, eps)
+
+
+def _count_compiled(encoder: Encoder, batches: list[PackedBatch], autocast: bool) -> _Compiled:
     """A block over the batches."""
     block, config, found = encoder.layers[0], encoder.config, _Compiled()
 
@@ -257,15 +276,18 @@ def _count_compiled(encoder: Encoder, batches: list[PackedBatch]) -> _Compiled:
     )
     torch.compiler.reset()
     block.compile(backend=compiler, dynamic=False)
+    own_norm = layers._RMSNormCPU
     try:
+        layers._RMSNormCPU = _NormOfAGpu  # type: ignore[assignment,misc]
         for batch in batches:
             slots = batch.input_ids.numel()
-            hidden = torch.empty(slots, config.hidden_size, requires_grad=True)
+            hidden = torch.empty(slots, config.hidden_size, dtype=encoder.embedding.weight.dtype, requires_grad=True)
             table = torch.empty(slots, 1, config.head_dim // 2)
             prepared = encoder.attention.prepare(batch.segments, encoder.windows[0])
-            with torch.autocast("cpu", torch.bfloat16):
+            with torch.autocast("cpu", torch.bfloat16, autocast):
                 block(hidden, (table, table.clone()), prepared).sum().backward()
     finally:
+        layers._RMSNormCPU = own_norm  # type: ignore[misc]
         block._compiled_call_impl = None
         torch.compiler.reset()
     return found
@@ -326,7 +348,9 @@ def main() -> None:
     parser.add_argument("--preset", default="neobert")
     for flag, default in (("--rows", 64), ("--length", 1024)):
         parser.add_argument(flag, type=int, default=default)
-    parser.add_argument("--gradient-checkpointing", action="store_true")
+    for flag in ("--gradient-checkpointing", "--bf16-residual"):
+        parser.add_argument(flag, action="store_true")
+    parser.add_argument("--fp8", choices=("no", *FP8_PRODUCTS), default="no")
     print(measure_ledger(StepSettings(**vars(parser.parse_args()))).describe())
 
 

@@ -18,10 +18,10 @@ from dataclasses import dataclass, replace
 from functools import partial
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from neobert.benchmark.settings import StepSettings
-from neobert.benchmark.step_time import Autocast, build_model, made_up_rows
+from neobert.benchmark.step_time import build_model, made_up_rows
 from neobert.config.schema_optimizer import MuonSection, OptimizerSection
 from neobert.optim.optimizers import OPTIMIZERS, build_optimizer, step_unless
 from neobert.optim.orthogonal import ORTHOGONALIZATIONS, orthogonalize
@@ -94,7 +94,7 @@ def measure_times(settings: StepSettings, *, cpu_time: bool = False) -> Optimize
     )
 
 
-def _make_gradient(model: Autocast, batch: PackedBatch) -> None:
+def _make_gradient(model: nn.Module, batch: PackedBatch) -> None:
     (model(batch).loss_sum / batch.num_targets).backward()
     torch.nn.utils.clip_grad_norm_([p for p in model.parameters() if p.grad is not None], 1.0)
 

@@ -36,6 +36,12 @@ class StepSettings:
 
     probability: float = 0.2
     precision: str = "bf16"
+    bf16_residual: bool = False
+    """As `trainer.bf16_residual`."""
+
+    fp8: str = "no"
+    """As `trainer.fp8`."""
+
     attention: str = "auto"
     """A backend, or `masked`: one product over whole rows with a mask."""
 

@@ -33,6 +33,7 @@ from neobert.kernels.linear_cross_entropy import KERNELS, choose_kernel
 from neobert.model.attention import AttentionBackend, choose_attention
 from neobert.model.config import ModelConfig
 from neobert.model.encoder import Encoder
+from neobert.model.fp8 import FP8_PRODUCTS, use_fp8
 from neobert.model.peak import peak_flops
 from neobert.model.segments import Segments
 from neobert.objectives.base import Objective, ObjectiveModule
@@ -40,7 +41,8 @@ from neobert.objectives.table import OBJECTIVES
 from neobert.optim.groups import build_parameter_groups
 from neobert.optim.optimizers import build_optimizer
 from neobert.train.device import find_missing_tools
-from neobert.train.step import train_step
+from neobert.train.master_weights import MasterWeights
+from neobert.train.step import StepResult, train_step
 from neobert.types import LossSum, PackedBatch
 
 
@@ -115,6 +117,8 @@ class StepTiming:
 class Autocast(nn.Module):
     """A module under autocast, as a run has it."""
 
+    module: ObjectiveModule
+
     def __init__(self, module: ObjectiveModule, device: torch.device, enabled: bool) -> None:
         super().__init__()
         self.module, self._device, self._enabled = module, device, enabled
@@ -178,15 +182,16 @@ def build_stepper(settings: StepSettings) -> Callable[[], PackedBatch]:
 
     def step() -> PackedBatch:
         batch = next(source.batches)
-        _make_step(model, optimizer, batch.to(device, non_blocking=True))
+        make_step(model, optimizer, batch.to(device, non_blocking=True))
         return batch
 
     return step
 
 
-def _make_step(model: Autocast, optimizer: Optimizer, batch: PackedBatch) -> None:
+def make_step(model: nn.Module, optimizer: Optimizer, batch: PackedBatch) -> StepResult:
+    """A training step on rows that are on the device."""
     scale = 1 / max(batch.num_targets, 1)
-    train_step(model, optimizer, [batch], lr=1e-4, scale=scale, gradient_clipping=1.0)
+    return train_step(model, optimizer, [batch], lr=1e-4, scale=scale, gradient_clipping=1.0)
 
 
 def product_dtype(settings: StepSettings) -> torch.dtype:
@@ -211,7 +216,7 @@ def measure_step(settings: StepSettings, source: RowSource | None = None) -> Ste
         start = clock()
         batch = next(source.batches)
         waits.append(clock() - start)
-        _make_step(model, optimizer, batch.to(device, non_blocking=True))
+        make_step(model, optimizer, batch.to(device, non_blocking=True))
         wait_for(device)
         seconds.append(clock() - start)
         if number == 0:
@@ -259,7 +264,7 @@ def build_model(
     device: torch.device,
     dtype: torch.dtype,
     objective: Objective = OBJECTIVES["mlm"],
-) -> tuple[Autocast, str, str]:
+) -> tuple[Autocast | MasterWeights, str, str]:
     """The model, and the names of its attention and of its loss kernel."""
     attention = MASKED_ATTENTION
     if settings.attention != MASKED_ATTENTION.name:
@@ -279,11 +284,17 @@ def build_model(
         gradient_checkpointing_every=settings.checkpointing_every,
     )
     config = Config(trainer=TrainerSection(masked_logits_only_loss=not settings.all_positions))
+    if settings.fp8 != "no":
+        use_fp8(encoder, FP8_PRODUCTS[settings.fp8])
     module = objective.build_module(encoder, config, KERNELS[kernel]).to(device)
+    model: Autocast | MasterWeights = Autocast(module, device, settings.precision == "bf16")
+    if settings.bf16_residual:
+        model = MasterWeights(module)
+        encoder = model.computing.encoder
     if settings.compile:
         for block in encoder.layers:
             block.compile(backend=settings.compile_backend)
-    return Autocast(module, device, settings.precision == "bf16"), attention.name, kernel
+    return model, attention.name, kernel
 
 
 def choose_clock(device: torch.device) -> Callable[[], float]:

@@ -43,7 +43,12 @@ _KINDS: dict[str, Callable[[str], Any]] = {
 """Types of flags that are more than the type of their default."""
 
 _BACKENDS = ["inductor", "aot_eager", "eager"]
-_CHOICES = {"preset": list(PRESETS), "precision": ["bf16", "fp32"], "compile_backend": _BACKENDS}
+_CHOICES = {
+    "preset": list(PRESETS),
+    "precision": ["bf16", "fp32"],
+    "fp8": ["no", "rowwise", "emulated"],
+    "compile_backend": _BACKENDS,
+}
 
 
 def benchmark(program: str, argv: list[str]) -> None:

@@ -14,7 +14,7 @@ from neobert.config.rules_data import check_contrastive, check_dataset, check_ma
 from neobert.config.schema import Config, SchedulerSection
 from neobert.config.schema_optimizer import MUON
 from neobert.key import show_value
-from neobert.model.config import architecture_problems
+from neobert.model.config import architecture_problems, fp8_problems
 
 BUDGETS = ("trainer.max_steps", "trainer.max_tokens", "trainer.num_train_epochs")
 """Exactly one of these is set."""
@@ -117,6 +117,7 @@ def check_model(config: Config) -> Iterator[str]:
     """The architecture, and what of `model.init_from` it takes."""
     model = config.model
     yield from architecture_problems(model)
+    yield from fp8_problems(model) if config.trainer.fp8 != "no" else ()
     if model.ngpt and config.optimizer.weight_decay > 0:
         yield (
             f"optimizer.weight_decay: {config.optimizer.weight_decay} does nothing with model.ngpt: true, whose"

@@ -160,6 +160,18 @@ class TrainerSection:
     true as bf16. auto: bf16 where the GPU has it; on a CPU, where its matrix products are measured to be faster. The
     run writes the choice into its config, and a resumed run keeps it."""
 
+    # Free, as mixed_precision is: checkpoints hold the fp32 weights with and without it.
+    bf16_residual: bool = key(False, needs="trainer.mixed_precision=bf16", resume="free")
+    """Compute without autocast: with a bf16 copy of the weights and a bf16 residual stream, and the fp32 weights in
+    optimizer and checkpoints. Norms, softmax and loss stay fp32 inside, and so do sums of gradients. For a GPU; several
+    processes reduce gradients after the backward pass, not beside it."""
+
+    # Not free: an operand has 4 significant bits, and what is learned with it is something else.
+    fp8: Literal["no", "rowwise", "emulated"] = key("no", needs="trainer.mixed_precision=bf16", resume="declared")
+    """Products of `qkv`, `gate_up` (`up`) and `down` in fp8, forward and backward, with a scale for each row; the sizes
+    of the model must be multiples of 16. rowwise: on a GPU of compute capability 8.9 or later. emulated: the same
+    rounding anywhere, slowly, to see what it does to a loss. no: in bf16."""
+
     tf32: bool = key(True, resume="free")
     """Allow TF32 in float32 matrix products on CUDA."""
 

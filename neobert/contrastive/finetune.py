@@ -22,7 +22,7 @@ from neobert.errors import StartupError
 from neobert.model.config import Architecture, ModelConfig
 from neobert.objectives.table import check_task
 from neobert.train.loop import RunResult, train
-from neobert.train.machine import choose_compile
+from neobert.train.machine import choose_compile, describe_precision
 from neobert.train.run import Job, Run, build_run
 from neobert.train.start import choose_start, read_checkpoint_config, write_config
 from neobert.weights.describe import WeightsError
@@ -163,7 +163,7 @@ def announce(run: Run) -> None:
     lines = [
         f"model     {config.model.name or 'NeoBERT'}: {model.num_hidden_layers} layers x {model.hidden_size}, "
         f"{sum(p.numel() for p in run.module.parameters()):,} parameters, {config.contrastive.pooling} pooling",
-        f"compute   {run.runtime.describe_device()}, {config.trainer.mixed_precision.replace('no', 'fp32')}, "
+        f"compute   {run.runtime.describe_device()}, {describe_precision(config)}, "
         f"attention {run.attention.name} ({run.attention.kernel}), "
         f"{'compiled' if choose_compile(config) else 'not compiled'}, {run.runtime.world} process(es)",
         f"batch     {run.rows_per_step} rows a step, each other's negatives: {rows} a process{cached}",

@@ -88,8 +88,8 @@ def choose_attention(
     """The backend called `name`, or with `auto` the first of ATTENTION that works for `dtype` on `device`.
 
     `dtype` is what matrix products are computed in: the autocast dtype where autocast is on. Without `head_dim` the
-    size of the heads is not checked. flash-attn 3 has kernels for compute capability 9 (Hopper) alone: elsewhere the
-    next one is taken.
+    size of the heads is not checked. flash-attn 3 has kernels for compute capability 9 (Hopper) alone: there torch's
+    varlen_attn runs them from now on, in the whole process, where both can; elsewhere the next one is taken.
     Raises ValueError for an unknown name and for a named backend that cannot run here.
     """
     if name == "auto":
@@ -104,9 +104,25 @@ def choose_attention(
 
 
 def _with_kernel_of(backend: AttentionBackend, device: torch.device) -> AttentionBackend:
-    if backend.name != "flash_attn_varlen" or _flash_3 is None or torch.cuda.get_device_capability(device)[0] == 9:
+    if backend.name != "flash_attn_varlen" or _flash_3 is None:
         return backend
-    return replace(backend, kernel=_WITHOUT_FLASH_3, attend=attend_varlen_without_flash_3)
+    if torch.cuda.get_device_capability(device)[0] != 9:
+        return replace(backend, kernel=_WITHOUT_FLASH_3, attend=attend_varlen_without_flash_3)
+    if activate_flash_3() is not None:
+        return backend
+    return replace(backend, kernel=f"{FLASH} in torch.nn.attention.varlen", attend=attend_varlen_by_torch)
+
+
+def activate_flash_3() -> str | None:
+    """Has torch's varlen_attn run flash-attn 3 in this process; else what is in the way.
+
+    As torch's operator it is a part of a compiled block; the package's own function need not be.
+    """
+    try:
+        torch.nn.attention.activate_flash_attention_impl("FA3")
+    except Exception as error:  # The package, its kernels or torch's entry is missing: each has an error of its own.
+        return f"{type(error).__name__}: {error}"
+    return None
 
 
 def reference_attention(
@@ -181,6 +197,11 @@ def attend_varlen_without_flash_3(
 ) -> Tensor:
     """The same on a GPU that flash-attn 3 has no kernel for."""
     return _launch(_flash_2, q_TND, k_TND, v_TND, prepared, scale)
+
+
+def attend_varlen_by_torch(q_TND: Tensor, k_TND: Tensor, v_TND: Tensor, prepared: Any, *, scale: float) -> Tensor:
+    """The same by torch's kernel, which is flash-attn 3 after `activate_flash_3`."""
+    return _launch(None, q_TND, k_TND, v_TND, prepared, scale)
 
 
 def _launch(

@@ -172,6 +172,9 @@ class ModelConfig(Architecture):
         return cls(**values)
 
 
+FP8_MULTIPLE = 16
+"""Of every dimension of an operand of a product in fp8, on CUDA."""
+
 _ADDED = (
     "local_attention",
     "global_attention_every",
@@ -251,3 +254,15 @@ def architecture_problems(model: Architecture) -> Iterator[str]:
             f"model.init_std: {model.init_std} has no effect with model.init: {model.init}; remove it, or write "
             f"model.init: {' or '.join(INITS_WITH_STD)}"
         )
+
+
+def fp8_problems(model: Architecture) -> Iterator[str]:
+    """Sizes that products in fp8 cannot have."""
+    for name, size in (("hidden_size", model.hidden_size), ("intermediate_size", model.ffn_size)):
+        if size % FP8_MULTIPLE:
+            value = getattr(model, name)
+            made = "" if size == value else f", a feed-forward width of {size},"
+            yield (
+                f"model.{name}: {value}{made} is no multiple of {FP8_MULTIPLE}, as trainer.fp8 needs it; choose "
+                "another, or write trainer.fp8: no"
+            )

@@ -68,7 +68,8 @@ class ObjectiveModule(nn.Module):
 
     def logits(self, hidden: Tensor) -> Tensor:
         """Vocabulary logits `[..., V]` of hidden states `[..., H]`, for prediction."""
-        logits = F.linear(hidden, self.head_weight, self.decoder_bias)
+        bias = None if self.decoder_bias is None else self.decoder_bias.to(hidden.dtype)
+        logits = F.linear(hidden, self.head_weight, bias)
         return logits if self.logit_scale is None else logits * (self.logit_scale / self.encoder.config.scale_base)
 
 

@@ -43,10 +43,20 @@ def clips_in_step(section: MuonSection, step: int) -> bool:
 class QKClip:
     """Measures and clips the heads of one encoder."""
 
-    def __init__(self, encoder: Encoder, section: MuonSection, *, largest: Largest = lambda logits: logits) -> None:
-        """`largest` makes the maximum of this process the one of all."""
-        self._encoder, self._section, self._largest = encoder, section, largest
-        self._blocks = [block for block in encoder.layers if isinstance(block, EncoderBlock)]
+    def __init__(
+        self,
+        encoder: Encoder,
+        section: MuonSection,
+        *,
+        computing: Encoder | None = None,
+        largest: Largest = lambda logits: logits,
+    ) -> None:
+        """`computing` makes the forward passes, where that is not `encoder`, whose weights are clipped; `largest` makes
+        the maximum of this process the one of all."""
+        self._encoder, self._section, self._largest = computing or encoder, section, largest
+        self._blocks, self._observed = (
+            [block for block in own.layers if isinstance(block, EncoderBlock)] for own in (encoder, self._encoder)
+        )
         self._logits_LN: Tensor | None = None
         """Largest logits of the step so far, while a step is measured."""
 
@@ -102,7 +112,7 @@ class QKClip:
         if self._section.capture_last_microbatch_only and self._passes_left:
             return
         assert self._logits_LN is not None, "observed outside of `measuring`"
-        block, kind = self._blocks[layer], x_TH.device.type
+        block, kind = self._observed[layer], x_TH.device.type
         # A weight that autocast converts here would be kept for the forward pass, and have no gradient there.
         with torch.autocast(
             kind,

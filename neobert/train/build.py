@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Protocol
 
 import torch
+from torch import nn
 from torch.optim import Optimizer
 
 from neobert.config.schema import Config
@@ -21,6 +22,7 @@ from neobert.kernels.linear_cross_entropy import KERNELS, choose_kernel, compile
 from neobert.model.attention import AttentionBackend, choose_attention
 from neobert.model.config import Architecture, ModelConfig
 from neobert.model.encoder import Encoder
+from neobert.model.fp8 import FP8_PRODUCTS, use_fp8
 from neobert.objectives.base import ObjectiveModule
 from neobert.objectives.masking import MaskPolicy
 from neobert.objectives.table import choose_objective
@@ -30,6 +32,7 @@ from neobert.optim.optimizers import build_optimizer, keep_unit_length
 from neobert.optim.qk_clip import QKClip
 from neobert.train.device import choose_device_type
 from neobert.train.machine import Runtime, choose_compile, compute_dtype
+from neobert.train.master_weights import MasterWeights
 from neobert.train.record.console import Reporter
 from neobert.train.record.sinks import WandbSink
 from neobert.train.record.tracking import Sink
@@ -177,12 +180,14 @@ def share_factors(optimizer: Optimizer, runtime: Runtime) -> None:
         optimizer.share(runtime.rank, runtime.world, runtime.gather_on_device)
 
 
-def build_clip(config: Config, module: ObjectiveModule, optimizer: Optimizer, runtime: Runtime) -> QKClip | None:
+def build_clip(
+    config: Config, module: ObjectiveModule, computing: ObjectiveModule, optimizer: Optimizer, runtime: Runtime
+) -> QKClip | None:
     """What clips attention logits after the steps of `optimizer`, None where nothing does."""
     muon = config.optimizer.muon_config
     if config.optimizer.name not in MUON or not muon.enable_clipping:
         return None
-    clip = QKClip(module.encoder, muon, largest=runtime.max_on_device)
+    clip = QKClip(module.encoder, muon, computing=computing.encoder, largest=runtime.max_on_device)
     clip.clip_after(optimizer)
     return clip
 
@@ -198,8 +203,7 @@ def build_average(config: Config, module: ObjectiveModule) -> WeightAverage | No
 def build_module(
     config: Config, model_config: ModelConfig, attention: AttentionBackend, runtime: Runtime
 ) -> ObjectiveModule:
-    """The module of the config's objective with its initial weights, which depend on `seed` alone, on the device,
-    compiled if asked for.
+    """The module of the config's objective with its initial weights, which depend on `seed` alone, on the device.
 
     Raises:
         StartupError: the config does not fit the architecture.
@@ -210,9 +214,23 @@ def build_module(
     if name == "torch" and runtime.device.type == "cuda" and inductor:
         kernel = compiled_linear_cross_entropy
     encoder = build_encoder(config, model_config, attention)
-    module = choose_objective(config).build_module(encoder, config, kernel).to(runtime.device)
-    compile_blocks(config, module.encoder)
-    return module
+    if config.trainer.fp8 != "no":
+        use_fp8(encoder, FP8_PRODUCTS[config.trainer.fp8])
+    return choose_objective(config).build_module(encoder, config, kernel).to(runtime.device)
+
+
+def build_model(config: Config, module: ObjectiveModule) -> nn.Module:
+    """`module` as it computes: with weights in bf16 where it holds their masters, and compiled if asked for."""
+    model = MasterWeights(module) if config.trainer.bf16_residual else module
+    compile_blocks(config, computing_module(model).encoder)
+    return model
+
+
+def computing_module(model: nn.Module) -> ObjectiveModule:
+    """What of a result of `build_model` computes."""
+    computing = model.computing if isinstance(model, MasterWeights) else model
+    assert isinstance(computing, ObjectiveModule)
+    return computing
 
 
 def build_encoder(config: Config, model_config: ModelConfig, attention: AttentionBackend) -> Encoder:

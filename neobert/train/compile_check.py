@@ -31,10 +31,12 @@ from neobert.errors import StartupError
 from neobert.model.attention import AttentionBackend
 from neobert.model.config import ModelConfig
 from neobert.model.encoder import Encoder
+from neobert.model.fp8 import FP8_PRODUCTS, use_fp8
 from neobert.model.segments import Segments
 from neobert.train.agreement import exchange
 from neobert.train.build import choose_compile_options, compile_blocks
 from neobert.train.machine import Runtime, choose_compile, compute_dtype
+from neobert.train.master_weights import bf16_parts
 
 KNOWN_RIGHT = "2.13"
 """A release of torch in which all tests of compiled gradients pass."""
@@ -114,7 +116,13 @@ def find_largest_difference(config: Config, attention: AttentionBackend, device:
     for weight in encoder.parameters():
         if weight.ndim == 1:  # All ones would hide a gain that is not used.
             weight.detach().mul_(torch.empty_like(weight).uniform_(0.5, 1.5))
+    if config.trainer.fp8 != "no":
+        use_fp8(encoder, FP8_PRODUCTS[config.trainer.fp8])
     dtype = compute_dtype(config)
+    if config.trainer.bf16_residual:  # Then there is no autocast.
+        for part in bf16_parts(encoder):
+            part.to(dtype)
+        dtype = torch.float32
     eager = _hidden_and_gradients(encoder, device, dtype)
     compile_blocks(config, encoder)
     try:
@@ -162,7 +170,8 @@ def _hidden_and_gradients(encoder: Encoder, device: torch.device, dtype: torch.d
         hidden = encoder(tokens, positions, segments)
     names, weights = zip(*encoder.named_parameters())
     gradients = torch.autograd.grad((hidden * target).sum(), weights)
-    return {"the hidden state": hidden.detach(), **{f"the gradient of {n}": g for n, g in zip(names, gradients)}}
+    found = {"the hidden state": hidden.detach(), **{f"the gradient of {n}": g for n, g in zip(names, gradients)}}
+    return {name: tensor.float() for name, tensor in found.items()}
 
 
 # --- what a pass depends on, and where it is kept -------------------------------------------------------------------
@@ -179,6 +188,8 @@ def _facts(config: Config, attention: AttentionBackend, device: torch.device) ->
         "model": asdict(small_model(config)),
         "attention": [attention.name, attention.kernel],
         "dtype": str(compute_dtype(config)),
+        "residual": trainer.bf16_residual,
+        "fp8": trainer.fp8,
         "compiler": [trainer.torch_compile_backend, trainer.torch_compile_dynamic, choose_compile_options(config)],
     }
 

@@ -222,6 +222,7 @@ def take_step(
             gradient_clipping=run.config.trainer.gradient_clipping,
             judge=partial(run.guard.judge, num_targets=counts.num_targets),
             no_sync=lambda: runtime.no_sync(run.model),
+            reduce=runtime.average_on_device if run.config.trainer.bf16_residual else None,
             observe=observe,
         )
     state = replace(

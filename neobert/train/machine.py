@@ -38,6 +38,7 @@ from neobert.config.schema import Config
 from neobert.errors import StartupError
 from neobert.host import describe_waiting
 from neobert.kernels.linear_cross_entropy import choose_kernel
+from neobert.model.fp8 import fp8_problem
 from neobert.train.agreement import exchange
 from neobert.train.device import (
     choose_device_type,
@@ -46,6 +47,7 @@ from neobert.train.device import (
     find_tool_problems,
     use_expandable_segments,
 )
+from neobert.train.master_weights import MasterWeights
 
 
 @dataclass(frozen=True, kw_only=True, slots=True, eq=False)
@@ -78,8 +80,16 @@ class Runtime:
         return replace(self, accelerator=_build_accelerator(self.device.type, mixed_precision))
 
     def prepare_model(self, module: nn.Module) -> nn.Module:
-        """`module` on the device, under autocast, and wrapped by DistributedDataParallel in several processes."""
-        return self.accelerator.prepare_model(module)
+        """`module` on the device, under autocast, and wrapped by DistributedDataParallel in several processes.
+
+        What keeps master weights computes without autocast and leaves its gradients to `average_on_device`; here all
+        ranks get the weights of rank 0, as DistributedDataParallel has it.
+        """
+        if not isinstance(module, MasterWeights):
+            return self.accelerator.prepare_model(module)
+        for weight in module.state_dict().values():
+            weight.copy_(self.from_main(weight))
+        return module
 
     def no_sync(self, model: nn.Module) -> AbstractContextManager[Any]:
         """Leaves gradients unreduced: for every micro-batch of a step but the last."""
@@ -98,6 +108,13 @@ class Runtime:
         if self.world > 1:
             dist.all_reduce(values)
         return values
+
+    def average_on_device(self, tensors: Sequence[Tensor]) -> None:
+        """Makes each tensor its mean over all ranks, in place."""
+        if self.world > 1:
+            for work in [dist.all_reduce(tensor, async_op=True) for tensor in tensors]:
+                work.wait()
+            torch._foreach_div_(list(tensors), self.world)
 
     def max_on_device(self, values: Tensor) -> Tensor:
         """The elementwise maximum of a tensor over all ranks."""
@@ -157,6 +174,13 @@ def compute_dtype(config: Config) -> torch.dtype:
     return torch.bfloat16 if config.trainer.mixed_precision == "bf16" else torch.float32
 
 
+def describe_precision(config: Config) -> str:
+    """For the log."""
+    name = config.trainer.mixed_precision.replace("no", "fp32")
+    name += ", residual stream too" if config.trainer.bf16_residual else ""
+    return name if config.trainer.fp8 == "no" else f"{name}, fp8 products ({config.trainer.fp8})"
+
+
 def choose_compile(config: Config) -> bool:
     """Whether blocks are compiled: `trainer.torch_compile`, and null on a GPU, where no batch has another shape."""
     if config.trainer.torch_compile is not None:
@@ -193,6 +217,10 @@ def check_runtime(config: Config) -> None:
         kernel = choose_kernel(config.model.kernel_backend, device=torch.device(device_type))
     except ValueError as error:
         problems.append(str(error))
+    if config.trainer.fp8 == "rowwise" and (problem := fp8_problem(torch.device(device_type))) is not None:
+        problems.append(
+            f"trainer.fp8: rowwise {problem}; write no, or emulated to see what its rounding does to a loss"
+        )
     inductor = choose_compile(config) and config.trainer.torch_compile_backend == "inductor"
     problems += find_tool_problems(config, device_type, inductor=inductor, kernel=kernel)
     if problems:

@@ -34,7 +34,7 @@ from neobert.model.attention import AttentionBackend
 from neobert.model.config import ModelConfig
 from neobert.objectives.table import choose_objective
 from neobert.train.agreement import exchange
-from neobert.train.build import build_mask_policy, build_module, build_run_optimizer
+from neobert.train.build import build_mask_policy, build_model, build_module, build_run_optimizer
 from neobert.train.machine import Runtime, compute_dtype
 from neobert.train.memory import available_bytes, current_bytes, forget_peak, is_out_of_memory, peak_bytes
 from neobert.train.step import train_step
@@ -190,14 +190,14 @@ def build_measure(
 
     def make_step(rows: int) -> None:
         module = build_module(measured, model_config, attention, runtime)
-        module.forward = torch.autocast(runtime.device.type, dtype=dtype, enabled=dtype != torch.float32)(  # type: ignore[method-assign]
-            module.forward
-        )
+        model = build_model(measured, module)
+        autocast = dtype != torch.float32 and not config.trainer.bf16_residual
+        model.forward = torch.autocast(runtime.device.type, dtype=dtype, enabled=autocast)(model.forward)  # type: ignore[method-assign]
         batch = build_full_rows(config, tokenizer, rows).to(runtime.device)
         optimizer = build_run_optimizer(config, module)
         clipping = config.trainer.gradient_clipping
         for _ in range(2):  # The second has the optimizer's state from the start.
-            train_step(module, optimizer, [batch], lr=0.0, scale=1.0, gradient_clipping=clipping)
+            train_step(model, optimizer, [batch], lr=0.0, scale=1.0, gradient_clipping=clipping)
 
     def measure_gpu(rows: int) -> int | None:
         torch.cuda.reset_peak_memory_stats(runtime.device)

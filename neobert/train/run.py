@@ -41,12 +41,14 @@ from neobert.train.build import (
     build_average,
     build_clip,
     build_config_data,
+    build_model,
     build_model_config,
     build_module,
     build_run_optimizer,
     build_sinks,
     choose_num_steps,
     choose_rows_per_step,
+    computing_module,
     share_factors,
 )
 from neobert.train.checkpoint.commit import Committer
@@ -225,7 +227,8 @@ class Run(RunSetup):
     """The plain module: its names are the checkpoint's."""
 
     model: nn.Module
-    """`module` as it is called: under autocast, and wrapped when there are several processes."""
+    """`module` as it is called: under autocast, and wrapped when there are several processes; with
+    `trainer.bf16_residual` a `MasterWeights`."""
 
     optimizer: Optimizer
     clip: QKClip | None
@@ -319,9 +322,11 @@ def build_run(config: Config) -> Run:
         optimizer = build_run_optimizer(config, module)
         share_factors(optimizer, runtime)
         compare_tensors(runtime, list_tensors(module, optimizer), "before the first step", setup.reporter.warn)
-    model = runtime.prepare_model(module)  # Has collectives of its own, so no rank may be missing.
+        model = build_model(config, module)
+        computing = computing_module(model)
+    model = runtime.prepare_model(model)  # Has collectives of its own, so no rank may be missing.
     with sharing_errors(runtime):
-        return _wire(setup, job, data, module, model, optimizer, num_steps)
+        return _wire(setup, job, data, module, computing, model, optimizer, num_steps)
 
 
 def describe_data(data: RunData, num_steps: int) -> dict[str, Any]:
@@ -340,11 +345,12 @@ def _wire(
     job: Job,
     data: RunData,
     module: ObjectiveModule,
+    computing: ObjectiveModule,
     model: nn.Module,
     optimizer: Optimizer,
     num_steps: int,
 ) -> Run:
-    """Everything that trains `module` on `data` and records it."""
+    """Everything that trains `module` on `data` and records it; `computing` is what of `model` computes."""
     config, runtime, output_dir, reporter = setup.config, setup.runtime, setup.output_dir, setup.reporter
     return Run(
         **{f.name: getattr(setup, f.name) for f in fields(setup)},
@@ -354,9 +360,9 @@ def _wire(
         module=module,
         model=model,
         optimizer=optimizer,
-        clip=build_clip(config, module, optimizer, runtime),
+        clip=build_clip(config, module, computing, optimizer, runtime),
         average=build_average(config, module),
-        statistics=build_statistics(config, module),
+        statistics=build_statistics(config, module, computing),
         schedule=build_schedule(config.scheduler, base_lr=config.optimizer.lr, num_steps=num_steps),
         tracker=Tracker(
             runtime=runtime,
@@ -366,7 +372,7 @@ def _wire(
             module=module,
             num_steps=num_steps,
             source_labels=data.labels,
-            sinks=build_sinks(config, runtime, output_dir, module, reporter),
+            sinks=build_sinks(config, runtime, output_dir, computing, reporter),
         ),
         committer=Committer(runtime, output_dir),
         guard=Guard(runtime, config.trainer),

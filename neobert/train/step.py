@@ -14,7 +14,7 @@ the compute stream waits for that copy alone. Memory belongs to the copying stre
 compute stream reads it too and hands it out again only after that.
 """
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
 from typing import Any
@@ -25,6 +25,9 @@ from torch.optim import Optimizer
 
 from neobert.optim.optimizers import step_unless
 from neobert.types import LossSum, MicroBatch, StepBatch, StepCounts
+
+Reduce = Callable[[Sequence[Tensor]], None]
+"""Makes the gradients of this rank the mean over all ranks, in place."""
 
 Judge = Callable[[Tensor, Tensor], Tensor]
 """`fn(loss_sum of this rank, grad_norm) -> bool scalar on the device`: whether to skip the step, equal on all ranks."""
@@ -88,6 +91,7 @@ def train_step(
     gradient_clipping: float | None = None,
     judge: Judge = not_finite,
     no_sync: Callable[[], AbstractContextManager[object]] = nullcontext,
+    reduce: Reduce | None = None,
     observe: Callable[[], None] | None = None,
 ) -> StepResult:
     """Forward and backward over the micro-batches, clip, update unless `judge` says to skip.
@@ -102,6 +106,7 @@ def train_step(
         gradient_clipping: largest global L2 norm of the scaled gradient; None leaves it alone.
         judge: decides about skipping; must not wait for the device.
         no_sync: context for every micro-batch but the last, in which gradients stay on their rank.
+        reduce: for a model that does not reduce its gradients itself, as DistributedDataParallel does.
         observe: called when all gradients are there, before clipping.
     """
     for group in optimizer.param_groups:
@@ -115,9 +120,11 @@ def train_step(
             # 0 * value is 0, but NaN where the loss is not finite: then every gradient is NaN, on every rank.
             (loss.loss_sum * (scale + 0 * value)).backward()
         losses.append(LossSum(loss_sum=value, num_correct=loss.num_correct, z_sum=loss.z_sum))
+    parameters = [p for p in model.parameters() if p.grad is not None]
+    if reduce is not None:
+        reduce([p.grad for p in parameters if p.grad is not None])
     if observe is not None:
         observe()
-    parameters = [p for p in model.parameters() if p.grad is not None]
     if gradient_clipping is not None:
         grad_norm = nn.utils.clip_grad_norm_(parameters, gradient_clipping)
     else:

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 
-from neobert.benchmark import gpu_check, gpu_kernels, gpu_runs, gpu_worker
+from neobert.benchmark import gpu_check, gpu_kernels, gpu_rank, gpu_runs, gpu_worker
 from neobert.benchmark.gpu_check import Machine, run_checks
 from neobert.benchmark.gpu_table import CHECKS, Bench, Found, GpuCheck, NotAsExpected
 from neobert.config.schema import Config
@@ -205,3 +205,38 @@ def test_the_config_of_a_run_on_a_gpu_is_valid(name: str, tmp_path: Path, monkey
     monkeypatch.setattr(gpu_runs, "_train", stop)
     with pytest.raises(_Built):
         getattr(gpu_runs, f"check_{name}")(Bench(device="cuda", folder=tmp_path))
+
+
+@pytest.mark.parametrize("contexts", [([0], [1]), ([0], [0, 1])])
+def test_each_of_two_processes_has_one_gpu(
+    contexts: tuple[list[int], list[int]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What the processes of two GPUs leave is made up here: the losses of the resumed run, and where they computed."""
+    made: list[Path] = []
+
+    def train(config: Config) -> None:
+        made.append(Path(config.trainer.output_dir))
+        (made[-1] / "checkpoints" / "8").mkdir(parents=True)
+        (made[-1] / "log.jsonl").write_text(json.dumps({"kind": "step", "loss": 3.0}) + "\n")
+
+    def start(command: list[str], *, seconds: float) -> None:
+        folder = made[-1].parent
+        assert command[-3:] == ["neobert.benchmark.gpu_rank", str(folder / "two.yaml"), str(folder)]
+        for rank, used in enumerate(contexts):
+            with monkeypatch.context() as patch:
+                patch.setenv("RANK", str(rank))
+                patch.setattr(torch.cuda, "is_available", lambda: True)
+                patch.setattr(torch.cuda, "device_count", lambda: 2)
+                patch.setattr(torch._C, "_cuda_hasPrimaryContext", lambda n, used=used: n in used, raising=False)
+                patch.setattr(gpu_rank, "pretrain", lambda config: None)
+                gpu_rank.main(*command[-2:])
+
+    monkeypatch.setattr(gpu_runs, "_train", train)
+    monkeypatch.setattr(gpu_runs, "_run_quietly", start)
+    bench = Bench(device="cuda", folder=tmp_path)
+    if contexts == ([0], [1]):
+        values = gpu_runs.check_two_gpus(bench).values
+        assert [value["difference"] for value in values.values()] == [0, 0]
+    else:
+        with pytest.raises(NotAsExpected, match=r"GPUs by process: \[\[0\], \[0, 1\]\]"):
+            gpu_runs.check_two_gpus(bench)

@@ -17,13 +17,16 @@ SMALL = StepSettings(preset="small", rows=8, length=512)
 
 BOUNDS = {
     # launches, elementwise GB, saved bytes; of a compiled block: fused bytes, saved bytes, graphs; attention blocks
-    PAPER: (1_686, 546.0, 986_100, 85_290, 27_930, 1, 32_928),
-    SMALL: (402, 4.25, 74_500, 31_050, 9_770, 1, 288),
+    PAPER: (1_686, 546.0, 986_100, 80_680, 26_390, 1, 32_928),
+    replace(PAPER, bf16_residual=True): (1_634, 534.0, 980_000, 70_170, 24_640, 1, 32_928),
+    SMALL: (402, 4.25, 74_500, 29_510, 9_250, 1, 288),
 }
 """What the code needs today, rounded up. Write lower numbers after an improvement; a higher one needs a reason."""
 
 
-@pytest.mark.parametrize("settings", BOUNDS, ids=lambda settings: settings.preset)
+@pytest.mark.parametrize(
+    "settings", BOUNDS, ids=lambda settings: settings.preset + (", bf16_residual" if settings.bf16_residual else "")
+)
 def test_a_step_asks_no_more_of_a_gpu_than_before(settings: StepSettings) -> None:
     """`python -m neobert.benchmark.ledger --rows 64 --length 1024` prints the numbers."""
     found = measure_ledger(settings)

@@ -353,3 +353,18 @@ def test_an_exported_folder_in_sentence_transformers(
     model.save(str(tmp_path / "saved"))
     before, after = (choose_sentence_settings(load_encoder_weights(path)) for path in (folder, tmp_path / "saved"))
     assert (after.pooling, after.max_length, dict(after.prompts)) == (pooling, before.max_length, dict(before.prompts))
+
+
+@pytest.mark.parametrize("name", ["chunks, dropout", "masked language modelling in between"])
+def test_master_weights_resume_bit_for_bit(
+    contrastive: Contrastive, pair_files: Path, tmp_path: Path, name: str
+) -> None:
+    keys = [word.replace("TEXTS", f"{pair_files}/texts.jsonl") for word in VARIANTS[name]]
+    keys += ["trainer.mixed_precision=bf16", "trainer.bf16_residual=true", "trainer.max_steps=8"]
+    whole, parts = tmp_path / "whole", tmp_path / "parts"
+    finetune(contrastive(whole, *keys, "contrastive.learn_temperature=true"))
+    resume = f"trainer.resume_from_checkpoint={whole / 'checkpoints' / '4'}"
+    finetune(contrastive(parts, *keys, "contrastive.learn_temperature=true", resume))
+    assert exact_steps(parts) == exact_steps(whole, after=4)
+    a, b = (load_file(x / "checkpoints/8/model.safetensors") for x in (whole, parts))
+    assert all(torch.equal(a[name], b[name]) for name in a)

@@ -11,10 +11,12 @@ from pathlib import Path
 
 import pytest
 import torch
+import torch._inductor.config
 import torch.distributed as dist
 from torch import Tensor
 
 from neobert.kernels.linear_cross_entropy import KERNELS
+from neobert.model.fp8 import _Fp8Product, emulate
 from neobert.model.layers import _RMSNormCPU, _SwiGLUCPU
 from neobert.model.rotary import _Rotate, rotary_table
 from neobert.model.segmented import segmented_attention
@@ -41,6 +43,10 @@ FUNCTIONS: dict[str, Case] = {
     "neobert.objectives.losses._Gather": (_Gather.apply, [(12, 8)]),
     "neobert.kernels.linear_cross_entropy._ChunkedLinearCrossEntropy": loss("torch"),
     "neobert.kernels.triton_linear_cross_entropy._TritonLinearCrossEntropy": loss("triton"),
+    "neobert.model.fp8._Fp8Product": (
+        lambda x, w: _Fp8Product.apply(x.bfloat16(), w.bfloat16(), emulate, torch.float8_e4m3fn).float(),
+        [(12, 32), (16, 32)],
+    ),
     "neobert.model.layers._RMSNormCPU": (lambda x, w: _RMSNormCPU.apply(x, w, 1e-6), [(12, 32), (32,)]),
     "neobert.model.layers._SwiGLUCPU": (_SwiGLUCPU.apply, [(12, 32)]),
     "neobert.model.rotary._Rotate": (lambda x: _Rotate.apply(x, *ROTATION), [(12, 4, 8)]),
@@ -123,7 +129,10 @@ def test_nothing_that_was_changed_in_place_leaves_a_function(name: str) -> None:
 
 @pytest.mark.parametrize("backend", ["eager", "aot_eager", "inductor"])
 def test_compiled_gradients_are_the_eager_ones(backend: str) -> None:
-    """All functions in one graph, each with inputs of its own: a compilation costs more than what it compiles."""
+    """All functions in one graph, each with inputs of its own: a compilation costs more than what it compiles.
+
+    inductor leaves out casts to bf16 within a kernel, after which fp8 would round elsewhere.
+    """
     torch._dynamo.reset()
     cases = {name: case for name, case in FUNCTIONS.items() if name not in NOT_TRACEABLE}
     cases["the plain loss"] = loss("reference")
@@ -134,7 +143,8 @@ def test_compiled_gradients_are_the_eager_ones(backend: str) -> None:
 
     flat = [x for own in given.values() for x in own]
     want = torch.autograd.grad(total(), flat)
-    got = torch.autograd.grad(torch.compile(total, backend=backend, fullgraph=True)(), flat)
+    with torch._inductor.config.patch(emulate_precision_casts=True):
+        got = torch.autograd.grad(torch.compile(total, backend=backend, fullgraph=True)(), flat)
     names = [name for name, own in given.items() for _ in own]
     differences = dict.fromkeys(names, 0.0)
     for name, a, b in zip(names, want, got):

@@ -1,5 +1,6 @@
 """The kernel over all documents gets the real borders, in one compiled graph: counted with stand-ins for the kernel."""
 
+import importlib.util
 import math
 from collections.abc import Sequence
 from dataclasses import replace
@@ -215,6 +216,7 @@ def test_flash_attention_3_is_for_hopper(monkeypatch: pytest.MonkeyPatch) -> Non
     monkeypatch.setattr(attention, "flash_attn_varlen_func", attention._flash_3)
     monkeypatch.setattr(attention, "_WITHOUT_FLASH_3", "flash-attn 2")
     monkeypatch.setitem(ATTENTION, "flash_attn_varlen", replace(VARLEN, kernel="flash-attn 3"))
+    monkeypatch.setattr(attention, "activate_flash_3", lambda: "torch cannot run it")
     plan = prepare_varlen(pack([(4,)], 4)[1])
     q = torch.zeros(4, 1, 8)
     for capability, version in (((8, 0), "2"), ((9, 0), "3"), ((10, 0), "2"), ((12, 0), "2")):
@@ -223,6 +225,32 @@ def test_flash_attention_3_is_for_hopper(monkeypatch: pytest.MonkeyPatch) -> Non
             backend = choose_attention(name, device=cuda, dtype=torch.bfloat16)
             assert backend.kernel == f"flash-attn {version}"
             assert backend.attend(q, q, q, plan, scale=1.0) == version
+
+
+def test_torch_runs_flash_attention_3_where_it_can(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As its own operator, of which a compiled block is one graph. Nothing is activated on another GPU."""
+    cuda, activated = torch.device("cuda"), []
+    monkeypatch.setattr(attention, "_flash_3", lambda *given, **named: "3")
+    monkeypatch.setattr(attention, "FLASH", "flash-attn 3")
+    monkeypatch.setattr(attention, "_flash_2", None)
+    monkeypatch.setattr(attention, "varlen_attn", lambda q, *given, **named: q + 1)
+    monkeypatch.setattr(torch.nn.attention, "activate_flash_attention_impl", activated.append)
+    plan, q = prepare_varlen(pack([(4,)], 4)[1]), torch.zeros(4, 1, 8)
+    for capability in ((8, 0), (10, 0), (9, 0)):
+        assert activated == []
+        monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device, found=capability: found)
+        backend = choose_attention("auto", device=cuda, dtype=torch.bfloat16)
+    assert activated == ["FA3"]
+    assert backend.kernel == "flash-attn 3 in torch.nn.attention.varlen"
+    assert torch.equal(backend.attend(q, q, q, plan, scale=1.0), q + 1)
+    monkeypatch.setattr(attention, "_flash_3", None)
+    assert choose_attention("auto", device=cuda, dtype=torch.bfloat16) is VARLEN
+    assert activated == ["FA3"]
+
+
+def test_what_is_in_the_way_of_flash_attention_3_is_said() -> None:
+    if importlib.util.find_spec("flash_attn_interface") is None:
+        assert "No module named 'flash_attn_interface'" in str(attention.activate_flash_3())
 
 
 def test_one_graph_with_the_real_kernel_forward_and_backward(monkeypatch: pytest.MonkeyPatch) -> None:

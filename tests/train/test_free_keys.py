@@ -121,6 +121,7 @@ UNTRIED: dict[str, str] = {
     "trainer.resume_from_checkpoint": "every trial sets it",
     "trainer.per_device_train_batch_size": f"{_ROUNDS}sums are added by micro-batch",
     "trainer.mixed_precision": f"{_ROUNDS}bfloat16 or float32",
+    "trainer.bf16_residual": f"{_ROUNDS}sums of the residual stream are bfloat16",
     "trainer.masked_logits_only_loss": f"{_ROUNDS}the matrix product with the vocabulary has other rows",
     "trainer.torch_compile": f"{_ROUNDS}compiled operations are fused; takes long",
     "trainer.use_cpu": f"{_ROUNDS}a GPU, where the machine has one",

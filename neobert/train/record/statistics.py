@@ -33,9 +33,12 @@ def group_of(name: str, parameter: nn.Parameter) -> str:
 class Statistics:
     """Watches steps of one model."""
 
-    def __init__(self, module: ObjectiveModule, *, predicts_tokens: bool = True) -> None:
-        """`predicts_tokens`: whether targets are tokens, so that there are logits to look at."""
-        self._module, self._predicts_tokens = module, predicts_tokens
+    def __init__(
+        self, module: ObjectiveModule, computing: ObjectiveModule | None = None, *, predicts_tokens: bool = True
+    ) -> None:
+        """`computing` makes the hidden states, where that is not `module`. `predicts_tokens`: whether targets are
+        tokens, so that there are logits to look at."""
+        self._computing, self._predicts_tokens = computing or module, predicts_tokens
         self._groups: dict[str, list[nn.Parameter]] = {}
         for name, parameter in module.named_parameters():
             self._groups.setdefault(group_of(name, parameter), []).append(parameter)
@@ -55,7 +58,7 @@ class Statistics:
             self._found |= self._logits(hidden[0], batch) if self._predicts_tokens else {}
             hidden.clear()
 
-        handle = self._module.encoder.register_forward_hook(keep)
+        handle = self._computing.encoder.register_forward_hook(keep)
         try:
             yield observe
         finally:
@@ -81,7 +84,7 @@ class Statistics:
         stride = -(-len(batch.targets) // MOST_TOKENS)
         index, targets = (x[::stride].to(hidden_TH.device) for x in (batch.masked_index, batch.targets))
         counted = targets != IGNORE_INDEX
-        logits_MV = self._module.logits(hidden_TH.index_select(0, index)).float()
+        logits_MV = self._computing.logits(hidden_TH.index_select(0, index)).float()
         logsumexp_M = logits_MV.logsumexp(dim=-1)
         lowest = -torch.inf
         return {
@@ -95,8 +98,8 @@ def _norm(tensors: list[Tensor]) -> Tensor:
     return torch.linalg.vector_norm(torch.stack(torch._foreach_norm(tensors)))
 
 
-def build_statistics(config: Config, module: ObjectiveModule) -> Statistics | None:
+def build_statistics(config: Config, module: ObjectiveModule, computing: ObjectiveModule) -> Statistics | None:
     """What watches the steps of a run, None where nothing does."""
     if not config.trainer.log_statistics:
         return None
-    return Statistics(module, predicts_tokens=choose_objective(config).predicts_tokens)
+    return Statistics(module, computing, predicts_tokens=choose_objective(config).predicts_tokens)
