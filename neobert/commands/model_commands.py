@@ -138,11 +138,13 @@ def evaluate_pairs(program: str, argv: list[str]) -> None:
     """Evaluate embeddings of any model on any set of pairs: nDCG@10 and MRR, or Spearman where the pairs have scores.
 
     neobert evaluate-pairs outputs/run my_pairs.jsonl
+
+    A folder with qrels/ (queries.jsonl, corpus.jsonl, qrels/test.tsv) is a retrieval set: its whole corpus is searched.
     """
     parser = build_pairs_parser(
         program,
         evaluate_pairs.__doc__,
-        pairs_help="file, folder, known set or hub dataset of pairs or scored pairs",
+        pairs_help="file, folder, known set or hub dataset of pairs or scored pairs, or a retrieval folder",
         prefix_help="put before positives and negatives",
     )
     args = parser.parse_args(argv)

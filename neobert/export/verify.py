@@ -25,12 +25,12 @@ from neobert.config.schema import TokenizerSection
 from neobert.data.tokenizer import Tokenizer, load_tokenizer
 from neobert.export.compare import TOLERANCE, build_model, layer_errors, our_states, random_documents
 from neobert.export.forms import ExportError
-from neobert.export.sentence_files import choose_sentence_settings
 from neobert.export.write import cut_vocabulary, pad
 from neobert.inference.fill_mask import MASK_TEXT, fill_mask
 from neobert.model.pooling import choose_pooling
 from neobert.objectives.base import ObjectiveModule, VectorSettings
 from neobert.weights.encoder_weights import EncoderWeights, load_encoder_weights
+from neobert.weights.vector_settings import load_vector_settings
 
 TEXTS = (
     "the old house stands by the river.",
@@ -128,7 +128,7 @@ def _prepare(folder: Path, against: str | None, work: Path, kind: str) -> _Subje
         weights=weights,
         model=build_model(weights),
         tokenizer=tokenizer,
-        sentences=choose_sentence_settings(exported),
+        sentences=load_vector_settings(exported),
         documents=documents,
         work=work,
     )
