@@ -25,6 +25,7 @@ from neobert.contrastive.retrieval_folder import RetrievalSet, is_retrieval_fold
 from neobert.errors import DataError
 from neobert.inference.text_encoder import OwnEncoder, TextEncoder, check_max_length, load_text_encoder
 from neobert.objectives.contrastive import choose_vectors
+from neobert.objectives.late_interaction import TokenVectors, compare_pairs, join_tokens, max_sim
 from neobert.train.agreement import exchange, sharing_errors
 from neobert.train.run import Run
 
@@ -52,15 +53,31 @@ def spearman(a: Floats, b: Floats) -> float:
     return float((first * second).sum()) / norm if norm else 0.0
 
 
+UnitVectors = NDArray[np.float32] | TokenVectors
+"""`[texts, H]`, of length 1; or those of all tokens, which MaxSim compares."""
+
+
+def compare_block(queries: UnitVectors, documents: UnitVectors, block: slice) -> Floats:
+    """Similarities `[queries of the block, C]`."""
+    if isinstance(queries, TokenVectors):
+        assert isinstance(documents, TokenVectors), "of one encoder"
+        found: Floats = max_sim(queries[block], documents).numpy()
+        return found
+    assert not isinstance(documents, TokenVectors), "of one encoder"
+    return queries[block] @ documents.T
+
+
 def retrieval(
-    queries_QD: Floats,
-    documents_CD: Floats,
+    queries: UnitVectors,
+    documents: UnitVectors,
     relevant: Sequence[Sequence[int]],
     grades: Sequence[Sequence[int]] | None = None,
 ) -> dict[str, float]:
-    """Mean nDCG@10 and mean reciprocal rank of the first relevant document, by scalar products.
+    """Mean nDCG@10 and mean reciprocal rank of the first relevant document, by scalar products or MaxSim.
 
     Args:
+        queries: Q of them.
+        documents: C of them.
         relevant: numbers of the documents that answer each query, at least one.
         grades: the gain of each of them, above 0; by default 1.
 
@@ -70,10 +87,9 @@ def retrieval(
     discounts = 1 / np.log2(np.arange(2, TOP + 2))
     grades = [[1] * len(expected) for expected in relevant] if grades is None else grades
     ndcg, reciprocal = [], []
-    for start in range(0, len(queries_QD), _QUERIES):
-        products = queries_QD[start : start + _QUERIES] @ documents_CD.T
-        orders = np.argsort(-products, axis=1, kind="stable")
+    for start in range(0, len(queries), _QUERIES):
         block = slice(start, start + _QUERIES)
+        orders = np.argsort(-compare_block(queries, documents, block), axis=1, kind="stable")
         for order, expected, graded in zip(orders, relevant[block], grades[block]):
             gains = np.zeros(len(order))
             gains[list(expected)] = graded
@@ -84,7 +100,7 @@ def retrieval(
     return {f"ndcg@{TOP}": float(np.mean(ndcg)), "mrr": float(np.mean(reciprocal))}
 
 
-Embed = Callable[[Sequence[str]], NDArray[np.float32]]
+Embed = Callable[[Sequence[str]], UnitVectors]
 
 MAIN: dict[Form, str] = {"scored": "spearman", "pairs": f"ndcg@{TOP}"}
 """The metric that counts in `score`, by the form of the set."""
@@ -155,7 +171,7 @@ def evaluate_examples(form: Form, examples: Sequence[Example], embed: Embed) -> 
     anchors, positives = [x.anchor for x in examples], [str(x.positive) for x in examples]
     if form == "scored":
         vectors = embed([*anchors, *positives])
-        cosines = (vectors[: len(anchors)] * vectors[len(anchors) :]).sum(axis=1)
+        cosines = _compare_pairs(vectors[: len(anchors)], vectors[len(anchors) :])
         return {"spearman": spearman(cosines, np.array([x.score for x in examples], dtype=np.float64))}
     negatives = [text for x in examples for text in x.negatives]
     queries, documents = list(dict.fromkeys(anchors)), list(dict.fromkeys([*positives, *negatives]))
@@ -166,6 +182,15 @@ def evaluate_examples(form: Form, examples: Sequence[Example], embed: Embed) -> 
     vectors = embed([*queries, *documents])
     relevant = [list(answers[query]) for query in queries]
     return retrieval(vectors[: len(queries)], vectors[len(queries) :], relevant)
+
+
+def _compare_pairs(anchors: UnitVectors, positives: UnitVectors) -> Floats:
+    if isinstance(anchors, TokenVectors):
+        assert isinstance(positives, TokenVectors), "of one encoder"
+        found: Floats = compare_pairs(anchors, positives).numpy()
+        return found
+    cosines: Floats = (anchors * positives).sum(axis=1)
+    return cosines
 
 
 def evaluate_retrieval(found: RetrievalSet, embed_queries: Embed, embed_documents: Embed) -> dict[str, float]:
@@ -181,21 +206,24 @@ def evaluate_retrieval(found: RetrievalSet, embed_queries: Embed, embed_document
     )
 
 
-def embed_shared(run: Run, texts: Sequence[str]) -> NDArray[np.float32]:
-    """Vectors of length 1, `[texts, H]`, on every process; each embeds its part. Collective."""
+def embed_shared(run: Run, texts: Sequence[str]) -> UnitVectors:
+    """Vectors of all texts on every process; each embeds its part. Collective."""
     config, runtime = run.config, run.runtime
     encoder = OwnEncoder(model=run.as_model(), settings=choose_vectors(config))
-    vectors = embed_unit(encoder, texts[runtime.rank :: runtime.world])
-    result = np.empty((len(texts), encoder.model.hidden_size), dtype=np.float32)
-    for rank, part in enumerate(exchange(runtime, vectors)):
-        result[rank :: runtime.world] = part
-    return result
+    parts = exchange(runtime, embed_unit(encoder, texts[runtime.rank :: runtime.world]))
+    order = np.argsort(np.concatenate([np.arange(rank, len(texts), runtime.world) for rank in range(runtime.world)]))
+    tokens = [part for part in parts if isinstance(part, TokenVectors)]
+    if tokens:
+        return join_tokens(tokens)[torch.from_numpy(order)]
+    return np.concatenate([part for part in parts if not isinstance(part, TokenVectors)])[order]
 
 
-def embed_unit(encoder: TextEncoder, texts: Sequence[str], prefix: str = "") -> NDArray[np.float32]:
-    """Vectors of length 1, `[texts, H]`, of texts with `prefix` before each."""
-    vectors = torch.from_numpy(encoder.embed(texts, prefix=prefix))
-    return torch.nn.functional.normalize(vectors, dim=-1).numpy()
+def embed_unit(encoder: TextEncoder, texts: Sequence[str], prefix: str = "") -> UnitVectors:
+    """Vectors of texts with `prefix` before each."""
+    vectors = encoder.embed(texts, prefix=prefix)
+    if isinstance(vectors, TokenVectors):
+        return vectors
+    return torch.nn.functional.normalize(torch.from_numpy(vectors), dim=-1).numpy()
 
 
 def choose_prefixes(args: argparse.Namespace, encoder: TextEncoder) -> tuple[str, str]:

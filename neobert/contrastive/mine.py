@@ -25,6 +25,7 @@ from neobert.contrastive.reading import open_source
 from neobert.disk import replacing
 from neobert.errors import DataError
 from neobert.inference.text_encoder import check_max_length
+from neobert.objectives.late_interaction import TOKENS, TokenVectors
 
 _ANCHORS = 256
 """Anchors compared with the whole collection at once."""
@@ -112,10 +113,17 @@ def mine_file(args: argparse.Namespace) -> tuple[int, int]:
     if opened.form != "pairs":
         raise DataError(f"{opened.label} has no pairs; name a set with anchors and positives")
     examples, encoder = list(opened.examples), load_encoder_of(args)
+    if encoder.settings.pooling == TOKENS:
+        raise DataError(
+            f"--pooling: {args.model} keeps a vector for every token, and negatives are found with one a text; write "
+            "--pooling mean"
+        )
     documents = list(dict.fromkeys(str(example.positive) for example in examples))
     anchor_prefix, positive_prefix = choose_prefixes(args, encoder)
     anchors = embed_unit(encoder, [example.anchor for example in examples], anchor_prefix)
     vectors = embed_unit(encoder, documents, positive_prefix)
+    assert not isinstance(anchors, TokenVectors), "refused above"
+    assert not isinstance(vectors, TokenVectors), "refused above"
     written = total = 0
     with replacing(args.output) as temporary, temporary.open("w", encoding="utf-8") as out:
         for example in mine_examples(examples, anchors, vectors, documents, settings):

@@ -12,16 +12,20 @@ from pathlib import Path
 from typing import Any
 
 import mteb
+import torch
 from mteb.abstasks import AbsTask
 from mteb.models.abs_encoder import AbsEncoder
 from mteb.models.model_meta import ModelMeta, ScoringFunction
+from mteb.models.sentence_transformer_wrapper import MultiVectorSearchEncoderWrapper
 from mteb.results.model_result import ModelResult
+from torch import Tensor
 
 from neobert.config.nesting import parse_json
 from neobert.contrastive.mteb_tasks import choose_named_tasks, choose_tasks_of_types, find_benchmark
 from neobert.disk import write_text
 from neobert.errors import DataError
 from neobert.inference.text_encoder import TextEncoder, Vectors, load_text_encoder
+from neobert.objectives.late_interaction import TOKENS, TokenVectors, max_sim
 from neobert.weights.folder import is_step_name
 
 _LOADER_ROWS = 256
@@ -116,6 +120,30 @@ class MtebEncoder(AbsEncoder):
         return self.encoder.embed(texts, prefix=self.model_prompts[name] if name else "")
 
 
+class MtebLateInteraction(MultiVectorSearchEncoderWrapper):
+    """An encoder that keeps the vectors of all tokens, as mteb searches with one. Tasks without a search need one
+    vector a text, and mteb refuses them."""
+
+    corpus_chunk_size = 2000
+    """Documents whose vectors are held at once."""
+
+    def __init__(self, encoder: TextEncoder, meta: ModelMeta) -> None:
+        self.mteb_model_meta, self._dense = meta, MtebEncoder(encoder, meta)
+
+    def _encode(self, inputs: Any, **options: Any) -> list[Tensor]:
+        vectors = self._dense.encode(inputs, **options)
+        assert isinstance(vectors, TokenVectors), "its pooling is tokens"
+        return [text.tokens_TD for text in vectors.split(1)]
+
+    def similarity(self, queries: Sequence[Tensor], documents: Sequence[Tensor]) -> Tensor:
+        """MaxSim of all queries and documents, `[Q, C]`."""
+        return max_sim(_side_by_side(queries), _side_by_side(documents))
+
+
+def _side_by_side(texts: Sequence[Tensor]) -> TokenVectors:
+    return TokenVectors(torch.cat(list(texts)), torch.tensor([len(text) for text in texts]))
+
+
 def run_mteb(request: MtebRequest) -> MtebReport:
     """Evaluates a model on tasks, without those whose results are there.
 
@@ -137,8 +165,9 @@ def run_mteb(request: MtebRequest) -> MtebReport:
     folder = cache.get_task_result_path(tasks[0].metadata.name, meta).parent
     before = {task.metadata.name for task in tasks if _is_finished(folder, task)}
     _write_protocol(folder, request, encoder)
+    wrap = MtebLateInteraction if encoder.settings.pooling == TOKENS else MtebEncoder
     found = mteb.evaluate(
-        MtebEncoder(encoder, meta),
+        wrap(encoder, meta),
         tasks,
         cache=cache,
         raise_error=False,
@@ -179,11 +208,12 @@ def _choose_tasks(request: MtebRequest) -> tuple[Any, Sequence[AbsTask]]:
 def _describe_model(path: str, encoder: TextEncoder) -> ModelMeta:
     folder = Path(path)
     name = f"{folder.parent.parent.name}-{folder.name}" if is_step_name(folder.name) else folder.resolve().name
+    several = encoder.settings.pooling == TOKENS
     known = {
         "name": f"local/{name}" if folder.exists() else path.partition("@")[0],
         "revision": encoder.digest()[:16],
         "max_tokens": encoder.settings.max_length,
-        "similarity_fn_name": ScoringFunction.COSINE,
+        "similarity_fn_name": ScoringFunction.MAX_SIM if several else ScoringFunction.COSINE,
     }
     return ModelMeta.create_empty(overwrites=known)
 

@@ -19,11 +19,12 @@ from neobert.inference.model import Model, build_loaded, choose_device, choose_d
 from neobert.inference.packed import BATCH_TOKENS
 from neobert.model.pooling import choose_pooling
 from neobert.objectives.base import VectorSettings
+from neobert.objectives.late_interaction import TOKENS, TokenVectors
 from neobert.weights.encoder_weights import UnknownLayout, find_weights, load_encoder_weights
 from neobert.weights.vector_settings import load_vector_settings
 
-Vectors = NDArray[np.float32]
-"""`[texts, H]`, not scaled to length 1."""
+Vectors = NDArray[np.float32] | TokenVectors
+"""`[texts, H]`, not scaled to length 1; or those of all tokens, on the host, which are."""
 
 
 class TextEncoder(Protocol):
@@ -51,6 +52,11 @@ class OwnEncoder:
         limit = self.settings.max_length - 2
         tokens = self.model.tokenizer.encode_batch([prefix + text for text in texts])
         documents = [np.array([cls_id, *ids[:limit], sep_id], dtype=np.int32) for ids in tokens]
+        if self.settings.pooling == TOKENS:
+            none = torch.empty(0, self.model.hidden_size)
+            states = torch.cat([none, *self.model.token_states(documents)])
+            lengths = torch.tensor([len(document) for document in documents])
+            return TokenVectors(torch.nn.functional.normalize(states, dim=1), lengths)
         vectors = self.model.embed_tokens(
             documents, pooling=self.settings.pooling, normalize=False, batch_tokens=BATCH_TOKENS
         )
@@ -96,7 +102,7 @@ class SentenceEncoder:
         self.settings = replace(self.settings, max_length=max_length)
 
     def embed(self, texts: Sequence[str], *, prefix: str = "") -> Vectors:
-        vectors: Vectors = self._model.encode(list(texts), prompt=prefix or None, show_progress_bar=False)
+        vectors: NDArray[np.float32] = self._model.encode(list(texts), prompt=prefix or None, show_progress_bar=False)
         return vectors.astype(np.float32, copy=False)
 
     def digest(self) -> str:
@@ -153,7 +159,8 @@ def load_text_encoder(
     settings = load_vector_settings(found)
     longest = settings.max_length if max_length is None else max_length
     settings = replace(settings, pooling=pooling or settings.pooling, max_length=min(longest, model.max_length))
-    choose_pooling(settings.pooling)
+    if settings.pooling != TOKENS:
+        choose_pooling(settings.pooling)
     return OwnEncoder(model=model, settings=settings)
 
 

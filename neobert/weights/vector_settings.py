@@ -10,6 +10,7 @@ from neobert.config.load import load_saved_config
 from neobert.config.nesting import parse_json
 from neobert.config.schema import Config
 from neobert.objectives.base import VectorSettings
+from neobert.objectives.late_interaction import TOKENS
 from neobert.objectives.table import choose_objective
 from neobert.weights.describe import WeightsError
 from neobert.weights.encoder_weights import EncoderWeights
@@ -19,7 +20,10 @@ LENGTH_FILE = "sentence_bert_config.json"
 PROMPTS_FILE = "config_sentence_transformers.json"
 _TOKENIZER = "tokenizer_config.json"
 POOLING_KEYS = {"cls": "pooling_mode_cls_token", "mean": "pooling_mode_mean_tokens", "max": "pooling_mode_max_tokens"}
-"""Our poolings by the keys of sentence-transformers."""
+"""Our poolings to one vector, by the keys of sentence-transformers."""
+
+MULTI_VECTOR = "MultiVectorEncoder"
+"""`model_type` in PROMPTS_FILE of models that keep the vectors of all tokens."""
 
 
 def choose_vector_settings(config: Config, longest: int) -> VectorSettings:
@@ -37,7 +41,9 @@ def load_vector_settings(weights: EncoderWeights) -> VectorSettings:
     longest, file = weights.config.max_position_embeddings, weights.folder / "config.yaml"
     if weights.layout == "checkpoint" and file.is_file():
         return choose_vector_settings(load_saved_config(file), longest)
-    if (weights.folder / POOLING_FILE).is_file():  # An exported folder stays what it is when it is exported again.
+    # An exported folder stays what it is when it is exported again.
+    several = _read(weights.folder / PROMPTS_FILE).get("model_type") == MULTI_VECTOR
+    if several or (weights.folder / POOLING_FILE).is_file():
         return _read_settings(weights.folder, longest)
     return VectorSettings(max_length=longest)
 
@@ -46,6 +52,8 @@ def _read_settings(folder: Path, longest: int) -> VectorSettings:
     """From files as our export writes them, or as sentence-transformers 6 saves them: its length is the tokenizer's."""
     modes, ours, prompts, tokenizer = (_read(folder / x) for x in (POOLING_FILE, LENGTH_FILE, PROMPTS_FILE, _TOKENIZER))
     pooling = [name for name, key in POOLING_KEYS.items() if modes.get(key) or modes.get("pooling_mode") == name]
+    if prompts.get("model_type") == MULTI_VECTOR:
+        pooling = [TOKENS]
     if len(pooling) != 1:
         raise WeightsError(
             f"{folder / POOLING_FILE}: the pooling must be one of {', '.join(POOLING_KEYS)}; set it to that"
