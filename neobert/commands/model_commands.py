@@ -166,11 +166,12 @@ def mteb(program: str, argv: list[str]) -> None:
     and qrels/ (retrieval). Type the same command again when it was interrupted: finished tasks are skipped.
     """
     parser = build_model_parser(program, mteb.__doc__)
-    parser.add_argument("--tasks", nargs="+", default=[], help="names of tasks, and local files or folders")
-    parser.add_argument(
+    what = parser.add_mutually_exclusive_group(required=True)
+    what.add_argument("--tasks", nargs="+", default=[], help="names of tasks, and local files or folders")
+    what.add_argument(
         "--task-types", "--task_types", nargs="+", default=[], help="all tasks of these types: STS, Retrieval, ..."
     )
-    parser.add_argument("--benchmark", help='a benchmark by its name in mteb: "MTEB(eng, v2)"')
+    what.add_argument("--benchmark", help='a benchmark by its name in mteb: "MTEB(eng, v2)"')
     parser.add_argument("--languages", nargs="+", help="three-letter codes (default: a task's own; eng for types)")
     parser.add_argument("--split", help="of local folders (default: test, or validation)")
     parser.add_argument("--output", type=Path, default=Path("outputs/mteb"), help="default: %(default)s")

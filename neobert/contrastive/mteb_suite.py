@@ -6,6 +6,7 @@ says which. The same command continues after an interruption.
 """
 
 import json
+import sys
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -148,7 +149,7 @@ def run_mteb(request: MtebRequest) -> MtebReport:
     """Evaluates a model on tasks, without those whose results are there.
 
     Raises:
-        DataError: the request names no tasks, or ones that are not there.
+        DataError: a task is not there, or a local set cannot be used.
         WeightsError: there is no model.
     """
     benchmark, tasks = _choose_tasks(request)
@@ -173,6 +174,7 @@ def run_mteb(request: MtebRequest) -> MtebReport:
         raise_error=False,
         co2_tracker=False,
         encode_kwargs={"batch_size": _LOADER_ROWS, "show_progress_bar": False},
+        show_progress_bar=sys.stderr.isatty(),
     )
     metadata = {task.metadata.name: task.metadata for task in tasks}
     scores = [
@@ -193,8 +195,6 @@ def run_mteb(request: MtebRequest) -> MtebReport:
 
 def _choose_tasks(request: MtebRequest) -> tuple[Any, Sequence[AbsTask]]:
     """The benchmark, where one is named, and the tasks."""
-    if sum(map(bool, (request.tasks, request.task_types, request.benchmark))) != 1:
-        raise DataError("write one of --tasks, --task-types and --benchmark")
     if request.benchmark is not None:
         if request.languages is not None:
             raise DataError("--languages: a benchmark has its own; remove it")

@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 from neobert.errors import DataError
 from neobert.inference.model import Model, build_loaded, choose_device, choose_dtype
 from neobert.inference.packed import BATCH_TOKENS
-from neobert.model.pooling import choose_pooling
+from neobert.model.pooling import POOLING
 from neobert.objectives.base import VectorSettings
 from neobert.objectives.late_interaction import TOKENS, TokenVectors
 from neobert.weights.encoder_weights import UnknownLayout, find_weights, load_encoder_weights
@@ -138,9 +138,11 @@ def load_text_encoder(
 
     Raises:
         WeightsError: there is no model at `path`.
-        DataError: it is of others and cannot be loaded, or `pooling` is set for it, or `max_length` cannot be.
+        DataError: `pooling` or `max_length` cannot be used, or the model is of others and cannot be loaded.
     """
     check_max_length(max_length)
+    if pooling not in (None, TOKENS, *POOLING):
+        raise DataError(f"--pooling: {pooling!r} is unknown; write one of {', '.join([*POOLING, TOKENS])}")
     chosen = choose_device(device)
     try:
         found = load_encoder_weights(path, weights=weights)
@@ -159,8 +161,6 @@ def load_text_encoder(
     settings = load_vector_settings(found)
     longest = settings.max_length if max_length is None else max_length
     settings = replace(settings, pooling=pooling or settings.pooling, max_length=min(longest, model.max_length))
-    if settings.pooling != TOKENS:
-        choose_pooling(settings.pooling)
     return OwnEncoder(model=model, settings=settings)
 
 

@@ -103,7 +103,6 @@ def test_other_settings_have_other_results(run: Path) -> None:
 @pytest.mark.parametrize(
     ("flags", "said"),
     [
-        ([], "write one of --tasks, --task-types and --benchmark"),
         (["--tasks", "./not/there"], "./not/there is not there"),
         (["--tasks", "STSBenchmrk"], "STSBenchmark"),
         (["--task-types", "Cooking"], "'Cooking' is unknown; mteb has "),
