@@ -132,9 +132,7 @@ def build_pairs_parser(program: str, description: str | None, pairs_help: str, p
 
 def add_vector_settings(parser: argparse.ArgumentParser) -> None:
     """How an encoder makes vectors of texts, where it is not to be as it was trained."""
-    parser.add_argument(
-        "--pooling", help="mean, cls, max or tokens (MaxSim); default: as the model was trained, else mean"
-    )
+    parser.add_argument("--pooling", help="mean, cls, max or tokens (MaxSim); default: as in its training, else mean")
     parser.add_argument("--max-length", type=int, help="cut texts at so many tokens; default: as in its training")
 
 

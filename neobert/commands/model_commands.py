@@ -5,6 +5,7 @@ import importlib.util
 import sys
 import time
 from pathlib import Path
+from typing import Any
 
 from neobert import cli
 from neobert.cli import explicit_values
@@ -182,7 +183,9 @@ def mteb(program: str, argv: list[str]) -> None:
         raise CallError("neobert mteb needs the package mteb; install it with pip install -e '.[eval]'")
     from neobert.contrastive.mteb_suite import MtebRequest, run_mteb
 
-    values = {name: tuple(x) if isinstance(x, list) else x for name, x in vars(args).items() if name != "json"}
+    values: dict[str, Any] = {
+        name: tuple(x) if isinstance(x, list) else x for name, x in vars(args).items() if name != "json"
+    }
     report = run_mteb(MtebRequest(**values))
     cli.say(f"results in {report.folder}")
     print_answer({**dataclasses.asdict(report), "folder": str(report.folder)}, report.describe(), as_json=args.json)

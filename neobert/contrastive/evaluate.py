@@ -189,6 +189,7 @@ def _compare_pairs(anchors: UnitVectors, positives: UnitVectors) -> Floats:
         assert isinstance(positives, TokenVectors), "of one encoder"
         found: Floats = compare_pairs(anchors, positives).numpy()
         return found
+    assert not isinstance(positives, TokenVectors), "of one encoder"
     cosines: Floats = (anchors * positives).sum(axis=1)
     return cosines
 

@@ -138,7 +138,7 @@ class ContrastiveEncoder(ObjectiveModule):
         """`kernel` and `z_loss` are as of `MaskedLM`, for steps of masked language modelling."""
         super().__init__(encoder)
         self.section, self.kernel, self.z_loss = section, kernel, z_loss
-        self.pool = None if section.pooling == TOKENS else choose_pooling(section.pooling)
+        self.pool = _keep_tokens if section.pooling == TOKENS else choose_pooling(section.pooling)
         if self.decoder is not None:
             predicts = section.pretraining_prob > 0 and section.pretraining_objective == "mlm"
             self.decoder.requires_grad_(predicts)
@@ -171,11 +171,11 @@ class ContrastiveEncoder(ObjectiveModule):
             for chunk, lengths in zip(batch.chunks, batch.lengths)
         ]
         joined = torch.cat(vectors)
-        return TokenVectors(joined, torch.cat(batch.lengths)) if self.pool is None else joined
+        return TokenVectors(joined, torch.cat(batch.lengths)) if self.section.pooling == TOKENS else joined
 
     def _embed_chunk(self, chunk: PackedBatch, lengths: Tensor) -> Tensor:
-        hidden = self.encoder(chunk.input_ids, chunk.positions, chunk.segments)[: chunk.num_tokens].float()
-        return hidden if self.pool is None else self.pool(hidden, lengths)
+        hidden = self.encoder(chunk.input_ids, chunk.positions, chunk.segments)
+        return self.pool(hidden[: chunk.num_tokens].float(), lengths)
 
     def _masked_loss(self, batch: PairBatch) -> Tensor:
         def loss(chunk: PackedBatch) -> Tensor:
@@ -270,6 +270,11 @@ class ContrastiveEncoder(ObjectiveModule):
             return info_nce(positives, everything, own, excluded, scale=self.scale, margin=margin)
 
         return sum_over_blocks(loss, positives, own, ids, positive_ids)
+
+
+def _keep_tokens(hidden_TH: Tensor, lengths_N: Tensor) -> Tensor:
+    """Where the other poolings make one vector a text."""
+    return hidden_TH
 
 
 def _own_indices(batch: PairBatch, num_rows: int) -> Tensor:
