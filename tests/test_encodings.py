@@ -9,10 +9,11 @@ import pytest
 
 from neobert.config.load import load_config, parse_config
 from neobert.data.tokenizer import train_tokenizer
-from neobert.export.sentence_files import _read, _write
+from neobert.export.sentence_files import _write
 from neobert.export.tokenizer_files import save_tokenizer
 from neobert.train.checkpoint.save import _text_writer
 from neobert.train.start import write_config
+from neobert.weights.vector_settings import _read
 
 
 @pytest.fixture(autouse=True)

@@ -88,6 +88,10 @@ CALLS = [
     ("contrastive/evaluate.py run none.jsonl", "none.jsonl is not there"),
     ("contrastive/evaluate.py run pairs.jsonl --split test", "pairs.jsonl has no splits, so none is called test"),
     ("contrastive/evaluate.py run pairs.jsonl --max-length 0", "--max-length: 0; write 3 or more"),
+    (
+        "contrastive/evaluate.py run pairs.jsonl --pooling last",
+        "--pooling: 'last' is unknown; write one of mean",
+    ),
     ("contrastive/finetune.py none.yaml", f"the config file {NEARBY}"),
     (
         "contrastive/mine_negatives.py run pairs.jsonl --output file/new.jsonl",
@@ -96,6 +100,7 @@ CALLS = [
     ("contrastive/mine_negatives.py run pairs.jsonl --output new.jsonl --max-length 1", "--max-length: 1"),
     ("contrastive/preprocess.py none.yaml", f"the config file {NEARBY}"),
     ("embed.py run ./none --output new.npy", "none does not exist"),
+    ("evaluation/run_mteb.py run", "one of the arguments --tasks --task-types/--task_types --benchmark is required"),
     ("evaluation/mlm_loss.py ./none text.jsonl", "./none is no checkpoint of ours"),
     ("evaluation/pseudo_perplexity.py run ./none --output new.jsonl", "none does not exist"),
     ("experiments/compare.py none.yaml --data tokenizer", f"none.yaml: the plan {NEARBY}"),

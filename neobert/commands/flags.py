@@ -119,16 +119,21 @@ def add_limits(parser: argparse.ArgumentParser) -> None:
 def build_pairs_parser(program: str, description: str | None, pairs_help: str, prefix_help: str) -> Parser:
     """A parser with a model, a set of pairs, and how its texts are embedded."""
     parser = build_parser(program, description)
-    parser.add_argument("model", help="run folder, checkpoint, exported folder or name of the hub")
+    parser.add_argument("model", help=f"{_MODEL_HELP}; of an encoder of others too")
     parser.add_argument("pairs", help=pairs_help)
     parser.add_argument("--split", help="split to read")
-    parser.add_argument("--pooling", default="mean", help=POOLING_HELP)
-    parser.add_argument("--anchor-prefix", default="", help="put before anchors")
-    parser.add_argument("--positive-prefix", default="", help=prefix_help)
-    parser.add_argument("--max-length", type=int, help="cut texts at so many tokens; default: the model's length")
+    add_vector_settings(parser)
+    parser.add_argument("--anchor-prefix", help="put before anchors; default: as the model was trained")
+    parser.add_argument("--positive-prefix", help=f"{prefix_help}; default: as the model was trained")
     parser.add_argument("--device", default="auto", help="auto, cpu or cuda")
     add_dtype(parser)
     return parser
+
+
+def add_vector_settings(parser: argparse.ArgumentParser) -> None:
+    """How an encoder makes vectors of texts, where it is not to be as it was trained."""
+    parser.add_argument("--pooling", help="mean, cls, max or tokens (MaxSim); default: as in its training, else mean")
+    parser.add_argument("--max-length", type=int, help="cut texts at so many tokens; default: as in its training")
 
 
 def build_files_parser(program: str, description: str | None, *, rows: int, repeats: int) -> Parser:

@@ -1,9 +1,11 @@
 """Commands that use trained models and their checkpoints. Libraries are imported after the arguments are read."""
 
 import dataclasses
+import importlib.util
 import sys
 import time
 from pathlib import Path
+from typing import Any
 
 from neobert import cli
 from neobert.cli import explicit_values
@@ -13,11 +15,13 @@ from neobert.commands.flags import (
     add_input,
     add_json,
     add_limits,
+    add_vector_settings,
     build_model_parser,
     build_pairs_parser,
     build_parser,
     print_answer,
 )
+from neobert.errors import CallError
 
 
 def predict(program: str, argv: list[str]) -> None:
@@ -138,17 +142,56 @@ def evaluate_pairs(program: str, argv: list[str]) -> None:
     """Evaluate embeddings of any model on any set of pairs: nDCG@10 and MRR, or Spearman where the pairs have scores.
 
     neobert evaluate-pairs outputs/run my_pairs.jsonl
+
+    A folder with qrels/ (queries.jsonl, corpus.jsonl, qrels/test.tsv) is a retrieval set: its whole corpus is searched.
     """
     parser = build_pairs_parser(
         program,
         evaluate_pairs.__doc__,
-        pairs_help="file, folder, known set or hub dataset of pairs or scored pairs",
+        pairs_help="file, folder, known set or hub dataset of pairs or scored pairs, or a retrieval folder",
         prefix_help="put before positives and negatives",
     )
     args = parser.parse_args(argv)
     from neobert.contrastive.evaluate import evaluate_file
 
     cli.print_result(evaluate_file(args))
+
+
+def mteb(program: str, argv: list[str]) -> None:
+    """Evaluate an encoder on tasks of MTEB, or on local sets of the same kinds, by mteb's own protocol.
+
+    neobert mteb outputs/run --tasks STSBenchmark SciFact my_retrieval_folder
+    neobert mteb outputs/run --benchmark "MTEB(eng, v2)"
+
+    A local set has two texts and a score (STS), a text and a label in two splits (classification), or queries, a corpus
+    and qrels/ (retrieval). Type the same command again when it was interrupted: finished tasks are skipped.
+    """
+    parser = build_model_parser(program, mteb.__doc__)
+    what = parser.add_mutually_exclusive_group(required=True)
+    what.add_argument("--tasks", nargs="+", default=[], help="names of tasks, and local files or folders")
+    what.add_argument(
+        "--task-types", "--task_types", nargs="+", default=[], help="all tasks of these types: STS, Retrieval, ..."
+    )
+    what.add_argument("--benchmark", help='a benchmark by its name in mteb: "MTEB(eng, v2)"')
+    parser.add_argument("--languages", nargs="+", help="three-letter codes (default: a task's own; eng for types)")
+    parser.add_argument("--split", help="of local folders (default: test, or validation)")
+    parser.add_argument("--output", type=Path, default=Path("outputs/mteb"), help="default: %(default)s")
+    add_vector_settings(parser)
+    add_json(parser, "print the scores as one JSON object")
+    args = parser.parse_args(argv)
+    if importlib.util.find_spec("mteb") is None:
+        raise CallError("neobert mteb needs the package mteb; install it with pip install -e '.[eval]'")
+    from neobert.contrastive.mteb_suite import MtebRequest, run_mteb
+
+    values: dict[str, Any] = {
+        name: tuple(x) if isinstance(x, list) else x for name, x in vars(args).items() if name != "json"
+    }
+    report = run_mteb(MtebRequest(**values))
+    cli.say(f"results in {report.folder}")
+    print_answer({**dataclasses.asdict(report), "folder": str(report.folder)}, report.describe(), as_json=args.json)
+    if report.failures:
+        reasons = "\n  ".join(f"{task}: {reason}" for task, reason in report.failures.items())
+        raise CallError(f"{len(report.failures)} tasks failed; the same command runs them again:\n  {reasons}")
 
 
 def mine_negatives(program: str, argv: list[str]) -> None:

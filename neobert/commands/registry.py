@@ -140,6 +140,13 @@ COMMANDS: dict[str, Command] = {
         "contrastive/evaluate.py",
         also=(ValueError,),
     ),
+    "mteb": Command(
+        "evaluate an encoder on tasks of MTEB, or on local sets of the same kinds",
+        "model_commands",
+        "evaluation/run_mteb.py",
+        also=(ValueError,),
+        resumes=True,
+    ),
     "export": Command(
         "export an encoder to a folder for transformers, sentence-transformers and the hub",
         "model_commands",

@@ -96,7 +96,10 @@ REFUSED: dict[str, str] = {
     "config_path": "is not a key: give the file as the first argument of the script",
     "dataset.trust_remote_code": "is not supported: datasets no longer run code from the hub; use a dataset of files",
     "debug": "is not a key: lower trainer.max_steps and trainer.logging_steps for a trial run",
-    "mteb_overwrite_results": "is not a key: delete the results that are to be made again",
+    "mteb_batch_size": "is not a key: `neobert mteb RUN` makes its own batches",
+    "mteb_overwrite_results": "is not a key: delete the results that `neobert mteb` is to make again",
+    "mteb_pooling": "is not a key: `neobert mteb RUN` takes that of the checkpoint, or --pooling",
+    "mteb_task_type": "is not a key: write `neobert mteb RUN --task-types STS` (or --tasks, --benchmark)",
     "model.flash_attention": "is written model.attn_backend: flash_attn_varlen (or sdpa)",
     "model.from_hub": "is not a key: the path passed to a script says where weights come from",
     "model.pad_token_id": "comes from the tokenizer: remove it",
@@ -126,9 +129,6 @@ REFUSED: dict[str, str] = {
 LATER: dict[str, str] = {
     "glue": "GLUE is not available yet",
     "model.classifier_init_range": "classification is not available yet",
-    "mteb_batch_size": "MTEB is not available yet",
-    "mteb_pooling": "MTEB is not available yet",
-    "mteb_task_type": "MTEB is not available yet",
     "pretrained_checkpoint": "evaluation of a checkpoint on benchmarks is not available yet",
 }
 """Key of a feature that is not there -> what to do without it. A key covers everything below it."""
@@ -143,7 +143,7 @@ REFUSED_VALUES: dict[str, dict[str, str]] = {
     },
     "task": {
         "glue": "GLUE is not part of this version: only pretraining and contrastive are",
-        "mteb": "MTEB is not part of this version: only pretraining and contrastive are",
+        "mteb": "MTEB needs no config: write `neobert mteb RUN --tasks ...`",
     },
     "trainer.mixed_precision": {
         "fp16": "fp16 is refused: its small range overflows without loss scaling, which is not done here; write bf16"

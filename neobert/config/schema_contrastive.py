@@ -91,8 +91,9 @@ class ContrastiveSection:
     matryoshka_dims: tuple[int, ...] = key((), at_least=1, resume="declared")
     """Shorter widths at which the embeddings must work too: the loss is the mean over them and the full width."""
 
-    pooling: Literal["mean", "cls", "max"] = key("mean", resume="declared")
-    """How the tokens of a text become one vector; `avg` is read as mean."""
+    pooling: Literal["mean", "cls", "max", "tokens"] = key("mean", resume="declared")
+    """How the tokens of a text become one vector; `avg` is read as mean. `tokens` keeps the vectors of all of them, and
+    texts are compared by MaxSim (late interaction, ColBERT)."""
 
     anchor_prefix: str | None = key(None, resume="declared", changes="batch")
     """Put before every anchor (an instruction, or `query: `); the export keeps it as the prompt `query`."""

@@ -2,13 +2,15 @@
 
 Scored pairs give Spearman's correlation between cosine and score. Other pairs are a retrieval task: every different
 anchor is a query, the collection is every different positive and negative of the set, and the positives of an anchor
-answer it. Texts are embedded as `scripts/embed.py` and an exported model would embed them, cut at
-`dataset.max_seq_length`. Processes split the texts and put the vectors together, so their number does not matter.
+answer it. In a folder with `qrels/` queries, corpus and grades are those of the folder. Texts are embedded as
+`scripts/embed.py` and an exported model would embed them, cut at `dataset.max_seq_length`. Processes split the texts
+and put the vectors together, so their number does not matter.
 """
 
 import argparse
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -19,9 +21,11 @@ from neobert.config.schema_contrastive import PairSource
 from neobert.contrastive.examples import Example, Form
 from neobert.contrastive.pair_data import ContrastiveData, HeldOut
 from neobert.contrastive.reading import open_source
+from neobert.contrastive.retrieval_folder import RetrievalSet, is_retrieval_folder, load_retrieval
 from neobert.errors import DataError
-from neobert.inference.model import Model, load
-from neobert.inference.packed import BATCH_TOKENS
+from neobert.inference.text_encoder import OwnEncoder, TextEncoder, check_max_length, load_text_encoder
+from neobert.objectives.contrastive import choose_vectors
+from neobert.objectives.late_interaction import TokenVectors, compare_pairs, join_tokens, max_sim
 from neobert.train.agreement import exchange, sharing_errors
 from neobert.train.run import Run
 
@@ -49,29 +53,54 @@ def spearman(a: Floats, b: Floats) -> float:
     return float((first * second).sum()) / norm if norm else 0.0
 
 
-def retrieval(queries_QD: Floats, documents_CD: Floats, relevant: Sequence[Sequence[int]]) -> dict[str, float]:
-    """Mean nDCG@10 and mean reciprocal rank of the first relevant document, by scalar products.
+UnitVectors = NDArray[np.float32] | TokenVectors
+"""`[texts, H]`, of length 1; or those of all tokens, which MaxSim compares."""
+
+
+def compare_block(queries: UnitVectors, documents: UnitVectors, block: slice) -> Floats:
+    """Similarities `[queries of the block, C]`."""
+    if isinstance(queries, TokenVectors):
+        assert isinstance(documents, TokenVectors), "of one encoder"
+        found: Floats = max_sim(queries[block], documents).numpy()
+        return found
+    assert not isinstance(documents, TokenVectors), "of one encoder"
+    return queries[block] @ documents.T
+
+
+def retrieval(
+    queries: UnitVectors,
+    documents: UnitVectors,
+    relevant: Sequence[Sequence[int]],
+    grades: Sequence[Sequence[int]] | None = None,
+) -> dict[str, float]:
+    """Mean nDCG@10 and mean reciprocal rank of the first relevant document, by scalar products or MaxSim.
 
     Args:
+        queries: Q of them.
+        documents: C of them.
         relevant: numbers of the documents that answer each query, at least one.
+        grades: the gain of each of them, above 0; by default 1.
 
-    Gains are 0 or 1, discounted by log2(1 + rank) (Järvelin & Kekäläinen, 2002). Equal products are ranked in the
-    order of the documents.
+    Gains are discounted by log2(1 + rank) (Järvelin & Kekäläinen, 2002). Equal products are ranked in the order of the
+    documents.
     """
     discounts = 1 / np.log2(np.arange(2, TOP + 2))
+    grades = [[1] * len(expected) for expected in relevant] if grades is None else grades
     ndcg, reciprocal = [], []
-    for start in range(0, len(queries_QD), _QUERIES):
-        products = queries_QD[start : start + _QUERIES] @ documents_CD.T
-        orders = np.argsort(-products, axis=1, kind="stable")
-        for order, expected in zip(orders, relevant[start : start + _QUERIES]):
-            hits = np.isin(order, list(expected))
-            gain = float((hits[:TOP] * discounts[: len(hits)]).sum())
-            ndcg.append(gain / float(discounts[: len(expected)].sum()))
-            reciprocal.append(1 / (1 + int(np.argmax(hits))))
+    for start in range(0, len(queries), _QUERIES):
+        block = slice(start, start + _QUERIES)
+        orders = np.argsort(-compare_block(queries, documents, block), axis=1, kind="stable")
+        for order, expected, graded in zip(orders, relevant[block], grades[block]):
+            gains = np.zeros(len(order))
+            gains[list(expected)] = graded
+            found, ideal = gains[order], np.sort(graded)[::-1][:TOP]
+            gain = float((found[:TOP] * discounts[: len(found)]).sum())
+            ndcg.append(gain / float((ideal * discounts[: len(ideal)]).sum()))
+            reciprocal.append(1 / (1 + int(np.argmax(found > 0))))
     return {f"ndcg@{TOP}": float(np.mean(ndcg)), "mrr": float(np.mean(reciprocal))}
 
 
-Embed = Callable[[Sequence[str]], NDArray[np.float32]]
+Embed = Callable[[Sequence[str]], UnitVectors]
 
 MAIN: dict[Form, str] = {"scored": "spearman", "pairs": f"ndcg@{TOP}"}
 """The metric that counts in `score`, by the form of the set."""
@@ -142,7 +171,7 @@ def evaluate_examples(form: Form, examples: Sequence[Example], embed: Embed) -> 
     anchors, positives = [x.anchor for x in examples], [str(x.positive) for x in examples]
     if form == "scored":
         vectors = embed([*anchors, *positives])
-        cosines = (vectors[: len(anchors)] * vectors[len(anchors) :]).sum(axis=1)
+        cosines = _compare_pairs(vectors[: len(anchors)], vectors[len(anchors) :])
         return {"spearman": spearman(cosines, np.array([x.score for x in examples], dtype=np.float64))}
     negatives = [text for x in examples for text in x.negatives]
     queries, documents = list(dict.fromkeys(anchors)), list(dict.fromkeys([*positives, *negatives]))
@@ -155,30 +184,61 @@ def evaluate_examples(form: Form, examples: Sequence[Example], embed: Embed) -> 
     return retrieval(vectors[: len(queries)], vectors[len(queries) :], relevant)
 
 
-def embed_shared(run: Run, texts: Sequence[str]) -> NDArray[np.float32]:
-    """Vectors of length 1, `[texts, H]`, on every process; each embeds its part. Collective."""
-    model, config, runtime = run.as_model(), run.config, run.runtime
-    mine = texts[runtime.rank :: runtime.world]
-    vectors = embed_cut(model, mine, pooling=config.contrastive.pooling, max_length=config.dataset.max_seq_length)
-    result = np.empty((len(texts), model.hidden_size), dtype=np.float32)
-    for rank, part in enumerate(exchange(runtime, vectors)):
-        result[rank :: runtime.world] = part
-    return result
+def _compare_pairs(anchors: UnitVectors, positives: UnitVectors) -> Floats:
+    if isinstance(anchors, TokenVectors):
+        assert isinstance(positives, TokenVectors), "of one encoder"
+        found: Floats = compare_pairs(anchors, positives).numpy()
+        return found
+    assert not isinstance(positives, TokenVectors), "of one encoder"
+    cosines: Floats = (anchors * positives).sum(axis=1)
+    return cosines
 
 
-def embed_cut(model: Model, texts: Sequence[str], *, pooling: str, max_length: int) -> NDArray[np.float32]:
-    """Vectors of length 1 of texts cut at `max_length` tokens, [CLS] and [SEP] included."""
-    cls_id, sep_id = model.tokenizer.cls_id, model.tokenizer.sep_id
-    tokens = model.tokenizer.encode_batch(texts)
-    documents = [np.array([cls_id, *ids[: max_length - 2], sep_id], dtype=np.int32) for ids in tokens]
-    vectors = model.embed_tokens(documents, pooling=pooling, normalize=True, batch_tokens=BATCH_TOKENS)
-    return vectors.numpy()
+def evaluate_retrieval(found: RetrievalSet, embed_queries: Embed, embed_documents: Embed) -> dict[str, float]:
+    """Metrics of a retrieval set. Documents with equal products are ranked as in trec_eval: the last id first."""
+    names = sorted(found.documents, reverse=True)
+    index = {name: number for number, name in enumerate(names)}
+    judged = [found.judgements[query] for query in found.queries]
+    return retrieval(
+        embed_queries(list(found.queries.values())),
+        embed_documents([found.documents[name] for name in names]),
+        relevant=[[index[name] for name in documents] for documents in judged],
+        grades=[list(documents.values()) for documents in judged],
+    )
 
 
-def check_max_length(value: int | None) -> None:
-    """Raises DataError for a `--max-length` that leaves no token of a text."""
-    if value is not None and value < 3:
-        raise DataError(f"--max-length: {value}; write 3 or more, [CLS] and [SEP] included")
+def embed_shared(run: Run, texts: Sequence[str]) -> UnitVectors:
+    """Vectors of all texts on every process; each embeds its part. Collective."""
+    config, runtime = run.config, run.runtime
+    encoder = OwnEncoder(model=run.as_model(), settings=choose_vectors(config))
+    parts = exchange(runtime, embed_unit(encoder, texts[runtime.rank :: runtime.world]))
+    order = np.argsort(np.concatenate([np.arange(rank, len(texts), runtime.world) for rank in range(runtime.world)]))
+    tokens = [part for part in parts if isinstance(part, TokenVectors)]
+    if tokens:
+        return join_tokens(tokens)[torch.from_numpy(order)]
+    return np.concatenate([part for part in parts if not isinstance(part, TokenVectors)])[order]
+
+
+def embed_unit(encoder: TextEncoder, texts: Sequence[str], prefix: str = "") -> UnitVectors:
+    """Vectors of texts with `prefix` before each."""
+    vectors = encoder.embed(texts, prefix=prefix)
+    if isinstance(vectors, TokenVectors):
+        return vectors
+    return torch.nn.functional.normalize(torch.from_numpy(vectors), dim=-1).numpy()
+
+
+def choose_prefixes(args: argparse.Namespace, encoder: TextEncoder) -> tuple[str, str]:
+    """What is put before anchors and before positives: as the flags say, else as the model was trained."""
+    prompts = dict(encoder.settings.prompts)
+    anchor = prompts.get("query", "") if args.anchor_prefix is None else args.anchor_prefix
+    positive = prompts.get("document", "") if args.positive_prefix is None else args.positive_prefix
+    return anchor, positive
+
+
+def load_encoder_of(args: argparse.Namespace) -> TextEncoder:
+    """The encoder that the arguments of `build_pairs_parser` name."""
+    where = {"device": args.device, "dtype": args.dtype}
+    return load_text_encoder(args.model, **where, pooling=args.pooling, max_length=args.max_length)
 
 
 def evaluate_file(args: argparse.Namespace) -> str:
@@ -189,21 +249,31 @@ def evaluate_file(args: argparse.Namespace) -> str:
         WeightsError: there is no model.
     """
     check_max_length(args.max_length)
+    if is_retrieval_folder(Path(args.pairs)):
+        judged = load_retrieval(Path(args.pairs), args.split)
+        encoder = load_encoder_of(args)
+        query, document = choose_prefixes(args, encoder)
+        found = evaluate_retrieval(
+            judged, lambda texts: embed_unit(encoder, texts, query), lambda texts: embed_unit(encoder, texts, document)
+        )
+        return _describe(f"{judged.label}, {len(judged.queries):,} queries, {len(judged.documents):,} documents", found)
     opened = open_source(PairSource(name=args.pairs, split=args.split))
     if opened.form not in MAIN:
         raise DataError(f"{opened.label} has neither pairs nor scored pairs to evaluate on")
-    model = load(args.model, device=args.device, dtype=args.dtype)
-    length = min(args.max_length or model.max_length, model.max_length)
+    encoder = load_encoder_of(args)
+    anchor, positive = choose_prefixes(args, encoder)
     examples = [
         Example(
-            anchor=args.anchor_prefix + x.anchor,
-            positive=args.positive_prefix + str(x.positive),
-            negatives=tuple(args.positive_prefix + text for text in x.negatives),
+            anchor=anchor + x.anchor,
+            positive=positive + str(x.positive),
+            negatives=tuple(positive + text for text in x.negatives),
             score=x.score,
         )
         for x in opened.examples
     ]
-    found = evaluate_examples(
-        opened.form, examples, lambda texts: embed_cut(model, texts, pooling=args.pooling, max_length=length)
-    )
-    return f"{opened.label}, {len(examples):,} rows: " + ", ".join(f"{name} {x:.4f}" for name, x in found.items())
+    found = evaluate_examples(opened.form, examples, lambda texts: embed_unit(encoder, texts))
+    return _describe(f"{opened.label}, {len(examples):,} rows", found)
+
+
+def _describe(what: str, found: dict[str, float]) -> str:
+    return f"{what}: " + ", ".join(f"{name} {x:.4f}" for name, x in found.items())

@@ -20,6 +20,7 @@ from neobert.contrastive.set_folder import sets_folder
 from neobert.data.tokenizer import load_tokenizer
 from neobert.errors import StartupError
 from neobert.model.config import Architecture, ModelConfig
+from neobert.objectives.late_interaction import TOKENS
 from neobert.objectives.table import check_task
 from neobert.train.loop import RunResult, train
 from neobert.train.machine import choose_compile, describe_precision
@@ -179,10 +180,11 @@ def announce(run: Run) -> None:
 
 def next_commands(run: Run) -> list[str]:
     """What to type after fine-tuning."""
-    pooling = "" if run.config.contrastive.pooling == "mean" else f" --pooling {run.config.contrastive.pooling}"
-    folder = shlex.quote(str(run.output_dir))
+    chosen, folder = run.config.contrastive.pooling, shlex.quote(str(run.output_dir))
+    pooling = "" if chosen == "mean" else f" --pooling {chosen}"
+    embed = f"neobert embed {folder} texts.jsonl --output vectors.npy --normalize{pooling}"
     return [
-        f"neobert embed {folder} texts.jsonl --output vectors.npy --normalize{pooling}",
+        f"neobert evaluate-pairs {folder} pairs.jsonl" if chosen == TOKENS else embed,
         f"neobert export {folder} --output {shlex.quote(f'{run.output_dir}_hf')}",
     ]
 

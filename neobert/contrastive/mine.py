@@ -19,12 +19,13 @@ from numpy.typing import NDArray
 
 from neobert.cli import explicit_values
 from neobert.config.schema_contrastive import PairSource
-from neobert.contrastive.evaluate import check_max_length, embed_cut
+from neobert.contrastive.evaluate import choose_prefixes, embed_unit, load_encoder_of
 from neobert.contrastive.examples import Example
 from neobert.contrastive.reading import open_source
 from neobert.disk import replacing
 from neobert.errors import DataError
-from neobert.inference.model import load
+from neobert.inference.text_encoder import check_max_length
+from neobert.objectives.late_interaction import TOKENS, TokenVectors
 
 _ANCHORS = 256
 """Anchors compared with the whole collection at once."""
@@ -111,15 +112,18 @@ def mine_file(args: argparse.Namespace) -> tuple[int, int]:
     opened = open_source(PairSource(name=args.pairs, split=args.split))
     if opened.form != "pairs":
         raise DataError(f"{opened.label} has no pairs; name a set with anchors and positives")
-    examples, model = list(opened.examples), load(args.model, device=args.device, dtype=args.dtype)
+    examples, encoder = list(opened.examples), load_encoder_of(args)
+    if encoder.settings.pooling == TOKENS:
+        raise DataError(
+            f"--pooling: {args.model} keeps a vector for every token, and negatives are found with one a text; write "
+            "--pooling mean"
+        )
     documents = list(dict.fromkeys(str(example.positive) for example in examples))
-    length = min(args.max_length or model.max_length, model.max_length)
-    anchors = embed_cut(
-        model, [args.anchor_prefix + x.anchor for x in examples], pooling=args.pooling, max_length=length
-    )
-    vectors = embed_cut(
-        model, [args.positive_prefix + text for text in documents], pooling=args.pooling, max_length=length
-    )
+    anchor_prefix, positive_prefix = choose_prefixes(args, encoder)
+    anchors = embed_unit(encoder, [example.anchor for example in examples], anchor_prefix)
+    vectors = embed_unit(encoder, documents, positive_prefix)
+    assert not isinstance(anchors, TokenVectors), "refused above"
+    assert not isinstance(vectors, TokenVectors), "refused above"
     written = total = 0
     with replacing(args.output) as temporary, temporary.open("w", encoding="utf-8") as out:
         for example in mine_examples(examples, anchors, vectors, documents, settings):

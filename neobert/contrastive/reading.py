@@ -169,14 +169,7 @@ def _open_local(source: PairSource, path: Path, limits: Limits) -> FoundSet:
     if path.is_file():
         _check_no_split(source.split, label)
     if (path / "qrels").is_dir():
-        split = source.split or "train"
-        judgements = path / "qrels" / f"{split}.tsv"
-        if not judgements.is_file():
-            raise DataError(f"{judgements} is not there; name a split that is with split in contrastive.sets")
-        rows, queries, corpus = (
-            read_file(_look_into([local_file(file)], file.name)[0], limits)
-            for file in (judgements, *(_find(path, name) for name in ("queries", "corpus")))
-        )
+        rows, queries, corpus = (read_file(file, limits) for file in choose_table_files(path, source.split or "train"))
         return FoundSet(form="pairs", examples=join(rows, queries, corpus), label=label)
     if any((path / name).is_file() for name in ("dataset_dict.json", "state.json")):
         return _by_columns(source, _number(_read_saved(path, source.split), label, limits), label)
@@ -186,6 +179,20 @@ def _open_local(source: PairSource, path: Path, limits: Limits) -> FoundSet:
 def _check_no_split(split: str | None, label: str) -> None:
     if split is not None:
         raise DataError(f"{label} has no splits, so none is called {split}; remove that, or name a folder of splits")
+
+
+def choose_table_files(folder: Path, split: str) -> list[DataFile]:
+    """Judgements of a split, queries and corpus of a folder in the layout of BEIR.
+
+    Raises:
+        DataError: one is missing.
+    """
+    judgements = folder / "qrels" / f"{split}.tsv"
+    if not judgements.is_file():
+        there = ", ".join(sorted(file.stem for file in judgements.parent.glob("*.tsv"))) or "none"
+        raise DataError(f"{judgements} is not there; name a split that is (there: {there})")
+    files = [judgements, *(_find(folder, name) for name in ("queries", "corpus"))]
+    return [_look_into([local_file(file)], file.name)[0] for file in files]
 
 
 def _find(folder: Path, stem: str) -> Path:

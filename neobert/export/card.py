@@ -18,6 +18,7 @@ from neobert.export.facts import RunFacts, datasets_on_hub, hub_model, is_step, 
 from neobert.export.forms import ExportError, Form
 from neobert.model.config import ModelConfig
 from neobert.objectives.base import Objective, VectorSettings
+from neobert.objectives.late_interaction import TOKENS
 from neobert.objectives.mlm import MLM
 from neobert.objectives.table import OBJECTIVES, choose_objective
 from neobert.secrets import readable
@@ -43,6 +44,16 @@ Embeddings, the mean over the tokens of a text (the model was not trained for si
 """
 
 _TRAINED_VECTORS = "Compare the vectors of texts by their cosine:\n\n"
+
+_TOKEN_VECTORS = "A text is the vectors of all its tokens, which MaxSim compares (late interaction):\n\n"
+
+_EMBED_TOKENS = """```python
+from sentence_transformers import MultiVectorEncoder
+
+model = MultiVectorEncoder("{name}"{trust})
+queries, documents = model.encode_query(["a question"]), model.encode_document(["a text", "another text"])
+scores = model.similarity(queries, documents)
+```"""
 
 _EMBED = """```python
 from sentence_transformers import SentenceTransformer
@@ -94,9 +105,10 @@ def _use(objective: Objective, tokenizer: Tokenizer, sentences: VectorSettings, 
         f'\n- `encode(texts, prompt_name="{name}")` puts `{text}` before each text, as in training'
         for name, text in sentences.prompts
     ]
-    return "".join(
-        [(before + _EMBED).format(name=name, trust=trust, mask=mask), *(["\n"] if prompts else []), *prompts]
-    )
+    embed = _EMBED
+    if sentences.pooling == TOKENS:
+        before, embed = _TOKEN_VECTORS, _EMBED_TOKENS
+    return "".join([(before + embed).format(name=name, trust=trust, mask=mask), *(["\n"] if prompts else []), *prompts])
 
 
 def _summary(objective: Objective, config: ModelConfig, form: Form, dtype: str) -> str:

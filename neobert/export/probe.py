@@ -79,7 +79,8 @@ def probe(item: dict[str, Any], inputs: dict[str, Tensor], work: Path) -> tuple[
         "onnx": "not installed",
     }
     if importlib.util.find_spec("sentence_transformers") is not None:
-        tensors["sentences"] = encode_sentences(folder, item["texts"], options)
+        vectors = encode_sentences(folder, item["texts"], options)
+        tensors |= {f"sentences.{number}": vector for number, vector in enumerate(vectors)}
         facts["sentences"] = "run"
     if item["trust"]:
         facts["onnx"] = "not for remote code: its attention loops over documents"
@@ -116,13 +117,19 @@ def forms(inputs: dict[str, Tensor], *, packed: bool) -> dict[str, dict[str, Ten
     return result
 
 
-def encode_sentences(folder: str, texts: list[str], options: dict[str, Any]) -> Tensor:
-    """Embeddings of sentence-transformers, computed in fp32: by default it computes in the dtype that is stored."""
-    from sentence_transformers import SentenceTransformer
+def encode_sentences(folder: str, texts: list[str], options: dict[str, Any]) -> list[Tensor]:
+    """Embeddings of sentence-transformers, computed in fp32: by default it computes in the dtype that is stored.
 
+    One vector a text, or `[tokens, H]` of a model that keeps the vectors of all tokens.
+    """
+    import sentence_transformers
+
+    file = Path(folder) / "config_sentence_transformers.json"
+    several = file.is_file() and json.loads(file.read_text(encoding="utf-8")).get("model_type") == "MultiVectorEncoder"
+    kind = sentence_transformers.MultiVectorEncoder if several else sentence_transformers.SentenceTransformer
     with torch.inference_mode(False):
-        encoder = SentenceTransformer(folder, device="cpu", model_kwargs={"dtype": torch.float32}, **options)
-        return encoder.encode(texts, convert_to_tensor=True)
+        encoder = kind(folder, device="cpu", model_kwargs={"dtype": torch.float32}, **options)
+        return [torch.as_tensor(vectors).clone() for vectors in encoder.encode(texts)]
 
 
 def run_onnx(model: Any, batches: list[Any], path: Path) -> list[Tensor]:

@@ -1,86 +1,58 @@
 """The files that make `SentenceTransformer(folder)` work: the encoder, then one vector for the tokens of a text.
 
-A model of contrastive fine-tuning keeps the pooling, the length and the prefixes it was trained with; for others the
-vector is the mean over the tokens. The names of the modules are the short ones that every version of
+A model of contrastive fine-tuning keeps the pooling, the length and the prefixes it was trained with
+(`neobert.weights.vector_settings`). The names of the modules are the short ones that every version of
 sentence-transformers reads, and text-embeddings-inference takes the pooling from the same files.
+
+A model that keeps the vectors of all tokens is one for `MultiVectorEncoder(folder)`, of sentence-transformers 6.
 """
 
 import json
 from pathlib import Path
 from typing import Any
 
-from neobert.config.load import load_saved_config
-from neobert.config.nesting import parse_json
-from neobert.export.forms import ExportError
 from neobert.model.config import ModelConfig
 from neobert.objectives.base import VectorSettings
-from neobert.objectives.table import choose_objective
-from neobert.weights.encoder_weights import EncoderWeights
+from neobert.objectives.late_interaction import TOKENS
+from neobert.weights.vector_settings import LENGTH_FILE, MULTI_VECTOR, POOLING_FILE, POOLING_KEYS, PROMPTS_FILE
 
-_POOLING = Path("1_Pooling") / "config.json"
-_LENGTH = "sentence_bert_config.json"
-_PROMPTS = "config_sentence_transformers.json"
-_TOKENIZER = "tokenizer_config.json"
-_MODES = {"cls": "pooling_mode_cls_token", "mean": "pooling_mode_mean_tokens", "max": "pooling_mode_max_tokens"}
-
-
-def choose_sentence_settings(weights: EncoderWeights) -> VectorSettings:
-    """As the model was fine-tuned; else the mean over texts of any length that it can read.
-
-    Raises:
-        ExportError: an exported folder pools texts in a way that is none of ours, or its files are damaged.
-    """
-    longest, file = weights.config.max_position_embeddings, weights.folder / "config.yaml"
-    if weights.layout == "checkpoint" and file.is_file():
-        config = load_saved_config(file)
-        vectors = choose_objective(config).vectors
-        if vectors is not None:
-            return vectors(config)
-    if (weights.folder / _POOLING).is_file():  # An exported folder stays what it is when it is exported again.
-        return _read_settings(weights.folder, longest)
-    return VectorSettings(max_length=longest)
-
-
-def _read_settings(folder: Path, longest: int) -> VectorSettings:
-    """From files as they are written here, or as sentence-transformers 6 saves them: its length is the tokenizer's."""
-    modes, ours, prompts, tokenizer = (_read(folder / name) for name in (_POOLING, _LENGTH, _PROMPTS, _TOKENIZER))
-    pooling = [name for name, key in _MODES.items() if modes.get(key) or modes.get("pooling_mode") == name]
-    if len(pooling) != 1:
-        raise ExportError(f"{folder / _POOLING}: the pooling must be one of {', '.join(_MODES)}; set it to that")
-    lengths = (ours.get("max_seq_length"), tokenizer.get("model_max_length"), longest)
-    return VectorSettings(
-        max_length=min(int(length) for length in lengths if length),
-        pooling=pooling[0],
-        prompts=tuple((name, text) for name, text in prompts.get("prompts", {}).items() if text),
-    )
-
-
-def _read(file: Path) -> dict[str, Any]:
-    try:
-        content = parse_json(file.read_text(encoding="utf-8")) if file.is_file() else {}
-    except ValueError as error:
-        raise ExportError(f"{file} cannot be read ({error}); correct it") from error
-    if not isinstance(content, dict):
-        raise ExportError(f"{file} is no JSON object; correct it")
-    return content
+_TRANSFORMER = "sentence_transformers.models.Transformer"
+_NORMALIZE = "sentence_transformers.base.modules.normalize.Normalize"
+_MASK = "sentence_transformers.multi_vector_encoder.modules.multi_vector_mask.MultiVectorMask"
 
 
 def write_sentence_files(output: Path, config: ModelConfig, settings: VectorSettings) -> None:
-    """Writes modules.json, sentence_bert_config.json, 1_Pooling/config.json, and the prompts where there are any."""
-    modules = [
-        {"idx": 0, "name": "0", "path": "", "type": "sentence_transformers.models.Transformer"},
-        {"idx": 1, "name": "1", "path": "1_Pooling", "type": "sentence_transformers.models.Pooling"},
-    ]
+    """Writes modules.json, sentence_bert_config.json, the folders of the modules, and prompts where there are any."""
+    _write(output / LENGTH_FILE, {"max_seq_length": settings.max_length, "do_lower_case": False})
+    prompts = {"prompts": dict(settings.prompts), "default_prompt_name": None}
+    if settings.pooling == TOKENS:
+        _write_multi_vector(output)
+        _write(output / PROMPTS_FILE, {"model_type": MULTI_VECTOR, **prompts, "similarity_fn_name": "meanmaxsim"})
+        return
     pooling: dict[str, int | bool] = {"word_embedding_dimension": config.hidden_size}
-    pooling |= {key: name == settings.pooling for name, key in _MODES.items()}
+    pooling |= {key: name == settings.pooling for name, key in POOLING_KEYS.items()}
     pooling["pooling_mode_mean_sqrt_len_tokens"] = False
-    (output / "1_Pooling").mkdir()
-    _write(output / _POOLING, pooling)
-    _write(output / "modules.json", modules)
-    _write(output / _LENGTH, {"max_seq_length": settings.max_length, "do_lower_case": False})
+    _write_modules(output, {POOLING_FILE.parent.name: ("sentence_transformers.models.Pooling", pooling)})
     if settings.prompts:
-        names = {"prompts": dict(settings.prompts), "default_prompt_name": None, "similarity_fn_name": "cosine"}
-        _write(output / _PROMPTS, names)
+        _write(output / PROMPTS_FILE, {**prompts, "similarity_fn_name": "cosine"})
+
+
+def _write_multi_vector(output: Path) -> None:
+    modules: dict[str, tuple[str, dict[str, Any]]] = {
+        "1_Normalize": (_NORMALIZE, {"module_input_name": "token_embeddings"}),
+        "2_MultiVectorMask": (_MASK, {"skiplist_words": []}),
+    }
+    _write_modules(output, modules)
+
+
+def _write_modules(output: Path, modules: dict[str, tuple[str, dict[str, Any]]]) -> None:
+    """The list of modules after the encoder, and the config of each in a folder of its own."""
+    listed = [{"idx": 0, "name": "0", "path": "", "type": _TRANSFORMER}]
+    for number, (name, (kind, config)) in enumerate(modules.items(), start=1):
+        (output / name).mkdir()
+        _write(output / name / "config.json", config)
+        listed.append({"idx": number, "name": str(number), "path": name, "type": kind})
+    _write(output / "modules.json", listed)
 
 
 def _write(file: Path, values: object) -> None:

@@ -25,12 +25,13 @@ from neobert.config.schema import TokenizerSection
 from neobert.data.tokenizer import Tokenizer, load_tokenizer
 from neobert.export.compare import TOLERANCE, build_model, layer_errors, our_states, random_documents
 from neobert.export.forms import ExportError
-from neobert.export.sentence_files import choose_sentence_settings
 from neobert.export.write import cut_vocabulary, pad
 from neobert.inference.fill_mask import MASK_TEXT, fill_mask
 from neobert.model.pooling import choose_pooling
 from neobert.objectives.base import ObjectiveModule, VectorSettings
+from neobert.objectives.late_interaction import TOKENS
 from neobert.weights.encoder_weights import EncoderWeights, load_encoder_weights
+from neobert.weights.vector_settings import load_vector_settings
 
 TEXTS = (
     "the old house stands by the river.",
@@ -128,7 +129,7 @@ def _prepare(folder: Path, against: str | None, work: Path, kind: str) -> _Subje
         weights=weights,
         model=build_model(weights),
         tokenizer=tokenizer,
-        sentences=choose_sentence_settings(exported),
+        sentences=load_vector_settings(exported),
         documents=documents,
         work=work,
     )
@@ -170,8 +171,9 @@ def _judge(subject: _Subject) -> Verdict:
     checks += [_check_heads(tensors), _check_tokenizer(subject, facts), _check_inputs(facts)]
     checks += [_check_text(subject, name, tensors) for name in ("logits", "ONNX") if f"text.{name}" in tensors]
     checks.append(_check_fill_mask(subject, facts))
-    if "sentences" in tensors:
-        checks.append(_check_sentences(subject, tensors["sentences"]))
+    if facts["sentences"] == "run":
+        theirs = [tensors[f"sentences.{number}"] for number in range(len(_wrap_texts(subject.tokenizer, 8)))]
+        checks.append(_check_sentences(subject, theirs))
     for name, key in (("sentence-transformers", "sentences"), ("ONNX", "onnx")):
         if facts[key] != "run":
             checks.append(Check(name=name, passed=True, detail=f"skipped: {facts[key]}"))
@@ -303,13 +305,16 @@ def _check_fill_mask(subject: _Subject, facts: dict[str, Any]) -> Check:
     )
 
 
-def _check_sentences(subject: _Subject, theirs: Tensor) -> Check:
+def _check_sentences(subject: _Subject, theirs: list[Tensor]) -> Check:
     settings = subject.sentences
     documents = _wrap_texts(subject.tokenizer, settings.max_length)
-    pool = choose_pooling(settings.pooling)
     hidden = [states[-2] for states in our_states(subject.model, documents)]
-    ours = [pool(states, torch.tensor([len(states)]))[0] for states in hidden]
-    return _compare(f"sentence-transformers, {settings.pooling} pooling", ours, list(theirs))
+    if settings.pooling == TOKENS:
+        ours = [torch.nn.functional.normalize(states, dim=1) for states in hidden]
+    else:
+        pool = choose_pooling(settings.pooling)
+        ours = [pool(states, torch.tensor([len(states)]))[0] for states in hidden]
+    return _compare(f"sentence-transformers, {settings.pooling} pooling", ours, theirs)
 
 
 def _mask_token(tokenizer: Tokenizer) -> str:

@@ -34,12 +34,14 @@ from neobert.export.forms import (
     remote_config,
     remote_tensors,
 )
-from neobert.export.sentence_files import choose_sentence_settings, write_sentence_files
+from neobert.export.sentence_files import write_sentence_files
 from neobert.export.tokenizer_files import check_class, save_tokenizer
+from neobert.objectives.base import VectorSettings
 from neobert.objectives.table import OBJECTIVES
 from neobert.weights.describe import WeightsError
 from neobert.weights.encoder_weights import EncoderWeights, load_encoder_weights
 from neobert.weights.folder import OBJECTIVE_KEY, STEPS_KEY
+from neobert.weights.vector_settings import load_vector_settings
 from neobert.weights.vocabulary import VOCABULARY_TENSORS
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
@@ -87,6 +89,7 @@ class _Plan:
 
     tokenizer: Tokenizer
     tokenizer_folder: Path
+    sentences: VectorSettings
     form: Form
     notes: tuple[str, ...]
 
@@ -134,12 +137,13 @@ def _make_plan(request: ExportRequest) -> _Plan:
     if request.push_to_hub is not None and len(request.push_to_hub.strip("/").split("/")) != 2:
         problems.append(f"--push-to-hub: {request.push_to_hub!r} is no repository; write owner/name")
     problems += check_language(request.language)
-    weights, tokenizer, form = None, None, None
+    weights, tokenizer, sentences, form = None, None, None, None
     try:
         weights = load_encoder_weights(
             request.source, drop_decoder_bias=request.drop_decoder_bias, weights=request.weights
         )
         tokenizer = _load_tokenizer(weights)
+        sentences = load_vector_settings(weights)
     except (WeightsError, DataError, ExportError) as error:
         problems.append(str(error))
     if weights is not None:
@@ -147,7 +151,7 @@ def _make_plan(request: ExportRequest) -> _Plan:
             form = choose_form(weights.config, request.form)
         except ExportError as error:
             problems.append(str(error))
-    if problems or weights is None or tokenizer is None or form is None:
+    if problems or weights is None or tokenizer is None or sentences is None or form is None:
         raise ExportError("\n".join(problems))
     assert weights.tokenizer is not None, "a tokenizer was loaded"
     cut, note = cut_vocabulary(weights, tokenizer.size)
@@ -157,6 +161,7 @@ def _make_plan(request: ExportRequest) -> _Plan:
         weights=replace(cut, tensors=tensors),
         tokenizer=tokenizer,
         tokenizer_folder=weights.tokenizer,
+        sentences=sentences,
         form=form,
         notes=tuple(x for x in (note, left_out) if x is not None),
     )
@@ -203,13 +208,12 @@ def _write(plan: _Plan, request: ExportRequest, folder: Path) -> list[str]:
             (folder / name).write_text(source, encoding="utf-8")
     changes += check_class(folder)
     save_file(make_tensors(config, tensors), folder / "model.safetensors", metadata={"format": "pt"})
-    sentences = choose_sentence_settings(plan.weights)
-    write_sentence_files(folder, config, sentences)
+    write_sentence_files(folder, config, plan.sentences)
     card = model_card(
         plan.weights,
         config,
         plan.tokenizer,
-        sentences,
+        plan.sentences,
         form=plan.form,
         dtype=dtype,
         name=request.push_to_hub or request.output.name,

@@ -31,7 +31,7 @@ from neobert.objectives.base import Answer, Answers, Objective, ObjectiveModule
 from neobert.objectives.table import OBJECTIVES, load_part
 from neobert.secrets import build_logger
 from neobert.weights.describe import WeightsError
-from neobert.weights.encoder_weights import load_encoder_weights
+from neobert.weights.encoder_weights import EncoderWeights, load_encoder_weights
 
 logger = build_logger(__name__)
 
@@ -193,12 +193,20 @@ def load(
     """
     chosen = choose_device(device)
     products = choose_dtype(dtype, chosen)
-    found = load_encoder_weights(path, weights=weights)
+    return build_loaded(load_encoder_weights(path, weights=weights), chosen, products)
+
+
+def build_loaded(found: EncoderWeights, device: torch.device, products: torch.dtype) -> Model:
+    """The model of weights that were read, on `device`, with matrix products in `products`.
+
+    Raises:
+        WeightsError: they have no tokenizer.
+    """
     if found.tokenizer is None:
         raise WeightsError(f"{found.folder} has no tokenizer.json; put the tokenizer of the model there")
     objective = OBJECTIVES[found.objective]
     encoder = Encoder(
-        found.config, choose_attention("auto", device=chosen, dtype=products, head_dim=found.config.head_dim)
+        found.config, choose_attention("auto", device=device, dtype=products, head_dim=found.config.head_dim)
     )
     # An exported folder has the head of no objective.
     has_head = bool(found.training_only) or objective.fills_masks
@@ -214,7 +222,7 @@ def load(
     tokenizer = load_tokenizer(TokenizerSection(path=str(found.tokenizer)))
     if tokenizer.note is not None:
         warnings.warn(tokenizer.note, stacklevel=2)
-    return Model(module=module.to(chosen).eval(), tokenizer=tokenizer, objective=objective)
+    return Model(module=module.to(device).eval(), tokenizer=tokenizer, objective=objective)
 
 
 def choose_dtype(dtype: str, device: torch.device) -> torch.dtype:

@@ -17,7 +17,6 @@ from dataclasses import dataclass, fields
 from typing import Any, Literal, Self
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
@@ -28,7 +27,8 @@ from neobert.kernels.linear_cross_entropy import KERNELS, LinearCrossEntropy
 from neobert.model.encoder import Encoder
 from neobert.model.pooling import choose_pooling
 from neobert.objectives.base import Card, CardResult, Objective, ObjectiveModule, VectorSettings
-from neobert.objectives.losses import cosent, first_row, gather, info_nce, sum_over_blocks, sup_con
+from neobert.objectives.late_interaction import TOKENS, TokenVectors, Units, compare_pairs, join, shorten
+from neobert.objectives.losses import cosent, first_row, gather, gather_units, info_nce, sum_over_blocks, sup_con
 from neobert.objectives.mlm import MaskedLM, masked_loss
 from neobert.secrets import readable
 from neobert.types import LossSum, PackedBatch
@@ -138,7 +138,7 @@ class ContrastiveEncoder(ObjectiveModule):
         """`kernel` and `z_loss` are as of `MaskedLM`, for steps of masked language modelling."""
         super().__init__(encoder)
         self.section, self.kernel, self.z_loss = section, kernel, z_loss
-        self.pool = choose_pooling(section.pooling)
+        self.pool = _keep_tokens if section.pooling == TOKENS else choose_pooling(section.pooling)
         if self.decoder is not None:
             predicts = section.pretraining_prob > 0 and section.pretraining_objective == "mlm"
             self.decoder.requires_grad_(predicts)
@@ -152,7 +152,7 @@ class ContrastiveEncoder(ObjectiveModule):
             loss_sum = self._masked_loss(batch)
         else:
             vectors = self.embed(batch)
-            with torch.autocast(vectors.device.type, enabled=False):
+            with torch.autocast(batch.anchors.device.type, enabled=False):
                 loss_sum = self._contrast(vectors, batch)
         # Weights that this step has no use for take part with weight 0: gradients are reduced over all of them.
         unused = [p for p in (self.log_scale, self._own_head()) if p is not None and p.requires_grad]
@@ -160,8 +160,9 @@ class ContrastiveEncoder(ObjectiveModule):
             loss_sum = loss_sum + 0.0 * parameter.sum()
         return LossSum(loss_sum=loss_sum)
 
-    def embed(self, batch: PairBatch) -> Tensor:
-        """The vectors of all texts of a batch, fp32 `[texts, H]`, one chunk after the other."""
+    def embed(self, batch: PairBatch) -> Units:
+        """The vectors of all texts of a batch, fp32 `[texts, H]`, one chunk after the other; with pooling `tokens`
+        those of all their tokens. Neither is scaled to length 1."""
         again = len(batch.chunks) > 1 and torch.is_grad_enabled()
         vectors = [
             checkpoint(self._embed_chunk, chunk, lengths, use_reentrant=False)
@@ -169,7 +170,8 @@ class ContrastiveEncoder(ObjectiveModule):
             else self._embed_chunk(chunk, lengths)
             for chunk, lengths in zip(batch.chunks, batch.lengths)
         ]
-        return torch.cat(vectors)
+        joined = torch.cat(vectors)
+        return TokenVectors(joined, torch.cat(batch.lengths)) if self.section.pooling == TOKENS else joined
 
     def _embed_chunk(self, chunk: PackedBatch, lengths: Tensor) -> Tensor:
         hidden = self.encoder(chunk.input_ids, chunk.positions, chunk.segments)
@@ -194,53 +196,53 @@ class ContrastiveEncoder(ObjectiveModule):
             return 1 / self.section.temperature
         return self.log_scale.exp().clamp(max=LARGEST_SCALE)
 
-    def _contrast(self, vectors: Tensor, batch: PairBatch) -> Tensor:
+    def _contrast(self, vectors: Units, batch: PairBatch) -> Tensor:
         """The mean of the losses at every width."""
-        widths = [*self.section.matryoshka_dims, vectors.shape[1]]
-        losses = [self._contrast_at(F.normalize(vectors[:, :width], dim=1), batch) for width in widths]
+        widths = [*self.section.matryoshka_dims, self.encoder.config.hidden_size]
+        losses = [self._contrast_at(shorten(vectors, width), batch) for width in widths]
         return torch.stack(losses).mean()
 
-    def _contrast_at(self, units: Tensor, batch: PairBatch) -> Tensor:
+    def _contrast_at(self, units: Units, batch: PairBatch) -> Tensor:
         anchors = units[batch.anchors]
         if batch.kind == "supcon":
             own = _own_indices(batch, len(anchors))
-            everything, classes = gather(anchors), gather(batch.scores)
+            everything, classes = gather_units(anchors), gather(batch.scores)
 
-            def loss(anchors: Tensor, own_classes: Tensor, own: Tensor) -> Tensor:
+            def loss(anchors: Units, own_classes: Tensor, own: Tensor) -> Tensor:
                 return sup_con(anchors, everything, own_classes, classes, own, scale=self.scale)
 
             return sum_over_blocks(loss, anchors, batch.scores, own)
         positives = units[batch.positives]
         if batch.kind == "cosent":
-            similarities, scores = gather((anchors * positives).sum(dim=1)), gather(batch.scores)
+            similarities, scores = gather(compare_pairs(anchors, positives)), gather(batch.scores)
             return len(anchors) * cosent(similarities, scores, scale=self.scale)
         total = self._find_positives(units, anchors, positives, batch)
         if self.section.both_directions:
             total = (total + self._find_anchors(anchors, positives, batch)) / 2
         return total
 
-    def _find_positives(self, units: Tensor, anchors: Tensor, positives: Tensor, batch: PairBatch) -> Tensor:
+    def _find_positives(self, units: Units, anchors: Units, positives: Units, batch: PairBatch) -> Tensor:
         """Every anchor against the positives of all rows, then the negatives of all rows."""
         num_rows, num_negatives = batch.negatives.shape
         candidates, ids = positives, batch.text_ids[batch.positives]
         absent = torch.zeros_like(batch.anchors, dtype=torch.bool)
         if num_negatives:
             negatives = batch.negatives.flatten()
-            candidates = torch.cat([positives, units[negatives]])
+            candidates = join([positives, units[negatives]])
             ids = torch.cat([ids, batch.text_ids[negatives]])
             absent = torch.cat([absent, ~batch.has_negative.flatten()])
         begin = first_row(len(candidates))
-        own = begin + torch.arange(num_rows, device=units.device)
-        own_negatives = begin + num_rows + torch.arange(num_rows * num_negatives, device=units.device)
-        everything, all_ids, all_absent = gather(candidates), gather(ids), gather(absent.to(torch.uint8)).bool()
+        own = begin + torch.arange(num_rows, device=ids.device)
+        own_negatives = begin + num_rows + torch.arange(num_rows * num_negatives, device=ids.device)
+        everything, all_ids, all_absent = gather_units(candidates), gather(ids), gather(absent.to(torch.uint8)).bool()
         weight = self.section.hard_negative_weight
 
         def loss(
-            anchors: Tensor, own: Tensor, anchor_ids: Tensor, positive_ids: Tensor, own_negatives: Tensor
+            anchors: Units, own: Tensor, anchor_ids: Tensor, positive_ids: Tensor, own_negatives: Tensor
         ) -> Tensor:
             bonus = None
             if num_negatives and weight:
-                bonus = anchors.new_zeros(len(anchors), len(all_ids)).scatter_(1, own_negatives, weight)
+                bonus = batch.scores.new_zeros(len(anchors), len(all_ids)).scatter_(1, own_negatives, weight)
             return info_nce(
                 anchors,
                 everything,
@@ -256,18 +258,23 @@ class ContrastiveEncoder(ObjectiveModule):
             loss, anchors, own, anchor_ids, positive_ids, own_negatives.view(num_rows, num_negatives)
         )
 
-    def _find_anchors(self, anchors: Tensor, positives: Tensor, batch: PairBatch) -> Tensor:
+    def _find_anchors(self, anchors: Units, positives: Units, batch: PairBatch) -> Tensor:
         """Every positive against the anchors of all rows."""
         own = _own_indices(batch, len(anchors))
         ids, positive_ids = batch.text_ids[batch.anchors], batch.text_ids[batch.positives]
-        everything, all_ids = gather(anchors), gather(ids)
+        everything, all_ids = gather_units(anchors), gather(ids)
 
-        def loss(positives: Tensor, own: Tensor, ids: Tensor, positive_ids: Tensor) -> Tensor:
+        def loss(positives: Units, own: Tensor, ids: Tensor, positive_ids: Tensor) -> Tensor:
             excluded = _same_text(all_ids, positive_ids, ids).scatter(1, own[:, None], False)
             margin = self.section.false_negative_margin
             return info_nce(positives, everything, own, excluded, scale=self.scale, margin=margin)
 
         return sum_over_blocks(loss, positives, own, ids, positive_ids)
+
+
+def _keep_tokens(hidden_TH: Tensor, lengths_N: Tensor) -> Tensor:
+    """Where the other poolings make one vector a text."""
+    return hidden_TH
 
 
 def _own_indices(batch: PairBatch, num_rows: int) -> Tensor:
@@ -313,10 +320,14 @@ def _describe_recipe(config: Config, sources: Sequence[str]) -> list[str]:
     sets = ", ".join(sources) or f"all sets prepared in {readable(str(config.dataset.path))}"
     return [
         f"- fine-tuned on pairs of {sets}",
-        f"- texts of at most {config.dataset.max_seq_length} tokens, {section.pooling} pooling",
+        f"- texts of at most {config.dataset.max_seq_length} tokens, {_describe_vectors(section)}",
         f"- loss: {_LOSSES[section.loss_type]}{''.join(f'; {option}' for option in _list_options(section))}",
         f"- temperature {section.temperature:g}{' at the start, then learned' if section.learn_temperature else ''}",
     ]
+
+
+def _describe_vectors(section: ContrastiveSection) -> str:
+    return "compared token by token (MaxSim)" if section.pooling == TOKENS else f"{section.pooling} pooling"
 
 
 _LOSSES = {

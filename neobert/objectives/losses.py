@@ -1,4 +1,4 @@
-"""Losses over the embeddings of a step. Pure functions; all similarities are cosines.
+"""Losses over the embeddings of a step. Pure functions; all similarities are cosines, or means of them (MaxSim).
 
 Each returns the sum over this process's rows, so that the sum over processes, divided by the rows of all of them, is
 the loss of the step. Embeddings that come from other processes take part with their gradients.
@@ -23,13 +23,15 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
+from neobert.objectives.late_interaction import TokenVectors, Units, compare
+
 ROWS_AT_ONCE = 256
 """Rows of a block: with all candidates enough for a full matrix product."""
 
 
 def info_nce(
-    anchors_ND: Tensor,
-    candidates_MD: Tensor,
+    anchors_ND: Units,
+    candidates_MD: Units,
     own_N: Tensor,
     excluded_NM: Tensor,
     *,
@@ -47,7 +49,7 @@ def info_nce(
         bonus_NM: added to the logits (hard negatives of SimCSE, Gao et al., arXiv 2104.08821, equation 8).
         margin: also excludes candidates more similar to the anchor than its own one by more than this.
     """
-    similarity_NM = anchors_ND @ candidates_MD.T
+    similarity_NM = compare(anchors_ND, candidates_MD)
     if margin is not None:
         limit_N1 = similarity_NM.detach().gather(1, own_N[:, None]) + margin
         excluded_NM = excluded_NM | (similarity_NM.detach() > limit_N1)
@@ -59,8 +61,8 @@ def info_nce(
 
 
 def sup_con(
-    anchors_ND: Tensor,
-    all_MD: Tensor,
+    anchors_ND: Units,
+    all_MD: Units,
     labels_N: Tensor,
     labels_M: Tensor,
     own_N: Tensor,
@@ -73,7 +75,7 @@ def sup_con(
     Args:
         own_N: index of each anchor among `all_MD`.
     """
-    logits_NM = scale * (anchors_ND @ all_MD.T)
+    logits_NM = scale * compare(anchors_ND, all_MD)
     itself_NM = own_N[:, None] == torch.arange(len(all_MD), device=own_N.device)
     log_probs_NM = F.log_softmax(logits_NM.masked_fill(itself_NM, float("-inf")), dim=1)
     same_NM = (labels_N[:, None] == labels_M) & ~itself_NM
@@ -90,9 +92,9 @@ def cosent(similarity_M: Tensor, scores_M: Tensor, *, scale: Tensor | float) -> 
     return torch.logsumexp(torch.cat([terms.new_zeros(1), terms]), dim=0)
 
 
-def sum_over_blocks(loss: Callable[..., Tensor], *rows: Tensor) -> Tensor:
-    """`loss` of tensors `[N, ...]`, a sum over rows, block by block: the backward computes the similarities of a block
-    again, a product that is small beside the encoder's."""
+def sum_over_blocks(loss: Callable[..., Tensor], *rows: Units) -> Tensor:
+    """`loss` of vectors and tensors `[N, ...]`, a sum over rows, block by block: the backward computes the similarities
+    of a block again, a product that is small beside the encoder's."""
     if len(rows[0]) <= ROWS_AT_ONCE:
         return loss(*rows)
     blocks = zip(*(x.split(ROWS_AT_ONCE) for x in rows))
@@ -124,6 +126,19 @@ def gather(values: Tensor) -> Tensor:
     if not is_distributed():
         return values
     return _Gather.apply(values) if values.requires_grad else _all_gather(values)
+
+
+def gather_units(vectors: Units) -> Units:
+    """The same of vectors of texts. Token vectors are padded for the exchange, which waits for the device."""
+    if not isinstance(vectors, TokenVectors):
+        return gather(vectors)
+    if not is_distributed():
+        return vectors
+    lengths = gather(vectors.lengths_N)
+    counts = lengths.view(dist.get_world_size(), -1).sum(dim=1).tolist()
+    padding = max(counts) - len(vectors.tokens_TD)
+    parts = gather(F.pad(vectors.tokens_TD, (0, 0, 0, padding))).split(max(counts))
+    return TokenVectors(torch.cat([part[:count] for part, count in zip(parts, counts)]), lengths)
 
 
 def is_distributed() -> bool:

@@ -53,6 +53,10 @@ HUB_NAME = re.compile(r"\w[\w.-]*/\w[\w.-]*(@[\w./-]+)?")
 _SMALL_FILES = ["*.json", "*.txt", "*.model"]
 
 
+class UnknownLayout(WeightsError):
+    """An architecture that is none of ours: other libraries may load it."""
+
+
 @dataclass(frozen=True, kw_only=True, slots=True, eq=False)
 class EncoderWeights:
     """A trained encoder."""
@@ -94,6 +98,7 @@ def load_encoder_weights(
         weights: A key of WEIGHTS.
 
     Raises:
+        UnknownLayout: it is a model of transformers with another architecture.
         WeightsError: there is nothing at `path`, or it has no weights of that kind, or its tensors are not exactly
             those of an encoder of ours.
     """
@@ -102,6 +107,8 @@ def load_encoder_weights(
     folder = find_weights(path)
     try:
         return _read_folder(folder, drop_decoder_bias, weights)
+    except UnknownLayout as error:
+        raise UnknownLayout(f"{folder}: {error}") from error
     except (OSError, ValueError, SafetensorError, yaml.YAMLError) as error:
         raise WeightsError(f"{folder}: {error}") from error
 
@@ -209,7 +216,7 @@ def _recognise(folder: Path, tensors: Mapping[str, Tensor]) -> tuple[Layout, Map
         kind = raw.get("model_type")
         names = {"eurobert": "eurobert", REMOTE_CODE_TYPE: "remote_code", "neobert": _neobert_kind(tensors)}
         if kind not in names:
-            raise WeightsError(
+            raise UnknownLayout(
                 f"config.json has model_type {kind!r}, whose layout is not known; known are {', '.join(sorted(names))}"
             )
         return LAYOUTS[names[kind]], raw

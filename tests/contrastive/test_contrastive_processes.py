@@ -40,6 +40,18 @@ def test_two_processes_equal_one(contrastive: Callable[..., Config], tmp_path: P
     assert len(kinds) > 2, "several sets were drawn"
 
 
+def test_two_processes_compare_tokens_as_one_does(
+    contrastive: Callable[..., Config], tmp_path: Path, all_sets: str
+) -> None:
+    one, two = tmp_path / "one", tmp_path / "two"
+    batch = ["contrastive.pooling=tokens", "trainer.global_batch_size=8", "trainer.max_steps=4", "dataset.name=null"]
+    batch += [all_sets, "dataset.alpha=0", "contrastive.both_directions=true", "optimizer.lr=1e-3"]
+    batch += ["model.embedding_init_range=0.5", "model.decoder_init_range=0.2", "optimizer.eps=1e-4"]
+    finetune(contrastive(one, *batch))
+    launch(tmp_path, contrastive(two, *batch, "trainer.per_device_train_batch_size=2"))
+    check_equal(one, two, after=0)
+
+
 def check_equal(one: Path, other: Path, *, after: int) -> None:
     for a, b in zip(lines(one, "step")[after:], lines(other, "step"), strict=True):
         for exact in ("step", "num_tokens", "num_targets", "batch_digest"):

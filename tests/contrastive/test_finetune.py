@@ -25,12 +25,12 @@ from neobert.contrastive.evaluate import spearman
 from neobert.contrastive.finetune import finetune
 from neobert.contrastive.pair_data import NotPrepared, choose_sets
 from neobert.errors import DataError, StartupError
-from neobert.export.sentence_files import choose_sentence_settings
 from neobert.export.verify import verify
 from neobert.export.write import ExportRequest, export
 from neobert.inference.model import load
 from neobert.train.loop import pretrain
 from neobert.weights.encoder_weights import load_encoder_weights
+from neobert.weights.vector_settings import load_vector_settings
 
 ROOT = Path(__file__).parents[2]
 EXACT = ("step", "loss_hex", "grad_norm_hex", "lr", "num_tokens", "num_targets", "batch_digest")
@@ -351,7 +351,7 @@ def test_an_exported_folder_in_sentence_transformers(
     assert verdict.passed, verdict.describe()
     assert any(check.name == f"sentence-transformers, {pooling} pooling" for check in verdict.checks)
     model.save(str(tmp_path / "saved"))
-    before, after = (choose_sentence_settings(load_encoder_weights(path)) for path in (folder, tmp_path / "saved"))
+    before, after = (load_vector_settings(load_encoder_weights(path)) for path in (folder, tmp_path / "saved"))
     assert (after.pooling, after.max_length, dict(after.prompts)) == (pooling, before.max_length, dict(before.prompts))
 
 

@@ -30,13 +30,13 @@ import neobert.export.write as write_module
 from neobert.config.schema import Config
 from neobert.data.tokenizer import train_tokenizer
 from neobert.export.forms import CARRIED, REQUIRED, ExportError, choose_form, code_files
-from neobert.export.sentence_files import choose_sentence_settings
 from neobert.export.tokenizer_files import save_tokenizer
 from neobert.export.write import Exported, ExportRequest, export
 from neobert.model.config import ModelConfig
 from neobert.objectives.base import VectorSettings
 from neobert.weights.describe import WeightsError
 from neobert.weights.encoder_weights import load_encoder_weights
+from neobert.weights.vector_settings import load_vector_settings
 
 Tiny = Callable[..., Config]
 
@@ -187,7 +187,7 @@ def test_the_files_that_sentence_transformers_6_saves(exports: dict[str, Exporte
     (folder / "config_sentence_transformers.json").write_text('{"prompts": {"document": "", "query": "q: "}}')
     tokenizer = json.loads((folder / "tokenizer_config.json").read_text())
     (folder / "tokenizer_config.json").write_text(json.dumps(tokenizer | {"model_max_length": 32}))
-    assert choose_sentence_settings(load_encoder_weights(folder)) == VectorSettings(
+    assert load_vector_settings(load_encoder_weights(folder)) == VectorSettings(
         max_length=32, pooling="max", prompts=(("query", "q: "),)
     )
 
