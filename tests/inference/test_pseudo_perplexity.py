@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from neobert.errors import DataError
-from neobert.inference import pseudo_perplexity
+from neobert.inference import jobs
 from neobert.inference.jobs import JobError
 from neobert.inference.model import Model
 from neobert.inference.packed import hidden_states
@@ -129,14 +129,14 @@ def test_a_killed_job_continues_with_the_same_lines(
 ) -> None:
     settings = ScoreSettings(max_length=40, batch_tokens=60, chunked=3, bias_documents=9)
     run(loaded, jsonl, tmp_path / "whole.jsonl", settings)
-    real, output = pseudo_perplexity.save_done, tmp_path / "s.jsonl"
+    real, output = jobs.save_done, tmp_path / "s.jsonl"
     for when in (1, 2, 1):  # after the lines were written, before they were recorded
-        monkeypatch.setattr(pseudo_perplexity, "save_done", _failing(real, when))
+        monkeypatch.setattr(jobs, "save_done", _failing(real, when))
         with pytest.raises(KeyboardInterrupt):
             run(loaded, jsonl, output, settings)
         with output.open("a") as out:
             out.write('{"record": 99, "nu')
-    monkeypatch.setattr(pseudo_perplexity, "save_done", real)
+    monkeypatch.setattr(jobs, "save_done", real)
     with pytest.raises(JobError, match=r"other settings \(chunked was 3 and is 4\)"):
         run(loaded, jsonl, output, ScoreSettings(max_length=40, batch_tokens=60, chunked=4, bias_documents=9))
     run(loaded, jsonl, output, settings)
