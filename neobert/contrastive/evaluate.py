@@ -19,10 +19,11 @@ from neobert.config.schema_contrastive import PairSource
 from neobert.contrastive.examples import Example, Form
 from neobert.contrastive.pair_data import ContrastiveData, HeldOut
 from neobert.contrastive.reading import open_source
+from neobert.correlation import spearman
 from neobert.errors import DataError
 from neobert.inference.model import Model, load
 from neobert.inference.packed import BATCH_TOKENS
-from neobert.train.agreement import exchange, sharing_errors
+from neobert.train.agreement import gather_rows, sharing_errors
 from neobert.train.run import Run
 
 Floats = NDArray[np.floating[Any]]
@@ -30,23 +31,6 @@ Floats = NDArray[np.floating[Any]]
 TOP = 10
 _QUERIES = 256
 """Queries compared with the whole collection at once."""
-
-
-def ranks(values: Floats) -> NDArray[np.float64]:
-    """Ranks from 1; equal values get the mean of their ranks."""
-    order = np.argsort(values, kind="stable")
-    _, inverse, counts = np.unique(values, return_inverse=True, return_counts=True)
-    ends = np.cumsum(counts)
-    assert len(order) == ends[-1]
-    return ((ends - counts + 1 + ends) / 2)[inverse]
-
-
-def spearman(a: Floats, b: Floats) -> float:
-    """Spearman's rank correlation: Pearson's of the ranks; 0 where one of them is constant."""
-    first, second = ranks(a), ranks(b)
-    first, second = first - first.mean(), second - second.mean()
-    norm = float(np.sqrt((first**2).sum() * (second**2).sum()))
-    return float((first * second).sum()) / norm if norm else 0.0
 
 
 def retrieval(queries_QD: Floats, documents_CD: Floats, relevant: Sequence[Sequence[int]]) -> dict[str, float]:
@@ -160,10 +144,7 @@ def embed_shared(run: Run, texts: Sequence[str]) -> NDArray[np.float32]:
     model, config, runtime = run.as_model(), run.config, run.runtime
     mine = texts[runtime.rank :: runtime.world]
     vectors = embed_cut(model, mine, pooling=config.contrastive.pooling, max_length=config.dataset.max_seq_length)
-    result = np.empty((len(texts), model.hidden_size), dtype=np.float32)
-    for rank, part in enumerate(exchange(runtime, vectors)):
-        result[rank :: runtime.world] = part
-    return result
+    return gather_rows(runtime, vectors, len(texts))
 
 
 def embed_cut(model: Model, texts: Sequence[str], *, pooling: str, max_length: int) -> NDArray[np.float32]:

@@ -1,10 +1,12 @@
 """Answers for files, whatever the model answers, and jobs in bounded memory."""
 
 import json
+import random
 import tracemalloc
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -17,7 +19,7 @@ from neobert.inference.model import Model
 from neobert.inference.predict import PredictReport, PredictSettings, predict_to_file
 from neobert.inference.pseudo_perplexity import ScoreSettings, pseudo_perplexity_to_file, summarize
 from neobert.inference.scorer import BatchLoss, OwnScorer
-from neobert.inference.texts import open_texts
+from neobert.inference.texts import InputRecord, Texts, open_texts
 from neobert.objectives.base import Answers
 
 SETTINGS = PredictSettings(top_k=2, chunk_texts=4)
@@ -39,14 +41,17 @@ def run(model: Model, source: Path, output: Path, settings: PredictSettings = SE
         return predict_to_file(model, texts, output, settings)
 
 
-def failing(real: Callable[..., None], when: int) -> Callable[..., None]:
-    """A function that is interrupted at its call number `when`."""
+def failing(real: Callable[..., None], when: int, *, noted: bool = False) -> Callable[..., None]:
+    """A function that is interrupted at its call number `when`, before or after its work."""
     calls = iter(range(100))
 
     def call(*args: object) -> None:
-        if next(calls) == when:
+        now = next(calls) == when
+        if now and not noted:
             raise KeyboardInterrupt
         real(*args)
+        if now:
+            raise KeyboardInterrupt
 
     return call
 
@@ -79,24 +84,25 @@ def test_every_record_has_its_line_in_order(loaded: Model, masked: Path, tmp_pat
 def test_a_killed_job_has_the_same_bytes(
     loaded: Model, masked: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    run(loaded, masked, tmp_path / "whole.jsonl")
-    output, real = tmp_path / "out.jsonl", jobs.save_done
-    for when in (0, 2, 1):  # at the start, after lines were written and before that was noted
-        monkeypatch.setattr(jobs, "save_done", failing(real, when))
+    settings = PredictSettings(top_k=2, chunk_texts=1)
+    run(loaded, masked, tmp_path / "whole.jsonl", settings)
+    output, real, rng = tmp_path / "out.jsonl", jobs.save_done, random.Random(0)
+    for _ in range(4):  # after lines were written, before that was noted or after it
+        monkeypatch.setattr(jobs, "save_done", failing(real, rng.randrange(3), noted=rng.random() < 0.5))
         with pytest.raises(KeyboardInterrupt):
-            run(loaded, masked, output)
+            run(loaded, masked, output, settings)
         if output.exists():
             with output.open("a") as out:
                 out.write('{"record": 99, "te')
     monkeypatch.setattr(jobs, "save_done", real)
     with pytest.raises(JobError, match="top_k was 2 and is 3"):
-        run(loaded, masked, output, PredictSettings(top_k=3, chunk_texts=4))
-    report = run(loaded, masked, output)
+        run(loaded, masked, output, PredictSettings(top_k=3, chunk_texts=1))
+    report = run(loaded, masked, output, settings)
     assert output.read_bytes() == (tmp_path / "whole.jsonl").read_bytes()
     assert report.num_records == 13
     assert 0 < report.throughput.num_texts < 11, "of this start alone"
     with pytest.raises(JobError, match=r"out\.jsonl exists already"):
-        run(loaded, masked, output)
+        run(loaded, masked, output, settings)
 
 
 def test_an_output_that_was_changed_is_refused(
@@ -169,41 +175,68 @@ def test_the_loss_of_a_killed_job_is_that_of_one_left_alone(
         output.unlink()
 
 
-def test_memory_does_not_grow_with_the_file(loaded: Model, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The most that Python holds at once, over a hundred times the records; a stand-in computes."""
-    monkeypatch.setattr(mlm_loss, "_BLOCK_DOCUMENTS", 8)
+class Counted(str):
+    """A text that is counted while it lives."""
+
+    alive = most = 0
+
+    def __new__(cls, text: str) -> "Counted":  # Copies are made through it too.
+        Counted.alive += 1
+        Counted.most = max(Counted.most, Counted.alive)
+        return super().__new__(cls, text)
+
+    def __del__(self) -> None:
+        Counted.alive -= 1
+
+
+def test_the_texts_in_memory_do_not_grow_with_the_file(
+    loaded: Model, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As many for a hundred times the records; stand-ins compute."""
 
     def vectors(model: Model, documents: Sequence[object], **options: object) -> torch.Tensor:
         return torch.zeros(len(documents), model.hidden_size)
 
+    def score(model: Model, documents: Sequence[object], *settings: object) -> list[tuple[int, float]]:
+        return [(1, 1.0) for _ in documents]
+
+    def records(texts: Texts, *position: Any) -> Iterator[InputRecord]:
+        return (record._replace(text=Counted(record.text)) for record in read(texts, *position))
+
+    read = Texts.records
+    monkeypatch.setattr(Texts, "records", records)
     monkeypatch.setattr(Model, "embed_tokens", vectors)
-    monkeypatch.setattr(Model, "digest", lambda self: "same")
     monkeypatch.setattr(OwnScorer, "score", lambda self, batch: BatchLoss(1.0, 0))
-    score = "neobert.inference.pseudo_perplexity.score_documents"
-    monkeypatch.setattr(score, lambda model, documents, settings, every: [(len(x), 1.0) for x in documents])
+    monkeypatch.setattr("neobert.inference.pseudo_perplexity.score_documents", score)
+    monkeypatch.setattr(mlm_loss, "_BLOCK_DOCUMENTS", 8)
     model = replace(loaded, objective=replace(loaded.objective, answers=f"{__name__}:LENGTHS"))
-
-    def peaks(count: int) -> list[int]:
-        file = tmp_path / f"{count}.jsonl"
-        file.write_text("".join(json.dumps({"text": f"the cat sees {n} stones"}) + "\n" for n in range(count)))
+    pieces = ScoreSettings(max_length=40, batch_tokens=50)
+    jobs_of = {
+        "embed.npy": lambda texts, out: embed_to_file(loaded, texts, out, EmbedSettings(chunk_texts=8)),
+        "predict.jsonl": lambda texts, out: predict_to_file(model, texts, out, PredictSettings(chunk_texts=8)),
+        "loss.json": lambda texts, out: measure_mlm_loss(OwnScorer(loaded), texts, LossSettings(), out),
+        "scores.jsonl": lambda texts, out: pseudo_perplexity_to_file(loaded, texts, out, pieces),
+    }
+    for name, work in jobs_of.items():
         found = []
-        for name, work in {
-            "embed.npy": lambda texts, out: embed_to_file(loaded, texts, out, EmbedSettings(chunk_texts=8)),
-            "predict.jsonl": lambda texts, out: predict_to_file(model, texts, out, PredictSettings(chunk_texts=8)),
-            "loss.json": lambda texts, out: measure_mlm_loss(OwnScorer(loaded), texts, LossSettings(), out),
-            "scores.jsonl": lambda texts, out: pseudo_perplexity_to_file(
-                loaded, texts, out, ScoreSettings(max_length=40, batch_tokens=50)
-            ),
-            "summary": lambda texts, out: summarize(tmp_path / f"{count}-scores.jsonl"),
-        }.items():
+        for count in (20, 2000):
+            file = tmp_path / f"{count}.jsonl"
+            file.write_text("".join(json.dumps({"text": f"the cat sees {n} stones"}) + "\n" for n in range(count)))
+            Counted.most = Counted.alive
             with open_texts(str(file)) as texts:
-                tracemalloc.start()
                 work(texts, tmp_path / f"{count}-{name}")
-                found.append(tracemalloc.get_traced_memory()[1])
-                tracemalloc.stop()
-        return found
+            found.append(Counted.most)
+        assert 0 < found[1] == found[0] <= 20, (name, found)
 
-    monkeypatch.setattr("neobert.inference.pseudo_perplexity._ROWS_AT_ONCE", 8)
-    peaks(15)  # What is made once.
-    for few, many in zip(peaks(16), peaks(1600)):
-        assert many < 1.5 * few + 50_000, (few, many)
+
+def test_the_memory_of_a_summary_does_not_grow_with_the_lines(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("neobert.inference.pseudo_perplexity._ROWS_AT_ONCE", 16)
+    peaks = []
+    for count in (20, 20, 2000):  # The first makes what is made once.
+        file = tmp_path / "scores.jsonl"
+        file.write_text("".join(json.dumps({"num_tokens": 5, "nll": n % 7}) + "\n" for n in range(count)))
+        tracemalloc.start()
+        summarize(file)
+        peaks.append(tracemalloc.get_traced_memory()[1])
+        tracemalloc.stop()
+    assert peaks[2] < peaks[1] + 60_000, peaks
