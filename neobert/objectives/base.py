@@ -143,7 +143,8 @@ class Answers:
     """What a trained model can be asked."""
 
     answer: AnswerTexts
-    """About texts of a user. Raises ValueError for a text or an option that it cannot answer for."""
+    """About texts of a user, who may also ask about none, to have the options checked. Raises ValueError for a text or
+    an option that it cannot answer for."""
 
     show: ShowDocuments
     """About the starts of evaluation documents (token ids without special tokens), at the end of a run."""

@@ -21,6 +21,7 @@ from neobert.inference.pseudo_perplexity import ScoreSettings, pseudo_perplexity
 from neobert.inference.scorer import BatchLoss, OwnScorer
 from neobert.inference.texts import InputRecord, Texts, open_texts
 from neobert.objectives.base import Answers
+from neobert.objectives.replaced_token import REPLACED_TOKEN, ReplacedTokenDetector
 
 SETTINGS = PredictSettings(top_k=2, chunk_texts=4)
 
@@ -127,6 +128,18 @@ def test_a_wrong_question_is_refused_before_any_record(loaded: Model, masked: Pa
     assert not list(tmp_path.iterdir())
 
 
+def test_a_model_of_replaced_tokens_judges_a_file(loaded: Model, jsonl: Path, tmp_path: Path) -> None:
+    detector = ReplacedTokenDetector(loaded.module.encoder).eval()
+    model = replace(loaded, module=detector, objective=REPLACED_TOKEN)
+    with pytest.raises(ValueError, match="--joint: is for models of masked language modelling"):
+        run(model, jsonl, tmp_path / "out.jsonl", PredictSettings(joint=True))
+    assert run(model, jsonl, tmp_path / "out.jsonl").num_refused == 0
+    lines = [json.loads(line) for line in (tmp_path / "out.jsonl").read_text().splitlines()]
+    assert len(lines) == 33
+    judged = [line for line in lines if "problem" not in line]
+    assert all(0 < token["probability"] < 1 for line in judged for token in line["tokens"])
+
+
 @dataclass(frozen=True)
 class Length:
     """What a model of another objective says."""
@@ -208,25 +221,25 @@ def test_the_texts_in_memory_do_not_grow_with_the_file(
     monkeypatch.setattr(Model, "embed_tokens", vectors)
     monkeypatch.setattr(OwnScorer, "score", lambda self, batch: BatchLoss(1.0, 0))
     monkeypatch.setattr("neobert.inference.pseudo_perplexity.score_documents", score)
-    monkeypatch.setattr(mlm_loss, "_BLOCK_DOCUMENTS", 8)
+    monkeypatch.setattr(mlm_loss, "_BLOCK_DOCUMENTS", 4)
     model = replace(loaded, objective=replace(loaded.objective, answers=f"{__name__}:LENGTHS"))
     pieces = ScoreSettings(max_length=40, batch_tokens=50)
     jobs_of = {
-        "embed.npy": lambda texts, out: embed_to_file(loaded, texts, out, EmbedSettings(chunk_texts=8)),
-        "predict.jsonl": lambda texts, out: predict_to_file(model, texts, out, PredictSettings(chunk_texts=8)),
+        "embed.npy": lambda texts, out: embed_to_file(loaded, texts, out, EmbedSettings(chunk_texts=4)),
+        "predict.jsonl": lambda texts, out: predict_to_file(model, texts, out, PredictSettings(chunk_texts=4)),
         "loss.json": lambda texts, out: measure_mlm_loss(OwnScorer(loaded), texts, LossSettings(), out),
         "scores.jsonl": lambda texts, out: pseudo_perplexity_to_file(loaded, texts, out, pieces),
     }
     for name, work in jobs_of.items():
         found = []
-        for count in (20, 2000):
+        for count in (8, 800):
             file = tmp_path / f"{count}.jsonl"
             file.write_text("".join(json.dumps({"text": f"the cat sees {n} stones"}) + "\n" for n in range(count)))
             Counted.most = Counted.alive
             with open_texts(str(file)) as texts:
                 work(texts, tmp_path / f"{count}-{name}")
             found.append(Counted.most)
-        assert 0 < found[1] == found[0] <= 20, (name, found)
+        assert 0 < found[1] == found[0] <= 8, (name, found)
 
 
 def test_the_memory_of_a_summary_does_not_grow_with_the_lines(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

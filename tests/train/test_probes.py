@@ -145,6 +145,7 @@ def test_two_processes_split_the_probes(tiny: Tiny, probed: Path, sets: tuple[Pa
 
 def test_compiled_blocks_train_the_same(tiny: Tiny, sets: tuple[Path, Path], tmp_path: Path) -> None:
     compiled = ["trainer.torch_compile=true", "trainer.torch_compile_backend=eager", "trainer.max_steps=2"]
+    compiled.append("dataset.eval_samples=null")
     pretrain(tiny(tmp_path / "plain", *SETTINGS, *compiled))
     pretrain(tiny(tmp_path / "probed", *probing_with(sets), *compiled, "trainer.probe_steps=1"))
     assert exact_steps(tmp_path / "plain") == exact_steps(tmp_path / "probed")

@@ -62,8 +62,8 @@ def log_probes(run: Run, state: TrainState) -> None:
         if fraction > MOST_OF_RUN and name not in probes.warned:
             probes.warned.add(name)
             run.tracker.warn(
-                f"the probe {name} took {fraction:.1%} of the time of this run so far; raise trainer.probe_steps, or lower "
-                f"trainer.{'probe_tokens' if name == LOSSES else 'probe_examples'}"
+                f"the probe {name} took {fraction:.1%} of the time of this run so far; raise trainer.probe_steps, or "
+                f"lower trainer.{'probe_tokens' if name == LOSSES else 'probe_examples'}"
             )
 
 
