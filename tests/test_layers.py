@@ -11,7 +11,7 @@ import pytest
 ROOT = Path(__file__).parent.parent
 PACKAGE = ROOT / "neobert"
 LAYERS = [
-    {"secrets", "host"},
+    {"secrets", "host", "correlation"},
     {"errors", "key"},
     {"model", "kernels"},
     {"config"},

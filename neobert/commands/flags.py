@@ -102,6 +102,11 @@ def add_dtype(parser: argparse.ArgumentParser) -> None:
 def add_input(parser: argparse.ArgumentParser) -> None:
     """An input of texts, and which column and split of it."""
     parser.add_argument("input", help="JSONL, text, CSV or Parquet: a file, folder, pattern or address; - reads stdin")
+    add_columns(parser)
+
+
+def add_columns(parser: argparse.ArgumentParser) -> None:
+    """Which column and split of an input."""
     parser.add_argument("--text-column", help="default: text, content, sentence, or the only one with text")
     parser.add_argument("--split", help="where the input has several")
 

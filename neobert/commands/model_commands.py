@@ -1,5 +1,6 @@
 """Commands that use trained models and their checkpoints. Libraries are imported after the arguments are read."""
 
+import argparse
 import dataclasses
 import importlib.util
 import sys
@@ -12,6 +13,7 @@ from neobert.cli import explicit_values
 from neobert.commands.flags import (
     POOLING_HELP,
     WEIGHTS_HELP,
+    add_columns,
     add_input,
     add_json,
     add_limits,
@@ -28,14 +30,26 @@ def predict(program: str, argv: list[str]) -> None:
     """Fill the masks of texts with a trained model: `neobert predict MODEL "The capital of France is [MASK]."`
 
     A model of replaced-token detection says instead which tokens of a text do not belong.
+
+    With --output, of every record of a file: `neobert predict MODEL INPUT --output answers.jsonl`. Type the same
+    command again when it was interrupted.
     """
     parser = build_model_parser(program, predict.__doc__)
-    parser.add_argument("text", nargs="*", help='text with [MASK], for example "The capital of France is [MASK]."')
+    parser.add_argument("text", nargs="*", help='text with [MASK], or with --output the input: "The sky is [MASK]."')
     parser.add_argument("--file", help="read texts from a file, one a line; - reads the standard input")
+    parser.add_argument("--output", type=Path, help="JSONL file, one line a record of INPUT")
+    add_columns(parser)
+    parser.add_argument("--chunk-texts", type=int, help="records between two notes of progress (default 256)")
     parser.add_argument("--top-k", type=int, default=5, help="tokens to show for each mask (default 5)")
     parser.add_argument("--joint", action="store_true", help="fill the masks of a text from left to right")
     add_json(parser, "print one JSON object a text")
     args = parser.parse_args(argv)
+    if args.output is not None:
+        _predict_file(args)
+        return
+    for flag in ("text_column", "split", "chunk_texts"):
+        if getattr(args, flag) is not None:
+            raise ValueError(f"--{flag.replace('_', '-')}: is for files of records; add --output, or leave it out")
     texts = list(args.text)
     if args.file:
         read = sys.stdin.read() if args.file == "-" else Path(args.file).read_text(encoding="utf-8")
@@ -47,6 +61,23 @@ def predict(program: str, argv: list[str]) -> None:
     model = load(args.model, device=args.device, dtype=args.dtype, weights=args.weights)
     for result in model.predict(texts, top_k=args.top_k, joint=args.joint):
         print_answer(dataclasses.asdict(result), result.describe(), as_json=args.json)
+
+
+def _predict_file(args: argparse.Namespace) -> None:
+    if len(args.text) != 1 or args.file or args.json:
+        raise ValueError("--output: name one input, without --file and --json: `MODEL INPUT --output answers.jsonl`")
+    from neobert.inference.model import load
+    from neobert.inference.predict import PredictSettings, check_lines_output, predict_to_file
+    from neobert.inference.texts import open_texts
+
+    settings = PredictSettings(**explicit_values(args, PredictSettings))
+    check_lines_output(args.output)
+    with open_texts(args.text[0], text_column=args.text_column, split=args.split) as texts:
+        model = load(args.model, device=args.device, dtype=args.dtype, weights=args.weights)
+        report = predict_to_file(model, texts, args.output, settings)
+        cli.say(*texts.notes, *texts.describe_gaps("lines that say so"), report.throughput.describe())
+    refused = f"; {report.num_refused:,} texts have no answer, their lines say why" if report.num_refused else ""
+    cli.say(f"{report.num_records:,} records answered in {args.output}{refused}")
 
 
 def embed(program: str, argv: list[str]) -> None:
@@ -71,7 +102,7 @@ def embed(program: str, argv: list[str]) -> None:
     with open_texts(args.input, text_column=args.text_column, split=args.split) as texts:
         model = load(args.model, device=args.device, dtype=args.dtype, weights=args.weights)
         report = embed_to_file(model, texts, args.output, settings)
-        cli.say(*texts.notes, *texts.describe_gaps("rows of zeros"))
+        cli.say(*texts.notes, *texts.describe_gaps("rows of zeros"), report.throughput.describe())
     resumed = f" ({report.num_resumed:,} of them before the interruption)" if report.num_resumed else ""
     cut = f"; {report.num_truncated:,} were longer than the model and were cut" if report.num_truncated else ""
     cli.say(f"{report.num_texts:,} texts of {report.num_records:,} records{resumed} embedded to {args.output}{cut}")
@@ -96,9 +127,11 @@ def mlm_loss(program: str, argv: list[str]) -> None:
     parser.add_argument("--whole-words", action="store_true", help="mask words, and report bits per byte")
     parser.add_argument("--piece-chars", type=int, help="default 1000")
     parser.add_argument("--trust-remote-code", action="store_true", help="run code that comes with a model of others")
+    parser.add_argument(
+        "--output", type=Path, help="write the metrics here too, as JSON; interrupted, the same command continues"
+    )
     args = parser.parse_args(argv)
-    from neobert.inference.mlm_loss import LossSettings
-    from neobert.inference.mlm_loss import mlm_loss as measure
+    from neobert.inference.mlm_loss import LossSettings, measure_mlm_loss
     from neobert.inference.scorer import load_scorer
     from neobert.inference.texts import open_texts
 
@@ -106,8 +139,8 @@ def mlm_loss(program: str, argv: list[str]) -> None:
     where = {"device": args.device, "dtype": args.dtype, "weights": args.weights}
     scorer = load_scorer(args.model, **where, trust_remote_code=args.trust_remote_code)
     with open_texts(args.input, text_column=args.text_column, split=args.split) as texts:
-        result = measure(scorer, texts, settings)
-        cli.say(*texts.notes, *texts.describe_gaps())
+        result, throughput = measure_mlm_loss(scorer, texts, settings, args.output)
+        cli.say(*texts.notes, *texts.describe_gaps(), throughput.describe())
     print_answer(dataclasses.asdict(result), result.describe(), as_json=args.json)
 
 
@@ -132,8 +165,8 @@ def pseudo_perplexity(program: str, argv: list[str]) -> None:
     args.max_length = min(args.max_length or model.max_length, model.max_length)
     settings = ScoreSettings(**explicit_values(args, ScoreSettings))
     with open_texts(args.input, text_column=args.text_column, split=args.split) as texts:
-        pseudo_perplexity_to_file(model, texts, args.output, settings)
-        cli.say(*texts.notes, *texts.describe_gaps())
+        throughput = pseudo_perplexity_to_file(model, texts, args.output, settings)
+        cli.say(*texts.notes, *texts.describe_gaps(), throughput.describe())
     summary = summarize(args.output)
     print_answer(dataclasses.asdict(summary), summary.describe(), as_json=args.json)
 

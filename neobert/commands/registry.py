@@ -116,7 +116,10 @@ COMMANDS: dict[str, Command] = {
     "config": Command("list the shipped configs, or copy one out", "training_commands", None),
     "migrate-config": Command("rewrite a config of other NeoBERT code", "training_commands", "migrate_config.py"),
     "predict": Command(
-        "fill the masks of texts with a trained model", "model_commands", "predict.py", also=(OSError, ValueError)
+        "fill the masks of texts, or of a file of them, with a trained model",
+        "model_commands",
+        "predict.py",
+        also=(OSError, ValueError),
     ),
     "embed": Command(
         "embed texts with a trained model", "model_commands", "embed.py", also=(ValueError,), resumes=True

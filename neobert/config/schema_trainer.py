@@ -259,6 +259,24 @@ class TrainerSection:
     """Steps to profile; 0 profiles nothing. Process 0 writes `profiler_trace.json` into `output_dir`, and on CUDA
     `snapshot.pickle`, the history of the allocator."""
 
+    probe_steps: int | None = key(None, at_least=1, resume="free")
+    """Steps between probes of the encoder, also at the start and at the end: on `probe_sets` the accuracy of nearest
+    neighbours and of ridge regression, or Spearman's correlation; in pretraining also the held-out loss by frequency,
+    position and class of word (docs/evaluation.md). null probes nothing."""
+
+    probe_sets: tuple[str, ...] = key((), path=True, needs="trainer.probe_steps", resume="free")
+    """Labelled files to probe with, JSONL, CSV, TSV or Parquet: columns text (or sentence) and label, or sentence1,
+    sentence2 and score (or label). Examples must not overlap, and are cut at `dataset.max_seq_length`."""
+
+    probe_examples: int = key(500, at_least=10, needs="trainer.probe_sets", resume="free")
+    """Most examples of a set; which ones is a function of their texts and `probe_seed`."""
+
+    probe_seed: int = key(0, at_least=0, needs="trainer.probe_sets", resume="free")
+    """Chooses the examples of a set."""
+
+    probe_tokens: int = key(32768, at_least=1, tasks="pretraining", needs="trainer.probe_steps", resume="free")
+    """Tokens of the evaluation over which the loss is split, about."""
+
     fill_mask_texts: tuple[str, ...] | None = key(None, needs=FILLS_MASKS, resume="free")
     """Texts with [MASK] that the model completes at the end of the run. null takes the starts of the first
     evaluation documents and hides one token of each; `[]` shows none."""

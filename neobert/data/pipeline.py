@@ -158,16 +158,19 @@ class DataPipeline:
 
     def eval_batches(self) -> Iterator[PackedBatch]:
         """This rank's part of the evaluation; as many batches on every rank, none without evaluation data."""
+        return iter(()) if self.eval_set is None else self.eval_set.batches(self.eval_collate, **self._eval_part)
+
+    def first_eval_batches(self, num_tokens: int) -> Iterator[PackedBatch]:
+        """This rank's part of the first rows of the evaluation, which have about so many tokens together."""
         if self.eval_set is None:
             return iter(())
-        settings = self.loader_settings
-        return self.eval_set.batches(
-            self.eval_collate,
-            cls_id=self.tokenizer.cls_id,
-            sep_id=self.tokenizer.sep_id,
-            rank=settings.rank,
-            world=settings.world,
-        )
+        return self.eval_set.first_batches(self.eval_collate, num_tokens, **self._eval_part)
+
+    @property
+    def _eval_part(self) -> dict[str, int]:
+        settings, tokenizer = self.loader_settings, self.tokenizer
+        ids = {"cls_id": tokenizer.cls_id, "sep_id": tokenizer.sep_id}
+        return {**ids, "rank": settings.rank, "world": settings.world}
 
     def counters(self, state: State) -> dict[str, int]:
         """Records skipped up to `state`: `bad`, `skipped`, `dropped`."""

@@ -13,10 +13,10 @@ chunks are put together in a temporary file, which takes the name of the output 
 
 import hashlib
 import shutil
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import BinaryIO
 
 import numpy as np
 import pyarrow as pa
@@ -25,7 +25,7 @@ from numpy.lib.format import write_array_header_1_0
 
 from neobert.disk import check_no_writer, only_writer, replacing
 from neobert.errors import DataError
-from neobert.inference.jobs import JobError, check_absent, load_done, progress_bar, save_done
+from neobert.inference.jobs import JobError, TextJob, Throughput, check_absent, cut_in_groups
 from neobert.inference.model import Model
 from neobert.inference.packed import BATCH_TOKENS
 from neobert.inference.texts import InputRecord, Texts
@@ -70,6 +70,8 @@ class EmbedReport:
     num_resumed: int
     """Records that an earlier, interrupted start had done."""
 
+    throughput: Throughput
+
 
 def embed_to_file(model: Model, texts: Texts, output: Path, settings: EmbedSettings) -> EmbedReport:
     """Embeds an input; see the head of this module.
@@ -87,27 +89,15 @@ def embed_to_file(model: Model, texts: Texts, output: Path, settings: EmbedSetti
 def _embed_to_file(model: Model, texts: Texts, output: Path, settings: EmbedSettings) -> EmbedReport:
     parts = output.with_name(f"{output.name}.parts")
     parts.mkdir(parents=True, exist_ok=True)
-    file = parts / "progress.json"
-    known = {
-        **asdict(settings),
-        "model": model.digest(),
-        "dtype": _dtype(model),
-        "input": texts.fingerprint,
-        "rows": "records",
-    }
-    done = load_done(file, known) or _nothing_done()
+    known = {**asdict(settings), "model": model.digest(), "dtype": _dtype(model), "rows": "records"}
+    job = TextJob(texts, parts / "progress.json", known, chunks=[], num_truncated=0)
+    done = job.done
     num_resumed = sum(done["chunks"])
-    texts.num_bad, texts.num_skipped, texts.named = done["num_bad"], done["num_skipped"], done["named"]
-    with progress_bar("texts", texts.total, done["num_records"]) as show:
-        for chunk in _chunks(texts.records(done["cursor"], done["num_records"]), settings.chunk_texts):
-            num_truncated = _embed_chunk(model, chunk, parts / f"{len(done['chunks']):06d}.npz", settings)
-            done["chunks"].append(len(chunk))
-            done |= {"cursor": chunk[-1].cursor, "num_records": chunk[-1].number + 1}
-            done |= {"num_bad": texts.num_bad, "num_skipped": texts.num_skipped, "named": texts.named}
-            done["num_truncated"] += num_truncated
-            done["num_texts"] += sum(record.text is not None for record in chunk)
-            save_done(file, known, done)
-            show(texts.num_records)
+
+    def embed_group(group: Sequence[InputRecord]) -> None:
+        _embed_chunk(model, group, parts / f"{len(done['chunks']):06d}.npz", settings, job)
+
+    throughput = job.run("texts", cut_in_groups(job.records(), settings.chunk_texts, CHUNK_CHARS), embed_group)
     if not done["num_texts"]:
         shutil.rmtree(parts)
         raise DataError(f"{texts.label} has no text to embed; check the file and --text-column")
@@ -119,6 +109,7 @@ def _embed_to_file(model: Model, texts: Texts, output: Path, settings: EmbedSett
         num_texts=done["num_texts"],
         num_truncated=done["num_truncated"],
         num_resumed=num_resumed,
+        throughput=throughput,
     )
 
 
@@ -130,30 +121,12 @@ def check_output(output: Path) -> None:
     check_absent(output)
 
 
-def _nothing_done() -> dict[str, Any]:
-    counts = {"num_records": 0, "num_texts": 0, "num_bad": 0, "num_skipped": 0, "num_truncated": 0}
-    return {"chunks": [], "cursor": None, "named": [], **counts}
-
-
 def _dtype(model: Model) -> str:
     return str(model.module.encoder.get_parameter("layers.0.qkv.weight").dtype)
 
 
-def _chunks(records: Iterator[InputRecord], size: int) -> Iterator[list[InputRecord]]:
-    chunk: list[InputRecord] = []
-    num_chars = 0
-    for record in records:
-        chunk.append(record)
-        num_chars += len(record.text or "")
-        if len(chunk) == size or num_chars >= CHUNK_CHARS:
-            yield chunk
-            chunk, num_chars = [], 0
-    if chunk:
-        yield chunk
-
-
-def _embed_chunk(model: Model, chunk: Sequence[InputRecord], file: Path, settings: EmbedSettings) -> int:
-    """Writes the vectors of a chunk, and an empty hash for records without a text; returns how many texts were cut."""
+def _embed_chunk(model: Model, chunk: Sequence[InputRecord], file: Path, settings: EmbedSettings, job: TextJob) -> None:
+    """Writes the vectors of a chunk, and an empty hash for records without a text."""
     texts = [record.text for record in chunk if record.text is not None]
     documents, num_truncated = model.encode(texts)
     vectors = np.zeros((len(chunk), model.hidden_size), dtype=np.float32)
@@ -165,7 +138,10 @@ def _embed_chunk(model: Model, chunk: Sequence[InputRecord], file: Path, setting
     hashes = np.array(["" if r.text is None else hashlib.sha256(r.text.encode()).hexdigest() for r in chunk])
     with replacing(file) as temporary:
         np.savez(temporary, vectors=vectors, ids=ids, hashes=hashes)
-    return num_truncated
+    job.done["chunks"].append(len(chunk))
+    job.done["num_truncated"] += num_truncated
+    job.done["num_texts"] += len(texts)
+    job.done["num_tokens"] += sum(map(len, documents))
 
 
 def _write_npy(out: BinaryIO, parts: Path, chunks: Sequence[int], width: int) -> None:

@@ -13,10 +13,13 @@ model the length of the word in its own tokens, the tokens of a word are guessed
 that drops case or accents, or has an unknown token for what it cannot spell, has less to guess.
 """
 
+import json
 import math
 import re
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from contextlib import nullcontext
+from dataclasses import asdict, dataclass
+from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
@@ -27,11 +30,12 @@ from neobert.data.rows.lanes import IntArray, Window
 from neobert.data.rows.order import extend_keys, key, mask_hashes, uniforms
 from neobert.data.rows.packing import Piece, best_fit, max_segments_per_row, split_documents
 from neobert.data.source.text import cut_text
+from neobert.disk import only_writer, write_text
 from neobert.errors import DataError
-from neobert.inference.jobs import progress_bar
+from neobert.inference.jobs import TextJob, Throughput, check_absent, cut_in_groups, progress_file
 from neobert.inference.packed import BATCH_TOKENS
 from neobert.inference.scorer import Scorer
-from neobert.inference.texts import Text, Texts
+from neobert.inference.texts import InputRecord, Texts
 from neobert.objectives.masking import MaskPolicy
 from neobert.splitmix import Hashes
 from neobert.types import Corruption, PackedBatch, PackedRow
@@ -151,94 +155,130 @@ def mlm_loss(scorer: Scorer, texts: Texts, settings: LossSettings) -> MlmLoss:
     Raises:
         DataError: no document is long enough, or, by words, a piece has more tokens than the model takes.
     """
+    return measure_mlm_loss(scorer, texts, settings, None)[0]
+
+
+def measure_mlm_loss(
+    scorer: Scorer, texts: Texts, settings: LossSettings, output: Path | None
+) -> tuple[MlmLoss, Throughput]:
+    """The same, and how fast; with `output` the result is also written there, as one JSON object, and the same call
+    continues where an earlier one was killed.
+
+    Raises:
+        JobError: the output exists, or belongs to an unfinished job with other settings.
+        DataError: as of `mlm_loss`; or another process is writing this output.
+    """
+    with nullcontext() if output is None else only_writer(output):
+        if output is not None:
+            check_absent(output)
+        job = _start_job(scorer, texts, settings, output)
+        throughput = _score_all(scorer, job, settings)
+        result = _summarize(job, settings)
+        if output is not None:
+            write_text(output, json.dumps(asdict(result)) + "\n")
+        job.finish()
+    return result, throughput
+
+
+def _start_job(scorer: Scorer, texts: Texts, settings: LossSettings, output: Path | None) -> TextJob:
+    zeros = dict.fromkeys(("loss", "num_correct", "num_targets", "num_documents", "num_words", "num_bytes"), 0)
+    if output is None:
+        return TextJob(texts, None, {}, **zeros)
+    return TextJob(texts, progress_file(output), {**asdict(settings), "model": scorer.digest()}, **zeros)
+
+
+def _score_all(scorer: Scorer, job: TextJob, settings: LossSettings) -> Throughput:
     limit = min(settings.max_length or scorer.max_length, scorer.max_length)
-    loss = num_correct = num_targets = num_tokens = num_documents = num_words = num_bytes = 0.0
-    blocks = _word_blocks(scorer, texts, settings, limit) if settings.whole_words else _blocks(scorer, texts, settings)
-    with progress_bar("documents", settings.max_documents or texts.total) as show:
-        for block in blocks:
-            for batch in _batches(scorer, block, settings, limit):
-                sums = scorer.score(batch)
-                loss, num_correct = loss + sums.loss, num_correct + sums.num_correct
-                num_targets, num_tokens = num_targets + batch.num_targets, num_tokens + batch.num_tokens
-            num_words, num_bytes = num_words + block.num_words, num_bytes + block.num_bytes
-            num_documents = int(block.documents[-1]) + 1
-            show(num_documents)
-    if not num_targets:
+    build = _build_word_block if settings.whole_words else _build_block
+    done = job.done
+
+    def score(group: Sequence[InputRecord]) -> None:
+        texts = [record.text for record in group if record.text is not None]
+        block, num_numbered = build(scorer, texts, settings, limit, done["num_texts"])
+        done["num_texts"] += num_numbered
+        if not block.tokens:
+            return
+        for batch in _batches(scorer, block, settings, limit):
+            sums = scorer.score(batch)
+            done["loss"] += sums.loss
+            done["num_correct"] += sums.num_correct
+            done["num_targets"] += batch.num_targets
+            done["num_tokens"] += batch.num_tokens
+        done["num_words"] += block.num_words
+        done["num_bytes"] += block.num_bytes
+        done["num_documents"] = int(block.documents[-1]) + 1
+
+    def groups() -> Iterator[list[InputRecord]]:
+        """Until there are as many documents as asked for."""
+        most = math.inf if settings.max_documents is None else settings.max_documents
+        if done["num_texts"] >= most:
+            return
+        for group in cut_in_groups(job.records(), _BLOCK_DOCUMENTS, _BLOCK_CHARS):
+            yield group
+            if done["num_texts"] >= most:
+                return
+
+    return job.run("documents", groups(), score, most=settings.max_documents)
+
+
+def _summarize(job: TextJob, settings: LossSettings) -> MlmLoss:
+    done, by_words = job.done, settings.whole_words
+    if not done["num_targets"]:
+        job.finish()
         raise DataError(
-            f"{texts.label} has no document of {settings.min_length} tokens or more to mask; check the file and "
+            f"{job.texts.label} has no document of {settings.min_length} tokens or more to mask; check the file and "
             "--text-column, or lower --min-length"
         )
     return MlmLoss(
-        loss=loss / num_targets,
-        accuracy=num_correct / num_targets,
-        num_targets=int(num_targets),
-        num_tokens=int(num_tokens),
-        num_documents=int(num_documents),
-        num_words=int(num_words) if settings.whole_words else None,
-        num_bytes=int(num_bytes) if settings.whole_words else None,
-        bits_per_byte=loss / math.log(2) / num_bytes if settings.whole_words else None,
+        loss=done["loss"] / done["num_targets"],
+        accuracy=done["num_correct"] / done["num_targets"],
+        num_targets=done["num_targets"],
+        num_tokens=done["num_tokens"],
+        num_documents=done["num_documents"],
+        num_words=done["num_words"] if by_words else None,
+        num_bytes=done["num_bytes"] if by_words else None,
+        bits_per_byte=done["loss"] / math.log(2) / done["num_bytes"] if by_words else None,
     )
 
 
-def _groups(texts: Texts, settings: LossSettings) -> Iterator[list[Text]]:
-    """Texts in blocks of bounded size."""
-    block: list[Text] = []
-    num_chars = 0
-    for text in texts.read():
-        block.append(text)
-        num_chars += len(text.text)
-        if len(block) == _BLOCK_DOCUMENTS or num_chars >= _BLOCK_CHARS:
-            yield block
-            block, num_chars = [], 0
-    if block:
-        yield block
+def _build_block(
+    scorer: Scorer, texts: Sequence[str], settings: LossSettings, limit: int, number: int
+) -> tuple[_Block, int]:
+    """By tokens: the documents, numbered from `number`, and how many got a number. Those too short to use get none, as
+    in the evaluation of training."""
+    parts = [list(cut_text(text, _ENCODE_CHARS)) for text in texts]
+    encoded = iter(scorer.tokenizer.encode_batch([part for document in parts for part in document]))
+    tokens = [np.concatenate([next(encoded) for _ in document]) for document in parts]
+    usable = [ids for ids in tokens if len(ids) >= max(1, settings.min_length)]
+    if settings.max_documents is not None:
+        usable = usable[: settings.max_documents - number]
+    return _Block(np.arange(number, number + len(usable)), usable, None, 0, 0), len(usable)
 
 
-def _blocks(scorer: Scorer, texts: Texts, settings: LossSettings) -> Iterator[_Block]:
-    """By tokens. Documents too short to use get no number, as in the evaluation of training."""
-    number = 0
-    for group in _groups(texts, settings):
-        parts = [list(cut_text(text.text, _ENCODE_CHARS)) for text in group]
-        encoded = iter(scorer.tokenizer.encode_batch([part for document in parts for part in document]))
-        tokens = [np.concatenate([next(encoded) for _ in document]) for document in parts]
-        usable = [ids for ids in tokens if len(ids) >= max(1, settings.min_length)]
-        if settings.max_documents is not None:
-            usable = usable[: settings.max_documents - number]
-        if usable:
-            yield _Block(np.arange(number, number + len(usable)), usable, None, 0, 0)
-        number += len(usable)
-        if number == settings.max_documents:
-            return
-
-
-def _word_blocks(scorer: Scorer, texts: Texts, settings: LossSettings, limit: int) -> Iterator[_Block]:
+def _build_word_block(
+    scorer: Scorer, texts: Sequence[str], settings: LossSettings, limit: int, number: int
+) -> tuple[_Block, int]:
     """By words. Every text is a document, whatever its length in tokens, so that numbers do not depend on them."""
-    number = 0
-    for group in _groups(texts, settings):
-        if settings.max_documents is not None:
-            group = group[: settings.max_documents - number]
-        documents: list[int] = []
-        tokens: list[IntArray] = []
-        masked: list[NDArray[np.int64]] = []
-        num_words = num_bytes = 0
-        for document, text in enumerate(group, number):
-            start = 0
-            for piece in cut_text(text.text, settings.piece_chars):
-                chosen = choose_words(piece, document, start, settings)
-                ((ids, offsets),) = scorer.tokenizer.encode_with_offsets([piece])
-                _check_piece(len(ids) + 2, limit, settings)
-                start += len(piece)
-                if chosen:
-                    documents.append(document)
-                    tokens.append(ids)
-                    masked.append(tokens_of_words(offsets, chosen))
-                num_words += len(chosen)
-                num_bytes += sum(len(piece[begin:end].encode()) for begin, end in chosen)
-        if tokens:
-            yield _Block(np.array(documents), tokens, masked, num_words, num_bytes)
-        number += len(group)
-        if number == settings.max_documents:
-            return
+    if settings.max_documents is not None:
+        texts = texts[: settings.max_documents - number]
+    documents: list[int] = []
+    tokens: list[IntArray] = []
+    masked: list[NDArray[np.int64]] = []
+    num_words = num_bytes = 0
+    for document, text in enumerate(texts, number):
+        start = 0
+        for piece in cut_text(text, settings.piece_chars):
+            chosen = choose_words(piece, document, start, settings)
+            ((ids, offsets),) = scorer.tokenizer.encode_with_offsets([piece])
+            _check_piece(len(ids) + 2, limit, settings)
+            start += len(piece)
+            if chosen:
+                documents.append(document)
+                tokens.append(ids)
+                masked.append(tokens_of_words(offsets, chosen))
+            num_words += len(chosen)
+            num_bytes += sum(len(piece[begin:end].encode()) for begin, end in chosen)
+    return _Block(np.array(documents), tokens, masked, num_words, num_bytes), len(texts)
 
 
 def choose_words(piece: str, document: int, start: int, settings: LossSettings) -> list[tuple[int, int]]:

@@ -151,11 +151,7 @@ class Model:
 
     def digest(self) -> str:
         """sha256 of architecture, weights and tokenizer: equal digests give equal answers."""
-        digest = hashlib.sha256(f"{self.module.encoder.config.to_dict()}{self.tokenizer.digest}".encode())
-        for name, tensor in sorted(self.module.state_dict().items()):
-            digest.update(f"\0{name}\0{tensor.dtype}\0".encode())
-            digest.update(tensor.cpu().contiguous().view(torch.uint8).numpy())
-        return f"sha256:{digest.hexdigest()}"
+        return digest_model(f"{self.module.encoder.config.to_dict()}{self.tokenizer.digest}", self.module)
 
     def _encode_all(self, texts: Sequence[str]) -> list[IntArray]:
         documents, num_truncated = self.encode(texts)
@@ -167,6 +163,15 @@ class Model:
                 self.max_length,
             )
         return documents
+
+
+def digest_model(description: str, module: nn.Module) -> str:
+    """sha256 of a description and of the weights of a module."""
+    digest = hashlib.sha256(description.encode())
+    for name, tensor in sorted(module.state_dict().items()):
+        digest.update(f"\0{name}\0{tensor.dtype}\0".encode())
+        digest.update(tensor.cpu().contiguous().view(torch.uint8).numpy())
+    return f"sha256:{digest.hexdigest()}"
 
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}

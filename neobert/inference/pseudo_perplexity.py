@@ -12,6 +12,10 @@ documents are scored exactly too, and both are reported.
 
 Documents are read in groups that depend on the input alone. A group's lines are added to the output, then a small file
 beside it says so; a job that was killed continues after the last group, with the numbers of an undisturbed one.
+
+The interval of the result is a bootstrap over documents in one pass over the output: in each of the samples a document
+counts as often as a Poisson variable of mean 1 says, which is the bootstrap's multinomial where there are many
+(Chamandy et al., Estimating uncertainty for massive data streams, 2012). Memory does not depend on their number.
 """
 
 import json
@@ -19,26 +23,29 @@ import math
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from neobert.data.rows.lanes import IntArray
+from neobert.data.rows.lanes import IntArray, State
 from neobert.data.tokenizer import check_mask_token
 from neobert.disk import only_writer
 from neobert.errors import DataError
-from neobert.inference.jobs import check_absent, load_done, progress_bar, save_done
+from neobert.inference.jobs import TextJob, Throughput, appending, progress_file
 from neobert.inference.model import Model
 from neobert.inference.packed import BATCH_TOKENS, hidden_states, plan_batches, token_losses
-from neobert.inference.texts import Text, Texts
+from neobert.inference.texts import Texts
 
 GROUP_BATCHES = 8
 """A group of documents fills about so many batches."""
 
 RESAMPLES = 1000
 """Bootstrap samples of a confidence interval."""
+
+_ROWS_AT_ONCE = 1024
+"""Documents whose weights in all samples exist at once."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -125,7 +132,15 @@ def _copy_losses(model: Model, copies: Sequence[Copy]) -> NDArray[np.float64]:
     return losses.double().cpu().numpy()
 
 
-def pseudo_perplexity_to_file(model: Model, texts: Texts, output: Path, settings: ScoreSettings) -> None:
+class ScoredText(NamedTuple):
+    """A text of the input with its tokens."""
+
+    number: int
+    tokens: IntArray
+    cursor: State
+
+
+def pseudo_perplexity_to_file(model: Model, texts: Texts, output: Path, settings: ScoreSettings) -> Throughput:
     """Scores an input, one JSON object a document; see the head of this module and `summarize`.
 
     Raises:
@@ -136,50 +151,42 @@ def pseudo_perplexity_to_file(model: Model, texts: Texts, output: Path, settings
     model.check_fills_masks()
     check_mask_token(model.tokenizer)
     with only_writer(output):
-        _score_to_file(model, texts, output, settings)
+        return _score_to_file(model, texts, output, settings)
 
 
-def _score_to_file(model: Model, texts: Texts, output: Path, settings: ScoreSettings) -> None:
-    file = output.with_name(f"{output.name}.progress.json")
-    known = {**asdict(settings), "model": model.digest(), "input": texts.fingerprint}
-    done = load_done(file, known)
-    if done is None:
-        check_absent(output)
-        done = {"bytes": 0, "cursor": None, "num_records": 0, "num_documents": 0, "num_bad": 0, "num_skipped": 0}
-        output.parent.mkdir(parents=True, exist_ok=True)
-        save_done(file, known, done)
-    texts.num_bad, texts.num_skipped = done["num_bad"], done["num_skipped"]
-    with output.open("ab") as out, progress_bar("documents", settings.max_documents or texts.total) as show:
-        out.truncate(done["bytes"])
-        for group in _groups(model, texts.read(done["cursor"], done["num_records"]), settings, done["num_documents"]):
-            out.write("".join(_score_group(model, group, settings, done["num_documents"])).encode())
-            out.flush()
-            last = group[-1][0]
-            done["num_documents"] += len(group)
-            done |= {"bytes": out.tell(), "cursor": last.cursor, "num_records": last.number + 1}
-            done |= {"num_bad": texts.num_bad, "num_skipped": texts.num_skipped}
-            save_done(file, known, done)
-            show(done["num_documents"])
-    file.unlink()
-    if not done["num_documents"]:
+def _score_to_file(model: Model, texts: Texts, output: Path, settings: ScoreSettings) -> Throughput:
+    # Jobs of earlier versions counted under other names.
+    known = {**asdict(settings), "model": model.digest(), "counts": "texts"}
+    job = TextJob(texts, progress_file(output), known, bytes=0)
+    with appending(job, output) as add:
+
+        def score(group: Sequence[ScoredText]) -> None:
+            lines = list(_score_group(model, group, settings, job.done["num_texts"]))
+            job.done["num_texts"] += len(lines)
+            job.done["num_tokens"] += sum(line["num_tokens"] for line in lines)
+            add(map(json.dumps, lines))
+
+        throughput = job.run("documents", _groups(model, job, settings), score, most=settings.max_documents)
+    job.finish()
+    if not job.done["num_texts"]:
         output.unlink()
         raise DataError(f"{texts.label} has no text to score; check the file and --text-column")
+    return throughput
 
 
-Group = list[tuple[Text, IntArray]]
-
-
-def _groups(model: Model, texts: Iterator[Text], settings: ScoreSettings, num_done: int) -> Iterator[Group]:
+def _groups(model: Model, job: TextJob, settings: ScoreSettings) -> Iterator[list[ScoredText]]:
     """Documents with tokens to score, in groups of about as much work."""
-    group: Group = []
-    work, left = 0, math.inf if settings.max_documents is None else settings.max_documents - num_done
+    group: list[ScoredText] = []
+    work, left = 0, math.inf if settings.max_documents is None else settings.max_documents - job.done["num_texts"]
     if left <= 0:
         return
-    for text in texts:
-        (tokens,) = model.tokenizer.encode_batch([text.text])
+    for record in job.records():
+        if record.text is None:
+            continue
+        (tokens,) = model.tokenizer.encode_batch([record.text])
         if not len(np.setdiff1d(tokens, model.tokenizer.special_ids)):
             continue
-        group.append((text, tokens))
+        group.append(ScoredText(record.number, tokens, record.cursor))
         copies = len(tokens) if settings.chunked is None else min(settings.chunked, len(tokens))
         work, left = work + copies * min(len(tokens) + 2, settings.max_length), left - 1
         if work >= GROUP_BATCHES * settings.batch_tokens or not left:
@@ -191,17 +198,19 @@ def _groups(model: Model, texts: Iterator[Text], settings: ScoreSettings, num_do
         yield group
 
 
-def _score_group(model: Model, group: Group, settings: ScoreSettings, num_before: int) -> Iterator[str]:
-    documents = [tokens for _, tokens in group]
+def _score_group(
+    model: Model, group: Sequence[ScoredText], settings: ScoreSettings, num_before: int
+) -> Iterator[dict[str, Any]]:
+    documents = [text.tokens for text in group]
     scores = score_documents(model, documents, settings, settings.chunked)
     num_exact = max(0, settings.bias_documents - num_before) if settings.chunked else 0
     exact = score_documents(model, documents[:num_exact], settings, None)
-    for number, ((text, _), (count, nll)) in enumerate(zip(group, scores)):
+    for number, (text, (count, nll)) in enumerate(zip(group, scores)):
         line: dict[str, Any] = {"record": text.number, "num_tokens": count, "nll": nll}
         line["pseudo_perplexity"] = math.exp(nll / count)
         if number < len(exact):
             line["exact_nll"] = exact[number][1]
-        yield json.dumps(line) + "\n"
+        yield line
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -241,32 +250,55 @@ class Summary:
 
 def summarize(output: Path) -> Summary:
     """The results of a file that `pseudo_perplexity_to_file` wrote."""
-    rows, exact = [], []
+    every, exact = RatioOfSums(), RatioOfSums()
     with output.open(encoding="utf-8") as lines:
-        for line in lines:
-            record = json.loads(line)
-            rows.append((record["num_tokens"], record["nll"]))
+        for record in map(json.loads, lines):
+            every.add(record["num_tokens"], record["nll"])
             if "exact_nll" in record:
-                exact.append((record["num_tokens"], record["nll"] - record["exact_nll"]))
-    mean, interval = _mean_with_interval(np.array(rows))
-    bias = _mean_with_interval(np.array(exact)) if exact else (None, None)
+                exact.add(record["num_tokens"], record["nll"] - record["exact_nll"])
+    mean, interval = every.mean_with_interval()
+    bias = exact.mean_with_interval() if exact.num_rows else (None, None)
     return Summary(
-        num_documents=len(rows),
-        num_tokens=sum(count for count, _ in rows),
+        num_documents=every.num_rows,
+        num_tokens=int(every.sums[0]),
         pseudo_perplexity=math.exp(mean),
         interval=(math.exp(interval[0]), math.exp(interval[1])),
         bias=bias[0],
         bias_interval=bias[1],
-        num_bias_documents=len(exact),
+        num_bias_documents=exact.num_rows,
     )
 
 
-def _mean_with_interval(rows: NDArray[np.float64]) -> tuple[float, tuple[float, float]]:
-    """Sum of the second column over the sum of the first, and its 95% interval when rows are drawn again."""
-    random = np.random.default_rng(0)
-    draws = np.empty(RESAMPLES)
-    for number in range(RESAMPLES):
-        counts, sums = rows[random.integers(len(rows), size=len(rows))].sum(axis=0)
-        draws[number] = sums / counts
-    low, high = np.quantile(draws, (0.025, 0.975))
-    return float(rows[:, 1].sum() / rows[:, 0].sum()), (float(low), float(high))
+class RatioOfSums:
+    """Sum of values over sum of counts, and its 95% interval from a bootstrap over rows with a fixed seed; in memory
+    that does not grow with the rows."""
+
+    def __init__(self) -> None:
+        self.num_rows = 0
+        self.sums = np.zeros(2)
+        """Of counts and of values."""
+
+        self._draws = np.zeros((RESAMPLES, 2))
+        self._random = np.random.default_rng(0)
+        self._waiting: list[tuple[int, float]] = []
+
+    def add(self, count: int, value: float) -> None:
+        self.num_rows += 1
+        self._waiting.append((count, value))
+        if len(self._waiting) == _ROWS_AT_ONCE:
+            self._draw()
+
+    def mean_with_interval(self) -> tuple[float, tuple[float, float]]:
+        """The ratio of at least one row, and its interval."""
+        self._draw()
+        counts, values = self._draws[self._draws[:, 0] > 0].T  # Of few rows, some samples have none.
+        low, high = np.quantile(values / counts, (0.025, 0.975))
+        return float(self.sums[1] / self.sums[0]), (float(low), float(high))
+
+    def _draw(self) -> None:
+        if not self._waiting:
+            return
+        rows = np.array(self._waiting, dtype=np.float64)
+        self._draws += self._random.poisson(1.0, size=(RESAMPLES, len(rows))) @ rows
+        self.sums += rows.sum(axis=0)
+        self._waiting.clear()

@@ -12,7 +12,7 @@ from transformers import AutoModelForMaskedLM
 from neobert.data.tokenizer import Tokenizer, check_mask_token
 from neobert.data.tokenizer_file import load_as_written
 from neobert.errors import DataError
-from neobert.inference.model import Model, choose_device, choose_dtype, load
+from neobert.inference.model import Model, choose_device, choose_dtype, digest_model, load
 from neobert.inference.packed import evaluating, precision
 from neobert.types import IGNORE_INDEX, PackedBatch
 from neobert.weights.folder import find_checkpoint
@@ -43,6 +43,9 @@ class Scorer(Protocol):
     def score(self, batch: PackedBatch) -> BatchLoss:
         """The loss of a batch."""
 
+    def digest(self) -> str:
+        """sha256 of architecture, weights and tokenizer."""
+
 
 class OwnScorer:
     """A model of ours: the forward pass that training and its evaluation use."""
@@ -51,7 +54,7 @@ class OwnScorer:
 
     def __init__(self, model: Model) -> None:
         model.check_fills_masks()
-        self._model = model.module
+        self._loaded, self._model = model, model.module
         check_mask_token(model.tokenizer)
         self.tokenizer, self.max_length = model.tokenizer, model.max_length
 
@@ -63,6 +66,9 @@ class OwnScorer:
         with evaluating(self._model), torch.inference_mode(), precision(self._model):
             sums = self._model(batch.to(device))
         return BatchLoss(float(sums.loss_sum), int(sums.num_correct))
+
+    def digest(self) -> str:
+        return self._loaded.digest()
 
 
 class TransformersScorer:
@@ -116,6 +122,9 @@ class TransformersScorer:
             loss = F.cross_entropy(predicted, batch.targets, ignore_index=IGNORE_INDEX, reduction="sum")
             num_correct = (predicted.argmax(dim=-1) == batch.targets).sum()
         return BatchLoss(float(loss), int(num_correct))
+
+    def digest(self) -> str:
+        return digest_model(f"{self._model.config.to_json_string()}{self.tokenizer.digest}", self._model)
 
 
 def load_scorer(

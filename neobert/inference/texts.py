@@ -55,6 +55,8 @@ class InputRecord(NamedTuple):
     """None for a record without text, and for one that cannot be read."""
 
     cursor: State
+    problem: str | None = None
+    """Why it cannot be read, with its location."""
 
 
 class Texts:
@@ -75,9 +77,9 @@ class Texts:
 
     def read(self, after: State | None = None, num_records: int = 0) -> Iterator[Text]:
         """The texts after a cursor, which has so many records before it."""
-        for number, text, cursor in self.records(after, num_records):
-            if text is not None:
-                yield Text(number, text, cursor)
+        for record in self.records(after, num_records):
+            if record.text is not None:
+                yield Text(record.number, record.text, record.cursor)
 
     def records(self, after: State | None = None, num_records: int = 0) -> Iterator[InputRecord]:
         """All records after a cursor, which has so many records before it, those without a text too."""
@@ -91,7 +93,7 @@ class Texts:
                         self.named.append(record.problem)
                 elif record.text is None:
                     self.num_skipped += 1
-                yield InputRecord(self.num_records - 1, record.text, record.cursor)
+                yield InputRecord(self.num_records - 1, record.text, record.cursor, record.problem)
         except DataError as error:
             raise _reworded(error) from error
 

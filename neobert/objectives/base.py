@@ -19,7 +19,7 @@ from neobert.model.encoder import Encoder
 from neobert.model.init import initialise
 from neobert.model.ngpt import UnitMatrix, normalise_
 from neobert.objectives.masking import MaskPolicy
-from neobert.types import Corruption
+from neobert.types import Corruption, PackedBatch
 
 
 class ObjectiveModule(nn.Module):
@@ -144,7 +144,8 @@ class Answers:
     """What a trained model can be asked."""
 
     answer: AnswerTexts
-    """About texts of a user. Raises ValueError for a text or an option that it cannot answer for."""
+    """About texts of a user, who may also ask about none, to have the options checked. Raises ValueError for a text or
+    an option that it cannot answer for."""
 
     show: ShowDocuments
     """About the starts of evaluation documents (token ids without special tokens), at the end of a run."""
@@ -241,6 +242,10 @@ class Objective:
 
     build_metrics: Callable[[EvalSums], EvalMetrics] | None = None
     """From the sums of an evaluation over documents; None where the job evaluates something else."""
+
+    target_losses: Callable[[ObjectiveModule, PackedBatch], Tensor] | None = None
+    """The loss of each target of an evaluation batch, fp32 `[M]` in nats (0 in unused entries), for probes; None where
+    the loss is not a sum over tokens of held-out documents."""
 
     describe_baseline: Callable[[Config, Callable[[], float]], str] | None = None
     """A line about what a model reaches that knows nothing. The function gives the entropy of single tokens, nats."""

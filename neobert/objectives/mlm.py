@@ -86,6 +86,23 @@ def masked_loss(
     return LossSum(loss_sum=loss_sum, num_correct=num_correct, z_sum=z_sum)
 
 
+LOGITS_BYTES = 64 * 2**20
+"""fp32 logits that exist at once where no kernel computes the loss."""
+
+
+def target_losses(module: ObjectiveModule, batch: PackedBatch) -> Tensor:
+    """Cross entropy of each target, fp32 `[M]`; 0 in unused entries."""
+    hidden_TH = module.encoder(batch.input_ids, batch.positions, batch.segments)
+    hidden_MH = hidden_TH.index_select(0, batch.masked_index)
+    step = max(1, LOGITS_BYTES // (4 * module.encoder.config.vocab_size))
+    return torch.cat(
+        [
+            F.cross_entropy(module.logits(hidden).float(), targets, ignore_index=IGNORE_INDEX, reduction="none")
+            for hidden, targets in zip(hidden_MH.split(step), batch.targets.split(step))
+        ]
+    )
+
+
 def _with_bias(module: ObjectiveModule, hidden: Tensor) -> tuple[Tensor, Tensor]:
     """Hidden states and projection whose product is the logits: s_z is in its rows, a bias in one more column, so that
     every loss kernel takes them."""
@@ -214,6 +231,7 @@ MLM = Objective(
     fills_masks=True,
     reads="documents",
     build_metrics=build_metrics,
+    target_losses=target_losses,
     describe_baseline=describe_baseline,
     job="neobert.train.pretraining:PRETRAINING",
     answers="neobert.inference.fill_mask:MASK_ANSWERS",

@@ -65,10 +65,7 @@ class ReplacedTokenDetector(ObjectiveModule):
     def forward(self, batch: PackedBatch) -> LossSum:
         """Summed binary cross entropy of the batch's targets, in nats. In evaluation also `counts`: the targets that
         were replaced, those that are said to be, and those that are both."""
-        hidden_TH = self.encoder(batch.input_ids, batch.positions, batch.segments)
-        logits_M = self.discriminator(hidden_TH).index_select(0, batch.masked_index)
-        counted_M = batch.targets != IGNORE_INDEX
-        replaced_M = (batch.input_ids.flatten().index_select(0, batch.masked_index) != batch.targets) & counted_M
+        logits_M, replaced_M, counted_M = self.judge(batch)
         loss_sum = F.binary_cross_entropy_with_logits(
             logits_M, replaced_M.float(), weight=counted_M.float(), reduction="sum"
         )
@@ -80,6 +77,21 @@ class ReplacedTokenDetector(ObjectiveModule):
             return LossSum(loss_sum=loss_sum, num_correct=num_correct)
         counts = torch.stack([replaced_M.sum(), said_M.sum(), (replaced_M & said_M).sum()])
         return LossSum(loss_sum=loss_sum, num_correct=num_correct, counts=counts)
+
+    def judge(self, batch: PackedBatch) -> tuple[Tensor, Tensor, Tensor]:
+        """Of each target: its logit fp32, whether it was replaced, and whether it is one; `[M]` each."""
+        hidden_TH = self.encoder(batch.input_ids, batch.positions, batch.segments)
+        logits_M = self.discriminator(hidden_TH).index_select(0, batch.masked_index)
+        counted_M = batch.targets != IGNORE_INDEX
+        replaced_M = (batch.input_ids.flatten().index_select(0, batch.masked_index) != batch.targets) & counted_M
+        return logits_M, replaced_M, counted_M
+
+
+def target_losses(module: ObjectiveModule, batch: PackedBatch) -> Tensor:
+    """Binary cross entropy of each target, fp32 `[M]`; 0 in unused entries."""
+    assert isinstance(module, ReplacedTokenDetector), "the module of a run"
+    logits_M, replaced_M, counted_M = module.judge(batch)
+    return F.binary_cross_entropy_with_logits(logits_M, replaced_M.float(), weight=counted_M.float(), reduction="none")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True, eq=False)
@@ -328,6 +340,7 @@ REPLACED_TOKEN = Objective(
     corrupt=build_replacements,
     num_counts=3,
     build_metrics=build_metrics,
+    target_losses=target_losses,
     describe_baseline=describe_baseline,
     job="neobert.train.pretraining:PRETRAINING",
     answers="neobert.objectives.replaced_token:ANSWERS",

@@ -20,6 +20,9 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
+import numpy as np
+from numpy.typing import NDArray
+
 import neobert
 from neobert.config.fields import FIELDS, Field
 from neobert.config.schema import Config
@@ -86,6 +89,14 @@ def exchange(runtime: "Runtime", value: T | None = None, *, failure: Exception |
         if problem is not None:
             raise RankError(f"rank {rank}: {problem}")
     return [found for found, _ in answers]
+
+
+def gather_rows(runtime: "Runtime", part: NDArray[Any], total: int) -> NDArray[Any]:
+    """An array with `total` rows on every rank, of which rank r of R has rows r, r + R, ... as `part`. Collective."""
+    result = np.empty((total, *part.shape[1:]), dtype=part.dtype)
+    for rank, rows in enumerate(exchange(runtime, part)):
+        result[rank :: runtime.world] = rows
+    return result
 
 
 @contextmanager

@@ -13,6 +13,7 @@ from neobert.objectives.base import Answer, Answers
 from neobert.objectives.table import load_part
 from neobert.train.checkpoint.save import complete_save, save_checkpoint
 from neobert.train.pretraining import SHOWN, log_evaluation
+from neobert.train.probes.probing import log_probes, probing_missing
 from neobert.train.run import Run
 from neobert.train.start import release_lock
 from neobert.types import TrainState
@@ -37,6 +38,8 @@ def finish(run: Run, state: TrainState) -> None:
         run.tracker.say(f"nothing left to do: step {state.step:,} of {run.num_steps:,}")
     elif not run.tracker.evaluated(state.step):
         log_evaluation(run, state)
+    if run.tracker.trained and probing_missing(run, state):
+        log_probes(run, state)
     passed_over = run.data.counters(merge_states(run.runtime.gather_objects(state.data)))
     if any(passed_over.values()):
         run.tracker.say(f"skipped: {DESCRIPTION.format(**passed_over)}")

@@ -25,6 +25,7 @@ from neobert.train.checkpoint.save import complete_save, save_checkpoint, save_i
 from neobert.train.finish import finish, stop_early
 from neobert.train.memory import memory_explained
 from neobert.train.pretraining import log_evaluation
+from neobert.train.probes.probing import log_probes, probing_missing
 from neobert.train.record.profiling import DATA_WAIT, profiled
 from neobert.train.run import Run, build_run
 from neobert.train.step import BatchCopier, StepMetrics, train_step
@@ -81,6 +82,8 @@ def train(run: Run) -> RunResult:
         reason = "finished" if state.step < run.num_steps else "complete"
         if evaluation_missing(run, state):
             log_evaluation(run, state)
+        if probing_missing(run, state):
+            log_probes(run, state)
         for state, metrics in profiled(run, state, training_steps(run, state)):  # noqa: B020 (of `state`, the first only)
             run.tracker.add(state, metrics)
             if run.stop_requested():
@@ -89,6 +92,8 @@ def train(run: Run) -> RunResult:
                 run.tracker.log(state, run.read_metrics())
             if due(state.step, run.eval_steps):
                 log_evaluation(run, state)
+            if probing_missing(run, state):
+                log_probes(run, state)
             if save_is_due(run, state.step):
                 save_checkpoint(run, state)
             complete_save(run)  # Of a save in the background that is written by now.

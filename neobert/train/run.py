@@ -60,6 +60,7 @@ from neobert.train.machine import Runtime, bind_precision, build_runtime, check_
 from neobert.train.micro_batch import bind_micro_batch, choose_kept
 from neobert.train.numerics import Guard
 from neobert.train.preempt import StopRequest
+from neobert.train.probes.pinned import Probes, build_probes
 from neobert.train.record.console import Reporter
 from neobert.train.record.statistics import Statistics, build_statistics
 from neobert.train.record.tracking import Tracker
@@ -240,6 +241,9 @@ class Run(RunSetup):
     statistics: Statistics | None
     """With `trainer.log_statistics`."""
 
+    probes: Probes | None
+    """With `trainer.probe_steps`."""
+
     schedule: Schedule
     tracker: Tracker
     committer: Committer
@@ -315,6 +319,10 @@ def build_run(config: Config) -> Run:
         data = job.build_data(config, tokenizer, setup.reader)
         num_steps = choose_num_steps(config, data)
         check_equal(runtime, lambda: describe_data(data, num_steps))
+        probes = build_probes(config, objective, data, tokenizer)
+        if probes is not None:
+            check_equal(runtime, lambda: {"trainer.probe_sets": probes.fingerprint})
+            setup.reporter.say("\n".join(f"probe     {one.describe()}" for one in probes.sets))
         module = build_module(config, setup.model_config, setup.attention, runtime)
         if initial is not None:
             copied = copy_initial_weights(module, objective, initial, tokenizer, tile=config.model.init_tile)
@@ -326,7 +334,7 @@ def build_run(config: Config) -> Run:
         computing = computing_module(model)
     model = runtime.prepare_model(model)  # Has collectives of its own, so no rank may be missing.
     with sharing_errors(runtime):
-        return _wire(setup, job, data, module, computing, model, optimizer, num_steps)
+        return _wire(setup, job, data, probes, module, computing, model, optimizer, num_steps)
 
 
 def describe_data(data: RunData, num_steps: int) -> dict[str, Any]:
@@ -344,6 +352,7 @@ def _wire(
     setup: RunSetup,
     job: Job,
     data: RunData,
+    probes: Probes | None,
     module: ObjectiveModule,
     computing: ObjectiveModule,
     model: nn.Module,
@@ -363,6 +372,7 @@ def _wire(
         clip=build_clip(config, module, computing, optimizer, runtime),
         average=build_average(config, module),
         statistics=build_statistics(config, module, computing),
+        probes=probes,
         schedule=build_schedule(config.scheduler, base_lr=config.optimizer.lr, num_steps=num_steps),
         tracker=Tracker(
             runtime=runtime,

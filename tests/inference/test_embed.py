@@ -15,7 +15,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from neobert.errors import DataError
-from neobert.inference import embed
+from neobert.inference import embed, jobs
 from neobert.inference.embed import EmbedReport, EmbedSettings, check_output, embed_to_file
 from neobert.inference.jobs import JobError, load_done, save_done
 from neobert.inference.model import Model
@@ -89,13 +89,13 @@ def test_a_killed_job_continues_with_the_same_bytes(
     run(loaded, jsonl, tmp_path / f"whole{suffix}")
     whole = (tmp_path / f"whole{suffix}").read_bytes()
     output = tmp_path / f"v{suffix}"
-    real_save, real_write = embed.save_done, embed.WRITERS[suffix]
+    real_save, real_write = jobs.save_done, embed.WRITERS[suffix]
     for number in range(3):  # killed before and after a chunk is recorded, and while the output is put together
-        monkeypatch.setattr(embed, "save_done", _failing(real_save, number))
+        monkeypatch.setattr(jobs, "save_done", _failing(real_save, number))
         with pytest.raises(KeyboardInterrupt):
             run(loaded, jsonl, output)
         assert not output.exists()
-    monkeypatch.setattr(embed, "save_done", real_save)
+    monkeypatch.setattr(jobs, "save_done", real_save)
     monkeypatch.setitem(embed.WRITERS, suffix, _failing(real_write, 0))
     with pytest.raises(KeyboardInterrupt):
         run(loaded, jsonl, output)

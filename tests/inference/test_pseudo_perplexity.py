@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from neobert.errors import DataError
-from neobert.inference import pseudo_perplexity
+from neobert.inference import jobs
 from neobert.inference.jobs import JobError
 from neobert.inference.model import Model
 from neobert.inference.packed import hidden_states
@@ -131,14 +131,14 @@ def test_a_killed_job_continues_with_the_same_lines(
     short.write_text("".join(jsonl.read_text().splitlines(keepends=True)[1:]))
     settings = ScoreSettings(max_length=40, batch_tokens=60, chunked=3, bias_documents=9)
     run(loaded, short, tmp_path / "whole.jsonl", settings)
-    real, output = pseudo_perplexity.save_done, tmp_path / "s.jsonl"
+    real, output = jobs.save_done, tmp_path / "s.jsonl"
     for when in (1, 2, 1):  # after the lines were written, before they were recorded
-        monkeypatch.setattr(pseudo_perplexity, "save_done", _failing(real, when))
+        monkeypatch.setattr(jobs, "save_done", _failing(real, when))
         with pytest.raises(KeyboardInterrupt):
             run(loaded, short, output, settings)
         with output.open("a") as out:
             out.write('{"record": 99, "nu')
-    monkeypatch.setattr(pseudo_perplexity, "save_done", real)
+    monkeypatch.setattr(jobs, "save_done", real)
     with pytest.raises(JobError, match=r"other settings \(chunked was 3 and is 4\)"):
         run(loaded, short, output, ScoreSettings(max_length=40, batch_tokens=60, chunked=4, bias_documents=9))
     run(loaded, short, output, settings)

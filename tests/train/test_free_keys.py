@@ -79,6 +79,8 @@ TRIED: list[tuple[str, dict[str, str]]] = [
             "trainer.profiler_steps_start": "6",
             "trainer.profiler_steps": "1",
             "trainer.fill_mask_texts": "['the [MASK] sat']",
+            "trainer.probe_steps": "2",
+            "trainer.probe_tokens": "100",
             "wandb.project": "another",
             "wandb.entity": "another",
             "wandb.name": "another",
@@ -114,6 +116,7 @@ BESIDE = {"tokenizer.train": ["tokenizer.path=null"]}
 """What another value needs beside it."""
 
 _ROUNDS = "computes the same, and rounds elsewhere: "
+_PROBED = "needs a file; test_probes.py trains with and without it"
 _TUNING = "is of fine-tuning; test_finetune.py resumes with another value"
 
 UNTRIED: dict[str, str] = {
@@ -128,6 +131,9 @@ UNTRIED: dict[str, str] = {
     "trainer.cpu_threads": f"{_ROUNDS}a product is cut into other parts",
     "trainer.deterministic": "sets switches of the process; test_deterministic.py tries it in one of its own",
     "tokenizer.revision": "needs tokenizer.name, which is a tokenizer of the hub",
+    "trainer.probe_sets": _PROBED,
+    "trainer.probe_examples": _PROBED,
+    "trainer.probe_seed": _PROBED,
     "wandb.enabled": "needs the package wandb; test_interval.py resumes with a stand-in",
     "dataset.force_redownload": _TUNING,
     "contrastive.pretrained_checkpoint_dir": _TUNING,

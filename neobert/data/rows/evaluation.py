@@ -85,6 +85,20 @@ class EvalSet:
             rows = [build_row(self._rows[row], self._window, row, cls_id=cls_id, sep_id=sep_id) for row in chosen]
             yield collate(rows, num_rows=self._batch_rows)
 
+    def first_batches(
+        self, collate: Collator, num_tokens: int, *, cls_id: int, sep_id: int, rank: int, world: int
+    ) -> Iterator[PackedBatch]:
+        """This rank's batches of the first rows of all ranks, as many as have `num_tokens` tokens together; of at most
+        `batch_rows` rows, none of them all padding, so ranks may have none."""
+        tokens = np.cumsum([sum(piece.length + SPECIALS_PER_SEGMENT for piece in row) for row in self._rows])
+        count = min(len(tokens), int(np.searchsorted(tokens, num_tokens)) + 1)
+        mine = range(rank, count, world)
+        for first in range(0, len(mine), self._batch_rows):
+            chosen = mine[first : first + self._batch_rows]
+            yield collate(
+                [build_row(self._rows[row], self._window, row, cls_id=cls_id, sep_id=sep_id) for row in chosen]
+            )
+
 
 class EvaluationChoice(NamedTuple):
     """What is evaluated, and what is trained on besides."""

@@ -24,6 +24,7 @@ from neobert.train.agreement import exchange
 from neobert.train.checkpoint.audit import RankLayout, ReplayAudit, ReplayDiverged, is_first_attempt, read_layout
 from neobert.train.machine import Runtime, compute_dtype
 from neobert.train.numerics import SkippedStep, build_skipped_step
+from neobert.train.probes.result import ProbeResult
 from neobert.train.record.console import Reporter
 from neobert.train.record.metrics import Interval, IntervalSums, MetricWindow, StepRecord, summarise
 from neobert.train.record.sinks import LineFile
@@ -73,6 +74,7 @@ class Tracker:
             self._layout_before = read_layout(events) or self._layout
         self._audit: ReplayAudit | None = None
         self._evaluated_step: int | None = None
+        self._probed_step: int | None = None
         self._eval_loss: float | None = None
         self.step = 0
         """The last step that was added."""
@@ -92,18 +94,19 @@ class Tracker:
     def begin(self, state: TrainState) -> None:
         """Opens the record at `state`: lines of steps after it belong to a run that was killed. They are dropped, and
         the steps made again are compared with them. Collective."""
-        found: tuple[list[dict[str, Any]], RankLayout, bool] = ([], self._layout, False)
+        found: tuple[list[dict[str, Any]], RankLayout, set[str]] = ([], self._layout, set())
         if self._runtime.is_main:
             lines = self._log.read()
             # At step 0 nothing is kept: the first evaluation is made again too.
             kept = [line for line in lines if 0 < state.step >= line["step"]]
-            evaluated = any(line["kind"] == "eval" and line["step"] == state.step for line in kept)
+            here = {line["kind"] for line in kept if line["step"] == state.step}
             later = [line for line in lines if line["kind"] == "step" and line["step"] > state.step]
-            found = (later if is_first_attempt(self._events.read()) else [], self._layout_before, evaluated)
+            found = (later if is_first_attempt(self._events.read()) else [], self._layout_before, here)
             self._log.rewrite(kept)
-        old_steps, before, evaluated = exchange(self._runtime, found)[0]
+        old_steps, before, here = exchange(self._runtime, found)[0]
         self._audit = ReplayAudit(old_steps, before=before, now=self._layout) if old_steps else None
-        self._evaluated_step = state.step if evaluated else None
+        self._evaluated_step = state.step if "eval" in here else None
+        self._probed_step = state.step if "probe" in here else None
         self.step = state.step
         if state.step == 0:
             self.event("started", 0)
@@ -228,6 +231,37 @@ class Tracker:
             self._reporter.say(f"{label} step {state.step:>7,} | {m.describe()}")
             mark = kind.removeprefix("eval")
             self._send({name.replace("/", f"{mark}/", 1): x for name, x in m.as_values().items()}, state.step)
+
+    def log_probes(
+        self,
+        state: TrainState,
+        found: Mapping[str, ProbeResult],
+        *,
+        seconds: Mapping[str, float],
+        fractions: Mapping[str, float],
+        fingerprints: Mapping[str, str],
+    ) -> None:
+        """Records probes in lines of their kinds: `probe`, and `probe_ema` of the moving average.
+
+        Args:
+            seconds: of each probe, for all kinds together.
+            fractions: of each probe, of the time of this start of the run.
+        """
+        self._probed_step = state.step
+        cost = {"seconds": dict(seconds), "fractions": dict(fractions), "fingerprints": dict(fingerprints)}
+        lines = [{"kind": kind, "step": state.step, **x.as_line(), **cost} for kind, x in found.items()]
+        self._append(self._log, lines)
+        total = f"{sum(seconds.values()):.2f} s"
+        total += f", {sum(fractions.values()):.2%} of the time" if fractions else ""
+        values = {f"probe/seconds/{name}": x for name, x in seconds.items()}
+        for kind, result in found.items():
+            self._reporter.say(f"{kind.replace('_', ' ')} step {state.step:>7,} | {result.describe()} | {total}")
+            values |= {name.replace("probe/", f"{kind}/", 1): x for name, x in result.as_values().items()}
+        self._send(values, state.step)
+
+    def probed(self, step: int) -> bool:
+        """Whether this run probed at `step`."""
+        return self._probed_step == step
 
     def evaluated(self, step: int) -> bool:
         """Whether this process evaluated at `step`."""
