@@ -11,7 +11,7 @@ import pytest
 ROOT = Path(__file__).parent.parent
 PACKAGE = ROOT / "neobert"
 LAYERS = [
-    {"secrets", "host"},
+    {"secrets", "host", "correlation"},
     {"errors", "key"},
     {"model", "kernels"},
     {"config"},
@@ -20,7 +20,7 @@ LAYERS = [
     {"weights"},
     {"inference"},
     {"train"},
-    {"contrastive", "export", "benchmark"},
+    {"contrastive", "finetune", "export", "benchmark"},
     {"commands"},
 ]
 LEVEL = {name: level for level, names in enumerate(LAYERS) for name in names}

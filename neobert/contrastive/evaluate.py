@@ -19,6 +19,7 @@ from neobert.config.schema_contrastive import PairSource
 from neobert.contrastive.examples import Example, Form
 from neobert.contrastive.pair_data import ContrastiveData, HeldOut
 from neobert.contrastive.reading import open_source
+from neobert.correlation import spearman
 from neobert.errors import DataError
 from neobert.inference.model import Model, load
 from neobert.inference.packed import BATCH_TOKENS
@@ -30,23 +31,6 @@ Floats = NDArray[np.floating[Any]]
 TOP = 10
 _QUERIES = 256
 """Queries compared with the whole collection at once."""
-
-
-def ranks(values: Floats) -> NDArray[np.float64]:
-    """Ranks from 1; equal values get the mean of their ranks."""
-    order = np.argsort(values, kind="stable")
-    _, inverse, counts = np.unique(values, return_inverse=True, return_counts=True)
-    ends = np.cumsum(counts)
-    assert len(order) == ends[-1]
-    return ((ends - counts + 1 + ends) / 2)[inverse]
-
-
-def spearman(a: Floats, b: Floats) -> float:
-    """Spearman's rank correlation: Pearson's of the ranks; 0 where one of them is constant."""
-    first, second = ranks(a), ranks(b)
-    first, second = first - first.mean(), second - second.mean()
-    norm = float(np.sqrt((first**2).sum() * (second**2).sum()))
-    return float((first * second).sum()) / norm if norm else 0.0
 
 
 def retrieval(queries_QD: Floats, documents_CD: Floats, relevant: Sequence[Sequence[int]]) -> dict[str, float]:

@@ -5,7 +5,8 @@ import math
 import numpy as np
 import pytest
 
-from neobert.contrastive.evaluate import ranks, retrieval, spearman
+from neobert.contrastive.evaluate import retrieval
+from neobert.correlation import ranks, spearman
 
 
 def test_ranks_get_their_mean_where_values_are_equal() -> None:

@@ -21,9 +21,9 @@ from transformers import AutoModel, AutoTokenizer
 
 from neobert.config.load import config_to_yaml, load_config
 from neobert.config.schema import Config
-from neobert.contrastive.evaluate import spearman
 from neobert.contrastive.finetune import finetune
 from neobert.contrastive.pair_data import NotPrepared, choose_sets
+from neobert.correlation import spearman
 from neobert.errors import DataError, StartupError
 from neobert.export.sentence_files import choose_sentence_settings
 from neobert.export.verify import verify
