@@ -12,6 +12,7 @@ from numpy.typing import NDArray
 from neobert.config.nesting import parse_json
 from neobert.config.rules import warnings
 from neobert.config.schema import Config
+from neobert.errors import StartupError
 from neobert.finetune.evaluate_labels import evaluate_labels, load_predictions
 from neobert.finetune.example_data import build_finetune_data, describe_labels
 from neobert.finetune.labelled_data import bind_labels, read_splits
@@ -54,6 +55,10 @@ def finetune(config: Config) -> FinetuneResult:
         DataError: its data cannot be used.
     """
     check_task(config, "finetune")
+    if config.finetune.seeds:
+        raise StartupError(
+            f"finetune.seeds: {list(config.finetune.seeds)} are several runs; call finetune_seeds, or remove the key"
+        )
     start = time.monotonic()
     result = train(build_run(config))
     output_dir = Path(config.trainer.output_dir)

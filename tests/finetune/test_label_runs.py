@@ -174,6 +174,25 @@ def test_frozen_layers_stay_and_deeper_ones_learn_slower(labelled: Labelled, tmp
     assert change("decayed", "encoder.layers.1.qkv.weight") < 1e-3 * change("decayed", "classifier.weight")
 
 
+def test_several_seeds_are_several_runs_and_a_table(
+    labelled: Labelled, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    file = tmp_path / "run.yaml"
+    keys = ("finetune.seeds=[5, 6]", "trainer.max_steps=2", "trainer.resume_from_checkpoint=latest")
+    file.write_text(config_to_yaml(labelled(tmp_path / "out", *keys)))
+    for _ in range(2):  # The second start finds both runs complete.
+        assert call("finetuning/finetune.py", file) == 0
+        lines = capsys.readouterr().out.splitlines()[-5:]
+        assert [line.split()[0] for line in lines] == ["seed", "5", "6", "mean", "std"]
+        found = json.loads((tmp_path / "out/seeds.json").read_text())
+        accuracies = [found["seeds"][seed]["metrics"]["accuracy"] for seed in ("5", "6")]
+        assert found["mean"]["accuracy"] == pytest.approx(sum(accuracies) / 2)
+    losses = [{line["loss"] for line in read_evaluations(tmp_path / f"out/seed-{seed}")} for seed in (5, 6)]
+    assert losses[0].isdisjoint(losses[1])
+    with pytest.raises(StartupError, match=r"finetune.seeds: \[5, 6\] are several runs"):
+        finetune(load_config(file))
+
+
 def test_class_weights_balance_the_labels() -> None:
     labels = ("a", "b")
     weights = choose_weights("balanced", "classification", labels, ["a", "a", "a", "b"])
