@@ -140,6 +140,13 @@ def label_loss(kind: Kind, logits: Tensor, targets: Tensor, weights: Tensor | No
     return F.cross_entropy(logits, targets, weight=weights, reduction="sum")
 
 
+def label_values(kind: Kind, logits: Tensor) -> Tensor:
+    """Probabilities of the labels of logits `[..., C]`; of regression the numbers themselves."""
+    if kind == "regression":
+        return logits
+    return logits.sigmoid() if kind == "multilabel" else logits.softmax(-1)
+
+
 class LabelModule(ObjectiveModule):
     """An encoder with a head. An untied vocabulary projection stays as it is. In evaluation `forward` returns the
     logits as well."""

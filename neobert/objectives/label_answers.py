@@ -10,7 +10,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from neobert.objectives.base import Answers, TextModel
-from neobert.objectives.classification import HeadInfo, LabelModule
+from neobert.objectives.classification import HeadInfo, LabelModule, label_values
 from neobert.objectives.labelled_rows import EncodedRows, encode_rows, encode_words
 
 
@@ -101,7 +101,7 @@ def _describe_logits(text: str, logits: Tensor, head: HeadInfo, top_k: int) -> L
     if head.kind == "regression":
         return LabelledText(text=text, label=float(logits[0, 0]), probabilities={}, top_k=top_k)
     several = head.kind == "multilabel"
-    values = (logits[0].sigmoid() if several else logits[0].softmax(0)).tolist()
+    values = label_values(head.kind, logits[0]).tolist()
     ranked = sorted(zip(head.labels, values), key=lambda item: -item[1])
     chosen = tuple(name for name, value in ranked if value > 0.5)
     return LabelledText(text=text, label=chosen if several else ranked[0][0], probabilities=dict(ranked), top_k=top_k)

@@ -175,9 +175,10 @@ def _read_folder(folder: Path, drop_decoder_bias: bool, weights: str) -> Encoder
     objective, training_only = _recognise_objective(raw), dict[str, Tensor]()
     if layout.name == "checkpoint":
         objective = recognise_objective(tensors)
+    if objective.training_only:
         training_only = {name: x for name, x in tensors.items() if name.startswith(objective.training_only)}
         tensors = {name: x for name, x in tensors.items() if name not in training_only}
-    elif layout.name in _EXPORTED and not any(name.startswith(_ENCODER) for name in tensors):
+    if layout.name in _EXPORTED and not any(name.startswith(_ENCODER) for name in tensors):
         # AutoModel and sentence-transformers save the encoder alone. The config says whether a head is tied.
         tensors = {f"{_ENCODER}{name}": tensor for name, tensor in tensors.items()}
     config = layout.describe(raw, tensors)
