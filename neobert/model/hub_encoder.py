@@ -125,7 +125,7 @@ def build_backbone(hub_config: Mapping[str, Any]) -> Any:
     config = AutoConfig.for_model(str(hub_config.get("model_type")), **values)
     if type(config) not in AutoModel._model_mapping:
         raise ValueError(f"config.json: model_type {hub_config.get('model_type')!r} has no encoder in transformers")
-    kind = AutoModel._model_mapping[type(config)]
+    kind: Any = AutoModel._model_mapping[type(config)]
     if "add_pooling_layer" in inspect.signature(kind.__init__).parameters:
         return kind(config, add_pooling_layer=False)
     return kind(config)
