@@ -23,6 +23,8 @@ from safetensors.torch import load_file
 import neobert
 from neobert.config.load import config_to_yaml, load_config
 from neobert.config.schema import Config, TokenizerSection
+from neobert.data.source import tables
+from neobert.data.source.hub import HubPin
 from neobert.data.tokenizer import load_tokenizer
 from neobert.errors import DataError, StartupError
 from neobert.finetune.job import finetune, read_evaluations
@@ -245,6 +247,25 @@ def test_rows_of_every_format_are_the_same_examples(
         assert [(x.texts, x.label) for x in ours] == [(x.texts, x.label) for x in theirs]
     assert len(found.evaluation) == 24
     assert len(found.train) + len(found.evaluation) == len(rows)
+
+
+def test_rows_of_the_hub_are_read_at_one_commit(
+    labelled: Labelled, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked = []
+
+    def read(name: str, config: str | None, split: str, revision: str | None) -> list[dict[str, str]]:
+        asked.append((name, config, split, revision))
+        return [{"sentence": f"{split} {n}", "label": "ab"[n % 2]} for n in range(4)]
+
+    monkeypatch.setattr(tables, "pin_hub", lambda spec: HubPin(spec=spec, commit="c0ffee"))
+    monkeypatch.setattr(tables, "list_hub_splits", lambda pin: ["train", "validation", "test"])
+    monkeypatch.setattr(tables, "read_hub", read)
+    keys = ("dataset.path=null", "dataset.name=someone/rows", "dataset.config=en", "dataset.train_split=train[1:]")
+    splits = read_splits(labelled(tmp_path / "x", *keys, "dataset.eval_samples=2"))
+    assert asked == [("someone/rows", "en", name, "c0ffee") for name in ("train", "validation")]
+    assert [x.texts for x in splits.train] == [("train 1",), ("train 2",), ("train 3",)]
+    assert [x.texts for x in splits.evaluation] == [("validation 0",), ("validation 1",)]
 
 
 def test_first_tokens_of_words_and_texts_that_are_cut(tokenizer_folder: Path) -> None:
