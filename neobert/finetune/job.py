@@ -113,7 +113,9 @@ def bind_finetune(config: Config) -> Config:
     config = bind_labels(config, read_splits(config))
     if own is not None:
         return bind_own(config, own)
-    return config if config.finetune.model is None else bind_source(config, config.finetune.model, "finetune.model")
+    if config.finetune.model is None:
+        return config
+    return bind_source(config, config.finetune.model, "finetune.model", any_encoder=True)
 
 
 def announce(run: Run) -> None:
@@ -126,7 +128,7 @@ def announce(run: Run) -> None:
         f"model     {config.model.name or 'NeoBERT'}: {model.num_hidden_layers} layers x {model.hidden_size}, "
         f"{total:,} parameters, {trained:,} of them trained",
         f"compute   {run.runtime.describe_device()}, {config.trainer.mixed_precision.replace('no', 'fp32')}, "
-        f"attention {run.attention.name} ({run.attention.kernel}), "
+        f"{_describe_attention(run)}, "
         f"{'compiled' if choose_compile(config) else 'not compiled'}, {run.runtime.world} process(es)",
         f"labels    {describe_labels(config)}",
         f"batch     {rows} rows a step, {config.trainer.micro_batch_rows} at a time through a process",
@@ -138,6 +140,12 @@ def announce(run: Run) -> None:
     for text in warnings(config, total_steps=run.num_steps):
         run.reporter.warn(text)
     write_config(config, run.runtime, run.output_dir, run.reporter)
+
+
+def _describe_attention(run: Run) -> str:
+    if run.model_config.hub_config is not None:
+        return f"{run.model_config.hub_config['model_type']} of transformers, padded"
+    return f"attention {run.attention.name} ({run.attention.kernel})"
 
 
 def next_commands(run: Run) -> list[str]:
