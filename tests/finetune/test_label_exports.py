@@ -43,7 +43,9 @@ def runs(labelled: Labelled, labelled_files: Path, tmp_path_factory: pytest.Temp
 
 
 @pytest.fixture(scope="module")
-def exports(runs: dict[str, Path], tmp_path_factory: pytest.TempPathFactory) -> dict[str, Exported]:
+def exports(
+    runs: dict[str, Path], own_module_cache: None, tmp_path_factory: pytest.TempPathFactory
+) -> dict[str, Exported]:
     folder = tmp_path_factory.mktemp("exports")
     return {name: export(ExportRequest(source=str(run), output=folder / name)) for name, run in runs.items()}
 
