@@ -121,3 +121,14 @@ def tiny(corpus: Path, tokenizer_folder: Path) -> Callable[..., Config]:
         return parse_config(text, [f"trainer.output_dir={output_dir}", *overrides])
 
     return build
+
+
+@pytest.fixture(scope="session")
+def own_module_cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    """Transformers copies the code of folders into a cache; not into the user's."""
+    import transformers.dynamic_module_utils as dynamic_modules
+
+    patch = pytest.MonkeyPatch()
+    patch.setattr(dynamic_modules, "HF_MODULES_CACHE", str(tmp_path_factory.mktemp("modules")))
+    yield
+    patch.undo()

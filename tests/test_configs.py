@@ -17,7 +17,7 @@ EXPERIMENTS = ROOT / "configs" / "experiments"
 PLANS = sorted(path for path in EXPERIMENTS.glob("*.yaml") if "\nruns:\n" in path.read_text())
 PIPELINES = sorted((ROOT / "configs" / "pipelines").glob("*.yaml"))
 CONFIGS = sorted(path for path in (ROOT / "configs").rglob("*.yaml") if path not in [*PLANS, *PIPELINES])
-PRETRAINING = [path for path in CONFIGS if path.parent.name != "contrastive"]
+PRETRAINING = [path for path in CONFIGS if path.parent.name not in ("contrastive", "finetuning")]
 
 TINY = [
     "model.hidden_size=16",

@@ -20,7 +20,7 @@ LAYERS = [
     {"weights"},
     {"inference"},
     {"train"},
-    {"contrastive", "export", "benchmark"},
+    {"contrastive", "finetune", "export", "benchmark"},
     {"commands"},
 ]
 LEVEL = {name: level for level, names in enumerate(LAYERS) for name in names}

@@ -16,6 +16,7 @@ from neobert.data.source.known_sets import KNOWN_SETS
 from neobert.data.tokenizer import Tokenizer
 from neobert.export.facts import RunFacts, datasets_on_hub, hub_model, is_step, load_lineage, model_on_hub, name_sources
 from neobert.export.forms import ExportError, Form
+from neobert.export.heads import find_head
 from neobert.model.config import ModelConfig
 from neobert.objectives.base import Objective, VectorSettings
 from neobert.objectives.late_interaction import TOKENS
@@ -37,6 +38,13 @@ logits = model(**inputs).logits
 ```
 
 """
+
+_LABEL = """```python
+from transformers import pipeline
+
+answer = pipeline("{tag}", model="{name}"{trust})
+print(answer({example}))
+```"""
 
 _PLAIN_VECTORS = """\
 Embeddings, the mean over the tokens of a text (the model was not trained for similarity; fine-tune it for that):
@@ -90,17 +98,29 @@ def model_card(
         f"# {name.split('/')[-1]}",
         _summary(objective, config, form, dtype),
         *([f"## Training\n\n{training}"] if training else []),
-        "## Use\n\n" + _use(objective, tokenizer, sentences, name=name, form=form),
+        "## Use\n\n" + _use(weights, objective, tokenizer, sentences, name=name, form=form),
     ]
     return "\n\n".join(sections) + "\n"
 
 
-def _use(objective: Objective, tokenizer: Tokenizer, sentences: VectorSettings, *, name: str, form: Form) -> str:
+def _use(
+    weights: EncoderWeights,
+    objective: Objective,
+    tokenizer: Tokenizer,
+    sentences: VectorSettings,
+    *,
+    name: str,
+    form: Form,
+) -> str:
+    trust = "" if form == "native" else ", trust_remote_code=True"
+    head = find_head(weights)
+    if head is not None:
+        example = '"a text"' if head.num_texts == 1 else '{"text": "a text", "text_pair": "another text"}'
+        return _LABEL.format(tag=objective.card.pipeline_tag, name=name, trust=trust, example=example)
     mask = next(token for token, number in tokenizer.special_tokens.items() if number == tokenizer.mask_id)
     before = _TRAINED_VECTORS
     if objective.vectors is None:
         before = (_FILL_MASK if objective.fills_masks else "") + _PLAIN_VECTORS
-    trust = "" if form == "native" else ", trust_remote_code=True"
     prompts = [
         f'\n- `encode(texts, prompt_name="{name}")` puts `{text}` before each text, as in training'
         for name, text in sentences.prompts

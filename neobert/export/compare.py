@@ -12,10 +12,13 @@ from itertools import accumulate
 import torch
 from torch import Tensor
 
+from neobert.export.heads import find_head
 from neobert.model.attention import ATTENTION
 from neobert.model.encoder import Encoder
 from neobert.model.segments import Segments
 from neobert.objectives.base import ObjectiveModule
+from neobert.objectives.classification import LabelModule
+from neobert.objectives.table import OBJECTIVES
 from neobert.weights.encoder_weights import EncoderWeights
 
 TOLERANCE = 1e-5
@@ -37,16 +40,22 @@ class LayerError:
 
 
 def build_model(weights: EncoderWeights) -> ObjectiveModule:
-    """Our model with these weights, fp32, on the CPU, in evaluation mode."""
-    model = ObjectiveModule(Encoder(weights.config, ATTENTION["sdpa"]))
-    model.load_state_dict(weights.tensors, strict=True)
+    """Our model with these weights, fp32, on the CPU, in evaluation mode; with a head on labels where they have one."""
+    encoder = Encoder(weights.config, ATTENTION["sdpa"])
+    if find_head(weights) is None:
+        model, tensors = ObjectiveModule(encoder), weights.tensors
+    else:
+        model = OBJECTIVES[weights.objective].build_trained(encoder, weights.head)
+        tensors = {**weights.tensors, **weights.training_only}
+    model.load_state_dict(tensors, strict=True)
     model.check_tied()
     return model.eval()
 
 
 @torch.inference_mode()
 def our_states(model: ObjectiveModule, documents: Sequence[Sequence[int]]) -> list[list[Tensor]]:
-    """For each document its states, `[n, H]` for each layer, then logits `[n, V]`; computed packed in one row."""
+    """For each document its states, `[n, H]` for each layer, then logits: `[n, V]` of tokens of the vocabulary, or of
+    labels `[n, C]` or, for sequence classification, `[1, C]`. Computed packed in one row."""
     lengths = [len(document) for document in documents]
     borders = torch.tensor([0, *accumulate(lengths)], dtype=torch.int32)
     numbers = torch.repeat_interleave(torch.arange(1, len(lengths) + 1, dtype=torch.int32), torch.tensor(lengths))
@@ -59,8 +68,19 @@ def our_states(model: ObjectiveModule, documents: Sequence[Sequence[int]]) -> li
     finally:
         for hook in hooks:
             hook.remove()
-    layers = [*states, hidden, model.logits(hidden)]
-    return [[layer[start : start + n] for layer in layers] for start, n in zip(borders.tolist(), lengths)]
+    spans = list(zip(borders.tolist(), lengths))
+    logits = _split_logits(model, hidden, spans)
+    return [[*(layer[start : start + n] for layer in (*states, hidden)), own] for (start, n), own in zip(spans, logits)]
+
+
+def _split_logits(model: ObjectiveModule, hidden_TH: Tensor, spans: Sequence[tuple[int, int]]) -> Sequence[Tensor]:
+    if not isinstance(model, LabelModule):
+        return model.logits(hidden_TH).split([n for _, n in spans])
+    if model.head.kind == "tokens":
+        every_slot = torch.arange(len(hidden_TH))
+        return model.label_logits(hidden_TH, torch.tensor([]), every_slot).split([n for _, n in spans])
+    no_words = torch.empty(0, dtype=torch.int64)
+    return model.label_logits(hidden_TH, torch.tensor([n for _, n in spans]), no_words).split(1)
 
 
 def layer_errors(ours: Sequence[Sequence[Tensor]], theirs: Sequence[Sequence[Tensor]]) -> list[LayerError]:

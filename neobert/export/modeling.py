@@ -26,6 +26,9 @@ from neobert.model.config import ModelConfig
 from neobert.model.encoder import Encoder
 from neobert.model.segments import Segments
 
+_OF_THE_VOCABULARY = [r"^decoder\.", r"^logit_scale$"]
+"""Weights of the projection that models of labels do without."""
+
 
 class NeobertEncoderConfig(PreTrainedConfig):
     """`architecture` holds the fields of ModelConfig; some are beside it under the names that libraries look for."""
@@ -183,6 +186,8 @@ class NeobertEncoderForMaskedLM(NeobertEncoderPreTrainedModel):
 class NeobertEncoderForSequenceClassification(NeobertEncoderPreTrainedModel):
     """The encoder with a classifier over the mean (or the first) hidden state: dense, GELU, projection."""
 
+    _keys_to_ignore_on_load_unexpected = _OF_THE_VOCABULARY
+
     def __init__(self, config: NeobertEncoderConfig) -> None:
         super().__init__(config)
         self.num_labels = int(config.num_labels)  # type: ignore[arg-type]
@@ -202,12 +207,13 @@ class NeobertEncoderForSequenceClassification(NeobertEncoderPreTrainedModel):
         """Logits `[B, labels]`; with `labels` also the loss of `config.problem_type`."""
         states = self.model(input_ids, attention_mask=attention_mask, return_dict=True, **inputs)
         hidden = states.last_hidden_state
+        real = torch.ones_like(input_ids) if attention_mask is None else attention_mask != 0
         if self.config.classifier_pooling == "mean":
-            real = torch.ones_like(input_ids) if attention_mask is None else attention_mask != 0
             weights = real.to(hidden.dtype).unsqueeze(-1)
             pooled = (hidden * weights).sum(1) / weights.sum(1).clamp(min=1)
         elif self.config.classifier_pooling == "cls":
-            pooled = hidden[:, 0]
+            first = real.to(torch.int64).argmax(1)  # Padding may be on the left.
+            pooled = hidden[torch.arange(len(hidden), device=hidden.device), first]
         else:
             raise ValueError(f"classifier_pooling: {self.config.classifier_pooling!r} is unknown; write mean or cls")
         logits = self.classifier(F.gelu(self.dense(pooled)))
@@ -219,7 +225,9 @@ class NeobertEncoderForSequenceClassification(NeobertEncoderPreTrainedModel):
 
 
 class NeobertEncoderForTokenClassification(NeobertEncoderPreTrainedModel):
-    """The encoder with a projection of every hidden state to labels, which starts fresh."""
+    """The encoder with a projection of every hidden state to labels."""
+
+    _keys_to_ignore_on_load_unexpected = _OF_THE_VOCABULARY
 
     def __init__(self, config: NeobertEncoderConfig) -> None:
         super().__init__(config)

@@ -13,15 +13,17 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import transformers
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import (
     AutoModel,
-    AutoModelForMaskedLM,
     AutoModelForSequenceClassification,
     AutoModelForTokenClassification,
     AutoTokenizer,
     FillMaskPipeline,
+    TextClassificationPipeline,
+    TokenClassificationPipeline,
 )
 
 ONNX = ("onnx", "onnxruntime", "onnxscript")
@@ -37,44 +39,37 @@ def main(job_file: str) -> None:
 
 @torch.inference_mode()
 def probe(item: dict[str, Any], inputs: dict[str, Tensor], work: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    """All outputs of one folder."""
+    """All outputs of one folder. `item["class"]` is what comes after `AutoModelFor`."""
     folder, options = item["folder"], {"trust_remote_code": True} if item["trust"] else {}
-    model, loading = load(AutoModelForMaskedLM, folder, options)
+    model, loading = load(getattr(transformers, f"AutoModelFor{item['class']}"), folder, options)
     base, base_loading = load(AutoModel, folder, options)
-    classifier, classifier_loading = load(AutoModelForSequenceClassification, folder, options)
-    tagger, tagger_loading = load(AutoModelForTokenClassification, folder, options)
+    loadings = {"model": loading, "base": base_loading}
     ids, mask = inputs["input_ids"], inputs["attention_mask"]
     output = model(input_ids=ids, attention_mask=mask, output_hidden_states=True)
     tensors = {f"layer.{number}": state for number, state in enumerate(output.hidden_states)}
     tensors["logits.padded, int mask"] = output.logits
     tensors["base"] = base(input_ids=ids, attention_mask=mask).last_hidden_state
-    tensors["classifier.padded"] = classifier(input_ids=ids, attention_mask=mask).logits
-    short, length = len(mask) - 1, int(mask[-1].sum())
-    tensors["classifier.single"] = classifier(input_ids=ids[short:, :length]).logits
-    tensors["tagger.padded"] = tagger(input_ids=ids, attention_mask=mask).logits
-    tensors["tagger.single"] = tagger(input_ids=ids[short:, :length]).logits
-    for name, arguments in forms(inputs, packed=item["trust"]).items():
+    if item["class"] == "MaskedLM":
+        tensors |= run_new_heads(folder, options, inputs, loadings)
+    # A class for texts takes a row for one text.
+    packed = item["trust"] and item["class"] != "SequenceClassification"
+    for name, arguments in forms(inputs, packed=packed, left=item["left"]).items():
         tensors[f"logits.{name}"] = model(**arguments).logits
     tokenizer = AutoTokenizer.from_pretrained(folder, **options)
     encoded = [tokenizer(text).input_ids for text in item["texts"]]
-    batch = tokenizer(item["texts"], padding=True, truncation=True, return_tensors="pt")
+    batch = tokenizer(item["texts"], item["seconds"], padding=True, truncation=True, return_tensors="pt")
     tensors["text.mask"], tensors["text.logits"] = batch["attention_mask"], model(**batch).logits
-    pipeline = FillMaskPipeline(model=model, tokenizer=tokenizer, top_k=5)  # type: ignore[arg-type]
     with torch.inference_mode(False), torch.no_grad():
-        guesses = pipeline(item["fill"])
+        answers = PIPELINES[item["class"]](model, tokenizer, item)
     facts = {
-        "loading": {
-            "masked": loading,
-            "base": base_loading,
-            "classifier": classifier_loading,
-            "tagger": tagger_loading,
-        },
+        "loading": loadings,
+        "id2label": {str(number): label for number, label in model.config.id2label.items()},
         "dtype": str(next(model.parameters()).dtype),
         "encoded": encoded,
         "decoded": [tokenizer.decode(x[1:-1]) for x in encoded],
         "not_accepted": sorted(set(batch) - set(inspect.signature(model.forward).parameters)),
         "max_length": tokenizer.model_max_length,
-        "guesses": [[guess["token"], guess["score"]] for guess in guesses],
+        "answers": answers,
         "sentences": "not installed",
         "onnx": "not installed",
     }
@@ -90,6 +85,48 @@ def probe(item: dict[str, Any], inputs: dict[str, Tensor], work: Path) -> tuple[
     return tensors, facts
 
 
+def run_new_heads(
+    folder: str, options: dict[str, Any], inputs: dict[str, Tensor], loadings: dict[str, Any]
+) -> dict[str, Tensor]:
+    """Outputs of the classes with heads that the folder has no weights for, of a padded and of a single text."""
+    classifier, loadings["classifier"] = load(AutoModelForSequenceClassification, folder, options)
+    tagger, loadings["tagger"] = load(AutoModelForTokenClassification, folder, options)
+    ids, mask = inputs["input_ids"], inputs["attention_mask"]
+    short, length = len(mask) - 1, int(mask[-1].sum())
+    return {
+        "classifier.padded": classifier(input_ids=ids, attention_mask=mask).logits,
+        "classifier.single": classifier(input_ids=ids[short:, :length]).logits,
+        "tagger.padded": tagger(input_ids=ids, attention_mask=mask).logits,
+        "tagger.single": tagger(input_ids=ids[short:, :length]).logits,
+    }
+
+
+def fill(model: Any, tokenizer: Any, item: dict[str, Any]) -> list[Any]:
+    """Token and probability of the best tokens for a mask."""
+    guesses = FillMaskPipeline(model=model, tokenizer=tokenizer, top_k=5)(item["fill"])  # type: ignore[arg-type]
+    return [[guess["token"], guess["score"]] for guess in guesses]
+
+
+def classify(model: Any, tokenizer: Any, item: dict[str, Any]) -> list[Any]:
+    """For each text, or pair, the probability of every label."""
+    pipeline = TextClassificationPipeline(model=model, tokenizer=tokenizer)
+    seconds = item["seconds"] or [None] * len(item["texts"])
+    pairs = [{"text": text, "text_pair": second} for text, second in zip(item["texts"], seconds)]
+    found = [pipeline(pair, top_k=None, truncation=True) for pair in pairs]
+    return [{answer["label"]: answer["score"] for answer in answers} for answers in found]
+
+
+def tag(model: Any, tokenizer: Any, item: dict[str, Any]) -> list[Any]:
+    """For each text the index, label and probability of every token."""
+    pipeline = TokenClassificationPipeline(model=model, tokenizer=tokenizer, ignore_labels=[])
+    found = [pipeline(text) for text in item["texts"]]
+    return [[[token["index"], token["entity"], float(token["score"])] for token in tokens] for tokens in found]
+
+
+PIPELINES = {"MaskedLM": fill, "SequenceClassification": classify, "TokenClassification": tag}
+"""Class of a model -> what its pipeline answers."""
+
+
 def load(auto: Any, folder: str, options: dict[str, Any]) -> tuple[Any, dict[str, list[str]]]:
     """The model in fp32, and the tensors that its class missed or did not expect."""
     model, info = auto.from_pretrained(folder, dtype=torch.float32, output_loading_info=True, **options)
@@ -97,19 +134,21 @@ def load(auto: Any, folder: str, options: dict[str, Any]) -> tuple[Any, dict[str
     return model.eval(), {name: sorted(map(str, info[name])) for name in names}
 
 
-def forms(inputs: dict[str, Tensor], *, packed: bool) -> dict[str, dict[str, Tensor]]:
+def forms(inputs: dict[str, Tensor], *, packed: bool, left: bool) -> dict[str, dict[str, Tensor]]:
     """Ways of passing the same documents: name to arguments. The first document fills its row."""
     ids, mask = inputs["input_ids"], inputs["attention_mask"]
     first = ids[:1]
     lengths = mask.sum(1).tolist()
-    left = [torch.roll(row, len(row) - n) for row, n in zip(ids, lengths)]
-    left_mask = [torch.roll(row, len(row) - n) for row, n in zip(mask, lengths)]
     result = {
         "single, no mask": {"input_ids": first},
         "single, mask of ones": {"input_ids": first, "attention_mask": torch.ones_like(first)},
         "padded, bool mask": {"input_ids": ids, "attention_mask": mask.bool()},
-        "padded on the left": {"input_ids": torch.stack(left), "attention_mask": torch.stack(left_mask)},
     }
+    if left:
+        rolled, rolled_mask = (
+            torch.stack([torch.roll(row, len(row) - n) for row, n in zip(x, lengths)]) for x in (ids, mask)
+        )
+        result["padded on the left"] = {"input_ids": rolled, "attention_mask": rolled_mask}
     if packed:
         row = torch.cat([row[:n] for row, n in zip(ids, lengths)])
         numbers = torch.repeat_interleave(torch.arange(1, len(ids) + 1), torch.tensor(lengths))

@@ -25,10 +25,13 @@ from neobert.config.schema import TokenizerSection
 from neobert.data.tokenizer import Tokenizer, load_tokenizer
 from neobert.export.compare import TOLERANCE, build_model, layer_errors, our_states, random_documents
 from neobert.export.forms import ExportError
-from neobert.export.write import cut_vocabulary, pad
+from neobert.export.heads import choose_class, drop_projection, find_head
+from neobert.export.write import cut_vocabulary, pad, split_rows
 from neobert.inference.fill_mask import MASK_TEXT, fill_mask
 from neobert.model.pooling import choose_pooling
 from neobert.objectives.base import ObjectiveModule, VectorSettings
+from neobert.objectives.classification import HeadInfo, label_values
+from neobert.objectives.labelled_rows import encode_rows
 from neobert.objectives.late_interaction import TOKENS
 from neobert.weights.encoder_weights import EncoderWeights, load_encoder_weights
 from neobert.weights.vector_settings import load_vector_settings
@@ -39,6 +42,9 @@ TEXTS = (
     "x",
     "Ünïcode: naïve CAFÉ, 東京 and 🙂;\ttabs\nlines  two spaces, don't, 3.14, <b>x_1</b>",
 )
+_SECONDS = (*TEXTS[1:], TEXTS[0])
+"""The second texts, for a model of pairs."""
+
 FILL = f"the old {MASK_TEXT} stands by the river."
 PROBABILITY_TOLERANCE = 1e-5
 _HEADS = ("dense.", "classifier.")
@@ -82,6 +88,7 @@ class _Subject:
     weights: EncoderWeights
     model: ObjectiveModule
     tokenizer: Tokenizer
+    head: HeadInfo | None
     sentences: VectorSettings
     documents: list[list[int]]
     work: Path
@@ -114,11 +121,10 @@ def _prepare(folder: Path, against: str | None, work: Path, kind: str) -> _Subje
     tokenizer = load_tokenizer(TokenizerSection(path=str(exported.tokenizer)))
     weights = exported
     if against is not None:
-        source, _ = cut_vocabulary(load_encoder_weights(against, weights=kind), exported.config.vocab_size)
-        dtypes = {name: tensor.dtype for name, tensor in exported.tensors.items()}
-        if set(dtypes) != set(source.tensors):
-            raise ExportError(f"{folder} and {against} have different tensors; compare a folder with its own source")
-        weights = replace(source, tensors={name: t.to(dtypes[name]) for name, t in source.tensors.items()})
+        source, _ = drop_projection(load_encoder_weights(against, weights=kind))
+        source, _ = cut_vocabulary(source, exported.config.vocab_size)
+        weights = _cast_like(exported, source)
+    head = find_head(weights)
     work.mkdir()
     documents = random_documents(weights.config.max_position_embeddings, tokenizer.size)
     input_ids, mask = pad(documents, tokenizer.pad_id)
@@ -128,6 +134,7 @@ def _prepare(folder: Path, against: str | None, work: Path, kind: str) -> _Subje
         against=against or "itself, read by us",
         weights=weights,
         model=build_model(weights),
+        head=head,
         tokenizer=tokenizer,
         sentences=load_vector_settings(exported),
         documents=documents,
@@ -135,16 +142,36 @@ def _prepare(folder: Path, against: str | None, work: Path, kind: str) -> _Subje
     )
 
 
+def _cast_like(exported: EncoderWeights, source: EncoderWeights) -> EncoderWeights:
+    """The weights of the source in the dtypes of the export."""
+    dtypes = {name: x.dtype for name, x in (*exported.tensors.items(), *exported.training_only.items())}
+    head = source.training_only if find_head(source) is not None else {}
+    if set(dtypes) != {*source.tensors, *head}:
+        raise ExportError(
+            f"{exported.folder} and {source.folder} have different tensors; compare a folder with its own source"
+        )
+    return replace(
+        source,
+        tensors={name: x.to(dtypes[name]) for name, x in source.tensors.items()},
+        training_only={name: x.to(dtypes[name]) for name, x in head.items()},
+    )
+
+
 def _run_probe(subjects: Sequence[_Subject], temporary: Path) -> None:
+    trusts = [(s.folder / "config.json").read_text().find('"auto_map"') >= 0 for s in subjects]
     job = [
         {
             "folder": str(s.folder.resolve()),
-            "trust": (s.folder / "config.json").read_text().find('"auto_map"') >= 0,
+            "trust": trust,
+            # EuroBERT's class takes the first slot for [CLS], whatever is in it.
+            "left": trust or s.head is None or s.head.pooling == "mean",
+            "class": choose_class(s.head),
             "texts": TEXTS,
+            "seconds": _SECONDS if s.head is not None and s.head.num_texts == 2 else None,
             "fill": FILL.replace(MASK_TEXT, _mask_token(s.tokenizer)),
             "work": str(s.work),
         }
-        for s in subjects
+        for s, trust in zip(subjects, trusts)
     ]
     (temporary / "job.json").write_text(json.dumps(job))
     environment = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
@@ -165,12 +192,15 @@ def _judge(subject: _Subject) -> Verdict:
     tensors = load_file(subject.work / "outputs.safetensors")
     facts = json.loads((subject.work / "outputs.json").read_text())
     ours = our_states(subject.model, subject.documents)
-    checks = [_check_loading(facts)]
+    checks = [_check_loading(subject, facts)]
     checks += _check_layers(subject, ours, tensors)
     checks += _check_forms(subject, ours, tensors)
-    checks += [_check_heads(tensors), _check_tokenizer(subject, facts), _check_inputs(facts)]
+    checks += [_check_tokenizer(subject, facts), _check_inputs(facts)]
     checks += [_check_text(subject, name, tensors) for name in ("logits", "ONNX") if f"text.{name}" in tensors]
-    checks.append(_check_fill_mask(subject, facts))
+    if subject.head is None:
+        checks += [_check_new_heads(tensors), _check_fill_mask(subject, facts)]
+    else:
+        checks += [_check_labels(subject.head, facts), _check_label_pipeline(subject, subject.head, facts)]
     if facts["sentences"] == "run":
         theirs = [tensors[f"sentences.{number}"] for number in range(len(_wrap_texts(subject.tokenizer, 8)))]
         checks.append(_check_sentences(subject, theirs))
@@ -180,15 +210,17 @@ def _judge(subject: _Subject) -> Verdict:
     return Verdict(folder=str(subject.folder), against=subject.against, checks=tuple(checks))
 
 
-def _check_loading(facts: dict[str, Any]) -> Check:
+def _check_loading(subject: _Subject, facts: dict[str, Any]) -> Check:
     odd, new = [], (*_HEADS, *_PROJECTION)
     for name, kinds in facts["loading"].items():
         for kind, keys in kinds.items():
             # A base model has no head; a classifier starts with a new one.
-            expected = {"base": _PROJECTION, "classifier": new, "tagger": new}.get(name, ())
+            expected = {"base": new, "classifier": new, "tagger": new}.get(name, ())
             odd += [f"{name}: {kind} {key}" for key in keys if not key.startswith(expected)]
     return Check(
-        name="loads with AutoModel, AutoModelForMaskedLM and both AutoModelFor...Classification",
+        name="loads with AutoModel, AutoModelForMaskedLM and both AutoModelFor...Classification"
+        if subject.head is None
+        else f"loads with AutoModel and AutoModelFor{choose_class(subject.head)}",
         passed=not odd,
         detail=", ".join(odd) or "no tensor missing, none unexpected",
     )
@@ -196,8 +228,9 @@ def _check_loading(facts: dict[str, Any]) -> Check:
 
 def _check_layers(subject: _Subject, ours: list[list[Tensor]], tensors: dict[str, Tensor]) -> list[Check]:
     count = sum(name.startswith("layer.") for name in tensors)
-    layers = [tensors[f"layer.{number}"] for number in range(count)] + [tensors["logits.padded, int mask"]]
-    theirs = [[layer[row, : len(d)] for layer in layers] for row, d in enumerate(subject.documents)]
+    layers = [tensors[f"layer.{number}"] for number in range(count)]
+    logits = split_rows(tensors["logits.padded, int mask"], map(len, subject.documents))
+    theirs = [[*(layer[row, : len(d)] for layer in layers), logits[row]] for row, d in enumerate(subject.documents)]
     checks = [
         Check(
             name=error.layer,
@@ -218,7 +251,9 @@ def _check_forms(subject: _Subject, ours: list[list[Tensor]], tensors: dict[str,
     borders = torch.tensor([0, *lengths]).cumsum(0).tolist()
     for name in (n.removeprefix("logits.") for n in tensors if n.startswith("logits.")):
         logits = tensors[f"logits.{name}"]
-        if name == "packed":
+        if logits.ndim == 2:
+            theirs = list(logits.split(1))
+        elif name == "packed":
             theirs = [logits[0, start:end] for start, end in pairwise(borders)]
         elif name == "padded on the left":
             theirs = [logits[row, -n:] for row, n in enumerate(lengths)]
@@ -240,7 +275,7 @@ def _compare(name: str, ours: Sequence[Tensor], theirs: Sequence[Tensor]) -> Che
     )
 
 
-def _check_heads(tensors: dict[str, Tensor]) -> Check:
+def _check_new_heads(tensors: dict[str, Tensor]) -> Check:
     single = [tensors["classifier.single"][0], *tensors["tagger.single"][0]]
     padded = [tensors["classifier.padded"][-1], *tensors["tagger.padded"][-1]]
     return _compare("classifiers of texts and of tokens do not see padding", single, padded[: len(single)])
@@ -254,7 +289,8 @@ def _check_tokenizer(subject: _Subject, facts: dict[str, Any]) -> Check:
             problems.append(f"{text!r} becomes {ids[:12]}...")
         if decoded.strip() != tokenizer.decode(plain).strip():
             problems.append(f"{text!r} comes back as {decoded!r}")
-    if facts["max_length"] != subject.weights.config.max_position_embeddings:
+    longest = subject.weights.config.max_position_embeddings if subject.head is None else subject.head.max_length
+    if facts["max_length"] != longest:
         problems.append(f"model_max_length is {facts['max_length']}")
     return Check(
         name="tokenizer",
@@ -276,13 +312,24 @@ def _check_inputs(facts: dict[str, Any]) -> Check:
 
 def _check_text(subject: _Subject, name: str, tensors: dict[str, Tensor]) -> Check:
     """Texts through the folder's own tokenizer and `model(**inputs)`, against ours through ours."""
-    ours = our_states(subject.model, _wrap_texts(subject.tokenizer, subject.weights.config.max_position_embeddings))
-    lengths = [len(states[-1]) for states in ours]
+    ours = our_states(subject.model, _documents_of_texts(subject))
+    lengths = [len(states[-2]) for states in ours]
     title = "from text" if name == "logits" else f"from text, {name}"
     if tensors["text.mask"].sum(1).tolist() != lengths:
         return Check(name=title, passed=False, detail="other numbers of tokens than in training")
-    theirs = [logits[:n] for logits, n in zip(tensors[f"text.{name}"], lengths)]
+    theirs = split_rows(tensors[f"text.{name}"], lengths)
     return _compare(title, [states[-1] for states in ours], theirs)
+
+
+def _documents_of_texts(subject: _Subject) -> list[list[int]]:
+    """TEXTS as the model was trained to read them."""
+    head, tokenizer = subject.head, subject.tokenizer
+    if head is None:
+        return _wrap_texts(tokenizer, subject.weights.config.max_position_embeddings)
+    if head.num_texts == 1:
+        return _wrap_texts(tokenizer, head.max_length)
+    pairs = encode_rows(tokenizer, list(zip(TEXTS, _SECONDS)), head.max_length).tokens
+    return [[tokenizer.cls_id, *tokens.tolist(), tokenizer.sep_id] for tokens in pairs]
 
 
 def _wrap_texts(tokenizer: Tokenizer, max_length: int) -> list[list[int]]:
@@ -292,15 +339,48 @@ def _wrap_texts(tokenizer: Tokenizer, max_length: int) -> list[list[int]]:
 
 
 def _check_fill_mask(subject: _Subject, facts: dict[str, Any]) -> Check:
-    (filled,) = fill_mask(subject.model, subject.tokenizer, [FILL], top_k=len(facts["guesses"]))
+    (filled,) = fill_mask(subject.model, subject.tokenizer, [FILL], top_k=len(facts["answers"]))
     ours = sorted((guess.token_id, guess.probability) for guess in filled.masks[0])
-    theirs = sorted((int(token), float(score)) for token, score in facts["guesses"])
+    theirs = sorted((int(token), float(score)) for token, score in facts["answers"])
     largest = max(abs(a[1] - b[1]) for a, b in zip(ours, theirs, strict=True))
     same = [token for token, _ in ours] == [token for token, _ in theirs]
     return Check(
         name="fill-mask pipeline",
         passed=same and largest <= PROBABILITY_TOLERANCE,
         detail=f"{'the same' if same else 'other'} tokens, probabilities differ by at most {largest:.1e}",
+        max_error=largest,
+    )
+
+
+def _check_labels(head: HeadInfo, facts: dict[str, Any]) -> Check:
+    theirs = [facts["id2label"].get(str(number)) for number in range(len(facts["id2label"]))]
+    ours = list(head.labels) or theirs[:1]
+    return Check(
+        name="labels",
+        passed=theirs == ours,
+        detail=", ".join(ours[:10]) if theirs == ours else f"id2label has {theirs[:10]}, training had {ours[:10]}",
+    )
+
+
+def _check_label_pipeline(subject: _Subject, head: HeadInfo, facts: dict[str, Any]) -> Check:
+    """What the pipeline of transformers answers for TEXTS, against probabilities by our model and tokenizer."""
+    logits = [states[-1] for states in our_states(subject.model, _documents_of_texts(subject))]
+    largest, same = 0.0, True
+    for own, answer in zip(logits, facts["answers"], strict=True):
+        if head.kind == "tokens":
+            probabilities, numbers = own.softmax(1).max(1)
+            pairs = [(float(probabilities[i]), score) for i, _, score in answer]
+            same &= [head.labels[int(numbers[i])] for i, _, _ in answer] == [label for _, label, _ in answer]
+            same &= len(answer) == len(own) - 2
+        else:
+            values = label_values(head.kind, own[0])
+            names = head.labels or tuple(answer)
+            pairs = [(value, answer.get(name, float("inf"))) for name, value in zip(names, values.tolist())]
+        largest = max([largest, *(abs(a - b) for a, b in pairs)])
+    return Check(
+        name=f"{'token' if head.kind == 'tokens' else 'text'}-classification pipeline",
+        passed=same and largest <= PROBABILITY_TOLERANCE * (1 if head.labels else 10),
+        detail=f"{'the same' if same else 'other'} labels, values differ by at most {largest:.1e}",
         max_error=largest,
     )
 

@@ -10,14 +10,14 @@ logits and probabilities are those of `scripts/predict.py`.
 
 import json
 import shutil
-from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Iterable, Sequence
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 import torch
+import transformers
 from huggingface_hub import HfApi
 from safetensors.torch import save_file
-from transformers import AutoModelForMaskedLM
 
 from neobert.config.schema import TokenizerSection
 from neobert.data.tokenizer import Tokenizer, check_mask_token, load_tokenizer
@@ -34,13 +34,14 @@ from neobert.export.forms import (
     remote_config,
     remote_tensors,
 )
+from neobert.export.heads import choose_class, describe_labels, drop_projection, find_head
 from neobert.export.sentence_files import write_sentence_files
 from neobert.export.tokenizer_files import check_class, save_tokenizer
 from neobert.objectives.base import VectorSettings
 from neobert.objectives.table import OBJECTIVES
 from neobert.weights.describe import WeightsError
 from neobert.weights.encoder_weights import EncoderWeights, load_encoder_weights
-from neobert.weights.folder import OBJECTIVE_KEY, STEPS_KEY
+from neobert.weights.folder import HEAD_FILE, OBJECTIVE_KEY, STEPS_KEY
 from neobert.weights.vector_settings import load_vector_settings
 from neobert.weights.vocabulary import VOCABULARY_TENSORS
 
@@ -137,7 +138,7 @@ def _make_plan(request: ExportRequest) -> _Plan:
     if request.push_to_hub is not None and len(request.push_to_hub.strip("/").split("/")) != 2:
         problems.append(f"--push-to-hub: {request.push_to_hub!r} is no repository; write owner/name")
     problems += check_language(request.language)
-    weights, tokenizer, sentences, form = None, None, None, None
+    weights, tokenizer, sentences, form, projection_note = None, None, None, None, None
     try:
         weights = load_encoder_weights(
             request.source, drop_decoder_bias=request.drop_decoder_bias, weights=request.weights
@@ -148,6 +149,10 @@ def _make_plan(request: ExportRequest) -> _Plan:
         problems.append(str(error))
     if weights is not None:
         try:
+            if weights.config.hub_config is not None:
+                kind = weights.config.hub_config["model_type"]
+                raise ExportError(f"{request.source} has an encoder of transformers ({kind}), which is not exported")
+            weights, projection_note = drop_projection(weights)
             form = choose_form(weights.config, request.form)
         except ExportError as error:
             problems.append(str(error))
@@ -155,15 +160,20 @@ def _make_plan(request: ExportRequest) -> _Plan:
         raise ExportError("\n".join(problems))
     assert weights.tokenizer is not None, "a tokenizer was loaded"
     cut, note = cut_vocabulary(weights, tokenizer.size)
-    left_out = f"of training only, so left out: {', '.join(weights.training_only)}" if weights.training_only else None
-    tensors = {name: tensor.to(DTYPES[request.dtype]).contiguous() for name, tensor in cut.tensors.items()}
+    left_out = None
+    if weights.training_only and find_head(weights) is None:
+        left_out = f"of training only, so left out: {', '.join(weights.training_only)}"
+
+    def convert(tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+        return {name: tensor.to(DTYPES[request.dtype]).contiguous() for name, tensor in tensors.items()}
+
     return _Plan(
-        weights=replace(cut, tensors=tensors),
+        weights=replace(cut, tensors=convert(cut.tensors), training_only=convert(cut.training_only)),
         tokenizer=tokenizer,
         tokenizer_folder=weights.tokenizer,
         sentences=sentences,
         form=form,
-        notes=tuple(x for x in (note, left_out) if x is not None),
+        notes=tuple(x for x in (note, projection_note, left_out) if x is not None),
     )
 
 
@@ -195,11 +205,16 @@ def _write(plan: _Plan, request: ExportRequest, folder: Path) -> list[str]:
         (native_config, native_tensors) if plan.form == "native" else (remote_config, remote_tensors)
     )
     dtype = str(DTYPES[request.dtype]).removeprefix("torch.")
-    changes = save_tokenizer(plan.tokenizer_folder, folder, max_length=config.max_position_embeddings)
+    head = find_head(plan.weights)
+    longest = config.max_position_embeddings if head is None else head.max_length
+    changes = save_tokenizer(plan.tokenizer_folder, folder, max_length=longest)
     known: dict[str, object] = {} if plan.weights.step is None else {STEPS_KEY: plan.weights.step}
     objective = OBJECTIVES[plan.weights.objective]
     known |= {} if objective.fills_masks else {OBJECTIVE_KEY: objective.name}
     described = make_config(config, plan.tokenizer, dtype, fills_masks=objective.fills_masks)
+    if head is not None:
+        described |= describe_labels(head, plan.form)
+        _write_json(folder / HEAD_FILE, asdict(head))
     _write_json(folder / "config.json", described | known)
     if plan.form == "native":
         _write_json(folder / _MODEL_CONFIG, config.to_dict())
@@ -207,7 +222,8 @@ def _write(plan: _Plan, request: ExportRequest, folder: Path) -> list[str]:
         for name, source in code_files().items():
             (folder / name).write_text(source, encoding="utf-8")
     changes += check_class(folder)
-    save_file(make_tensors(config, tensors), folder / "model.safetensors", metadata={"format": "pt"})
+    tensors = make_tensors(config, tensors) | ({} if head is None else plan.weights.training_only)
+    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
     write_sentence_files(folder, config, plan.sentences)
     card = model_card(
         plan.weights,
@@ -238,19 +254,31 @@ def _write_json(path: Path, values: object) -> None:
 def _check(plan: _Plan, folder: Path) -> float:
     """Largest error of the logits. Raises ExportError when any layer disagrees."""
     ours = build_model(plan.weights)
-    theirs = AutoModelForMaskedLM.from_pretrained(
-        str(folder), dtype=torch.float32, trust_remote_code=plan.form == "remote_code"
-    ).eval()
+    kind = choose_class(find_head(plan.weights))
+    theirs = (
+        getattr(transformers, f"AutoModelFor{kind}")
+        .from_pretrained(str(folder), dtype=torch.float32, trust_remote_code=plan.form == "remote_code")
+        .eval()
+    )
     documents = random_documents(plan.weights.config.max_position_embeddings, plan.tokenizer.size)
     input_ids, mask = pad(documents, plan.tokenizer.pad_id)
     output = theirs(input_ids=input_ids, attention_mask=mask, output_hidden_states=True)
-    layers = [*output.hidden_states, output.logits]
-    padded = [[layer[row, : len(document)] for layer in layers] for row, document in enumerate(documents)]
+    padded = [
+        [*(layer[row, : len(document)] for layer in output.hidden_states), logits]
+        for row, (document, logits) in enumerate(zip(documents, split_rows(output.logits, map(len, documents))))
+    ]
     errors = layer_errors(our_states(ours, documents), padded)
     wrong = [f"{e.layer} differs by {e.max_error:.1e}" for e in errors if not e.passed]
     if wrong:
         raise ExportError("\n  ".join(["the exported model does not match ours, nothing is kept:", *wrong]))
     return errors[-1].max_error
+
+
+def split_rows(logits: torch.Tensor, lengths: Iterable[int]) -> list[torch.Tensor]:
+    """What a padded batch says of each document: `[n, C]` of its tokens for `[B, S, C]`, else `[1, C]`."""
+    if logits.ndim == 2:
+        return list(logits.split(1))
+    return [row[:length] for row, length in zip(logits, lengths)]
 
 
 def pad(documents: Sequence[Sequence[int]], pad_id: int) -> tuple[torch.Tensor, torch.Tensor]:

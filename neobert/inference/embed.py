@@ -122,7 +122,7 @@ def check_output(output: Path) -> None:
 
 
 def _dtype(model: Model) -> str:
-    return str(model.module.encoder.get_parameter("layers.0.qkv.weight").dtype)
+    return str(model.module.encoder.block_weight.dtype)
 
 
 def _embed_chunk(model: Model, chunk: Sequence[InputRecord], file: Path, settings: EmbedSettings, job: TextJob) -> None:

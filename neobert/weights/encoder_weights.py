@@ -27,7 +27,10 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from neobert.config.nesting import load_plain_yaml, parse_json
+from neobert.config.schema_data import TokenizerSection
+from neobert.data.tokenizer import load_tokenizer
 from neobert.model.config import ModelConfig
+from neobert.model.hub_encoder import describe_backbone, load_backbone
 from neobert.objectives.base import Objective
 from neobert.objectives.mlm import MLM
 from neobert.objectives.table import OBJECTIVES, recognise_objective
@@ -35,6 +38,7 @@ from neobert.weights.describe import WeightsError
 from neobert.weights.folder import (
     AVERAGE_FILE,
     EMA_FILE,
+    HEAD_FILE,
     MODEL_FILE,
     OBJECTIVE_KEY,
     STEPS_KEY,
@@ -86,9 +90,12 @@ class EncoderWeights:
     training_only: dict[str, Tensor] = field(default_factory=dict)
     """What a checkpoint has beside `tensors`: a head or a temperature that only training has."""
 
+    head: dict[str, Any] | None = None
+    """What a checkpoint says of that head (`ObjectiveModule.describe_head`)."""
+
 
 def load_encoder_weights(
-    path: str | Path, *, drop_decoder_bias: bool = False, weights: str = "model"
+    path: str | Path, *, drop_decoder_bias: bool = False, weights: str = "model", any_encoder: bool = False
 ) -> EncoderWeights:
     """The encoder at `path`: a checkpoint or run of ours or of the fork, an exported folder, or a model of the hub.
 
@@ -96,6 +103,7 @@ def load_encoder_weights(
         path: A folder, or a name of the hub.
         drop_decoder_bias: Leave out the bias of the vocabulary projection, if it has one.
         weights: A key of WEIGHTS.
+        any_encoder: Read encoders of transformers too, as they are: `ModelConfig.hub_config` is then set.
 
     Raises:
         UnknownLayout: it is a model of transformers with another architecture.
@@ -106,6 +114,8 @@ def load_encoder_weights(
         raise WeightsError(f"weights: {weights!r} is unknown; write {' or '.join(WEIGHTS)}")
     folder = find_weights(path)
     try:
+        if any_encoder and weights == "model" and (raw := _read_hub_config(folder)) is not None:
+            return _read_hub_encoder(folder, raw)
         return _read_folder(folder, drop_decoder_bias, weights)
     except UnknownLayout as error:
         raise UnknownLayout(f"{folder}: {error}") from error
@@ -172,15 +182,48 @@ def _fetch(name: str) -> Path:
     return folder
 
 
+_OURS = ("eurobert", REMOTE_CODE_TYPE, "neobert")
+"""Types of models that are read as encoders of ours."""
+
+
+def _read_hub_config(folder: Path) -> dict[str, Any] | None:
+    """The config.json of an encoder of transformers; None where the folder holds one of ours."""
+    file = folder / "config.json"
+    raw: dict[str, Any] | None = parse_json(file.read_text()) if file.is_file() else None
+    return None if raw is None or raw.get("model_type") in _OURS else raw
+
+
+def _read_hub_encoder(folder: Path, raw: dict[str, Any]) -> EncoderWeights:
+    if not (folder / "tokenizer.json").is_file():
+        raise WeightsError(
+            "there is no tokenizer.json; write it with AutoTokenizer.from_pretrained(...).save_pretrained(...) of "
+            "transformers"
+        )
+    tokenizer = load_tokenizer(TokenizerSection(path=str(folder)))
+    config = describe_backbone(raw, longest=tokenizer.longest, pad_token_id=tokenizer.pad_id)
+    if tokenizer.size > config.vocab_size:
+        raise WeightsError(f"its tokenizer has {tokenizer.size} tokens, its embedding {config.vocab_size} rows")
+    weights = load_backbone(str(folder), raw)
+    return EncoderWeights(
+        config=config,
+        tensors={f"encoder.{name}": tensor for name, tensor in weights.items()},
+        tokenizer=folder,
+        layout=str(raw["model_type"]),
+        step=None,
+        folder=folder,
+    )
+
+
 def _read_folder(folder: Path, drop_decoder_bias: bool, weights: str) -> EncoderWeights:
     tensors = _read_tensors(folder, WEIGHTS[weights])
     layout, raw = _recognise(folder, tensors)
     objective, training_only = _recognise_objective(raw), dict[str, Tensor]()
     if layout.name == "checkpoint":
         objective = recognise_objective(tensors)
+    if objective.training_only:
         training_only = {name: x for name, x in tensors.items() if name.startswith(objective.training_only)}
         tensors = {name: x for name, x in tensors.items() if name not in training_only}
-    elif layout.name in _EXPORTED and not any(name.startswith(_ENCODER) for name in tensors):
+    if layout.name in _EXPORTED and not any(name.startswith(_ENCODER) for name in tensors):
         # AutoModel and sentence-transformers save the encoder alone. The config says whether a head is tied.
         tensors = {f"{_ENCODER}{name}": tensor for name, tensor in tensors.items()}
     config = layout.describe(raw, tensors)
@@ -199,6 +242,7 @@ def _read_folder(folder: Path, drop_decoder_bias: bool, weights: str) -> Encoder
         kind=weights,
         objective=objective.name,
         training_only=training_only,
+        head=parse_json((folder / HEAD_FILE).read_text()) if (folder / HEAD_FILE).is_file() else None,
     )
 
 

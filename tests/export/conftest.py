@@ -1,11 +1,10 @@
 """Runs of every variant, exported once and verified in one process: starting transformers takes longer than a test."""
 
 import json
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-import transformers.dynamic_module_utils as dynamic_modules
 from damage import DAMAGES
 from tokenizers import Tokenizer, models, pre_tokenizers, trainers
 from transformers import BertTokenizer, XLMRobertaTokenizer
@@ -21,12 +20,8 @@ Tiny = Callable[..., Config]
 
 
 @pytest.fixture(scope="session", autouse=True)
-def own_module_cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
-    """Transformers copies the code of folders into a cache; not into the user's."""
-    patch = pytest.MonkeyPatch()
-    patch.setattr(dynamic_modules, "HF_MODULES_CACHE", str(tmp_path_factory.mktemp("modules")))
-    yield
-    patch.undo()
+def _own_module_cache(own_module_cache: None) -> None:
+    """All of these tests load folders with code."""
 
 
 @pytest.fixture(scope="session")
