@@ -211,6 +211,9 @@ class LossSum:
     counts: Tensor | None = None
     """int64 `[C]`: what else an evaluation counts, see `Objective.num_counts`; None without any."""
 
+    outputs: Tensor | None = None
+    """fp32 `[M, C]`: what was said of every target; None where an evaluation needs sums alone."""
+
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class TrainState:

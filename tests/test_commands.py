@@ -49,6 +49,7 @@ print(json.dumps(answers))
 
 WRONG = {
     "contrastive/finetune.py": ["CONFIG"],
+    "finetuning/finetune.py": ["CONFIG"],
     "contrastive/preprocess.py": ["CONFIG"],
     "pretraining/longer_seq.py": ["CONFIG", "--checkpoint", "x", "--max-length", "9"],
     "pretraining/preprocess.py": ["CONFIG"],
@@ -109,6 +110,7 @@ def test_a_script_is_its_command(name: str, helped: dict[str, Answer]) -> None:
 
 def test_every_script_is_a_command() -> None:
     scripts = [command.script for command in COMMANDS.values() if command.script is not None]
+    scripts += [script for command in COMMANDS.values() for script in command.others]
     assert sorted(scripts) == sorted(str(path.relative_to(SCRIPTS)) for path in SCRIPTS.rglob("*.py"))
 
 

@@ -33,6 +33,9 @@ class Command:
     also: tuple[type[Exception], ...] = ()
     """Errors beside UserError that are the user's to correct."""
 
+    others: tuple[str, ...] = ()
+    """Further scripts that are the same command."""
+
     resumes: bool = False
     """The same command continues where it was, after an interruption or a full disk."""
 
@@ -100,7 +103,12 @@ COMMANDS: dict[str, Command] = {
         "pretraining/longer_seq.py",
         resumes=True,
     ),
-    "finetune": Command("fine-tune an encoder on pairs", "training_commands", "contrastive/finetune.py"),
+    "finetune": Command(
+        "fine-tune an encoder on labels or on pairs",
+        "training_commands",
+        "finetuning/finetune.py",
+        others=("contrastive/finetune.py",),
+    ),
     "preprocess-pairs": Command(
         "prepare the sets of a contrastive config", "training_commands", "contrastive/preprocess.py", resumes=True
     ),

@@ -156,8 +156,12 @@ def longer_seq(program: str, argv: list[str]) -> int:
 
 
 def finetune(program: str, argv: list[str]) -> int:
-    """Fine-tune an encoder on pairs: `neobert finetune CONFIG [--section.key value ...]`."""
+    """Fine-tune an encoder on labels or on pairs, by the config's task: `neobert finetune CONFIG [--key value ...]`."""
     config = parse_command_line(argv, description=finetune.__doc__, program=program)
+    if config.task == "finetune":
+        from neobert.finetune.job import finetune as train_on_labels
+
+        return cli.EXIT_CODES[train_on_labels(config).reason]
     from neobert.contrastive.finetune import finetune as train
     from neobert.contrastive.pair_data import NotPrepared
     from neobert.contrastive.prepare_sets import preprocess_command

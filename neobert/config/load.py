@@ -23,7 +23,7 @@ import yaml
 from neobert.config.fields import FIELDS, SECTIONS, Field, LeafError, list_fields, parse_value
 from neobert.config.refused import explain_foreign_key, find_refusal, find_renamed, is_below_known_name
 from neobert.config.rules import BUDGETS, validate
-from neobert.config.rules_data import OF_HUB_SOURCE, SOURCES
+from neobert.config.rules_data import HELD_OUT, OF_HUB_SOURCE, SOURCES
 from neobert.config.schema import Config
 from neobert.config.source import (
     Leaf,
@@ -243,8 +243,10 @@ def _add_overrides(draft: _Draft, overrides: Sequence[str]) -> None:
 
 
 def _choose_replaced(values: dict[str, Tree]) -> Iterator[tuple[tuple[str, ...], tuple[str, ...]]]:
-    """(keys, what one of them replaces of the file when it is an override): a run has one budget and one source."""
+    """(keys, what one of them replaces of the file when it is an override): a run has one budget and one source, and
+    holds out documents in one way."""
     yield BUDGETS, BUDGETS
+    yield HELD_OUT, HELD_OUT
     task = values.get("task")
     if not (isinstance(task, Leaf) and task.text.lower() == "contrastive"):  # There the set has a name in its folder.
         yield SOURCES, (*SOURCES, *OF_HUB_SOURCE)

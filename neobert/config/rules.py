@@ -10,7 +10,15 @@ from collections.abc import Iterator
 from typing import Any
 
 from neobert.config.fields import FIELDS, Field, can_be_declared, list_fields
-from neobert.config.rules_data import check_contrastive, check_dataset, check_masks, check_rows, check_tokenizer
+from neobert.config.rules_data import (
+    check_contrastive,
+    check_dataset,
+    check_masks,
+    check_rows,
+    check_shapes,
+    check_tokenizer,
+)
+from neobert.config.rules_finetune import check_finetune
 from neobert.config.schema import Config, SchedulerSection
 from neobert.config.schema_optimizer import MUON
 from neobert.key import show_value
@@ -197,10 +205,10 @@ def check_batch(config: Config) -> Iterator[str]:
 
 def _check_automatic_batch(config: Config) -> Iterator[str]:
     """The machine may decide about micro-batches, never about what is trained on."""
-    if config.task == "contrastive":
+    if config.task != "pretraining":
         yield (
             "trainer.per_device_train_batch_size: auto measures steps of pretraining; write the rows that go through"
-            " the encoder at once with task: contrastive"
+            f" the encoder at once with task: {config.task}"
         )
     if config.trainer.global_batch_size is None:
         yield (
@@ -389,4 +397,6 @@ _RULES = (
     check_average,
     check_device,
     check_contrastive,
+    check_shapes,
+    check_finetune,
 )

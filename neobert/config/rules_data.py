@@ -12,6 +12,9 @@ SOURCES = ("dataset.path", "dataset.mixture", "dataset.name")
 OF_HUB_SOURCE = ("dataset.config", "dataset.revision")
 """Details of a `dataset.name`."""
 
+HELD_OUT = ("dataset.eval_samples", "dataset.validation_split")
+"""At most one of these is set."""
+
 FORMS = {"infonce": "pairs", "cosent": "scored pairs", "supcon": "labelled texts"}
 """What a loss needs, of those that do not take everything."""
 
@@ -39,7 +42,7 @@ def check_dataset(config: Config) -> Iterator[str]:
                 f"{key}: {value!r} is a sum of splits, which is not read; name one split or slice, or list the sources"
                 " in dataset.mixture"
             )
-    if data.min_length >= data.max_seq_length >= 1:
+    if config.task == "pretraining" and data.min_length >= data.max_seq_length >= 1:
         yield (
             f"dataset.min_length: {data.min_length} would drop every document; it must be less than"
             f" dataset.max_seq_length = {data.max_seq_length}"
@@ -90,8 +93,11 @@ def check_tokenizer(config: Config) -> Iterator[str]:
             if value is not None:
                 yield f"{key}: {value!r} names a tokenizer, but tokenizer.train is true; write null for one of the two"
     else:
-        from_checkpoint = config.task == "contrastive" and config.contrastive.pretrained_checkpoint_dir is not None
-        if all(value is None for _, value in named) and not from_checkpoint:
+        from_checkpoint = {
+            "contrastive": config.contrastive.pretrained_checkpoint_dir,
+            "finetune": config.finetune.model,
+        }.get(config.task)
+        if all(value is None for _, value in named) and from_checkpoint is None:
             yield (
                 "tokenizer.name: no tokenizer; name one of the hub, a folder with tokenizer.path, or write"
                 " tokenizer.train: true"
@@ -192,7 +198,12 @@ def _check_objective(config: Config) -> Iterator[str]:
             f"trainer.skip_spikes: {config.trainer.skip_spikes} compares losses of successive steps, which are of two"
             " kinds with contrastive.pretraining_prob; write null for it"
         )
-    if config.trainer.torch_compile and not config.trainer.torch_compile_dynamic:
+
+
+def check_shapes(config: Config) -> Iterator[str]:
+    """A compiled model meets batches of many lengths in fine-tuning."""
+    trainer = config.trainer
+    if config.task != "pretraining" and trainer.torch_compile and not trainer.torch_compile_dynamic:
         yield (
             "trainer.torch_compile_dynamic: the length of a batch is that of its texts, so every batch would"
             " be compiled again; write true, or trainer.torch_compile: false"

@@ -58,10 +58,10 @@ class DatasetSection:
     library, which needs no download. Several names (a list, or `a,b:5000`) are read as one corpus, each document once
     per epoch; `:5000` takes the first 5000 documents of a source. Not used when `path` or `mixture` is set."""
 
-    config: str | None = key(None, tasks="pretraining", resume="order", changes="source")
+    config: str | None = key(None, tasks="pretraining finetune", resume="order", changes="source")
     """Configuration of the hub dataset, for example `20231101.en`."""
 
-    revision: str | None = key(None, tasks="pretraining", resume="order", changes="source")
+    revision: str | None = key(None, tasks="pretraining finetune", resume="order", changes="source")
     """Branch, tag or commit of the hub dataset; null is its main branch."""
 
     path: str | tuple[str, ...] | None = key(None, path=True, resume="order", changes="source")
@@ -107,24 +107,24 @@ class DatasetSection:
     )
     """What one document of a plain text file is: a line, the lines between blank lines, or the whole file."""
 
-    train_split: str | None = key(None, tasks="pretraining", resume="order", changes="source")
+    train_split: str | None = key(None, tasks="pretraining finetune", resume="order", changes="source")
     """Split to train on, or a slice of one: `train[:1%]`, `train[1000:]`. null is `train`, or everything where there
     are no splits."""
 
     # Losses before and after could not be compared: declared, as all that decides what is evaluated.
-    eval_split: str | None = key(None, tasks="pretraining", resume="declared", changes="split evaluation")
+    eval_split: str | None = key(None, tasks="pretraining finetune", resume="declared", changes="split evaluation")
     """Split (or slice) to evaluate on. null looks for validation, eval, test or dev, and then for `eval_samples` and
     `validation_split`."""
 
     eval_samples: int | None = key(None, at_least=1, resume="declared", changes="split evaluation")
-    """Evaluate on this many documents. Without an evaluation split they are the first ones of the training data and
-    are never trained on. null: all documents of the evaluation split."""
+    """Evaluate on this many documents. Without an evaluation split they are the first ones of the training data (with
+    `task: finetune` rows that are drawn) and are never trained on. null: all documents of the evaluation split."""
 
     validation_split: float | None = key(
-        None, above=0, below=1, tasks="pretraining", resume="declared", changes="split evaluation"
+        None, above=0, below=1, tasks="pretraining finetune", resume="declared", changes="split evaluation"
     )
-    """Without an evaluation split: hold out this fraction (0 to 1) of the training documents, the first ones. The size
-    of the source must be known."""
+    """Without an evaluation split: hold out this fraction (0 to 1) of the training documents, the first ones; with
+    `task: finetune` rows that are drawn. The size of the source must be known."""
 
     min_length: int = key(5, at_least=0, tasks="pretraining", resume="order")
     """Documents, and the tails of split documents, with fewer tokens than this are dropped and counted."""

@@ -34,7 +34,11 @@ class TrainerSection:
 
     # `eval_max_batches` counts these batches.
     per_device_eval_batch_size: int = key(
-        32, at_least=1, tasks="pretraining", resume=when("trainer.eval_max_batches", "declared"), changes="evaluation"
+        32,
+        at_least=1,
+        tasks="pretraining finetune",
+        resume=when("trainer.eval_max_batches", "declared"),
+        changes="evaluation",
     )
     """Rows of one evaluation batch on one device."""
 
@@ -110,8 +114,8 @@ class TrainerSection:
     """Every multiple of this is saved and kept forever; null: none."""
 
     save_best: bool = key(False, needs=("trainer.save_model", "trainer.save_strategy=steps"), resume="free")
-    """Also keep the checkpoint with the lowest evaluation loss. Saves must be evaluated: `save_steps` is a multiple of
-    `eval_steps`."""
+    """Also keep the checkpoint with the best evaluation: the lowest loss, the highest score of `task: contrastive`, the
+    best `finetune.metric`. Saves must be evaluated: `save_steps` is a multiple of `eval_steps`."""
 
     async_save: bool = key(False, needs=("trainer.save_model", "trainer.save_strategy=steps"), resume="free")
     """Copy the state, then write the checkpoint while training continues. Needs memory for one more copy of weights and
@@ -247,7 +251,9 @@ class TrainerSection:
     """Steps to profile; 0 profiles nothing. Process 0 writes `profiler_trace.json` into `output_dir`, and on CUDA
     `snapshot.pickle`, the history of the allocator."""
 
-    fill_mask_texts: tuple[str, ...] | None = key(None, needs=FILLS_MASKS, resume="free")
+    fill_mask_texts: tuple[str, ...] | None = key(
+        None, needs=FILLS_MASKS, tasks="pretraining contrastive", resume="free"
+    )
     """Texts with [MASK] that the model completes at the end of the run. null takes the starts of the first
     evaluation documents and hides one token of each; `[]` shows none."""
 

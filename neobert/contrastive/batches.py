@@ -3,7 +3,7 @@
 A row is a pair with its negatives (or whatever its set holds), its segments are the texts. A process gets all its rows
 of a step in one batch, since all of them are compared with each other. They are cut into chunks of
 `trainer.per_device_train_batch_size` rows, and only a chunk goes through the encoder at once. The texts of a chunk
-are in one row of slots, filled up to a multiple of 64:
+are in one row of slots (`SideBySide`):
 
     chunk 0    [CLS] a0 [SEP] [CLS] p0 [SEP] [CLS] n0 [SEP] [CLS] a1 [SEP] [CLS] p1 [SEP] [PAD]     rows 0 and 1
     texts            0              1              2              3              4
@@ -11,34 +11,18 @@ are in one row of slots, filled up to a multiple of 64:
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 
 from neobert.contrastive.pair_order import TrainSet
-from neobert.data.rows.collate import Collator, join_rows
-from neobert.data.rows.lanes import IntArray
-from neobert.data.rows.order import extend_keys, key, mask_hashes
+from neobert.data.rows.order import key, mask_hashes
+from neobert.data.rows.side_by_side import NO_MASKS, SideBySide, digest_rows
 from neobert.objectives.contrastive import Kind, PairBatch
-from neobert.splitmix import Hashes, mix
+from neobert.splitmix import mix
 from neobert.types import Corruption, PackedBatch, PackedRow
-
-SLOTS_MULTIPLE = 64
-"""Slots of a chunk are a multiple of this: fewer different shapes for libraries that keep code for each."""
-
-
-class NoMasks:
-    """The mask policy of texts that are read as they are."""
-
-    def corrupt(
-        self, tokens: IntArray, hashes: Hashes, offset: float, *, step: int
-    ) -> tuple[IntArray, NDArray[np.int64]]:
-        return tokens, np.empty(0, dtype=np.int64)
-
-    def max_targets(self, num_slots: int) -> int:
-        return 0
 
 
 @dataclass(frozen=True, kw_only=True, slots=True, eq=False)
@@ -58,7 +42,7 @@ class PairCollator:
         pairs = self.sets[rows[0].sources[0]]
         collate = self._collator(pairs.kind, step)
         parts = [rows[start : start + self.chunk_rows] for start in range(0, len(rows), self.chunk_rows)]
-        chunks = tuple(self._chunk(part, collate) for part in parts)
+        chunks = tuple(map(collate, parts))
         counts = np.array([len(row.lengths) for row in rows], dtype=np.int64)
         anchors = np.cumsum(counts) - counts
         steps = np.arange(1, pairs.num_negatives + 1)
@@ -80,23 +64,14 @@ class PairCollator:
             digest=self._digest(rows, chunks) if pairs.kind == "mlm" else digest_rows(rows),
         )
 
-    def _collator(self, kind: Kind, step: int) -> Collator:
-        return Collator(
-            policy=self.masks if kind == "mlm" else NoMasks(),
+    def _collator(self, kind: Kind, step: int) -> SideBySide:
+        return SideBySide(
+            policy=self.masks if kind == "mlm" else NO_MASKS,
             seed=key(self.seed, "step", step),
-            draw="document",
-            max_seq_length=2**31 - SLOTS_MULTIPLE,
-            max_segments=1,
+            max_seq_length=self.max_seq_length,
             pad_id=self.pad_id,
-            pad_to_multiple_of=SLOTS_MULTIPLE,
             num_sources=len(self.sets),
         )
-
-    def _chunk(self, rows: Sequence[PackedRow], collate: Collator) -> PackedBatch:
-        joined = join_rows(rows)
-        batch = replace(collate, max_segments=len(joined.lengths))([joined])
-        longest = max(self.max_seq_length, SLOTS_MULTIPLE)
-        return replace(batch, segments=replace(batch.segments, max_seqlen=longest))
 
     def _scores(self, pairs: TrainSet, rows: Sequence[PackedRow]) -> list[float]:
         column = {"cosent": "score", "supcon": "label"}.get(pairs.kind)
@@ -109,17 +84,6 @@ class PairCollator:
         targets = [int(t) + 1 for chunk in chunks for t in chunk.targets[: chunk.num_targets].tolist()]
         hashed = mix(np.array(targets, dtype=np.uint64)).sum(dtype=np.uint64) if targets else 0
         return (digest_rows(rows) + int(hashed)) % 2**64
-
-
-def digest_rows(rows: Sequence[PackedRow]) -> int:
-    """Sum over rows of one 64-bit hash of (row number; token and number of its text in every slot), modulo 2**64."""
-    total = 0
-    for row in rows:
-        numbers = np.repeat(np.arange(1, len(row.lengths) + 1, dtype=np.uint64), row.lengths)
-        packed = row.tokens.astype(np.uint64) | (numbers << np.uint64(24))
-        sums = mask_hashes(packed, np.arange(len(packed))).sum(dtype=np.uint64)
-        total += int(extend_keys(mix(np.array([sums])), [row.key])[0])
-    return total % 2**64
 
 
 def _text_ids(rows: Sequence[PackedRow]) -> NDArray[np.int64]:

@@ -71,8 +71,12 @@ class ContrastiveMetrics:
 
     @property
     def loss(self) -> float:
-        """1 - score: what `trainer.save_best` compares."""
+        """1 - score."""
         return 1 - self.score
+
+    @property
+    def criterion(self) -> float:
+        return self.loss
 
     def as_line(self) -> dict[str, Any]:
         return {"loss": self.loss, "score": self.score, "sets": self.sets}

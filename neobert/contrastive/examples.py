@@ -12,15 +12,15 @@ Columns are those that were named, else the first of the usual names that a row 
 How the rows of the sets that are known by a short key (`neobert.data.source.known_sets`) become pairs.
 """
 
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
 from neobert.config.schema_contrastive import PairSource
+from neobert.data.source.tables import RawRow
 from neobert.errors import DataError
 
 Form = Literal["pairs", "scored", "labelled", "texts"]
-RawRow = Mapping[str, Any]
 
 FORM_NAMES: dict[Form, str] = {
     "pairs": "pairs",

@@ -1,36 +1,24 @@
 """Contrastive fine-tuning: the training loop of pretraining with pairs, another module and another evaluation.
 
-The user's config says little about the model. `bind_checkpoint` gives the config of the run: `model` and
-`tokenizer` are the checkpoint's, and `model.init_from` is the folder its weights are read from, so that the saved
-config describes the run without looking anywhere else.
+The user's config says little about the model: `neobert.train.bind` gives the config of the run.
 """
 
 import shlex
-from dataclasses import fields, replace
 from pathlib import Path
-from typing import Any
 
-from neobert.config.nesting import parse_json
-from neobert.config.rules import validate, warnings
-from neobert.config.schema import Config, ModelSection
-from neobert.config.schema_data import TokenizerSection
+from neobert.config.rules import warnings
+from neobert.config.schema import Config
 from neobert.contrastive.evaluate import evaluate_sets
 from neobert.contrastive.pair_data import build_contrastive_data
 from neobert.contrastive.set_folder import sets_folder
-from neobert.data.tokenizer import load_tokenizer
 from neobert.errors import StartupError
-from neobert.model.config import Architecture, ModelConfig
 from neobert.objectives.table import check_task
+from neobert.train.bind import bind_own, bind_source
 from neobert.train.loop import RunResult, train
 from neobert.train.machine import choose_compile
 from neobert.train.run import Job, Run, build_run
-from neobert.train.start import choose_start, read_checkpoint_config, write_config
-from neobert.weights.describe import WeightsError
-from neobert.weights.encoder_weights import find_weights, load_encoder_weights
+from neobert.train.start import choose_start, write_config
 from neobert.weights.folder import checkpoint_steps
-
-_OF_TRAINING = ("dropout_prob", "embedding_init_range", "decoder_init_range")
-"""Fields of the architecture that a fine-tuning run sets for itself."""
 
 
 def bind_checkpoint(config: Config) -> Config:
@@ -44,17 +32,10 @@ def bind_checkpoint(config: Config) -> Config:
     _check_output_dir(config)
     own = choose_start(config).path
     if own is not None:
-        saved = read_checkpoint_config(own)
-        theirs = ModelConfig.from_dict(parse_json((own / "model_config.json").read_text()))
-        bound = _bind(config, theirs, str(own), init_from=saved.model.init_from, tokenizer=saved.tokenizer)
-    elif config.contrastive.pretrained_checkpoint_dir is None:
+        return bind_own(config, own)
+    if config.contrastive.pretrained_checkpoint_dir is None:
         return config
-    else:
-        bound = _bind_pretrained(config)
-    errors = validate(bound)
-    if errors:
-        raise StartupError("\n".join(["the config does not fit the checkpoint:", *errors]))
-    return bound
+    return bind_source(config, _choose_source(config), "contrastive.pretrained_checkpoint_dir")
 
 
 def _check_output_dir(config: Config) -> None:
@@ -65,26 +46,6 @@ def _check_output_dir(config: Config) -> None:
             f"trainer.output_dir: {output_dir} is in {sets}, where the prepared sets of dataset.path are; choose a "
             "folder outside of it"
         )
-
-
-def _bind_pretrained(config: Config) -> Config:
-    key = "contrastive.pretrained_checkpoint_dir"
-    source = _choose_source(config)
-    try:
-        folder = find_weights(source)
-        weights = load_encoder_weights(folder)
-    except WeightsError as error:
-        raise StartupError(f"{key}: {error}") from error
-    if weights.tokenizer is None:
-        raise StartupError(f"{key}: {folder} has no tokenizer.json; put the tokenizer it was trained with there")
-    initial = config.model.init_from
-    if initial is not None and Path(initial).resolve() != folder.resolve():
-        raise StartupError(
-            f"model.init_from: {initial} is set beside {key} = {source}, which means {folder}; remove one of the two"
-        )
-    tokenizer = TokenizerSection(path=str(weights.tokenizer))
-    _check_tokenizer(config, tokenizer)
-    return _bind(config, weights.config, str(folder), init_from=str(folder), tokenizer=tokenizer)
 
 
 def _choose_source(config: Config) -> str:
@@ -100,47 +61,6 @@ def _choose_source(config: Config) -> str:
     run = folder.parent if folder.name == "checkpoints" else folder
     there = ", ".join(map(str, checkpoint_steps(run))) or "none"
     raise StartupError(f"contrastive.pretrained_checkpoint: {step} is no checkpoint of {source}; steps there: {there}")
-
-
-def _bind(
-    config: Config, theirs: ModelConfig, source: str, *, init_from: str | None, tokenizer: TokenizerSection
-) -> Config:
-    """The config with the architecture `theirs`.
-
-    Raises:
-        StartupError: a key of `model` is neither at its default nor what the checkpoint has; every one is named.
-    """
-    shared = {f.name for f in fields(Architecture)} - set(_OF_TRAINING)
-    defaults = ModelSection()
-    differing, bound = [], dict[str, Any]()
-    for name in sorted(shared):
-        ours, value = getattr(config.model, name), getattr(theirs, name)
-        bound[name] = value
-        same_width = name == "intermediate_size" and replace(theirs, intermediate_size=ours).ffn_size == theirs.ffn_size
-        if ours not in (value, getattr(defaults, name)) and not same_width:
-            differing.append(f"model.{name}: the config has {ours!r}, {source} has {value!r}")
-    if differing:
-        raise StartupError(
-            "\n  ".join([f"contrastive.pretrained_checkpoint_dir: {source} holds another architecture:", *differing])
-            + "\nremove these keys: the checkpoint decides"
-        )
-    return replace(config, model=replace(config.model, **bound, init_from=init_from), tokenizer=tokenizer)
-
-
-def _check_tokenizer(config: Config, theirs: TokenizerSection) -> None:
-    """Raises when the config names another tokenizer than the checkpoint has.
-
-    Raises:
-        StartupError: with both.
-    """
-    section = config.tokenizer
-    if section.name is None and section.path is None:
-        return
-    if not load_tokenizer(section).is_source_of(load_tokenizer(theirs).digest):
-        key, value = ("name", section.name) if section.path is None else ("path", section.path)
-        raise StartupError(
-            f"tokenizer.{key}: {value} is not the tokenizer of the checkpoint ({theirs.path}); remove the key"
-        )
 
 
 def finetune(config: Config) -> RunResult:

@@ -28,11 +28,12 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from neobert.config.schema_contrastive import ContrastiveSection, PairSource
-from neobert.contrastive.batches import NoMasks, PairCollator
+from neobert.contrastive.batches import PairCollator
 from neobert.contrastive.pair_order import TrainSet
 from neobert.contrastive.reading import open_source
 from neobert.data.rows.collate import Collator
 from neobert.data.rows.packing import SPECIALS_PER_SEGMENT
+from neobert.data.rows.side_by_side import NoMasks
 from neobert.errors import DataError
 from neobert.inference.model import DTYPES, choose_device, load
 from neobert.kernels.linear_cross_entropy import KERNELS

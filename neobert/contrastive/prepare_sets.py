@@ -15,10 +15,11 @@ from typing import Any
 from neobert import cli
 from neobert.config.schema import Config
 from neobert.config.schema_contrastive import PairSource
-from neobert.contrastive.reading import FoundSet, HubRows, describes_columns, open_source, read_hub
+from neobert.contrastive.reading import FoundSet, describes_columns, open_source
 from neobert.contrastive.set_folder import SetInfo, list_sets, read_info, sets_folder, write_manifest, write_set
 from neobert.data.source.codecs import strip_codec
 from neobert.data.source.known_sets import choose_set, list_names
+from neobert.data.source.tables import HubRows, read_hub
 from neobert.errors import DataError
 from neobert.secrets import hide_credentials
 

@@ -7,45 +7,38 @@ is named and counted, as in pretraining: more than `dataset.max_bad_records` of 
 """
 
 import itertools
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import closing
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
-
-import pyarrow as pa
-import pyarrow.parquet as pq
-from datasets import Dataset, DatasetDict, load_dataset, load_from_disk
 
 from neobert.config.schema_contrastive import PairSource
 from neobert.config.schema_data import DatasetSection
-from neobert.contrastive.examples import FORM_NAMES, SETS, Example, Form, RawRow, choose_columns, join
-from neobert.data.source.codecs import DAMAGED
-from neobert.data.source.delimited import read_header, read_rows
+from neobert.contrastive.examples import FORM_NAMES, SETS, Example, Form, choose_columns, join
 from neobert.data.source.files import DataFile, kind_of_name, local_file
 from neobert.data.source.formats import list_data_files
-from neobert.data.source.intake import inspect_files
 from neobert.data.source.inventory import NO_FILES, FileReport, Inventory
-from neobert.data.source.jsonl import find_surrogate, parse_object
 from neobert.data.source.known_sets import KNOWN_SETS, choose_set
-from neobert.data.source.lines import BOM
-from neobert.data.source.record_file import RecordFile
 from neobert.data.source.spec import SourceSpec
 from neobert.data.source.splits import SPLIT_WORDS, choose_train_split
-from neobert.data.source.text import RecordCounts, TooLong, check_length
+from neobert.data.source.tables import (
+    TABLE_KINDS,
+    HubRows,
+    Limits,
+    RawRow,
+    inspect_tables,
+    is_saved_table,
+    load_saved_table,
+    number_rows,
+    read_file,
+    read_hub,
+)
+from neobert.data.source.text import RecordCounts
 from neobert.errors import OR_SKIP_SHARD, DataError
 
-_KINDS = ("JSON", "CSV", "Parquet")
-_ENDINGS = ".jsonl, .json, .csv, .tsv (also compressed: .gz, .zst, .xz, .bz2), .parquet"
-
-_BATCH_ROWS = 1024
 _DEFAULTS = DatasetSection()
 
 _COLUMN_SAMPLE = 100
 """Rows whose columns are looked at."""
-
-HubRows = Callable[[str, str | None, str, str | None], Iterable[RawRow]]
-"""`fn(name, config, split, revision)`: the rows of a hub dataset."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True, eq=False)
@@ -67,31 +60,6 @@ class FoundSet:
         return self.inventory.with_content(self.reports)
 
 
-def read_hub(name: str, config: str | None, split: str, revision: str | None) -> Iterable[RawRow]:
-    """The rows of a hub dataset, streamed.
-
-    Raises:
-        DataError: the hub does not give it.
-    """
-    try:
-        rows: Iterable[RawRow] = load_dataset(name, config, split=split, revision=revision, streaming=True)
-    except Exception as error:  # The library raises many kinds: names, network, permissions.
-        reason = (str(error).strip() or type(error).__name__).splitlines()[0].rstrip(".")
-        raise DataError(
-            f"{name} (configuration {config}, split {split}) cannot be read from the hub: {reason}. Check the spelling"
-            " and the connection, or name a local file or folder"
-        ) from error
-    return rows
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Limits:
-    """What reading a source puts up with."""
-
-    max_record_bytes: int
-    counts: RecordCounts
-
-
 def open_source(source: PairSource, hub: HubRows = read_hub, section: DatasetSection = _DEFAULTS) -> FoundSet:
     """The examples of one entry of `contrastive.sets`.
 
@@ -111,7 +79,7 @@ def open_source(source: PairSource, hub: HubRows = read_hub, section: DatasetSec
         return _open_local(source, path, limits)
 
     def checked(name: str, config: str | None, split: str, revision: str | None) -> Iterator[RawRow]:
-        return _number(hub(name, config, split, revision), f"{name} of the hub", limits)
+        return number_rows(hub(name, config, split, revision), f"{name} of the hub", limits)
 
     if looks_local(source.name):
         raise DataError(f"{source.name} is not there: name a file or folder that exists, a known set or a hub dataset")
@@ -128,7 +96,7 @@ def open_source(source: PairSource, hub: HubRows = read_hub, section: DatasetSec
 
 def looks_local(name: str) -> bool:
     """Whether a name can only be a path."""
-    return name.startswith(("/", ".", "~")) or kind_of_name(name) in _KINDS
+    return name.startswith(("/", ".", "~")) or kind_of_name(name) in TABLE_KINDS
 
 
 def describes_columns(source: PairSource) -> bool:
@@ -178,8 +146,8 @@ def _open_local(source: PairSource, path: Path, limits: Limits) -> FoundSet:
             for file in (judgements, *(_find(path, name) for name in ("queries", "corpus")))
         )
         return FoundSet(form="pairs", examples=join(rows, queries, corpus), label=label)
-    if any((path / name).is_file() for name in ("dataset_dict.json", "state.json")):
-        return _by_columns(source, _number(_read_saved(path, source.split), label, limits), label)
+    if is_saved_table(path):
+        return _by_columns(source, number_rows(_read_saved(path, source.split), label, limits), label)
     return _by_files(source, label, limits)
 
 
@@ -189,7 +157,7 @@ def _check_no_split(split: str | None, label: str) -> None:
 
 
 def _find(folder: Path, stem: str) -> Path:
-    found = sorted(file for file in folder.glob(f"{stem}.*") if kind_of_name(file.name) in _KINDS)
+    found = sorted(file for file in folder.glob(f"{stem}.*") if kind_of_name(file.name) in TABLE_KINDS)
     if not found:
         raise DataError(f"{folder} has qrels/ but no {stem}.jsonl; put it there")
     return found[0]
@@ -251,16 +219,8 @@ def _choose_of_file(source: PairSource, file: DataFile, limits: Limits) -> Found
 
 
 def _look_into(files: Sequence[DataFile], label: str) -> list[DataFile]:
-    """The files with something in them.
-
-    Raises:
-        DataError: one is no file of rows.
-    """
-    others = [file.url for file in files if kind_of_name(file.name) not in _KINDS]
-    if others:
-        raise DataError(f"{others[0]} has no rows with named columns; name files ending in {_ENDINGS}")
     try:
-        return inspect_files(files, SourceSpec(path=(label,))).kept
+        return inspect_tables(files, label)
     except DataError as error:
         raise _reworded(error) from error
 
@@ -272,103 +232,14 @@ def _reworded(error: DataError) -> DataError:
 
 
 def _read_saved(folder: Path, split: str | None) -> Iterable[RawRow]:
-    data = load_from_disk(str(folder))
-    if isinstance(data, DatasetDict):
-        name = split or "train"
-        if name not in data:
-            raise DataError(f"{folder} has no split {name}; there: {', '.join(data)}")
-        return data[name]
-    assert isinstance(data, Dataset)
-    _check_no_split(split, str(folder))
-    return data
-
-
-def read_file(file: DataFile, limits: Limits) -> Iterator[RawRow]:
-    """The rows of a file.
-
-    Raises:
-        DataError: it is damaged, or too many of its records cannot be read.
-    """
-    kind = kind_of_name(file.name)
-    assert kind is not None, "files of other kinds are refused before"
-    read = {"Parquet": _read_parquet, "CSV": _read_delimited, "JSON": _read_jsonl}[kind]
-    try:
-        yield from _usable(read(file, limits.max_record_bytes), limits)
-    except (OSError, pa.ArrowException, *DAMAGED) as error:
-        raise DataError(f"{file.url} cannot be read ({error}); correct the file") from error
-
-
-Found = Iterator[tuple[str, RawRow | None, str | None]]
-"""(location, row, problem) of every record; neither row nor problem for a blank line."""
-
-
-def _read_jsonl(file: DataFile, max_record_bytes: int) -> Found:
-    with closing(RecordFile(file.open(), max_record_bytes)) as opened:
-        for number, line in enumerate(iter(opened.read_line, None), start=1):
-            content = line.content.removeprefix(BOM) if number == 1 else line.content
-            row, problem = parse_object(content) if line.problem is None else (None, line.problem)
-            yield file.name_line(number), row, problem
-
-
-def _read_delimited(file: DataFile, max_record_bytes: int) -> Found:
-    header = read_header(file)
-    for line, fields, problem in read_rows(file, header, max_record_bytes):
-        yield f"{file.url}:{line}", None if fields is None else dict(zip(header.columns, fields)), problem
-
-
-def _read_parquet(file: DataFile, max_record_bytes: int) -> Found:
-    number = 0
-    with file.open_raw() as raw:
-        opened = pq.ParquetFile(raw)
-        size = sum(opened.metadata.row_group(group).total_byte_size for group in range(opened.num_row_groups))
-        row_bytes = max(1, size // max(1, opened.metadata.num_rows))
-        for batch in opened.iter_batches(max(1, min(_BATCH_ROWS, max_record_bytes // row_bytes))):
-            for row, problem in _as_rows(batch):
-                number += 1
-                yield f"{file.url}: row {number}", row, problem
-
-
-def _as_rows(batch: pa.RecordBatch) -> list[tuple[RawRow | None, str | None]]:
-    try:
-        return [(row, None) for row in batch.to_pylist()]
-    except UnicodeDecodeError as error:
-        if len(batch) == 1:
-            return [(None, str(error))]
-    return [found for index in range(len(batch)) for found in _as_rows(batch.slice(index, 1))]
-
-
-def _usable(found: Iterable[tuple[str, RawRow | None, str | None]], limits: Limits) -> Iterator[RawRow]:
-    """The rows that can be used; the others are counted.
-
-    Raises:
-        DataError: there are too many of them.
-    """
-    for location, row, problem in found:
-        try:
-            problem = problem or _find_problem(row, limits.max_record_bytes)
-        except RecursionError:  # JSON is read deeper than Python follows it.
-            problem = "nested too deeply to be read"
-        if problem is not None:
-            limits.counts.add_bad(f"{location}: {problem}")
-        elif row is not None:
-            yield row
-
-
-def _number(rows: Iterable[RawRow], label: str, limits: Limits) -> Iterator[RawRow]:
-    """The usable rows of a library; their location is their number."""
-    return _usable(((f"{label}, row {number}", row, None) for number, row in enumerate(rows, start=1)), limits)
-
-
-def _find_problem(value: Any, max_record_bytes: int) -> str | None:
-    """What is wrong with the texts in a value, however deep."""
-    if isinstance(value, str):
-        try:
-            check_length(value, max_record_bytes)
-        except TooLong as error:
-            return str(error)
-        return find_surrogate(value)
-    parts = value.values() if isinstance(value, Mapping) else value if isinstance(value, list) else ()
-    return next((problem for part in parts if (problem := _find_problem(part, max_record_bytes))), None)
+    parts = load_saved_table(folder)
+    if None in parts:
+        _check_no_split(split, str(folder))
+        return parts[None]
+    name = split or "train"
+    if name not in parts:
+        raise DataError(f"{folder} has no split {name}; there: {', '.join(map(str, parts))}")
+    return parts[name]
 
 
 def _by_columns(source: PairSource, rows: Iterable[RawRow], label: str) -> FoundSet:

@@ -38,7 +38,8 @@ class RunFacts:
     @property
     def start(self) -> str | None:
         """What the run took its initial weights from, a step of a run or as the config names it; None for random."""
-        source, folder = self.config.model.init_from, self.config.contrastive.pretrained_checkpoint_dir
+        source = self.config.model.init_from
+        folder = self.config.contrastive.pretrained_checkpoint_dir or self.config.finetune.model
         return source if folder is None or (source and is_step(Path(source))) else folder
 
 
@@ -139,7 +140,7 @@ def _list_pairs(facts: RunFacts) -> list[_Source]:
     return [_Source(on_hub or readable(name), on_hub) for name, on_hub in named]
 
 
-_SOURCES = {"documents": _list_documents, "pairs": _list_pairs}
+_SOURCES = {"documents": _list_documents, "labels": _list_documents, "pairs": _list_pairs}
 """By what an objective reads."""
 
 

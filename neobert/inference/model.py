@@ -202,7 +202,7 @@ def load(
     )
     # An exported folder has the head of no objective.
     has_head = bool(found.training_only) or objective.fills_masks
-    module = objective.build_trained(encoder) if has_head else ObjectiveModule(encoder)
+    module = objective.build_trained(encoder, found.head) if has_head else ObjectiveModule(encoder)
     tensors = {**found.training_only, **found.tensors}
     module.load_state_dict(
         {name: tensors[name].float() for name in module.state_dict() if name in tensors}, strict=True

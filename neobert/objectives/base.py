@@ -46,6 +46,10 @@ class ObjectiveModule(nn.Module):
             self.logit_scale = nn.Parameter(torch.full((config.vocab_size,), config.scale_base))
         self.check_tied()
 
+    def describe_head(self) -> Mapping[str, Any] | None:
+        """What must be known of the weights of a head beside their shapes, JSON-ready: `head.json` of a checkpoint."""
+        return None
+
     @property
     def head_weight(self) -> Tensor:
         """The vocabulary projection `[V, H]`."""
@@ -76,8 +80,11 @@ class EvalMetrics(Protocol):
     """The metrics of one evaluation."""
 
     @property
-    def loss(self) -> float:
-        """What `trainer.save_best` compares: the lower the better."""
+    def loss(self) -> float: ...
+
+    @property
+    def criterion(self) -> float:
+        """What `trainer.save_best` compares, the lower the better: the loss, or a metric with its sign changed."""
 
     def as_line(self) -> dict[str, Any]:
         """Its fields in `log.jsonl`."""
@@ -213,8 +220,8 @@ class Objective:
     build_module: Callable[[Encoder, Config, LinearCrossEntropy], ObjectiveModule]
     """What trains, around an encoder. Raises StartupError for a config that does not fit the encoder."""
 
-    build_trained: Callable[[Encoder], ObjectiveModule]
-    """What answers, for weights that are loaded."""
+    build_trained: Callable[[Encoder, Mapping[str, Any] | None], ObjectiveModule]
+    """What answers, for weights that are loaded, and what `ObjectiveModule.describe_head` said of them."""
 
     training_only: tuple[str, ...] = ()
     """Prefixes of the names of weights that only training has; they are neither exported nor initial weights."""
@@ -226,8 +233,8 @@ class Objective:
     fills_masks: bool
     """Whether a trained model has a vocabulary projection that is worth asking."""
 
-    reads: Literal["documents", "pairs"]
-    """What `dataset` names: documents that become packed rows, or prepared sets of pairs."""
+    reads: Literal["documents", "pairs", "labels"]
+    """What `dataset` names: documents that become packed rows, prepared sets of pairs, or rows with labels."""
 
     section: str | None = None
     """A section of the config that this objective alone reads."""

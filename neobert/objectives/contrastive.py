@@ -361,7 +361,7 @@ CONTRASTIVE = Objective(
     title="contrastive fine-tuning",
     build_module=build_contrastive,
     # Its encoder still has the vocabulary projection that it was pretrained with.
-    build_trained=lambda encoder: MaskedLM(encoder, kernel=KERNELS["torch"]),
+    build_trained=lambda encoder, head: MaskedLM(encoder, kernel=KERNELS["torch"]),
     training_only=(TEMPERATURE,),
     predicts_tokens=False,
     fills_masks=True,

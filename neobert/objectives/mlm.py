@@ -123,6 +123,10 @@ class MaskedMetrics:
     num_tokens: int
     num_documents: int
 
+    @property
+    def criterion(self) -> float:
+        return self.loss
+
     def as_line(self) -> dict[str, Any]:
         return asdict(self)
 
@@ -209,7 +213,7 @@ MLM = Objective(
     command="pretrain",
     title="masked language modelling",
     build_module=build_masked_lm,
-    build_trained=lambda encoder: MaskedLM(encoder, kernel=KERNELS["torch"]),
+    build_trained=lambda encoder, head: MaskedLM(encoder, kernel=KERNELS["torch"]),
     predicts_tokens=True,
     fills_masks=True,
     reads="documents",

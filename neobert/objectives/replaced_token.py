@@ -141,6 +141,10 @@ class ReplacedTokenMetrics:
     num_tokens: int
     num_documents: int
 
+    @property
+    def criterion(self) -> float:
+        return self.loss
+
     def as_line(self) -> dict[str, Any]:
         return asdict(self)
 
@@ -320,7 +324,7 @@ REPLACED_TOKEN = Objective(
     command="pretrain",
     title="replaced-token detection",
     build_module=build_detector,
-    build_trained=ReplacedTokenDetector,
+    build_trained=lambda encoder, head: ReplacedTokenDetector(encoder),
     training_only=("discriminator.",),
     predicts_tokens=False,
     fills_masks=False,

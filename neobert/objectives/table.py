@@ -7,22 +7,26 @@ from typing import Any
 from neobert.config.schema import Config
 from neobert.errors import StartupError
 from neobert.objectives.base import Objective
+from neobert.objectives.classification import SEQUENCE_CLASSIFICATION, TOKEN_CLASSIFICATION
 from neobert.objectives.contrastive import CONTRASTIVE
 from neobert.objectives.mlm import MLM
 from neobert.objectives.replaced_token import REPLACED_TOKEN
 
 
 def choose_objective(config: Config) -> Objective:
-    """The objective of a config: its task where that is one, else `trainer.objective`."""
+    """The objective of a config: its task where that is one, by `finetune.kind`, or else by `trainer.objective`."""
+    if config.task == "finetune":
+        return TOKEN_CLASSIFICATION if config.finetune.kind == "tokens" else SEQUENCE_CLASSIFICATION
     return OBJECTIVES[config.task if config.task in OBJECTIVES else config.trainer.objective]
 
 
 def recognise_objective(names: Iterable[str]) -> Objective:
-    """The objective that weights with these names come from. Where none of them belongs to training only, they are
-    those of masked language modelling, which adds none."""
+    """The objective that weights with these names come from: the first whose own weights are all there. Where none of
+    them belongs to training only, they are those of masked language modelling, which adds none."""
     names = tuple(names)
     for objective in OBJECTIVES.values():
-        if objective.training_only and any(name.startswith(objective.training_only) for name in names):
+        prefixes = objective.training_only
+        if prefixes and all(any(name.startswith(prefix) for name in names) for prefix in prefixes):
             return objective
     return MLM
 
@@ -43,5 +47,7 @@ OBJECTIVES: dict[str, Objective] = {
     "mlm": MLM,
     "replaced_token": REPLACED_TOKEN,
     "contrastive": CONTRASTIVE,
+    "sequence_classification": SEQUENCE_CLASSIFICATION,
+    "token_classification": TOKEN_CLASSIFICATION,
 }
 """All objectives by name."""

@@ -82,6 +82,45 @@ def build_parameter_groups(module: nn.Module, section: OptimizerSection) -> list
     return groups
 
 
+def split_by_depth(
+    groups: Sequence[dict[str, Any]], decay: float | None, num_layers: int, *, decoupled: bool = False
+) -> list[dict[str, Any]]:
+    """`groups` with the learning rate of every block `decay` times that of the block after it (Howard & Ruder, arXiv
+    1801.06146, section 3.2): 1 for what comes after the last block, the lowest for the embeddings. None: as they are.
+
+    Args:
+        decoupled: whether the weight decay of the groups is one of the step, whatever the learning rate.
+    """
+    if decay is None:
+        return list(groups)
+    found = []
+    for group in groups:
+        members: dict[int, list[tuple[Any, str]]] = {}
+        for parameter, name in zip(group["params"], group["names"]):
+            members.setdefault(_find_depth(name, num_layers), []).append((parameter, name))
+        for depth, chosen in sorted(members.items()):
+            factor = decay ** (num_layers + 1 - depth)
+            found.append(
+                {
+                    **group,
+                    "params": [parameter for parameter, _ in chosen],
+                    "names": [name for _, name in chosen],
+                    "weight_decay": group["weight_decay"] / (factor if decoupled else 1),
+                    "lr": group["lr"] * factor,
+                    "lr_factor": group["lr_factor"] * factor,
+                }
+            )
+    return found
+
+
+def _find_depth(name: str, num_layers: int) -> int:
+    """0 for embeddings, 1 for the first block, `num_layers + 1` for what comes after the last one."""
+    parts = name.split(".")
+    if "layers" in parts:
+        return 1 + int(parts[parts.index("layers") + 1])
+    return 0 if "embedding" in name else num_layers + 1
+
+
 def _partition(apart: set[str]) -> list[tuple[str, ...]]:
     """The roles of each group: those `apart` alone, the decayed and the others of the rest together."""
     alone = [(role,) for role in ROLES if role in apart]

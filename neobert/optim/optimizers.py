@@ -17,7 +17,7 @@ from torch.optim import Optimizer
 
 from neobert.config.schema_optimizer import OptimizerSection
 from neobert.model.ngpt import UnitMatrix, normalise_
-from neobert.optim.groups import build_parameter_groups
+from neobert.optim.groups import build_parameter_groups, split_by_depth
 from neobert.optim.muon import Muon
 from neobert.optim.stable_adamw import StableAdamW
 
@@ -96,14 +96,24 @@ def _build_muon(groups: Groups, section: OptimizerSection, dtype: torch.dtype, *
     )
 
 
-def build_optimizer(module: nn.Module, section: OptimizerSection, *, dtype: torch.dtype = torch.float32) -> Optimizer:
+def build_optimizer(
+    module: nn.Module,
+    section: OptimizerSection,
+    *,
+    dtype: torch.dtype = torch.float32,
+    layer_decay: float | None = None,
+    num_layers: int = 0,
+) -> Optimizer:
     """The optimizer over the parameter groups of `module`; `dtype` is the type of its matrix products, if it has any.
+    With `layer_decay` the groups are split by the depth of `num_layers` blocks, see `split_by_depth`.
 
     Raises ValueError for an unknown name.
     """
     if section.name not in OPTIMIZERS:
         raise ValueError(f"optimizer.name: {section.name!r} is unknown; write one of {', '.join(OPTIMIZERS)}")
-    return OPTIMIZERS[section.name](build_parameter_groups(module, section), section, dtype)
+    groups = build_parameter_groups(module, section)
+    groups = split_by_depth(groups, layer_decay, num_layers, decoupled=section.decoupled_weight_decay)
+    return OPTIMIZERS[section.name](groups, section, dtype)
 
 
 OPTIMIZERS: dict[str, Callable[[Groups, OptimizerSection, torch.dtype], Optimizer]] = {

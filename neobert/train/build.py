@@ -166,7 +166,13 @@ def build_config_data(config: Config, tokenizer: Tokenizer, reader: Reader) -> D
 def build_run_optimizer(config: Config, module: ObjectiveModule) -> Optimizer:
     """The optimizer over all weights. Orthogonal factors are computed in the type of all matrix products. With
     `model.ngpt` it scales the matrices to length 1 after every step."""
-    optimizer = build_optimizer(module, config.optimizer, dtype=compute_dtype(config))
+    optimizer = build_optimizer(
+        module,
+        config.optimizer,
+        dtype=compute_dtype(config),
+        layer_decay=config.finetune.layer_lr_decay,
+        num_layers=len(module.encoder.layers),
+    )
     keep_unit_length(optimizer, module.unit_matrices())
     return optimizer
 

@@ -78,10 +78,11 @@ def train(run: Run) -> RunResult:
         with sharing_errors(run.runtime):
             state = resume_or_start(run)
             run.tracker.note_files(run.data.inventory.as_lines())
-        reason = "finished" if state.step < run.num_steps else "complete"
         if evaluation_missing(run, state):
             log_evaluation(run, state)
-        for state, metrics in profiled(run, state, training_steps(run, state)):  # noqa: B020 (of `state`, the first only)
+        is_done = state.step >= run.num_steps or run.job.is_done(run)
+        reason, steps = "complete" if is_done else "finished", iter(()) if is_done else training_steps(run, state)
+        for state, metrics in profiled(run, state, steps):  # noqa: B020 (of `state`, the first only)
             run.tracker.add(state, metrics)
             if run.stop_requested():
                 break
@@ -93,7 +94,7 @@ def train(run: Run) -> RunResult:
                 save_checkpoint(run, state)
             complete_save(run)  # Of a save in the background that is written by now.
             fault_point("step.done", state.step)
-            if run.committer.gave_up:
+            if run.committer.gave_up or (due(state.step, run.eval_steps) and run.job.is_done(run)):
                 break
         if run.stop_requested():
             stop_early(run, state)

@@ -294,6 +294,10 @@ class Job:
     next_commands: Callable[[Run], list[str]]
     """What to type when the run is over."""
 
+    is_done: Callable[[Run], bool] = lambda run: False
+    """Whether the run ends before its budget is spent; asked at the start and after evaluations. Collective, equal on
+    all ranks, and a function of `log.jsonl` alone, so that a resumed run ends where the uninterrupted one does."""
+
 
 def build_run(config: Config) -> Run:
     """Checks the machine, opens the output folder, and builds tokenizer, data, model, optimizer and record.

@@ -275,7 +275,7 @@ def describe_config(reporter: "Reporter", config: Config) -> None:
     for other in OBJECTIVES.values():
         if other.section not in (None, objective.section):  # Nothing of it takes effect.
             lines.pop(other.section, None)
-    if objective.reads == "documents":
+    if objective.reads != "pairs":
         unused |= set() if config.dataset.path is None else {"dataset.name"}
     for key, field in FIELDS.items():
         section, _, name = key.partition(".")

@@ -35,6 +35,7 @@ from neobert.weights.describe import WeightsError
 from neobert.weights.folder import (
     AVERAGE_FILE,
     EMA_FILE,
+    HEAD_FILE,
     MODEL_FILE,
     OBJECTIVE_KEY,
     STEPS_KEY,
@@ -81,6 +82,9 @@ class EncoderWeights:
 
     training_only: dict[str, Tensor] = field(default_factory=dict)
     """What a checkpoint has beside `tensors`: a head or a temperature that only training has."""
+
+    head: dict[str, Any] | None = None
+    """What a checkpoint says of that head (`ObjectiveModule.describe_head`)."""
 
 
 def load_encoder_weights(
@@ -192,6 +196,7 @@ def _read_folder(folder: Path, drop_decoder_bias: bool, weights: str) -> Encoder
         kind=weights,
         objective=objective.name,
         training_only=training_only,
+        head=parse_json((folder / HEAD_FILE).read_text()) if (folder / HEAD_FILE).is_file() else None,
     )
 
 

@@ -26,6 +26,9 @@ from neobert.errors import UserError
 MODEL_FILE, EMA_FILE = "model.safetensors", "ema.safetensors"
 """Weights of a checkpoint: those that are trained and, with `trainer.ema_decay`, their moving average."""
 
+HEAD_FILE = "head.json"
+"""What the outputs of a head mean (`ObjectiveModule.describe_head`), where there is one."""
+
 
 MANIFEST = "manifest.json"
 FORMAT = 1

@@ -11,8 +11,9 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from neobert.config.schema_contrastive import ContrastiveSection
-from neobert.contrastive.batches import NoMasks, PairCollator
+from neobert.contrastive.batches import PairCollator
 from neobert.contrastive.pair_order import TrainSet
+from neobert.data.rows.side_by_side import NoMasks
 from neobert.kernels.linear_cross_entropy import KERNELS
 from neobert.model.attention import ATTENTION
 from neobert.model.config import ModelConfig

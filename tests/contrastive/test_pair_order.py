@@ -9,13 +9,14 @@ import pytest
 from numpy.typing import NDArray
 
 from neobert.config.schema import Config
-from neobert.contrastive.batches import PairCollator, digest_rows
+from neobert.contrastive.batches import PairCollator
 from neobert.contrastive.examples import Example
 from neobert.contrastive.pair_data import ContrastiveData, build_contrastive_data
 from neobert.contrastive.pair_order import PairLane, PairOrder, TrainSet, step_fractions
 from neobert.contrastive.set_folder import PairStore, write_set
 from neobert.data.pipeline import Reader
 from neobert.data.rows.lanes import State, Window
+from neobert.data.rows.side_by_side import digest_rows
 from neobert.data.tokenizer import load_tokenizer
 from neobert.objectives.contrastive import PairBatch
 from neobert.types import PackedRow

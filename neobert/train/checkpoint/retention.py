@@ -1,4 +1,4 @@
-"""Which checkpoints stay: the newest valid ones, the milestones, and the best by evaluation loss.
+"""Which checkpoints stay: the newest valid ones, the milestones, and the best by their evaluation.
 
 A folder that is not valid neither counts nor is deleted: it may be all that is left of something. Deleting starts with
 a rename to `.trash-<step>-<nonce>`, since a kill in the middle must not leave half a checkpoint under a valid name.
@@ -34,6 +34,7 @@ _TEST = (
     "contrastive.pooling",
     "contrastive.anchor_prefix",
     "contrastive.positive_prefix",
+    "finetune.metric",
 )
 """Keys that decide an evaluation's result beside its documents and the weights."""
 
@@ -67,6 +68,14 @@ class Score(NamedTuple):
     test: str | None
     """`name_test` of it; None where an earlier version did not write it."""
 
+    criterion: float | None = None
+    """`EvalMetrics.criterion` of it; None where that is the loss."""
+
+    @property
+    def compared(self) -> float | None:
+        """The lower the better."""
+        return self.loss if self.criterion is None else self.criterion
+
 
 def name_test(config: Config, eval_fingerprint: str | None) -> str | None:
     """Names what is evaluated and how: losses of two evaluations can be compared when their tests have one name."""
@@ -81,14 +90,14 @@ def read_score(checkpoint: Path) -> Score:
     """What a checkpoint says of its evaluation."""
     try:
         state = parse_json((checkpoint / "train_state.json").read_text())
-        return Score(state.get("eval_loss"), state.get("eval_test"))
+        return Score(state.get("eval_loss"), state.get("eval_test"), state.get("eval_criterion"))
     except (OSError, ValueError, AttributeError):
         return Score(None, None)
 
 
-def choose_best(losses: dict[int, float | None]) -> int | None:
-    """The step with the lowest evaluation loss, the earlier one of two; None without any."""
-    known = {step: loss for step, loss in losses.items() if loss is not None and loss == loss}
+def choose_best(criteria: dict[int, float | None]) -> int | None:
+    """The step with the best evaluation, the earlier one of two; None without any."""
+    known = {step: value for step, value in criteria.items() if value is not None and value == value}
     return min(known, key=lambda step: (known[step], step)) if known else None
 
 
@@ -99,11 +108,11 @@ def list_scores(output_dir: Path, steps: Sequence[int]) -> dict[int, Score]:
 
 def choose_best_of_each(scores: dict[int, Score]) -> dict[str | None, int]:
     """The best step of every test, the test that was evaluated last at the end."""
-    losses: dict[str | None, dict[int, float | None]] = {}
+    criteria: dict[str | None, dict[int, float | None]] = {}
     for step, score in sorted(scores.items()):
-        if score.loss is not None:
-            losses[score.test] = losses.pop(score.test, {}) | {step: score.loss}
-    found = {test: choose_best(of_test) for test, of_test in losses.items()}
+        if score.compared is not None:
+            criteria[score.test] = criteria.pop(score.test, {}) | {step: score.compared}
+    found = {test: choose_best(of_test) for test, of_test in criteria.items()}
     return {test: step for test, step in found.items() if step is not None}
 
 

@@ -58,7 +58,7 @@ def check_output_dir(config: Config) -> None:
     written = ("log.jsonl", "checkpoints/1/model_config.json")
     from neobert.objectives.table import choose_objective  # Needs torch, which other functions here do without.
 
-    data = config.dataset if choose_objective(config).reads == "documents" else None
+    data = config.dataset if choose_objective(config).reads != "pairs" else None
     source = data and next((x for name in written if (x := find_covering(data, str(real / name))) is not None), None)
     if source is not None:
         raise StartupError(
@@ -76,6 +76,7 @@ def _inputs_inside(config: Config, output_dir: Path) -> Iterator[tuple[str, str,
         "model.init_from": (config.model.init_from,),
         "trainer.resume_from_checkpoint": (config.trainer.resume_from_checkpoint,),
         "contrastive.pretrained_checkpoint_dir": (section.pretrained_checkpoint_dir,),
+        "finetune.model": (config.finetune.model,),
         "contrastive.pretraining_dataset": (section.pretraining_dataset,),
         "contrastive.sets": tuple(source.name for source in (*section.sets, *section.eval_sets)),
     }

@@ -23,7 +23,7 @@ from neobert.train.checkpoint.retention import is_milestone, prune
 from neobert.train.run import Run
 from neobert.train.start import FORMAT_VERSION
 from neobert.types import TrainState
-from neobert.weights.folder import EMA_FILE, MODEL_FILE, is_valid
+from neobert.weights.folder import EMA_FILE, HEAD_FILE, MODEL_FILE, is_valid
 
 Copy = Callable[[Tensor], Tensor]
 
@@ -129,6 +129,8 @@ def _build_files(run: Run, state: TrainState, data_state: dict[str, Any], backgr
         "tokenizer_info.json": json.dumps(tokenizer_info(run.tokenizer), indent=2) + "\n",
         "train_state.json": json.dumps(_describe_state(run, state, data_state, config_text)) + "\n",
     }
+    if (head := run.module.describe_head()) is not None:
+        texts[HEAD_FILE] = json.dumps(head, indent=2) + "\n"
     for name, tensors in kinds.items():
         files[name] = _weight_writer({key: copy(tensor).cpu().contiguous() for key, tensor in tensors.items()})
     files["optimizer.bin"] = _saver(map_tensors(run.optimizer.state_dict(), copy))
@@ -201,11 +203,18 @@ def _count(run: Run, state: TrainState, data_state: dict[str, Any]) -> dict[str,
 
 
 def _describe_state(run: Run, state: TrainState, data_state: dict[str, Any], config_text: str) -> dict[str, Any]:
+    evaluation = run.tracker.evaluation(state.step)
     return {
         "version": FORMAT_VERSION,
         **asdict(state),
         "data": data_state,
-        "eval_loss": run.tracker.eval_loss(state.step),
+        "eval_loss": None if evaluation is None else evaluation.loss,
+        # Of an evaluation that is not compared by its loss.
+        **(
+            {}
+            if evaluation is None or evaluation.criterion == evaluation.loss
+            else {"eval_criterion": evaluation.criterion}
+        ),
         "eval_test": run.eval_test,
         "rows_per_step": run.rows_per_step,
         "num_steps": run.num_steps,

@@ -73,7 +73,7 @@ class Tracker:
             self._layout_before = read_layout(events) or self._layout
         self._audit: ReplayAudit | None = None
         self._evaluated_step: int | None = None
-        self._eval_loss: float | None = None
+        self._eval: EvalMetrics | None = None
         self.step = 0
         """The last step that was added."""
 
@@ -218,7 +218,7 @@ class Tracker:
         """Records an evaluation of the weights and of their moving average, if there is one, in lines of kind `eval`
         and `eval_ema`; None (no evaluation data) records nothing."""
         self._evaluated_step = state.step
-        self._eval_loss = None if metrics is None else metrics.loss
+        self._eval = metrics
         if metrics is None:
             return
         found = {"eval": metrics} if averaged is None else {"eval": metrics, "eval_ema": averaged}
@@ -233,9 +233,9 @@ class Tracker:
         """Whether this process evaluated at `step`."""
         return self._evaluated_step == step
 
-    def eval_loss(self, step: int) -> float | None:
-        """Evaluation loss at `step`; None when this process did not evaluate there."""
-        return self._eval_loss if self.evaluated(step) else None
+    def evaluation(self, step: int) -> EvalMetrics | None:
+        """The evaluation at `step`; None when this process did not evaluate there."""
+        return self._eval if self.evaluated(step) else None
 
     def event(self, kind: str, step: int, **details: Any) -> None:
         """Notes an incident in `events.jsonl`, without secrets."""

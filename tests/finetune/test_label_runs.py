@@ -1,0 +1,263 @@
+"""Runs on labels: every kind learns, resumes exactly, answers with its labels, and says what it cannot learn from."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from calls import call
+from safetensors.torch import load_file
+
+import neobert
+from neobert.config.load import config_to_yaml, load_config
+from neobert.config.schema import Config
+from neobert.errors import DataError, StartupError
+from neobert.finetune.job import finetune, read_evaluations
+from neobert.finetune.labels import choose_kind, choose_labels, choose_weights, number_labels
+from neobert.objectives.label_answers import LabelledText, LabelledWords
+from neobert.train.loop import pretrain
+from neobert.weights.encoder_weights import load_encoder_weights
+
+ROOT = Path(__file__).parents[2]
+EXACT = ("step", "loss_hex", "grad_norm_hex", "lr", "num_tokens", "num_targets", "batch_digest")
+Labelled = Callable[..., Config]
+KINDS = {
+    "classes": ("classification", "accuracy"),
+    "pairs": ("classification", "accuracy"),
+    "numbers": ("regression", "spearman"),
+    "several": ("multilabel", "micro_f1"),
+    "words": ("tokens", "entity_f1"),
+}
+
+
+def steps(output_dir: Path, *, after: int = 0) -> list[tuple[object, ...]]:
+    lines = [json.loads(line) for line in (output_dir / "log.jsonl").read_text().splitlines()]
+    return [tuple(x[k] for k in EXACT) for x in lines if x["kind"] == "step" and x["step"] > after]
+
+
+@pytest.mark.parametrize("name", KINDS)
+def test_every_kind_is_recognised_learned_and_resumed_exactly(
+    labelled: Labelled, labelled_files: Path, tmp_path: Path, name: str
+) -> None:
+    kind, metric = KINDS[name]
+    out = tmp_path / "whole"
+    overrides = (f"dataset.path={labelled_files}/{name}.jsonl",)
+    result = finetune(labelled(out, *overrides))
+    saved = load_config(out / "config.yaml")
+    assert (saved.finetune.kind, result.steps, result.reason) == (kind, 12, "finished")
+    evaluations = read_evaluations(out)
+    assert [line["step"] for line in evaluations] == [0, 4, 8, 12]
+    assert evaluations[-1]["loss"] < evaluations[0]["loss"]
+    best = min(evaluations[1:], key=lambda line: (-line["metrics"][metric], line["step"]))
+    assert (result.best_step, result.metrics[metric]) == (best["step"], best["metrics"][metric])
+    head = json.loads((out / "checkpoints/12/head.json").read_text())
+    assert (head["kind"], tuple(head["labels"])) == (kind, saved.finetune.labels)
+
+    resumed = tmp_path / "resumed"
+    finetune(labelled(resumed, *overrides, f"trainer.resume_from_checkpoint={out}/checkpoints/4"))
+    assert steps(resumed) == steps(out, after=4)
+    assert read_evaluations(resumed)[-1] == evaluations[-1]
+    weights = [load_file(folder / "checkpoints/12/model.safetensors") for folder in (out, resumed)]
+    assert all(torch.equal(tensor, weights[1][key]) for key, tensor in weights[0].items())
+
+
+def test_a_killed_run_resumes_as_typed(labelled: Labelled, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    whole, killed = tmp_path / "whole", tmp_path / "killed"
+    overrides = ("trainer.logging_steps=1", "trainer.save_steps=2", "trainer.eval_steps=2")
+    finetune(labelled(whole, *overrides))
+    file = tmp_path / "run.yaml"
+    file.write_text(config_to_yaml(labelled(killed, *overrides, "trainer.resume_from_checkpoint=latest")))
+    victim = subprocess.Popen(
+        [sys.executable, "scripts/finetuning/finetune.py", str(file)],
+        cwd=ROOT,
+        env={**os.environ, "NEOBERT_FAULT": "step.done@9:sleep60"},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+    )
+    deadline = time.monotonic() + 60
+    while not (killed / "checkpoints/8/manifest.json").exists():
+        assert victim.poll() is None, victim.communicate()[0]
+        assert time.monotonic() < deadline, "the run did not get far enough"
+        time.sleep(0.01)
+    os.kill(victim.pid, signal.SIGKILL)
+    victim.wait()
+    assert call("finetuning/finetune.py", file) == 0
+    assert "resuming from" in capsys.readouterr().out
+    assert steps(killed) == steps(whole)
+
+
+def test_it_starts_from_a_run_and_answers_with_labels_and_probabilities(
+    tiny: Callable[..., Config], labelled: Labelled, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    pretrain(tiny(tmp_path / "pretrained", "trainer.max_steps=2", "trainer.eval_steps=0"))
+    out = tmp_path / "run"
+    start = f"finetune.model={tmp_path}/pretrained"
+    finetune(labelled(out, start, "trainer.max_steps=1", "optimizer.lr=1e-30", "optimizer.weight_decay=0"))
+    before = load_encoder_weights(tmp_path / "pretrained").tensors
+    found = load_encoder_weights(out)
+    assert found.objective == "sequence_classification"
+    for name, tensor in before.items():
+        torch.testing.assert_close(found.tensors[name], tensor, rtol=0, atol=1e-6)
+    labels = load_config(out / "config.yaml").finetune.labels
+    (answer,) = neobert.load(out).predict(["a text"])
+    assert isinstance(answer, LabelledText)
+    assert set(answer.probabilities) == set(labels)
+    assert sum(answer.probabilities.values()) == pytest.approx(1)
+    assert answer.label == max(answer.probabilities, key=lambda name: answer.probabilities[name])
+    capsys.readouterr()
+    assert call("predict.py", out, "a text", "--json") == 0
+    assert json.loads(capsys.readouterr().out)["label"] == answer.label
+
+
+@pytest.mark.parametrize("name", ["classes", "words"])
+def test_answers_equal_the_predictions_of_the_evaluation(
+    labelled: Labelled, labelled_files: Path, tmp_path: Path, name: str
+) -> None:
+    rows = [json.loads(line) for line in (labelled_files / f"{name}.jsonl").read_text().splitlines()]
+    folder = tmp_path / "data"
+    folder.mkdir()
+    for split, part in (("train", rows), ("test", rows[:20])):
+        (folder / f"{split}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in part))
+    result = finetune(labelled(tmp_path / "run", f"dataset.path={folder}", "dataset.eval_samples=null"))
+    labels = load_config(tmp_path / "run/config.yaml").finetune.labels
+    model = neobert.load(tmp_path / f"run/checkpoints/{result.best_step}")
+    assert result.predictions is not None
+    said = [labels[number] for number in result.predictions]
+    if name == "classes":
+        answers = model.predict([row["text"] for row in rows[:20]])
+        assert [x.label for x in answers if isinstance(x, LabelledText)] == said
+    else:
+        answers = model.predict([" ".join(row["tokens"]) for row in rows[:20]])
+        assert [label for x in answers if isinstance(x, LabelledWords) for label in x.labels] == said
+
+
+def test_the_best_checkpoint_is_that_of_the_metric_and_a_run_stops_early(labelled: Labelled, tmp_path: Path) -> None:
+    out = tmp_path / "run"
+    keys = ("trainer.save_best=true", "trainer.save_total_limit=1", "trainer.max_steps=40", "finetune.early_stopping=2")
+    config = labelled(out, *keys, "trainer.eval_steps=2", "trainer.save_steps=2")
+    result = finetune(config)
+    lines = read_evaluations(out)[1:]
+    best = max(lines, key=lambda line: (line["metrics"]["accuracy"], -line["step"]))
+    assert (out / "checkpoints" / str(best["step"])).is_dir()
+    assert json.loads((out / "checkpoints/best.json").read_text())["step"] == best["step"] == result.best_step
+    assert result.steps == best["step"] + 4 < 40, "two evaluations after the best one"
+    again = labelled(
+        out, *keys, "trainer.eval_steps=2", "trainer.save_steps=2", "trainer.resume_from_checkpoint=latest"
+    )
+    assert (finetune(again).reason, read_evaluations(out)[1:]) == ("complete", lines)
+
+
+def test_frozen_layers_stay_and_deeper_ones_learn_slower(labelled: Labelled, tmp_path: Path) -> None:
+    weights = {}
+    for name, keys in (("frozen", ["finetune.num_frozen_layers=1"]), ("decayed", ["finetune.layer_lr_decay=1e-6"])):
+        config = labelled(
+            tmp_path / name, *keys, "trainer.save_steps=1", "trainer.max_steps=2", "scheduler.warmup_steps=0"
+        )
+        finetune(config)
+        weights[name] = [load_file(tmp_path / name / f"checkpoints/{step}/model.safetensors") for step in (1, 2)]
+
+    def change(name: str, tensor: str) -> float:
+        first, second = weights[name]
+        return float((first[tensor] - second[tensor]).abs().max())
+
+    assert change("frozen", "encoder.embedding.weight") == change("frozen", "encoder.layers.0.qkv.weight") == 0
+    assert change("frozen", "encoder.layers.1.qkv.weight") > 0
+    assert change("decayed", "encoder.layers.0.qkv.weight") < 1e-3 * change("decayed", "encoder.layers.1.qkv.weight")
+    assert change("decayed", "encoder.layers.1.qkv.weight") < 1e-3 * change("decayed", "classifier.weight")
+
+
+def test_class_weights_balance_the_labels() -> None:
+    labels = ("a", "b")
+    weights = choose_weights("balanced", "classification", labels, ["a", "a", "a", "b"])
+    assert [float(x) for x in weights] == pytest.approx([4 / 6, 2.0])
+    with pytest.raises(
+        DataError, match=r"finetune.class_weights: \['1'\] are 1 weights, but there are 2 labels \(a, b\)"
+    ):
+        choose_weights(("1",), "classification", labels, ["a"])
+
+
+def test_labels_are_sorted_and_integers_may_be_numbers_of_names() -> None:
+    rows = [("row", value) for value in (10, 2, 2)]
+    assert choose_labels("classification", (), rows) == ("2", "10")
+    assert number_labels("classification", ("no", "yes"), [1, 0, "yes"]) == [1, 0, 1]
+    np.testing.assert_array_equal(number_labels("multilabel", ("a", "b", "c"), [["c", "a"]])[0], [1, 0, 1])
+    assert choose_kind("auto", [("row", "0.5"), ("row", "1")], is_words=False) == "regression"
+    assert choose_kind("auto", [("row", "1"), ("row", "0")], is_words=False) == "classification"
+
+
+def one(**row: object) -> list[dict[str, object]]:
+    return [{"text": f"text {n}", "label": "ab"[n % 2], **row} for n in range(4)]
+
+
+WRONG: dict[str, tuple[list[dict[str, object]], str]] = {
+    "one class": (one(label="a"), r"finetune.label_column: all 3 rows have the label 'a'"),
+    "no text": (one(text=" "), r"finetune.text_column: every text of column 'text' is empty"),
+    "null text": (one(text=None), r"train, row 1: column 'text' has no text \(None\)"),
+    "null label": (one(label=None), r"train, row 1: column 'label' has no label"),
+    "no label column": ([{"text": "a", "kind": "b"}], r"finetune.label_column"),
+    "no text column": ([{"body": "a", "label": "b"}], r"finetune.text_column"),
+    "integers": (
+        [{"text": "a", "label": number} for number in range(60)],
+        r"finetune.kind: auto, but the label column holds \d+ different integers .* write classification or regression",
+    ),
+    "tags": (
+        [{"tokens": ["a", "b"], "tags": ["B-x"]}] * 3,
+        r"train, row 1: 2 words in 'tokens', but 1 labels in 'tags'",
+    ),
+    "no BIO": (
+        [{"tokens": ["a", "b"], "tags": ["B-x", "S-x"]}] * 3,
+        r"finetune.label_column: 'S-x' is no tag of the BIO scheme",
+    ),
+    "integer tags": ([{"tokens": ["a"], "tags": [1]}] * 3, r"finetune.labels: the tags are integers"),
+    "mixed": ([*one(), {"text": "x", "label": ["a"]}], r"label 'a' is not a list of texts or integers"),
+}
+
+
+@pytest.mark.parametrize("name", WRONG)
+def test_rows_that_cannot_be_learned_from_are_named(labelled: Labelled, tmp_path: Path, name: str) -> None:
+    rows, message = WRONG[name]
+    file = tmp_path / "rows.jsonl"
+    file.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    with pytest.raises(DataError, match=message):
+        finetune(labelled(tmp_path / "run", f"dataset.path={file}", "dataset.eval_samples=1"))
+    assert not (tmp_path / "run/checkpoints").exists()
+
+
+def test_a_label_that_training_lacks_is_named(labelled: Labelled, tmp_path: Path) -> None:
+    for split, labels in (("train", "abab"), ("dev", "abc")):
+        rows = [json.dumps({"text": "a text", "label": label}) + "\n" for label in labels]
+        (tmp_path / f"{split}.jsonl").write_text("".join(rows))
+    keys = (f"dataset.path={tmp_path}/*.jsonl", "dataset.eval_samples=null", "trainer.max_steps=1")
+    with pytest.raises(DataError, match=r"dev, row 3: label 'c' is none of the labels of the training data \(a, b\)"):
+        finetune(labelled(tmp_path / "run", *keys))
+    finetune(labelled(tmp_path / "run", *keys, "finetune.labels=[a, b, c]"))
+    with pytest.raises(DataError, match=r"train, row 2: label 'b' is none of finetune.labels \(a, c\)"):
+        finetune(labelled(tmp_path / "other", *keys, "finetune.labels=[a, c]"))
+
+
+def test_texts_that_are_too_long_are_cut_and_counted(
+    labelled: Labelled, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    finetune(labelled(tmp_path / "run", "dataset.max_seq_length=6", "trainer.max_steps=1"))
+    said = capsys.readouterr().out
+    assert "72 of 72 training texts are longer than dataset.max_seq_length = 6 tokens and are cut" in said
+
+
+def test_another_task_and_another_start_are_refused(
+    labelled: Labelled, tiny: Callable[..., Config], tmp_path: Path
+) -> None:
+    with pytest.raises(StartupError, match=r"task: pretraining is for `neobert pretrain`"):
+        finetune(tiny(tmp_path / "x"))
+    with pytest.raises(StartupError, match=r"finetune.model: .*nowhere is no folder"):
+        finetune(labelled(tmp_path / "x", f"finetune.model={tmp_path}/nowhere"))
+    pretrain(tiny(tmp_path / "run", "trainer.max_steps=1"))
+    with pytest.raises(StartupError, match=r"task +fixed +"):
+        finetune(labelled(tmp_path / "run", "trainer.resume_from_checkpoint=latest"))
