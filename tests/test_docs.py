@@ -119,6 +119,12 @@ def make_clone(folder: Path) -> Path:
     assert recipe is not None
     assert recipe[1].count("\n") == 10, "ten lines"
     (folder / "my_classifier.yaml").write_text(recipe[1])
+    for task, columns in {"sst2": ["sentence"], "mrpc": ["sentence1", "sentence2"]}.items():
+        (folder / "my_glue" / task).mkdir(parents=True)
+        rows = [{**dict.fromkeys(columns, text), "label": number % 2} for number, text in enumerate(make_texts(8))]
+        for split in ("train", "validation"):
+            file = folder / "my_glue" / task / f"{split}.jsonl"
+            file.write_text("".join(json.dumps(row) + "\n" for row in rows))
     (folder / "OLD.yaml").write_text(
         "dataset: {name: x}\ntokenizer: {name: y}\ntrainer: {max_steps: 5, report_to: []}\n"
     )
@@ -170,6 +176,8 @@ def run(line: str, clone: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         s in line for s in ("pretrain.py", "preprocess.py", "longer_seq.py", "pipeline.py")
     ):
         words += tiny_overrides(words)
+    if "run_glue.py" in line:
+        words += ["--trainer.max_steps", "2", "--trainer.use_cpu", "true", "--trainer.mixed_precision", "no"]
     if "scripts/experiments/" in line:
         tiny = list(zip(TINY[::2], TINY[1::2]))
         words += ["--threads", "1", *(word for pair in tiny if pair[0] != "--dataset.path" for word in pair)]

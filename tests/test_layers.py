@@ -21,6 +21,7 @@ LAYERS = [
     {"inference"},
     {"train"},
     {"contrastive", "finetune", "export", "benchmark"},
+    {"glue"},
     {"commands"},
 ]
 LEVEL = {name: level for level, names in enumerate(LAYERS) for name in names}

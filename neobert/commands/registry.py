@@ -158,6 +158,13 @@ COMMANDS: dict[str, Command] = {
         also=(ValueError,),
         resumes=True,
     ),
+    "glue": Command(
+        "fine-tune models on the tasks of GLUE, with a grid and seeds",
+        "glue_commands",
+        "evaluation/run_glue.py",
+        resumes=True,
+    ),
+    "summarize-glue": Command("compare results of glue side by side", "glue_commands", "evaluation/summarize_glue.py"),
     "export": Command(
         "export an encoder to a folder for transformers, sentence-transformers and the hub",
         "model_commands",

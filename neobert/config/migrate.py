@@ -15,10 +15,12 @@ from neobert.config.fields import FIELDS, SECTIONS, LeafError, parse_value
 from neobert.config.load import ConfigError, parse_config
 from neobert.config.refused import find_refusal, find_renamed
 from neobert.config.rules import BUDGETS
+from neobert.config.rules_glue import OF_THE_SUITE
 from neobert.config.schema_optimizer import MUON
 from neobert.config.source import Leaf, Tree, VariableError, YamlError, parse_yaml, substitute
 from neobert.errors import UserError
 from neobert.key import show_value
+from neobert.model.config import ARCHITECTURE
 
 _DEFAULTS: dict[str, Any] = {
     "tokenizer.name": "bert-base-uncased",
@@ -59,7 +61,7 @@ def migrate(text: str) -> tuple[str, list[str]]:
     """The YAML `text` in this code's keys, and one sentence for each edit.
 
     Raises:
-        MigrationError: not YAML, another task than pretraining, or values that no edit can fix.
+        MigrationError: not YAML, a task that is not migrated, or values that no edit can fix.
     """
     try:
         tree = parse_yaml(text)
@@ -68,10 +70,8 @@ def migrate(text: str) -> tuple[str, list[str]]:
     variables = tree.pop("variables", {})
     task = tree.get("task", Leaf("pretraining"))
     name = task.text.lower() if isinstance(task, Leaf) else ""
-    if name not in ("pretraining", "contrastive"):
-        raise MigrationError(
-            f"task: {name} is not part of this version: only pretraining and contrastive files are migrated"
-        )
+    if name not in _EDITS:
+        raise MigrationError(f"task: {name}: only files of {', '.join(_EDITS)} are migrated")
     draft = _Rewrite(variables=variables if isinstance(variables, dict) else {})
     _rename(draft, _flatten(tree, ""))
     for edit in _EDITS[name]:
@@ -196,7 +196,30 @@ def _edit_contrastive(draft: _Rewrite) -> None:
             draft.remove(key, "the tokenizer is the checkpoint's")
 
 
-def _write_contrastive_defaults(draft: _Rewrite) -> None:
+def _edit_glue(draft: _Rewrite) -> None:
+    """There a file was one task with one learning rate, batch and seed, and said what evaluates and saves."""
+    lists = {
+        "glue.tasks": "glue.tasks",
+        "optimizer.lr": "glue.learning_rates",
+        "trainer.per_device_train_batch_size": "glue.batch_sizes",
+    }
+    for key, new in lists.items():
+        value = draft.values.get(key)
+        if isinstance(value, Leaf) and not value.is_null:
+            draft.values[new] = [Leaf(value.text)]
+            draft.edits.append(f"wrote {new}: [{value.text}]")
+    if "glue.seeds" not in draft.values:
+        draft.write("glue.seeds", 1, "wrote glue.seeds: 1, as there")
+    if draft.read("glue.model") is not None:
+        others = ("tokenizer.", *(f"model.{name}" for name in ARCHITECTURE if name != "dropout_prob"))
+        for key in [key for key in draft.values if key.startswith(others)]:
+            draft.remove(key, "the architecture and the tokenizer are those of glue.model")
+    for key, instead in OF_THE_SUITE.items():
+        if key in draft.values:
+            draft.remove(key, instead)
+
+
+def _write_finetuning_defaults(draft: _Rewrite) -> None:
     _write_defaults(draft, [key for key in _DEFAULTS if key.startswith(("optimizer.", "scheduler.", "trainer."))])
 
 
@@ -264,8 +287,9 @@ _EDITS: dict[str, tuple[Callable[[_Rewrite], None], ...]] = {
         _remove_unneeded,
         _edit_lengths,
         _choose_budget,
-        _write_contrastive_defaults,
+        _write_finetuning_defaults,
     ),
+    "glue": (_edit_values, _write_finetuning_defaults, _edit_glue, _remove_unneeded),
 }
 """The edits of a task's file, in order."""
 

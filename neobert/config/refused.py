@@ -9,6 +9,12 @@ RENAMED: dict[str, str] = {
     "dataset.path_to_disk": "dataset.path",
     "dataset.pretraining_prob": "contrastive.pretraining_prob",
     "dataset.tokenizer_name": "tokenizer.name",
+    "glue.classifier_dropout": "finetune.classifier_dropout",
+    "glue.max_seq_length": "dataset.max_seq_length",
+    "glue.num_workers": "dataset.num_workers",
+    "glue.pretrained_checkpoint_dir": "glue.model",
+    "glue.pretrained_model_path": "glue.model",
+    "glue.task_name": "glue.tasks",
     "mixed_precision": "trainer.mixed_precision",
     "model.name_or_path": "model.name",
     "optimizer.hparams.betas": "optimizer.betas",
@@ -96,6 +102,10 @@ REFUSED: dict[str, str] = {
     "config_path": "is not a key: give the file as the first argument of the script",
     "dataset.trust_remote_code": "is not supported: datasets no longer run code from the hub; use a dataset of files",
     "debug": "is not a key: lower trainer.max_steps and trainer.logging_steps for a trial run",
+    "glue.classifier_init_range": "has no effect: the head starts as the layers of the encoder do; remove it",
+    "glue.num_labels": "follows from the task: remove it",
+    "glue.preprocessing_num_proc": "has no effect: a task is tokenised in seconds; remove it",
+    "glue.pretrained_checkpoint": "is a part of glue.model: RUN/checkpoints/STEP is one checkpoint, RUN its newest one",
     "mteb_batch_size": "is not a key: `neobert mteb RUN` makes its own batches",
     "mteb_overwrite_results": "is not a key: delete the results that `neobert mteb` is to make again",
     "mteb_pooling": "is not a key: `neobert mteb RUN` takes that of the checkpoint, or --pooling",
@@ -127,7 +137,6 @@ REFUSED: dict[str, str] = {
 """Key -> the rest of a sentence that starts with it. A key covers everything below it."""
 
 LATER: dict[str, str] = {
-    "glue": "GLUE is not available yet",
     "model.classifier_init_range": "classification is not available yet",
     "pretrained_checkpoint": "evaluation of a checkpoint on benchmarks is not available yet",
 }
@@ -142,7 +151,6 @@ REFUSED_VALUES: dict[str, dict[str, str]] = {
         "muon": "'muon' is written muonclip; optimizer.muon_config.enable_clipping: false is plain Muon",
     },
     "task": {
-        "glue": "GLUE is not part of this version: only pretraining and contrastive are",
         "mteb": "MTEB needs no config: write `neobert mteb RUN --tasks ...`",
     },
     "trainer.mixed_precision": {
