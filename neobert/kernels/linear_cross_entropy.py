@@ -143,8 +143,12 @@ class _ChunkedLinearCrossEntropy(torch.autograd.Function):
                     z_sums.append(z_loss * torch.where(counted_M[rows], lse_C, 0).square().sum())
                 if grad_hidden is not None:  # What was logits is gradients now.
                     torch.mm(logits_CV, weight, out=grad_hidden[rows])
-                    part_VD = logits_CV.T @ hidden_CD
-                    grad_weight = part_VD.to(wide) if grad_weight is None else grad_weight.add_(part_VD)
+                    if grad_weight is None:
+                        grad_weight = (logits_CV.T @ hidden_CD).to(wide)
+                    elif dtype == wide:
+                        grad_weight.addmm_(logits_CV.T, hidden_CD)
+                    else:
+                        grad_weight.add_(logits_CV.T @ hidden_CD)
         ctx.grads = None
         if grad_hidden is not None:
             grad_weight = torch.zeros_like(weight) if grad_weight is None else grad_weight  # None without rows
@@ -181,12 +185,14 @@ def _losses_and_gradients(
     rows, vocabulary = logits_CV.shape
     wide = torch.promote_types(logits_CV.dtype, torch.float32)
     tile = max(1, TILE_BYTES // (wide.itemsize * vocabulary)) if logits_CV.device.type == "cpu" else rows
-    buffer = torch.empty((min(tile, rows), vocabulary), dtype=wide, device=logits_CV.device)
+    buffer = None
+    if wide != logits_CV.dtype:
+        buffer = torch.empty((min(tile, rows), vocabulary), dtype=wide, device=logits_CV.device)
     losses_C1, lse_C1 = torch.empty((2, rows, 1), dtype=wide, device=logits_CV.device)
     for start in range(0, rows, tile):
         part = slice(start, start + tile)
         logits, target, counted = logits_CV[part], target_C1[part], counted_C1[part]
-        wide_logits = buffer[: len(logits)].copy_(logits)
+        wide_logits = logits if buffer is None else buffer[: len(logits)].copy_(logits)
         largest = wide_logits.amax(dim=-1, keepdim=True)
         shifted = wide_logits.sub_(largest)
         target_logit = shifted.gather(1, target)
@@ -197,7 +203,9 @@ def _losses_and_gradients(
         losses_C1[part] = torch.where(counted, log_total - target_logit + z_loss * lse.square(), 0)
         if with_grad:
             gradient = exp.mul_(torch.where(counted, (1 + 2 * z_loss * lse) / total, 0))
-            logits.copy_(gradient.scatter_add_(1, target, -counted.to(wide)))
+            gradient.scatter_add_(1, target, -counted.to(wide))
+            if buffer is not None:
+                logits.copy_(gradient)
     return losses_C1[:, 0], lse_C1[:, 0]
 
 

@@ -40,7 +40,7 @@ class RMSNorm(nn.Module):
         # Both operands in one dtype: torch's norm warns about a mixture and leaves its fused path.
         wide = torch.promote_types(x_TH.dtype, torch.float32)
         x, weight = x_TH.to(wide), self.weight.to(wide)
-        if x.is_cuda:
+        if x.is_cuda or torch.compiler.is_compiling():  # The compiler fuses the plain formula.
             return F.rms_norm(x, weight.shape, weight, self.eps).to(x_TH.dtype)
         return _RMSNormCPU.apply(x, weight, self.eps).to(x_TH.dtype)
 
@@ -53,17 +53,19 @@ class _RMSNormCPU(torch.autograd.Function):
         norm = torch.linalg.vector_norm(x_TH, dim=-1, keepdim=True)
         inverse_T1 = torch.rsqrt(norm * norm / x_TH.shape[-1] + eps)
         ctx.save_for_backward(x_TH, weight_H, inverse_T1)
-        return x_TH * inverse_T1 * weight_H
+        return (x_TH * inverse_T1).mul_(weight_H)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: FunctionCtx, grad_TH: Tensor) -> tuple[Tensor, Tensor, None]:
+        """With u = x * inverse: the gradient of the weight is the sum over tokens of grad * u, that of x is
+        inverse * (grad * weight - u * mean(grad * weight * u)). One product serves both, and its memory the result."""
         x_TH, weight_H, inverse_T1 = ctx.saved_tensors  # type: ignore[attr-defined]
-        unit_TH = x_TH * inverse_T1
-        grad_weight_H = (grad_TH * unit_TH).sum(0)
-        grad_TH = grad_TH * weight_H
-        along_T1 = (grad_TH * unit_TH).mean(-1, keepdim=True)
-        return grad_TH.addcmul_(unit_TH, along_T1, value=-1) * inverse_T1, grad_weight_H, None
+        product_TH = grad_TH * x_TH
+        grad_weight_H = inverse_T1[:, 0] @ product_TH
+        along_T1 = (product_TH @ weight_H)[:, None] * inverse_T1.pow(3) / x_TH.shape[-1]
+        grad_x_TH = torch.mul(grad_TH, weight_H, out=product_TH).mul_(inverse_T1)
+        return grad_x_TH.addcmul_(x_TH, along_T1, value=-1), grad_weight_H, None
 
 
 class LayerNorm(nn.Module):
@@ -87,7 +89,7 @@ def build_norm(config: ModelConfig) -> nn.Module:
 
 def swiglu(gate_up_TF: Tensor) -> Tensor:
     """silu(gate) * up of fused `[T, 2F]`, to `[T, F]` (Shazeer, arXiv 2002.05202)."""
-    if gate_up_TF.is_cuda or torch.compiler.is_compiling():  # The compiler fuses the plain formula.
+    if gate_up_TF.is_cuda or torch.compiler.is_compiling():
         gate_TF, up_TF = gate_up_TF.chunk(2, dim=-1)
         return F.silu(gate_TF) * up_TF
     return _SwiGLUCPU.apply(gate_up_TF)
@@ -100,15 +102,19 @@ class _SwiGLUCPU(torch.autograd.Function):
     def forward(ctx: FunctionCtx, gate_up_TF: Tensor) -> Tensor:
         ctx.save_for_backward(gate_up_TF)
         gate_TF, up_TF = gate_up_TF.chunk(2, dim=-1)
-        return F.silu(gate_TF) * up_TF
+        return F.silu(gate_TF).mul_(up_TF)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: FunctionCtx, grad_TF: Tensor) -> Tensor:
         (gate_up_TF,) = ctx.saved_tensors  # type: ignore[attr-defined]
         gate_TF, up_TF = gate_up_TF.chunk(2, dim=-1)
-        grad_gate_TF = torch.ops.aten.silu_backward(grad_TF * up_TF, gate_TF)
-        return torch.cat((grad_gate_TF, F.silu(gate_TF).mul_(grad_TF)), dim=-1)
+        out = torch.empty_like(gate_up_TF)
+        grad_gate_TF, grad_up_TF = out.chunk(2, dim=-1)
+        torch.mul(grad_TF, up_TF, out=grad_up_TF)  # What belongs there comes last.
+        torch.ops.aten.silu_backward.grad_input(grad_up_TF, gate_TF, grad_input=grad_gate_TF)
+        torch.ops.aten.silu.out(gate_TF, out=grad_up_TF).mul_(grad_TF)
+        return out
 
 
 class EncoderBlock(nn.Module):
@@ -150,7 +156,8 @@ class EncoderBlock(nn.Module):
         if rotation is not None:
             qk = apply_rotary(qk, *rotation)
         q_TND, k_TND = qk.chunk(2, dim=1)
-        return q_TND, k_TND, v_TND
+        # The backward keeps the values: as a view they would keep the queries and keys before the rotation too.
+        return q_TND, k_TND, v_TND if v_TND.is_cuda else v_TND.contiguous()
 
     def _attention(self, x_TH: Tensor, rotation: tuple[Tensor, Tensor] | None, prepared: Any) -> Tensor:
         q_TND, k_TND, v_TND = self.project(x_TH, rotation)

@@ -1,11 +1,11 @@
 """Attention segment by segment: the backend `sdpa`, which works on every device and in every dtype.
 
-On a CPU it computes softmax(scale * Q K^T) V document by document with plain matrix products: several times faster
-than one masked product over the stream, and in bf16 twice as fast as torch's fused kernel called per document (in fp32
-that is 10 to 20% faster). Queries go in tiles of bounded size, and the backward computes the probabilities of a tile
-again, so that nothing quadratic in a document's length is kept. With a sliding window a tile reads only the keys within
-reach: the cost is linear in the length of a document. In bf16 on a CPU a document is computed in whole blocks
-of slots, at the end of the stream too, and the rest masked away: torch's library keeps code for every shape.
+On a CPU it computes softmax(scale * Q K^T) V document by document, several times faster than one masked product over
+the stream: in fp32 and without a window with torch's fused kernel (`fused_documents`), otherwise with plain products.
+Queries go in tiles of bounded size then, and the backward computes the probabilities of a tile again, so that nothing
+quadratic in a document's length is kept. With a sliding window a tile reads only the keys within reach: the cost is
+linear in the length of a document. In bf16 a document is computed in whole blocks of slots, at the end of the stream
+too, and the rest masked away: torch's library keeps code for every shape.
 
 On other devices documents of about one length go together, padded to the length of their bucket, through torch's
 scaled_dot_product_attention. Lengths of buckets grow by half at most, so no more than a third of a bucket is padding
@@ -25,6 +25,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from neobert.model.buckets import plan_buckets
+from neobert.model.fused_documents import backward_fused, empty_logsumexps, forward_fused, is_fused, slices_of
 from neobert.model.segments import Segments
 
 _TILE = 2**20
@@ -36,7 +38,6 @@ _BLOCK = 32
 _LEAST_QUERIES = 128
 """Queries of a tile of a very long document: fewer would make the products too thin."""
 
-_SHORTEST_BUCKET = 16
 _BUCKET_SCORES = 2**26
 """Scores of the documents of a bucket that go through the backward together."""
 _MOST_DOCUMENTS = 65_535
@@ -80,24 +81,34 @@ def prepare_segmented(segments: Segments, window: int | None = None) -> Segmente
 def attend_segmented(q_TND: Tensor, k_TND: Tensor, v_TND: Tensor, prepared: Any, *, scale: float) -> Tensor:
     """Attention of each segment to itself; zeros for slots of padding that `prepare_segmented` left out."""
     plan: SegmentedPlan = prepared
-    return segmented_attention(q_TND, k_TND, v_TND, plan.borders, plan.slots, scale, plan.reach)
+    out_TND: Tensor = segmented_attention(q_TND, k_TND, v_TND, plan.borders, plan.slots, scale, plan.reach)[0]
+    return out_TND
 
 
 @torch.library.custom_op("neobert::segmented_attention", mutates_args=())
 def segmented_attention(
     q_TND: Tensor, k_TND: Tensor, v_TND: Tensor, borders: Tensor, slots: Tensor, scale: float, reach: int
-) -> Tensor:
-    """softmax(scale * Q K^T) V within each segment and `reach`; arguments as in SegmentedPlan."""
+) -> tuple[Tensor, Tensor]:
+    """softmax(scale * Q K^T) V within each segment and `reach`; arguments as in SegmentedPlan.
+
+    The second tensor is what the fused kernel keeps for its backward.
+    """
     # An operator's body runs with the caller's autocast state: the dtypes are fixed here, so it is switched off.
     with torch.autocast(q_TND.device.type, enabled=False):
+        if is_fused(q_TND, slots, reach):
+            return forward_fused(q_TND, k_TND, v_TND, borders, scale)
         if len(slots):
-            return _forward_in_buckets(q_TND, k_TND, v_TND, borders, slots, scale, reach)
-        return _forward_by_document(q_TND, k_TND, v_TND, borders, scale, reach)
+            out_TND = _forward_in_buckets(q_TND, k_TND, v_TND, borders, slots, scale, reach)
+        else:
+            out_TND = _forward_by_document(q_TND, k_TND, v_TND, borders, scale, reach)
+        return out_TND, empty_logsumexps(q_TND, fused=False)
 
 
 @torch.library.custom_op("neobert::segmented_attention_backward", mutates_args=())
 def segmented_attention_backward(
     grad_TND: Tensor,
+    out_TND: Tensor,
+    logsumexp_NT: Tensor,
     q_TND: Tensor,
     k_TND: Tensor,
     v_TND: Tensor,
@@ -108,12 +119,14 @@ def segmented_attention_backward(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Gradients of queries, keys and values."""
     with torch.autocast(q_TND.device.type, enabled=False):
+        if is_fused(q_TND, slots, reach):
+            return backward_fused(grad_TND, out_TND, logsumexp_NT, q_TND, k_TND, v_TND, borders, scale)
         if len(slots):
             return _backward_in_buckets(grad_TND, q_TND, k_TND, v_TND, borders, slots, scale, reach)
         return _backward_by_document(grad_TND, q_TND, k_TND, v_TND, borders, scale, reach)
 
 
-# --- document by document -----------------------------------------------------------------------------------------
+# --- document by document, with matrix products -------------------------------------------------------------------
 
 
 class _Tile(NamedTuple):
@@ -141,10 +154,8 @@ def _documents(borders: Tensor, q_NTD: Tensor, reach: int) -> Iterator[_Document
     """Every segment that is not empty."""
     num_heads = q_NTD.shape[0]
     block = _BLOCK if q_NTD.dtype == torch.bfloat16 else 1
-    for start, end in borders.T.tolist():
-        if start >= end:
-            continue
-        length = end - start
+    for own in slices_of(borders):
+        start, length = own.start, own.stop - own.start
         stop = -(-length // block) * block
         banded = 0 <= reach < length - 1
         # With a window, as many queries as it has keys to a side: at most two thirds of the keys are out of reach.
@@ -263,39 +274,6 @@ def _probabilities(q_NTD: Tensor, k_NTD: Tensor, tile: _Tile, scale: float, reac
 # --- in buckets of about one length -------------------------------------------------------------------------------
 
 
-def bucket_length(length: int) -> int:
-    """The smallest of 16, 24, 32, 48, 64, 96, ... that is not less than `length`."""
-    bucket = _SHORTEST_BUCKET
-    while bucket < length:
-        bucket = bucket * 3 // 2 if bucket & (bucket - 1) == 0 else bucket // 3 * 4
-    return bucket
-
-
-def plan_buckets(borders: Tensor, num_tokens: int) -> tuple[Tensor, Tensor]:
-    """For segments that begin and end at `borders` `[2, N]`, both on the host and int64:
-
-    - `[2, K]`, length and number of documents of every bucket, shortest first, then zeros;
-    - the slots of every bucket's documents `[B, L]`, flat, one bucket after the other, then zeros.
-
-    Beyond its end a document repeats its last token, so that slots count on only within a document. The sizes depend
-    on the number of tokens and borders alone.
-    """
-    found: dict[int, list[tuple[int, int]]] = {}
-    for start, end in borders.T.tolist():
-        if start < end:
-            found.setdefault(bucket_length(end - start), []).append((start, end))
-    table = torch.zeros(2, 2 * max(num_tokens, 1).bit_length(), dtype=torch.int64)
-    slots = torch.zeros(num_tokens + num_tokens // 2 + _SHORTEST_BUCKET * borders.shape[1], dtype=torch.int64)
-    first = 0
-    for number, (bucket, documents) in enumerate(sorted(found.items())):
-        table[:, number] = torch.tensor([bucket, len(documents)])
-        starts, ends = torch.tensor(documents).T[..., None]
-        part = torch.minimum(starts + torch.arange(bucket), ends - 1).flatten()
-        slots[first : first + len(part)] = part
-        first += len(part)
-    return table, slots
-
-
 class _Bucket(NamedTuple):
     slots_BL: Tensor
     real_BL: Tensor
@@ -368,13 +346,18 @@ def _add(total_TND: Tensor, part_BLND: Tensor, bucket: _Bucket) -> None:
 
 
 @segmented_attention.register_fake
-def _(q_TND: Tensor, k_TND: Tensor, v_TND: Tensor, borders: Tensor, slots: Tensor, scale: float, reach: int) -> Tensor:
-    return torch.empty(q_TND.shape, dtype=q_TND.dtype, device=q_TND.device)
+def _(
+    q_TND: Tensor, k_TND: Tensor, v_TND: Tensor, borders: Tensor, slots: Tensor, scale: float, reach: int
+) -> tuple[Tensor, Tensor]:
+    out_TND = torch.empty(q_TND.shape, dtype=q_TND.dtype, device=q_TND.device)
+    return out_TND, empty_logsumexps(q_TND, fused=is_fused(q_TND, slots, reach))
 
 
 @segmented_attention_backward.register_fake
 def _(
     grad_TND: Tensor,
+    out_TND: Tensor,
+    logsumexp_NT: Tensor,
     q_TND: Tensor,
     k_TND: Tensor,
     v_TND: Tensor,
@@ -387,12 +370,14 @@ def _(
     return grad_q, grad_k, grad_v
 
 
-def _keep(ctx: Any, inputs: tuple[Tensor, Tensor, Tensor, Tensor, Tensor, float, int], output: Tensor) -> None:
+def _keep(
+    ctx: Any, inputs: tuple[Tensor, Tensor, Tensor, Tensor, Tensor, float, int], output: tuple[Tensor, Tensor]
+) -> None:
     q_TND, k_TND, v_TND, borders, slots, ctx.scale, ctx.reach = inputs
-    ctx.save_for_backward(q_TND, k_TND, v_TND, borders, slots)
+    ctx.save_for_backward(*output, q_TND, k_TND, v_TND, borders, slots)
 
 
-def _differentiate(ctx: Any, grad_TND: Tensor) -> tuple[Tensor | None, ...]:
+def _differentiate(ctx: Any, grad_TND: Tensor, _: Tensor | None) -> tuple[Tensor | None, ...]:
     grads = segmented_attention_backward(grad_TND, *ctx.saved_tensors, ctx.scale, ctx.reach)
     return (*grads, None, None, None, None)
 

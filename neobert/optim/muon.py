@@ -17,7 +17,7 @@ AdamW in the same object, so that there is one state dict. A fused weight is sev
 products together. `reference_muon` computes the same one matrix at a time. Ranks of a run have the same gradients and
 would all compute the same factors: with `share` each computes a part of them, and they are exchanged.
 
-Nothing waits for the device. Where `found_inf` is set, weights, means and counts keep every bit.
+Nothing waits for a GPU. Where `found_inf` is set, weights, means and counts keep every bit.
 """
 
 from collections.abc import Callable, Iterable
@@ -80,6 +80,10 @@ class Muon(Optimizer):
         """One update of all weights that have a gradient; none where `found_inf` is set."""
         # Written by `step_unless` and by gradient scalers; a plain call has none.
         found_inf: Tensor | None = getattr(self, "found_inf", None)
+        if found_inf is not None and found_inf.device.type == "cpu":
+            if found_inf:
+                return
+            found_inf = None  # Without it means change in place.
         for group in self.param_groups:
             named = [(name, p) for name, p in zip(group["names"], group["params"]) if p.grad is not None]
             if not named:
@@ -125,8 +129,11 @@ class Muon(Optimizer):
                     self.state[p]["row_squares"] = p.new_zeros(p.shape[0], 1)
         skip = None if found_inf is None else found_inf != 0
         means = [self.state[p]["momentum"] for p in params]
-        for mean, new in zip(means, torch._foreach_lerp(means, grads, 1 - section.muon_beta)):
-            _write(mean, new, skip)
+        if skip is None:
+            torch._foreach_lerp_(means, grads, 1 - section.muon_beta)
+        else:
+            for mean, new in zip(means, torch._foreach_lerp(means, grads, 1 - section.muon_beta)):
+                torch.where(skip, mean, new, out=mean)
         directions = list(torch._foreach_lerp(grads, means, section.muon_beta)) if section.nesterov else means
         if group["weight_decay"]:
             kept = 1 - lr * group["weight_decay"]
@@ -143,14 +150,14 @@ class Muon(Optimizer):
         if skip is not None and section.nesterov:  # A gradient that is not finite is no part of the means.
             stack = torch.where(skip, 0.0, stack)
         updates = self._factors(stack)
+        scale: Tensor | float = NORM_FACTORS[section.norm_factor](*stack.shape[1:])
         if self.equal_rows:
-            means = updates.square().mean(2, keepdim=True)
+            means = torch.linalg.vector_norm(updates, dim=2, keepdim=True).square() / updates.shape[2]
             squares = torch.lerp(torch.stack(batch.squares), means, 1 - section.normuon_beta2)
             for old, new in zip(batch.squares, squares):
-                _write(old, new, skip)
-            updates = equalize_rows(updates, squares)
-        factor = NORM_FACTORS[section.norm_factor](*stack.shape[1:])
-        return updates.mul_(factor if skip is None else torch.where(skip, 0.0, factor))
+                old.copy_(new if skip is None else torch.where(skip, old, new))
+            scale = scale * equal_row_scales(means, squares)
+        return updates.mul_(scale if skip is None else torch.where(skip, 0.0, scale))
 
     def _factors(self, stack: Tensor) -> Tensor:
         """The orthogonal factor of each matrix of `stack` `[n, rows, columns]`, the work shared between the ranks."""
@@ -165,18 +172,17 @@ class Muon(Optimizer):
         return self._gather(part.to(self.dtype))[: len(stack)].to(stack.dtype)
 
 
-def equalize_rows(updates: Tensor, squares: Tensor) -> Tensor:
-    """`updates` `[n, rows, columns]` over the roots of `squares` `[n, rows, 1]`, each matrix as large as it was."""
-    even = updates / (squares.sqrt() + _NORMUON_EPS)
-    before, after = (torch.linalg.vector_norm(x, dim=(1, 2), keepdim=True) for x in (updates, even))
-    return even * (before / after.clamp_min(torch.finfo(after.dtype).tiny))
+def equal_row_scales(means: Tensor, squares: Tensor) -> Tensor:
+    """What the rows of matrices are multiplied with, `[n, rows, 1]`: 1 over the roots of `squares`, and what gives each
+    matrix the size that it had.
 
-
-def _write(target: Tensor, value: Tensor, skip: Tensor | None) -> None:
-    if skip is None:
-        target.copy_(value)
-    else:
-        torch.where(skip, target, value, out=target)
+    Args:
+        means: of the squares of each row, `[n, rows, 1]`.
+        squares: their running means.
+    """
+    even = 1 / (squares.sqrt() + _NORMUON_EPS)
+    before, after = means.sum(1, keepdim=True), (means * even.square()).sum(1, keepdim=True)
+    return even * (before / after.clamp_min(torch.finfo(after.dtype).tiny)).sqrt()
 
 
 @dataclass(kw_only=True, slots=True)

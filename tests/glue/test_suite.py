@@ -7,12 +7,12 @@ from typing import Any
 
 import numpy as np
 import pytest
-from neobert.finetune.job import FinetuneResult
 from task_folders import FakeTraining, MakeConfig, write_task
 
 from neobert.config.rules import validate
 from neobert.config.schema import Config
 from neobert.errors import DataError
+from neobert.finetune.job import FinetuneResult
 from neobert.glue import suite
 from neobert.glue.glue_tasks import AVERAGED, TASKS, describe_average
 from neobert.glue.score_table import describe_results

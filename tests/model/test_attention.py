@@ -15,6 +15,7 @@ from torch.nn.attention.flex_attention import BlockMask, flex_attention
 
 from neobert.model import attention, flex, segmented
 from neobert.model.attention import ATTENTION, AttentionBackend, choose_attention, reference_attention
+from neobert.model.buckets import bucket_length
 from neobert.model.segmented import SegmentedPlan
 from neobert.model.segments import Segments
 
@@ -229,7 +230,7 @@ def test_buckets_match_the_definition(scores: int, window: int | None, monkeypat
 
 
 def test_buckets_hold_every_document_once() -> None:
-    assert [segmented.bucket_length(n) for n in (1, 16, 17, 24, 25, 33, 49, 64, 65, 1000)] == [
+    assert [bucket_length(n) for n in (1, 16, 17, 24, 25, 33, 49, 64, 65, 1000)] == [
         *(16, 16, 24, 24, 32, 48, 64, 64, 96, 1024)
     ]
     borders = torch.tensor([[0, 3, 3, 20], [3, 3, 20, 40]])
