@@ -24,6 +24,7 @@ from typing import Any
 
 import numpy as np
 import torch
+import torch._dynamo  # Optimizers import it when the first is made: its memory is not that of a step.
 
 from neobert.config.schema import Config
 from neobert.data.rows.collate import Collator

@@ -343,11 +343,11 @@ torch.set_num_threads(1)
 config = load_config(sys.argv[1])
 tokenizer, runtime = load_tokenizer(config.tokenizer), build_runtime(config)
 measure = build_measure(config, runtime, build_model_config(config, tokenizer), build_attention(config), tokenizer)
-print(json.dumps([measure(rows) for rows in (8, 16, 32)]))
+print(json.dumps([measure(rows) for rows in (8, 8, 16, 24)]))
 runtime.close()
 """
-"""In a process of its own, as a run has it: the heap of many tests has holes, which a small batch would fill. So would
-fewer rows than these: what libraries allocate permanently in the first step is as large as four of them.
+"""In a process of its own, as a run has it: the heap of many tests has holes, which a small batch would fill. The first
+is measured twice, as a run does: what libraries allocate permanently in the first step is as large as some of its rows.
 """
 
 
@@ -364,11 +364,11 @@ def test_the_measured_step_is_a_step_of_the_run(tiny: Tiny, tmp_path: Path) -> N
     done = subprocess.run(
         [sys.executable, "-c", MEASURE, tmp_path / "config.yaml"], capture_output=True, text=True, check=True
     )
-    few, more, most = json.loads(done.stdout)
+    _, few, more, most = json.loads(done.stdout)
     # The residual stream alone keeps 8 tensors of 128 numbers a token; the whole keeps less than ten times as many.
     per_token = 8 * 128 * 4
     assert 8 * 512 * per_token < more - few < 80 * 512 * per_token
-    assert most - more == pytest.approx(2 * (more - few), rel=0.5)
+    assert most - more == pytest.approx(more - few, rel=0.5)
 
 
 def test_a_preview_shows_the_first_step_whatever_the_machine(

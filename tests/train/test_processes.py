@@ -1,13 +1,14 @@
 """Two processes train on the rows one process would, with equal results."""
 
-import subprocess
+import os
+import runpy
 import sys
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import torch
-from children import run_in_two
+from children import fork, run_in_two, wait_for
 from ports import free_port
 from records import log_lines
 from safetensors.torch import load_file
@@ -49,11 +50,21 @@ LAUNCHERS = {
 def launch(folder: Path, config: Config, launcher: str = "torchrun") -> None:
     config_file = folder / "run.yaml"
     config_file.write_text(config_to_yaml(config))
-    command = [sys.executable, "-m", *LAUNCHERS[launcher], str(free_port())]
-    script = ["scripts/pretraining/pretrain.py", str(config_file)]
-    done = subprocess.run([*command, *script], cwd=ROOT, capture_output=True, text=True, timeout=120)
-    assert done.returncode == 0, done.stdout + done.stderr
-    assert done.stdout.count("budget") == 1, "only one process speaks"
+    module, *flags = LAUNCHERS[launcher]
+    words = [*flags, str(free_port()), "scripts/pretraining/pretrain.py", str(config_file)]
+
+    def start() -> int:
+        """`python -m` of a launcher, which starts processes that import everything."""
+        os.chdir(ROOT)
+        sys.argv = [module, *words]
+        runpy.run_module(module, run_name="__main__", alter_sys=True)
+        return 0
+
+    log = folder / "launched.txt"
+    code = wait_for(fork(start, log), 120)
+    printed = log.read_text()
+    assert code == 0, printed
+    assert printed.count("budget") == 1, "only one process speaks"
 
 
 def check_equal(one: Path, other: Path, *, after: int) -> None:

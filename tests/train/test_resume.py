@@ -71,18 +71,18 @@ def test_a_resumed_run_equals_the_uninterrupted_one(tiny: Tiny, tmp_path: Path, 
 def test_kill_9_at_a_random_step_and_resume_with_latest(
     tiny: Tiny, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    overrides = ["trainer.max_steps=30", "trainer.logging_steps=1", "trainer.save_steps=5", "model.dropout_prob=0.1"]
+    overrides = ["trainer.max_steps=18", "trainer.logging_steps=1", "trainer.save_steps=3", "model.dropout_prob=0.1"]
     whole, killed = tmp_path / "whole", tmp_path / "killed"
     config_file = tmp_path / "run.yaml"
     config_file.write_text(config_to_yaml(tiny(killed, *overrides)))
     pretrain(tiny(whole, *overrides))
     command = [sys.executable, "scripts/pretraining/pretrain.py", str(config_file)]
     # It does not end by itself while the kill is on its way, however busy the machine is.
-    environment = {**os.environ, "NEOBERT_FAULT": "step.done@25:sleep60"}
+    environment = {**os.environ, "NEOBERT_FAULT": "step.done@15:sleep60"}
     victim = subprocess.Popen(
         command, cwd=ROOT, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
     )
-    kill_after = random.Random(7).randint(8, 20)
+    kill_after = random.Random(7).randint(5, 12)
     deadline = time.monotonic() + 60
     while not (killed / "log.jsonl").exists() or len(log_lines_so_far(killed)) < kill_after:
         assert victim.poll() is None, victim.communicate()[0]
@@ -91,7 +91,7 @@ def test_kill_9_at_a_random_step_and_resume_with_latest(
     os.kill(victim.pid, signal.SIGKILL)
     victim.wait()
     saved = max(int(p.name) for p in (killed / "checkpoints").iterdir() if p.name.isdecimal())
-    assert saved < 30, "the run was over before it was killed"
+    assert saved < 18, "the run was over before it was killed"
     capsys.readouterr()
     assert call("pretraining/pretrain.py", config_file, "--trainer.resume_from_checkpoint", "latest") == 0
     assert f"resuming from {killed}/checkpoints/{saved}/" in capsys.readouterr().out.splitlines()
