@@ -124,6 +124,13 @@ def test_the_quickstart_sets_no_key_that_follows_from_others() -> None:
     assert config.trainer.resume_from_checkpoint == "latest"
 
 
+@pytest.mark.parametrize("name", ["adamw", "adam", "stable_adamw", "muonclip"])
+def test_the_optimizer_of_the_quickstart_is_changed_by_its_name_alone(name: str) -> None:
+    """No setting of the file belongs to one optimizer only: examples change it on the command line."""
+    config = load_config(ROOT / "configs/pretraining/quickstart.yaml", [f"optimizer.name={name}"])
+    assert config.optimizer.name == name
+
+
 def test_the_paper_config_names_the_paper_setting() -> None:
     config = load_config(ROOT / "configs/pretraining/pretrain_neobert.yaml")
     assert (config.dataset.name, config.dataset.config, config.dataset.streaming) == (
