@@ -272,13 +272,13 @@ class TrainerSection:
     """Labelled files to probe with, JSONL, CSV, TSV or Parquet: columns text (or sentence) and label, or sentence1,
     sentence2 and score (or label). Examples must not overlap, and are cut at `dataset.max_seq_length`."""
 
-    probe_examples: int = key(500, at_least=10, needs="trainer.probe_sets", resume="free")
+    probe_examples: int = key(400, at_least=10, needs="trainer.probe_sets", resume="free")
     """Most examples of a set; which ones is a function of their texts and `probe_seed`."""
 
     probe_seed: int = key(0, at_least=0, needs="trainer.probe_sets", resume="free")
     """Chooses the examples of a set."""
 
-    probe_tokens: int = key(32768, at_least=1, tasks="pretraining", needs="trainer.probe_steps", resume="free")
+    probe_tokens: int = key(16384, at_least=1, tasks="pretraining", needs="trainer.probe_steps", resume="free")
     """Tokens of the evaluation over which the loss is split, about."""
 
     fill_mask_texts: tuple[str, ...] | None = key(
