@@ -37,9 +37,9 @@ BARE = [
     "benchmark.profile_analysis",
     "commands.benchmark_commands",
     "benchmark.loss_kernels",
-    "benchmark.gpu_worker",
-    "benchmark.gpu_kernels",
-    "benchmark.gpu_steps",
+    "benchmark.gpu.gpu_worker",
+    "benchmark.gpu.gpu_kernels",
+    "benchmark.gpu.gpu_steps",
     "benchmark.ledger",
     "commands.machine_commands",
 ]

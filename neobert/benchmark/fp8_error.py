@@ -17,8 +17,8 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from neobert.benchmark.gpu_runs import build_config, read_log
-from neobert.benchmark.gpu_table import Bench
+from neobert.benchmark.gpu.gpu_runs import build_config, read_log
+from neobert.benchmark.gpu.gpu_table import Bench
 from neobert.model.fp8 import emulate, fp8_linear
 from neobert.train.loop import pretrain
 

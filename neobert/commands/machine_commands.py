@@ -21,7 +21,7 @@ def gpu_check(program: str, argv: list[str]) -> int:
     args = parser.parse_args(argv)
     if not args.minutes > 0:
         parser.error(f"--minutes: {args.minutes}; write a number above 0")
-    from neobert.benchmark.gpu_check import TABLE, run_checks
+    from neobert.benchmark.gpu.gpu_check import TABLE, run_checks
 
     passed = run_checks(args.output, minutes=args.minutes, say=cli.print_result)
     cli.say(f"{args.output / TABLE} has the table")

@@ -10,9 +10,9 @@ from typing import Any
 import pytest
 import torch
 
-from neobert.benchmark import gpu_check, gpu_kernels, gpu_rank, gpu_runs, gpu_worker
-from neobert.benchmark.gpu_check import Machine, run_checks
-from neobert.benchmark.gpu_table import CHECKS, Bench, Found, GpuCheck, NotAsExpected
+from neobert.benchmark.gpu import gpu_check, gpu_kernels, gpu_rank, gpu_runs, gpu_worker
+from neobert.benchmark.gpu.gpu_check import Machine, run_checks
+from neobert.benchmark.gpu.gpu_table import CHECKS, Bench, Found, GpuCheck, NotAsExpected
 from neobert.config.schema import Config
 from neobert.errors import DataError
 from neobert.model.attention import ATTENTION
@@ -167,7 +167,7 @@ def test_the_table_is_complete() -> None:
     modules = {"gpu_kernels", "gpu_steps", "gpu_runs"}
     for name, known in CHECKS.items():
         module, function = known.function.split(":")
-        source = (ROOT / "neobert" / "benchmark" / f"{module}.py").read_text()
+        source = (ROOT / "neobert" / "benchmark" / "gpu" / f"{module}.py").read_text()
         assert module in modules
         assert f"def {function}(bench: Bench) -> Found:" in source, name
     assert sum(known.minutes for known in CHECKS.values()) > 9, "the order decides what is left out"
@@ -221,7 +221,7 @@ def test_each_of_two_processes_has_one_gpu(
 
     def start(command: list[str], *, seconds: float) -> None:
         folder = made[-1].parent
-        assert command[-3:] == ["neobert.benchmark.gpu_rank", str(folder / "two.yaml"), str(folder)]
+        assert command[-3:] == ["neobert.benchmark.gpu.gpu_rank", str(folder / "two.yaml"), str(folder)]
         for rank, used in enumerate(contexts):
             with monkeypatch.context() as patch:
                 patch.setenv("RANK", str(rank))

@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch._dynamo.utils import counters
 
-from neobert.benchmark.gpu_table import Bench, CannotRun, Found, NotAsExpected
+from neobert.benchmark.gpu.gpu_table import Bench, CannotRun, Found, NotAsExpected
 from neobert.benchmark.profile_analysis import IDLE, analyse_path
 from neobert.benchmark.trial import read_speed
 from neobert.config.load import config_to_yaml, load_config, load_saved_config
@@ -241,7 +241,7 @@ def _check_resume_by_two(bench: Bench, found: Found, variant: str, keys: list[st
     file = bench.folder / "two.yaml"
     file.write_text(config_to_yaml(config))
     launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
-    _run_quietly([*launcher, "-m", "neobert.benchmark.gpu_rank", str(file), str(bench.folder)], seconds=240)
+    _run_quietly([*launcher, "-m", "neobert.benchmark.gpu.gpu_rank", str(file), str(bench.folder)], seconds=240)
     one, two = ([line["loss"] for line in read_log(bench.folder / name)] for name in ("one", "two"))
     gap = max(abs(a - b) / abs(b) for a, b in zip(two, one, strict=True))
     contexts = [json.loads((bench.folder / f"contexts-{rank}.json").read_text()) for rank in (0, 1)]
@@ -292,7 +292,7 @@ class _Outcomes:
 def _run_tests(bench: Bench, part: str, *flags: str) -> Found:
     import pytest
 
-    tests = Path(__file__).parents[2] / "tests"
+    tests = Path(__file__).parents[3] / "tests"
     if not (tests / "conftest.py").exists():
         raise CannotRun("the tests are not at hand: run it in a checkout")
     os.environ["NEOBERT_TEST_DEVICE"] = bench.device

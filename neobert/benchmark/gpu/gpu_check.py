@@ -23,13 +23,13 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, Self
 
-from neobert.benchmark.gpu_table import CHECKS, GpuCheck
+from neobert.benchmark.gpu.gpu_table import CHECKS, GpuCheck
 from neobert.disk import locked, write_json, write_text
 from neobert.errors import DataError, UserError
 
 RECORD, TABLE, LOG = "gpu-check.json", "gpu-check.md", "gpu-check.log"
 
-_ROOT = str(Path(__file__).parents[2])
+_ROOT = str(Path(__file__).parents[3])
 """Where the package is, installed or not."""
 
 _START_SECONDS = 120.0
@@ -64,7 +64,7 @@ class Worker:
     def __init__(self, log: Path) -> None:
         with log.open("ab") as file:
             self._process = subprocess.Popen(
-                [sys.executable, "-m", "neobert.benchmark.gpu_worker"],
+                [sys.executable, "-m", "neobert.benchmark.gpu.gpu_worker"],
                 stdin=subprocess.PIPE,
                 stdout=subprocess.PIPE,
                 stderr=file,

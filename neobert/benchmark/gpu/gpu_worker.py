@@ -18,7 +18,7 @@ if not torch.cuda.is_available():  # Before triton is imported: its kernels run 
     os.environ["TRITON_INTERPRET"] = "1"
 
 from neobert import cli
-from neobert.benchmark.gpu_table import CHECKS, Bench, CannotRun, Found, NotAsExpected
+from neobert.benchmark.gpu.gpu_table import CHECKS, Bench, CannotRun, Found, NotAsExpected
 
 
 def answer(name: str, device: str) -> dict[str, Any]:
@@ -28,7 +28,7 @@ def answer(name: str, device: str) -> dict[str, Any]:
     torch.compiler.reset()
     try:
         with tempfile.TemporaryDirectory() as folder:
-            check = getattr(importlib.import_module(f"neobert.benchmark.{module}"), function)
+            check = getattr(importlib.import_module(f"neobert.benchmark.gpu.{module}"), function)
             found: Found = check(Bench(device=device, folder=Path(folder)))
     except CannotRun as error:
         return {"state": "skipped", "reason": str(error)}

@@ -18,7 +18,7 @@ class GpuCheck:
     """Estimated, on an H200: no check was run on a GPU when this was written."""
 
     function: str
-    """`module:name` in `neobert.benchmark`, called with a `Bench`."""
+    """`module:name` in `neobert.benchmark.gpu`, called with a `Bench`."""
 
     packages: tuple[str, ...] = ()
     gpus: int = 1

@@ -11,7 +11,7 @@ import torch
 from torch._dynamo.utils import counters
 from torch.profiler import ProfilerActivity, profile, record_function
 
-from neobert.benchmark.gpu_table import Bench, Found, NotAsExpected
+from neobert.benchmark.gpu.gpu_table import Bench, Found, NotAsExpected
 from neobert.benchmark.optimizer_cost import measure_times
 from neobert.benchmark.profile_analysis import analyse
 from neobert.benchmark.settings import StepSettings

@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from neobert.benchmark.gpu_table import Bench, Found, NotAsExpected
+from neobert.benchmark.gpu.gpu_table import Bench, Found, NotAsExpected
 from neobert.benchmark.loss_kernels import Case, measure
 from neobert.benchmark.settings import PRESETS, StepSettings
 from neobert.benchmark.step_time import made_up_rows
