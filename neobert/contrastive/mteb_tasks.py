@@ -91,7 +91,7 @@ def build_local_task(path: Path, split: str | None) -> AbsTask:
         DataError: it cannot be read, or is none of the three kinds.
     """
     if is_retrieval_folder(path):
-        return LocalRetrieval(path, load_retrieval(path, split), split or TEST_SPLITS[0])
+        return LocalRetrieval(path, load_retrieval(path, split))
     chosen, form, examples = _read_split(path, split)
     if form == "scored":
         return LocalSTS(path, examples, chosen)
@@ -150,15 +150,15 @@ class LocalSTS(AbsTaskSTS):
 class LocalRetrieval(AbsTaskRetrieval):
     """Queries, documents, and which of them answer which query."""
 
-    def __init__(self, path: Path, found: RetrievalSet, split: str) -> None:
-        self.metadata = _describe(path, "Retrieval", "ndcg_at_10", split, found.digest())
+    def __init__(self, path: Path, found: RetrievalSet) -> None:
+        self.metadata = _describe(path, "Retrieval", "ndcg_at_10", found.split, found.digest())
         super().__init__()
         queries, documents = (
             Dataset.from_dict({"id": list(texts), "text": list(texts.values())})
             for texts in (found.queries, found.documents)
         )
         data = {"corpus": documents, "queries": queries, "relevant_docs": found.judgements, "top_ranked": None}
-        self.dataset, self.data_loaded = {"default": {split: data}}, True
+        self.dataset, self.data_loaded = {"default": {found.split: data}}, True
 
 
 class LocalClassification(AbsTaskClassification):

@@ -21,12 +21,16 @@ from neobert.contrastive.reading import Limits, choose_table_files, read_file
 from neobert.data.source.text import RecordCounts
 from neobert.errors import DataError
 
+_SPLITS = ("test", "validation", "dev", "train")
+"""Of which the first that is there is evaluated on."""
+
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class RetrievalSet:
     """Queries that have answers, and the documents that are searched."""
 
     label: str
+    split: str
     queries: dict[str, str]
     documents: dict[str, str]
     judgements: dict[str, dict[str, int]]
@@ -43,15 +47,17 @@ def is_retrieval_folder(path: Path) -> bool:
 
 
 def load_retrieval(path: Path, split: str | None = None) -> RetrievalSet:
-    """The set in a folder, with the judgements of `split` (default: test).
+    """The set in a folder, with the judgements of `split` (default: test, else validation, dev or train).
 
     Raises:
         DataError: a file is missing, or a judgement names a query or a document that is not there.
     """
+    if split is None:
+        split = next((name for name in _SPLITS if (path / "qrels" / f"{name}.tsv").is_file()), _SPLITS[0])
     defaults = DatasetSection()
     counts = RecordCounts(max_bad=defaults.max_bad_records, where=str(path))
     limits = Limits(max_record_bytes=defaults.max_record_bytes, counts=counts)
-    judged, queries, corpus = (read_file(file, limits) for file in choose_table_files(path, split or "test"))
+    judged, queries, corpus = (read_file(file, limits) for file in choose_table_files(path, split))
     judgements: dict[str, dict[str, int]] = {}
     for row in judged:
         grade = int(as_number(row.get("score", 1)) or 0)
@@ -59,6 +65,7 @@ def load_retrieval(path: Path, split: str | None = None) -> RetrievalSet:
             judgements.setdefault(str(row["query-id"]), {})[str(row["corpus-id"])] = grade
     found = RetrievalSet(
         label=str(path),
+        split=split,
         queries={name: text for name, text in _texts(queries) if name in judgements},
         documents=dict(_texts(corpus)),
         judgements=judgements,

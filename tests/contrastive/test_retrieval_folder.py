@@ -58,6 +58,8 @@ def test_judgements_that_do_not_fit(qrels: str, said: str, tmp_path: Path) -> No
 def test_a_split_that_is_not_there(tmp_path: Path) -> None:
     with pytest.raises(DataError, match=r"qrels/dev.tsv is not there; name a split that is \(there: test\)"):
         load_retrieval(write_folder(tmp_path / "set", "q1\td1\t1\n"), "dev")
+    (tmp_path / "set" / "qrels" / "test.tsv").rename(tmp_path / "set" / "qrels" / "train.tsv")
+    assert load_retrieval(tmp_path / "set").split == "train", "the only one"
 
 
 def test_ndcg_with_grades_by_hand() -> None:
@@ -73,7 +75,7 @@ def test_ndcg_with_grades_by_hand() -> None:
 
 def test_equal_products_are_ranked_as_in_trec_eval() -> None:
     found = RetrievalSet(
-        label="", queries={"q": "q"}, documents={"a": "", "b": "", "c": ""}, judgements={"q": {"b": 1}}
+        label="", split="test", queries={"q": "q"}, documents={"a": "", "b": "", "c": ""}, judgements={"q": {"b": 1}}
     )
     same = lambda texts: np.ones((len(texts), 2), dtype=np.float32)  # noqa: E731
     assert evaluate_retrieval(found, same, same)["mrr"] == pytest.approx(1 / 2), "c, b, a"
