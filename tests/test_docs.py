@@ -113,6 +113,12 @@ def make_clone(folder: Path) -> Path:
     assert recipe is not None
     assert recipe[1].count("\n") == 10, "ten lines"
     (folder / "my_embedder.yaml").write_text(recipe[1])
+    rows = [{"text": text, "label": "even" if len(text) % 2 else "odd"} for text in make_texts(80, seed=2)]
+    (folder / "own.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    recipe = re.search(r"^```yaml\n(task: finetune.*?)^```", (ROOT / "docs" / "finetuning.md").read_text(), re.S | re.M)
+    assert recipe is not None
+    assert recipe[1].count("\n") == 10, "ten lines"
+    (folder / "my_classifier.yaml").write_text(recipe[1])
     for task, columns in {"sst2": ["sentence"], "mrpc": ["sentence1", "sentence2"]}.items():
         (folder / "my_glue" / task).mkdir(parents=True)
         rows = [{**dict.fromkeys(columns, text), "label": number % 2} for number, text in enumerate(make_texts(8))]
@@ -164,6 +170,8 @@ def run(line: str, clone: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         steps = "4" if "latest" in words else "2"
         words += ["--trainer.max_steps", steps, "--trainer.use_cpu", "true", "--trainer.mixed_precision", "no"]
         words += ["--trainer.global_batch_size", "null", "--trainer.per_device_train_batch_size", "8"]
+    elif "finetuning/finetune.py" in line:
+        words += ["--trainer.max_steps", "2", "--trainer.use_cpu", "true", "--trainer.mixed_precision", "no"]
     elif "contrastive/" not in line and any(
         s in line for s in ("pretrain.py", "preprocess.py", "longer_seq.py", "pipeline.py")
     ):

@@ -159,9 +159,7 @@ def finetune(program: str, argv: list[str]) -> int:
     """Fine-tune an encoder on labels or on pairs, by the config's task: `neobert finetune CONFIG [--key value ...]`."""
     config = parse_command_line(argv, description=finetune.__doc__, program=program)
     if config.task == "finetune":
-        from neobert.finetune.job import finetune as train_on_labels
-
-        return cli.EXIT_CODES[train_on_labels(config).reason]
+        return _finetune_on_labels(config)
     from neobert.contrastive.finetune import finetune as train
     from neobert.contrastive.pair_data import NotPrepared
     from neobert.contrastive.prepare_sets import preprocess_command
@@ -170,6 +168,18 @@ def finetune(program: str, argv: list[str]) -> int:
         return cli.EXIT_CODES[train(config).reason]
     except NotPrepared as error:
         raise NotPrepared(f"{error}; prepare the sets first:\n  {preprocess_command(argv)}") from error
+
+
+def _finetune_on_labels(config: Config) -> int:
+    from neobert.finetune.job import finetune as train
+    from neobert.finetune.several_seeds import finetune_seeds
+
+    if not config.finetune.seeds:
+        return cli.EXIT_CODES[train(config).reason]
+    found = finetune_seeds(config)
+    if found.results and found.metrics:
+        cli.print_result(found.describe())
+    return cli.EXIT_CODES[found.reason]
 
 
 def preprocess_pairs(program: str, argv: list[str]) -> None:

@@ -107,6 +107,7 @@ REFUSED: dict[str, str] = {
     "glue.preprocessing_num_proc": "has no effect: a task is tokenised in seconds; remove it",
     "glue.pretrained_checkpoint": "is a part of glue.model: RUN/checkpoints/STEP is one checkpoint, RUN its newest one",
     "mteb_overwrite_results": "is not a key: delete the results that are to be made again",
+    "model.classifier_init_range": "has no effect: the head starts as the layers of the encoder do; remove it",
     "model.flash_attention": "is written model.attn_backend: flash_attn_varlen (or sdpa)",
     "model.from_hub": "is not a key: the path passed to a script says where weights come from",
     "model.pad_token_id": "comes from the tokenizer: remove it",
@@ -122,10 +123,10 @@ REFUSED: dict[str, str] = {
     "pretraining_metadata": "is not a key: a run reads what it needs from the checkpoint it starts from",
     "scheduler.num_cycles": "has no effect: the cosine has one half period; remove it",
     "tokenizer.padding": "has no effect: rows are packed, or padded as datacollator.pad_to_multiple_of says; remove it",
-    "trainer.early_stopping": "has no meaning in pretraining: remove it",
+    "trainer.early_stopping": "is written finetune.early_stopping, and has no meaning in pretraining: remove it",
     "trainer.greater_is_better": "has no effect: evaluation loss is always better when smaller; remove it",
     "trainer.load_best_model_at_end": "has no effect: every checkpoint of the run is kept apart; remove it",
-    "trainer.metric_for_best_model": "has no effect: pretraining is judged by its evaluation loss; remove it",
+    "trainer.metric_for_best_model": "is written finetune.metric; pretraining compares losses: remove it",
     "trainer.report_to": EXPLAINED["report_to"],
     "trainer.remove_unused_columns": "has no effect: only the text column is read; remove it",
     "use_deepspeed": "is not supported: start with torchrun for several processes; remove it",
@@ -134,7 +135,6 @@ REFUSED: dict[str, str] = {
 """Key -> the rest of a sentence that starts with it. A key covers everything below it."""
 
 LATER: dict[str, str] = {
-    "model.classifier_init_range": "classification is not available yet",
     "mteb_batch_size": "MTEB is not available yet",
     "mteb_pooling": "MTEB is not available yet",
     "mteb_task_type": "MTEB is not available yet",

@@ -74,6 +74,10 @@ class Tokenizer:
         ids = sorted(set(self._backend.get_vocab(with_added_tokens=True).values()))
         self.size: int = max(len(hf), ids[-1] + 1)
         """Smallest vocabulary that holds every id."""
+        self.longest: int = hf.model_max_length
+        """Tokens of the longest text that it is meant for, special tokens included; a huge number where none is."""
+        self.pair_separators: int = _count_separators(self._backend, self.sep_id)
+        """[SEP] tokens between the two texts of a pair: 1, or 2 for RoBERTa."""
         self.random_ids: IntArray = np.setdiff1d(np.array(ids, dtype=np.int32), np.array(self.special_ids, np.int32))
         """Ids that may replace a masked token: all but the special ones."""
 
@@ -140,6 +144,11 @@ class Tokenizer:
     def model_name(self) -> str:
         """`BPE`, `WordPiece`, ..."""
         return type(self._backend.model).__name__
+
+
+def _count_separators(backend: tokenizers.Tokenizer, sep_id: int) -> int:
+    """As its own template puts them; 1 where it has none for pairs."""
+    return max(1, backend.encode("a", "a").ids.count(sep_id) - 1)
 
 
 def _digest(backend: tokenizers.Tokenizer) -> str:

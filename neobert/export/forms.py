@@ -68,6 +68,7 @@ REQUIRED: dict[str, Any] = {
     "embedding_norm": False,
     "decoder_bias": False,
     "ngpt": False,
+    "hub_config": None,
 }
 """Fields that the native form has only one value for."""
 

@@ -144,6 +144,9 @@ def _make_plan(request: ExportRequest) -> _Plan:
         problems.append(str(error))
     if weights is not None:
         try:
+            if weights.config.hub_config is not None:
+                kind = weights.config.hub_config["model_type"]
+                raise ExportError(f"{request.source} has an encoder of transformers ({kind}), which is not exported")
             form = choose_form(weights.config, request.form)
         except ExportError as error:
             problems.append(str(error))

@@ -14,7 +14,9 @@ from neobert.data.rows.side_by_side import SideBySide
 from neobert.disk import replacing
 from neobert.finetune.example_data import FinetuneData
 from neobert.finetune.example_order import ExampleCollator, TokenExamples
-from neobert.objectives.classification import label_loss
+from neobert.finetune.labels import is_bio
+from neobert.finetune.scores import METRICS
+from neobert.objectives.classification import Kind, label_loss
 from neobert.objectives.label_answers import default_label
 from neobert.train.agreement import exchange
 from neobert.train.memory import memory_explained
@@ -67,7 +69,7 @@ def evaluate_labels(run: Run) -> LabelMetrics | None:
     targets = _join_targets(examples)
     loss = float(label_loss(examples.kind, logits, targets)) / max(1, len(targets))
     predictions = choose_predictions(examples, logits, section.labels)
-    metrics = compute_metrics(examples, predictions, section.labels)
+    metrics = compute_metrics(examples, predictions, section.labels, section.metric)
     if run.runtime.is_main:
         _write(run.output_dir, run.tracker.step, predictions)
     metric = section.metric or next(iter(metrics))
@@ -126,10 +128,33 @@ def choose_predictions(examples: TokenExamples, logits: Tensor, labels: Sequence
     return words
 
 
-def compute_metrics(examples: TokenExamples, predictions: Predictions, labels: Sequence[str]) -> dict[str, float]:
-    """The metrics of a kind, the one that counts first."""
-    targets = np.concatenate(list(examples.targets)) if examples.kind == "tokens" else np.array(examples.targets)
-    return {"accuracy": float((predictions == targets).mean())}
+def compute_metrics(
+    examples: TokenExamples, predictions: Predictions, labels: Sequence[str], metric: str | None
+) -> dict[str, float]:
+    """The metrics of a kind, the one that counts first, and `metric`.
+
+    Raises:
+        DataError: `metric` is f1, and there are more than two labels.
+    """
+    names = list_metrics(examples.kind, labels)
+    names += [metric] if metric is not None and metric not in ("loss", *names) else []
+    if examples.kind != "tokens":
+        targets = np.array(examples.targets)
+        return {name: METRICS[name](predictions, targets) for name in names}
+    flat, bounds = np.concatenate(list(examples.targets)), np.cumsum([len(x) for x in examples.firsts])[:-1]
+    said, true = ([[labels[n] for n in part] for part in np.split(x, bounds)] for x in (predictions, flat))
+    return {
+        name: METRICS[name](said, true) if name == "entity_f1" else METRICS[name](predictions, flat) for name in names
+    }
+
+
+def list_metrics(kind: Kind, labels: Sequence[str]) -> list[str]:
+    """Names of the metrics of a kind of labels, the one that counts first."""
+    if kind == "classification":
+        return ["accuracy", "macro_f1"]
+    if kind == "tokens":
+        return ["entity_f1", "accuracy"] if is_bio(labels) else ["accuracy", "macro_f1"]
+    return ["micro_f1", "macro_f1"] if kind == "multilabel" else ["spearman", "pearson"]
 
 
 def _write(output_dir: Path, step: int, predictions: Predictions) -> None:

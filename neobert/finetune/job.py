@@ -12,6 +12,7 @@ from numpy.typing import NDArray
 from neobert.config.nesting import parse_json
 from neobert.config.rules import warnings
 from neobert.config.schema import Config
+from neobert.errors import StartupError
 from neobert.finetune.evaluate_labels import evaluate_labels, load_predictions
 from neobert.finetune.example_data import build_finetune_data, describe_labels
 from neobert.finetune.labelled_data import bind_labels, read_splits
@@ -54,6 +55,10 @@ def finetune(config: Config) -> FinetuneResult:
         DataError: its data cannot be used.
     """
     check_task(config, "finetune")
+    if config.finetune.seeds:
+        raise StartupError(
+            f"finetune.seeds: {list(config.finetune.seeds)} are several runs; call finetune_seeds, or remove the key"
+        )
     start = time.monotonic()
     result = train(build_run(config))
     output_dir = Path(config.trainer.output_dir)
@@ -108,7 +113,9 @@ def bind_finetune(config: Config) -> Config:
     config = bind_labels(config, read_splits(config))
     if own is not None:
         return bind_own(config, own)
-    return config if config.finetune.model is None else bind_source(config, config.finetune.model, "finetune.model")
+    if config.finetune.model is None:
+        return config
+    return bind_source(config, config.finetune.model, "finetune.model", any_encoder=True)
 
 
 def announce(run: Run) -> None:
@@ -121,7 +128,7 @@ def announce(run: Run) -> None:
         f"model     {config.model.name or 'NeoBERT'}: {model.num_hidden_layers} layers x {model.hidden_size}, "
         f"{total:,} parameters, {trained:,} of them trained",
         f"compute   {run.runtime.describe_device()}, {config.trainer.mixed_precision.replace('no', 'fp32')}, "
-        f"attention {run.attention.name} ({run.attention.kernel}), "
+        f"{_describe_attention(run)}, "
         f"{'compiled' if choose_compile(config) else 'not compiled'}, {run.runtime.world} process(es)",
         f"labels    {describe_labels(config)}",
         f"batch     {rows} rows a step, {config.trainer.micro_batch_rows} at a time through a process",
@@ -133,6 +140,12 @@ def announce(run: Run) -> None:
     for text in warnings(config, total_steps=run.num_steps):
         run.reporter.warn(text)
     write_config(config, run.runtime, run.output_dir, run.reporter)
+
+
+def _describe_attention(run: Run) -> str:
+    if run.model_config.hub_config is not None:
+        return f"{run.model_config.hub_config['model_type']} of transformers, padded"
+    return f"attention {run.attention.name} ({run.attention.kernel})"
 
 
 def next_commands(run: Run) -> list[str]:

@@ -27,7 +27,7 @@ from neobert.data.source.splits import (
 )
 from neobert.data.source.tables import RawRow, open_tables
 from neobert.errors import DataError
-from neobert.finetune.labels import check_known, choose_kind, choose_labels, choose_weights
+from neobert.finetune.labels import check_known, check_metric, choose_kind, choose_labels, choose_weights
 
 TEXTS = ("text", "sentence", "sentence1", "premise", "question", "question1", "query", "anchor", "content")
 """Columns of a text, the first that is there."""
@@ -108,7 +108,8 @@ def read_splits(config: Config) -> LabelledSplits:
     if eval_split is None:
         train, evaluation, note = _hold_out(train, data)
     else:
-        check_disjoint(*map(parse_split, (train_split, eval_split)), lambda: len(rows[parse_split(train_split).name]))
+        parsed = parse_split(train_split)
+        check_disjoint(parsed, parse_split(eval_split), lambda: len(rows[parsed.name]))
         evaluation = read_examples(_slice(rows, eval_split), columns, is_words=is_words)[: data.eval_samples]
         note = f"evaluating on {len(evaluation):,} rows of split {eval_split!r}"
     return LabelledSplits(columns=columns, is_words=is_words, train=train, evaluation=evaluation, notes=(*notes, note))
@@ -215,7 +216,8 @@ def _read_texts(row: RawRow, columns: RowColumns, location: str) -> tuple[str, .
 
 
 def _read_words(row: RawRow, columns: RowColumns, location: str) -> tuple[str, ...]:
-    words, tags = row.get(columns.text), row.get(columns.label)
+    words: Any = row.get(columns.text)
+    tags: Any = row.get(columns.label)
     if not _is_list(words) or not all(isinstance(word, str) for word in words):
         raise DataError(f"{location}: column {columns.text!r} is no list of words; write every word as a text")
     if _is_list(tags) and len(tags) != len(words):
@@ -243,6 +245,7 @@ def bind_labels(config: Config, splits: LabelledSplits) -> Config:
     """
     section = config.finetune
     kind = choose_kind(section.kind, [(x.location, x.label) for x in splits.train], is_words=splits.is_words)
+    check_metric(section.metric, kind)
     labels = choose_labels(kind, section.labels, [(x.location, x.label) for x in splits.train])
     check_known(kind, labels, [(x.location, x.label) for x in splits.evaluation])
     bound = replace(

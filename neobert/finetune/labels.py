@@ -199,6 +199,24 @@ def _find(numbers: dict[str, int], labels: Sequence[str], value: Any) -> int | N
     return found
 
 
+_METRICS: dict[Kind, tuple[str, ...]] = {
+    "classification": ("accuracy", "f1", "macro_f1", "micro_f1", "mcc"),
+    "multilabel": ("micro_f1", "macro_f1", "accuracy"),
+    "regression": ("spearman", "pearson"),
+    "tokens": ("entity_f1", "accuracy", "macro_f1", "micro_f1"),
+}
+"""What of `scores.METRICS` a kind of labels has."""
+
+
+def check_metric(metric: str | None, kind: Kind) -> None:
+    """Raises DataError where `finetune.metric` is none of the metrics of such labels."""
+    if metric not in (None, "loss", *_METRICS[kind]):
+        raise DataError(
+            f"finetune.metric: {metric!r} is no metric of finetune.kind: {kind}; write loss or one of "
+            f"{', '.join(_METRICS[kind])}"
+        )
+
+
 def number_labels(kind: Kind, labels: Sequence[str], rows: Iterable[Any]) -> list[Any]:
     """Labels as targets: an int, a float, fp32 `[C]`, or int64 `[words]`."""
     if kind == "regression":

@@ -136,7 +136,7 @@ def _nothing_done() -> dict[str, Any]:
 
 
 def _dtype(model: Model) -> str:
-    return str(model.module.encoder.get_parameter("layers.0.qkv.weight").dtype)
+    return str(model.module.encoder.block_weight.dtype)
 
 
 def _chunks(records: Iterator[InputRecord], size: int) -> Iterator[list[InputRecord]]:

@@ -25,7 +25,7 @@ from neobert.errors import DataError
 from neobert.inference.fill_mask import FilledText, fill_mask
 from neobert.inference.packed import BATCH_TOKENS, hidden_states, plan_batches
 from neobert.model.attention import choose_attention
-from neobert.model.encoder import Encoder
+from neobert.model.hub_encoder import build_encoder_of
 from neobert.model.pooling import choose_pooling
 from neobert.objectives.base import Answer, Answers, Objective, ObjectiveModule
 from neobert.objectives.table import OBJECTIVES, load_part
@@ -197,7 +197,7 @@ def load(
     if found.tokenizer is None:
         raise WeightsError(f"{found.folder} has no tokenizer.json; put the tokenizer of the model there")
     objective = OBJECTIVES[found.objective]
-    encoder = Encoder(
+    encoder = build_encoder_of(
         found.config, choose_attention("auto", device=chosen, dtype=products, head_dim=found.config.head_dim)
     )
     # An exported folder has the head of no objective.

@@ -80,7 +80,7 @@ def precision(model: ObjectiveModule) -> AbstractContextManager[object]:
 
     In bf16 the residual stream and the norms stay fp32, as in training with `trainer.mixed_precision: bf16`.
     """
-    weight = model.encoder.get_parameter("layers.0.qkv.weight")
+    weight = model.encoder.block_weight
     is_wide = weight.dtype == torch.float32
     if is_wide and model.encoder.attention.problem(weight.device, weight.dtype) is None:
         return nullcontext()

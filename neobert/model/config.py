@@ -134,6 +134,10 @@ class ModelConfig(Architecture):
     pad_token_id: int
     """Token id of padding. No computation reads it: padding is a segment of its own."""
 
+    hub_config: dict[str, Any] | None = None
+    """The config.json of an encoder of transformers, which is then used instead of ours (`neobert.model.hub_encoder`);
+    the other fields repeat what they can of it."""
+
     def __post_init__(self) -> None:
         problems = list(architecture_problems(self))
         for field in fields(Architecture):
@@ -150,8 +154,8 @@ class ModelConfig(Architecture):
             raise ValueError("\n".join(problems))
 
     def to_dict(self) -> dict[str, Any]:
-        """All fields, JSON-ready."""
-        return asdict(self)
+        """All fields, JSON-ready; without `hub_config` where there is none."""
+        return {name: value for name, value in asdict(self).items() if name != "hub_config" or value is not None}
 
     @classmethod
     def from_dict(cls, values: dict[str, Any]) -> Self:
@@ -183,6 +187,7 @@ _ADDED = (
     "init_zero_residual",
     "ngpt",
     "base_scale",
+    "hub_config",
 )
 """Keys that the first version of `model_config.json` did not have; their defaults are what it did."""
 

@@ -98,6 +98,11 @@ class Encoder(nn.Module):
                 x_TH = block(x_TH, rotation, prepared[window])
         return self.norm(x_TH)
 
+    @property
+    def block_weight(self) -> Tensor:
+        """A matrix of the blocks: its dtype is that of their products."""
+        return next(p for p in self.layers.parameters() if p.ndim > 1)
+
     def num_parameters(self) -> int:
         """Number of weights, embeddings included."""
         return sum(p.numel() for p in self.parameters())

@@ -154,6 +154,7 @@ class LabelModule(ObjectiveModule):
                 weight.requires_grad_(False)
         self.head = head
         self.dropout = nn.Dropout(dropout)
+        self.class_weights: Tensor | None
         self.register_buffer("class_weights", None if weights is None else torch.tensor(weights), persistent=False)
         self._build_head(encoder.config.hidden_size, head.num_outputs)
         for layer in self.children():

@@ -1,6 +1,7 @@
 """Texts, pairs and lists of words as tokens, in training and for a user alike.
 
-A row becomes the tokens between [CLS] and [SEP]; the two texts of a pair have a [SEP] between them. Words are joined
+A row becomes the tokens between [CLS] and [SEP]; the two texts of a pair have a [SEP] between them, or
+what the tokenizer's own template has there. Words are joined
 by spaces, as a reader writes them, and the label of a word belongs to its first token.
 """
 
@@ -35,14 +36,15 @@ def encode_rows(tokenizer: Any, rows: Sequence[Sequence[str]], max_length: int) 
     loses tokens first."""
     found = tokenizer.encode_batch([text for row in rows for text in row])
     tokens, longest, num_cut, start = [], 0, 0, 0
+    between = [tokenizer.sep_id] * tokenizer.pair_separators
     for row in rows:
         parts, start = found[start : start + len(row)], start + len(row)
-        specials = 1 + len(row)
+        specials = 2 + len(between) * (len(row) - 1)
         lengths = [len(part) for part in parts]
         longest = max(longest, sum(lengths) + specials)
         kept = _cut(lengths, max_length - specials)
         num_cut += sum(kept) < sum(lengths)
-        joined = [x for part, length in zip(parts, kept) for x in ([tokenizer.sep_id], part[:length])][1:]
+        joined = [x for part, length in zip(parts, kept) for x in (between, part[:length])][1:]
         tokens.append(np.concatenate(joined).astype(np.int32))
     return EncodedRows(tokens, [_NO_WORDS] * len(rows), longest, num_cut)
 

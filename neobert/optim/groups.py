@@ -17,6 +17,7 @@ of the schedule, so that the rate of every group is a function of the step. Wher
 two groups, decayed and not. A resumed run may group its weights in another way: `regroup_state` goes by their names.
 """
 
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any
@@ -30,13 +31,17 @@ DECAYED = ("matrices", "head")
 """Roles with weight decay."""
 
 
+_BLOCK = re.compile(r"(?:^|\.)layers?\.(\d+)\.")
+"""In names of weights: which block, ours and those of transformers."""
+
+
 def choose_role(name: str, parameter: Tensor, *, is_embedding: bool) -> str:
     """The role of a parameter with this dotted name."""
     if is_embedding:
         return "embeddings"
     if parameter.ndim < 2:
         return "vectors"
-    return "matrices" if "layers" in name.split(".") else "head"
+    return "matrices" if _BLOCK.search(name) else "head"
 
 
 def choose_own_settings(section: OptimizerSection) -> dict[str, GroupSection]:
@@ -115,9 +120,9 @@ def split_by_depth(
 
 def _find_depth(name: str, num_layers: int) -> int:
     """0 for embeddings, 1 for the first block, `num_layers + 1` for what comes after the last one."""
-    parts = name.split(".")
-    if "layers" in parts:
-        return 1 + int(parts[parts.index("layers") + 1])
+    found = _BLOCK.search(name)
+    if found is not None:
+        return 1 + int(found[1])
     return 0 if "embedding" in name else num_layers + 1
 
 

@@ -34,19 +34,20 @@ def bind_own(config: Config, checkpoint: Path) -> Config:
     return _bind(config, theirs, str(checkpoint), init_from=saved.model.init_from, tokenizer=saved.tokenizer)
 
 
-def bind_source(config: Config, source: str, key: str) -> Config:
+def bind_source(config: Config, source: str, key: str, *, any_encoder: bool = False) -> Config:
     """The config with the architecture and tokenizer of the encoder that a run starts from.
 
     Args:
         source: a run, a checkpoint, an exported folder or a name of the hub.
         key: the key that names it.
+        any_encoder: as of `load_encoder_weights`.
 
     Raises:
         StartupError: it cannot be read, or the config says something else than it.
     """
     try:
         folder = find_weights(source)
-        weights = load_encoder_weights(folder)
+        weights = load_encoder_weights(folder, any_encoder=any_encoder)
     except WeightsError as error:
         raise StartupError(f"{key}: {error}") from error
     if weights.tokenizer is None:

@@ -21,6 +21,7 @@ from neobert.kernels.linear_cross_entropy import KERNELS, choose_kernel, compile
 from neobert.model.attention import AttentionBackend, choose_attention
 from neobert.model.config import Architecture, ModelConfig
 from neobert.model.encoder import Encoder
+from neobert.model.hub_encoder import build_encoder_of
 from neobert.objectives.base import ObjectiveModule
 from neobert.objectives.masking import MaskPolicy
 from neobert.objectives.table import choose_objective
@@ -95,12 +96,15 @@ def build_attention(config: Config) -> AttentionBackend:
         raise StartupError(str(error)) from error
 
 
-def build_model_config(config: Config, tokenizer: Tokenizer) -> ModelConfig:
-    """The architecture, with the vocabulary and the padding id of the tokenizer.
+def build_model_config(config: Config, tokenizer: Tokenizer, hub: ModelConfig | None = None) -> ModelConfig:
+    """The architecture, with the vocabulary and the padding id of the tokenizer; `hub`, an encoder of transformers, has
+    its own.
 
     Raises:
         DataError: `model.vocab_size` is smaller than the tokenizer.
     """
+    if hub is not None:
+        return hub
     vocab_size = padded_vocab_size(config.model.vocab_size, tokenizer.size)
     architecture = {f.name: getattr(config.model, f.name) for f in fields(Architecture)}
     return ModelConfig(**architecture, vocab_size=vocab_size, pad_token_id=tokenizer.pad_id)
@@ -224,7 +228,7 @@ def build_module(
 def build_encoder(config: Config, model_config: ModelConfig, attention: AttentionBackend) -> Encoder:
     """An encoder with its initial weights; what is made after it, with the same generator, depends on `seed` too."""
     torch.manual_seed(key(config.seed, "init") % 2**63)
-    return Encoder(
+    return build_encoder_of(
         model_config,
         attention,
         gradient_checkpointing=config.trainer.gradient_checkpointing,

@@ -67,7 +67,10 @@ def load_initial_weights(config: Config) -> tuple[Config, EncoderWeights | None]
         return config, None
     try:
         weights = load_encoder_weights(
-            source, drop_decoder_bias=config.model.init_drop_decoder_bias, weights=config.model.init_weights
+            source,
+            drop_decoder_bias=config.model.init_drop_decoder_bias,
+            weights=config.model.init_weights,
+            any_encoder=config.task == "finetune",
         )
     except WeightsError as error:
         raise StartupError(f"model.init_from: {error}") from error

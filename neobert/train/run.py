@@ -13,6 +13,7 @@ from typing import Any, Protocol
 from torch import nn
 from torch.optim import Optimizer
 
+from neobert.config.nesting import parse_json
 from neobert.config.schema import Config
 from neobert.data.pipeline import Reader, build_tokenizer
 from neobert.data.rows.lanes import RowOrder, State
@@ -132,7 +133,8 @@ def open_run(config: Config, runtime: Runtime) -> tuple[RunSetup, EncoderWeights
     checked = check_compiled_gradients(config, attention, runtime)
     reporter = Reporter(active=runtime.is_main, show_progress=not config.trainer.disable_tqdm)
     output_dir = open_output_dir(config, runtime, reporter, start)
-    tokenizer, model_config = _build_vocabulary(config, checkpoint, output_dir, runtime, reporter)
+    hub = choose_hub_encoder(checkpoint, initial)
+    tokenizer, model_config = _build_vocabulary(config, checkpoint, output_dir, runtime, reporter, hub)
     config, more = bind_micro_batch(
         config,
         runtime,
@@ -162,17 +164,33 @@ def open_run(config: Config, runtime: Runtime) -> tuple[RunSetup, EncoderWeights
 
 
 def _build_vocabulary(
-    config: Config, checkpoint: Path | None, output_dir: Path, runtime: Runtime, reporter: Reporter
+    config: Config,
+    checkpoint: Path | None,
+    output_dir: Path,
+    runtime: Runtime,
+    reporter: Reporter,
+    hub: ModelConfig | None,
 ) -> tuple[Tokenizer, ModelConfig]:
     """The tokenizer, and the architecture with its vocabulary; equal on all ranks."""
     tokenizer = build_tokenizer(config, checkpoint, output_dir, partial(main_first, runtime))
     if tokenizer.note is not None:
         reporter.warn(tokenizer.note)
     check_equal(runtime, lambda: {"tokenizer digest": tokenizer.digest, "special ids": list(tokenizer.special_ids)})
-    model_config = build_model_config(config, tokenizer)
+    model_config = build_model_config(config, tokenizer, hub)
     # What `model.init_from` decides beside shapes, such as model.norm_eps: every rank has read its own folder.
     check_equal(runtime, lambda: {f"model.{name}": value for name, value in model_config.to_dict().items()})
     return tokenizer, model_config
+
+
+def choose_hub_encoder(checkpoint: Path | None, initial: EncoderWeights | None) -> ModelConfig | None:
+    """The encoder of transformers that a run continues or starts with; None for one of ours."""
+    if checkpoint is not None:
+        found = ModelConfig.from_dict(parse_json((checkpoint / "model_config.json").read_text()))
+    elif initial is not None:
+        found = initial.config
+    else:
+        return None
+    return found if found.hub_config is not None else None
 
 
 def _bind_initial(config: Config, checkpoint_config: Config | None) -> tuple[Config, EncoderWeights | None]:

@@ -27,7 +27,10 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from neobert.config.nesting import load_plain_yaml, parse_json
+from neobert.config.schema_data import TokenizerSection
+from neobert.data.tokenizer import load_tokenizer
 from neobert.model.config import ModelConfig
+from neobert.model.hub_encoder import describe_backbone, load_backbone
 from neobert.objectives.base import Objective
 from neobert.objectives.mlm import MLM
 from neobert.objectives.table import OBJECTIVES, recognise_objective
@@ -88,7 +91,7 @@ class EncoderWeights:
 
 
 def load_encoder_weights(
-    path: str | Path, *, drop_decoder_bias: bool = False, weights: str = "model"
+    path: str | Path, *, drop_decoder_bias: bool = False, weights: str = "model", any_encoder: bool = False
 ) -> EncoderWeights:
     """The encoder at `path`: a checkpoint or run of ours or of the fork, an exported folder, or a model of the hub.
 
@@ -96,6 +99,7 @@ def load_encoder_weights(
         path: A folder, or a name of the hub.
         drop_decoder_bias: Leave out the bias of the vocabulary projection, if it has one.
         weights: A key of WEIGHTS.
+        any_encoder: Read encoders of transformers too, as they are: `ModelConfig.hub_config` is then set.
 
     Raises:
         WeightsError: there is nothing at `path`, or it has no weights of that kind, or its tensors are not exactly
@@ -105,6 +109,8 @@ def load_encoder_weights(
         raise WeightsError(f"weights: {weights!r} is unknown; write {' or '.join(WEIGHTS)}")
     folder = find_weights(path)
     try:
+        if any_encoder and weights == "model" and (raw := _read_hub_config(folder)) is not None:
+            return _read_hub_encoder(folder, raw)
         return _read_folder(folder, drop_decoder_bias, weights)
     except (OSError, ValueError, SafetensorError, yaml.YAMLError) as error:
         raise WeightsError(f"{folder}: {error}") from error
@@ -167,6 +173,38 @@ def _fetch(name: str) -> Path:
             " download it and give the folder"
         ) from error
     return folder
+
+
+_OURS = ("eurobert", REMOTE_CODE_TYPE, "neobert")
+"""Types of models that are read as encoders of ours."""
+
+
+def _read_hub_config(folder: Path) -> dict[str, Any] | None:
+    """The config.json of an encoder of transformers; None where the folder holds one of ours."""
+    file = folder / "config.json"
+    raw: dict[str, Any] | None = parse_json(file.read_text()) if file.is_file() else None
+    return None if raw is None or raw.get("model_type") in _OURS else raw
+
+
+def _read_hub_encoder(folder: Path, raw: dict[str, Any]) -> EncoderWeights:
+    if not (folder / "tokenizer.json").is_file():
+        raise WeightsError(
+            "there is no tokenizer.json; write it with AutoTokenizer.from_pretrained(...).save_pretrained(...) of "
+            "transformers"
+        )
+    tokenizer = load_tokenizer(TokenizerSection(path=str(folder)))
+    config = describe_backbone(raw, longest=tokenizer.longest, pad_token_id=tokenizer.pad_id)
+    if tokenizer.size > config.vocab_size:
+        raise WeightsError(f"its tokenizer has {tokenizer.size} tokens, its embedding {config.vocab_size} rows")
+    weights = load_backbone(str(folder), raw)
+    return EncoderWeights(
+        config=config,
+        tensors={f"encoder.{name}": tensor for name, tensor in weights.items()},
+        tokenizer=folder,
+        layout=str(raw["model_type"]),
+        step=None,
+        folder=folder,
+    )
 
 
 def _read_folder(folder: Path, drop_decoder_bias: bool, weights: str) -> EncoderWeights:

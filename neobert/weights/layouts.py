@@ -27,7 +27,7 @@ from torch import Tensor
 
 from neobert.model.attention import ATTENTION
 from neobert.model.config import ModelConfig
-from neobert.model.encoder import Encoder
+from neobert.model.hub_encoder import build_encoder_of
 from neobert.weights.describe import (
     WeightsError,
     describe_eurobert,
@@ -80,7 +80,7 @@ class Layout:
 def tensor_shapes(config: ModelConfig) -> dict[str, tuple[int, ...]]:
     """Name and shape of every tensor of an `ObjectiveModule` with this architecture."""
     with torch.device("meta"):
-        encoder = Encoder(config, ATTENTION["sdpa"])
+        encoder = build_encoder_of(config, ATTENTION["sdpa"])
     shapes = {f"encoder.{name}": tuple(tensor.shape) for name, tensor in encoder.state_dict().items()}
     if not config.tie_word_embeddings:
         shapes["decoder.weight"] = (config.vocab_size, config.hidden_size)

@@ -32,11 +32,9 @@ def labelled_files(tmp_path_factory: pytest.TempPathFactory) -> Path:
         subject, thing, verb = rng.choice(SUBJECTS), rng.choice(OBJECTS), VERBS[number % 3]
         text = f"{subject} {verb} {thing}"
         rows["classes"].append({"text": text, "label": verb})
-        other = verb if number % 2 else rng.choice(VERBS[3:])
-        rows["pairs"].append(
-            {"sentence1": text, "sentence2": f"{subject} {other}", "label": "same" if number % 2 else "other"}
-        )
-        rows["numbers"].append({"sentence1": text, "sentence2": f"{subject} {other}", "score": float(number % 6) / 2})
+        other = "again" if number % 2 else "never"
+        rows["pairs"].append({"sentence1": text, "sentence2": other, "label": "same" if number % 2 else "other"})
+        rows["numbers"].append({"sentence1": text, "sentence2": other, "score": float(number % 6) / 2})
         rows["several"].append({"text": text, "labels": [verb, "animal"] if number % 2 else [verb]})
         words = text.split()
         tags = ["B-who", *["I-who"] * (len(subject.split()) - 1)] + ["O"] * (len(words) - len(subject.split()))

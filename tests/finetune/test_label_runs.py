@@ -1,5 +1,6 @@
 """Runs on labels: every kind learns, resumes exactly, answers with its labels, and says what it cannot learn from."""
 
+import gzip
 import json
 import os
 import signal
@@ -10,18 +11,27 @@ from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
+import pyarrow as pa
+import pyarrow.csv as pa_csv
+import pyarrow.parquet as pq
 import pytest
 import torch
 from calls import call
+from datasets import Dataset
 from safetensors.torch import load_file
 
 import neobert
 from neobert.config.load import config_to_yaml, load_config
-from neobert.config.schema import Config
+from neobert.config.schema import Config, TokenizerSection
+from neobert.data.source import tables
+from neobert.data.source.hub import HubPin
+from neobert.data.tokenizer import load_tokenizer
 from neobert.errors import DataError, StartupError
 from neobert.finetune.job import finetune, read_evaluations
+from neobert.finetune.labelled_data import read_splits
 from neobert.finetune.labels import choose_kind, choose_labels, choose_weights, number_labels
 from neobert.objectives.label_answers import LabelledText, LabelledWords
+from neobert.objectives.labelled_rows import encode_rows, encode_words
 from neobert.train.loop import pretrain
 from neobert.weights.encoder_weights import load_encoder_weights
 
@@ -174,6 +184,25 @@ def test_frozen_layers_stay_and_deeper_ones_learn_slower(labelled: Labelled, tmp
     assert change("decayed", "encoder.layers.1.qkv.weight") < 1e-3 * change("decayed", "classifier.weight")
 
 
+def test_several_seeds_are_several_runs_and_a_table(
+    labelled: Labelled, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    file = tmp_path / "run.yaml"
+    keys = ("finetune.seeds=[5, 6]", "trainer.max_steps=2", "trainer.resume_from_checkpoint=latest")
+    file.write_text(config_to_yaml(labelled(tmp_path / "out", *keys)))
+    for _ in range(2):  # The second start finds both runs complete.
+        assert call("finetuning/finetune.py", file) == 0
+        lines = capsys.readouterr().out.splitlines()[-5:]
+        assert [line.split()[0] for line in lines] == ["seed", "5", "6", "mean", "std"]
+        found = json.loads((tmp_path / "out/seeds.json").read_text())
+        accuracies = [found["seeds"][seed]["metrics"]["accuracy"] for seed in ("5", "6")]
+        assert found["mean"]["accuracy"] == pytest.approx(sum(accuracies) / 2)
+    losses = [{line["loss"] for line in read_evaluations(tmp_path / f"out/seed-{seed}")} for seed in (5, 6)]
+    assert losses[0].isdisjoint(losses[1])
+    with pytest.raises(StartupError, match=r"finetune.seeds: \[5, 6\] are several runs"):
+        finetune(load_config(file))
+
+
 def test_class_weights_balance_the_labels() -> None:
     labels = ("a", "b")
     weights = choose_weights("balanced", "classification", labels, ["a", "a", "a", "b"])
@@ -191,6 +220,70 @@ def test_labels_are_sorted_and_integers_may_be_numbers_of_names() -> None:
     np.testing.assert_array_equal(number_labels("multilabel", ("a", "b", "c"), [["c", "a"]])[0], [1, 0, 1])
     assert choose_kind("auto", [("row", "0.5"), ("row", "1")], is_words=False) == "regression"
     assert choose_kind("auto", [("row", "1"), ("row", "0")], is_words=False) == "classification"
+
+
+FORMATS = ("csv", "parquet", "saved", "jsonl.gz")
+
+
+@pytest.mark.parametrize("form", FORMATS)
+def test_rows_of_every_format_are_the_same_examples(
+    labelled: Labelled, labelled_files: Path, tmp_path: Path, form: str
+) -> None:
+    rows = [json.loads(line) for line in (labelled_files / "pairs.jsonl").read_text().splitlines()]
+    table, path = pa.Table.from_pylist(rows), tmp_path / f"rows.{form}"
+    if form == "csv":
+        pa_csv.write_csv(table, path)
+    elif form == "parquet":
+        pq.write_table(table, path)
+    elif form == "saved":
+        Dataset(table).save_to_disk(str(path))
+    else:
+        path.write_bytes(gzip.compress((labelled_files / "pairs.jsonl").read_bytes()))
+    found, expected = (
+        read_splits(labelled(tmp_path / "x", f"dataset.path={source}"))
+        for source in (path, labelled_files / "pairs.jsonl")
+    )
+    for ours, theirs in ((found.train, expected.train), (found.evaluation, expected.evaluation)):
+        assert [(x.texts, x.label) for x in ours] == [(x.texts, x.label) for x in theirs]
+    assert len(found.evaluation) == 24
+    assert len(found.train) + len(found.evaluation) == len(rows)
+
+
+def test_rows_of_the_hub_are_read_at_one_commit(
+    labelled: Labelled, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked = []
+
+    def read(name: str, config: str | None, split: str, revision: str | None) -> list[dict[str, str]]:
+        asked.append((name, config, split, revision))
+        return [{"sentence": f"{split} {n}", "label": "ab"[n % 2]} for n in range(4)]
+
+    monkeypatch.setattr(tables, "pin_hub", lambda spec: HubPin(spec=spec, commit="c0ffee"))
+    monkeypatch.setattr(tables, "list_hub_splits", lambda pin: ["train", "validation", "test"])
+    monkeypatch.setattr(tables, "read_hub", read)
+    keys = ("dataset.path=null", "dataset.name=someone/rows", "dataset.config=en", "dataset.train_split=train[1:]")
+    splits = read_splits(labelled(tmp_path / "x", *keys, "dataset.eval_samples=2"))
+    assert asked == [("someone/rows", "en", name, "c0ffee") for name in ("train", "validation")]
+    assert [x.texts for x in splits.train] == [("train 1",), ("train 2",), ("train 3",)]
+    assert [x.texts for x in splits.evaluation] == [("validation 0",), ("validation 1",)]
+
+
+def test_first_tokens_of_words_and_texts_that_are_cut(tokenizer_folder: Path) -> None:
+    tokenizer = load_tokenizer(TokenizerSection(path=str(tokenizer_folder)))
+    words = [["the", "unusualness", "of", "cats"], []]
+    encoded = encode_words(tokenizer, words, 64)
+    firsts = encoded.firsts[0]
+    pieces = [tokenizer.decode(part) for part in np.split(encoded.tokens[0], firsts[1:])]
+    assert [piece.strip() for piece in pieces] == words[0]
+    cut = encode_words(tokenizer, words, int(firsts[2]) + 2)
+    assert (cut.firsts[0] < 0).tolist() == [False, False, True, True]
+    assert (cut.num_cut, cut.longest, len(cut.tokens[1])) == (1, len(encoded.tokens[0]) + 2, 0)
+    long, short = "a long text about cats and dogs that see birds", "cats"
+    whole, pair = encode_rows(tokenizer, [(long, short)], 999), encode_rows(tokenizer, [(long, short)], 12)
+    tail = encode_rows(tokenizer, [(short,)], 999).tokens[0]
+    assert len(pair.tokens[0]) == 10
+    assert pair.tokens[0][-len(tail) - 1 :].tolist() == [tokenizer.sep_id, *tail], "the longer text loses tokens"
+    assert (pair.num_cut, pair.longest) == (1, len(whole.tokens[0]) + 2)
 
 
 def one(**row: object) -> list[dict[str, object]]:
@@ -217,6 +310,7 @@ WRONG: dict[str, tuple[list[dict[str, object]], str]] = {
         r"finetune.label_column: 'S-x' is no tag of the BIO scheme",
     ),
     "integer tags": ([{"tokens": ["a"], "tags": [1]}] * 3, r"finetune.labels: the tags are integers"),
+    "labels": ([{"tokens": ["a"], "tags": "B-x"}] * 3, r"label 'B-x' is not a list of texts or integers"),
     "mixed": ([*one(), {"text": "x", "label": ["a"]}], r"label 'a' is not a list of texts or integers"),
 }
 

@@ -8,10 +8,10 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from neobert.finetune.job import FinetuneResult
 from small_corpus import OBJECTS, SUBJECTS, VERBS
 
 from neobert.config.schema import Config
+from neobert.finetune.job import FinetuneResult
 from neobert.glue.glue_tasks import TASKS
 
 MakeConfig = Callable[..., Config]

@@ -24,6 +24,7 @@ TRACKED_SECTIONS = (
     "scheduler",
     "trainer",
     "contrastive",
+    "finetune",
 )
 """What a tracker may know of a config; a section that is not listed is not sent."""
 

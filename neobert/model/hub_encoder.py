@@ -1,0 +1,185 @@
+"""An encoder of transformers (BERT, RoBERTa, ModernBERT, ...) that is called as ours are.
+
+Our batches are texts side by side. Here every text becomes a row, padded to the longest one behind an attention mask,
+and the hidden states go back to the slots that the tokens came from. Positions are counted by the model itself. Where
+it knows two kinds of tokens, those after the first [SEP] of a text are of the second kind; every text ends with [SEP],
+so its last token says which one that is.
+
+Its dropout is what its own config says.
+"""
+
+import inspect
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from neobert.model.attention import ATTENTION, AttentionBackend
+from neobert.model.config import ModelConfig
+from neobert.model.encoder import Encoder
+from neobert.model.segments import Segments
+
+BACKBONE = "backbone."
+"""What names of weights of these models start with, below those of an encoder."""
+
+
+class HubEncoder(Encoder):
+    """The encoder of a ModelConfig with `hub_config`."""
+
+    def __init__(self, config: ModelConfig, *, gradient_checkpointing: bool = False) -> None:
+        nn.Module.__init__(self)
+        assert config.hub_config is not None, "the caller has looked"
+        self.config, self.attention, self.observe = config, ATTENTION["sdpa"], None
+        self.windows = (None,) * config.num_hidden_layers
+        self.backbone = build_backbone(config.hub_config)
+        if gradient_checkpointing:
+            self.backbone.gradient_checkpointing_enable({"use_reentrant": False})
+        accepted = inspect.signature(self.backbone.forward).parameters
+        self._has_types = "token_type_ids" in accepted and config.hub_config.get("type_vocab_size", 1) > 1
+
+    @property
+    def embedding(self) -> nn.Embedding:  # type: ignore[override]
+        """The table of tokens."""
+        table: nn.Embedding = self.backbone.get_input_embeddings()
+        return table
+
+    @property
+    def layers(self) -> nn.ModuleList:  # type: ignore[override]
+        """The blocks."""
+        found = [x for x in self.backbone.modules() if isinstance(x, nn.ModuleList)]
+        return max(found, key=lambda blocks: sum(p.numel() for p in blocks.parameters()))
+
+    def unit_matrices(self) -> list[Any]:
+        return []
+
+    def forward(self, input_ids: Tensor, positions: Tensor, segments: Segments) -> Tensor:
+        """Hidden states `[B * S, H]` of tokens `[B, S]`; see `Encoder.forward`."""
+        slots_NL, row_T = plan_rows(segments.cu_seqlens_cpu)
+        device = input_ids.device
+        is_token_NL = (slots_NL >= 0).to(device)
+        ids_NL = input_ids.flatten().long()[slots_NL.clamp(min=0).to(device)]
+        ids_NL = ids_NL.masked_fill(~is_token_NL, self.config.pad_token_id)
+        arguments = {"input_ids": ids_NL, "attention_mask": is_token_NL.long()}
+        if self._has_types:
+            last_N1 = ids_NL.gather(1, is_token_NL.sum(1, keepdim=True) - 1)
+            is_end_NL = ((ids_NL == last_N1) & is_token_NL).long()
+            arguments["token_type_ids"] = (is_end_NL.cumsum(1) - is_end_NL).clamp(max=1) * is_token_NL
+        hidden: Tensor = self.backbone(**arguments).last_hidden_state
+        return hidden.flatten(0, 1).index_select(0, row_T.to(device))
+
+    def flops_per_token(self, *, attended_length: float, predicted_fraction: float) -> float:
+        """As `Encoder.flops_per_token`, from the matrices that there are."""
+        weights = sum(p.numel() for p in self.layers.parameters() if p.ndim > 1)
+        return 6 * weights + 12 * self.config.hidden_size * attended_length * len(self.layers)
+
+
+def plan_rows(borders: Tensor) -> tuple[Tensor, Tensor]:
+    """Where the tokens of each row come from, and where the hidden state of each slot is.
+
+    Args:
+        borders: of the segments, on the host: `Segments.cu_seqlens_cpu`.
+
+    Returns:
+        int64 `[N, L]`: the slot of each place of a row, -1 for padding; and int64 `[T]`: the place of each slot in the
+        flattened rows.
+    """
+    starts_N, ends_N = borders[:-1].long(), borders[1:].long()
+    is_real_N = ends_N > starts_N
+    starts_N, ends_N = starts_N[is_real_N], ends_N[is_real_N]
+    lengths_N = ends_N - starts_N
+    longest = int(lengths_N.max())
+    offsets_L = torch.arange(longest)
+    slots_NL = torch.where(offsets_L < lengths_N[:, None], starts_N[:, None] + offsets_L, -1)
+    row_T = torch.repeat_interleave(torch.arange(len(starts_N)) * longest - starts_N, lengths_N)
+    return slots_NL, row_T + torch.arange(int(ends_N[-1]))
+
+
+def build_encoder_of(
+    config: ModelConfig,
+    attention: AttentionBackend,
+    *,
+    gradient_checkpointing: bool = False,
+    gradient_checkpointing_every: int = 1,
+) -> Encoder:
+    """The encoder of a config, with initial weights; arguments as of `Encoder`."""
+    if config.hub_config is not None:
+        return HubEncoder(config, gradient_checkpointing=gradient_checkpointing)
+    return Encoder(
+        config,
+        attention,
+        gradient_checkpointing=gradient_checkpointing,
+        gradient_checkpointing_every=gradient_checkpointing_every,
+    )
+
+
+def build_backbone(hub_config: Mapping[str, Any]) -> Any:
+    """The model of a config.json with initial weights, without a pooler.
+
+    Raises:
+        ValueError: transformers has no such model.
+    """
+    from transformers import AutoConfig, AutoModel
+
+    values = {name: value for name, value in hub_config.items() if name != "model_type"}
+    config = AutoConfig.for_model(str(hub_config.get("model_type")), **values)
+    if type(config) not in AutoModel._model_mapping:
+        raise ValueError(f"config.json: model_type {hub_config.get('model_type')!r} has no encoder in transformers")
+    kind: Any = AutoModel._model_mapping[type(config)]
+    if "add_pooling_layer" in inspect.signature(kind.__init__).parameters:
+        return kind(config, add_pooling_layer=False)
+    return kind(config)
+
+
+def load_backbone(folder: str, hub_config: Mapping[str, Any]) -> dict[str, Tensor]:
+    """The weights of such a model in a folder, by the names of a HubEncoder, fp32.
+
+    Raises:
+        ValueError: weights are missing.
+    """
+    from transformers import AutoModel
+
+    with torch.device("meta"):
+        expected = {name: x.shape for name, x in build_backbone(hub_config).state_dict().items()}
+    found = AutoModel.from_pretrained(folder, dtype=torch.float32).state_dict()
+    missing = [name for name, shape in expected.items() if name not in found or found[name].shape != shape]
+    if missing:
+        raise ValueError(f"its weights lack {', '.join(missing[:3])}, which its config.json describes")
+    return {f"{BACKBONE}{name}": found[name] for name in expected}
+
+
+_SHIFTED = ("roberta", "xlm-roberta", "camembert", "mpnet", "data2vec-text", "longformer", "ibert")
+"""Types of models that count positions from the one after the id of padding."""
+
+
+def describe_backbone(hub_config: Mapping[str, Any], *, longest: int, pad_token_id: int) -> ModelConfig:
+    """What of a config.json our code wants to know.
+
+    Args:
+        longest: tokens of the longest text that its tokenizer is meant for.
+
+    Raises:
+        ValueError: it lacks a size.
+    """
+    from transformers import AutoConfig
+
+    kind = str(hub_config.get("model_type"))
+    config = AutoConfig.for_model(kind, **{name: x for name, x in hub_config.items() if name != "model_type"})
+    sizes = ("hidden_size", "num_hidden_layers", "num_attention_heads", "max_position_embeddings", "vocab_size")
+    missing = [name for name in sizes if getattr(config, name, None) is None]
+    if missing or config.is_encoder_decoder:
+        raise ValueError(f"model_type {kind!r} is no encoder that can be used here (no {', '.join(missing) or kind})")
+    shift = config.pad_token_id + 1 if kind in _SHIFTED else 0
+    return ModelConfig(
+        hidden_size=config.hidden_size,
+        num_hidden_layers=config.num_hidden_layers,
+        num_attention_heads=config.num_attention_heads,
+        intermediate_size=getattr(config, "intermediate_size", 4 * config.hidden_size),
+        max_position_embeddings=min(config.max_position_embeddings - shift, longest),
+        rope=False,
+        rms_norm=False,
+        hidden_act="gelu",
+        vocab_size=config.vocab_size,
+        pad_token_id=pad_token_id,
+        hub_config=dict(hub_config),
+    )
