@@ -10,15 +10,8 @@ from collections.abc import Iterator
 from typing import Any
 
 from neobert.config.fields import FIELDS, Field, can_be_declared, list_fields
-from neobert.config.rules_data import (
-    check_contrastive,
-    check_dataset,
-    check_masks,
-    check_rows,
-    check_shapes,
-    check_tokenizer,
-)
-from neobert.config.rules_finetune import check_finetune
+from neobert.config.rules_data import check_contrastive, check_dataset, check_masks, check_rows, check_tokenizer
+from neobert.config.rules_finetune import check_finetune, check_shapes
 from neobert.config.rules_glue import check_glue
 from neobert.config.schema import Config, SchedulerSection
 from neobert.config.schema_optimizer import MUON

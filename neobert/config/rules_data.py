@@ -201,16 +201,6 @@ def _check_objective(config: Config) -> Iterator[str]:
         )
 
 
-def check_shapes(config: Config) -> Iterator[str]:
-    """A compiled model meets batches of many lengths in fine-tuning."""
-    trainer = config.trainer
-    if config.task != "pretraining" and trainer.torch_compile and not trainer.torch_compile_dynamic:
-        yield (
-            "trainer.torch_compile_dynamic: the length of a batch is that of its texts, so every batch would"
-            " be compiled again; write true, or trainer.torch_compile: false"
-        )
-
-
 def _check_source(name: str, source: PairSource) -> Iterator[str]:
     if source.name is None:
         yield f"{name} names no set; give it a name"

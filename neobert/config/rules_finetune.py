@@ -1,4 +1,4 @@
-"""Rules about `finetune`; see `rules`."""
+"""Rules about `finetune`, and about fine-tuning of any kind; see `rules`."""
 
 from collections.abc import Iterator
 
@@ -29,6 +29,16 @@ def check_finetune(config: Config) -> Iterator[str]:
         yield (
             f"finetune.early_stopping: {section.early_stopping} has no effect without evaluations; set"
             " trainer.eval_steps, or remove it"
+        )
+
+
+def check_shapes(config: Config) -> Iterator[str]:
+    """A compiled model meets batches of many lengths in fine-tuning."""
+    trainer = config.trainer
+    if config.task != "pretraining" and trainer.torch_compile and not trainer.torch_compile_dynamic:
+        yield (
+            "trainer.torch_compile_dynamic: the length of a batch is that of its texts, so every batch would"
+            " be compiled again; write true, or trainer.torch_compile: false"
         )
 
 

@@ -19,6 +19,7 @@ from neobert.finetune.labelled_data import bind_labels, read_splits
 from neobert.objectives.table import check_task
 from neobert.train.agreement import agree
 from neobert.train.bind import bind_own, bind_source
+from neobert.train.checkpoint.retention import BEST
 from neobert.train.loop import train
 from neobert.train.machine import choose_compile
 from neobert.train.run import Job, Run, build_run
@@ -149,9 +150,13 @@ def _describe_attention(run: Run) -> str:
 
 
 def next_commands(run: Run) -> list[str]:
-    """What to type after fine-tuning."""
-    folder = shlex.quote(str(run.output_dir))
-    return [f'neobert predict {folder} "a text"']
+    """What to type after fine-tuning, with the best checkpoint where one is kept."""
+    best = run.output_dir / "checkpoints" / BEST
+    folder = run.output_dir
+    if run.config.trainer.save_best and best.is_file():
+        folder = best.with_name(str(parse_json(best.read_text())["step"]))
+    text = "two texts\twith a tab between" if run.config.finetune.pair_column is not None else "a text"
+    return [f"neobert predict {shlex.quote(str(folder))} {shlex.quote(text)}"]
 
 
 FINETUNE = Job(

@@ -194,8 +194,8 @@ def _number_names(labels: Sequence[str]) -> dict[str, int]:
 def _find(numbers: dict[str, int], labels: Sequence[str], value: Any) -> int | None:
     """The number of a label: by its name, or of an integer that is no name, as the number itself."""
     found = numbers.get(name_label(value))
-    if found is None and _is_integer(value) and 0 <= int(value) < len(labels):
-        return int(value)
+    if found is None and _is_integer(value) and not any(map(_is_integer, labels)):
+        return int(value) if 0 <= int(value) < len(labels) else None
     return found
 
 

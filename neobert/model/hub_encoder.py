@@ -1,9 +1,9 @@
 """An encoder of transformers (BERT, RoBERTa, ModernBERT, ...) that is called as ours are.
 
-Our batches are texts side by side. Here every text becomes a row, padded to the longest one behind an attention mask,
-and the hidden states go back to the slots that the tokens came from. Positions are counted by the model itself. Where
-it knows two kinds of tokens, those after the first [SEP] of a text are of the second kind; every text ends with [SEP],
-so its last token says which one that is.
+Our batches are texts side by side. Here every text becomes a row, padded to the longest one behind an attention mask
+(on a CPU to the longest of its group: texts of like lengths go together), and the hidden states go back to the slots
+that the tokens came from. Positions are counted by the model itself. Where it knows two kinds of tokens, those after
+the first [SEP] of a text are of the second kind; every text ends with [SEP], so its last token says which one that is.
 
 Its dropout is what its own config says.
 """
@@ -55,18 +55,23 @@ class HubEncoder(Encoder):
 
     def forward(self, input_ids: Tensor, positions: Tensor, segments: Segments) -> Tensor:
         """Hidden states `[B * S, H]` of tokens `[B, S]`; see `Encoder.forward`."""
-        slots_NL, row_T = plan_rows(segments.cu_seqlens_cpu)
-        device = input_ids.device
-        is_token_NL = (slots_NL >= 0).to(device)
-        ids_NL = input_ids.flatten().long()[slots_NL.clamp(min=0).to(device)]
-        ids_NL = ids_NL.masked_fill(~is_token_NL, self.config.pad_token_id)
+        ids_T, device = input_ids.flatten().long(), input_ids.device
+        # On a CPU padding costs what tokens cost; on a GPU a few rows more or less cost nothing.
+        groups, place_T = plan_rows(segments.cu_seqlens_cpu, shortest=0.75 if device.type == "cpu" else 0.0)
+        hidden = [self._run(ids_T, slots_NL.to(device)) for slots_NL in groups]
+        return torch.cat(hidden).index_select(0, place_T.to(device))
+
+    def _run(self, ids_T: Tensor, slots_NL: Tensor) -> Tensor:
+        """Hidden states `[N * L, H]` of rows of slots, -1 for padding."""
+        is_token_NL = slots_NL >= 0
+        ids_NL = ids_T[slots_NL.clamp(min=0)].masked_fill(~is_token_NL, self.config.pad_token_id)
         arguments = {"input_ids": ids_NL, "attention_mask": is_token_NL.long()}
         if self._has_types:
             last_N1 = ids_NL.gather(1, is_token_NL.sum(1, keepdim=True) - 1)
             is_end_NL = ((ids_NL == last_N1) & is_token_NL).long()
             arguments["token_type_ids"] = (is_end_NL.cumsum(1) - is_end_NL).clamp(max=1) * is_token_NL
         hidden: Tensor = self.backbone(**arguments).last_hidden_state
-        return hidden.flatten(0, 1).index_select(0, row_T.to(device))
+        return hidden.flatten(0, 1)
 
     def flops_per_token(self, *, attended_length: float, predicted_fraction: float) -> float:
         """As `Encoder.flops_per_token`, from the matrices that there are."""
@@ -74,25 +79,34 @@ class HubEncoder(Encoder):
         return 6 * weights + 12 * self.config.hidden_size * attended_length * len(self.layers)
 
 
-def plan_rows(borders: Tensor) -> tuple[Tensor, Tensor]:
-    """Where the tokens of each row come from, and where the hidden state of each slot is.
+def plan_rows(borders: Tensor, *, shortest: float) -> tuple[list[Tensor], Tensor]:
+    """Segments as padded rows, those of like lengths together, and where the hidden state of each slot then is.
 
     Args:
         borders: of the segments, on the host: `Segments.cu_seqlens_cpu`.
+        shortest: length of the shortest row of a group, as a fraction of the longest; 0 makes one group.
 
     Returns:
-        int64 `[N, L]`: the slot of each place of a row, -1 for padding; and int64 `[T]`: the place of each slot in the
-        flattened rows.
+        For each group int64 `[N, L]`, the slot of each token of a row, -1 for padding; and int64 `[T]`, the index of
+        each slot among the tokens and paddings of all groups.
     """
-    starts_N, ends_N = borders[:-1].long(), borders[1:].long()
-    is_real_N = ends_N > starts_N
-    starts_N, ends_N = starts_N[is_real_N], ends_N[is_real_N]
-    lengths_N = ends_N - starts_N
-    longest = int(lengths_N.max())
-    offsets_L = torch.arange(longest)
-    slots_NL = torch.where(offsets_L < lengths_N[:, None], starts_N[:, None] + offsets_L, -1)
-    row_T = torch.repeat_interleave(torch.arange(len(starts_N)) * longest - starts_N, lengths_N)
-    return slots_NL, row_T + torch.arange(int(ends_N[-1]))
+    lengths = borders.diff()
+    is_real = lengths > 0
+    starts, lengths = borders[:-1][is_real].long(), lengths[is_real].long()
+    order = torch.argsort(lengths, descending=True, stable=True)
+    place_T = torch.empty(int(lengths.sum()), dtype=torch.int64)
+    groups, first, base = list[Tensor](), 0, 0
+    while first < len(order):
+        longest = int(lengths[order[first]])
+        inside = int((lengths[order[first:]] >= shortest * longest).sum())
+        chosen = order[first : first + inside]
+        offsets_L = torch.arange(longest)
+        slots_NL = torch.where(offsets_L < lengths[chosen][:, None], starts[chosen][:, None] + offsets_L, -1)
+        is_token = slots_NL.flatten() >= 0
+        place_T[slots_NL.flatten()[is_token]] = base + torch.nonzero(is_token).squeeze(1)
+        groups.append(slots_NL)
+        first, base = first + inside, base + slots_NL.numel()
+    return groups, place_T
 
 
 def build_encoder_of(

@@ -29,7 +29,7 @@ from neobert.data.tokenizer import load_tokenizer
 from neobert.errors import DataError, StartupError
 from neobert.finetune.job import finetune, read_evaluations
 from neobert.finetune.labelled_data import read_splits
-from neobert.finetune.labels import choose_kind, choose_labels, choose_weights, number_labels
+from neobert.finetune.labels import check_known, choose_kind, choose_labels, choose_weights, number_labels
 from neobert.objectives.label_answers import LabelledText, LabelledWords
 from neobert.objectives.labelled_rows import encode_rows, encode_words
 from neobert.train.loop import pretrain
@@ -217,6 +217,8 @@ def test_labels_are_sorted_and_integers_may_be_numbers_of_names() -> None:
     rows = [("row", value) for value in (10, 2, 2)]
     assert choose_labels("classification", (), rows) == ("2", "10")
     assert number_labels("classification", ("no", "yes"), [1, 0, "yes"]) == [1, 0, 1]
+    with pytest.raises(DataError, match=r"row: label '1' is none of the labels of the training data \(2, 10\)"):
+        check_known("classification", ("2", "10"), [("row", 1)])
     np.testing.assert_array_equal(number_labels("multilabel", ("a", "b", "c"), [["c", "a"]])[0], [1, 0, 1])
     assert choose_kind("auto", [("row", "0.5"), ("row", "1")], is_words=False) == "regression"
     assert choose_kind("auto", [("row", "1"), ("row", "0")], is_words=False) == "classification"
