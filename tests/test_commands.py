@@ -54,6 +54,7 @@ WRONG = {
     "pretraining/longer_seq.py": ["CONFIG", "--checkpoint", "x", "--max-length", "9"],
     "pretraining/preprocess.py": ["CONFIG"],
     "pretraining/pretrain.py": ["CONFIG"],
+    "evaluation/run_glue.py": ["CONFIG"],
     "experiments/compare.py": ["PLAN", "--data", "x"],
     "experiments/yardstick.py": ["CONFIG", "--data", "x"],
     "benchmark.py": ["--config", "CONFIG"],

@@ -64,7 +64,8 @@ def parse_glue(argv: Sequence[str], *, program: str) -> list[Config]:
 
 
 def _is_config(name: str) -> bool:
-    return name.endswith((".yaml", ".yml")) or (name in SHIPPED and not Path(name).is_dir())
+    path = Path(name)
+    return path.suffix in (".yaml", ".yml") or path.is_file() or (name in SHIPPED and not path.is_dir())
 
 
 def _separate(configs: Sequence[Config]) -> list[Config]:

@@ -110,6 +110,7 @@ REFUSED: dict[str, str] = {
     "mteb_overwrite_results": "is not a key: delete the results that `neobert mteb` is to make again",
     "mteb_pooling": "is not a key: `neobert mteb RUN` takes that of the checkpoint, or --pooling",
     "mteb_task_type": "is not a key: write `neobert mteb RUN --task-types STS` (or --tasks, --benchmark)",
+    "model.classifier_init_range": "has no effect: the head starts as the layers of the encoder do; remove it",
     "model.flash_attention": "is written model.attn_backend: flash_attn_varlen (or sdpa)",
     "model.from_hub": "is not a key: the path passed to a script says where weights come from",
     "model.pad_token_id": "comes from the tokenizer: remove it",
@@ -125,10 +126,10 @@ REFUSED: dict[str, str] = {
     "pretraining_metadata": "is not a key: a run reads what it needs from the checkpoint it starts from",
     "scheduler.num_cycles": "has no effect: the cosine has one half period; remove it",
     "tokenizer.padding": "has no effect: rows are packed, or padded as datacollator.pad_to_multiple_of says; remove it",
-    "trainer.early_stopping": "has no meaning in pretraining: remove it",
+    "trainer.early_stopping": "is written finetune.early_stopping, and has no meaning in pretraining: remove it",
     "trainer.greater_is_better": "has no effect: evaluation loss is always better when smaller; remove it",
     "trainer.load_best_model_at_end": "has no effect: every checkpoint of the run is kept apart; remove it",
-    "trainer.metric_for_best_model": "has no effect: pretraining is judged by its evaluation loss; remove it",
+    "trainer.metric_for_best_model": "is written finetune.metric; pretraining compares losses: remove it",
     "trainer.report_to": EXPLAINED["report_to"],
     "trainer.remove_unused_columns": "has no effect: only the text column is read; remove it",
     "use_deepspeed": "is not supported: start with torchrun for several processes; remove it",
@@ -137,7 +138,6 @@ REFUSED: dict[str, str] = {
 """Key -> the rest of a sentence that starts with it. A key covers everything below it."""
 
 LATER: dict[str, str] = {
-    "model.classifier_init_range": "classification is not available yet",
     "pretrained_checkpoint": "evaluation of a checkpoint on benchmarks is not available yet",
 }
 """Key of a feature that is not there -> what to do without it. A key covers everything below it."""

@@ -12,6 +12,7 @@ from typing import Any
 from neobert.config.fields import FIELDS, Field, can_be_declared, list_fields
 from neobert.config.rules_data import check_contrastive, check_dataset, check_masks, check_rows, check_tokenizer
 from neobert.config.rules_finetune import check_finetune, check_shapes
+from neobert.config.rules_glue import check_glue
 from neobert.config.schema import Config, SchedulerSection
 from neobert.config.schema_optimizer import MUON
 from neobert.key import show_value
@@ -165,7 +166,8 @@ def check_budget(config: Config) -> Iterator[str]:
     explicit = [
         f"{key} = {FIELDS[key].value_in(config)}" for key in BUDGETS if FIELDS[key].value_in(config) is not None
     ]
-    if len(explicit) != 1:
+    has_default = config.task == "glue" and not explicit  # The epochs of the grid.
+    if len(explicit) != 1 and not has_default:
         named = " and ".join(explicit) if explicit else "none"
         yield f"trainer.max_steps: set exactly one of {', '.join(BUDGETS)}; this config sets {named}"
     start, steps = config.trainer.profiler_steps_start, config.trainer.max_steps
@@ -393,4 +395,5 @@ _RULES = (
     check_contrastive,
     check_shapes,
     check_finetune,
+    check_glue,
 )

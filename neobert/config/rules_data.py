@@ -22,8 +22,8 @@ FORMS = {"infonce": "pairs", "cosent": "scored pairs", "supcon": "labelled texts
 def check_dataset(config: Config) -> Iterator[str]:
     """What is read, and how."""
     data = config.dataset
-    if config.task == "contrastive":
-        return  # See check_contrastive.
+    if config.task in ("contrastive", "glue"):
+        return  # See check_contrastive; the tasks of GLUE are no key of this section.
     if data.name is None and data.path is None and not data.mixture:
         yield (
             "dataset.name: nothing to train on; name a dataset of the hub, python_stdlib, or a local file or folder"
@@ -96,6 +96,7 @@ def check_tokenizer(config: Config) -> Iterator[str]:
         from_checkpoint = {
             "contrastive": config.contrastive.pretrained_checkpoint_dir,
             "finetune": config.finetune.model,
+            "glue": config.glue.model,
         }.get(config.task)
         if all(value is None for _, value in named) and from_checkpoint is None:
             yield (

@@ -12,6 +12,7 @@ from typing import Literal
 from neobert.config.schema_contrastive import ContrastiveSection
 from neobert.config.schema_data import PREDICTS_TOKENS, DatacollatorSection, DatasetSection, TokenizerSection
 from neobert.config.schema_finetune import FinetuneSection
+from neobert.config.schema_glue import GlueSection
 from neobert.config.schema_optimizer import OptimizerSection
 from neobert.config.schema_trainer import TrainerSection
 from neobert.key import key, section
@@ -147,9 +148,9 @@ class WandbSection:
 class Config:
     """A whole run."""
 
-    task: Literal["pretraining", "contrastive", "finetune"] = key("pretraining", resume="fixed")
+    task: Literal["pretraining", "contrastive", "finetune", "glue"] = key("pretraining", resume="fixed")
     """What to do with this file. `neobert pretrain` reads pretraining, `neobert finetune` the others: contrastive
-    learns from pairs, finetune from labels."""
+    learns from pairs, finetune from labels. `neobert glue` reads glue."""
 
     seed: int = key(0, at_least=0, below=2**63, resume="order")
     """Seed of initial weights, data order, masks and dropout."""
@@ -163,7 +164,8 @@ class Config:
     trainer: TrainerSection = section(TrainerSection)
     wandb: WandbSection = section(WandbSection)
     contrastive: ContrastiveSection = section(ContrastiveSection, tasks="contrastive")
-    finetune: FinetuneSection = section(FinetuneSection, tasks="finetune")
+    finetune: FinetuneSection = section(FinetuneSection, tasks="finetune glue")
+    glue: GlueSection = section(GlueSection, tasks="glue")
 
     explicit: frozenset[str] = field(default=frozenset(), compare=False, repr=False)
     """No key: the dotted keys that were written down, in a file or on the command line."""

@@ -61,7 +61,7 @@ class DatasetSection:
     config: str | None = key(None, tasks="pretraining finetune", resume="order", changes="source")
     """Configuration of the hub dataset, for example `20231101.en`."""
 
-    revision: str | None = key(None, tasks="pretraining finetune", resume="order", changes="source")
+    revision: str | None = key(None, tasks="pretraining finetune glue", resume="order", changes="source")
     """Branch, tag or commit of the hub dataset; null is its main branch."""
 
     path: str | tuple[str, ...] | None = key(None, path=True, resume="order", changes="source")

@@ -20,7 +20,8 @@ class GlueSection:
 
     data_dir: str | None = key(None, path=True, resume="free")
     """A folder with a folder for each task: files that start with the names of its splits (`cola/train.jsonl.gz`,
-    `mnli/validation_matched.parquet`, ...), or what `save_to_disk` wrote. null: the hub's nyu-mll/glue."""
+    `mnli/validation_matched.parquet`, ...), or what `save_to_disk` wrote. null: they are fetched from the hub
+    (nyu-mll/glue) into `<trainer.output_dir>/data` once."""
 
     tasks: tuple[str, ...] = key(
         ("cola", "sst2", "mrpc", "stsb", "qqp", "mnli", "qnli", "rte", "wnli", "ax"), resume="free"

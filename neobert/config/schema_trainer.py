@@ -36,7 +36,7 @@ class TrainerSection:
     per_device_eval_batch_size: int = key(
         32,
         at_least=1,
-        tasks="pretraining finetune",
+        tasks="pretraining finetune glue",
         resume=when("trainer.eval_max_batches", "declared"),
         changes="evaluation",
     )

@@ -23,7 +23,8 @@ _CELL_KEYS = ("seed", "optimizer.lr", "trainer.global_batch_size", "trainer.per_
 _ALSO = ("trainer.mixed_precision",)
 """Keys that a resume may change, and that decide a score all the same."""
 
-_ELSEWHERE = ("model.", "tokenizer.", "glue.", "dataset.path", "dataset.name", "dataset.config", "dataset.revision")
+_SOURCE = ("path", "name", "config", "revision", "train_split", "eval_split")
+_ELSEWHERE = ("model.", "tokenizer.", "glue.", *(f"dataset.{x}" for x in _SOURCE))
 """Beginnings of keys that say which model and rows: those have digests of their own."""
 
 

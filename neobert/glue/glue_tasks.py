@@ -114,7 +114,9 @@ def check_tasks(names: Sequence[str], *, transfer: bool) -> None:
 def describe_average(names: Sequence[str]) -> str:
     """What the mean score of tasks is called: GLUE only where all nine are there."""
     averaged = [name for name in AVERAGED if name in names]
-    return "GLUE" if len(averaged) == len(AVERAGED) else f"average of {len(averaged)} tasks: {', '.join(averaged)}"
+    if len(averaged) == len(AVERAGED):
+        return "GLUE"
+    return f"average of {len(averaged)} task{'s' * (len(averaged) != 1)}: {', '.join(averaged)}"
 
 
 def order_tasks(names: Sequence[str]) -> list[str]:

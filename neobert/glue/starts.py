@@ -136,7 +136,7 @@ def _write_bag(weights: EncoderWeights, folder: Path) -> None:
     tensors["encoder.norm.weight"] = torch.ones_like(tensors["encoder.norm.weight"])
     save_file(tensors, folder / MODEL_FILE, metadata={"format": "pt"})
     config = dataclasses.replace(weights.config, num_hidden_layers=1)
-    (folder / "model_config.json").write_text(json.dumps(asdict(config), indent=2, sort_keys=True) + "\n")
+    (folder / "model_config.json").write_text(json.dumps(config.to_dict(), indent=2, sort_keys=True) + "\n")
     assert weights.tokenizer is not None, "checked by _load"
     shutil.copytree(weights.tokenizer, folder / "tokenizer")
     files = {path.relative_to(folder).as_posix(): record_file(path) for path in folder.rglob("*") if path.is_file()}

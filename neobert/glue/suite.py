@@ -28,7 +28,7 @@ from neobert.glue.glue_tasks import SOURCE_TASK, TASKS, check_tasks, order_tasks
 from neobert.glue.grids import GridPoint, choose_points
 from neobert.glue.score_table import RESULTS_FILE, build_results
 from neobert.glue.starts import ModelStart, build_trained_start, choose_start_of
-from neobert.glue.task_data import SplitRows, TaskData, load_task_data
+from neobert.glue.task_data import SplitRows, TaskData, fetch_tasks, load_task_data
 from neobert.inference.model import load
 
 Train = Callable[[Config], FinetuneResult]
@@ -88,6 +88,7 @@ def run_suite(config: Config, *, say: Say, train: Train = finetune) -> dict[str,
     check_tasks(config.glue.tasks, transfer=config.glue.transfer_from_task)
     output_dir = Path(config.trainer.output_dir)
     with locked(output_dir):
+        config = fetch_tasks(config, output_dir)
         suite = Suite(
             config=config,
             output_dir=output_dir,

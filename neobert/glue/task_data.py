@@ -1,5 +1,6 @@
 """Where the rows of a task are, and what is known of them before anything trains."""
 
+import json
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -12,6 +13,7 @@ from neobert.config.schema import Config
 from neobert.config.schema_data import DatasetSection
 from neobert.config.schema_glue import GlueSection
 from neobert.data.source.tables import is_saved_table, open_tables
+from neobert.disk import replacing
 from neobert.errors import DataError
 from neobert.finetune.labelled_data import LabelledExample, RowColumns, fingerprint, read_examples, read_splits
 from neobert.glue.glue_tasks import HUB_NAME, TASKS, GlueTask
@@ -55,8 +57,41 @@ class TaskData:
         return TASKS[self.name]
 
 
+def fetch_tasks(config: Config, output_dir: Path) -> Config:
+    """The config with a folder of its tasks: without `glue.data_dir` they are written into `data/` once, from the hub.
+
+    So all cells read the same rows, and a suite that resumes needs no hub.
+
+    Raises:
+        DataError: the hub does not give a task, or not all of its splits.
+    """
+    if config.glue.data_dir is not None:
+        return config
+    folder = output_dir / "data"
+    for name in config.glue.tasks:
+        splits = _splits_of(TASKS[name])
+        missing = {split: file for split in splits if not (file := folder / name / f"{split}.jsonl").is_file()}
+        if missing:
+            _fetch(config, name, missing)
+    return replace(config, glue=replace(config.glue, data_dir=str(folder)))
+
+
+def _splits_of(task: GlueTask) -> tuple[str, ...]:
+    return task.splits if task.trained_on else ("train", *task.splits)
+
+
+def _fetch(config: Config, name: str, files: dict[str, Path]) -> None:
+    tables = open_tables(replace(config.dataset, name=HUB_NAME, path=None, config=name))
+    for split, file in files.items():
+        if split not in tables.splits:
+            raise DataError(f"glue.data_dir: {tables.label} has no split {split!r}; it has {', '.join(tables.splits)}")
+        file.parent.mkdir(parents=True, exist_ok=True)
+        with replacing(file) as temporary, temporary.open("w", encoding="utf-8") as out:
+            out.writelines(json.dumps(dict(row), ensure_ascii=False) + "\n" for row in tables.splits[split]())
+
+
 def load_task_data(config: Config, name: str) -> TaskData:
-    """Reads the rows of a task.
+    """Reads the rows of a task from `glue.data_dir`.
 
     Raises:
         DataError: a split is missing or cannot be read, or a label is none of the task's.
@@ -97,17 +132,15 @@ def _configure(config: Config, name: str) -> Config:
         label_column="label",
         metric=task.select,
     )
-    needed = (*(() if task.trained_on else ("train",)), task.splits[0])
+    needed = (task.splits[0],) if task.trained_on else ("train", task.splits[0])
     dataset = _choose_source(config, name, needed)
     return replace(config, task="finetune", finetune=finetune, dataset=dataset, glue=GlueSection())
 
 
 def _choose_source(config: Config, name: str, splits: tuple[str, ...]) -> DatasetSection:
     """Section `dataset` that reads a training and an evaluation split, or one split."""
-    data = replace(config.dataset, name=None, path=None, config=None, eval_samples=None, validation_split=None)
-    if config.glue.data_dir is None:
-        return replace(data, name=HUB_NAME, config=name, train_split=splits[0], eval_split=splits[-1])
-    folder = Path(config.glue.data_dir) / name
+    data = replace(config.dataset, name=None, path=None, revision=None)
+    folder = Path(str(config.glue.data_dir)) / name
     if is_saved_table(folder):
         return replace(data, path=(str(folder),), train_split=splits[0], eval_split=splits[-1])
     # Files by name: `validation_matched` and `validation_mismatched` are one split to whoever reads the folder.
@@ -121,7 +154,7 @@ def _list_files(folder: Path, split: str) -> list[Path]:
         there = ", ".join(sorted(path.name for path in folder.glob("*"))) or "nothing"
         raise DataError(
             f"glue.data_dir: {folder} has no file {split}.* ({there} is there); put {split}.jsonl.gz there, leave the "
-            f"task {folder.name} out of glue.tasks, or write null to read it from the hub"
+            f"task {folder.name} out of glue.tasks, or write null to fetch all of them from the hub"
         )
     return found
 
@@ -132,8 +165,9 @@ def _read_split(prepared: Config, name: str, split: str) -> list[LabelledExample
         prepared.dataset,
         RowColumns(text=TASKS[name].columns[0], pair=TASKS[name].columns[1], label="label"),
     )
-    if data.name is None and data.path is not None and not is_saved_table(Path(data.path[0])):
-        files = _list_files(Path(data.path[0]).parent, split)
+    source = Path(str((data.path or ("",))[0]))
+    if not is_saved_table(source):
+        files = _list_files(source.parent, split)
         tables = open_tables(replace(data, path=tuple(map(str, files)), train_split=None, eval_split=None))
         rows: Iterator[Any] = (row for read in tables.splits.values() for row in read())
     else:

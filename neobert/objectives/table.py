@@ -34,7 +34,7 @@ def recognise_objective(names: Iterable[str]) -> Objective:
 def check_task(config: Config, task: str) -> None:
     """Raises StartupError when the config is of another task than `task`."""
     if config.task != task:
-        command = choose_objective(config).command
+        command = "glue" if config.task == "glue" else choose_objective(config).command
         raise StartupError(f"task: {config.task} is for `neobert {command}`; use that, or write task: {task}")
 
 

@@ -72,6 +72,17 @@ CONTRASTIVE = {
     "model.dropout_prob": 0.1,
 }
 
+LABELS = {
+    "task": "finetune",
+    "dataset.path": "rows.jsonl",
+    "trainer.max_steps": 1000,
+    "finetune.model": "outputs/x",
+}
+
+GLUE = {"task": "glue", "glue.model": "outputs/x"}
+
+STARTS = (CONTRASTIVE, LABELS, GLUE, VALID, VALID)
+
 
 def random_value(field: Field, rng: random.Random) -> Any:
     if field.nullable and rng.random() < 0.2:
@@ -97,6 +108,8 @@ def random_value(field: Field, rng: random.Random) -> Any:
         item, *rest = get_args(field.kind)
         if field.key == "trainer.resume_allow":
             return tuple(rng.sample([key for key, field in FIELDS.items() if can_be_declared(field)], 2))
+        if rest == [...] and item is float:
+            return tuple(rng.uniform(1e-6, 1) for _ in range(rng.randint(0, 3)))
         if rest == [...] and item is int:
             return tuple(rng.randint(1, 10**6) for _ in range(rng.randint(0, 3)))
         if rest == [...]:
@@ -120,7 +133,7 @@ def test_random_valid_configs_round_trip():
     rng = random.Random(0)
     accepted = set()
     for number in range(40):
-        start = CONTRASTIVE if number % 5 == 0 else VALID
+        start = STARTS[number % len(STARTS)]
         values = {**start, "optimizer.name": rng.choice(FIELDS["optimizer.name"].choices)}
         # Half of them at random, half of those that no value was accepted for yet.
         rare = [key for key in sorted(FIELDS) if key not in accepted]

@@ -86,6 +86,7 @@ def test_a_config_keeps_every_key_and_loses_secrets_in_values() -> None:
         "wandb",
         "contrastive",
         "finetune",
+        "glue",
     }
     assert clean["wandb"]["tags"] == ["a", "https://<hidden:credentials>@h/x"]
     assert len(clean["trainer"]) == len(config.trainer.__dataclass_fields__)

@@ -45,6 +45,7 @@ class FakeTraining:
         if len(self.configs) == self.dies_at:
             raise KeyboardInterrupt
         self.configs.append(config)
+        Path(config.trainer.output_dir).mkdir(parents=True)
         (name,) = (x for x in TASKS if f"/cells/{x}/" in config.trainer.output_dir)
         task = TASKS[name]
         rng = np.random.default_rng([config.seed, round(config.optimizer.lr * 1e6)])

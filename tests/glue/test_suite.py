@@ -1,5 +1,6 @@
 """The suite with a stand-in for training: which cells run, what is kept, what decides a score."""
 
+import gzip
 import json
 from dataclasses import replace
 from pathlib import Path
@@ -11,6 +12,8 @@ from task_folders import FakeTraining, MakeConfig, write_task
 
 from neobert.config.rules import validate
 from neobert.config.schema import Config
+from neobert.data.source import tables
+from neobert.data.source.hub import HubPin
 from neobert.errors import DataError
 from neobert.finetune.job import FinetuneResult
 from neobert.glue import suite
@@ -86,12 +89,14 @@ def test_finished_cells_are_skipped_until_something_else_decides_their_score(
     assert len(changed.configs) == 12
 
 
-def test_the_digest_is_that_of_the_protocol_and_not_of_the_machine(make_config: MakeConfig, fake: FakeTraining) -> None:
+def test_the_digest_is_that_of_the_protocol_and_not_of_the_machine(
+    make_config: MakeConfig, fake: FakeTraining, tmp_path: Path
+) -> None:
     def digest(*overrides: str) -> str:
         return str(run(make_config("glue.tasks=[sst2]", *overrides), fake)["protocol"]["digest"])
 
     plain = digest()
-    assert digest("trainer.logging_steps=7", "trainer.output_dir=" + fake.configs[0].trainer.output_dir) == plain
+    assert digest("trainer.logging_steps=7", f"trainer.output_dir={tmp_path}/elsewhere") == plain
     others = ("glue.seeds=1", "glue.batch_sizes=[2]", "dataset.max_seq_length=32", "trainer.max_steps=1", "seed=4")
     assert len({plain, *map(digest, others)}) == len(others) + 1
 
@@ -115,7 +120,7 @@ def test_models_of_mnli_answer_both_of_its_splits_and_the_diagnostic_set(
     assert accuracy[1] == pytest.approx(1 / 3)
     assert cell["score"] == pytest.approx(np.mean(accuracy))
     assert results["tasks"]["ax"]["best"]["mean"] == 0  # Always one label.
-    assert results["average"]["of"] == "average of 1 tasks: mnli"
+    assert results["average"]["of"] == "average of 1 task: mnli"
     assert all(config.trainer.save_best for config in fake.configs)
 
 
@@ -174,6 +179,29 @@ def test_the_mean_of_fewer_than_nine_tasks_is_not_called_glue() -> None:
         named = describe_average([name for name in TASKS if name != left_out])
         assert named.startswith("average of 8 tasks: ")
         assert "GLUE" not in named
+
+
+def test_tasks_of_the_hub_are_fetched_once_and_are_those_of_a_folder(
+    make_config: MakeConfig, fake: FakeTraining, tasks_folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked = []
+
+    def read(name: str, config: str, split: str, revision: str) -> list[dict[str, Any]]:
+        asked.append((name, config, split, revision))
+        with gzip.open(tasks_folder / config / f"{split}.jsonl.gz", "rt") as file:
+            return [json.loads(line) for line in file]
+
+    monkeypatch.setattr(tables, "pin_hub", lambda spec: HubPin(spec=spec, commit="c0ffee"))
+    monkeypatch.setattr(tables, "list_hub_splits", lambda pin: ["train", "validation", "test"])
+    monkeypatch.setattr(tables, "read_hub", read)
+    local = run(make_config("glue.tasks=[stsb]"), fake)
+    found = run(make_config("glue.tasks=[stsb]", "glue.data_dir=null"), FakeTraining())
+    assert asked == [("nyu-mll/glue", "stsb", split, "c0ffee") for split in ("train", "validation")]
+    assert found["tasks"] == local["tasks"]
+    run(make_config("glue.tasks=[stsb]", "glue.data_dir=null", "glue.seeds=3"), FakeTraining())
+    assert len(asked) == 2
+    with pytest.raises(DataError, match=r"glue.data_dir: nyu-mll/glue.* has no split 'validation_matched'"):
+        run(make_config("glue.tasks=[mnli]", "glue.data_dir=null"), FakeTraining())
 
 
 @pytest.mark.parametrize(
