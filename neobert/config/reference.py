@@ -8,7 +8,7 @@ import textwrap
 from pathlib import Path
 
 from neobert.config.fields import FIELDS, SECTIONS, Field
-from neobert.config.refused import EXPLAINED, FOREIGN_KEYS, LATER, REFUSED, RENAMED
+from neobert.config.refused import EXPLAINED, FOREIGN_KEYS, REFUSED, RENAMED
 from neobert.key import RESUME, show_value
 
 _INTRODUCTION = """\
@@ -106,13 +106,6 @@ Key names of transformers and axolotl, alone or in any section, are refused with
 |---|---|
 """
 
-_LATER = """
-## Not part of this version
-
-| key | without it |
-|---|---|
-"""
-
 
 def build_markdown() -> str:
     """The text of docs/configuration.md."""
@@ -127,7 +120,6 @@ def build_markdown() -> str:
     parts += [_REFUSED, *(f"| `{key}` | {_escape(text)} |\n" for key, text in sorted(REFUSED.items()))]
     parts += [_FOREIGN, *(f"| `{name}` | `{key}` |\n" for name, key in sorted(FOREIGN_KEYS.items()))]
     parts += [f"| `{name}` | {_escape(text)} |\n" for name, text in sorted(EXPLAINED.items())]
-    parts += [_LATER, *(f"| `{key}` | {_escape(text)} |\n" for key, text in sorted(LATER.items()))]
     return "".join(parts)
 
 

@@ -133,14 +133,10 @@ REFUSED: dict[str, str] = {
     "trainer.report_to": EXPLAINED["report_to"],
     "trainer.remove_unused_columns": "has no effect: only the text column is read; remove it",
     "use_deepspeed": "is not supported: start with torchrun for several processes; remove it",
+    "pretrained_checkpoint": "is not a key: write the checkpoint itself, `neobert mteb RUN/checkpoints/STEP`",
     "variables": "are set in the config file only, under `variables:`",
 }
 """Key -> the rest of a sentence that starts with it. A key covers everything below it."""
-
-LATER: dict[str, str] = {
-    "pretrained_checkpoint": "evaluation of a checkpoint on benchmarks is not available yet",
-}
-"""Key of a feature that is not there -> what to do without it. A key covers everything below it."""
 
 REFUSED_VALUES: dict[str, dict[str, str]] = {
     "model.attn_backend": {
@@ -175,8 +171,6 @@ def find_refusal(key: str) -> str | None:
             return f"{name}: is written {RENAMED[name]} here"
         if name in REFUSED:
             return f"{name}: {REFUSED[name]}"
-        if name in LATER:
-            return f"{name}: is not part of this version; {LATER[name]}"
     return f"{key}: is written {FOREIGN_KEYS[parts[-1]]} here" if parts[-1] in FOREIGN_KEYS else None
 
 
@@ -188,4 +182,4 @@ def explain_foreign_key(key: str) -> str | None:
 
 def is_below_known_name(key: str) -> bool:
     """Whether a table holds a key below `key`, so that a mapping under `key` must be looked into."""
-    return any(name.startswith(f"{key}.") for table in (RENAMED, REFUSED, LATER) for name in table)
+    return any(name.startswith(f"{key}.") for table in (RENAMED, REFUSED) for name in table)

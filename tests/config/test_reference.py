@@ -8,7 +8,7 @@ import yaml
 from neobert.config.fields import FIELDS, SECTIONS, Field
 from neobert.config.load import parse_config
 from neobert.config.reference import build_markdown, show_value
-from neobert.config.refused import EXPLAINED, FOREIGN_KEYS, LATER, REFUSED, REFUSED_VALUES, RENAMED, find_refusal
+from neobert.config.refused import EXPLAINED, FOREIGN_KEYS, REFUSED, REFUSED_VALUES, RENAMED, find_refusal
 from neobert.config.schema import Config
 
 ROOT = Path(__file__).parents[2]
@@ -65,7 +65,7 @@ def test_shown_defaults_are_yaml():
 
 def test_the_tables_of_refused_keys_are_consistent():
     assert set(RENAMED.values()) <= set(FIELDS)
-    tables = [RENAMED, REFUSED, LATER]
+    tables = [RENAMED, REFUSED]
     assert sum(map(len, tables)) == len({key for table in tables for key in table})
     for table in tables:
         assert not set(table) & set(FIELDS)
