@@ -19,7 +19,9 @@ All honour autocast: the products run in its dtype. Logits, losses and sums over
 Legend: M rows, D hidden size, V vocabulary, C rows of a chunk.
 """
 
+import math
 import os
+import threading
 from collections.abc import Callable
 from functools import cache, partial
 from typing import Any
@@ -128,8 +130,12 @@ class _ChunkedLinearCrossEntropy(torch.autograd.Function):
         grad_hidden = torch.zeros_like(hidden) if with_grad else None
         grad_weight = None
         chunk = max(1, CHUNK_BYTES.get(hidden.device.type, CHUNK_BYTES["cpu"]) // (dtype.itemsize * len(weight)))
-        # One buffer for all chunks: on a CPU fresh pages cost more than the arithmetic on them.
-        buffer_CV = torch.empty((min(chunk, len(hidden)), len(weight)), dtype=dtype, device=hidden.device)
+        shape_CV = min(chunk, len(hidden)), len(weight)
+        most = CHUNK_BYTES["cpu"] // dtype.itemsize
+        if hidden.device.type == "cpu" and not torch.compiler.is_compiling() and math.prod(shape_CV) <= most:
+            buffer_CV = _chunk_memory(most, dtype, threading.get_ident())[: math.prod(shape_CV)].view(shape_CV)
+        else:
+            buffer_CV = hidden.new_empty(shape_CV)
         with torch.autocast(hidden.device.type, enabled=False):
             for start in range(0, len(hidden), chunk):
                 rows = slice(start, start + chunk)
@@ -171,6 +177,14 @@ class _ChunkedLinearCrossEntropy(torch.autograd.Function):
             )
         (grad_hidden, grad_weight), ctx.grads = ctx.grads, None
         return grad_hidden.mul_(grad_loss), grad_weight.mul_(grad_loss), *(None,) * 7
+
+
+@cache
+def _chunk_memory(count: int, dtype: torch.dtype, thread: int) -> Tensor:
+    """Memory of a thread for the logits of a chunk on a CPU, kept for all steps: fresh pages cost more than half as
+    much as the product that fills them."""
+    with torch.inference_mode(False):
+        return torch.empty(count, dtype=dtype)
 
 
 def _losses_and_gradients(

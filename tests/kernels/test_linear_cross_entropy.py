@@ -375,3 +375,20 @@ def test_what_is_compiled_for_a_gpu_computes_the_same(
         found.append((loss.detach(), correct, z_sum if z_loss else loss.detach(), hidden.grad, weight.grad))
     tolerance = 1e-5 if dtype == torch.float32 else 2e-2
     torch.testing.assert_close(*found, atol=tolerance, rtol=tolerance)
+
+
+def test_a_loss_is_not_changed_by_one_that_uses_its_memory() -> None:
+    """The second forward overwrites what the first had for its logits, before the backward of either."""
+    torch.manual_seed(0)
+    weight = torch.randn(30, 8)
+    hidden = [torch.randn(count, 8) for count in (7, 12)]
+    targets = [torch.arange(count) for count in (7, 12)]
+    found = {}
+    for name in ("torch", "reference"):
+        leaves = [h.clone().requires_grad_() for h in hidden]
+        losses = [KERNELS[name](h, weight, t)[0] for h, t in zip(leaves, targets)]
+        for loss in losses:
+            loss.backward()
+        found[name] = [*(loss.detach() for loss in losses), *(h.grad for h in leaves)]
+    for got, want in zip(found["torch"], found["reference"]):
+        torch.testing.assert_close(got, want)
