@@ -2,13 +2,14 @@
 
 import shutil
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
+from neobert.config.load import load_saved_config
 from neobert.config.schema import Config
 from neobert.disk import locked, write_json
 from neobert.errors import UserError
@@ -135,7 +136,8 @@ def run_cell(suite: Suite, cell: Cell) -> CellResult:
         suite.say(f"{cell.describe()}: {100 * known.score:.1f} (finished before)")
         return known
     data = suite.data[cell.task]
-    trained = suite.train(build_cell_config(suite.config, data, cell, start, folder))
+    config = build_cell_config(suite.config, data, cell, start, folder)
+    trained = suite.train(keep_precision(config, suite.output_dir))
     if trained.reason not in ("finished", "complete"):
         raise CellStopped(cell, trained.reason)
     result = _score(suite, data, trained, folder)
@@ -144,6 +146,16 @@ def run_cell(suite: Suite, cell: Cell) -> CellResult:
         shutil.rmtree(folder / "checkpoints", ignore_errors=True)
     suite.say(f"{cell.describe()}: {100 * result.score:.1f} in {result.seconds / 60:.1f} minutes")
     return result
+
+
+def keep_precision(config: Config, output_dir: Path) -> Config:
+    """The config with the precision that `auto` was in a cell before: a measurement that is close could end otherwise
+    in the next one, or after a kill."""
+    saved = sorted(output_dir.glob("cells/*/*/config.yaml"))
+    if config.trainer.mixed_precision != "auto" or not saved:
+        return config
+    precision = load_saved_config(saved[0]).trainer.mixed_precision
+    return replace(config, trainer=replace(config.trainer, mixed_precision=precision))
 
 
 def _start_of(suite: Suite, cell: Cell) -> ModelStart:

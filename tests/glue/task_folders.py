@@ -4,12 +4,14 @@ import gzip
 import json
 import random
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from small_corpus import OBJECTS, SUBJECTS, VERBS
 
+from neobert.config.load import save_config
 from neobert.config.schema import Config
 from neobert.finetune.job import FinetuneResult
 from neobert.glue.glue_tasks import TASKS
@@ -45,7 +47,10 @@ class FakeTraining:
         if len(self.configs) == self.dies_at:
             raise KeyboardInterrupt
         self.configs.append(config)
-        Path(config.trainer.output_dir).mkdir(parents=True)
+        folder = Path(config.trainer.output_dir)
+        folder.mkdir(parents=True)
+        if config.trainer.mixed_precision == "auto":  # A run writes what it measured.
+            save_config(replace(config, trainer=replace(config.trainer, mixed_precision="no")), folder / "config.yaml")
         (name,) = (x for x in TASKS if f"/cells/{x}/" in config.trainer.output_dir)
         task = TASKS[name]
         rng = np.random.default_rng([config.seed, round(config.optimizer.lr * 1e6)])
@@ -57,6 +62,6 @@ class FakeTraining:
             predictions=predictions,
             steps=6,
             seconds=1.0,
-            output_dir=Path(config.trainer.output_dir),
+            output_dir=folder,
             reason="finished",
         )

@@ -101,6 +101,14 @@ def test_the_digest_is_that_of_the_protocol_and_not_of_the_machine(
     assert len({plain, *map(digest, others)}) == len(others) + 1
 
 
+def test_all_cells_have_the_precision_that_the_first_one_chose(make_config: MakeConfig, fake: FakeTraining) -> None:
+    run(make_config("glue.tasks=[sst2]", "trainer.mixed_precision=auto"), fake)
+    assert [config.trainer.mixed_precision for config in fake.configs] == ["auto", *["no"] * 5]
+    more = FakeTraining()
+    run(make_config("glue.tasks=[sst2]", "trainer.mixed_precision=auto", "glue.seeds=3"), more)
+    assert [config.trainer.mixed_precision for config in more.configs] == ["no"] * 3
+
+
 def test_other_rows_are_another_protocol(make_config: MakeConfig, fake: FakeTraining, tmp_path: Path) -> None:
     write_task(tmp_path / "tasks", "sst2", sizes=(16, 6))
     plain = run(make_config("glue.tasks=[sst2]"), fake)
