@@ -117,7 +117,7 @@ def _use(
     if head is not None:
         example = '"a text"' if head.num_texts == 1 else '{"text": "a text", "text_pair": "another text"}'
         return _LABEL.format(tag=objective.card.pipeline_tag, name=name, trust=trust, example=example)
-    mask = next(token for token, number in tokenizer.special_tokens.items() if number == tokenizer.mask_id)
+    mask = tokenizer.spell(tokenizer.mask_id)
     before = _TRAINED_VECTORS
     if objective.vectors is None:
         before = (_FILL_MASK if objective.fills_masks else "") + _PLAIN_VECTORS

@@ -168,7 +168,7 @@ def _run_probe(subjects: Sequence[_Subject], temporary: Path) -> None:
             "class": choose_class(s.head),
             "texts": TEXTS,
             "seconds": _SECONDS if s.head is not None and s.head.num_texts == 2 else None,
-            "fill": FILL.replace(MASK_TEXT, _mask_token(s.tokenizer)),
+            "fill": FILL.replace(MASK_TEXT, s.tokenizer.spell(s.tokenizer.mask_id)),
             "work": str(s.work),
         }
         for s, trust in zip(subjects, trusts)
@@ -395,7 +395,3 @@ def _check_sentences(subject: _Subject, theirs: list[Tensor]) -> Check:
         pool = choose_pooling(settings.pooling)
         ours = [pool(states, torch.tensor([len(states)]))[0] for states in hidden]
     return _compare(f"sentence-transformers, {settings.pooling} pooling", ours, theirs)
-
-
-def _mask_token(tokenizer: Tokenizer) -> str:
-    return next(token for token, number in tokenizer.special_tokens.items() if number == tokenizer.mask_id)

@@ -10,10 +10,12 @@ rows, the embedding (and an untied vocabulary projection) follows the texts of t
 """
 
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 from torch import Tensor
 
+from neobert.config.nesting import parse_json
 from neobert.config.rules import validate
 from neobert.config.schema import Config, ModelSection, TokenizerSection
 from neobert.data.rows.order import key
@@ -155,3 +157,25 @@ def _with_vocabulary(weights: EncoderWeights, tokenizer: Tokenizer, num_rows: in
     return tensors, (
         f"embeddings of {len(pairs):,} tokens are copied, {new:,} tokens that its tokenizer lacks start at their mean"
     )
+
+
+def bind_initial(config: Config, checkpoint_config: Config | None) -> tuple[Config, EncoderWeights | None]:
+    """The config with the architecture of `model.init_from`, and its weights; a checkpoint has its own of both."""
+    if checkpoint_config is None:
+        return load_initial_weights(config)
+    if config.model.init_from is None:
+        return config, None
+    config = bind_architecture(config, checkpoint_config.model)
+    check_bound(config)
+    return config, None
+
+
+def choose_hub_encoder(checkpoint: Path | None, initial: EncoderWeights | None) -> ModelConfig | None:
+    """The encoder of transformers that a run continues or starts with; None for one of ours."""
+    if checkpoint is not None:
+        found = ModelConfig.from_dict(parse_json((checkpoint / "model_config.json").read_text()))
+    elif initial is not None:
+        found = initial.config
+    else:
+        return None
+    return found if found.hub_config is not None else None

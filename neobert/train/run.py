@@ -13,7 +13,6 @@ from typing import Any, Protocol
 from torch import nn
 from torch.optim import Optimizer
 
-from neobert.config.nesting import parse_json
 from neobert.config.schema import Config
 from neobert.data.pipeline import Reader, build_tokenizer
 from neobert.data.rows.lanes import RowOrder, State
@@ -56,7 +55,7 @@ from neobert.train.checkpoint.commit import Committer
 from neobert.train.checkpoint.replicas import compare_tensors, list_tensors
 from neobert.train.checkpoint.retention import name_test
 from neobert.train.compile_check import check_compiled_gradients
-from neobert.train.initial import bind_architecture, check_bound, copy_initial_weights, load_initial_weights
+from neobert.train.initial import bind_initial, choose_hub_encoder, copy_initial_weights
 from neobert.train.machine import Runtime, bind_precision, build_runtime, check_launcher, check_runtime
 from neobert.train.micro_batch import bind_micro_batch, choose_kept
 from neobert.train.numerics import Guard
@@ -129,7 +128,7 @@ def open_run(config: Config, runtime: Runtime) -> tuple[RunSetup, EncoderWeights
     saved = None if checkpoint is None else read_train_state(checkpoint)
     checkpoint_config = None if checkpoint is None else read_checkpoint_config(checkpoint)
     with main_first(runtime):  # It fetches what is on the hub.
-        config, initial = _bind_initial(config, checkpoint_config)
+        config, initial = bind_initial(config, checkpoint_config)
     config, chosen = bind_precision(config, checkpoint_config, runtime)
     runtime = runtime.with_precision(config.trainer.mixed_precision)
     attention = build_attention(config)
@@ -183,28 +182,6 @@ def _build_vocabulary(
     # What `model.init_from` decides beside shapes, such as model.norm_eps: every rank has read its own folder.
     check_equal(runtime, lambda: {f"model.{name}": value for name, value in model_config.to_dict().items()})
     return tokenizer, model_config
-
-
-def choose_hub_encoder(checkpoint: Path | None, initial: EncoderWeights | None) -> ModelConfig | None:
-    """The encoder of transformers that a run continues or starts with; None for one of ours."""
-    if checkpoint is not None:
-        found = ModelConfig.from_dict(parse_json((checkpoint / "model_config.json").read_text()))
-    elif initial is not None:
-        found = initial.config
-    else:
-        return None
-    return found if found.hub_config is not None else None
-
-
-def _bind_initial(config: Config, checkpoint_config: Config | None) -> tuple[Config, EncoderWeights | None]:
-    """The config with the architecture of `model.init_from`, and its weights; a checkpoint has its own of both."""
-    if checkpoint_config is None:
-        return load_initial_weights(config)
-    if config.model.init_from is None:
-        return config, None
-    config = bind_architecture(config, checkpoint_config.model)
-    check_bound(config)
-    return config, None
 
 
 class RunData(Sized, Protocol):
