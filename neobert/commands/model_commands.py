@@ -253,7 +253,7 @@ def export(program: str, argv: list[str]) -> None:
     """Export a trained encoder to a folder for transformers, sentence-transformers and the hub."""
     parser = build_parser(program, export.__doc__)
     parser.add_argument("source", metavar="model", help="run folder (its newest checkpoint), checkpoint, or hub name")
-    parser.add_argument("--output", required=True, type=Path, help="folder to write; must not exist")
+    parser.add_argument("--output", type=Path, help="folder to write; must not exist (default: of a run, RUN_hf)")
     parser.add_argument("--format", dest="form", default="auto", help="auto, native or remote_code (default auto)")
     parser.add_argument("--dtype", default="fp32", help="fp32 or bf16 (default fp32)")
     parser.add_argument("--push-to-hub", metavar="OWNER/NAME", help="upload the folder to this repository")
@@ -267,6 +267,11 @@ def export(program: str, argv: list[str]) -> None:
         help="language of the text it was trained on, for the model card: en, or en,de",
     )
     args = parser.parse_args(argv)
+    if args.output is None:
+        run = Path(args.source).resolve()
+        if not (run / "checkpoints").is_dir():
+            parser.error(f"--output: {args.source} is no run folder, so name the folder to write")
+        args.output = run.with_name(f"{run.name}_hf")
     from neobert.export.write import ExportRequest
     from neobert.export.write import export as write
 
