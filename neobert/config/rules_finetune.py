@@ -55,9 +55,9 @@ def _check_start(config: Config) -> Iterator[str]:
 
 def _check_weights(config: Config) -> Iterator[str]:
     weights, labels = config.finetune.class_weights, config.finetune.labels
-    if isinstance(weights, str):
-        if weights not in ("none", "balanced"):
-            yield f"finetune.class_weights: {weights!r} is unknown; write none, balanced, or a list such as [1, 2.5]"
+    if weights is None or isinstance(weights, str):
+        if weights not in (None, "balanced"):
+            yield f"finetune.class_weights: {weights!r} is unknown; write null, balanced, or a list such as [1, 2.5]"
         return
     if not all(_is_positive(weight) for weight in weights):
         yield f"finetune.class_weights: {list(weights)} must be numbers above 0"

@@ -46,11 +46,11 @@ class FinetuneSection:
     classifier_dropout: float = key(0.1, at_least=0, below=1, resume="declared")
     """Dropout before the last layer of the head. `model.dropout_prob` is that of the encoder."""
 
-    class_weights: str | tuple[str, ...] = key(
-        "none", needs="finetune.kind=auto|classification|tokens", resume="declared"
+    class_weights: str | tuple[str, ...] | None = key(
+        None, needs="finetune.kind=auto|classification|tokens", resume="declared"
     )
-    """Weight of each label in the loss: none, balanced (rows / (labels x rows of the label)), or a list of numbers in
-    the order of the labels."""
+    """Weight of each label in the loss: balanced (rows / (labels x rows of the label)), or a list of numbers in the
+    order of the labels. null (or none): all alike."""
 
     # It groups the weights of the optimizer.
     layer_lr_decay: float | None = key(None, above=0, at_most=1, resume="fixed")

@@ -240,21 +240,21 @@ def _one_hot(numbers: Sequence[int], size: int) -> NDArray[np.float32]:
 
 
 def choose_weights(
-    requested: str | tuple[str, ...], kind: Kind, labels: Sequence[str], rows: Sequence[Any]
-) -> str | tuple[str, ...]:
+    requested: str | tuple[str, ...] | None, kind: Kind, labels: Sequence[str], rows: Sequence[Any]
+) -> tuple[str, ...] | None:
     """`balanced` as numbers: targets / (labels x targets of the label), 1 where a label has none.
 
     Raises:
         DataError: there are not as many weights as labels.
     """
+    if requested is None:
+        return None
     if not isinstance(requested, str):
         if len(requested) != len(labels):
             raise DataError(
                 f"finetune.class_weights: {list(requested)} are {len(requested)} weights, but there are {len(labels)} "
                 f"labels ({_some(labels)}); write one for each, in this order"
             )
-        return requested
-    if requested != "balanced":
         return requested
     numbered = number_labels(kind, labels, rows)
     counts = Counter(int(x) for item in numbered for x in (item if kind == "tokens" else [item]))

@@ -241,7 +241,7 @@ def _build(module: type[LabelModule], encoder: Encoder, config: Config, kernel: 
             f"finetune.num_frozen_layers: {section.num_frozen_layers}, but the encoder has {num_layers} layers; lower "
             "it"
         )
-    weights = None if isinstance(section.class_weights, str) else [float(x) for x in section.class_weights]
+    weights = None if section.class_weights is None else [float(x) for x in section.class_weights]
     built = module(encoder, describe_head(config), dropout=section.classifier_dropout, weights=weights)
     if section.num_frozen_layers:
         built.freeze_first(section.num_frozen_layers)

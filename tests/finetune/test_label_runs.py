@@ -206,6 +206,8 @@ def test_several_seeds_are_several_runs_and_a_table(
 def test_class_weights_balance_the_labels() -> None:
     labels = ("a", "b")
     weights = choose_weights("balanced", "classification", labels, ["a", "a", "a", "b"])
+    assert weights is not None
+    assert choose_weights(None, "classification", labels, ["a"]) is None
     assert [float(x) for x in weights] == pytest.approx([4 / 6, 2.0])
     with pytest.raises(
         DataError, match=r"finetune.class_weights: \['1'\] are 1 weights, but there are 2 labels \(a, b\)"
