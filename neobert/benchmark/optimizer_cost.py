@@ -24,7 +24,7 @@ from neobert.benchmark.settings import StepSettings
 from neobert.benchmark.step_time import build_model, made_up_rows
 from neobert.config.schema_optimizer import MuonSection, OptimizerSection
 from neobert.optim.optimizers import OPTIMIZERS, build_optimizer, step_unless
-from neobert.optim.orthogonal import ORTHOGONALIZATIONS, choose_product_dtype, orthogonalize
+from neobert.optim.orthogonal import ORTHOGONALIZATIONS, orthogonalize
 from neobert.optim.qk_clip import QKClip
 from neobert.types import PackedBatch
 
@@ -67,8 +67,7 @@ def measure_times(settings: StepSettings, *, cpu_time: bool = False) -> Optimize
     model, _, _ = build_model(settings, source.model, device, dtype)
     section = OptimizerSection(lr=1e-6)
     sections = {name: replace(section, name=name) for name in OPTIMIZERS}  # type: ignore[arg-type]
-    products = choose_product_dtype(dtype, device)
-    optimizers = {name: build_optimizer(model, own, dtype=products) for name, own in sections.items()}
+    optimizers = {name: build_optimizer(model, own, dtype=dtype) for name, own in sections.items()}
     clip = QKClip(model.module.encoder, MuonSection(clipping_interval=1, clipping_threshold=1e9))
     batches = [batch.to(device) for batch in itertools.islice(source.batches, min(8, settings.steps))]
     seconds: dict[str, list[float]] = {name: [] for name in ("passes", "measured", *optimizers)}

@@ -157,7 +157,7 @@ class EncoderBlock(nn.Module):
             qk = apply_rotary(qk, *rotation)
         q_TND, k_TND = qk.chunk(2, dim=1)
         # The backward keeps the values: as a view they would keep the queries and keys before the rotation too.
-        return q_TND, k_TND, v_TND if v_TND.is_cuda else v_TND.contiguous()
+        return q_TND, k_TND, v_TND if v_TND.is_cuda or torch.compiler.is_compiling() else v_TND.contiguous()
 
     def _attention(self, x_TH: Tensor, rotation: tuple[Tensor, Tensor] | None, prepared: Any) -> Tensor:
         q_TND, k_TND, v_TND = self.project(x_TH, rotation)

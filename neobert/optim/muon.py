@@ -43,6 +43,11 @@ _MOST_ELEMENTS = 2**26
 Gather = Callable[[Tensor], Tensor]
 
 
+def is_free_to_read(tensor: Tensor) -> bool:
+    """Whether its value is at hand without waiting for a device."""
+    return tensor.device.type == "cpu"
+
+
 class Muon(Optimizer):
     """Muon for the group of the role `matrices`, AdamW for the others; the formulas are at the head of this module."""
 
@@ -80,7 +85,7 @@ class Muon(Optimizer):
         """One update of all weights that have a gradient; none where `found_inf` is set."""
         # Written by `step_unless` and by gradient scalers; a plain call has none.
         found_inf: Tensor | None = getattr(self, "found_inf", None)
-        if found_inf is not None and found_inf.device.type == "cpu":
+        if found_inf is not None and is_free_to_read(found_inf):
             if found_inf:
                 return
             found_inf = None  # Without it means change in place.

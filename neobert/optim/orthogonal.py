@@ -67,14 +67,6 @@ def orthogonalize(stack: Tensor, *, method: str, num_steps: int, dtype: torch.dt
     return x.to(stack.dtype)
 
 
-def choose_product_dtype(dtype: torch.dtype, device: torch.device) -> torch.dtype:
-    """Type of these products in a run that computes in `dtype` on `device`: bf16 for fp32 on a CPU with AMX, which
-    multiplies it several times faster. The polynomials leave singular values further from 1 than bf16 does."""
-    if dtype == torch.float32 and device.type == "cpu" and torch.cpu._is_amx_tile_supported():
-        return torch.bfloat16
-    return dtype
-
-
 def reference_orthogonal(matrix: Tensor, method: str, num_steps: int) -> Tensor:
     """The same of one matrix, by the polynomials of its singular values; for tests."""
     u, values, v = torch.linalg.svd(matrix, full_matrices=False)

@@ -30,7 +30,6 @@ from neobert.objectives.table import choose_objective
 from neobert.optim.moving_average import WeightAverage
 from neobert.optim.muon import Muon
 from neobert.optim.optimizers import build_optimizer, keep_unit_length
-from neobert.optim.orthogonal import choose_product_dtype
 from neobert.optim.qk_clip import QKClip
 from neobert.train.device import choose_device_type
 from neobert.train.machine import Runtime, choose_compile, compute_dtype
@@ -172,11 +171,12 @@ def build_config_data(config: Config, tokenizer: Tokenizer, reader: Reader) -> D
 
 
 def build_run_optimizer(config: Config, module: ObjectiveModule) -> Optimizer:
-    """The optimizer over all weights. With `model.ngpt` it scales the matrices to length 1 after every step."""
+    """The optimizer over all weights. Orthogonal factors are computed in the type of all matrix products. With
+    `model.ngpt` it scales the matrices to length 1 after every step."""
     optimizer = build_optimizer(
         module,
         config.optimizer,
-        dtype=choose_product_dtype(compute_dtype(config), module.head_weight.device),
+        dtype=compute_dtype(config),
         layer_decay=config.finetune.layer_lr_decay,
         num_layers=len(module.encoder.layers),
     )

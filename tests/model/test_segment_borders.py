@@ -233,7 +233,7 @@ def test_torch_runs_flash_attention_3_where_it_can(monkeypatch: pytest.MonkeyPat
     monkeypatch.setattr(attention, "_flash_3", lambda *given, **named: "3")
     monkeypatch.setattr(attention, "FLASH", "flash-attn 3")
     monkeypatch.setattr(attention, "_flash_2", None)
-    monkeypatch.setattr(attention, "varlen_attn", lambda q, *given, **named: q + 1)
+    monkeypatch.setattr("torch.nn.attention.varlen.varlen_attn", lambda q, *given, **named: q + 1)
     monkeypatch.setattr(torch.nn.attention, "activate_flash_attention_impl", activated.append)
     plan, q = prepare_varlen(pack([(4,)], 4)[1]), torch.zeros(4, 1, 8)
     for capability in ((8, 0), (10, 0), (9, 0)):

@@ -17,7 +17,6 @@ from neobert.optim.muon import NORM_FACTORS, Muon, equal_row_scales, reference_m
 from neobert.optim.optimizers import build_optimizer, step_unless
 from neobert.optim.orthogonal import (
     ORTHOGONALIZATIONS,
-    choose_product_dtype,
     orthogonalize,
     polar_express,
     reference_orthogonal,
@@ -155,16 +154,6 @@ def test_the_fused_weights_are_split_from_top_to_bottom() -> None:
 def test_factors_of_a_matrix_of_16_rows_and_4_columns() -> None:
     found = {name: factor(16, 4) for name, factor in NORM_FACTORS.items()}
     assert found == {"spectral": 2.0, "match_rms_adamw": 0.8, "none": 1.0, "legacy_compat": 1.6}
-
-
-@pytest.mark.parametrize("amx", [False, True])
-def test_products_of_a_run_in_fp32_are_bf16_where_the_cpu_has_amx(amx: bool, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda: amx)
-    cpu = torch.device("cpu")
-    assert choose_product_dtype(torch.float32, cpu) == (torch.bfloat16 if amx else torch.float32)
-    assert choose_product_dtype(torch.bfloat16, cpu) == torch.bfloat16
-    assert choose_product_dtype(torch.float64, cpu) == torch.float64
-    assert choose_product_dtype(torch.float32, torch.device("cuda")) == torch.float32
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])

@@ -139,6 +139,10 @@ UNTRIED: dict[str, str] = {
     "contrastive.pretrained_checkpoint_dir": _TUNING,
     "contrastive.pretrained_checkpoint": _TUNING,
     "contrastive.allow_random_weights": _TUNING,
+    "finetune.model": "a run that is resumed has its weights from its checkpoint",
+    "finetune.allow_random_weights": "a run that is resumed has its weights from its checkpoint",
+    "finetune.seeds": "are several runs, each with a seed of its own",
+    **dict.fromkeys((key for key in FIELDS if key.startswith("glue.")), "is of a suite, not of a run"),
 }
 
 COMPARED = ("step", "loss_hex", "lr", "num_tokens", "num_targets", "batch_digest")

@@ -117,11 +117,19 @@ def test_a_step_never_waits_for_the_device(options: dict[str, Any], autocast: bo
     assert mode.found == []
 
 
+@pytest.fixture
+def as_on_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Muon does not read a flag early, as it may on a CPU."""
+    monkeypatch.setattr("neobert.optim.muon.is_free_to_read", lambda tensor: False)
+
+
+@pytest.mark.usefixtures("as_on_a_gpu")
 @pytest.mark.parametrize("name", OPTIMIZERS)
 def test_no_optimizer_waits_for_the_device(name: str) -> None:
     assert waits(*model_and_batch(), autocast=True, name=name).found == []
 
 
+@pytest.mark.usefixtures("as_on_a_gpu")
 def test_measuring_and_clipping_attention_logits_never_wait() -> None:
     module, batch = model_and_batch()
     optimizer = build_optimizer(module, OptimizerSection(name="muonclip", lr=1e-3))

@@ -25,6 +25,7 @@ TRACKED_SECTIONS = (
     "trainer",
     "contrastive",
     "finetune",
+    "glue",
 )
 """What a tracker may know of a config; a section that is not listed is not sent."""
 
