@@ -118,7 +118,9 @@ def test_cached_gradients_take_what_accumulated_ones_take() -> None:
     cached = live_of_step(module, [batch_of(16 * CHUNK, chunk=CHUNK)])
     whole = live_of_step(module, [batch_of(16 * CHUNK, chunk=16 * CHUNK)])
     assert whole.peak > 3 * alone.peak
-    assert cached.peak < 1.1 * alone.peak
+    # The vectors of all texts, their gradient, and at most as much again.
+    vectors = 3 * 16 * CHUNK * WIDTH * 4
+    assert cached.peak < alone.peak + 3 * vectors
 
 
 def test_the_loss_takes_memory_in_proportion_to_the_rows(monkeypatch: pytest.MonkeyPatch) -> None:
