@@ -41,7 +41,7 @@ QUICKSTART = StepSettings(
     probability=0.3,
     precision="no",
 )
-"""The rows of configs/pretraining/quickstart.yaml, a model of 4 x 192 and AdamW, in fp32."""
+"""The rows of configs/pretraining/quickstart.yaml, its model and AdamW, in fp32."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

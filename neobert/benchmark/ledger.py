@@ -42,7 +42,6 @@ from neobert.benchmark.settings import StepSettings
 from neobert.benchmark.step_time import RowSource, made_up_rows
 from neobert.config.schema import Config
 from neobert.kernels.linear_cross_entropy import KERNELS
-from neobert.model import layers
 from neobert.model.attention import ATTENTION
 from neobert.model.encoder import Encoder
 from neobert.model.fp8 import FP8_PRODUCTS, use_fp8
@@ -247,14 +246,6 @@ class _Compiled:
     saved_bytes: int = 0
 
 
-class _NormOfAGpu:
-    """Replaces the norm of a CPU, whose backward is written out and would be traced."""
-
-    @staticmethod
-    def apply(x: Tensor, weight: Tensor, eps: float) -> Tensor:
-        return F.rms_norm(x, weight.shape, weight, eps)
-
-
 def _count_compiled(encoder: Encoder, batches: list[PackedBatch], autocast: bool) -> _Compiled:
     """A block over the batches."""
     block, config, found = encoder.layers[0], encoder.config, _Compiled()
@@ -276,9 +267,7 @@ def _count_compiled(encoder: Encoder, batches: list[PackedBatch], autocast: bool
     )
     torch.compiler.reset()
     block.compile(backend=compiler, dynamic=False)
-    own_norm = layers._RMSNormCPU
     try:
-        layers._RMSNormCPU = _NormOfAGpu  # type: ignore[assignment,misc]
         for batch in batches:
             slots = batch.input_ids.numel()
             hidden = torch.empty(slots, config.hidden_size, dtype=encoder.embedding.weight.dtype, requires_grad=True)
@@ -287,7 +276,6 @@ def _count_compiled(encoder: Encoder, batches: list[PackedBatch], autocast: bool
             with torch.autocast("cpu", torch.bfloat16, autocast):
                 block(hidden, (table, table.clone()), prepared).sum().backward()
     finally:
-        layers._RMSNormCPU = own_norm  # type: ignore[misc]
         block._compiled_call_impl = None
         torch.compiler.reset()
     return found

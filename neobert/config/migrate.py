@@ -203,6 +203,11 @@ def _edit_glue(draft: _Rewrite) -> None:
         "optimizer.lr": "glue.learning_rates",
         "trainer.per_device_train_batch_size": "glue.batch_sizes",
     }
+    rows, more = (draft.read(f"trainer.{x}") for x in ("per_device_train_batch_size", "gradient_accumulation_steps"))
+    if more is not None and isinstance(rows, int):
+        draft.write(
+            "trainer.per_device_train_batch_size", rows * more, f"multiplied the rows by {more} accumulated steps"
+        )
     for key, new in lists.items():
         value = draft.values.get(key)
         if isinstance(value, Leaf) and not value.is_null:

@@ -25,6 +25,7 @@ from neobert.contrastive.examples import Example
 from neobert.contrastive.reading import looks_local, open_source
 from neobert.contrastive.retrieval_folder import RetrievalSet, is_retrieval_folder, load_retrieval
 from neobert.data.source.files import kind_of_name
+from neobert.data.source.splits import SPLIT_WORDS
 from neobert.errors import DataError
 
 TEST_SPLITS = ("test", "validation")
@@ -110,7 +111,10 @@ def _read_split(path: Path, split: str | None) -> tuple[str, str, list[Example]]
         opened = open_source(PairSource(name=str(path)))
         return TEST_SPLITS[0], opened.form, list(opened.examples)
     words = {
-        word for file in path.rglob("*") if kind_of_name(file.name) for word in re.split(r"\W+", file.stem.lower())
+        SPLIT_WORDS.get(word, word)
+        for file in path.rglob("*")
+        if kind_of_name(file.name) or file.name == "state.json"
+        for word in re.split(r"[\W\d_]+", str(file.relative_to(path)).lower())
     }
     chosen = split or next((name for name in TEST_SPLITS if name in words), TEST_SPLITS[0])
     opened = open_source(PairSource(name=str(path), split=chosen))

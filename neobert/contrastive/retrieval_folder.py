@@ -11,6 +11,7 @@ nobody judged too. Queries without a document above 0 are left out.
 """
 
 import hashlib
+import math
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
@@ -60,7 +61,13 @@ def load_retrieval(path: Path, split: str | None = None) -> RetrievalSet:
     judged, queries, corpus = (read_file(file, limits) for file in choose_table_files(path, split))
     judgements: dict[str, dict[str, int]] = {}
     for row in judged:
-        grade = int(as_number(row.get("score", 1)) or 0)
+        if "query-id" not in row or "corpus-id" not in row:
+            raise DataError(
+                f"{path}/qrels/{split}.tsv has the columns {', '.join(map(str, row))}; its first line must be "
+                "query-id, corpus-id and score, with tabs between"
+            )
+        number = as_number(row.get("score", 1))
+        grade = int(number) if number is not None and math.isfinite(number) else 0
         if grade > 0:
             judgements.setdefault(str(row["query-id"]), {})[str(row["corpus-id"])] = grade
     found = RetrievalSet(

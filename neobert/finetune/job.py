@@ -21,7 +21,7 @@ from neobert.train.agreement import agree
 from neobert.train.bind import bind_own, bind_source
 from neobert.train.checkpoint.retention import BEST
 from neobert.train.loop import train
-from neobert.train.machine import choose_compile
+from neobert.train.machine import choose_compile, describe_precision
 from neobert.train.run import Job, Run, build_run
 from neobert.train.start import choose_start, write_config
 
@@ -85,7 +85,8 @@ def read_evaluations(output_dir: Path) -> list[dict[str, Any]]:
 def choose_best_line(lines: Sequence[dict[str, Any]]) -> dict[str, Any] | None:
     """The best evaluation, the earlier one of two; that of the initial weights only where there is no other."""
     trained = [line for line in lines if line["step"]]
-    return min(trained or lines, key=lambda line: (line["criterion"], line["step"]), default=None)
+    known = [line for line in trained or lines if line["criterion"] == line["criterion"]]  # Without NaN.
+    return min(known, key=lambda line: (line["criterion"], line["step"]), default=None)
 
 
 def is_done(run: Run) -> bool:
@@ -128,7 +129,7 @@ def announce(run: Run) -> None:
     lines = [
         f"model     {config.model.name or 'NeoBERT'}: {model.num_hidden_layers} layers x {model.hidden_size}, "
         f"{total:,} parameters, {trained:,} of them trained",
-        f"compute   {run.runtime.describe_device()}, {config.trainer.mixed_precision.replace('no', 'fp32')}, "
+        f"compute   {run.runtime.describe_device()}, {describe_precision(config)}, "
         f"{_describe_attention(run)}, "
         f"{'compiled' if choose_compile(config) else 'not compiled'}, {run.runtime.world} process(es)",
         f"labels    {describe_labels(config)}",

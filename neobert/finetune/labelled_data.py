@@ -104,7 +104,9 @@ def read_splits(config: Config) -> LabelledSplits:
     columns = choose_row_columns(config.finetune, _list_columns(row for _, row in train_rows), tables.label)
     is_words = _is_list(train_rows[0][1].get(columns.text))
     train = read_examples(train_rows, columns, is_words=is_words)
-    notes = [f"training on split {train_split!r} of {tables.label}; splits found: {', '.join(names)}"]
+    pair = "" if columns.pair is None else f" with {columns.pair!r}"
+    notes = [f"texts from column {columns.text!r}{pair}, labels from {columns.label!r}"]
+    notes += [f"training on split {train_split!r} of {tables.label}; splits found: {', '.join(names)}"]
     if eval_split is None:
         train, evaluation, note = _hold_out(train, data)
     else:
@@ -247,7 +249,9 @@ def bind_labels(config: Config, splits: LabelledSplits) -> Config:
     kind = choose_kind(section.kind, [(x.location, x.label) for x in splits.train], is_words=splits.is_words)
     check_metric(section.metric, kind)
     labels = choose_labels(kind, section.labels, [(x.location, x.label) for x in splits.train])
-    check_known(kind, labels, [(x.location, x.label) for x in splits.evaluation])
+    evaluated = [(x.location, x.label) for x in splits.evaluation]
+    choose_kind(kind, evaluated, is_words=splits.is_words)
+    check_known(kind, labels, evaluated)
     bound = replace(
         section,
         kind=kind,

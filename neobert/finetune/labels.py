@@ -140,7 +140,7 @@ def choose_labels(kind: Kind, requested: Sequence[str], labels: Located) -> tupl
 
 
 def _by_value(name: str) -> tuple[int, int, str]:
-    return (0, int(name), "") if re.fullmatch(r"-?\d+", name) else (1, 0, name)
+    return (0, int(name), name) if re.fullmatch(r"-?\d+", name) else (1, 0, name)
 
 
 def _check_tags(labels: Sequence[str]) -> None:
@@ -245,10 +245,14 @@ def choose_weights(
     """`balanced` as numbers: targets / (labels x targets of the label), 1 where a label has none.
 
     Raises:
-        DataError: there are not as many weights as labels.
+        DataError: there are not as many weights as labels, or such labels have none.
     """
     if requested is None:
         return None
+    if kind in ("regression", "multilabel"):
+        raise DataError(
+            f"finetune.class_weights: has no effect with finetune.kind: {kind}, as the labels are; remove it"
+        )
     if not isinstance(requested, str):
         if len(requested) != len(labels):
             raise DataError(

@@ -106,7 +106,7 @@ def _build_bag_of(config: Config, source: str, output_dir: Path) -> ModelStart:
             f"glue.model: bag:{source} has model.ngpt: true or model.rope: false, of which no bag of embeddings is "
             "made; write random: for another baseline"
         )
-    folder = output_dir / "baselines" / "bag"
+    folder = output_dir / "baselines" / f"bag_{_digest_files(weights.folder)[:12]}"
     if not (folder / MANIFEST).is_file():
         _write_bag(weights, folder)
     start = build_trained_start(folder)

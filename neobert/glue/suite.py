@@ -64,16 +64,19 @@ class Suite:
 
     def protocol(self, name: str) -> dict[str, Any]:
         """Everything but the model that decides the scores of a task."""
-        answered = [task for task in self.data if TASKS[task].trained_on == name]
         described = describe_protocol(self.config, self.data[TASKS[name].trained_on or name], self.points, self.seeds)
         if TASKS[name].trained_on is not None:
             task = TASKS[name]
             described |= {"task": name, "metrics": list(task.metrics), "splits": list(task.splits)}
             described["answers"] = {name: self.data[name].fingerprint}
-        elif answered:
-            described["answers"] = {task: self.data[task].fingerprint for task in answered}
         transfers = self.config.glue.transfer_from_task and TASKS[name].transfers
         return described | ({"starts_from": self.protocol(SOURCE_TASK)} if transfers else {})
+
+    def folder(self, cell: Cell, start: ModelStart) -> Path:
+        """The run of a cell, a new one where other tasks are to be answered by its model."""
+        answers = {task: x.fingerprint for task, x in self.data.items() if x.task.trained_on == cell.task}
+        decides = self.protocol(cell.task) | ({"answers": answers} if answers else {})
+        return cell_folder(self.output_dir, cell, cell_key(decides, cell, start))
 
 
 def run_suite(config: Config, *, say: Say, train: Train = finetune) -> dict[str, Any]:
@@ -130,8 +133,11 @@ def run_cell(suite: Suite, cell: Cell) -> CellResult:
         CellStopped: it was stopped.
     """
     start = _start_of(suite, cell)
-    folder = cell_folder(suite.output_dir, cell, cell_key(suite.protocol(cell.task), cell, start))
-    known = load_cell(folder)
+    folder = suite.folder(cell, start)
+    known, others_start_there = load_cell(folder), cell.task == SOURCE_TASK and suite.config.glue.transfer_from_task
+    if known and others_start_there and not (folder / "checkpoints" / str(known.best_step)).is_dir():
+        shutil.rmtree(folder, ignore_errors=True)  # Finished without transfer: only the score was kept.
+        known = None
     if known is not None:
         suite.say(f"{cell.describe()}: {100 * known.score:.1f} (finished before)")
         return known
@@ -142,7 +148,7 @@ def run_cell(suite: Suite, cell: Cell) -> CellResult:
         raise CellStopped(cell, trained.reason)
     result = _score(suite, data, trained, folder)
     save_cell(folder, result)
-    if not (cell.task == SOURCE_TASK and suite.config.glue.transfer_from_task):
+    if not others_start_there:
         shutil.rmtree(folder / "checkpoints", ignore_errors=True)
     suite.say(f"{cell.describe()}: {100 * result.score:.1f} in {result.seconds / 60:.1f} minutes")
     return result
@@ -166,7 +172,7 @@ def _start_of(suite: Suite, cell: Cell) -> ModelStart:
 def _choose_best_model(suite: Suite) -> ModelStart:
     """The checkpoint of the best cell of SOURCE_TASK, the first of equal ones."""
     cell = max(list_cells(suite, SOURCE_TASK), key=lambda cell: suite.results[cell].score)
-    folder = cell_folder(suite.output_dir, cell, cell_key(suite.protocol(SOURCE_TASK), cell, suite.start))
+    folder = suite.folder(cell, suite.start)
     return build_trained_start(folder / "checkpoints" / str(suite.results[cell].best_step))
 
 

@@ -55,7 +55,7 @@ class OwnEncoder:
         if self.settings.pooling == TOKENS:
             none = torch.empty(0, self.model.hidden_size)
             states = torch.cat([none, *self.model.token_states(documents)])
-            lengths = torch.tensor([len(document) for document in documents])
+            lengths = torch.tensor([len(document) for document in documents], dtype=torch.int64)
             return TokenVectors(torch.nn.functional.normalize(states, dim=1), lengths)
         vectors = self.model.embed_tokens(
             documents, pooling=self.settings.pooling, normalize=False, batch_tokens=BATCH_TOKENS
@@ -63,7 +63,7 @@ class OwnEncoder:
         return vectors.numpy()
 
     def digest(self) -> str:
-        products = self.model.module.encoder.get_parameter("layers.0.qkv.weight").dtype
+        products = self.model.module.encoder.block_weight.dtype
         return _digest(self.model.digest(), str(products), repr(self.settings))
 
 
@@ -89,7 +89,10 @@ class SentenceEncoder:
             raise DataError(
                 f"{folder} is no encoder of ours, and sentence-transformers cannot load it ({reason.rstrip('.')})"
             ) from error
-        prompts = tuple((name, text) for name, text in self._model.prompts.items() if text)
+        self._model.default_prompt_name = None  # It would come before texts that are to have no prefix.
+        known = self._model.prompts
+        document = next((known[name] for name in ("document", "passage", "corpus") if known.get(name)), None)
+        prompts = tuple((name, text) for name, text in {**known, "document": document}.items() if text)
         self.settings = VectorSettings(
             max_length=self._model.max_seq_length or self._model.tokenizer.model_max_length,
             pooling=_THEIRS,

@@ -155,8 +155,9 @@ def load_backbone(folder: str, hub_config: Mapping[str, Any]) -> dict[str, Tenso
 
     with torch.device("meta"):
         expected = {name: x.shape for name, x in build_backbone(hub_config).state_dict().items()}
-    found = AutoModel.from_pretrained(folder, dtype=torch.float32).state_dict()
-    missing = [name for name, shape in expected.items() if name not in found or found[name].shape != shape]
+    model, report = AutoModel.from_pretrained(folder, dtype=torch.float32, output_loading_info=True)
+    found, fresh = model.state_dict(), {str(name) for name in report["missing_keys"]}  # These have random values.
+    missing = [name for name, x in expected.items() if name in fresh or name not in found or found[name].shape != x]
     if missing:
         raise ValueError(f"its weights lack {', '.join(missing[:3])}, which its config.json describes")
     return {f"{BACKBONE}{name}": found[name] for name in expected}

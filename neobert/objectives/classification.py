@@ -178,7 +178,8 @@ class LabelModule(ObjectiveModule):
     def freeze_first(self, num_layers: int) -> None:
         """Has embeddings and first blocks stay as they are."""
         encoder = self.encoder
-        embeddings = [part for part in encoder.children() if isinstance(part, nn.Embedding)]
+        blocks = set(encoder.layers.modules())
+        embeddings = [part for part in encoder.modules() if isinstance(part, nn.Embedding) and part not in blocks]
         for part in (*embeddings, *encoder.layers[:num_layers]):
             part.requires_grad_(False)
 

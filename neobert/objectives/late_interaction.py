@@ -62,6 +62,8 @@ def _max_sim(anchors: TokenVectors, candidates: TokenVectors) -> Tensor:
 def max_sim(anchors: TokenVectors, candidates: TokenVectors) -> Tensor:
     """The similarities of N anchors and M candidates, `[N, M]`."""
     most = len(anchors.tokens_TD) * int(candidates.lengths_N.max())
+    if most > _PRODUCTS and len(anchors) > 1:
+        return torch.cat([max_sim(part, candidates) for part in anchors.split(-(-len(anchors) // 2))])
     blocks = candidates.split(max(1, _PRODUCTS // most))
     if len(blocks) == 1:
         return _max_sim(anchors, candidates)

@@ -105,8 +105,14 @@ def build_model_config(config: Config, tokenizer: Tokenizer, hub: ModelConfig | 
 
     Raises:
         DataError: `model.vocab_size` is smaller than the tokenizer.
+        StartupError: a key is about blocks of ours, and `hub` has others.
     """
     if hub is not None:
+        trainer = config.trainer
+        if trainer.fp8 != "no":
+            raise StartupError(f"trainer.fp8: {trainer.fp8} is for encoders of ours, not of transformers; write no")
+        if trainer.bf16_residual:
+            raise StartupError("trainer.bf16_residual: true is for encoders of ours, not of transformers; write false")
         return hub
     vocab_size = padded_vocab_size(config.model.vocab_size, tokenizer.size)
     architecture = {f.name: getattr(config.model, f.name) for f in fields(Architecture)}

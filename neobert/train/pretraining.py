@@ -42,11 +42,12 @@ def log_evaluation(run: Run, state: TrainState) -> None:
         RankError: the ranks hold different weights.
     """
     check_replicas(run, state)
-    metrics, averaged = run.job.evaluate(run), None
-    if metrics is not None and run.average is not None and run.average.started:
+    averages, averaged = run.average is not None and run.average.started, None
+    if run.average is not None and averages:
         with run.average.swapped():
             averaged = run.job.evaluate(run)
-        metrics = metrics if averaged is not None else None
+    # The weights come last: what a job writes of an evaluation is theirs.
+    metrics = run.job.evaluate(run) if not averages or averaged is not None else None
     run.tracker.log_eval(state, metrics, averaged)
 
 

@@ -93,7 +93,7 @@ def test_the_garbage_collector_passes_over_what_lives_after_the_first_step(
     tiny: Callable[..., Config], tmp_path: Path
 ) -> None:
     run = build_run(tiny(tmp_path / "run", "trainer.eval_steps=0", "trainer.save_steps=0"))
-    assert gc.get_freeze_count() == 0
+    gc.unfreeze()  # Python 3.12 starts with some of its own.
     steps = training_steps(run, TrainState())
     next(steps)
     frozen = gc.get_freeze_count()
