@@ -31,7 +31,7 @@ def run(contrastive: Callable[..., Config], tmp_path_factory: pytest.TempPathFac
 
 
 @pytest.fixture(scope="module")
-def sets(pair_files: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+def sets(run: Path, pair_files: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     """A set of each kind."""
     folder = tmp_path_factory.mktemp("sets")
     pairs = [json.loads(line) for line in (pair_files / "pairs.jsonl").read_text().splitlines()]
@@ -45,8 +45,14 @@ def sets(pair_files: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str
     (folder / "verbs").mkdir()
     (folder / "verbs" / "train.jsonl").write_text("".join(labelled))
     (folder / "verbs" / "test.jsonl").write_text("".join(labelled[40:]))
-    # No two cosines are as good as equal, which rounding would rank.
-    rows = [{"sentence1": x["anchor"], "sentence2": x["positive"], "score": n % 6} for n, x in enumerate(pairs)]
+    # No two cosines are as good as equal, which rounding would rank: it depends on what shares a batch.
+    encoder = load_text_encoder(str(run))
+    vectors = [embed_unit(encoder, [row[column] for row in pairs]) for column in ("anchor", "positive")]
+    cosines = (vectors[0] * vectors[1]).sum(1)
+    order = np.argsort(cosines)
+    apart = [int(i) for i, gap in zip(order, np.diff(cosines[order], prepend=-2.0)) if gap > 1e-5]
+    rows = [{"sentence1": pairs[n]["anchor"], "sentence2": pairs[n]["positive"], "score": n % 6} for n in sorted(apart)]
+    assert len(rows) > 20
     (folder / "scores.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     return {"STS": folder / "scores.jsonl", "Retrieval": retrieval, "Classification": folder / "verbs"}
 
@@ -120,6 +126,7 @@ def test_what_cannot_be_evaluated(
 
 def test_an_encoder_of_others(tmp_path: Path) -> None:
     """By sentence-transformers, with the modules it brings."""
+    from sentence_transformers import SentenceTransformer
     from transformers import BertConfig, BertModel, BertTokenizer
 
     words = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", "ship", "rain"]
@@ -130,5 +137,10 @@ def test_an_encoder_of_others(tmp_path: Path) -> None:
     assert encoder.embed(["ship rain", "rain"]).shape == (2, 8)
     long, cut = encoder.embed(["ship rain rain rain rain", "ship rain"])
     assert np.allclose(long, cut, atol=1e-6)
+    prompted = SentenceTransformer(str(tmp_path), prompts={"query": "rain "}, default_prompt_name="query")
+    prompted.save(str(tmp_path / "prompted"))
+    found = load_text_encoder(str(tmp_path / "prompted"), max_length=4)
+    assert np.allclose(found.embed(["ship"]), encoder.embed(["ship"]), atol=1e-6), "no prompt that nobody asked for"
+    assert not np.allclose(found.embed(["ship"]), found.embed(["ship"], prefix="rain "), atol=1e-4)
     with pytest.raises(DataError, match=r"--pooling: .* is no encoder of ours"):
         load_text_encoder(str(tmp_path), pooling="cls")

@@ -104,3 +104,10 @@ def test_the_command_searches_the_whole_corpus_as_the_model_was_trained(
     for flags, said in ((["--max-length", "2"], "--max-length: 2"), (["--pooling", "last"], "'last' is unknown")):
         assert call("contrastive/evaluate.py", run, folder, *flags) == 2
         assert said in capsys.readouterr().err
+
+
+def test_columns_of_judgements_that_are_not_there(tmp_path: Path) -> None:
+    folder = write_folder(tmp_path / "set", "")
+    (folder / "qrels" / "test.tsv").write_text("query_id\tdoc_id\tscore\nq1\td1\t1\n")
+    with pytest.raises(DataError, match=r"test.tsv has the columns query_id, doc_id, score; .* query-id, corpus-id"):
+        load_retrieval(folder)

@@ -1,6 +1,7 @@
 """Encoders of transformers in our loop: the hidden states that they have alone, and runs that resume exactly."""
 
 import json
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -8,6 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from tokenizers import processors
 from transformers import (
     AutoModel,
@@ -21,6 +23,7 @@ from transformers import (
 )
 
 import neobert
+from neobert.config.load import ConfigError
 from neobert.config.schema import Config, TokenizerSection
 from neobert.data.tokenizer import load_tokenizer
 from neobert.errors import StartupError
@@ -30,12 +33,22 @@ from neobert.inference.packed import hidden_states
 from neobert.model.attention import ATTENTION
 from neobert.model.hub_encoder import build_encoder_of
 from neobert.objectives.base import ObjectiveModule
+from neobert.objectives.classification import HeadInfo, SequenceClassifier
 from neobert.objectives.labelled_rows import encode_rows
+from neobert.weights.describe import WeightsError
 from neobert.weights.encoder_weights import load_encoder_weights
 
 Labelled = Callable[..., Config]
 SIZES = {"hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 24}
 KINDS = ("bert", "roberta", "modernbert")
+UNSET = [
+    "model.hidden_size=768",
+    "model.num_hidden_layers=12",
+    "model.num_attention_heads=12",
+    "model.intermediate_size=3072",
+    "model.max_position_embeddings=1024",
+]
+"""The defaults of what `labelled` sets: the encoder decides."""
 
 
 @pytest.fixture(scope="module")
@@ -100,12 +113,10 @@ def test_a_run_on_it_learns_resumes_exactly_and_answers(
 ) -> None:
     out, resumed = tmp_path / "whole", tmp_path / "resumed"
     keys = [f"finetune.model={hub_folders[kind]}", f"dataset.path={labelled_files}/pairs.jsonl", "optimizer.lr=1e-3"]
-    plain = [f"model.{name}={value}" for name, value in (("hidden_size", 768), ("num_hidden_layers", 12))]
-    plain += ["model.num_attention_heads=12", "model.intermediate_size=3072", "model.max_position_embeddings=1024"]
-    result = finetune(labelled(out, *keys, *plain, "finetune.layer_lr_decay=0.9"))
+    result = finetune(labelled(out, *keys, *UNSET, "finetune.layer_lr_decay=0.9"))
     finetune(
         labelled(
-            resumed, *keys, *plain, "finetune.layer_lr_decay=0.9", f"trainer.resume_from_checkpoint={out}/checkpoints/4"
+            resumed, *keys, *UNSET, "finetune.layer_lr_decay=0.9", f"trainer.resume_from_checkpoint={out}/checkpoints/4"
         )
     )
     assert read_evaluations(resumed)[-1] == read_evaluations(out)[-1]
@@ -127,3 +138,35 @@ def test_other_uses_of_such_a_folder_are_refused(
         finetune(labelled(tmp_path / "x", f"finetune.model={hub_folders['bert']}"))
     with pytest.raises(ValueError, match="model_type 'bert', whose layout is not known"):
         neobert.load(hub_folders["bert"])
+
+
+def test_weights_that_a_file_lacks_are_an_error_and_not_random(hub_folders: dict[str, Path], tmp_path: Path) -> None:
+    folder = tmp_path / "half"
+    shutil.copytree(hub_folders["bert"], folder)
+    tensors = {name: x for name, x in load_file(folder / "model.safetensors").items() if "layer.1." not in name}
+    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(WeightsError, match=r"its weights lack .*layer\.1\..*, which its config.json describes"):
+        load_encoder_weights(folder, any_encoder=True)
+
+
+def test_frozen_layers_hold_the_tables_of_the_embeddings(hub_folders: dict[str, Path]) -> None:
+    found = load_encoder_weights(hub_folders["bert"], any_encoder=True)
+    head = HeadInfo(kind="classification", labels=("a", "b"), pooling="mean", max_length=32)
+    module = SequenceClassifier(build_encoder_of(found.config, ATTENTION["sdpa"]), head)
+    module.freeze_first(1)
+    trained = [name for name, p in module.named_parameters() if p.requires_grad]
+    assert not [name for name in trained if "layer.0." in name or name.endswith("_embeddings.weight")]
+    assert [name for name in trained if "layer.1." in name]
+
+
+@pytest.mark.parametrize("key", ["trainer.fp8=emulated", "trainer.bf16_residual=true"])
+def test_keys_about_blocks_of_ours_are_refused(
+    labelled: Labelled, hub_folders: dict[str, Path], tmp_path: Path, key: str
+) -> None:
+    name = key.split("=")[0]
+    with pytest.raises((StartupError, ConfigError), match=rf"{name}: "):
+        finetune(
+            labelled(
+                tmp_path / "x", f"finetune.model={hub_folders['bert']}", key, *UNSET, "trainer.mixed_precision=bf16"
+            )
+        )

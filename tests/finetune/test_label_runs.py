@@ -9,6 +9,7 @@ import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
@@ -27,7 +28,7 @@ from neobert.data.source import tables
 from neobert.data.source.hub import HubPin
 from neobert.data.tokenizer import load_tokenizer
 from neobert.errors import DataError, StartupError
-from neobert.finetune.job import finetune, read_evaluations
+from neobert.finetune.job import choose_best_line, finetune, read_evaluations
 from neobert.finetune.labelled_data import read_splits
 from neobert.finetune.labels import check_known, choose_kind, choose_labels, choose_weights, number_labels
 from neobert.objectives.label_answers import LabelledText, LabelledWords
@@ -359,3 +360,41 @@ def test_another_task_and_another_start_are_refused(
     pretrain(tiny(tmp_path / "run", "trainer.max_steps=1"))
     with pytest.raises(StartupError, match=r"task +fixed +"):
         finetune(labelled(tmp_path / "run", "trainer.resume_from_checkpoint=latest"))
+
+
+@pytest.mark.parametrize("score", ["n/a", "nan"])
+def test_labels_of_evaluation_rows_are_checked(labelled: Labelled, tmp_path: Path, score: str) -> None:
+    (tmp_path / "rows").mkdir()
+    train = [{"text": f"a {n}", "score": n / 3} for n in range(12)]
+    for name, rows in (("train", train), ("validation", [*train[:3], {"text": "x", "score": score}])):
+        (tmp_path / "rows" / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    with pytest.raises(DataError, match=r"validation.*row 4.*(not a number|no number)|regression"):
+        finetune(labelled(tmp_path / "out", f"dataset.path={tmp_path}/rows", "dataset.eval_samples=null"))
+
+
+def test_weights_of_classes_are_refused_where_the_labels_are_none() -> None:
+    with pytest.raises(DataError, match=r"finetune.class_weights: has no effect with finetune.kind: multilabel"):
+        choose_weights("balanced", "multilabel", ("a", "b"), [["a"], ["b", "a"]])
+
+
+def test_predictions_beside_an_average_are_those_of_the_weights(
+    labelled: Labelled, labelled_files: Path, tmp_path: Path
+) -> None:
+    data = f"dataset.path={labelled_files}/numbers.jsonl"
+    config = labelled(tmp_path / "run", data, "trainer.ema_decay=0.9", "trainer.max_steps=8")
+    result = finetune(config)
+    assert result.predictions is not None
+    labels = np.array([row.label for row in read_splits(config).evaluation], dtype=np.float64)
+    assert float(((result.predictions - labels) ** 2).mean()) == pytest.approx(result.metrics["loss"], rel=1e-4)
+    averages = [line["loss"] for line in read_log(tmp_path / "run") if line["kind"] == "eval_ema"]
+    assert averages
+    assert result.metrics["loss"] != pytest.approx(averages[-1], rel=1e-4)
+
+
+def read_log(folder: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()]
+
+
+def test_an_evaluation_that_is_not_finite_is_never_the_best() -> None:
+    lines = [{"step": 1, "criterion": float("nan")}, {"step": 2, "criterion": -0.5}]
+    assert choose_best_line(lines) == lines[1]

@@ -14,6 +14,7 @@ from children import fork, wait_for
 from task_folders import MakeConfig, write_task
 
 from neobert.config.schema import Config
+from neobert.glue.starts import choose_start_of
 from neobert.glue.suite import run_suite
 from neobert.train.loop import pretrain
 
@@ -107,3 +108,15 @@ def test_models_of_mnli_answer_what_they_were_not_evaluated_on(
     )
     (cell,) = run_suite(config, say=lambda text: None)["cells"]
     assert cell["metrics"]["validation_matched"] == cell["metrics"]["validation_mismatched"]
+
+
+def test_bags_of_two_models_are_two(
+    encoder: Path, tmp_path: Path, make_config: MakeConfig, tiny: Callable[..., Config]
+) -> None:
+    pretrain(tiny(tmp_path / "other", "trainer.max_steps=2", "trainer.eval_strategy=no"))
+    keys = ("glue.allow_random_weights=false", "tokenizer.path=null")
+    starts = [
+        choose_start_of(make_config(*keys, f"glue.model=bag:{model}"), tmp_path / "out")
+        for model in (encoder, tmp_path / "other")
+    ]
+    assert starts[0].identity != starts[1].identity

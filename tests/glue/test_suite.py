@@ -235,3 +235,22 @@ def test_labels_that_are_none_of_the_task_are_named(
     write_task(tmp_path / "tasks", "sst2", labelled=False)
     with pytest.raises(DataError, match=r"glue.data_dir: sst2, split .* label -1, not one of 0 to 1"):
         run(make_config("glue.tasks=[sst2]", f"glue.data_dir={tmp_path}/tasks"), fake)
+
+
+@pytest.mark.usefixtures("answers")
+def test_transfer_trains_mnli_again_where_only_its_score_was_kept(
+    make_config: MakeConfig, fake: FakeTraining, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(suite, "build_trained_start", lambda source: suite.ModelStart.none())
+    run(make_config("glue.tasks=[mnli, rte]"), fake)
+    before = len([c for c in fake.configs if "/mnli/" in c.trainer.output_dir])
+    run(make_config("glue.tasks=[mnli, rte]", "glue.transfer_from_task=true"), fake)
+    assert len([c for c in fake.configs if "/mnli/" in c.trainer.output_dir]) == 2 * before
+
+
+@pytest.mark.usefixtures("answers")
+def test_what_else_the_models_of_mnli_answer_is_no_part_of_its_protocol(
+    make_config: MakeConfig, fake: FakeTraining
+) -> None:
+    with_ax, alone = (run(make_config(f"glue.tasks={tasks}"), fake) for tasks in ("[mnli, ax]", "[mnli]"))
+    assert with_ax["tasks"]["mnli"]["digest"] == alone["tasks"]["mnli"]["digest"]
