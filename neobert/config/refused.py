@@ -127,7 +127,7 @@ REFUSED: dict[str, str] = {
     "scheduler.num_cycles": "has no effect: the cosine has one half period; remove it",
     "tokenizer.padding": "has no effect: rows are packed, or padded as datacollator.pad_to_multiple_of says; remove it",
     "trainer.early_stopping": "is written finetune.early_stopping, and has no meaning in pretraining: remove it",
-    "trainer.greater_is_better": "has no effect: evaluation loss is always better when smaller; remove it",
+    "trainer.greater_is_better": "has no effect: which way a metric is better is known; remove it",
     "trainer.load_best_model_at_end": "has no effect: every checkpoint of the run is kept apart; remove it",
     "trainer.metric_for_best_model": "is written finetune.metric; pretraining compares losses: remove it",
     "trainer.report_to": EXPLAINED["report_to"],
