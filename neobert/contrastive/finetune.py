@@ -16,7 +16,7 @@ from neobert.objectives.late_interaction import TOKENS
 from neobert.objectives.table import check_task
 from neobert.train.bind import bind_own, bind_source
 from neobert.train.loop import RunResult, train
-from neobert.train.machine import choose_compile, describe_precision
+from neobert.train.machine import describe_compute
 from neobert.train.run import Job, Run, build_run
 from neobert.train.start import choose_start, write_config
 from neobert.weights.folder import checkpoint_steps
@@ -84,9 +84,7 @@ def announce(run: Run) -> None:
     lines = [
         f"model     {config.model.name or 'NeoBERT'}: {model.num_hidden_layers} layers x {model.hidden_size}, "
         f"{sum(p.numel() for p in run.module.parameters()):,} parameters, {config.contrastive.pooling} pooling",
-        f"compute   {run.runtime.describe_device()}, {describe_precision(config)}, "
-        f"attention {run.attention.name} ({run.attention.kernel}), "
-        f"{'compiled' if choose_compile(config) else 'not compiled'}, {run.runtime.world} process(es)",
+        describe_compute(config, run.runtime, run.attention.describe()),
         f"batch     {run.rows_per_step} rows a step, each other's negatives: {rows} a process{cached}",
         f"budget    {run.num_steps:,} steps, {run.num_steps * run.rows_per_step / max(pairs, 1):.2f} times the "
         f"{pairs:,} rows of all sets",

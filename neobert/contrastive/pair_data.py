@@ -14,7 +14,7 @@ from neobert.contrastive.examples import FORM_NAMES, Form
 from neobert.contrastive.pair_order import PairLane, PairOrder, TrainSet, step_fractions
 from neobert.contrastive.prepare_sets import NamedSource, describe, is_same_source, list_sets_of
 from neobert.contrastive.set_folder import PairStore, SetInfo, list_sets, sets_folder
-from neobert.data.pipeline import Reader
+from neobert.data.pipeline import Reader, build_loader
 from neobert.data.rows.batch_size import BatchSchedule, constant_batch
 from neobert.data.rows.lanes import RowOrder, State
 from neobert.data.rows.loader import Loader, LoaderSettings, sum_counters
@@ -91,16 +91,8 @@ class ContrastiveData:
 
     def loader(self, state: State | None = None, skip: Sequence[tuple[int, int]] = (), step: int = 0) -> Loader:
         """The training batches of this rank from step `step` on, after `state` or from the start."""
-        return Loader(
-            lambda _: PairLane(self.sets, self.pair_order, self.tokenizer.encode_batch),
-            order=self.order,
-            settings=self.loader_settings,
-            collate=self.collate,
-            cls_id=self.tokenizer.cls_id,
-            sep_id=self.tokenizer.sep_id,
-            state=state,
-            skip=skip,
-            step=step,
+        return build_loader(
+            self, lambda _: PairLane(self.sets, self.pair_order, self.tokenizer.encode_batch), state, skip, step
         )
 
     def counters(self, state: State) -> dict[str, int]:
@@ -139,7 +131,8 @@ def build_contrastive_data(config: Config, tokenizer: Tokenizer, reader: Reader)
         sets=sets,
         held_out=held_out,
         pair_order=pair_order,
-        order=_build_row_order(config),
+        # A window is a step.
+        order=RowOrder.of_examples(seed=config.seed, window_documents=0, max_seq_length=config.dataset.max_seq_length),
         # All rows of a process are compared with each other.
         loader_settings=reader.loader_settings(
             data, batch=constant_batch(reader.rows_per_step), micro_batch_rows=reader.rows_per_step // reader.world
@@ -279,20 +272,6 @@ def _held_out(config: Config, chosen: ChosenSets) -> tuple[HeldOut, ...]:
             positive_prefix=_prefixes(config, item)[1],
         )
         for item, store, last in found
-    )
-
-
-def _build_row_order(config: Config) -> RowOrder:
-    return RowOrder(
-        seed=config.seed,
-        num_lanes=1,
-        window_documents=0,  # A window is a step.
-        max_seq_length=config.dataset.max_seq_length,
-        min_length=0,
-        truncate=True,
-        shuffle=True,
-        max_document_chars=0,
-        packing="none",
     )
 
 

@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 
@@ -21,8 +21,8 @@ from neobert.data.fingerprint import combine, fits
 from neobert.data.rows.batch_size import BatchSchedule, build_batch_schedule
 from neobert.data.rows.collate import Collator, bound_segments
 from neobert.data.rows.evaluation import EvalSet, choose_evaluation
-from neobert.data.rows.lanes import RowOrder, State
-from neobert.data.rows.loader import Loader, LoaderSettings, sum_counters
+from neobert.data.rows.lanes import Lane, RowOrder, State
+from neobert.data.rows.loader import Collate, Loader, LoaderSettings, sum_counters
 from neobert.data.rows.packing import max_segments_per_row
 from neobert.data.rows.training import TrainData, build_row_order, build_train
 from neobert.data.source.inventory import NO_FILES, Inventory
@@ -78,6 +78,43 @@ def choose_num_workers(world: int) -> int:
     from 1 to 4. The tokenizer uses the other cores by itself."""
     local = min(world, int(os.environ.get("LOCAL_WORLD_SIZE", "1")))
     return max(1, min(4, available_cpus() // local // 4))
+
+
+class RowsInOrder(Protocol):
+    """What a loader needs of the data of a run, beside what opens its lanes."""
+
+    @property
+    def tokenizer(self) -> Tokenizer: ...
+
+    @property
+    def order(self) -> RowOrder: ...
+
+    @property
+    def loader_settings(self) -> LoaderSettings: ...
+
+    @property
+    def collate(self) -> Collate: ...
+
+
+def build_loader(
+    data: RowsInOrder,
+    open_lane: Callable[[int], Lane],
+    state: State | None,
+    skip: Sequence[tuple[int, int]],
+    step: int,
+) -> Loader:
+    """The loader of such data; arguments as of `Loader`."""
+    return Loader(
+        open_lane,
+        order=data.order,
+        settings=data.loader_settings,
+        collate=data.collate,
+        cls_id=data.tokenizer.cls_id,
+        sep_id=data.tokenizer.sep_id,
+        state=state,
+        skip=skip,
+        step=step,
+    )
 
 
 _ENTROPY_TOKENS = 50_000_000
@@ -144,17 +181,7 @@ class DataPipeline:
         Rows whose numbers are in one of the half-open ranges of `skip` are skipped. The first batch is that of step
         `step`, counted from 0.
         """
-        return Loader(
-            self.train.lane_opener(),
-            order=self.order,
-            settings=self.loader_settings,
-            collate=self.collate,
-            cls_id=self.tokenizer.cls_id,
-            sep_id=self.tokenizer.sep_id,
-            state=state,
-            skip=skip,
-            step=step,
-        )
+        return build_loader(self, self.train.lane_opener(), state, skip, step)
 
     def eval_batches(self) -> Iterator[PackedBatch]:
         """This rank's part of the evaluation; as many batches on every rank, none without evaluation data."""

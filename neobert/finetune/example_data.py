@@ -4,7 +4,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 from neobert.config.schema import Config
-from neobert.data.pipeline import Reader
+from neobert.data.pipeline import Reader, build_loader
 from neobert.data.rows.batch_size import BatchSchedule, constant_batch
 from neobert.data.rows.lanes import RowOrder, State
 from neobert.data.rows.loader import Loader, LoaderSettings, sum_counters
@@ -60,17 +60,7 @@ class FinetuneData:
 
     def loader(self, state: State | None = None, skip: Sequence[tuple[int, int]] = (), step: int = 0) -> Loader:
         """The training batches of this rank from step `step` on, after `state` or from the start."""
-        return Loader(
-            lambda _: ExampleLane(self.train, self.order.seed),
-            order=self.order,
-            settings=self.loader_settings,
-            collate=self.collate,
-            cls_id=self.tokenizer.cls_id,
-            sep_id=self.tokenizer.sep_id,
-            state=state,
-            skip=skip,
-            step=step,
-        )
+        return build_loader(self, lambda _: ExampleLane(self.train, self.order.seed), state, skip, step)
 
     def counters(self, state: State) -> dict[str, int]:
         return sum_counters(state)
@@ -91,17 +81,7 @@ def build_finetune_data(config: Config, tokenizer: Tokenizer, reader: Reader) ->
         tokenizer=tokenizer,
         train=train,
         evaluation=evaluation,
-        order=RowOrder(
-            seed=config.seed,
-            num_lanes=1,
-            window_documents=WINDOW_ROWS,
-            max_seq_length=length,
-            min_length=0,
-            truncate=True,
-            shuffle=True,
-            max_document_chars=0,
-            packing="none",
-        ),
+        order=RowOrder.of_examples(seed=config.seed, window_documents=WINDOW_ROWS, max_seq_length=length),
         loader_settings=reader.loader_settings(
             config.dataset, batch=constant_batch(reader.rows_per_step), micro_batch_rows=config.trainer.micro_batch_rows
         ),

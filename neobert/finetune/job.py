@@ -21,7 +21,7 @@ from neobert.train.agreement import agree
 from neobert.train.bind import bind_own, bind_source
 from neobert.train.checkpoint.retention import BEST
 from neobert.train.loop import train
-from neobert.train.machine import choose_compile, describe_precision
+from neobert.train.machine import describe_compute
 from neobert.train.run import Job, Run, build_run
 from neobert.train.start import choose_start, write_config
 
@@ -129,9 +129,7 @@ def announce(run: Run) -> None:
     lines = [
         f"model     {config.model.name or 'NeoBERT'}: {model.num_hidden_layers} layers x {model.hidden_size}, "
         f"{total:,} parameters, {trained:,} of them trained",
-        f"compute   {run.runtime.describe_device()}, {describe_precision(config)}, "
-        f"{_describe_attention(run)}, "
-        f"{'compiled' if choose_compile(config) else 'not compiled'}, {run.runtime.world} process(es)",
+        describe_compute(config, run.runtime, _describe_attention(run)),
         f"labels    {describe_labels(config)}",
         f"batch     {rows} rows a step, {config.trainer.micro_batch_rows} at a time through a process",
         f"budget    {run.num_steps:,} steps, {run.num_steps * rows / max(run.data.num_rows or 0, 1):.2f} epochs of "
@@ -147,7 +145,7 @@ def announce(run: Run) -> None:
 def _describe_attention(run: Run) -> str:
     if run.model_config.hub_config is not None:
         return f"{run.model_config.hub_config['model_type']} of transformers, padded"
-    return f"attention {run.attention.name} ({run.attention.kernel})"
+    return run.attention.describe()
 
 
 def next_commands(run: Run) -> list[str]:

@@ -81,6 +81,10 @@ class AttentionBackend:
     problem: FindProblem = lambda device, dtype, head_dim=None: None
     """By default it runs everywhere."""
 
+    def describe(self) -> str:
+        """For the log."""
+        return f"attention {self.name} ({self.kernel})"
+
 
 def choose_attention(
     name: str, *, device: torch.device, dtype: torch.dtype, head_dim: int | None = None

@@ -181,6 +181,13 @@ def describe_precision(config: Config) -> str:
     return name if config.trainer.fp8 == "no" else f"{name}, fp8 products ({config.trainer.fp8})"
 
 
+def describe_compute(config: Config, runtime: Runtime, *parts: str) -> str:
+    """The line of a run's start about what computes: `parts` are what the objective says, such as the attention."""
+    compiled = "compiled" if choose_compile(config) else "not compiled"
+    said = [runtime.describe_device(), describe_precision(config), *parts, compiled, f"{runtime.world} process(es)"]
+    return f"compute   {', '.join(said)}"
+
+
 def choose_compile(config: Config) -> bool:
     """Whether blocks are compiled: `trainer.torch_compile`, and null on a GPU, where no batch has another shape."""
     if config.trainer.torch_compile is not None:

@@ -19,7 +19,7 @@ from neobert.objectives.base import Answer, Answers, EvalMetrics, EvalSums
 from neobert.objectives.table import load_part
 from neobert.train.agreement import exchange
 from neobert.train.checkpoint.replicas import check_replicas
-from neobert.train.machine import choose_compile, describe_precision
+from neobert.train.machine import describe_compute
 from neobert.train.memory import memory_explained
 from neobert.train.run import Job, Run
 from neobert.train.start import write_config
@@ -133,10 +133,12 @@ def announce(run: Run) -> None:
         f"model     {config.model.name or 'NeoBERT'}: {model.num_hidden_layers} layers x {model.hidden_size}, "
         f"{model.num_attention_heads} heads, {total:,} parameters ({total - embeddings:,} without the vocabulary)",
         f"          at most {flops / 1e6:,.1f} MFLOP a token forward and backward (documents of {length} tokens)",
-        f"compute   {run.runtime.describe_device()}, {describe_precision(config)}, "
-        f"attention {run.attention.name} ({run.attention.kernel}), "
-        f"{f'loss kernel {kernel}, ' if objective.predicts_tokens else ''}"
-        f"{'compiled' if choose_compile(config) else 'not compiled'}, {run.runtime.world} process(es)",
+        describe_compute(
+            config,
+            run.runtime,
+            run.attention.describe(),
+            *([f"loss kernel {kernel}"] if objective.predicts_tokens else []),
+        ),
         f"tokens    vocabulary {run.tokenizer.size:,}, embedding rows {model.vocab_size:,}",
         f"batch     {config.trainer.micro_batch_rows} rows x {accumulation} micro-batches x "
         f"{run.runtime.world} process(es) = {run.rows_per_step} rows of {length} = {slots:,} slots a step",

@@ -20,7 +20,7 @@ process and every resume finds the same number, and the data state holds it.
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from typing import Any, Literal, Protocol
+from typing import Any, Literal, Protocol, Self
 
 import numpy as np
 from numpy.typing import NDArray
@@ -128,6 +128,20 @@ class RowOrder:
     packing: Literal["best_fit", "next_fit", "none"]
     """best_fit: full rows planned over a window. next_fit: each micro-batch packs its documents without looking ahead.
     none: one document per row."""
+
+    @classmethod
+    def of_examples(cls, *, seed: int, window_documents: int, max_seq_length: int) -> Self:
+        """Of examples that are rows of their own, in one shuffled lane."""
+        return cls(
+            seed=seed,
+            num_lanes=1,
+            window_documents=window_documents,
+            max_seq_length=max_seq_length,
+            min_length=0,
+            truncate=True,
+            max_document_chars=0,
+            packing="none",
+        )
 
     def plan(self, pieces: list[Piece], order_key: int) -> list[list[Piece]]:
         """The pieces of a window as rows, in an order that the key decides; next_fit packs them later."""
