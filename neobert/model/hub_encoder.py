@@ -57,16 +57,21 @@ class HubEncoder(Encoder):
         """Hidden states `[B * S, H]` of tokens `[B, S]`; see `Encoder.forward`."""
         ids_T, device = input_ids.flatten().long(), input_ids.device
         # On a CPU padding costs what tokens cost; on a GPU a few rows more or less cost nothing.
-        groups, place_T = plan_rows(segments.cu_seqlens_cpu, shortest=0.75 if device.type == "cpu" else 0.0)
-        hidden = [self._run(ids_T, slots_NL.to(device)) for slots_NL in groups]
+        groups, place_T = plan_rows(
+            segments.cu_seqlens_cpu, segments.ids.flatten().cpu() > 0, shortest=0.75 if device.type == "cpu" else 0.0
+        )
+        # Once for all groups: each lookup has a gradient as large as the table.
+        rows_TH = self.embedding(ids_T)
+        hidden = [self._run(ids_T, rows_TH, slots_NL.to(device)) for slots_NL in groups]
         return torch.cat(hidden).index_select(0, place_T.to(device))
 
-    def _run(self, ids_T: Tensor, slots_NL: Tensor) -> Tensor:
+    def _run(self, ids_T: Tensor, rows_TH: Tensor, slots_NL: Tensor) -> Tensor:
         """Hidden states `[N * L, H]` of rows of slots, -1 for padding."""
         is_token_NL = slots_NL >= 0
-        ids_NL = ids_T[slots_NL.clamp(min=0)].masked_fill(~is_token_NL, self.config.pad_token_id)
-        arguments = {"input_ids": ids_NL, "attention_mask": is_token_NL.long()}
+        inputs_NLH = rows_TH.index_select(0, slots_NL.clamp(min=0).flatten()).unflatten(0, slots_NL.shape)
+        arguments = {"inputs_embeds": inputs_NLH, "attention_mask": is_token_NL.long()}
         if self._has_types:
+            ids_NL = ids_T[slots_NL.clamp(min=0)]
             last_N1 = ids_NL.gather(1, is_token_NL.sum(1, keepdim=True) - 1)
             is_end_NL = ((ids_NL == last_N1) & is_token_NL).long()
             arguments["token_type_ids"] = (is_end_NL.cumsum(1) - is_end_NL).clamp(max=1) * is_token_NL
@@ -79,11 +84,16 @@ class HubEncoder(Encoder):
         return 6 * weights + 12 * self.config.hidden_size * attended_length * len(self.layers)
 
 
-def plan_rows(borders: Tensor, *, shortest: float) -> tuple[list[Tensor], Tensor]:
-    """Segments as padded rows, those of like lengths together, and where the hidden state of each slot then is.
+_FEWEST_SLOTS = 512
+"""Slots of a group, if there are so many: products of fewer rows take hardly less time."""
+
+
+def plan_rows(borders: Tensor, is_text_T: Tensor, *, shortest: float) -> tuple[list[Tensor], Tensor]:
+    """Texts as padded rows, those of like lengths together, and where the hidden state of each slot then is.
 
     Args:
         borders: of the segments, on the host: `Segments.cu_seqlens_cpu`.
+        is_text_T: false for slots of padding, which no row is made of; their hidden states are those of a token.
         shortest: length of the shortest row of a group, as a fraction of the longest; 0 makes one group.
 
     Returns:
@@ -91,14 +101,15 @@ def plan_rows(borders: Tensor, *, shortest: float) -> tuple[list[Tensor], Tensor
         each slot among the tokens and paddings of all groups.
     """
     lengths = borders.diff()
-    is_real = lengths > 0
+    is_real = (lengths > 0) & is_text_T[borders[:-1].long().clamp(max=len(is_text_T) - 1)]
     starts, lengths = borders[:-1][is_real].long(), lengths[is_real].long()
     order = torch.argsort(lengths, descending=True, stable=True)
-    place_T = torch.empty(int(lengths.sum()), dtype=torch.int64)
+    place_T = torch.zeros_like(is_text_T, dtype=torch.int64)
     groups, first, base = list[Tensor](), 0, 0
     while first < len(order):
         longest = int(lengths[order[first]])
         inside = int((lengths[order[first:]] >= shortest * longest).sum())
+        inside = max(inside, _FEWEST_SLOTS // longest)  # All that are left, if these are fewer.
         chosen = order[first : first + inside]
         offsets_L = torch.arange(longest)
         slots_NL = torch.where(offsets_L < lengths[chosen][:, None], starts[chosen][:, None] + offsets_L, -1)

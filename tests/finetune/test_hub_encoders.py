@@ -31,7 +31,7 @@ from neobert.export.write import ExportError, ExportRequest, export
 from neobert.finetune.job import finetune, read_evaluations
 from neobert.inference.packed import hidden_states
 from neobert.model.attention import ATTENTION
-from neobert.model.hub_encoder import build_encoder_of
+from neobert.model.hub_encoder import build_encoder_of, plan_rows
 from neobert.objectives.base import ObjectiveModule
 from neobert.objectives.classification import HeadInfo, SequenceClassifier
 from neobert.objectives.labelled_rows import encode_rows
@@ -170,3 +170,16 @@ def test_keys_about_blocks_of_ours_are_refused(
                 tmp_path / "x", f"finetune.model={hub_folders['bert']}", key, *UNSET, "trainer.mixed_precision=bf16"
             )
         )
+
+
+def test_rows_of_a_batch_are_few_groups_without_its_padding() -> None:
+    lengths = [40, 8, 9, 300, 290, 3]
+    borders = torch.tensor([0, *np.cumsum(lengths)])
+    is_text = torch.ones(sum(lengths), dtype=torch.bool)
+    is_text[-3:] = False
+    groups, place = plan_rows(borders, is_text, shortest=0.75)
+    # 300 and 290 are alike; the rest is too little for a product of its own kind each.
+    assert [tuple(group.shape) for group in groups] == [(2, 300), (3, 40)]
+    slots = torch.cat([group.flatten() for group in groups])
+    assert slots[place[:-3]].tolist() == list(range(sum(lengths) - 3))
+    assert not (slots >= sum(lengths) - 3).any()
