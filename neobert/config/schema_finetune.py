@@ -52,6 +52,11 @@ class FinetuneSection:
     """Weight of each label in the loss: balanced (rows / (labels x rows of the label)), or a list of numbers in the
     order of the labels. null (or none): all alike."""
 
+    # Read by a fresh start only: free.
+    initial_score: float | None = key(None, needs="finetune.kind=auto|regression", resume="free")
+    """What a model of numbers answers before it has learned: the bias of its last layer at the start. null: the mean of
+    the labels of the training rows, which the run writes into its config."""
+
     # It groups the weights of the optimizer.
     layer_lr_decay: float | None = key(None, above=0, at_most=1, resume="fixed")
     """The learning rate of each block is this many times that of the block after it; the head has the full one, the

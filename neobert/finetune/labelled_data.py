@@ -27,7 +27,14 @@ from neobert.data.source.splits import (
 )
 from neobert.data.source.tables import RawRow, open_tables
 from neobert.errors import DataError
-from neobert.finetune.labels import check_known, check_metric, choose_kind, choose_labels, choose_weights
+from neobert.finetune.labels import (
+    check_known,
+    check_metric,
+    choose_initial_score,
+    choose_kind,
+    choose_labels,
+    choose_weights,
+)
 
 TEXTS = ("text", "sentence", "sentence1", "premise", "question", "question1", "query", "anchor", "content")
 """Columns of a text, the first that is there."""
@@ -252,6 +259,7 @@ def bind_labels(config: Config, splits: LabelledSplits) -> Config:
     evaluated = [(x.location, x.label) for x in splits.evaluation]
     choose_kind(kind, evaluated, is_words=splits.is_words)
     check_known(kind, labels, evaluated)
+    train_labels = [x.label for x in splits.train]
     bound = replace(
         section,
         kind=kind,
@@ -259,6 +267,7 @@ def bind_labels(config: Config, splits: LabelledSplits) -> Config:
         text_column=splits.columns.text,
         pair_column=splits.columns.pair,
         label_column=splits.columns.label,
-        class_weights=choose_weights(section.class_weights, kind, labels, [x.label for x in splits.train]),
+        class_weights=choose_weights(section.class_weights, kind, labels, train_labels),
+        initial_score=choose_initial_score(section.initial_score, kind, train_labels),
     )
     return replace(config, finetune=bound)

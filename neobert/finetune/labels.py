@@ -239,6 +239,22 @@ def _one_hot(numbers: Sequence[int], size: int) -> NDArray[np.float32]:
     return values
 
 
+def choose_initial_score(requested: float | None, kind: Kind, labels: Sequence[Any]) -> float | None:
+    """What a regression answers before it learned: the requested number, or the mean of the labels; None for other
+    kinds.
+
+    Raises:
+        DataError: it is requested for labels that are no numbers.
+    """
+    if kind != "regression":
+        if requested is not None:
+            raise DataError(
+                f"finetune.initial_score: has no effect with finetune.kind: {kind}, as the labels are; remove it"
+            )
+        return None
+    return requested if requested is not None else math.fsum(map(float, labels)) / len(labels)
+
+
 def choose_weights(
     requested: str | tuple[str, ...] | None, kind: Kind, labels: Sequence[str], rows: Sequence[Any]
 ) -> tuple[str, ...] | None:

@@ -30,7 +30,14 @@ from neobert.data.tokenizer import load_tokenizer
 from neobert.errors import DataError, StartupError
 from neobert.finetune.job import choose_best_line, finetune, read_evaluations
 from neobert.finetune.labelled_data import read_splits
-from neobert.finetune.labels import check_known, choose_kind, choose_labels, choose_weights, number_labels
+from neobert.finetune.labels import (
+    check_known,
+    choose_initial_score,
+    choose_kind,
+    choose_labels,
+    choose_weights,
+    number_labels,
+)
 from neobert.objectives.label_answers import LabelledText, LabelledWords
 from neobert.objectives.labelled_rows import encode_rows, encode_words
 from neobert.train.loop import pretrain
@@ -204,6 +211,18 @@ def test_several_seeds_are_several_runs_and_a_table(
         finetune(load_config(file))
 
 
+@pytest.mark.parametrize("score", [None, 40.0])
+def test_numbers_start_at_the_mean_of_the_labels_or_where_it_is_said(
+    labelled: Labelled, labelled_files: Path, tmp_path: Path, score: float | None
+) -> None:
+    overrides = [f"dataset.path={labelled_files}/numbers.jsonl", "trainer.max_steps=1", "trainer.save_strategy=no"]
+    finetune(labelled(tmp_path, *overrides, *([] if score is None else [f"finetune.initial_score={score}"])))
+    expected = load_config(tmp_path / "config.yaml").finetune.initial_score
+    assert expected is not None and (expected == score if score else 1.0 < expected < 1.5)
+    answers = np.load(tmp_path / "predictions/0.npz")
+    assert abs(float(answers["predictions"].mean()) - expected) < 0.2
+
+
 def test_class_weights_balance_the_labels() -> None:
     labels = ("a", "b")
     weights = choose_weights("balanced", "classification", labels, ["a", "a", "a", "b"])
@@ -373,6 +392,8 @@ def test_labels_of_evaluation_rows_are_checked(labelled: Labelled, tmp_path: Pat
 
 
 def test_weights_of_classes_are_refused_where_the_labels_are_none() -> None:
+    with pytest.raises(DataError, match=r"finetune.initial_score: has no effect with finetune.kind: classification"):
+        choose_initial_score(1.0, "classification", ["a"])
     with pytest.raises(DataError, match=r"finetune.class_weights: has no effect with finetune.kind: multilabel"):
         choose_weights("balanced", "multilabel", ("a", "b"), [["a"], ["b", "a"]])
 

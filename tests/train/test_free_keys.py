@@ -141,6 +141,7 @@ UNTRIED: dict[str, str] = {
     "contrastive.allow_random_weights": _TUNING,
     "finetune.model": "a run that is resumed has its weights from its checkpoint",
     "finetune.allow_random_weights": "a run that is resumed has its weights from its checkpoint",
+    "finetune.initial_score": "a run that is resumed has its weights from its checkpoint",
     "finetune.seeds": "are several runs, each with a seed of its own",
     **dict.fromkeys((key for key in FIELDS if key.startswith("glue.")), "is of a suite, not of a run"),
 }
