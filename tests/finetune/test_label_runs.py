@@ -218,7 +218,8 @@ def test_numbers_start_at_the_mean_of_the_labels_or_where_it_is_said(
     overrides = [f"dataset.path={labelled_files}/numbers.jsonl", "trainer.max_steps=1", "trainer.save_strategy=no"]
     finetune(labelled(tmp_path, *overrides, *([] if score is None else [f"finetune.initial_score={score}"])))
     expected = load_config(tmp_path / "config.yaml").finetune.initial_score
-    assert expected is not None and (expected == score if score else 1.0 < expected < 1.5)
+    assert expected is not None
+    assert expected == score if score else 1.0 < expected < 1.5
     answers = np.load(tmp_path / "predictions/0.npz")
     assert abs(float(answers["predictions"].mean()) - expected) < 0.2
 
