@@ -1,6 +1,7 @@
 """Fine-tuning on labels: the training loop of pretraining with labelled rows, a head, and another evaluation."""
 
 import shlex
+import math
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -63,7 +64,7 @@ def finetune(config: Config) -> FinetuneResult:
     start = time.monotonic()
     result = train(build_run(config))
     output_dir = Path(config.trainer.output_dir)
-    best = choose_best_line(read_evaluations(output_dir))
+    best = choose_best_line(read_evaluations(output_dir), config.finetune.metric)
     return FinetuneResult(
         best_step=None if best is None else best["step"],
         metrics={} if best is None else {**best["metrics"], "loss": best["loss"]},
@@ -82,11 +83,17 @@ def read_evaluations(output_dir: Path) -> list[dict[str, Any]]:
     return [*{line["step"]: line for line in lines if line["kind"] == "eval"}.values()]
 
 
-def choose_best_line(lines: Sequence[dict[str, Any]]) -> dict[str, Any] | None:
-    """The best evaluation, the earlier one of two; that of the initial weights only where there is no other."""
+def choose_best_line(lines: Sequence[dict[str, Any]], metric: str | None) -> dict[str, Any] | None:
+    """The best evaluation by `finetune.metric`, the earlier one of two; that of the initial weights only where there is
+    no other. Lines of a run that had another metric are compared by this one, where they have it."""
+
+    def score(line: dict[str, Any]) -> float:
+        values = {**line["metrics"], "loss": -line["loss"]}
+        return float(values.get(metric or next(iter(values)), math.nan))
+
     trained = [line for line in lines if line["step"]]
-    known = [line for line in trained or lines if line["criterion"] == line["criterion"]]  # Without NaN.
-    return min(known, key=lambda line: (line["criterion"], line["step"]), default=None)
+    known = [line for line in trained or lines if not math.isnan(score(line))]
+    return max(known, key=lambda line: (score(line), -line["step"]), default=None)
 
 
 def is_done(run: Run) -> bool:
@@ -97,7 +104,7 @@ def is_done(run: Run) -> bool:
 
     def decide() -> bool:
         lines = [line for line in read_evaluations(run.output_dir) if line["step"]]
-        best = choose_best_line(lines)
+        best = choose_best_line(lines, run.config.finetune.metric)
         return best is not None and sum(line["step"] > best["step"] for line in lines) >= patience
 
     return agree(run.runtime, decide)

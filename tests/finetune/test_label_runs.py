@@ -418,5 +418,8 @@ def read_log(folder: Path) -> list[dict[str, Any]]:
 
 
 def test_an_evaluation_that_is_not_finite_is_never_the_best() -> None:
-    lines = [{"step": 1, "criterion": float("nan")}, {"step": 2, "criterion": -0.5}]
-    assert choose_best_line(lines) == lines[1]
+    scores = [(2.0, float("nan")), (3.0, 0.5), (1.0, 0.4)]
+    lines = [{"step": step, "loss": loss, "metrics": {"mcc": mcc}} for step, (loss, mcc) in enumerate(scores, 1)]
+    assert choose_best_line(lines, None) == choose_best_line(lines, "mcc") == lines[1]
+    assert choose_best_line(lines, "loss") == lines[2]
+    assert choose_best_line(lines, "accuracy") is None
