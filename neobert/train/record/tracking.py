@@ -19,6 +19,7 @@ from neobert.model.peak import peak_flops
 from neobert.objectives.base import EvalMetrics, ObjectiveModule
 from neobert.objectives.mlm import perplexity
 from neobert.objectives.table import choose_objective
+from neobert.optim.sharded_weights import whole
 from neobert.secrets import scrub_config
 from neobert.train.agreement import exchange
 from neobert.train.checkpoint.audit import RankLayout, ReplayAudit, ReplayDiverged, is_first_attempt, read_layout
@@ -360,7 +361,7 @@ class Tracker:
 
     def _weight_norm(self) -> float:
         norms = torch._foreach_norm([p.detach() for p in self._module.parameters()])
-        return torch.linalg.vector_norm(torch.stack(norms)).item()
+        return whole(torch.linalg.vector_norm(torch.stack(norms))).item()
 
     def _describe(self, step: int, values: dict[str, float]) -> str:
         parts = [f"train step {step:>7,}", f"loss {values['train/loss']:.4f}"]
