@@ -7,7 +7,7 @@ from collections.abc import Iterable
 
 import torch
 from torch import Tensor
-from torch.distributed.tensor import DTensor, distribute_tensor
+from torch.distributed.tensor import DTensor, Partial, distribute_tensor
 
 
 def is_sharded(tensor: Tensor) -> bool:
@@ -31,6 +31,15 @@ def shard_like(full: Tensor, like: Tensor) -> Tensor:
     if not isinstance(like, DTensor):
         return moved
     return distribute_tensor(moved, like.device_mesh, like.placements, src_data_rank=None)
+
+
+def sum_over_shards(values: list[Tensor], like: Tensor) -> list[Tensor]:
+    """Scalars that each rank has of its part of tensors sharded as `like`, summed over the parts; of plain tensors the
+    scalars as they are. Collective, once for all."""
+    if not isinstance(like, DTensor):
+        return values
+    placements = [Partial() if placement.is_shard() else placement for placement in like.placements]
+    return list(DTensor.from_local(torch.stack(values), like.device_mesh, placements).full_tensor().unbind())
 
 
 def first_row(tensor: DTensor) -> int:

@@ -29,7 +29,7 @@ def train_on(world: int, config: Config, folder: Path) -> None:
 def build(tiny: Tiny, out: Path, world: int, *more: str, accumulation: int = 1) -> Config:
     rows = ROWS // world // accumulation
     batch = [f"trainer.global_batch_size={ROWS}", f"trainer.per_device_train_batch_size={rows}"]
-    return tiny(out, "trainer.max_steps=4", "trainer.save_steps=2", "trainer.fill_mask_texts=[]", *batch, *more)
+    return tiny(out, "trainer.max_steps=4", "trainer.save_steps=2", *batch, *more)
 
 
 def check_same_run(one: Path, other: Path) -> None:
@@ -56,3 +56,23 @@ def test_fsdp2_equals_one_process(tiny: Tiny, tmp_path: Path) -> None:
     train_on(1, build(tiny, one, 1), tmp_path)
     train_on(2, build(tiny, two, 2, "trainer.parallel=fsdp2"), tmp_path)
     check_same_run(one, two)
+
+
+CASES = [
+    ("fsdp2", 2, 3, ["datacollator.pack_sequences=false", "optimizer.name=stable_adamw"]),
+    ("fsdp2", 2, 1, ["trainer.objective=replaced_token"]),
+    ("fsdp2", 2, 1, ["trainer.mixed_precision=bf16"]),
+    ("hsdp", 4, 1, []),
+    ("fsdp2", 2, 1, ["trainer.mixed_precision=bf16", "trainer.fp8=emulated"]),
+]
+
+
+@pytest.mark.parametrize("case", CASES, ids=lambda case: f"{case[0]}-{case[1]}-{case[2]}-{'-'.join(case[3])}")
+def test_cases(tiny: Tiny, tmp_path: Path, case) -> None:
+    engine, world, accumulation, more = case
+    one, other = tmp_path / "one", tmp_path / "other"
+    own = [x for x in more if "shard" not in x]
+    train_on(1, build(tiny, one, 1, *own), tmp_path)
+    train_on(world, build(tiny, other, world, f"trainer.parallel={engine}", *more, accumulation=accumulation), tmp_path)
+    check_same_run(one, other)
+    assert (other / "checkpoints/4/optimizer").exists() == (engine != "ddp")
