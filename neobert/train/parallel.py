@@ -2,13 +2,13 @@
 
 | engine | weights, gradients, optimizer state on a process | exchanged in a step |
 |---|---|---|
-| `ddp` | all of each | gradients, once (all-reduce) |
-| `fsdp2` | 1/R of each for R processes, and one block as a whole while it computes | weights twice, gradients once |
-| `hsdp` | 1/S of each within groups of S processes, which are copies of each other | the same within a group, and the gradient shards between groups |
+| `ddp` | all of each | gradients, once |
+| `fsdp2` | 1/R of each for R processes, and a whole block while it computes | weights twice, gradients once |
+| `hsdp` | 1/S of each for groups of S processes, which are copies | the same in a group, then gradient shards |
 
-DistributedDataParallel comes from Accelerate, `fully_shard` (FSDP2) straight from torch: Accelerate's FSDP2 runs on GPUs
-only (on a CPU it trains with DDP and says nothing), takes model and optimizer together, and refuses weights that are
-used twice, as a tied vocabulary matrix is. So one code shards over gloo and NCCL.
+DistributedDataParallel comes from Accelerate, `fully_shard` (FSDP2) straight from torch: Accelerate's FSDP2 runs on
+GPUs only (on a CPU it trains with DDP and says nothing), takes model and optimizer together, and refuses weights that
+are used twice, as a tied vocabulary matrix is. So one code shards over gloo and NCCL.
 
 Every block is a unit of its own, and what is outside of blocks (embeddings, vocabulary projection, last norm) is one
 more: it is gathered when the forward pass starts and freed when its gradients are there. In bf16 blocks are gathered in

@@ -57,7 +57,8 @@ from neobert.train.checkpoint.replicas import compare_tensors, list_tensors
 from neobert.train.checkpoint.retention import name_test
 from neobert.train.compile_check import check_compiled_gradients
 from neobert.train.initial import bind_initial, choose_hub_encoder, copy_initial_weights
-from neobert.train.machine import Runtime, bind_precision, build_runtime, check_launcher, check_runtime
+from neobert.train.launcher import bind_launcher
+from neobert.train.machine import Runtime, bind_precision, build_runtime, check_runtime
 from neobert.train.micro_batch import bind_micro_batch, choose_kept
 from neobert.train.numerics import Guard
 from neobert.train.parallel import Engine, choose_engine
@@ -313,11 +314,13 @@ def build_run(config: Config) -> Run:
             remedy.
     """
     job: Job = load_part(choose_objective(config).job)
-    check_launcher(config)
+    config, asked = bind_launcher(config)
     runtime = build_runtime(config)
     with sharing_errors(runtime):
         setup, initial = open_run(job.bind(config), runtime)
         config, tokenizer, runtime = setup.config, setup.tokenizer, setup.runtime
+        for sentence in asked:
+            setup.reporter.say(sentence)
         objective = choose_objective(config)
         data = job.build_data(config, tokenizer, setup.reader)
         num_steps = choose_num_steps(config, data)
