@@ -54,3 +54,8 @@ def check_parallel(config: Config) -> Iterator[str]:
             f"trainer.bf16_residual: true keeps a bf16 copy of all weights, and trainer.parallel: {engine} gathers "
             f"them in bf16 block by block; {remedy} trainer.bf16_residual: false"
         )
+    if config.wandb.watch != "off":
+        yield (
+            f"wandb.watch: {config.wandb.watch} needs whole gradients, and trainer.parallel: {engine} leaves a process "
+            f"a part of each; {remedy} wandb.watch: off and trainer.log_statistics: true"
+        )

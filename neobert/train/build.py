@@ -236,15 +236,26 @@ def build_module(
     return choose_objective(config).build_module(encoder, config, kernel).to(runtime.device)
 
 
+@torch.no_grad()
 def gather_module(
-    config: Config, model_config: ModelConfig, attention: AttentionBackend, runtime: Runtime, module: ObjectiveModule
+    config: Config,
+    model_config: ModelConfig,
+    attention: AttentionBackend,
+    runtime: Runtime,
+    module: ObjectiveModule,
+    *,
+    keep: bool,
 ) -> ObjectiveModule:
-    """`module`; where its weights are sharded, a copy with all of them on every rank. Collective."""
+    """`module`; where its weights are sharded, a copy with all of them on the ranks that `keep` one. Collective."""
     weights = module.state_dict()
     if not any(map(is_sharded, weights.values())):
         return module
-    copy = build_module(config, model_config, attention, runtime).train(module.training)
-    copy.load_state_dict({name: whole(weight) for name, weight in weights.items()})
+    copy = build_module(config, model_config, attention, runtime).train(module.training) if keep else module
+    targets = copy.state_dict() if keep else {}
+    for name, weight in weights.items():
+        full = whole(weight)
+        if keep:
+            targets[name].copy_(full)
     return copy
 
 

@@ -28,7 +28,7 @@ def _answer(run: Run, model: Model) -> Sequence[Answer]:
     if texts is None:
         return run.job.show(run, model)
     answers: Answers = load_part(run.objective.answers)
-    return answers.answer(model, texts, top_k=SHOWN, joint=False) if texts else ()
+    return answers.answer(model, texts, top_k=SHOWN, joint=False)
 
 
 def finish(run: Run, state: TrainState) -> None:
@@ -45,9 +45,11 @@ def finish(run: Run, state: TrainState) -> None:
     if any(passed_over.values()):
         run.tracker.say(f"skipped: {DESCRIPTION.format(**passed_over)}")
     saved = save_checkpoint(run, state, wait=True)
-    model = run.as_model()
-    with torch.compiler.set_stance("force_eager"):  # A few texts are not worth a compilation for their length.
-        answered = _answer(run, model) if run.runtime.is_main else []
+    answered: Sequence[Answer] = []
+    if run.config.trainer.fill_mask_texts != ():
+        model = run.as_model(main_only=True)
+        with torch.compiler.set_stance("force_eager"):  # A few texts are not worth a compilation for their length.
+            answered = _answer(run, model) if run.runtime.is_main else []
     if answered:
         run.tracker.say("\n".join(["predictions:", *(text.describe() for text in answered)]))
     if saved is not None:

@@ -41,6 +41,7 @@ from neobert.train.machine import Runtime, compute_dtype
 class Engine:
     """One way to train a model on several processes."""
 
+    name: str
     shards: bool
     """Whether a process holds a part of the weights only."""
 
@@ -157,8 +158,8 @@ def gathered(module: nn.Module) -> Iterator[None]:
 _sharded = partial(Engine, shards=True, shard=shard_weights, wrap=wrap_sharded, keep_gradients=keep_sharded_gradients)
 
 ENGINES: dict[str, Engine] = {
-    "ddp": Engine(shards=False, wrap=Runtime.prepare_model, keep_gradients=Runtime.no_sync),
-    "fsdp2": _sharded(),
-    "hsdp": _sharded(),
+    "ddp": Engine(name="ddp", shards=False, wrap=Runtime.prepare_model, keep_gradients=Runtime.no_sync),
+    "fsdp2": _sharded(name="fsdp2"),
+    "hsdp": _sharded(name="hsdp"),
 }
 """Values of `trainer.parallel`; `auto` chooses one."""

@@ -109,9 +109,9 @@ class RunSetup:
         )
 
 
-def open_run(config: Config, runtime: Runtime) -> tuple[RunSetup, EncoderWeights | None]:
+def open_run(config: Config, runtime: Runtime, asked: Sequence[str] = ()) -> tuple[RunSetup, EncoderWeights | None]:
     """Checks machine and compiler, finds the checkpoint, takes the output folder, loads the tokenizer, replaces `auto`.
-    Collective, within `sharing_errors`.
+    Collective, within `sharing_errors`. `asked` is said too.
 
     Returns:
         The setup, and what `model.init_from` names, for a fresh start.
@@ -149,7 +149,7 @@ def open_run(config: Config, runtime: Runtime) -> tuple[RunSetup, EncoderWeights
         attention=attention,
         tokenizer=tokenizer,
     )
-    for sentence in (*chosen, *checked, *more):
+    for sentence in (*asked, *chosen, *checked, *more):
         reporter.say(sentence)
     setup = RunSetup(
         config=config,
@@ -226,8 +226,8 @@ class Run(RunSetup):
     """The plain module: its names are the checkpoint's."""
 
     model: nn.Module
-    """`module` as it is called: under autocast, and wrapped when there are several processes; with
-    `trainer.bf16_residual` a `MasterWeights`."""
+    """`module` as it is called: under autocast, and wrapped by the engine; a `MasterWeights` with
+    `trainer.bf16_residual`."""
 
     engine: Engine
     optimizer: Optimizer
@@ -249,10 +249,12 @@ class Run(RunSetup):
     guard: Guard
     num_steps: int
 
-    def as_model(self) -> Model:
-        """The model as it is now, to be asked about texts; a copy where weights are sharded. Collective."""
-        module = gather_module(self.config, self.model_config, self.attention, self.runtime, self.module)
-        return Model(module=module, tokenizer=self.tokenizer, objective=self.objective)
+    def as_model(self, *, main_only: bool = False) -> Model:
+        """The model as it is now, to be asked about texts; a copy where weights are sharded, with `main_only` on rank 0
+        alone. Collective."""
+        keep = self.runtime.is_main or not main_only
+        parts = self.config, self.model_config, self.attention, self.runtime, self.module
+        return Model(module=gather_module(*parts, keep=keep), tokenizer=self.tokenizer, objective=self.objective)
 
     def stop_requested(self) -> bool:
         """Whether all ranks have agreed to stop before the budget is spent."""
@@ -317,10 +319,8 @@ def build_run(config: Config) -> Run:
     config, asked = bind_launcher(config)
     runtime = build_runtime(config)
     with sharing_errors(runtime):
-        setup, initial = open_run(job.bind(config), runtime)
+        setup, initial = open_run(job.bind(config), runtime, asked)
         config, tokenizer, runtime = setup.config, setup.tokenizer, setup.runtime
-        for sentence in asked:
-            setup.reporter.say(sentence)
         objective = choose_objective(config)
         data = job.build_data(config, tokenizer, setup.reader)
         num_steps = choose_num_steps(config, data)

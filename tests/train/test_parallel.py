@@ -170,6 +170,7 @@ def test_groups_that_do_not_fit() -> None:
         (["optimizer.name=normuon"], "optimizer.name: normuon"),
         (["model.ngpt=true", "optimizer.weight_decay=0"], "model.ngpt: true"),
         (["trainer.bf16_residual=true"], "trainer.bf16_residual: true"),
+        (["wandb.enabled=true", "wandb.watch=gradients"], "wandb.watch: gradients"),
     ],
 )
 def test_what_shards_cannot_do_is_refused(overrides: list[str], named: str) -> None:

@@ -25,6 +25,7 @@ from neobert.train.agreement import exchange
 from neobert.train.checkpoint.audit import RankLayout, ReplayAudit, ReplayDiverged, is_first_attempt, read_layout
 from neobert.train.machine import Runtime, compute_dtype
 from neobert.train.numerics import SkippedStep, build_skipped_step
+from neobert.train.parallel import choose_engine
 from neobert.train.probes.result import ProbeResult
 from neobert.train.record.console import Reporter
 from neobert.train.record.metrics import Interval, IntervalSums, MetricWindow, StepRecord, summarise
@@ -67,7 +68,8 @@ class Tracker:
         self._log, self._events = LineFile(output_dir / "log.jsonl"), LineFile(output_dir / "events.jsonl")
         self._window = MetricWindow(runtime, source_labels)
         self._is_partial = False
-        self._layout = RankLayout(processes=runtime.world, micro_batch_rows=config.trainer.micro_batch_rows)
+        engine, rows = choose_engine(config, runtime.world).name, config.trainer.micro_batch_rows
+        self._layout = RankLayout(processes=runtime.world, micro_batch_rows=rows, engine=engine)
         self._layout_before = self._layout
         if runtime.is_main:
             events = self._events.read()
