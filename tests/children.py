@@ -52,10 +52,16 @@ def wait_for(process: int, seconds: float = 60) -> int:
 
 
 def run_in_two(work: Callable[[], int], folder: Path) -> list[str]:
-    """Does `work` on two ranks, which must both end with exit code 0; what each printed."""
-    port, logs = free_port(), [folder / f"rank-{rank}.txt" for rank in (0, 1)]
-    children = [fork(work, log, rank=rank, world=2, port=port) for rank, log in enumerate(logs)]
+    """`run_on` two ranks."""
+    return run_on(2, work, folder)
+
+
+def run_on(world: int, work: Callable[[], int], folder: Path) -> list[str]:
+    """Does `work` on so many ranks, which must all end with exit code 0; what each printed."""
+    folder.mkdir(exist_ok=True)
+    port, logs = free_port(), [folder / f"rank-{rank}.txt" for rank in range(world)]
+    children = [fork(work, log, rank=rank, world=world, port=port) for rank, log in enumerate(logs)]
     codes = [wait_for(child, 120) for child in children]
     printed = [log.read_text() for log in logs]
-    assert codes == [0, 0], "\n".join(printed)
+    assert codes == [0] * world, "\n".join(printed)
     return printed

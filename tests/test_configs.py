@@ -16,7 +16,10 @@ ROOT = Path(__file__).parents[1]
 EXPERIMENTS = ROOT / "configs" / "experiments"
 PLANS = sorted(path for path in EXPERIMENTS.glob("*.yaml") if "\nruns:\n" in path.read_text())
 PIPELINES = sorted((ROOT / "configs" / "pipelines").glob("*.yaml"))
-CONFIGS = sorted(path for path in (ROOT / "configs").rglob("*.yaml") if path not in [*PLANS, *PIPELINES])
+LAUNCHERS = sorted((ROOT / "configs" / "accelerate").glob("*.yaml"))
+"""Of accelerate; tests/train/test_processes.py starts with each."""
+
+CONFIGS = sorted(path for path in (ROOT / "configs").rglob("*.yaml") if path not in [*PLANS, *PIPELINES, *LAUNCHERS])
 PRETRAINING = [path for path in CONFIGS if path.parent.name not in ("contrastive", "finetuning", "glue")]
 
 TINY = [

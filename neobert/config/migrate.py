@@ -141,6 +141,8 @@ def _rename(draft: _Rewrite, old: dict[str, Tree]) -> None:
         elif key in _ATTENTION_FLAGS and "model.attn_backend" not in old:
             backend = "flash_attn_varlen" if text in ("true", "yes", "on") else "sdpa"
             draft.write("model.attn_backend", backend, f"replaced {key} by model.attn_backend: {backend}")
+        elif key.rpartition(".")[2].startswith("fsdp") or ".fsdp_config." in f".{key}":
+            _rename_fsdp(draft, key, text)
         elif key == "trainer.report_to" and "wandb" in str(value) and "wandb.enabled" not in old:
             draft.write("wandb.enabled", True, "replaced trainer.report_to by wandb.enabled: true")
         elif refusal is not None:
@@ -149,6 +151,23 @@ def _rename(draft: _Rewrite, old: dict[str, Tree]) -> None:
             draft.remove(key, f"it was null; the default is {show_value(FIELDS[key].default)}")
         else:
             draft.values[key] = value
+
+
+_FSDP = "trainer.parallel"
+
+
+def _rename_fsdp(draft: _Rewrite, key: str, text: str) -> None:
+    """Any way to ask for FSDP becomes `trainer.parallel`; of its settings one has a counterpart."""
+    if "reshard_after_forward" in key and text in ("true", "false"):
+        draft.edits.append(f"renamed {key} to trainer.reshard_after_forward")
+        draft.values["trainer.reshard_after_forward"] = Leaf(text)
+    elif text in ("", "false", "no", "off", "null"):
+        draft.remove(key, "it asked for nothing")
+    elif "hybrid" in text or _FSDP not in draft.values:
+        engine = "hsdp" if "hybrid" in text else "fsdp2"
+        draft.write(_FSDP, engine, f"replaced {key} by {_FSDP}: {engine}")
+    else:
+        draft.remove(key, "every block is a unit of FSDP2 here")
 
 
 def _edit_values(draft: _Rewrite) -> None:

@@ -76,13 +76,16 @@ EXPLAINED: dict[str, str] = {
     "adam_beta2": "is the second number of optimizer.betas",
     "base_model": "is written model.init_from for the weights to start from, tokenizer.name or .path for the tokenizer",
     "datasets": "is written dataset.path, dataset.name or dataset.mixture",
-    "deepspeed": "is not supported: start with torchrun for several processes; remove it",
+    "deepspeed": "is not supported: its ZeRO stages are trainer.parallel: fsdp2 here; remove it",
     "do_eval": "is not a key: a run evaluates every trainer.eval_steps steps; remove it",
     "do_train": "is not a key: the script trains; remove it",
     "flash_attention": "is written model.attn_backend: flash_attn_varlen (or sdpa)",
     "flash_attn": "is written model.attn_backend: flash_attn_varlen (or sdpa)",
     "fp16": "is refused: write trainer.mixed_precision: bf16 or no",
-    "fsdp": "is not supported: start with torchrun for several processes; remove it",
+    "fsdp": "is written trainer.parallel: fsdp2",
+    "fsdp_config": "is written trainer.parallel: fsdp2 (or hsdp), with trainer.reshard_after_forward; blocks are the"
+    " units",
+    "fsdp_transformer_layer_cls_to_wrap": "is not needed: blocks are the units of trainer.parallel: fsdp2; remove it",
     "line_by_line": "is written dataset.sample_by: line",
     "model_name_or_path": "is written model.init_from for the weights to start from, tokenizer.name or .path for the"
     " tokenizer",
@@ -98,7 +101,7 @@ EXPLAINED: dict[str, str] = {
 """Names as in `FOREIGN_KEYS` whose values are written in another way -> the rest of a sentence after the key."""
 
 REFUSED: dict[str, str] = {
-    "accelerate_config_file": "is not read: start the script with torchrun, or with `accelerate launch`",
+    "accelerate_config_file": "is not a key: write `accelerate launch --config_file FILE SCRIPT CONFIG`",
     "config_path": "is not a key: give the file as the first argument of the script",
     "dataset.trust_remote_code": "is not supported: datasets no longer run code from the hub; use a dataset of files",
     "debug": "is not a key: lower trainer.max_steps and trainer.logging_steps for a trial run",
@@ -132,7 +135,7 @@ REFUSED: dict[str, str] = {
     "trainer.metric_for_best_model": "is written finetune.metric; pretraining compares losses: remove it",
     "trainer.report_to": EXPLAINED["report_to"],
     "trainer.remove_unused_columns": "has no effect: only the text column is read; remove it",
-    "use_deepspeed": "is not supported: start with torchrun for several processes; remove it",
+    "use_deepspeed": "is not supported: its ZeRO stages are trainer.parallel: fsdp2 here; remove it",
     "pretrained_checkpoint": "is not a key: write the checkpoint itself, `neobert mteb RUN/checkpoints/STEP`",
     "variables": "are set in the config file only, under `variables:`",
 }

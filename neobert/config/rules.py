@@ -13,6 +13,7 @@ from neobert.config.fields import FIELDS, Field, can_be_declared, list_fields
 from neobert.config.rules_data import check_contrastive, check_dataset, check_masks, check_rows, check_tokenizer
 from neobert.config.rules_finetune import check_finetune, check_shapes
 from neobert.config.rules_glue import check_glue
+from neobert.config.rules_machine import check_device, check_parallel
 from neobert.config.schema import Config, SchedulerSection
 from neobert.config.schema_optimizer import MUON
 from neobert.key import show_value
@@ -253,29 +254,6 @@ def check_average(config: Config) -> Iterator[str]:
         )
 
 
-def check_device(config: Config) -> Iterator[str]:
-    """What a device cannot do."""
-    backend, kernel = config.model.attn_backend, config.model.kernel_backend
-    trainer = config.trainer
-    on_cpu = "trainer.use_cpu is true" if trainer.use_cpu else "trainer.device is cpu"
-    if trainer.use_cpu and trainer.device in ("cuda", "mps"):
-        yield f"trainer.device: {trainer.device}, but trainer.use_cpu is true; remove one of them"
-    if trainer.means_cpu:
-        if backend in ("flash_attn_varlen", "flex"):
-            remedy = "write model.attn_backend: auto"
-            yield f"model.attn_backend: {backend} needs a GPU, but {on_cpu}; {remedy}"
-        if kernel == "liger":
-            remedy = "write model.kernel_backend: auto"
-            yield f"model.kernel_backend: liger needs a GPU, but {on_cpu}; {remedy}"
-    elif backend == "flash_attn_varlen" and config.trainer.mixed_precision == "no":
-        yield (
-            "model.attn_backend: flash_attn_varlen needs trainer.mixed_precision: bf16, it is no;"
-            " write model.attn_backend: auto"
-        )
-    if config.dataset.pin_memory and trainer.means_cpu:
-        yield f"dataset.pin_memory: true needs a GPU, but {on_cpu}; write null"
-
-
 FILL_THE_RUN = ("cosine", "linear")
 """Schedules whose decay takes all the time from the warm-up on; the others may have a cool-down."""
 
@@ -392,6 +370,7 @@ _RULES = (
     check_batch_warmup,
     check_average,
     check_device,
+    check_parallel,
     check_contrastive,
     check_shapes,
     check_finetune,

@@ -217,6 +217,19 @@ class TrainerSection:
     use_cpu: bool = key(False, resume="free")
     """true: the same as `device: cpu`, whose older form it is."""
 
+    # Free: the same computation, with sums over processes in another order.
+    parallel: Literal["auto", "ddp", "fsdp2", "hsdp"] = key("auto", resume="free")
+    """How several processes train one model. ddp: each keeps all of it (DistributedDataParallel). fsdp2: each keeps a
+    part of weights, gradients and optimizer state, and gathers a block when it computes (`fully_shard`). hsdp: the same
+    within groups of `shard_size` processes, and the groups are copies. auto: ddp."""
+
+    shard_size: int | None = key(None, at_least=1, needs="trainer.parallel=hsdp", resume="free")
+    """Processes that share one copy of the model; null: those of a machine."""
+
+    reshard_after_forward: bool = key(True, needs="trainer.parallel=fsdp2|hsdp", resume="free")
+    """true: a block is freed after its forward pass and gathered again in the backward. false: it is kept, which takes
+    memory for all blocks and saves one gather."""
+
     cpu_threads: int | None = key(None, at_least=1, machine=True, resume="free")
     """Threads that compute on a CPU; null is OMP_NUM_THREADS, or else what this process may use by its affinity and by
     the quota of its container."""

@@ -9,7 +9,7 @@ decay = 0.9: d = 0.1, 0.18, 0.25, 0.31, ... and 0.9 from n = 81 on.
 
 d_n depends on the number of the step alone and the average itself is saved, so a resumed run continues it bit for bit.
 A step that was skipped on the device leaves the average as it is; nothing waits for the device. On several processes
-every one keeps the same average, since the weights are the same.
+every one keeps the average of what it has of the weights.
 """
 
 from collections.abc import Iterator, Mapping
@@ -17,6 +17,8 @@ from contextlib import contextmanager
 
 import torch
 from torch import Tensor, nn
+
+from neobert.optim.sharded_weights import local_parts, shard_like
 
 _LAG = 9
 """While the average is young it looks back over 1 / (1 - d_n) = (n + 9) / 9 steps."""
@@ -50,9 +52,8 @@ class WeightAverage:
         """
         self._average = None
         if step >= self.start_step:
-            source = self._parameters if saved is None else saved
             self._average = {
-                name: source[name].detach().to(device=p.device, dtype=p.dtype, copy=True)
+                name: (p if saved is None else shard_like(saved[name], p)).detach().to(p.dtype, copy=True)
                 for name, p in self._parameters.items()
             }
 
@@ -64,8 +65,8 @@ class WeightAverage:
             return
         fraction = 1 - effective_decay(step - self.start_step, self.decay)
         moved = torch.where(skipped, 0.0, fraction).to(torch.float32)
-        averages = list(self._average.values())
-        torch._foreach_lerp_(averages, list(self._parameters.values()), [moved] * len(averages))
+        averages, weights = local_parts(self._average.values()), local_parts(self._parameters.values())
+        torch._foreach_lerp_(averages, weights, [moved] * len(averages))
 
     def tensors(self) -> dict[str, Tensor]:
         """The average under the names of `named_parameters`; later updates change these tensors.
@@ -79,7 +80,7 @@ class WeightAverage:
 
     @contextmanager
     def swapped(self) -> Iterator[None]:
-        """Inside, the module computes with the average; afterwards with its weights again. Nothing is copied."""
+        """Inside, the module computes with the average; afterwards with its weights again."""
         average = self.tensors()
         self._exchange(average)
         try:
@@ -87,6 +88,10 @@ class WeightAverage:
         finally:
             self._exchange(average)
 
+    @torch.no_grad()
     def _exchange(self, average: dict[str, Tensor]) -> None:
-        for name, parameter in self._parameters.items():
-            parameter.data, average[name] = average[name], parameter.data
+        # Values and not memory: what is sharded is gathered from where it was when it was sharded.
+        for weight, other in zip(local_parts(self._parameters.values()), local_parts(average.values())):
+            held = weight.clone()
+            weight.copy_(other)
+            other.copy_(held)

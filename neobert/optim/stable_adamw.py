@@ -20,6 +20,8 @@ from torch import Tensor
 from torch.optim import Optimizer
 from torch.optim.adamw import adamw
 
+from neobert.optim.sharded_weights import is_sharded, local_parts, sum_over_shards
+
 _PIECE = 2**17
 """Weights that are looked at together on a CPU: what is computed of them stays in its cache."""
 
@@ -45,7 +47,7 @@ class StableAdamW(Optimizer):
             squares, steps = ([self.state[p][name] for p in params] for name in ("exp_avg_sq", "step"))
             settings = {"beta2": group["betas"][1], "eps": group["eps"]}
             excesses: Iterable[Tensor]
-            if params and params[0].device.type != "cpu":
+            if params and (params[0].device.type != "cpu" or is_sharded(params[0])):
                 excesses = relative_sizes(grads, squares, [step + 1 for step in steps], **settings)
             else:  # One after the other: what is computed of a weight is in the cache still when it is updated.
                 excesses = (relative_size(*x[:2], x[2] + 1, **settings) for x in zip(grads, squares, steps))
@@ -95,12 +97,14 @@ def relative_sizes(
     grads: list[Tensor], old_squares: list[Tensor], steps: list[Tensor], *, beta2: float, eps: float
 ) -> list[Tensor]:
     """`relative_size` of many weights, a GPU's way: a kernel goes through all of them, and little is launched for each.
-    Takes two tensors of the size of the weights."""
+    Takes two tensors of the size of the weights. What is sharded is summed over its ranks, all weights at once."""
     debias = 1 - beta2 ** torch.stack(steps)
-    squares = torch._foreach_mul(grads, grads)
-    means = torch._foreach_lerp(old_squares, squares, 1 - beta2)
+    own = local_parts(grads)
+    squares = torch._foreach_mul(own, own)
+    means = torch._foreach_lerp(local_parts(old_squares), squares, 1 - beta2)
     for mean, least in zip(means, (eps**2 * debias).unbind()):
         mean.clamp_min_(least)
     torch._foreach_div_(squares, means)
-    means = torch._foreach_div(torch._foreach_norm(squares, 1), [float(grad.numel()) for grad in grads])
+    sums = sum_over_shards(list(torch._foreach_norm(squares, 1)), grads[0])
+    means = torch._foreach_div(sums, [float(grad.numel()) for grad in grads])
     return list((torch.stack(means) * debias).sqrt().unbind())

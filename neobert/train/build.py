@@ -31,6 +31,7 @@ from neobert.optim.moving_average import WeightAverage
 from neobert.optim.muon import Muon
 from neobert.optim.optimizers import build_optimizer, keep_unit_length
 from neobert.optim.qk_clip import QKClip
+from neobert.optim.sharded_weights import is_sharded, whole
 from neobert.train.device import choose_device_type
 from neobert.train.machine import Runtime, choose_compile, compute_dtype
 from neobert.train.master_weights import MasterWeights
@@ -233,6 +234,29 @@ def build_module(
     if config.trainer.fp8 != "no":
         use_fp8(encoder, FP8_PRODUCTS[config.trainer.fp8])
     return choose_objective(config).build_module(encoder, config, kernel).to(runtime.device)
+
+
+@torch.no_grad()
+def gather_module(
+    config: Config,
+    model_config: ModelConfig,
+    attention: AttentionBackend,
+    runtime: Runtime,
+    module: ObjectiveModule,
+    *,
+    keep: bool,
+) -> ObjectiveModule:
+    """`module`; where its weights are sharded, a copy with all of them on the ranks that `keep` one. Collective."""
+    weights = module.state_dict()
+    if not any(map(is_sharded, weights.values())):
+        return module
+    copy = build_module(config, model_config, attention, runtime).train(module.training) if keep else module
+    targets = copy.state_dict() if keep else {}
+    for name, weight in weights.items():
+        full = whole(weight)
+        if keep:
+            targets[name].copy_(full)
+    return copy
 
 
 def build_model(config: Config, module: ObjectiveModule) -> nn.Module:

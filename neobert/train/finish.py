@@ -9,6 +9,7 @@ from collections.abc import Sequence
 import torch
 
 from neobert.data.rows.loader import merge_states
+from neobert.inference.model import Model
 from neobert.objectives.base import Answer, Answers
 from neobert.objectives.table import load_part
 from neobert.train.checkpoint.save import complete_save, save_checkpoint
@@ -21,13 +22,13 @@ from neobert.types import TrainState
 DESCRIPTION = "{bad} bad records, {skipped} without text, {dropped} pieces shorter than dataset.min_length"
 
 
-def _answer(run: Run) -> Sequence[Answer]:
+def _answer(run: Run, model: Model) -> Sequence[Answer]:
     """What the model says of `trainer.fill_mask_texts`, or else of what its job shows."""
     texts = run.config.trainer.fill_mask_texts
     if texts is None:
-        return run.job.show(run)
+        return run.job.show(run, model)
     answers: Answers = load_part(run.objective.answers)
-    return answers.answer(run.as_model(), texts, top_k=SHOWN, joint=False) if texts else ()
+    return answers.answer(model, texts, top_k=SHOWN, joint=False)
 
 
 def finish(run: Run, state: TrainState) -> None:
@@ -44,8 +45,11 @@ def finish(run: Run, state: TrainState) -> None:
     if any(passed_over.values()):
         run.tracker.say(f"skipped: {DESCRIPTION.format(**passed_over)}")
     saved = save_checkpoint(run, state, wait=True)
-    with torch.compiler.set_stance("force_eager"):  # A few texts are not worth a compilation for their length.
-        answered = _answer(run) if run.runtime.is_main else []
+    answered: Sequence[Answer] = []
+    if run.config.trainer.fill_mask_texts != ():
+        model = run.as_model(main_only=True)
+        with torch.compiler.set_stance("force_eager"):  # A few texts are not worth a compilation for their length.
+            answered = _answer(run, model) if run.runtime.is_main else []
     if answered:
         run.tracker.say("\n".join(["predictions:", *(text.describe() for text in answered)]))
     if saved is not None:

@@ -227,7 +227,7 @@ def take_step(
             scale=runtime.world / max(counts.num_targets, 1),
             gradient_clipping=run.config.trainer.gradient_clipping,
             judge=partial(run.guard.judge, num_targets=counts.num_targets),
-            no_sync=lambda: runtime.no_sync(run.model),
+            no_sync=lambda: run.engine.keep_gradients(runtime, run.model),
             reduce=runtime.average_on_device if run.config.trainer.bf16_residual else None,
             observe=observe,
         )

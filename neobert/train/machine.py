@@ -1,18 +1,9 @@
 """Where a run executes: device, precision, process group, and whether the machine can do what the config asks for.
 
-Accelerate brings device placement, autocast and DistributedDataParallel. The loader, the schedule, gradient
-accumulation and checkpoints are ours, so `Accelerator` prepares the model and nothing else.
-
-A process that was started alone looks like a run of one process, and silently trains as one: `accelerate launch
---cpu --num_processes 2` starts one (only a GPU makes it start several), `srun` and `mpirun` start several that do not
-know each other. What they were asked for is in the environment:
-
-| launcher | variable |
-|---|---|
-| torchrun, `accelerate launch --multi_gpu`, PyTorchJob | `WORLD_SIZE` |
-| mpirun | `OMPI_COMM_WORLD_SIZE`, `PMI_SIZE`, `MV2_COMM_WORLD_SIZE` |
-| srun | `SLURM_STEP_NUM_TASKS` |
-| `accelerate launch` that starts one | `MASTER_ADDR` beside `ACCELERATE_USE_CPU`: only when several were requested |
+Accelerate joins the process group and brings device placement, autocast and DistributedDataParallel; what a launcher
+asks for is read in `launcher`, what shards a model is in `parallel`. The loader, the schedule, gradient accumulation
+and checkpoints are ours, so `Accelerator` prepares the model and nothing else: its loader would split batches that are
+split already, its scheduler steps once for each process, and its checkpoints know no order of rows.
 
 The precision that `auto` means (see `device`) is part of what makes a run exact: it is one for all ranks, the run's
 config holds it, and a run that continues from a checkpoint keeps the checkpoint's.
@@ -21,7 +12,7 @@ config holds it, and a run that continues from a checkpoint keeps the checkpoint
 import importlib.util
 import os
 import resource
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
 from datetime import timedelta
@@ -47,6 +38,7 @@ from neobert.train.device import (
     find_tool_problems,
     use_expandable_segments,
 )
+from neobert.train.launcher import check_world
 from neobert.train.master_weights import MasterWeights
 
 
@@ -155,15 +147,6 @@ class Runtime:
         AcceleratorState._reset_state(reset_partial_state=True)
 
 
-SIZES = ("WORLD_SIZE", "OMPI_COMM_WORLD_SIZE", "PMI_SIZE", "MV2_COMM_WORLD_SIZE", "SLURM_STEP_NUM_TASKS")
-"""Variables with the number of processes that were asked for."""
-
-COMMANDS = (
-    "torchrun --nproc_per_node N SCRIPT CONFIG, or accelerate launch --multi_gpu --num_processes N SCRIPT CONFIG (on a "
-    "CPU too)"
-)
-"""What starts N processes that know each other."""
-
 PATIENCE = timedelta(days=7)
 """How long processes wait for each other at the start, as for rank 0 to tokenise; one that dies is noticed at once."""
 
@@ -259,21 +242,6 @@ def _build_accelerator(device_type: str, mixed_precision: str) -> Accelerator:
     )
 
 
-def check_world(world: int, environment: Mapping[str, str] = os.environ) -> None:
-    """Raises when fewer processes found each other than the launcher was asked for: it started unconnected ones.
-
-    Raises:
-        StartupError: with the variable, both numbers and the remedy.
-    """
-    for name in SIZES:
-        asked = environment.get(name, "1")
-        if asked.isdecimal() and int(asked) > world:
-            raise StartupError(
-                f"the launcher started {asked} processes ({name}), but this one sees {world}; start with `{COMMANDS}`, "
-                f"one launcher on every machine; where one process is meant, unset {name}"
-            )
-
-
 def build_runtime(config: Config) -> Runtime:
     """Joins the process group that the launcher describes, or runs alone. It computes in float32; see `with_precision`.
 
@@ -300,61 +268,6 @@ def build_runtime(config: Config) -> Runtime:
         host_group=dist.new_group(backend="gloo") if several else None,
         patient_group=dist.new_group(backend="gloo", timeout=PATIENCE) if several else None,
     )
-
-
-ENGINES = {
-    "ACCELERATE_USE_DEEPSPEED": "DeepSpeed",
-    "ACCELERATE_USE_FSDP": "FSDP",
-    "ACCELERATE_USE_MEGATRON_LM": "Megatron-LM",
-    "ACCELERATE_USE_PARALLELISM_CONFIG": "a parallelism config",
-    "ACCELERATE_USE_SAGEMAKER": "SageMaker",
-}
-"""Variable of `accelerate launch` -> the engine it chooses, none of which is used here."""
-
-SETTINGS = {
-    "ACCELERATE_DYNAMO_BACKEND": "trainer.torch_compile",
-    "ACCELERATE_GRADIENT_ACCUMULATION_STEPS": "trainer.gradient_accumulation_steps",
-    "ACCELERATE_MIXED_PRECISION": "trainer.mixed_precision",
-}
-"""Variable of `accelerate launch` -> the key that decides instead."""
-
-
-def check_launcher(config: Config, environment: Mapping[str, str] = os.environ) -> None:
-    """Checks before any work that nothing was asked of the launcher that this program does not do.
-
-    Raises:
-        StartupError: with every such variable and its remedy.
-    """
-    problems = [
-        f"{name}: {environment[name]}: {engine} is not supported, every process keeps the whole model; start with "
-        f"{COMMANDS}, without a config file of accelerate that chooses it (unset the variable where it was exported)"
-        for name, engine in ENGINES.items()
-        if environment.get(name, "").lower() in ("true", "1", "yes", "on")
-    ]
-    for name, key in SETTINGS.items():
-        value = environment.get(name, "no").lower()
-        if value not in ("no", "1", str(_value_of(config, key)).lower()):
-            problems.append(f"{name}: {value} is not read here; write {key} in the config and leave it to the launcher")
-    if environment.get("ACCELERATE_USE_CPU", "").lower() == "true" and choose_device_type(config) != "cpu":
-        problems.append("ACCELERATE_USE_CPU: true, but trainer.device is not cpu; write trainer.device: cpu")
-    if _started_one_of_several(environment):
-        problems.append(
-            "MASTER_ADDR is set beside ACCELERATE_USE_CPU, and no WORLD_SIZE: accelerate launch was asked for several "
-            "processes and started one, as it does with --cpu and without a GPU; "
-            f"start with {COMMANDS}; where one process is meant, unset MASTER_ADDR or start with python"
-        )
-    if problems:
-        raise StartupError("\n".join(problems))
-
-
-def _started_one_of_several(environment: Mapping[str, str]) -> bool:
-    alone = not any(name in environment for name in (*SIZES, "LOCAL_RANK"))
-    return alone and "ACCELERATE_USE_CPU" in environment and "MASTER_ADDR" in environment
-
-
-def _value_of(config: Config, key: str) -> object:
-    value: object = getattr(config.trainer, key.removeprefix("trainer."))
-    return value
 
 
 def bind_precision(config: Config, checkpoint_config: Config | None, runtime: Runtime) -> tuple[Config, list[str]]:

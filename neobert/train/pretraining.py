@@ -13,6 +13,7 @@ import torch
 from neobert.config.rules import warnings
 from neobert.config.schema import Config
 from neobert.data.pipeline import DataPipeline
+from neobert.inference.model import Model
 from neobert.kernels.linear_cross_entropy import choose_kernel
 from neobert.model.peak import name_without_peak
 from neobert.objectives.base import Answer, Answers, EvalMetrics, EvalSums
@@ -176,13 +177,13 @@ def slow_reading(config: Config, device_type: str) -> list[str]:
     return found
 
 
-def show_documents(run: Run) -> Sequence[Answer]:
-    """What the model says of the first evaluation documents."""
+def show_documents(run: Run, model: Model) -> Sequence[Answer]:
+    """What `model` says of the first evaluation documents."""
     data = _documents(run)
     if data.eval_set is None:
         return ()
     answers: Answers = load_part(run.objective.answers)
-    return answers.show(run.as_model(), data.eval_set.documents(), num_texts=NUM_TEXTS, top_k=SHOWN)
+    return answers.show(model, data.eval_set.documents(), num_texts=NUM_TEXTS, top_k=SHOWN)
 
 
 def pretraining_commands(run: Run) -> list[str]:

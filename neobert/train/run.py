@@ -49,6 +49,7 @@ from neobert.train.build import (
     choose_num_steps,
     choose_rows_per_step,
     computing_module,
+    gather_module,
     share_factors,
 )
 from neobert.train.checkpoint.commit import Committer
@@ -56,9 +57,11 @@ from neobert.train.checkpoint.replicas import compare_tensors, list_tensors
 from neobert.train.checkpoint.retention import name_test
 from neobert.train.compile_check import check_compiled_gradients
 from neobert.train.initial import bind_initial, choose_hub_encoder, copy_initial_weights
-from neobert.train.machine import Runtime, bind_precision, build_runtime, check_launcher, check_runtime
+from neobert.train.launcher import bind_launcher
+from neobert.train.machine import Runtime, bind_precision, build_runtime, check_runtime
 from neobert.train.micro_batch import bind_micro_batch, choose_kept
 from neobert.train.numerics import Guard
+from neobert.train.parallel import Engine, choose_engine
 from neobert.train.preempt import StopRequest
 from neobert.train.probes.pinned import Probes, build_probes
 from neobert.train.record.console import Reporter
@@ -106,9 +109,9 @@ class RunSetup:
         )
 
 
-def open_run(config: Config, runtime: Runtime) -> tuple[RunSetup, EncoderWeights | None]:
+def open_run(config: Config, runtime: Runtime, asked: Sequence[str] = ()) -> tuple[RunSetup, EncoderWeights | None]:
     """Checks machine and compiler, finds the checkpoint, takes the output folder, loads the tokenizer, replaces `auto`.
-    Collective, within `sharing_errors`.
+    Collective, within `sharing_errors`. `asked` is said too.
 
     Returns:
         The setup, and what `model.init_from` names, for a fresh start.
@@ -146,7 +149,7 @@ def open_run(config: Config, runtime: Runtime) -> tuple[RunSetup, EncoderWeights
         attention=attention,
         tokenizer=tokenizer,
     )
-    for sentence in (*chosen, *checked, *more):
+    for sentence in (*asked, *chosen, *checked, *more):
         reporter.say(sentence)
     setup = RunSetup(
         config=config,
@@ -223,9 +226,10 @@ class Run(RunSetup):
     """The plain module: its names are the checkpoint's."""
 
     model: nn.Module
-    """`module` as it is called: under autocast, and wrapped when there are several processes; with
-    `trainer.bf16_residual` a `MasterWeights`."""
+    """`module` as it is called: under autocast, and wrapped by the engine; a `MasterWeights` with
+    `trainer.bf16_residual`."""
 
+    engine: Engine
     optimizer: Optimizer
     clip: QKClip | None
     """Clips attention logits after the optimizer's steps."""
@@ -245,9 +249,12 @@ class Run(RunSetup):
     guard: Guard
     num_steps: int
 
-    def as_model(self) -> Model:
-        """The model as it is now, to be asked about texts."""
-        return Model(module=self.module, tokenizer=self.tokenizer, objective=self.objective)
+    def as_model(self, *, main_only: bool = False) -> Model:
+        """The model as it is now, to be asked about texts; a copy where weights are sharded, with `main_only` on rank 0
+        alone. Collective."""
+        keep = self.runtime.is_main or not main_only
+        parts = self.config, self.model_config, self.attention, self.runtime, self.module
+        return Model(module=gather_module(*parts, keep=keep), tokenizer=self.tokenizer, objective=self.objective)
 
     def stop_requested(self) -> bool:
         """Whether all ranks have agreed to stop before the budget is spent."""
@@ -290,8 +297,8 @@ class Job:
     """Says what the run is and writes its config."""
 
     evaluate: Callable[[Run], EvalMetrics | None]
-    show: Callable[[Run], Sequence[Answer]] = lambda run: ()
-    """What is shown of the model when the run is over."""
+    show: Callable[[Run, Model], Sequence[Answer]] = lambda run, model: ()
+    """What is shown of the model when the run is over; on rank 0."""
 
     next_commands: Callable[[Run], list[str]]
     """What to type when the run is over."""
@@ -309,10 +316,10 @@ def build_run(config: Config) -> Run:
             remedy.
     """
     job: Job = load_part(choose_objective(config).job)
-    check_launcher(config)
+    config, asked = bind_launcher(config)
     runtime = build_runtime(config)
     with sharing_errors(runtime):
-        setup, initial = open_run(job.bind(config), runtime)
+        setup, initial = open_run(job.bind(config), runtime, asked)
         config, tokenizer, runtime = setup.config, setup.tokenizer, setup.runtime
         objective = choose_objective(config)
         data = job.build_data(config, tokenizer, setup.reader)
@@ -326,14 +333,16 @@ def build_run(config: Config) -> Run:
         if initial is not None:
             copied = copy_initial_weights(module, objective, initial, tokenizer, tile=config.model.init_tile)
             setup.reporter.say(copied)
-        optimizer = build_run_optimizer(config, module)
-        share_factors(optimizer, runtime)
-        compare_tensors(runtime, list_tensors(module, optimizer), "before the first step", setup.reporter.warn)
+        compare_tensors(runtime, list_tensors(module), "before the first step", setup.reporter.warn)
         model = build_model(config, module)
         computing = computing_module(model)
-    model = runtime.prepare_model(model)  # Has collectives of its own, so no rank may be missing.
+        engine = choose_engine(config, runtime.world)
+    engine.shard(config, runtime, module)  # Has collectives of its own, so no rank may be missing.
+    model = engine.wrap(runtime, model)
     with sharing_errors(runtime):
-        return _wire(setup, job, data, probes, module, computing, model, optimizer, num_steps)
+        optimizer = build_run_optimizer(config, module)
+        share_factors(optimizer, runtime)
+        return _wire(setup, job, data, probes, module, computing, model, engine, optimizer, num_steps)
 
 
 def describe_data(data: RunData, num_steps: int) -> dict[str, Any]:
@@ -355,6 +364,7 @@ def _wire(
     module: ObjectiveModule,
     computing: ObjectiveModule,
     model: nn.Module,
+    engine: Engine,
     optimizer: Optimizer,
     num_steps: int,
 ) -> Run:
@@ -367,6 +377,7 @@ def _wire(
         data=data,
         module=module,
         model=model,
+        engine=engine,
         optimizer=optimizer,
         clip=build_clip(config, module, computing, optimizer, runtime),
         average=build_average(config, module),

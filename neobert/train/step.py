@@ -24,6 +24,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from neobert.optim.optimizers import step_unless
+from neobert.optim.sharded_weights import whole
 from neobert.types import LossSum, MicroBatch, StepBatch, StepCounts
 
 Reduce = Callable[[Sequence[Tensor]], None]
@@ -102,7 +103,7 @@ def train_step(
         micro_batches: this rank's part of the step, on the model's device.
         lr: learning rate of this step; a group with an `lr_factor` has that many times as much.
         scale: what a loss sum is multiplied with before backward: `world / number of targets over all ranks`, since
-            DistributedDataParallel averages gradients over ranks.
+            DistributedDataParallel and FSDP2 average gradients over ranks.
         gradient_clipping: largest global L2 norm of the scaled gradient; None leaves it alone.
         judge: decides about skipping; must not wait for the device.
         no_sync: context for every micro-batch but the last, in which gradients stay on their rank.
@@ -125,10 +126,9 @@ def train_step(
         reduce([p.grad for p in parameters if p.grad is not None])
     if observe is not None:
         observe()
+    grad_norm = whole(nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None]))
     if gradient_clipping is not None:
-        grad_norm = nn.utils.clip_grad_norm_(parameters, gradient_clipping)
-    else:
-        grad_norm = nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None])
+        nn.utils.clip_grads_with_norm_(parameters, gradient_clipping, grad_norm)
     micro_losses = torch.stack([x.loss_sum for x in losses])
     loss_sum = micro_losses.sum()
     skipped = judge(loss_sum, grad_norm)

@@ -113,6 +113,21 @@ def test_a_file_of_this_code_changes_only_where_defaults_differ():
     assert (twice, edits) == (once, [])
 
 
+@pytest.mark.parametrize(
+    ("trainer", "engine", "reshards"),
+    [
+        ("fsdp: full_shard auto_wrap, fsdp_reshard_after_forward: false", "fsdp2", False),
+        ("fsdp: true, fsdp_config: {fsdp_version: 1, fsdp_sharding_strategy: HYBRID_SHARD}", "hsdp", True),
+        ("fsdp: false, fsdp_transformer_layer_cls_to_wrap: null", "auto", True),
+    ],
+)
+def test_fsdp_is_an_engine(trainer: str, engine: str, reshards: bool):
+    text, edits = migrate(f"trainer: {{{trainer}}}")
+    section = parse_config(text).trainer
+    assert (section.parallel, section.reshard_after_forward) == (engine, reshards)
+    assert all("fsdp" in edit for edit in edits[:2])
+
+
 def test_settings_of_muon_beside_another_optimizer_are_removed():
     text, edits = migrate("optimizer: {name: adamw, muon_config: {ns_steps: 4, norm_factor: none}}")
     assert parse_config(text).optimizer.muon_config == MuonSection()

@@ -19,15 +19,17 @@ def steps(folder: Path) -> list[dict[str, Any]]:
     return [line for line in found if line["kind"] == "step"]
 
 
-def test_two_processes_equal_one(labelled: Callable[..., Config], labelled_files: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize("engine", ["ddp", "fsdp2"])
+def test_two_processes_equal_one(
+    labelled: Callable[..., Config], labelled_files: Path, tmp_path: Path, engine: str
+) -> None:
     one, two = tmp_path / "one", tmp_path / "two"
     keys = [f"dataset.path={labelled_files}/words.jsonl", "trainer.global_batch_size=8", "optimizer.lr=1e-3"]
     keys += ["model.dropout_prob=0", "finetune.classifier_dropout=0", "trainer.per_device_eval_batch_size=5"]
     keys += ["optimizer.eps=1e-4", "dataset.eval_samples=23"]
     finetune(labelled(one, *keys))
-    printed = run_in_two(
-        lambda: EXIT_CODES[finetune(labelled(two, *keys, "trainer.per_device_train_batch_size=2")).reason], tmp_path
-    )
+    keys += ["trainer.per_device_train_batch_size=2", f"trainer.parallel={engine}"]
+    printed = run_in_two(lambda: EXIT_CODES[finetune(labelled(two, *keys)).reason], tmp_path)
     assert [text.count("budget") for text in printed] == [1, 0], "only one process speaks"
     for a, b in zip(steps(one), steps(two), strict=True):
         for exact in ("step", "num_tokens", "num_targets", "batch_digest"):

@@ -42,9 +42,17 @@ def test_two_processes_equal_one(tiny: Callable[..., Config], tmp_path: Path) ->
 
 LAUNCHERS = {
     "torchrun": ["torch.distributed.run", "--nproc_per_node", "2", "--master_port"],
-    "accelerate": ["accelerate.commands.launch", "--multi_gpu", "--num_processes", "2", "--main_process_port"],
+    **{
+        engine: [
+            "accelerate.commands.launch",
+            "--config_file",
+            str(ROOT / "configs" / "accelerate" / f"{engine}.yaml"),
+            "--main_process_port",
+        ]
+        for engine in ("ddp", "fsdp2")
+    },
 }
-"""Modules and arguments of both launchers, up to the port."""
+"""Modules and arguments of torchrun, and of accelerate with each of the shipped files, up to the port."""
 
 
 def launch(folder: Path, config: Config, launcher: str = "torchrun") -> None:
@@ -75,12 +83,14 @@ def check_equal(one: Path, other: Path, *, after: int) -> None:
         assert a["grad_norm"] == pytest.approx(b["grad_norm"], rel=1e-4)
 
 
-def test_two_processes_keep_one_average(tiny: Callable[..., Config], tmp_path: Path) -> None:
+@pytest.mark.parametrize("engine", ["ddp", "fsdp2"])
+def test_two_processes_keep_one_average(tiny: Callable[..., Config], tmp_path: Path, engine: str) -> None:
     one, two = tmp_path / "one", tmp_path / "two"
     settings = ["trainer.global_batch_size=8", "trainer.max_steps=4", "trainer.ema_decay=0.9"]
     settings.append("trainer.log_statistics=true")
     pretrain(tiny(one, *settings))
-    launch(tmp_path, tiny(two, *settings, "trainer.per_device_train_batch_size=2"), launcher="accelerate")
+    launch(tmp_path, tiny(two, *settings, "trainer.per_device_train_batch_size=2"), launcher=engine)
+    assert (two / "checkpoints" / "4" / "optimizer").is_dir() == (engine == "fsdp2")
     averages = [load_file(run / "checkpoints" / "4" / "ema.safetensors") for run in (one, two)]
     assert all(torch.allclose(averages[0][name], averages[1][name], atol=1e-5) for name in averages[0])
     for a, b in zip(log_lines(one, "eval_ema"), log_lines(two, "eval_ema"), strict=True):

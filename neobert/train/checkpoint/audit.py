@@ -35,16 +35,22 @@ class RankLayout:
 
     processes: int
     micro_batch_rows: int
+    engine: str = "ddp"
+    """Of `neobert.train.parallel.ENGINES`."""
 
     def __str__(self) -> str:
-        return f"{self.processes} process(es) x {self.micro_batch_rows} rows"
+        sharded = "" if self.engine == "ddp" else f" by {self.engine}"
+        return f"{self.processes} process(es) x {self.micro_batch_rows} rows{sharded}"
 
 
 def read_layout(events: Sequence[Line]) -> RankLayout | None:
     """The layout of the process that wrote the last event; None when there is no such event."""
     if not events or "micro_batch_rows" not in events[-1]:
         return None
-    return RankLayout(processes=events[-1]["processes"], micro_batch_rows=events[-1]["micro_batch_rows"])
+    last = events[-1]
+    return RankLayout(
+        processes=last["processes"], micro_batch_rows=last["micro_batch_rows"], engine=last.get("engine", "ddp")
+    )
 
 
 def is_first_attempt(events: Sequence[Line]) -> bool:

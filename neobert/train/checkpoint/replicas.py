@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from neobert.data.rows.loader import merge_states
+from neobert.optim.sharded_weights import is_sharded
 from neobert.train.agreement import RankError, exchange
 from neobert.train.machine import Runtime
 from neobert.types import TrainState
@@ -51,13 +52,13 @@ def check_replicas(run: "Run", state: TrainState) -> None:
         merge_states(data_states)
 
 
-def list_tensors(module: nn.Module, optimizer: Optimizer) -> dict[str, Tensor]:
-    """Weights, and the optimizer's tensors of each, by name."""
+def list_tensors(module: nn.Module, optimizer: Optimizer | None = None) -> dict[str, Tensor]:
+    """Weights, and the optimizer's tensors of each, by name; without those of which each rank holds another part."""
     tensors = {f"weights {name}": tensor for name, tensor in module.state_dict().items()}
     for name, parameter in module.named_parameters():
-        values = optimizer.state.get(parameter, {})
+        values = {} if optimizer is None else optimizer.state.get(parameter, {})
         tensors |= {f"{key} of {name}": value for key, value in values.items() if isinstance(value, Tensor)}
-    return tensors
+    return {name: tensor for name, tensor in tensors.items() if not is_sharded(tensor)}
 
 
 def compare_tensors(runtime: Runtime, tensors: Mapping[str, Tensor], when: str, warn: Callable[[str], None]) -> None:

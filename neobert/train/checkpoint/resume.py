@@ -24,6 +24,7 @@ from neobert.data.tokenizer import Tokenizer, load_tokenizer
 from neobert.errors import StartupError
 from neobert.model.config import ModelConfig
 from neobert.optim.groups import regroup_state
+from neobert.optim.sharded_weights import load_whole
 from neobert.train.agreement import agree, check_equal, sharing_errors
 from neobert.train.build import choose_mask_end
 from neobert.train.checkpoint.identity import (
@@ -37,6 +38,7 @@ from neobert.train.checkpoint.identity import (
 from neobert.train.checkpoint.replicas import check_replicas
 from neobert.train.checkpoint.retention import choose_best_of_each, list_scores
 from neobert.train.checkpoint.save import complete_save, estimate_bytes
+from neobert.train.checkpoint.sharded_state import OPTIMIZER_FILE, OPTIMIZER_FOLDER, load_shards, shard_state
 from neobert.train.run import Run
 from neobert.train.start import check_free_space, is_own, read_checkpoint_config, read_train_state
 from neobert.types import TrainState
@@ -159,7 +161,11 @@ def load_weights(run: Run, checkpoint: Path) -> None:
     Raises:
         StartupError: the file cannot be read.
     """
-    run.module.load_state_dict(_load_tensors(checkpoint / MODEL_FILE), strict=True)
+    tensors = _load_tensors(checkpoint / MODEL_FILE)
+    if run.engine.shards:
+        load_whole(run.module.state_dict(), tensors)
+    else:
+        run.module.load_state_dict(tensors, strict=True)
 
 
 def load_average(run: Run, checkpoint: Path) -> None:
@@ -199,8 +205,18 @@ def load_optimizer(run: Run, checkpoint: Path) -> None:
     Raises:
         StartupError: the file is damaged.
     """
-    saved = read_pickle(checkpoint / "optimizer.bin", run.runtime.device)
-    run.optimizer.load_state_dict(regroup_state(saved, run.optimizer.param_groups))
+    groups = run.optimizer.param_groups
+    parameters = {name: p for group in groups for name, p in zip(group["names"], group["params"], strict=True)}
+    folder = checkpoint / OPTIMIZER_FOLDER
+    if folder.is_dir():
+        try:
+            saved = load_shards(folder, parameters)
+        except (OSError, SafetensorError, KeyError, ValueError) as error:
+            raise StartupError(f"{folder} cannot be read ({error}); choose another step") from error
+    else:
+        saved = read_pickle(checkpoint / OPTIMIZER_FILE, "cpu" if run.engine.shards else run.runtime.device)
+    state = regroup_state(saved, groups)
+    run.optimizer.load_state_dict({**state, "state": shard_state(state["state"], parameters.values())})
 
 
 def read_pickle(path: Path, device: torch.device | str = "cpu") -> Any:

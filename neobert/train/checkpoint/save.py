@@ -1,7 +1,7 @@
 """What a checkpoint holds and when it is saved; `commit` has the write protocol, `retention` what is kept."""
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import asdict
 from hashlib import sha256
 from importlib.metadata import version
@@ -15,11 +15,13 @@ from torch import Tensor, nn
 from neobert.config.load import config_to_yaml, without_secrets
 from neobert.data.rows.loader import merge_states
 from neobert.data.tokenizer import tokenizer_info
+from neobert.optim.sharded_weights import whole
 from neobert.train.agreement import PACKAGES, agree
 from neobert.train.checkpoint.commit import SaveResult, Write
 from neobert.train.checkpoint.identity import describe_groups
 from neobert.train.checkpoint.replicas import check_replicas
 from neobert.train.checkpoint.retention import is_milestone, prune
+from neobert.train.checkpoint.sharded_state import OPTIMIZER_FILE, build_shard_files
 from neobert.train.run import Run
 from neobert.train.start import FORMAT_VERSION
 from neobert.types import TrainState
@@ -116,11 +118,14 @@ def _build_files(run: Run, state: TrainState, data_state: dict[str, Any], backgr
     copy: Copy = _copy_to_host if background else torch.Tensor.detach
     random_states = _read_rng_state(run)
     files: dict[str, Write] = {f"random_states_{run.runtime.rank}.pkl": _saver(random_states)}
+    if run.engine.shards:
+        files |= build_shard_files(run.runtime.rank, run.optimizer, copy)
+    weights = run.module.state_dict()
+    kinds = {MODEL_FILE: _gather(weights, copy, keep=run.runtime.is_main)}
+    if run.average is not None and run.average.started:
+        kinds[EMA_FILE] = _gather(weights | run.average.tensors(), copy, keep=run.runtime.is_main)
     if not run.runtime.is_main:
         return files
-    kinds = {MODEL_FILE: run.module.state_dict()}
-    if run.average is not None and run.average.started:
-        kinds[EMA_FILE] = kinds[MODEL_FILE] | run.average.tensors()
     schedule = {"name": run.config.scheduler.name, "step": state.step, "lr": run.schedule(state.step)}
     config_text = config_to_yaml(without_secrets(run.config))
     texts = {
@@ -132,12 +137,23 @@ def _build_files(run: Run, state: TrainState, data_state: dict[str, Any], backgr
     if (head := run.module.describe_head()) is not None:
         texts[HEAD_FILE] = json.dumps(head, indent=2) + "\n"
     for name, tensors in kinds.items():
-        files[name] = _weight_writer({key: copy(tensor).cpu().contiguous() for key, tensor in tensors.items()})
-    files["optimizer.bin"] = _saver(map_tensors(run.optimizer.state_dict(), copy))
+        files[name] = _weight_writer(tensors)
+    if not run.engine.shards:
+        files[OPTIMIZER_FILE] = _saver(map_tensors(run.optimizer.state_dict(), copy))
     files["scheduler.bin"] = _saver(schedule)
     files["custom_checkpoint_0.pkl"] = _saver(_count(run, state, data_state))
     files["tokenizer"] = run.tokenizer.save
     return files | {name: _text_writer(text) for name, text in texts.items()}
+
+
+def _gather(tensors: Mapping[str, Tensor], copy: Copy, *, keep: bool) -> dict[str, Tensor]:
+    """Whole tensors on the host, one after the other; nothing without `keep`. Of sharded ones, collective."""
+    gathered = {}
+    for name, tensor in tensors.items():
+        full = whole(tensor)
+        if keep:
+            gathered[name] = copy(full).cpu().contiguous()
+    return gathered
 
 
 def _saver(value: Any) -> Write:

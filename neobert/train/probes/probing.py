@@ -14,8 +14,10 @@ import torch
 from numpy.typing import NDArray
 
 from neobert.correlation import spearman
+from neobert.inference.model import Model
 from neobert.inference.packed import BATCH_TOKENS, evaluating
 from neobert.train.agreement import exchange, gather_rows, sharing_errors
+from neobert.train.machine import Runtime
 from neobert.train.probes.frozen_states import knn_accuracy, ridge_accuracy
 from neobert.train.probes.labelled_sets import ProbeSet
 from neobert.train.probes.loss_bands import BandLoss, measure
@@ -68,31 +70,31 @@ def log_probes(run: Run, state: TrainState) -> None:
 
 
 def _probe(run: Run, probes: Probes, seconds: dict[str, float]) -> ProbeResult:
-    """One kind of weights; adds to `seconds`, by probe."""
+    """One kind of weights; adds to `seconds`, by probe. Collective."""
+    model = run.as_model()
     sets: dict[str, dict[str, float | None]] = {}
     losses: dict[str, dict[str, BandLoss]] = {}
     with (
-        evaluating(run.module),
+        evaluating(model.module),
         torch.no_grad(),
         torch.compiler.set_stance("force_eager"),
         run.runtime.accelerator.autocast(),
     ):
         for one in probes.sets:
             start = time.perf_counter()
-            sets[one.name] = _score(one, _embed(run, one.documents))
+            sets[one.name] = _score(one, _embed(run.runtime, model, one.documents))
             seconds[one.name] = seconds.get(one.name, 0.0) + time.perf_counter() - start
         if probes.losses is not None:
             assert run.objective.target_losses is not None
             start = time.perf_counter()
-            sums = measure(probes.losses, run.module, run.objective.target_losses)
+            sums = measure(probes.losses, model.module, run.objective.target_losses)
             losses = probes.losses.name(np.sum(exchange(run.runtime, sums), axis=0))
             seconds[LOSSES] = seconds.get(LOSSES, 0.0) + time.perf_counter() - start
     return ProbeResult(sets=sets, losses=losses)
 
 
-def _embed(run: Run, documents: Sequence[NDArray[Any]]) -> NDArray[np.float32]:
+def _embed(runtime: Runtime, model: Model, documents: Sequence[NDArray[Any]]) -> NDArray[np.float32]:
     """Mean vectors `[texts, H]` on every rank; each embeds its part. Collective."""
-    model, runtime = run.as_model(), run.runtime
     mine = documents[runtime.rank :: runtime.world]
     vectors = model.embed_tokens(mine, pooling="mean", normalize=False, batch_tokens=BATCH_TOKENS).numpy()
     return gather_rows(runtime, vectors, len(documents))

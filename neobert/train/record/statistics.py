@@ -19,6 +19,8 @@ from torch import Tensor, nn
 from neobert.config.schema import Config
 from neobert.objectives.base import ObjectiveModule
 from neobert.objectives.table import choose_objective
+from neobert.optim.sharded_weights import whole
+from neobert.train.parallel import gathered
 from neobert.types import IGNORE_INDEX, MicroBatch, PackedBatch
 
 MOST_TOKENS = 256
@@ -55,7 +57,9 @@ class Statistics:
 
         def observe() -> None:
             self._found = self._gradient_norms()
-            self._found |= self._logits(hidden[0], batch) if self._predicts_tokens else {}
+            if self._predicts_tokens:
+                with gathered(self._computing):
+                    self._found |= self._logits(hidden[0], batch)
             hidden.clear()
 
         handle = self._computing.encoder.register_forward_hook(keep)
@@ -95,7 +99,7 @@ class Statistics:
 
 
 def _norm(tensors: list[Tensor]) -> Tensor:
-    return torch.linalg.vector_norm(torch.stack(torch._foreach_norm(tensors)))
+    return whole(torch.linalg.vector_norm(torch.stack(torch._foreach_norm(tensors))))
 
 
 def build_statistics(config: Config, module: ObjectiveModule, computing: ObjectiveModule) -> Statistics | None:

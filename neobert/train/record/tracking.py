@@ -19,11 +19,13 @@ from neobert.model.peak import peak_flops
 from neobert.objectives.base import EvalMetrics, ObjectiveModule
 from neobert.objectives.mlm import perplexity
 from neobert.objectives.table import choose_objective
+from neobert.optim.sharded_weights import whole
 from neobert.secrets import scrub_config
 from neobert.train.agreement import exchange
 from neobert.train.checkpoint.audit import RankLayout, ReplayAudit, ReplayDiverged, is_first_attempt, read_layout
 from neobert.train.machine import Runtime, compute_dtype
 from neobert.train.numerics import SkippedStep, build_skipped_step
+from neobert.train.parallel import choose_engine
 from neobert.train.probes.result import ProbeResult
 from neobert.train.record.console import Reporter
 from neobert.train.record.metrics import Interval, IntervalSums, MetricWindow, StepRecord, summarise
@@ -66,7 +68,8 @@ class Tracker:
         self._log, self._events = LineFile(output_dir / "log.jsonl"), LineFile(output_dir / "events.jsonl")
         self._window = MetricWindow(runtime, source_labels)
         self._is_partial = False
-        self._layout = RankLayout(processes=runtime.world, micro_batch_rows=config.trainer.micro_batch_rows)
+        engine, rows = choose_engine(config, runtime.world).name, config.trainer.micro_batch_rows
+        self._layout = RankLayout(processes=runtime.world, micro_batch_rows=rows, engine=engine)
         self._layout_before = self._layout
         if runtime.is_main:
             events = self._events.read()
@@ -360,7 +363,7 @@ class Tracker:
 
     def _weight_norm(self) -> float:
         norms = torch._foreach_norm([p.detach() for p in self._module.parameters()])
-        return torch.linalg.vector_norm(torch.stack(norms)).item()
+        return whole(torch.linalg.vector_norm(torch.stack(norms))).item()
 
     def _describe(self, step: int, values: dict[str, float]) -> str:
         parts = [f"train step {step:>7,}", f"loss {values['train/loss']:.4f}"]
