@@ -115,6 +115,16 @@ def sharing_errors(runtime: "Runtime") -> Iterator[None]:
     exchange(runtime)
 
 
+def broadcast(runtime: "Runtime", value: T) -> T:
+    """Rank 0's picklable value, on every rank, each of which holds it once; waits for the slowest. Collective.
+
+    Raises:
+        RankError: another rank cannot continue.
+    """
+    exchange(runtime)  # Where a rank that fails hands over its sentence.
+    return runtime.broadcast_object(value)
+
+
 def agree(runtime: "Runtime", decide: Callable[[], T]) -> T:
     """What rank 0 decides, on every rank.
 
@@ -127,7 +137,7 @@ def agree(runtime: "Runtime", decide: Callable[[], T]) -> T:
             answer = (decide(), None)
         except StartupError as error:
             answer = (None, str(error))
-    decision, problem = exchange(runtime, answer)[0]
+    decision, problem = broadcast(runtime, answer)
     if problem is not None:
         raise RankError(problem)
     return decision  # type: ignore[return-value]
