@@ -108,6 +108,16 @@ def list_splits(spec: SourceSpec) -> Mapping[str, OpenSplit]:
     return {split: partial(_open_hub, pin, split) for split in list_hub_splits(pin)}
 
 
+def name_files(splits: Mapping[str, OpenSplit]) -> list[str]:
+    """Local files of splits that `list_splits` found, or of folders of `save_to_disk` their description."""
+    names = []
+    for opener in splits.values():
+        assert isinstance(opener, partial)
+        found = opener.args[1]
+        names += [str(found / "state.json")] if isinstance(found, Path) else [x.url for x in found if not x.is_remote]
+    return names
+
+
 def _open_hub(pin: HubPin, split: str, _: Tokenizer | None) -> Documents:
     return open_hub(pin, split)
 
