@@ -48,6 +48,9 @@ class Start:
     """What building the data and the first batch cost a rank."""
 
     seconds: float
+    cpu_seconds: float
+    """Of `seconds`: the rest is the disk, and other programs."""
+
     seconds_to_first_batch: float
     memory_bytes: int
     """What the process grew by."""
@@ -83,10 +86,12 @@ class RankCosts:
             f"{self.ranks:,} ranks, {self.shards:,} files of {DOCUMENTS} documents, {self.lanes:,} lanes",
             "| | rank 0 | another rank |\n|---|---|---|",
         ]
-        for name, form in (("seconds", "{:.2f}"), ("seconds_to_first_batch", "{:.2f}")):
-            values = [form.format(getattr(start, name)) for start in (self.main, self.other)]
-            label = "seconds to open the data" if name == "seconds" else "seconds to the first batch after that"
-            lines.append(f"| {label} | {' | '.join(values)} |")
+        for label, name in (
+            ("seconds to open the data", "seconds"),
+            ("CPU seconds of these", "cpu_seconds"),
+            ("seconds to the first batch after that", "seconds_to_first_batch"),
+        ):
+            lines.append(f"| {label} | {getattr(self.main, name):.2f} | {getattr(self.other, name):.2f} |")
         lines += [
             f"| memory, MB | {self.main.memory_bytes / 1e6:,.0f} | {self.other.memory_bytes / 1e6:,.0f} |",
             f"rank 0 sends {self.sent_bytes / 1e6:,.1f} MB to each; the data state has {self.state_bytes:,} bytes",
@@ -210,15 +215,20 @@ def _measure(start: Callable[..., DataPipeline], *arguments: Any) -> Start:
     ours, theirs = context.Pipe()
 
     def work() -> None:
-        before, began = _memory_bytes(), time.perf_counter()
+        before, began, cpu = _memory_bytes(), time.perf_counter(), time.process_time()
         data = start(*arguments)
-        opened = time.perf_counter()
+        opened, cpu = time.perf_counter(), time.process_time() - cpu
         loader = data.loader()
         next(loader)
         first = time.perf_counter()
         loader.close()
         peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
-        found = Start(seconds=opened - began, seconds_to_first_batch=first - opened, memory_bytes=max(0, peak - before))
+        found = Start(
+            seconds=opened - began,
+            cpu_seconds=cpu,
+            seconds_to_first_batch=first - opened,
+            memory_bytes=max(0, peak - before),
+        )
         theirs.send(asdict(found))
         theirs.close()
         os._exit(0)

@@ -7,15 +7,10 @@ path, or a copy of its own, every rank looks for itself; the fingerprints are co
 """
 
 import os
-from collections.abc import Callable, Mapping, Sequence
-from functools import partial
+from collections.abc import Callable, Sequence
 from typing import Protocol, TypeVar
 
 from neobert.data.fingerprint import spread
-from neobert.data.source.documents import Documents
-from neobert.data.source.formats import OpenSplit, list_splits, name_files
-from neobert.data.source.spec import SourceSpec
-from neobert.data.tokenizer import Tokenizer
 
 T = TypeVar("T")
 
@@ -41,28 +36,6 @@ class Share(Protocol):
 def alone(find: Callable[[], T], *, path: Sequence[str] = (), seen: Callable[[], Seen] | None = None) -> T:
     """Of a single process."""
     return find()
-
-
-def list_shared_splits(spec: SourceSpec, share: Share) -> Mapping[str, OpenSplit]:
-    """The splits of a source, listed and opened by rank 0 where they are files.
-
-    Raises:
-        DataError: there is no such source, or it is of a kind that is not read.
-    """
-    if not spec.path:
-        return list_splits(spec)
-    own: dict[str, OpenSplit] = {}
-
-    def find() -> list[str]:
-        own.update(list_splits(spec))
-        return list(own)
-
-    names = share(find, path=spec.path, seen=lambda: see(name_files(own)))
-
-    def open_split(name: str, tokenizer: Tokenizer | None) -> Documents:
-        return share(lambda: own[name](tokenizer))  # A rank that was sent the names is sent the documents too.
-
-    return {name: partial(open_split, name) for name in names}
 
 
 def see(paths: Sequence[str]) -> Seen:

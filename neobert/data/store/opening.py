@@ -19,8 +19,8 @@ from neobert.config.schema import DatasetSection
 from neobert.data.fingerprint import combine
 from neobert.data.rows.lanes import State
 from neobert.data.source.documents import Documents
-from neobert.data.source.formats import OpenSplit
-from neobert.data.source.one_reader import Share, alone, list_shared_splits
+from neobert.data.source.formats import OpenSplit, list_shared_splits
+from neobert.data.source.one_reader import Share, alone
 from neobert.data.source.spec import SourceSpec, describe_sources, name_folders
 from neobert.data.source.splits import SplitSlice, choose_eval_split, choose_train_split, parse_split, slice_bounds
 from neobert.data.source.text import WHOLE, RecordCounts, Span, cut_text
