@@ -14,6 +14,7 @@ from neobert.data.pipeline import DataPipeline, Reader, build_tokenizer
 from neobert.data.rows.batch_size import constant_batch
 from neobert.data.rows.collate import Collator
 from neobert.data.rows.loader import Loader
+from neobert.data.source.text import STREAM_LANES
 from neobert.data.tokenizer import Tokenizer
 from neobert.errors import StartupError
 from neobert.objectives.base import Objective
@@ -131,7 +132,11 @@ def _build_pipeline(checkpoint: Path, saved: dict[str, Any]) -> tuple[DataPipeli
         )
     run = checkpoint.parent.parent if checkpoint.parent.name == "checkpoints" else Path(config.trainer.output_dir)
     tokenizer = build_tokenizer(config, checkpoint, run)
-    reader = Reader(rows_per_step=saved["rows_per_step"], prepared_dir=run / "tokenized")
+    reader = Reader(
+        rows_per_step=saved["rows_per_step"],
+        prepared_dir=run / "tokenized",
+        stream_lanes=saved.get("stream_lanes", STREAM_LANES),
+    )
     data = build_config_data(config, tokenizer, reader)
     if not fits(saved["data_fingerprint"], data.fingerprint):
         raise StartupError(

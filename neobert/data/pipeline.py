@@ -26,7 +26,9 @@ from neobert.data.rows.loader import Collate, Loader, LoaderSettings, sum_counte
 from neobert.data.rows.packing import max_segments_per_row
 from neobert.data.rows.training import TrainData, build_row_order, build_train
 from neobert.data.source.inventory import NO_FILES, Inventory
+from neobert.data.source.one_reader import Share, alone
 from neobert.data.source.spec import describe_sources
+from neobert.data.source.text import STREAM_LANES
 from neobert.data.store.opening import Source, View, list_sources, open_training_texts
 from neobert.data.tokenizer import Tokenizer, check_mask_token, limit_threads, load_tokenizer, train_tokenizer
 from neobert.host import available_cpus
@@ -55,6 +57,12 @@ class Reader:
     """A context in which rank 0 runs before the others, put around the tokenising. `main_first(facts)`: what is made
     depends on these named values, which must be equal on all ranks."""
 
+    share: Share = alone
+    """What rank 0 finds in files, for all ranks."""
+
+    stream_lanes: int = STREAM_LANES
+    """Lanes of a stream that is large enough, where `dataset.num_lanes` is null; see `choose_stream_lanes`."""
+
     pin_memory: bool = False
     """Whether batches go to page-locked memory as they are made."""
 
@@ -71,6 +79,13 @@ class Reader:
             prefetch_steps=section.prefetch_factor or PREFETCH_STEPS,
             pin_memory=self.pin_memory,
         )
+
+
+def choose_stream_lanes(world: int) -> int:
+    """Lanes of streams in a run that starts with so many processes: 16, and one for each where they are more.
+
+    They are a part of the order of the rows, so a run keeps the number it started with."""
+    return max(STREAM_LANES, world)
 
 
 def choose_num_workers(world: int) -> int:
@@ -241,11 +256,13 @@ def build_data(
     section = config.dataset
     limit_threads(section.num_proc)
     to = reader.prepared_dir if section.pre_tokenize_output is None else Path(section.pre_tokenize_output)
-    sources = list_sources(section, tokenizer, to, reader.main_first)
+    sources = list_sources(section, tokenizer, to, reader.main_first, reader.share)
     views = [source.open(source.train_split, source.spec.max_documents) for source in sources]
     order = build_row_order(config, views)
     evaluation = choose_evaluation(config, sources, views, order)
-    train = build_train(evaluation.train, tokenizer, order, section)
+    train = build_train(
+        evaluation.train, tokenizer, order, section, stream_lanes=reader.stream_lanes, share=reader.share
+    )
     collate = replace(_build_collate(config, tokenizer, train_masks), num_sources=len(sources))
     longest = [view.documents.longest(view.span) for view in evaluation.train]
     loader_settings = reader.loader_settings(
@@ -320,6 +337,7 @@ def build_tokenizer(
     checkpoint: Path | None,
     output_dir: Path,
     main_first: Callable[..., AbstractContextManager[Any]] = nullcontext,
+    share: Share = alone,
 ) -> Tokenizer:
     """The checkpoint's tokenizer where a run continues; else the one to train, or the one that is named.
 
@@ -327,12 +345,12 @@ def build_tokenizer(
     first checkpoint, has the same one. It is trained again when its settings or the documents have changed.
 
     Args:
-        main_first: as of `Reader`.
+        main_first, share: as of `Reader`.
 
     Raises:
         DataError: it cannot be loaded or trained, or its mask occurs in text.
     """
-    tokenizer = _load_or_train(config, checkpoint, output_dir, main_first)
+    tokenizer = _load_or_train(config, checkpoint, output_dir, main_first, share)
     check_mask_token(tokenizer)
     return tokenizer
 
@@ -342,6 +360,7 @@ def _load_or_train(
     checkpoint: Path | None,
     output_dir: Path,
     main_first: Callable[..., AbstractContextManager[Any]],
+    share: Share,
 ) -> Tokenizer:
     section = config.tokenizer
     if checkpoint is not None:
@@ -349,7 +368,8 @@ def _load_or_train(
     if not section.train:
         with main_first():  # One process fetches it from the hub.
             return load_tokenizer(section)
-    training = open_training_texts(describe_sources(config.dataset), config.dataset, section.train_documents)
+    sources = describe_sources(config.dataset)
+    training = open_training_texts(sources, config.dataset, section.train_documents, share)
     settings = [section.algorithm, section.vocab_size, section.train_documents, config.dataset.eval_samples]
     made_from = combine([training.fingerprint], lambda parts: _hash(parts[0], settings))
     folder, stamp = output_dir / "tokenizer", output_dir / "tokenizer" / "trained_from.txt"

@@ -12,13 +12,14 @@ the tokenizer, the initial weights).
 
 import hashlib
 import json
+import pickle
 import platform
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, replace
 from importlib.metadata import version
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar, cast
 
 import numpy as np
 from numpy.typing import NDArray
@@ -26,6 +27,7 @@ from numpy.typing import NDArray
 import neobert
 from neobert.config.fields import FIELDS, Field
 from neobert.config.schema import Config
+from neobert.data.source.one_reader import Seen, see
 from neobert.errors import StartupError, UserError
 from neobert.secrets import scrub
 from neobert.weights.folder import MANIFEST
@@ -115,6 +117,16 @@ def sharing_errors(runtime: "Runtime") -> Iterator[None]:
     exchange(runtime)
 
 
+def broadcast(runtime: "Runtime", value: T) -> T:
+    """Rank 0's picklable value, on every rank, each of which holds it once; waits for the slowest. Collective.
+
+    Raises:
+        RankError: another rank cannot continue.
+    """
+    exchange(runtime)  # Where a rank that fails hands over its sentence.
+    return runtime.broadcast_object(value)
+
+
 def agree(runtime: "Runtime", decide: Callable[[], T]) -> T:
     """What rank 0 decides, on every rank.
 
@@ -127,10 +139,39 @@ def agree(runtime: "Runtime", decide: Callable[[], T]) -> T:
             answer = (decide(), None)
         except StartupError as error:
             answer = (None, str(error))
-    decision, problem = exchange(runtime, answer)[0]
+    decision, problem = broadcast(runtime, answer)
     if problem is not None:
         raise RankError(problem)
     return decision  # type: ignore[return-value]
+
+
+class SharedFiles:
+    """What rank 0 finds in files, on every rank; a `Share`. Collective, for a block within `sharing_errors`."""
+
+    def __init__(self, runtime: "Runtime") -> None:
+        self._runtime = runtime
+        self._is_shared = runtime.world > 1
+
+    def __call__(self, find: Callable[[], T], *, path: Sequence[str] = (), seen: Callable[[], Seen] | None = None) -> T:
+        """See `Share`.
+
+        Raises:
+            RankError: rank 0 cannot find it.
+        """
+        if not self._is_shared:
+            return find()
+        runtime, found = self._runtime, None
+        message: tuple[bytes, Sequence[str], Seen] = (b"", (), ())
+        if runtime.is_main:
+            found = find()
+            message = (pickle.dumps(found), path, seen() if seen else ())
+        packed, its_path, there = broadcast(runtime, message)
+        if seen is not None:
+            is_same = its_path == path and see([name for name, *_ in there]) == there
+            self._is_shared = all(exchange(runtime, is_same))
+        if runtime.is_main:
+            return found  # type: ignore[return-value]
+        return cast(T, pickle.loads(packed)) if self._is_shared else find()
 
 
 @contextmanager

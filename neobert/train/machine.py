@@ -16,7 +16,7 @@ from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
 from datetime import timedelta
-from typing import Any, Self
+from typing import Any, Self, TypeVar, cast
 
 import torch
 import torch.distributed as dist
@@ -40,6 +40,8 @@ from neobert.train.device import (
 )
 from neobert.train.launcher import check_world
 from neobert.train.master_weights import MasterWeights
+
+T = TypeVar("T")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True, eq=False)
@@ -127,6 +129,14 @@ class Runtime:
         gathered: list[Any] = [None] * self.world
         dist.all_gather_object(gathered, value, group=self.patient_group if patient else self.host_group)
         return gathered
+
+    def broadcast_object(self, value: T) -> T:
+        """Rank 0's picklable value, on every rank; waits for hours if need be."""
+        if self.world == 1:
+            return value
+        holder = [value if self.is_main else None]
+        dist.broadcast_object_list(holder, src=0, group=self.patient_group)
+        return cast(T, holder[0])
 
     def from_main(self, values: Tensor) -> Tensor:
         """Rank 0's values of a tensor, on every rank; the argument stays as it is."""

@@ -153,7 +153,7 @@ def announce(run: Run) -> None:
             f"{batch.unit} at a time"
         )
     lines += [f"data      {note}" for note in data.notes]
-    if objective.describe_baseline is not None:
+    if objective.describe_baseline is not None and run.runtime.is_main:  # It reads data, and only rank 0 speaks.
         lines.append(objective.describe_baseline(config, data.unigram_entropy))
     run.reporter.say("\n".join(lines))
     odd = [*warnings(config, total_steps=run.num_steps), *slow_reading(config, run.runtime.device.type)]

@@ -14,10 +14,11 @@ from torch import nn
 from torch.optim import Optimizer
 
 from neobert.config.schema import Config
-from neobert.data.pipeline import Reader, build_tokenizer
+from neobert.data.pipeline import Reader, build_tokenizer, choose_stream_lanes
 from neobert.data.rows.lanes import RowOrder, State
 from neobert.data.rows.loader import Loader
 from neobert.data.source.inventory import Inventory
+from neobert.data.source.text import STREAM_LANES
 from neobert.data.tokenizer import Tokenizer
 from neobert.inference.model import Model
 from neobert.model.attention import AttentionBackend
@@ -28,6 +29,7 @@ from neobert.optim.moving_average import WeightAverage
 from neobert.optim.qk_clip import QKClip
 from neobert.optim.schedule import Schedule, build_schedule
 from neobert.train.agreement import (
+    SharedFiles,
     check_equal,
     describe_checkpoint,
     describe_config,
@@ -95,6 +97,10 @@ class RunSetup:
     rows_per_step: int
     """Global batch, after a warm-up of the batch."""
 
+    share: SharedFiles
+    stream_lanes: int
+    """Lanes of streams where the config sets no number: chosen when the run first started."""
+
     @property
     def reader(self) -> Reader:
         """This process, as it reads the run's data."""
@@ -105,6 +111,8 @@ class RunSetup:
             rank=runtime.rank,
             world=runtime.world,
             main_first=partial(main_first, runtime),
+            share=self.share,
+            stream_lanes=self.stream_lanes,
             pin_memory=runtime.device.type == "cuda" and self.config.dataset.pin_memory is not False,
         )
 
@@ -139,7 +147,8 @@ def open_run(config: Config, runtime: Runtime, asked: Sequence[str] = ()) -> tup
     reporter = Reporter(active=runtime.is_main, show_progress=not config.trainer.disable_tqdm)
     output_dir = open_output_dir(config, runtime, reporter, start)
     hub = choose_hub_encoder(checkpoint, initial)
-    tokenizer, model_config = _build_vocabulary(config, checkpoint, output_dir, runtime, reporter, hub)
+    share = SharedFiles(runtime)
+    tokenizer, model_config = _build_vocabulary(config, checkpoint, output_dir, runtime, reporter, hub, share)
     config, more = bind_micro_batch(
         config,
         runtime,
@@ -164,6 +173,9 @@ def open_run(config: Config, runtime: Runtime, asked: Sequence[str] = ()) -> tup
         model_config=model_config,
         attention=attention,
         rows_per_step=rows_per_step,
+        share=share,
+        # Earlier versions had one number for all.
+        stream_lanes=choose_stream_lanes(runtime.world) if saved is None else saved.get("stream_lanes", STREAM_LANES),
     )
     return setup, initial
 
@@ -175,9 +187,10 @@ def _build_vocabulary(
     runtime: Runtime,
     reporter: Reporter,
     hub: ModelConfig | None,
+    share: SharedFiles,
 ) -> tuple[Tokenizer, ModelConfig]:
     """The tokenizer, and the architecture with its vocabulary; equal on all ranks."""
-    tokenizer = build_tokenizer(config, checkpoint, output_dir, partial(main_first, runtime))
+    tokenizer = build_tokenizer(config, checkpoint, output_dir, partial(main_first, runtime), share)
     if tokenizer.note is not None:
         reporter.warn(tokenizer.note)
     check_equal(runtime, lambda: {"tokenizer digest": tokenizer.digest, "special ids": list(tokenizer.special_ids)})

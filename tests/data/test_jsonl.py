@@ -51,9 +51,9 @@ def test_a_range_may_start_exactly_at_a_line(tmp_path):
 
 
 def test_cut_ranges_literally():
-    assert cut_ranges([(0, 0, 6), (1, 0, 4)], 2) == [[(0, 0, 5)], [(0, 5, 6), (1, 0, 4)]]
-    assert cut_ranges([(0, 3, 6), (2, 0, 1)], 4) == [[(0, 3, 4)], [(0, 4, 5)], [(0, 5, 6)], [(2, 0, 1)]]
-    assert cut_ranges([(0, 5, 5)], 1) == [[]]
+    assert list(cut_ranges([(0, 0, 6), (1, 0, 4)], 2)) == [[(0, 0, 5)], [(0, 5, 6), (1, 0, 4)]]
+    assert list(cut_ranges([(0, 3, 6), (2, 0, 1)], 4)) == [[(0, 3, 4)], [(0, 4, 5)], [(0, 5, 6)], [(2, 0, 1)]]
+    assert list(cut_ranges([(0, 5, 5)], 1)) == [[]]
 
 
 @pytest.mark.parametrize(

@@ -18,6 +18,8 @@ from contextlib import suppress
 from dataclasses import asdict, dataclass, replace
 from typing import Protocol
 
+import numpy as np
+
 from neobert.data.rows.batch_size import BatchSchedule
 from neobert.data.rows.collate import build_row, join_rows
 from neobert.data.rows.lanes import Lane, RowOrder, State, Window
@@ -196,6 +198,21 @@ class LoaderSettings:
     pin_memory: bool = False
 
 
+def _merge(ranges: Sequence[tuple[int, int]]) -> list[tuple[int, int]]:
+    """The same numbers in ranges that rise and do not meet.
+
+    >>> _merge([(6, 8), (1, 3), (2, 4)])
+    [(1, 4), (6, 8)]
+    """
+    merged: list[tuple[int, int]] = []
+    for start, end in sorted(ranges):
+        if merged and start <= merged[-1][1]:
+            merged[-1] = (merged[-1][0], max(end, merged[-1][1]))
+        else:
+            merged.append((start, end))
+    return merged
+
+
 class _Assembler:
     """Makes the batches of one rank, step by step."""
 
@@ -212,7 +229,7 @@ class _Assembler:
         step: int,
     ) -> None:
         self._order, self._settings, self._collate = order, settings, collate
-        self._skip, self._step = tuple(skip), step
+        self._skip, self._step = _merge(skip), step
         self._cls_id, self._sep_id = cls_id, sep_id
         self._next_row: int = 0 if state is None else state["next_row"]
         # Documents that share a row by next_fit must go to one rank: then whole micro-batches take turns, not rows.
@@ -222,22 +239,19 @@ class _Assembler:
         saved = {} if state is None else {n: s for n, s in state["lanes"].items() if int(n) in set(mine)}
         first = [lane for lane in mine if lane >= self._next_row % order.num_lanes]
         lanes = [*first, *(lane for lane in mine if lane not in set(first))]
-        self._mine = frozenset(mine)
+        self._reads = np.zeros(order.num_lanes, dtype=bool)
+        self._reads[mine] = True
         self._lane_rows = _LaneRows(open_lane, lanes, saved, settings.num_workers)
 
     def step(self) -> StepBatch:
         """The micro-batches of this rank's next optimizer step, and the state after them."""
         settings, rows = self._settings, []
-        made, expected = 0, settings.batch(self._step)
-        while made < expected:
-            row, self._next_row = self._next_row, self._next_row + 1
-            skipped = any(start <= row < end for start, end in self._skip)
-            made += not skipped
-            lane = row % self._order.num_lanes
-            if lane not in self._mine:
-                continue
-            pieces, window = self._lane_rows.take(lane)
-            if self._is_mine(row) and not skipped:
+        first, self._next_row = self._next_row, self._end(self._next_row, settings.batch(self._step))
+        # The rows of all ranks are numbers in an array; only those of lanes that this rank reads are looked at.
+        numbers = np.arange(first, self._next_row)
+        for row in numbers[self._reads[numbers % self._order.num_lanes]].tolist():
+            pieces, window = self._lane_rows.take(row % self._order.num_lanes)
+            if self._is_mine(row) and not any(start <= row < end for start, end in self._skip):
                 rows.append(build_row(pieces, window, row, cls_id=self._cls_id, sep_id=self._sep_id))
         starts = range(0, len(rows), settings.micro_batch_rows)
         batches = [self._micro_batch(rows[start : start + settings.micro_batch_rows]) for start in starts]
@@ -252,6 +266,14 @@ class _Assembler:
 
     def close(self) -> None:
         self._lane_rows.close()
+
+    def _end(self, first: int, count: int) -> int:
+        """The row after the next `count` rows that are not skipped."""
+        end = first + count
+        for start, stop in self._skip:
+            if first < stop and start < end:
+                end += stop - max(start, first)
+        return end
 
     def _is_mine(self, row: int) -> bool:
         return (row // self._unit) % self._settings.world == self._settings.rank

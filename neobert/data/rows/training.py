@@ -10,7 +10,8 @@ from neobert.data.rows.lanes import Lane, OpenStreams, PackingLane, RowOrder, fi
 from neobert.data.rows.order import key
 from neobert.data.rows.streams import MixtureStream
 from neobert.data.source.documents import Documents, StreamSettings
-from neobert.data.source.text import Sharding
+from neobert.data.source.one_reader import Share, alone
+from neobert.data.source.text import STREAM_LANES, Sharding
 from neobert.data.store.opening import View
 from neobert.data.tokenizer import Tokenizer
 
@@ -20,8 +21,6 @@ STREAM_WINDOW = 256
 
 MIN_WINDOW = 64
 """A neighbourhood is cut into lanes only while their windows have so many documents: smaller ones pack badly."""
-
-MIXTURE_LANES = 16
 
 
 @dataclass(frozen=True, kw_only=True, slots=True, eq=False)
@@ -38,12 +37,33 @@ class TrainData:
     tokens: Documents | None
     """The only source where that is tokens on disk; None for text that is tokenised on the way."""
 
-    num_documents: int | None
-    num_tokens: int | None
-    """Of one pass, [CLS] and [SEP] included; None when unknown, and where weights decide how often a source is read."""
+    views: Sequence[View]
+    """The documents of each source."""
 
-    num_pieces: int | None
     notes: list[str]
+
+    @property
+    def num_documents(self) -> int | None:
+        """Of all sources; None when unknown."""
+        counts = [view.count() for view in self.views]
+        return None if None in counts else sum(count or 0 for count in counts)
+
+    @property
+    def num_tokens(self) -> int | None:
+        """Of one pass, [CLS] and [SEP] included; None when unknown, and where weights decide how often a source is
+        read."""
+        return self._sum_sizes(0)
+
+    @property
+    def num_pieces(self) -> int | None:
+        """Of one pass; None like `num_tokens`."""
+        return self._sum_sizes(1)
+
+    def _sum_sizes(self, part: int) -> int | None:
+        if self.views[0].spec.weight is not None:
+            return None
+        sizes = [view.documents.size(view.span, self.order) for view in self.views]
+        return None if None in sizes else sum(size[part] for size in sizes if size is not None)
 
 
 def build_row_order(config: Config, views: Sequence[View]) -> RowOrder:
@@ -68,17 +88,30 @@ def _choose_packing(config: Config) -> Literal["best_fit", "next_fit", "none"]:
     return "best_fit" if config.trainer.enforce_full_packed_batches else "next_fit"
 
 
-def build_train(views: Sequence[View], tokenizer: Tokenizer, order: RowOrder, section: DatasetSection) -> TrainData:
-    """Lanes over the training documents of all sources."""
-    sizes = [view.documents.size(view.span, order) for view in views]
-    requested = _choose_num_lanes(views, order, section)
+def build_train(
+    views: Sequence[View],
+    tokenizer: Tokenizer,
+    order: RowOrder,
+    section: DatasetSection,
+    *,
+    stream_lanes: int = STREAM_LANES,
+    share: Share = alone,
+) -> TrainData:
+    """Lanes over the training documents of all sources.
+
+    Args:
+        stream_lanes: lanes of a stream that is large enough, where the config sets no number.
+        share: of what is found in the documents.
+    """
+    requested = _choose_num_lanes(views, order, section, stream_lanes)
     num_lanes = requested
 
     def open_quietly(count: int) -> OpenStreams:
-        return _stream_opener(views, count, sizes, tokenizer, order, section, log=False)
+        return _stream_opener(views, count, tokenizer, order, section, log=False)
 
     if section.num_lanes is None:
-        num_lanes = fit_num_lanes(requested, open_quietly, order, weighted=views[0].spec.weight is not None)
+        weighted = views[0].spec.weight is not None
+        num_lanes = share(lambda: fit_num_lanes(requested, open_quietly, order, weighted=weighted))
     order = replace(order, num_lanes=num_lanes)
     if section.shuffle_buffer_size:
         order = replace(order, window_documents=math.ceil(section.shuffle_buffer_size / num_lanes))
@@ -86,7 +119,7 @@ def build_train(views: Sequence[View], tokenizer: Tokenizer, order: RowOrder, se
     labels = _unique_labels(views)
 
     def lane_opener() -> Callable[[int], Lane]:
-        open_streams = _stream_opener(views, num_lanes, sizes, tokenizer, order, section)
+        open_streams = _stream_opener(views, num_lanes, tokenizer, order, section)
 
         def open_lane(lane: int) -> Lane:
             streams = open_streams(lane)
@@ -98,21 +131,16 @@ def build_train(views: Sequence[View], tokenizer: Tokenizer, order: RowOrder, se
 
         return open_lane
 
-    known = [size for size in sizes if size is not None] if weights[0] is None else []
-    complete = len(known) == len(views)
-    counts = [view.count() for view in views]
     return TrainData(
         lane_opener=lane_opener,
         order=order,
         labels=labels,
         tokens=views[0].documents if len(views) == 1 and _all_tokenised(views) else None,
-        num_documents=sum(count for count in counts if count is not None) if None not in counts else None,
-        num_tokens=sum(tokens for tokens, _ in known) if complete else None,
-        num_pieces=sum(pieces for _, pieces in known) if complete else None,
+        views=views,
         notes=[
             _note_lanes(num_lanes, requested, order),
             *_note_sources(views),
-            *_note_sizes(views, open_quietly, num_lanes),
+            *share(lambda: _note_sizes(views, open_quietly, num_lanes)),
         ],
     )
 
@@ -120,7 +148,6 @@ def build_train(views: Sequence[View], tokenizer: Tokenizer, order: RowOrder, se
 def _stream_opener(
     views: Sequence[View],
     num_lanes: int,
-    sizes: Sequence[tuple[int, int] | None],
     tokenizer: Tokenizer,
     order: RowOrder,
     section: DatasetSection,
@@ -144,23 +171,23 @@ def _stream_opener(
                 section=section,
                 encode=tokenizer.encode_batch,
                 source=number,
-                num_tokens=size[0] if size is not None else 0,
+                is_mixed=is_mixture,
                 log=log,
             ),
         )
-        for number, (view, size) in enumerate(zip(views, sizes))
+        for number, view in enumerate(views)
     ]
     return lambda lane: [opener(lane) for opener in openers]
 
 
-def _choose_num_lanes(views: Sequence[View], order: RowOrder, section: DatasetSection) -> int:
+def _choose_num_lanes(views: Sequence[View], order: RowOrder, section: DatasetSection, most: int) -> int:
     """Lanes as asked for; else as many as the sources offer, and few enough for a small neighbourhood."""
     if section.shuffle_buffer_size == 0:
         return 1
     requested = section.num_lanes
     if requested is None:
-        natural = [view.documents.choose_num_lanes(view.span, order) for view in views]
-        requested = max(natural) if _all_tokenised(views) or len(views) == 1 else min(MIXTURE_LANES, max(natural))
+        natural = [view.documents.choose_num_lanes(view.span, order, most) for view in views]
+        requested = max(natural) if _all_tokenised(views) or len(views) == 1 else min(most, max(natural))
         if section.shuffle_buffer_size is not None:
             requested = max(1, min(requested, section.shuffle_buffer_size // MIN_WINDOW))
     return requested

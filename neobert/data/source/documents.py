@@ -10,7 +10,7 @@ Every stretch of documents is a `Span` of their cursors; what a cursor holds is 
 """
 
 from collections import deque
-from collections.abc import Callable, Generator, Iterable, Iterator
+from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import closing
 from dataclasses import dataclass
@@ -25,6 +25,7 @@ from neobert.data.rows.packing import SPECIALS_PER_SEGMENT, piece_lengths
 from neobert.data.rows.streams import TextStream
 from neobert.data.source.inventory import NO_FILES, Inventory
 from neobert.data.source.text import (
+    STREAM_LANES,
     WHOLE,
     WINDOW_CHARS,
     Encode,
@@ -143,8 +144,8 @@ class StreamSettings:
     source: int = 0
     """Number of the source."""
 
-    num_tokens: int = 0
-    """Of the span, where it is known."""
+    is_mixed: bool = False
+    """Whether there are other sources, so that the size of each matters."""
 
     log: bool = True
     """Whether bad records and shards are named."""
@@ -218,8 +219,8 @@ class Documents:
         """
         raise NotImplementedError
 
-    def choose_num_lanes(self, span: Span, order: RowOrder) -> int:
-        """Lanes that the documents are worth, when nobody says how many."""
+    def choose_num_lanes(self, span: Span, order: RowOrder, most: int = STREAM_LANES) -> int:
+        """Lanes that the documents are worth, when nobody says how many; `most` of a stream."""
         raise NotImplementedError
 
     def streams(self, span: Span, sharding: Sharding, settings: StreamSettings) -> Callable[[int], DocumentStream]:
@@ -246,7 +247,7 @@ class TextDocuments(Documents):
         """Records in source order."""
         raise NotImplementedError
 
-    def readers(self, sharding: Sharding, span: Span = WHOLE) -> list[LaneReader]:
+    def readers(self, sharding: Sharding, span: Span = WHOLE) -> Sequence[LaneReader]:
         """One reader for each lane. Together they read every record of the span once in an epoch; their cursors are
         none of the source."""
         raise NotImplementedError
@@ -307,8 +308,8 @@ class TextDocuments(Documents):
         with closing(self.records(span)) as records:
             yield from encode_documents(records, encode, counts, max_document_chars, num_ahead=num_ahead)
 
-    def choose_num_lanes(self, span: Span, order: RowOrder) -> int:
-        return len(self.readers(Sharding(seed=0, num_lanes=None, shuffle=order.shuffle), span))
+    def choose_num_lanes(self, span: Span, order: RowOrder, most: int = STREAM_LANES) -> int:
+        return len(self.readers(Sharding(seed=0, num_lanes=None, shuffle=order.shuffle, most=most), span))
 
     def streams(self, span: Span, sharding: Sharding, settings: StreamSettings) -> Callable[[int], DocumentStream]:
         readers = self.readers(sharding, span)

@@ -214,9 +214,14 @@ def fingerprint_files(files: Sequence[DataFile], *, skip_unreadable: bool = Fals
             continue
         try:
             with data_file.open_raw() as file:
+                whole = file.read(size) if size <= 16 * _FINGERPRINT_BLOCK else None  # In one reading.
                 for block in range(16):
-                    file.seek(max(0, size - _FINGERPRINT_BLOCK) * block // 15)
-                    digest.update(file.read(_FINGERPRINT_BLOCK))
+                    begin = max(0, size - _FINGERPRINT_BLOCK) * block // 15
+                    if whole is None:
+                        file.seek(begin)
+                        digest.update(file.read(_FINGERPRINT_BLOCK))
+                    else:
+                        digest.update(whole[begin : begin + _FINGERPRINT_BLOCK])
         except OSError as error:
             if not skip_unreadable:
                 raise DataError(cannot_read(data_file, error)) from error

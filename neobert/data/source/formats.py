@@ -40,6 +40,7 @@ from neobert.data.source.intake import check_problems
 from neobert.data.source.inventory import FileReport, Inventory, name_some
 from neobert.data.source.lines import FileSource
 from neobert.data.source.network import with_retries
+from neobert.data.source.one_reader import Share, see
 from neobert.data.source.parquet import ParquetSource
 from neobert.data.source.spec import PYTHON_STDLIB, SourceSpec, describe_sources
 from neobert.data.source.splits import find_split
@@ -106,6 +107,38 @@ def list_splits(spec: SourceSpec) -> Mapping[str, OpenSplit]:
         return {"train": lambda _: StdlibSource()}
     pin = pin_hub(spec)
     return {split: partial(_open_hub, pin, split) for split in list_hub_splits(pin)}
+
+
+def list_shared_splits(spec: SourceSpec, share: Share) -> Mapping[str, OpenSplit]:
+    """The splits of a source, listed and opened by rank 0 where they are files.
+
+    Raises:
+        DataError: there is no such source, or it is of a kind that is not read.
+    """
+    if not spec.path:
+        return list_splits(spec)
+    own: dict[str, OpenSplit] = {}
+
+    def find() -> list[str]:
+        own.update(list_splits(spec))
+        return list(own)
+
+    names = share(find, path=spec.path, seen=lambda: see(_name_files(own)))
+
+    def open_split(name: str, tokenizer: Tokenizer | None) -> Documents:
+        return share(lambda: own[name](tokenizer))  # A rank that was sent the names is sent the documents too.
+
+    return {name: partial(open_split, name) for name in names}
+
+
+def _name_files(splits: Mapping[str, OpenSplit]) -> list[str]:
+    """Local files of splits that `list_splits` found, or of folders of `save_to_disk` their description."""
+    names = []
+    for opener in splits.values():
+        assert isinstance(opener, partial)
+        found = opener.args[1]
+        names += [str(found / "state.json")] if isinstance(found, Path) else [x.url for x in found if not x.is_remote]
+    return names
 
 
 def _open_hub(pin: HubPin, split: str, _: Tokenizer | None) -> Documents:

@@ -26,9 +26,19 @@ from neobert.config.schema_data import MAX_RECORD_BYTES
 from neobert.data.rows.lanes import State
 from neobert.data.source.files import fingerprint_files, local_file
 from neobert.data.source.network import is_transient, with_retries
-from neobert.data.source.sharing import STREAM_LANES, ShardedSource
+from neobert.data.source.sharing import ShardedSource
 from neobert.data.source.spec import TEXT_COLUMNS, SourceSpec, choose_candidates, choose_text_column
-from neobert.data.source.text import WHOLE, Record, Records, ShardFault, Span, TooLong, add_limit, check_length
+from neobert.data.source.text import (
+    STREAM_LANES,
+    WHOLE,
+    Record,
+    Records,
+    ShardFault,
+    Span,
+    TooLong,
+    add_limit,
+    check_length,
+)
 from neobert.errors import OR_SKIP_SHARD, DataError
 from neobert.secrets import build_logger
 

@@ -218,18 +218,33 @@ def open_jsonl(files: Sequence[DataFile], spec: SourceSpec) -> FileSource:
             _report(found, file, fields, columns[file.url])
     found.drop(problems)
 
-    def column_of(file: DataFile) -> str:
-        if file.url in columns:
-            return columns[file.url]
+    column_of = _ColumnOf(
+        {url: column for url, column in columns.items() if column != usual}, usual, set(columns), spec
+    )
+    return build_file_source(found, JsonLines(usual, column_of), [note], spec)
+
+
+@dataclass(frozen=True, slots=True)
+class _ColumnOf:
+    """The column of a file, which is looked for where the file was not sampled."""
+
+    other: dict[str, str]
+    usual: str
+    sampled: set[str]
+    spec: SourceSpec
+
+    def __call__(self, file: DataFile) -> str:
+        """Raises ShardFault where the file has no text."""
+        if file.url in self.sampled:
+            return self.other.get(file.url, self.usual)
         try:
-            column, problem = _choose_column(file, _sample(file, spec.section.max_record_bytes), usual, spec)
+            fields = _sample(file, self.spec.section.max_record_bytes)
+            column, problem = _choose_column(file, fields, self.usual, self.spec)
         except ShardFault:
-            return usual  # Damaged, which is said where it is.
+            return self.usual  # Damaged, which is said where it is.
         if problem is not None:
             raise ShardFault(f"{file.url} {problem}")
         return column
-
-    return build_file_source(found, JsonLines(usual, column_of), [note], spec)
 
 
 @lru_cache(maxsize=1 << 14)

@@ -8,24 +8,25 @@ recoded, therefore consecutive windows keep the file open.
 
 from collections.abc import Callable, Sequence
 from contextlib import closing
-from typing import NamedTuple, Protocol, TypeVar
+from typing import Any, NamedTuple, Protocol, TypeVar
 
 from neobert.config.schema_data import MAX_RECORD_BYTES
 from neobert.data.rows.lanes import State
 from neobert.data.source.codecs import DAMAGED, skip_bytes
 from neobert.data.source.files import DataFile, cannot_read, fingerprint_files
 from neobert.data.source.intake import Inspected, read_all, sample_file
-from neobert.data.source.inventory import FileReport, Sample
+from neobert.data.source.inventory import NO_FILES, FileReport, Sample
 from neobert.data.source.look import remedy_for_latin1
 from neobert.data.source.network import is_transient
 from neobert.data.source.record_file import RecordFile
 from neobert.data.source.sharing import (
     MIN_LANE_BYTES,
-    STREAM_LANES,
+    Lazy,
     ShardedSource,
     check_part,
     cut_ranges,
     deal,
+    fit_lanes,
 )
 from neobert.data.source.spec import SourceSpec
 from neobert.data.source.text import (
@@ -228,11 +229,15 @@ class FileSource(ShardedSource):
         self.reports: dict[str, FileReport] = {}
         """What is known of its files, those that were left out too."""
 
+    def __getstate__(self) -> dict[str, Any]:
+        """What another process reads with; only this one describes the files."""
+        return self.__dict__ | {"reports": {}, "inventory": NO_FILES}
+
     def build_shard(self, number: int, span: Span = WHOLE) -> FileShard:
         begin, end = span.after or {"offset": 0}, span.until or {"offset": None}
         return self._range(number, begin["offset"], end["offset"], None if span.after else 0)
 
-    def readers(self, sharding: Sharding, span: Span = WHOLE) -> list[LaneReader]:
+    def readers(self, sharding: Sharding, span: Span = WHOLE) -> Sequence[LaneReader]:
         if not self._cuttable:
             return super().readers(sharding, span)
         ranges = [
@@ -240,18 +245,21 @@ class FileSource(ShardedSource):
         ]
         most = max(1, sum(end - begin for _, begin, end in ranges) // MIN_LANE_BYTES)
 
-        def build(count: int) -> list[LaneReader]:
-            return [
-                ShardReader(
-                    [self._range(n, begin, end, None if begin else 0) for n, begin, end in of_lane], sharding, lane
-                )
-                for lane, of_lane in enumerate(cut_ranges(ranges, count))
-            ]
+        def build(count: int) -> Sequence[LaneReader]:
+            of_lane = cut_ranges(ranges, count)
+            return Lazy(
+                count,
+                lambda lane: ShardReader(
+                    [self._range(n, begin, end, None if begin else 0) for n, begin, end in of_lane[lane]],
+                    sharding,
+                    lane,
+                ),
+            )
 
         # Any number of byte ranges can be read; `most` only says which of them are too small.
         if sharding.num_lanes is not None and not sharding.exact:
             return build(sharding.num_lanes)
-        return deal(build, sharding, most=most, chosen=min(STREAM_LANES, most), label=self._label)
+        return deal(build, sharding, most=most, chosen=fit_lanes(sharding.most, most), label=self._label)
 
     def position_after(self, shard: int, number: int) -> tuple[State | None, int]:
         return self.build_shard(shard).position_after(number)

@@ -9,8 +9,7 @@ The library decodes whole pages: a cell over `dataset.max_record_bytes` is in me
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from itertools import pairwise
-from typing import BinaryIO
+from typing import Any, BinaryIO
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -18,14 +17,15 @@ import pyarrow.parquet as pq
 from neobert.data.rows.lanes import State
 from neobert.data.source.files import DataFile, cannot_read, fingerprint_files
 from neobert.data.source.intake import Inspected, inspect_files
-from neobert.data.source.inventory import FileReport
+from neobert.data.source.inventory import NO_FILES, FileReport
 from neobert.data.source.network import is_transient
 from neobert.data.source.sharing import (
     MIN_LANE_BYTES,
-    STREAM_LANES,
+    Lazy,
     ShardedSource,
     choose_borders,
     deal,
+    fit_lanes,
     too_few,
 )
 from neobert.data.source.spec import TEXT_COLUMNS, SourceSpec, choose_text_column, may_be_text, split_schema
@@ -162,24 +162,29 @@ class ParquetSource(ShardedSource):
         self.reports: dict[str, FileReport] = {}
         """What is known of its files, those that were left out too."""
 
+    def __getstate__(self) -> dict[str, Any]:
+        """What another process reads with; only this one describes the files."""
+        return self.__dict__ | {"reports": {}, "inventory": NO_FILES}
+
     def build_shard(self, number: int, span: Span = WHOLE) -> RowGroupShard:
         begin, end = span.after or {"row": 0}, span.until or {"row": None}
         return RowGroupShard(self._row_groups[number], number, begin["row"], end["row"], self._max_record_bytes)
 
-    def readers(self, sharding: Sharding, span: Span = WHOLE) -> list[LaneReader]:
+    def readers(self, sharding: Sharding, span: Span = WHOLE) -> Sequence[LaneReader]:
         parts = span.shards(len(self._sizes))
-        shards = [self.build_shard(*part) for part in parts]
+        sizes = [self._sizes[n] if part.is_whole else self.build_shard(n, part).size for n, part in parts]
 
-        def build(count: int) -> list[LaneReader]:
-            borders = choose_borders([shard.size for shard in shards], count)
-            return [
-                ShardReader([self.build_shard(*part) for part in parts[begin:end]], sharding, lane)
-                for lane, (begin, end) in enumerate(pairwise(borders))
-            ]
+        def build(count: int) -> Sequence[LaneReader]:
+            borders = choose_borders(sizes, count)
+            return Lazy(
+                count,
+                lambda lane: ShardReader(
+                    [self.build_shard(*part) for part in parts[borders[lane] : borders[lane + 1]]], sharding, lane
+                ),
+            )
 
-        large_enough = sum(shard.size for shard in shards) // MIN_LANE_BYTES
-        chosen = max(1, min(STREAM_LANES, len(shards), large_enough))
-        return deal(build, sharding, most=len(shards), chosen=chosen, label=self._label)
+        chosen = fit_lanes(sharding.most, min(len(parts), sum(sizes) // MIN_LANE_BYTES))
+        return deal(build, sharding, most=len(parts), chosen=chosen, label=self._label)
 
     def count(self, span: Span = WHOLE) -> int | None:
         return self._num_rows if span.is_whole else None

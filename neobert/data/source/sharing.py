@@ -9,13 +9,15 @@
 A cursor in source order is `{"shard": number, "position": position in it}`; a null position is before its first record.
 """
 
-from bisect import bisect_left
+from bisect import bisect_left, bisect_right
 from collections.abc import Callable, Sequence
 from itertools import accumulate
+from typing import TypeVar, overload
 
 from neobert.data.rows.lanes import State
 from neobert.data.source.documents import TextDocuments
 from neobert.data.source.text import (
+    STREAM_LANES,
     WHOLE,
     EveryNth,
     LaneReader,
@@ -27,9 +29,6 @@ from neobert.data.source.text import (
     read_shards,
 )
 from neobert.errors import DataError
-
-STREAM_LANES = 16
-"""Lanes of a stream when `dataset.num_lanes` is null and the data is large enough."""
 
 MIN_LANE_BYTES = 256 * 1024
 """A smaller stretch of text is not worth a lane of its own: its windows would pack badly."""
@@ -55,15 +54,17 @@ class ShardedSource(TextDocuments):
         for record in read_shards(shards, {"shard": 0, "position": position}):
             yield record._replace(cursor=record.cursor | {"shard": record.cursor["shard"] + first})
 
-    def readers(self, sharding: Sharding, span: Span = WHOLE) -> list[LaneReader]:
+    def readers(self, sharding: Sharding, span: Span = WHOLE) -> Sequence[LaneReader]:
         parts = span.shards(len(self._sizes))
-        return deal(
-            lambda count: self._every_nth(parts, sharding, count),
-            sharding,
-            most=len(parts),
-            chosen=choose_num_lanes(len(parts)),
-            label=self._label,
-        )
+
+        def build(count: int) -> Sequence[LaneReader]:
+            return Lazy(
+                count,
+                lambda lane: ShardReader([self.build_shard(*part) for part in parts[lane::count]], sharding, lane),
+            )
+
+        chosen = choose_num_lanes(len(parts), sharding.most)
+        return deal(build, sharding, most=len(parts), chosen=chosen, label=self._label)
 
     def count(self, span: Span = WHOLE) -> int | None:
         return None
@@ -94,16 +95,39 @@ class ShardedSource(TextDocuments):
             until={"shard": last, "position": None} if number + 1 < count else None,
         )
 
-    def _every_nth(self, parts: list[tuple[int, Span]], sharding: Sharding, count: int) -> list[LaneReader]:
-        return [
-            ShardReader([self.build_shard(*part) for part in parts[lane::count]], sharding, lane)
-            for lane in range(count)
-        ]
+
+T = TypeVar("T")
+
+
+class Lazy(Sequence[T]):
+    """Items that are made when they are first needed, and kept: of the readers of all lanes a rank uses few."""
+
+    def __init__(self, count: int, build: Callable[[int], T]) -> None:
+        self._count, self._build = count, build
+        self._made: dict[int, T] = {}
+
+    def __len__(self) -> int:
+        return self._count
+
+    @overload
+    def __getitem__(self, index: int) -> T: ...
+
+    @overload
+    def __getitem__(self, index: slice) -> Sequence[T]: ...
+
+    def __getitem__(self, index: int | slice) -> T | Sequence[T]:
+        if isinstance(index, slice):
+            return [self[number] for number in range(*index.indices(self._count))]
+        if not 0 <= index < self._count:
+            raise IndexError(index)
+        if index not in self._made:
+            self._made[index] = self._build(index)
+        return self._made[index]
 
 
 def deal(
-    build: Callable[[int], list[LaneReader]], sharding: Sharding, *, most: int, chosen: int, label: str
-) -> list[LaneReader]:
+    build: Callable[[int], Sequence[LaneReader]], sharding: Sharding, *, most: int, chosen: int, label: str
+) -> Sequence[LaneReader]:
     """The readers of a source.
 
     Args:
@@ -127,15 +151,33 @@ def deal(
     count = max(n for n in range(1, max(1, most) + 1) if sharding.num_lanes % n == 0)
     sharers = sharding.num_lanes // count
     copies = [build(count) for _ in range(sharers)]
-    return [EveryNth(copies[lane // count][lane % count], lane // count, sharers) for lane in range(sharding.num_lanes)]
+    return Lazy(sharding.num_lanes, lambda lane: EveryNth(copies[lane // count][lane % count], lane // count, sharers))
 
 
-def choose_num_lanes(num_shards: int) -> int:
-    """Lanes for shards that cannot be cut: many, up to 16, whose parts differ little in size.
+def fit_lanes(most: int, limit: int) -> int:
+    """Lanes for data that is worth `limit` of them: `most`, else the largest part of it above 16, else up to 16.
 
-    Equal parts where half of the lanes can be kept for them; else the last part of a round may be missing in a few.
+    A rank reads alone what is in a lane of its own: where `most` is the number of processes, each lane is then read by
+    equally many of them.
+
+    >>> fit_lanes(16, 5), fit_lanes(24, 100), fit_lanes(96, 50), fit_lanes(96, 20)
+    (5, 24, 48, 16)
     """
-    most = max(1, min(STREAM_LANES, num_shards))
+    parts = [n for n in range(STREAM_LANES + 1, min(most, limit) + 1) if most % n == 0]
+    return parts[-1] if parts else max(1, min(STREAM_LANES, most, limit))
+
+
+def choose_num_lanes(num_shards: int, lanes: int = STREAM_LANES) -> int:
+    """Lanes for shards that cannot be cut: many, up to `lanes`, whose parts differ little in size.
+
+    Up to 16, equal parts where half of the lanes can be kept for them; else the last part of a round may be missing in
+    a few.
+    """
+    even = [n for n in range(STREAM_LANES + 1, min(lanes, num_shards) + 1) if lanes % n == 0]
+    even = [n for n in even if -(-num_shards // n) <= 1.1 * (num_shards // n)]
+    if even:
+        return even[-1]
+    most = max(1, min(STREAM_LANES, lanes, num_shards))
     equal = max(n for n in range(1, most + 1) if -(-num_shards // n) <= 1.1 * (num_shards // n))
     if 2 * equal >= most:
         return equal
@@ -160,24 +202,29 @@ def choose_borders(sizes: Sequence[int], count: int) -> list[int]:
     return [*borders, len(sizes)]
 
 
-def cut_ranges(ranges: Sequence[tuple[int, int, int]], count: int) -> list[list[tuple[int, int, int]]]:
-    """Cuts (file, begin, end) ranges, seen as one stream of bytes, into `count` equal parts.
+def cut_ranges(ranges: Sequence[tuple[int, int, int]], count: int) -> Sequence[list[tuple[int, int, int]]]:
+    """Cuts (file, begin, end) ranges, seen as one stream of bytes, into `count` equal parts, each when it is needed.
 
-    >>> cut_ranges([(0, 0, 6), (1, 0, 4)], 2)
+    >>> list(cut_ranges([(0, 0, 6), (1, 0, 4)], 2))
     [[(0, 0, 5)], [(0, 5, 6), (1, 0, 4)]]
     """
-    total = sum(end - begin for _, begin, end in ranges)
-    parts = []
-    for part in range(count):
+    ends = list(accumulate(end - begin for _, begin, end in ranges))
+    total = ends[-1] if ends else 0
+
+    def cut(part: int) -> list[tuple[int, int, int]]:
         low, high = total * part // count, total * (part + 1) // count
-        pieces, passed = [], 0
-        for file, begin, end in ranges:
+        pieces = []
+        for number in range(bisect_right(ends, low), len(ranges)):
+            file, begin, end = ranges[number]
+            passed = ends[number] - (end - begin)
+            if passed >= high:
+                break
             start, stop = max(begin, begin + low - passed), min(end, begin + high - passed)
             if start < stop:
                 pieces.append((file, start, stop))
-            passed += end - begin
-        parts.append(pieces)
-    return parts
+        return pieces
+
+    return Lazy(count, cut)
 
 
 def check_part(number: int, count: int, most: int, label: str) -> None:

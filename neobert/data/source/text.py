@@ -93,6 +93,9 @@ class Span(NamedTuple):
 
 WHOLE = Span()
 
+STREAM_LANES = 16
+"""Lanes of a stream when `dataset.num_lanes` is null, the data is large enough and no more processes read it."""
+
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Sharding:
@@ -104,6 +107,9 @@ class Sharding:
 
     shuffle: bool = True
     """False: shards and documents keep the order of the source."""
+
+    most: int = STREAM_LANES
+    """Lanes of a stream that is large enough, where it chooses."""
 
     exact: bool = False
     """True: exactly `num_lanes` readers even where the source has fewer shards to deal. Lanes that have a shard in

@@ -94,7 +94,7 @@ class IndexedTexts(TextDocuments):
         for document in range(first, last):
             yield self.record(document, {"position": document + 1})
 
-    def readers(self, sharding: Sharding, span: Span = WHOLE) -> list[LaneReader]:
+    def readers(self, sharding: Sharding, span: Span = WHOLE) -> Sequence[LaneReader]:
         first, last = self._numbers(span)
         count = sharding.num_lanes or choose_indexed_lanes(last - first, _LANE_DOCUMENTS)
         return [PermutedReader(self, sharding, lane, count, first, last) for lane in range(count)]
@@ -131,12 +131,20 @@ class ArrowTexts(IndexedTexts):
         texts, others = split_schema(table.schema, column)
         candidates = choose_candidates({name: _examples(table.column(name)) for name in texts}, column)
         name, note = choose_text_column(candidates, [*others, *(set(texts) - set(candidates))], column, str(folder))
-        self._texts = table.column(name)
+        self._folder, self._column, self._texts = folder, name, table.column(name)
         if not len(self._texts):
             raise DataError(f"dataset.path: {folder} has no documents; write it again, or name another folder")
         self.notes = [note]
         self.num_bytes = self._texts.nbytes
         self.fingerprint = add_limit(self._make_fingerprint(), max_record_bytes)
+
+    def __getstate__(self) -> dict[str, Any]:
+        """What another process need not find again; it maps the same files."""
+        return {name: value for name, value in self.__dict__.items() if name != "_texts"}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.update(state)
+        self._texts = load_table(self._folder).column(self._column)
 
     def _make_fingerprint(self) -> Fingerprint:
         lengths = map(_byte_lengths, self._texts.chunks)

@@ -19,7 +19,8 @@ from neobert.config.schema import DatasetSection
 from neobert.data.fingerprint import combine
 from neobert.data.rows.lanes import State
 from neobert.data.source.documents import Documents
-from neobert.data.source.formats import OpenSplit, list_splits
+from neobert.data.source.formats import OpenSplit, list_shared_splits
+from neobert.data.source.one_reader import Share, alone
 from neobert.data.source.spec import SourceSpec, describe_sources, name_folders
 from neobert.data.source.splits import SplitSlice, choose_eval_split, choose_train_split, parse_split, slice_bounds
 from neobert.data.source.text import WHOLE, RecordCounts, Span, cut_text
@@ -57,6 +58,7 @@ class Source:
     train_split: SplitSlice
     prepared_dir: Path
     main_first: Callable[..., AbstractContextManager[Any]]
+    share: Share
 
     def count_train_split(self) -> int | None:
         """Documents of the whole training split, where that is known without reading them."""
@@ -83,7 +85,7 @@ class Source:
             manifest = prepare_tokens(documents, self.tokenizer, folder, settings, span=span, label=str(folder))
         numbers = {key: manifest[key] for key in ("num_documents", "num_tokens", "bad", "skipped")}
         note = "tokenised to {}: {num_documents:,} documents, {num_tokens:,} tokens; {bad} bad, {skipped} without text"
-        stored = TokenStore(folder, self.tokenizer)
+        stored = self.share(lambda: TokenStore(folder, self.tokenizer))
         stored.fingerprint = combine([documents.fingerprint], lambda parts: _hash(parts[0], str(span)))
         stored.notes = [*documents.notes, note.format(folder, **numbers)]
         stored.inventory = documents.inventory
@@ -95,6 +97,7 @@ def list_sources(
     tokenizer: Tokenizer,
     prepared_dir: Path,
     main_first: Callable[..., AbstractContextManager[Any]],
+    share: Share,
 ) -> list[Source]:
     """The sources that the config names, their splits found and the training split chosen; nothing is read yet.
 
@@ -104,7 +107,7 @@ def list_sources(
     specs = describe_sources(section)
     found = []
     for spec, folder in zip(specs, name_folders(specs, prepared_dir)):
-        splits = list_splits(spec)
+        splits = list_shared_splits(spec, share)
         found.append(
             Source(
                 spec=spec,
@@ -114,6 +117,7 @@ def list_sources(
                 train_split=parse_split(choose_train_split(list(splits), spec.split)),
                 prepared_dir=folder,
                 main_first=main_first,
+                share=share,
             )
         )
     return found
@@ -148,7 +152,7 @@ class TrainingTexts:
 
 
 def open_training_texts(
-    specs: Sequence[SourceSpec], section: DatasetSection, max_documents: int | None
+    specs: Sequence[SourceSpec], section: DatasetSection, max_documents: int | None, share: Share = alone
 ) -> TrainingTexts:
     """Texts of the training splits in source order, source after source, long ones in parts.
 
@@ -159,7 +163,7 @@ def open_training_texts(
         DataError: a source is not there, or is tokenised already.
     """
     limit = None if max_documents is None else -(-max_documents // len(specs))
-    opened = [_open_texts(spec, section, limit) for spec in specs]
+    opened = [_open_texts(spec, section, limit, share) for spec in specs]
     return TrainingTexts(
         texts=(text for item in opened for text in item.texts),
         fingerprint=opened[0].fingerprint
@@ -172,8 +176,8 @@ def _hash(*parts: str) -> str:
     return f"sha256:{hashlib.sha256(chr(0).join(parts).encode()).hexdigest()}"
 
 
-def _open_texts(spec: SourceSpec, section: DatasetSection, max_documents: int | None) -> TrainingTexts:
-    splits = list_splits(spec)
+def _open_texts(spec: SourceSpec, section: DatasetSection, max_documents: int | None, share: Share) -> TrainingTexts:
+    splits = list_shared_splits(spec, share)
     train = parse_split(choose_train_split(list(splits), spec.split))
     source = splits[train.name](None).as_text(spec.label)
     requested = None if section.eval_split is None else parse_split(section.eval_split).name

@@ -3,6 +3,7 @@
 import hashlib
 from collections.abc import Callable, Generator, Iterator
 from functools import cached_property
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +16,7 @@ from neobert.data.rows.lanes import DocumentStream, RowOrder, State
 from neobert.data.rows.packing import SPECIALS_PER_SEGMENT, piece_lengths
 from neobert.data.rows.streams import IndexedStream
 from neobert.data.source.documents import Documents, EncodedDocument, FirstDocuments, StreamSettings, count_slots
-from neobert.data.source.text import WHOLE, Encode, RecordCounts, Sharding, Span
+from neobert.data.source.text import STREAM_LANES, WHOLE, Encode, RecordCounts, Sharding, Span
 from neobert.data.store.arrow import choose_indexed_lanes, load_table, read_manifest
 from neobert.data.tokenizer import Tokenizer
 from neobert.errors import DataError
@@ -43,21 +44,36 @@ class TokenStore(Documents):
                 f"dataset.path: {folder} was made with a tokenizer of digest {made_with}, this one has "
                 f"{tokenizer.digest}; name that one with tokenizer.name or tokenizer.path, or tokenise again"
             )
-        table = load_table(folder)
-        column = table.column("input_ids")
-        self._starts = np.cumsum([0, *(len(chunk) for chunk in column.chunks)])
-        self._offsets, self._values = [], []
-        for chunk in column.chunks:
-            offsets, values = _list_arrays(chunk, folder)
-            self._offsets.append(offsets)
-            self._values.append(values)
+        self._map()
         self._cls_id, self._sep_id, self._num_ids = tokenizer.cls_id, tokenizer.sep_id, tokenizer.size
-        self._documents = table.column("document") if "document" in table.column_names else None
+        self._all_counts: NDArray[np.int64] | None = None
         self._stripped = False
         found = self._check_sample(tokenizer)
         self._stripped = bool(manifest.get("special_tokens", found))
         self.fingerprint = self._make_fingerprint()
         self.notes = ["special tokens on disk are skipped"] if self._stripped else []
+
+    def _map(self) -> None:
+        """Maps the files into memory."""
+        table = load_table(self._folder)
+        column = table.column("input_ids")
+        self._starts = np.cumsum([0, *(len(chunk) for chunk in column.chunks)])
+        self._offsets, self._values = [], []
+        for chunk in column.chunks:
+            offsets, values = _list_arrays(chunk, self._folder)
+            self._offsets.append(offsets)
+            self._values.append(values)
+        self._documents = table.column("document") if "document" in table.column_names else None
+
+    def __getstate__(self) -> dict[str, Any]:
+        """What another process need not find again; it maps the same files."""
+        self.count_lengths(0, len(self))
+        mapped = ("_starts", "_offsets", "_values", "_documents", "document_numbers", "inventory")
+        return {name: value for name, value in self.__dict__.items() if name not in mapped}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.update(state)
+        self._map()
 
     def __len__(self) -> int:
         return int(self._starts[-1])
@@ -105,11 +121,33 @@ class TokenStore(Documents):
             raise self._refuse(int(tokens[index]), int(document))
         return tokens
 
-    def all_lengths(self) -> NDArray[np.int64]:
-        """`lengths` of every document, from the offsets alone: where special tokens were found on disk, each document
-        is assumed to have two of them."""
-        raw = np.concatenate([np.diff(offsets) for offsets in self._offsets]) if self._offsets else np.empty(0, int)
-        return np.maximum(0, raw.astype(np.int64) - (2 if self._stripped else 0))
+    def count_lengths(self, first: int, last: int) -> NDArray[np.int64]:
+        """At index n, how many of the documents [first, last) have n tokens without special ones.
+
+        From the offsets alone, a chunk at a time: where special tokens were found on disk, each document is assumed to
+        have two of them. All of a store are counted once.
+        """
+        if (first, last) == (0, len(self)):
+            if self._all_counts is None:
+                self._all_counts = self._count_lengths(first, last)
+            return self._all_counts
+        if 2 * (last - first) < len(self):
+            return self._count_lengths(first, last)
+        counts = self.count_lengths(0, len(self)).copy()  # A few were set apart at an end.
+        for outside in ((0, first), (last, len(self))):
+            found = self._count_lengths(*outside)
+            counts[: len(found)] -= found
+        return counts
+
+    def _count_lengths(self, first: int, last: int) -> NDArray[np.int64]:
+        counts = np.zeros(1, dtype=np.int64)
+        for start, offsets in zip(self._starts.tolist(), self._offsets):
+            lengths = np.diff(offsets[max(0, first - start) : max(0, last - start + 1)])
+            found = np.bincount(np.maximum(0, lengths.astype(np.int64) - (2 if self._stripped else 0)))
+            if len(found) > len(counts):
+                counts = np.pad(counts, (0, len(found) - len(counts)))
+            counts[: len(found)] += found
+        return counts
 
     def _first_outside(self, tokens: NDArray[Any]) -> int | None:
         """The index of the first number that is no token; two passes over the numbers, without a copy."""
@@ -167,9 +205,8 @@ class TokenStore(Documents):
         return any(tokens[0] == self._cls_id or tokens[-1] == self._sep_id for tokens in sample)
 
     def _make_fingerprint(self) -> Fingerprint:
-        lengths: list[NDArray[np.int64]] = [np.diff(offsets) for offsets in self._offsets]
-        if self.document_numbers is not None:
-            lengths.append(self.document_numbers)
+        numbers = [] if self.document_numbers is None else [self.document_numbers]
+        lengths = chain((np.diff(offsets) for offsets in self._offsets), numbers)
         return Fingerprint(digest_documents(lengths, len(self), self._raw), self._first_fingerprint())
 
     def _raw(self, document: int) -> bytes:
@@ -193,13 +230,18 @@ class TokenStore(Documents):
     def size(self, span: Span, order: RowOrder) -> tuple[int, int]:
         first, last = self._rows(span)
         limits = (order.max_seq_length, order.min_length)
-        _, _, sizes, _ = piece_lengths(self.all_lengths()[first:last], *limits, truncate=order.truncate)
-        return int(sizes.sum()) + SPECIALS_PER_SEGMENT * len(sizes), len(sizes)
+        counts = self.count_lengths(first, last)
+        lengths = np.flatnonzero(counts)
+        documents, _, sizes, _ = piece_lengths(lengths, *limits, truncate=order.truncate)
+        times = counts[lengths][documents]
+        num_pieces = int(times.sum())
+        return int((sizes * times).sum()) + SPECIALS_PER_SEGMENT * num_pieces, num_pieces
 
     def longest(self, span: Span) -> int:
         first, last = self._rows(span)
         # Some may lack the special tokens that were found around others.
-        return int(self.all_lengths()[first:last].max(initial=0)) + (2 if self._stripped else 0)
+        longest = np.flatnonzero(self.count_lengths(first, last)).max(initial=0)
+        return int(longest) + (2 if self._stripped else 0)
 
     def slice(self, first: int, last: int | None, *, size: int | None = None, is_cap: bool = False) -> Span:
         return Span(self._cursor(first) if first else None, None if last is None else self._cursor(last))
@@ -249,12 +291,13 @@ class TokenStore(Documents):
             yield EncodedDocument(row, tokens, {"row": end}, counts.bad, counts.skipped)
             row = end
 
-    def choose_num_lanes(self, span: Span, order: RowOrder) -> int:
+    def choose_num_lanes(self, span: Span, order: RowOrder, most: int = STREAM_LANES) -> int:
         first, last = self._rows(span)
         return choose_indexed_lanes(last - first, order.window_documents)
 
     def streams(self, span: Span, sharding: Sharding, settings: StreamSettings) -> Callable[[int], DocumentStream]:
         first, last = self._rows(span)
+        num_tokens = self.size(span, settings.order)[0] if settings.is_mixed else 0
         return lambda lane: IndexedStream(
             store=self,
             order=settings.order,
@@ -262,7 +305,7 @@ class TokenStore(Documents):
             num_lanes=sharding.num_lanes or self.choose_num_lanes(span, settings.order),
             first=first,
             last=last,
-            num_tokens=settings.num_tokens,
+            num_tokens=num_tokens,
             source=settings.source,
             seed=sharding.seed,
         )

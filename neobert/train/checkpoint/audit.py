@@ -18,7 +18,7 @@ from neobert.errors import UserError
 
 Line = dict[str, Any]
 
-_TURNS = ("saved", "rolled_back", "source_switched", "order_restarted")
+TURNS = ("saved", "rolled_back", "source_switched", "order_restarted")
 """Events that say which attempt the last steps belong to."""
 
 EXACT = ("batch_digest", "lr", "loss_hex", "grad_norm_hex")
@@ -60,7 +60,7 @@ def is_first_attempt(events: Sequence[Line]) -> bool:
     save either: the rows that it then skipped are known to no checkpoint, so the next start meets the bad rows once
     more and goes back again.
     """
-    turns = [event["event"] for event in events if event["event"] in _TURNS]
+    turns = [event["event"] for event in events if event["event"] in TURNS]
     return turns[-1:] in ([], ["saved"])
 
 

@@ -328,9 +328,12 @@ def roll_back(run: Run, state: TrainState) -> TrainState | None:
         return None
     complete_save(run, wait=True)
     folder = run.output_dir / "checkpoints"
-    old_enough = [step for step in checkpoint_steps(run.output_dir) if step <= state.step - distance]
-    steps = [step for step in old_enough if is_valid(folder / str(step))]
-    target = run.runtime.gather_objects(max(steps, default=None))[0]
+
+    def choose_target() -> int | None:
+        steps = sorted(checkpoint_steps(run.output_dir), reverse=True)
+        return next((x for x in steps if x <= state.step - distance and is_valid(folder / str(x))), None)
+
+    target = agree(run.runtime, choose_target)
     if target is None:
         run.tracker.warn(f"trainer.rollback_steps: no checkpoint is {distance} steps older than step {state.step}")
         return None

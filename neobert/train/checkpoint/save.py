@@ -234,6 +234,7 @@ def _describe_state(run: Run, state: TrainState, data_state: dict[str, Any], con
         "eval_test": run.eval_test,
         "rows_per_step": run.rows_per_step,
         "num_steps": run.num_steps,
+        "stream_lanes": run.stream_lanes,
         "data_fingerprint": run.data.fingerprint,
         "tokenizer_digest": run.tokenizer.digest,
         "special_ids": list(run.tokenizer.special_ids),

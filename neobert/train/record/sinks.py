@@ -3,6 +3,7 @@
 import json
 import math
 import os
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +11,6 @@ from torch import nn
 
 from neobert.config.nesting import parse_json
 from neobert.config.schema import Config
-from neobert.disk import write_text
 from neobert.secrets import scrub_config
 
 TRACKED_SECTIONS = (
@@ -67,6 +67,10 @@ class WandbSink:
         self._run.finish()
 
 
+BLOCK_BYTES = 1 << 20
+"""Of a file that is read from its end."""
+
+
 class LineFile:
     """An append-only file of one JSON object a line."""
 
@@ -78,21 +82,42 @@ class LineFile:
         """All lines; one torn by a kill is left out."""
         if not self._path.is_file():
             return []
-        lines = []
-        for text in self._path.read_text(errors="replace").splitlines():
-            try:
-                line = parse_json(text)
-            except ValueError:
-                continue
-            if isinstance(line, dict) and isinstance(line.get("step"), int):
-                lines.append(line)
-        return lines
+        found = map(_parse, self._path.read_text(errors="replace").splitlines())
+        return [line for line in found if line is not None]
 
-    def rewrite(self, lines: list[dict[str, Any]]) -> None:
-        """Replaces the file: after a kill at any instant it holds the old lines or these."""
+    def read_back(self) -> Iterator[tuple[int, dict[str, Any]]]:
+        """(byte after the line, line) from the last line to the first, in blocks: whoever stops early reads no more.
+
+        What a kill has torn, after the last end of a line, is left out, like everything that is no line of ours.
+        """
         if not self._path.is_file():
             return
-        write_text(self._path, "".join(map(_encode, lines)))
+        with self._path.open("rb") as file:
+            begin, rest = file.seek(0, os.SEEK_END), b""
+            while begin:
+                end, begin = begin, max(0, begin - BLOCK_BYTES)
+                file.seek(begin)
+                rest = file.read(end - begin) + rest
+                first = 0 if begin == 0 else rest.find(b"\n") + 1
+                offset = begin + rest.rfind(b"\n") + 1  # After the last whole line of the block.
+                for text in reversed(rest[first : offset - begin].split(b"\n")[:-1]):
+                    line = _parse(text.decode(errors="replace"))
+                    if line is not None:
+                        yield offset, line
+                    offset -= len(text) + 1
+                rest = rest[:first]
+
+    def cut(self, size: int) -> None:
+        """Drops what is after so many bytes; a file that is no longer stays as it is."""
+        if not self._path.is_file() or self._path.stat().st_size <= size:
+            return
+        with self._path.open("r+b") as file:
+            file.truncate(size)
+            os.fsync(file.fileno())
+
+    def cut_torn(self) -> None:
+        """Drops half a line at the end, which a kill has left, before another one is added."""
+        self.cut(next((end for end, _ in self.read_back()), 0))
 
     def append(self, lines: list[dict[str, Any]]) -> None:
         """Adds lines and flushes them to the disk; a reader never sees half of one after a clean exit.
@@ -112,6 +137,15 @@ class LineFile:
                 os.truncate(self._path, size)  # Half a line would spoil the line after it.
             raise
         self._unwritten.clear()
+
+
+def _parse(text: str) -> dict[str, Any] | None:
+    """A line; None where it is torn, or none of ours."""
+    try:
+        line = parse_json(text)
+    except ValueError:
+        return None
+    return line if isinstance(line, dict) and isinstance(line.get("step"), int) else None
 
 
 def _encode(line: dict[str, Any]) -> str:

@@ -21,8 +21,15 @@ from neobert.objectives.mlm import perplexity
 from neobert.objectives.table import choose_objective
 from neobert.optim.sharded_weights import whole
 from neobert.secrets import scrub_config
-from neobert.train.agreement import exchange
-from neobert.train.checkpoint.audit import RankLayout, ReplayAudit, ReplayDiverged, is_first_attempt, read_layout
+from neobert.train.agreement import broadcast
+from neobert.train.checkpoint.audit import (
+    TURNS,
+    RankLayout,
+    ReplayAudit,
+    ReplayDiverged,
+    is_first_attempt,
+    read_layout,
+)
 from neobert.train.machine import Runtime, compute_dtype
 from neobert.train.numerics import SkippedStep, build_skipped_step
 from neobert.train.parallel import choose_engine
@@ -72,9 +79,8 @@ class Tracker:
         self._layout = RankLayout(processes=runtime.world, micro_batch_rows=rows, engine=engine)
         self._layout_before = self._layout
         if runtime.is_main:
-            events = self._events.read()
-            self._events.rewrite(events)  # Without a line that a kill has torn, before this start adds one.
-            self._layout_before = read_layout(events) or self._layout
+            self._events.cut_torn()
+            self._layout_before = read_layout(self._last_events()) or self._layout
         self._audit: ReplayAudit | None = None
         self._evaluated_step: int | None = None
         self._probed_step: int | None = None
@@ -99,14 +105,9 @@ class Tracker:
         the steps made again are compared with them. Collective."""
         found: tuple[list[dict[str, Any]], RankLayout, set[str]] = ([], self._layout, set())
         if self._runtime.is_main:
-            lines = self._log.read()
-            # At step 0 nothing is kept: the first evaluation is made again too.
-            kept = [line for line in lines if 0 < state.step >= line["step"]]
-            here = {line["kind"] for line in kept if line["step"] == state.step}
-            later = [line for line in lines if line["kind"] == "step" and line["step"] > state.step]
-            found = (later if is_first_attempt(self._events.read()) else [], self._layout_before, here)
-            self._log.rewrite(kept)
-        old_steps, before, here = exchange(self._runtime, found)[0]
+            later, here = self._drop_later(state.step)
+            found = (later if is_first_attempt(self._last_events()) else [], self._layout_before, here)
+        old_steps, before, here = broadcast(self._runtime, found)
         self._audit = ReplayAudit(old_steps, before=before, now=self._layout) if old_steps else None
         self._evaluated_step = state.step if "eval" in here else None
         self._probed_step = state.step if "probe" in here else None
@@ -117,6 +118,36 @@ class Tracker:
         self._window.restore(IntervalSums(**state.interval))
         # Earlier versions saved no sums: what came before, since the last log line, is not known.
         self._is_partial = state.step > 0 and not state.interval
+
+    def _drop_later(self, step: int) -> tuple[list[dict[str, Any]], set[str]]:
+        """Drops the lines after `step` of `log.jsonl`, all of them at step 0: the first evaluation is made again too.
+
+        Steps only rise in the file, so its end is read and the rest stays as it is.
+
+        Returns:
+            The lines of later steps, and the kinds of lines there are of this one.
+        """
+        size, later, here = 0, [], set[str]()
+        for end, line in self._log.read_back():
+            if 0 < step >= line["step"]:
+                size = max(size, end)
+                if line["step"] < step:
+                    break
+                here.add(line["kind"])
+            elif line["kind"] == "step":
+                later.append(line)
+        self._log.cut(size)
+        return later[::-1], here
+
+    def _last_events(self) -> list[dict[str, Any]]:
+        """The last event that says which attempt the last steps belong to, and the last one of all."""
+        last: list[dict[str, Any]] = []
+        for _, event in self._events.read_back():
+            if not last or event["event"] in TURNS:
+                last.insert(0, event)
+            if event["event"] in TURNS:
+                break
+        return last
 
     def forget_replay(self) -> None:
         """Compares no further steps with those before the last `begin`."""
@@ -283,8 +314,9 @@ class Tracker:
         """Writes what was found of every data file, unless an earlier start has found the same."""
         if not (self._runtime.is_main and files):
             return
-        known = [event["files"] for event in self._events.read() if event["event"] == "inventory"]
-        if known[-1:] != [scrub_config({"files": files})["files"]]:
+        events = (event for _, event in self._events.read_back())
+        known = next((event["files"] for event in events if event["event"] == "inventory"), None)
+        if known != scrub_config({"files": files})["files"]:
             self.event("inventory", 0, files=files)
 
     def close(self) -> None:

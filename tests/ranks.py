@@ -24,6 +24,9 @@ class ThreadRuntime:
         self._barrier.wait(timeout=20)
         return gathered
 
+    def broadcast_object(self, value: Any) -> Any:
+        return self.gather_objects(value)[0]
+
     def from_main(self, values: torch.Tensor) -> torch.Tensor:
         return self.gather_objects(values)[0].clone()
 
