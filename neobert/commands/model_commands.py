@@ -250,19 +250,32 @@ def mine_negatives(program: str, argv: list[str]) -> None:
 
 
 def export(program: str, argv: list[str]) -> None:
-    """Export a trained encoder to a folder for transformers, sentence-transformers and the hub."""
+    """Export a trained encoder to a folder for transformers, sentence-transformers and the hub.
+
+    neobert export outputs/run --for onnx,gguf,vllm --output outputs/run_hf
+
+    The folder itself is what transformers and sentence-transformers load; the files of other programs are below it.
+    """
     parser = build_parser(program, export.__doc__)
     parser.add_argument("source", metavar="model", help="run folder (its newest checkpoint), checkpoint, or hub name")
     parser.add_argument("--output", type=Path, help="folder to write; must not exist (default: of a run, RUN_hf)")
+    parser.add_argument(
+        "--for",
+        dest="targets",
+        default=("transformers",),
+        type=_split_names,
+        metavar="NAMES",
+        help="transformers, sentence-transformers, onnx, gguf, vllm: one or more, with commas between",
+    )
     parser.add_argument("--format", dest="form", default="auto", help="auto, native or remote_code (default auto)")
-    parser.add_argument("--dtype", default="fp32", help="fp32 or bf16 (default fp32)")
+    parser.add_argument("--dtype", default="fp32", help="of the stored weights: fp32, bf16 or fp16 (default fp32)")
     parser.add_argument("--push-to-hub", metavar="OWNER/NAME", help="upload the folder to this repository")
     parser.add_argument("--drop-decoder-bias", action="store_true", help="leave out a bias of the projection")
     parser.add_argument("--weights", default="model", help=WEIGHTS_HELP)
     parser.add_argument(
         "--language",
         default=(),
-        type=lambda codes: tuple(codes.split(",")),
+        type=_split_names,
         metavar="CODES",
         help="language of the text it was trained on, for the model card: en, or en,de",
     )
@@ -272,6 +285,7 @@ def export(program: str, argv: list[str]) -> None:
         if not (run / "checkpoints").is_dir():
             parser.error(f"--output: {args.source} is no run folder, so name the folder to write")
         args.output = run.with_name(f"{run.name}_hf")
+    from neobert.export.target_rows import describe_rows
     from neobert.export.write import ExportRequest
     from neobert.export.write import export as write
 
@@ -279,6 +293,12 @@ def export(program: str, argv: list[str]) -> None:
     print(*done.notes, sep="\n")
     step = "" if done.step is None else f", step {done.step:,}"
     print(f"{done.folder}/: {done.form}{step}; largest difference of a logit to ours {done.max_logit_error:.1e}")
+    if done.rows:
+        cli.print_result(describe_rows(done.rows))
+
+
+def _split_names(text: str) -> tuple[str, ...]:
+    return tuple(text.split(","))
 
 
 def verify_export(program: str, argv: list[str]) -> int:
@@ -287,11 +307,12 @@ def verify_export(program: str, argv: list[str]) -> int:
     parser.add_argument("folder", type=Path, help="exported folder")
     parser.add_argument("--against", help="the run or checkpoint it was made from (default: the folder, read by us)")
     parser.add_argument("--weights", default="model", help="with --against: model, or ema for their moving average")
+    parser.add_argument("--table", action="store_true", help="measure the files of any folder")
     add_json(parser)
     args = parser.parse_args(argv)
     from neobert.export.verify import verify
 
-    (verdict,) = verify([(args.folder, args.against)], kind=args.weights)
+    (verdict,) = verify([(args.folder, args.against)], kind=args.weights, table=args.table)
     data = {**dataclasses.asdict(verdict), "passed": verdict.passed}
     print_answer(data, verdict.describe(), as_json=args.json)
     return 0 if verdict.passed else 1

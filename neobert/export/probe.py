@@ -79,6 +79,8 @@ def probe(item: dict[str, Any], inputs: dict[str, Tensor], work: Path) -> tuple[
         facts["sentences"] = "run"
     if item["trust"]:
         facts["onnx"] = "not for remote code: its attention loops over documents"
+    elif not item["onnx"]:
+        facts["onnx"] = "the folder has its own file"
     elif all(importlib.util.find_spec(name) is not None for name in ONNX):
         tensors["logits.ONNX"], tensors["text.ONNX"] = run_onnx(model, [inputs, batch], work / "model.onnx")
         facts["onnx"] = "run"
@@ -161,14 +163,19 @@ def encode_sentences(folder: str, texts: list[str], options: dict[str, Any]) -> 
 
     One vector a text, or `[tokens, H]` of a model that keeps the vectors of all tokens.
     """
+    with torch.inference_mode(False):
+        encoder = load_sentence_encoder(folder, options)
+        return [torch.as_tensor(vectors).clone() for vectors in encoder.encode(texts)]
+
+
+def load_sentence_encoder(folder: str, options: dict[str, Any]) -> Any:
+    """The encoder of sentence-transformers that a folder is for, in fp32 on the CPU."""
     import sentence_transformers
 
     file = Path(folder) / "config_sentence_transformers.json"
     several = file.is_file() and json.loads(file.read_text(encoding="utf-8")).get("model_type") == "MultiVectorEncoder"
     kind = sentence_transformers.MultiVectorEncoder if several else sentence_transformers.SentenceTransformer
-    with torch.inference_mode(False):
-        encoder = kind(folder, device="cpu", model_kwargs={"dtype": torch.float32}, **options)
-        return [torch.as_tensor(vectors).clone() for vectors in encoder.encode(texts)]
+    return kind(folder, device="cpu", model_kwargs={"dtype": torch.float32}, **options)
 
 
 def run_onnx(model: Any, batches: list[Any], path: Path) -> list[Tensor]:

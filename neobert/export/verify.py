@@ -26,24 +26,18 @@ from neobert.data.tokenizer import Tokenizer, load_tokenizer
 from neobert.export.compare import TOLERANCE, build_model, layer_errors, our_states, random_documents
 from neobert.export.forms import ExportError
 from neobert.export.heads import choose_class, drop_projection, find_head
+from neobert.export.onnx_file import ONNX_FILE
+from neobert.export.opened import has_targets, open_files
+from neobert.export.samples import SECONDS, TEXTS, sample_documents, wrap_texts
+from neobert.export.target_rows import TargetRow, build_reference, describe_rows
 from neobert.export.write import cut_vocabulary, pad, split_rows
 from neobert.inference.fill_mask import MASK_TEXT, fill_mask
 from neobert.model.pooling import choose_pooling
 from neobert.objectives.base import ObjectiveModule, VectorSettings
 from neobert.objectives.classification import HeadInfo, label_values
-from neobert.objectives.labelled_rows import encode_rows
 from neobert.objectives.late_interaction import TOKENS
 from neobert.weights.encoder_weights import EncoderWeights, load_encoder_weights
 from neobert.weights.vector_settings import load_vector_settings
-
-TEXTS = (
-    "the old house stands by the river.",
-    "A second, longer text: it has a number (1984), a dash - and a question?",
-    "x",
-    "Ünïcode: naïve CAFÉ, 東京 and 🙂;\ttabs\nlines  two spaces, don't, 3.14, <b>x_1</b>",
-)
-_SECONDS = (*TEXTS[1:], TEXTS[0])
-"""The second texts, for a model of pairs."""
 
 FILL = f"the old {MASK_TEXT} stands by the river."
 PROBABILITY_TOLERANCE = 1e-5
@@ -69,16 +63,20 @@ class Verdict:
     folder: str
     against: str
     checks: tuple[Check, ...]
+    rows: tuple[TargetRow, ...] = ()
+    """Of each file that was opened by the program it is for."""
 
     @property
     def passed(self) -> bool:
-        return all(check.passed for check in self.checks)
+        return all(check.passed for check in (*self.checks, *self.rows))
 
     def describe(self) -> str:
         """A line for each check."""
         marks = {True: "ok", False: "FAIL"}
         lines = [f"{marks[c.passed]:4}  {c.name}: {c.detail}" for c in self.checks]
-        return "\n".join([f"{self.folder} against {self.against}", *lines])
+        lines += [f"FAIL  {row.target}: {row.opened_by} gives other outputs" for row in self.rows if not row.passed]
+        table = ["", describe_rows(self.rows)] if self.rows else []
+        return "\n".join([f"{self.folder} against {self.against}", *lines, *table])
 
 
 @dataclass(frozen=True, kw_only=True, slots=True, eq=False)
@@ -94,12 +92,13 @@ class _Subject:
     work: Path
 
 
-def verify(folders: Sequence[tuple[Path, str | None]], *, kind: str = "model") -> list[Verdict]:
+def verify(folders: Sequence[tuple[Path, str | None]], *, kind: str = "model", table: bool = False) -> list[Verdict]:
     """Verifies exported folders, each against itself or against the checkpoint it was made from.
 
     Args:
         folders: Pairs of folder and source; None reads the folder itself.
         kind: Which weights of the sources are meant, a key of `neobert.weights.encoder_weights.WEIGHTS`.
+        table: Measure every file of a folder, also where it has none beside those that transformers loads.
 
     Raises:
         WeightsError: a folder or source cannot be read by us.
@@ -111,7 +110,7 @@ def verify(folders: Sequence[tuple[Path, str | None]], *, kind: str = "model") -
             for number, (folder, against) in enumerate(folders)
         ]
         _run_probe(subjects, Path(temporary))
-        return [_judge(subject) for subject in subjects]
+        return [_judge(subject, table=table) for subject in subjects]
 
 
 def _prepare(folder: Path, against: str | None, work: Path, kind: str) -> _Subject:
@@ -167,9 +166,10 @@ def _run_probe(subjects: Sequence[_Subject], temporary: Path) -> None:
             "left": trust or s.head is None or s.head.pooling == "mean",
             "class": choose_class(s.head),
             "texts": TEXTS,
-            "seconds": _SECONDS if s.head is not None and s.head.num_texts == 2 else None,
+            "seconds": SECONDS if s.head is not None and s.head.num_texts == 2 else None,
             "fill": FILL.replace(MASK_TEXT, s.tokenizer.spell(s.tokenizer.mask_id)),
             "work": str(s.work),
+            "onnx": not (s.folder / ONNX_FILE).is_file(),
         }
         for s, trust in zip(subjects, trusts)
     ]
@@ -188,7 +188,7 @@ def _run_probe(subjects: Sequence[_Subject], temporary: Path) -> None:
         raise ExportError("transformers could not run an exported folder:\n" + done.stderr.strip()[-2000:])
 
 
-def _judge(subject: _Subject) -> Verdict:
+def _judge(subject: _Subject, *, table: bool) -> Verdict:
     tensors = load_file(subject.work / "outputs.safetensors")
     facts = json.loads((subject.work / "outputs.json").read_text())
     ours = our_states(subject.model, subject.documents)
@@ -202,12 +202,15 @@ def _judge(subject: _Subject) -> Verdict:
     else:
         checks += [_check_labels(subject.head, facts), _check_label_pipeline(subject, subject.head, facts)]
     if facts["sentences"] == "run":
-        theirs = [tensors[f"sentences.{number}"] for number in range(len(_wrap_texts(subject.tokenizer, 8)))]
+        theirs = [tensors[f"sentences.{number}"] for number in range(len(wrap_texts(subject.tokenizer, 8)))]
         checks.append(_check_sentences(subject, theirs))
     for name, key in (("sentence-transformers", "sentences"), ("ONNX", "onnx")):
         if facts[key] != "run":
             checks.append(Check(name=name, passed=True, detail=f"skipped: {facts[key]}"))
-    return Verdict(folder=str(subject.folder), against=subject.against, checks=tuple(checks))
+    rows: list[TargetRow] = []
+    if table or has_targets(subject.folder):
+        rows = open_files(subject.folder, build_reference(subject.weights, subject.tokenizer, subject.sentences))
+    return Verdict(folder=str(subject.folder), against=subject.against, checks=tuple(checks), rows=tuple(rows))
 
 
 def _check_loading(subject: _Subject, facts: dict[str, Any]) -> Check:
@@ -322,20 +325,7 @@ def _check_text(subject: _Subject, name: str, tensors: dict[str, Tensor]) -> Che
 
 
 def _documents_of_texts(subject: _Subject) -> list[list[int]]:
-    """TEXTS as the model was trained to read them."""
-    head, tokenizer = subject.head, subject.tokenizer
-    if head is None:
-        return _wrap_texts(tokenizer, subject.weights.config.max_position_embeddings)
-    if head.num_texts == 1:
-        return _wrap_texts(tokenizer, head.max_length)
-    pairs = encode_rows(tokenizer, list(zip(TEXTS, _SECONDS)), head.max_length).tokens
-    return [[tokenizer.cls_id, *tokens.tolist(), tokenizer.sep_id] for tokens in pairs]
-
-
-def _wrap_texts(tokenizer: Tokenizer, max_length: int) -> list[list[int]]:
-    """TEXTS as documents of training, cut at `max_length` tokens."""
-    plain = [ids.tolist()[: max_length - 2] for ids in tokenizer.encode_batch(list(TEXTS))]
-    return [[tokenizer.cls_id, *ids, tokenizer.sep_id] for ids in plain]
+    return sample_documents(subject.tokenizer, subject.head, subject.weights.config.max_position_embeddings)
 
 
 def _check_fill_mask(subject: _Subject, facts: dict[str, Any]) -> Check:
@@ -364,7 +354,13 @@ def _check_labels(head: HeadInfo, facts: dict[str, Any]) -> Check:
 
 def _check_label_pipeline(subject: _Subject, head: HeadInfo, facts: dict[str, Any]) -> Check:
     """What the pipeline of transformers answers for TEXTS, against probabilities by our model and tokenizer."""
-    logits = [states[-1] for states in our_states(subject.model, _documents_of_texts(subject))]
+    logits = [
+        states[-1]
+        for states in our_states(
+            subject.model,
+            _documents_of_texts(subject),
+        )
+    ]
     largest, same = 0.0, True
     for own, answer in zip(logits, facts["answers"], strict=True):
         if head.kind == "tokens":
@@ -387,7 +383,7 @@ def _check_label_pipeline(subject: _Subject, head: HeadInfo, facts: dict[str, An
 
 def _check_sentences(subject: _Subject, theirs: list[Tensor]) -> Check:
     settings = subject.sentences
-    documents = _wrap_texts(subject.tokenizer, settings.max_length)
+    documents = wrap_texts(subject.tokenizer, settings.max_length)
     hidden = [states[-2] for states in our_states(subject.model, documents)]
     if settings.pooling == TOKENS:
         ours = [torch.nn.functional.normalize(states, dim=1) for states in hidden]

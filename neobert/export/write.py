@@ -35,9 +35,12 @@ from neobert.export.forms import (
     remote_tensors,
 )
 from neobert.export.heads import choose_class, describe_labels, drop_projection, find_head
+from neobert.export.opened import open_files
+from neobert.export.rounding import check_range, measure_rounding
 from neobert.export.sentence_files import write_sentence_files
+from neobert.export.target_rows import TargetRow, build_reference, describe_rows
+from neobert.export.targets import TARGETS, ExportPlan, call_problems, plan_problems
 from neobert.export.tokenizer_files import check_class, save_tokenizer
-from neobert.objectives.base import VectorSettings
 from neobert.objectives.table import OBJECTIVES
 from neobert.weights.describe import WeightsError
 from neobert.weights.encoder_weights import EncoderWeights, load_encoder_weights
@@ -45,7 +48,7 @@ from neobert.weights.folder import HEAD_FILE, OBJECTIVE_KEY, STEPS_KEY
 from neobert.weights.vector_settings import load_vector_settings
 from neobert.weights.vocabulary import VOCABULARY_TENSORS
 
-DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 _MODEL_CONFIG = "model_config.json"
 
 
@@ -66,6 +69,9 @@ class ExportRequest:
     weights: str = "model"
     """`model`, or `ema` for their moving average."""
 
+    targets: tuple[str, ...] = ("transformers",)
+    """Keys of TARGETS. The folder that transformers loads is always made, and the files of others below it."""
+
     language: tuple[str, ...] = ()
     """Codes of the languages of the text it was trained on, for the model card; nothing is said without them."""
 
@@ -81,18 +87,8 @@ class Exported:
     """Largest difference to our model's logits on random padded batches."""
 
     notes: tuple[str, ...]
-
-
-@dataclass(frozen=True, kw_only=True, slots=True, eq=False)
-class _Plan:
-    weights: EncoderWeights
-    """With the vocabulary and the dtype of the export."""
-
-    tokenizer: Tokenizer
-    tokenizer_folder: Path
-    sentences: VectorSettings
-    form: Form
-    notes: tuple[str, ...]
+    rows: tuple[TargetRow, ...]
+    """Of each file that was made, where more than the folder of transformers was asked for."""
 
 
 def export(request: ExportRequest) -> Exported:
@@ -113,6 +109,7 @@ def export(request: ExportRequest) -> Exported:
     try:
         changes = _write(plan, request, temporary)
         error = _check(plan, temporary)
+        rows = _add_targets(plan, request.targets, temporary)
         _open_to_readers(temporary)
         temporary.rename(request.output)
     except BaseException:
@@ -126,10 +123,11 @@ def export(request: ExportRequest) -> Exported:
         step=plan.weights.step,
         max_logit_error=error,
         notes=(*plan.notes, *changes),
+        rows=rows,
     )
 
 
-def _make_plan(request: ExportRequest) -> _Plan:
+def _make_plan(request: ExportRequest) -> ExportPlan:
     problems: list[str] = []
     if request.output.exists():
         problems.append(f"--output: {request.output} exists already; choose another folder, or remove it")
@@ -137,7 +135,7 @@ def _make_plan(request: ExportRequest) -> _Plan:
         problems.append(f"--dtype: {request.dtype!r} is unknown; write {' or '.join(DTYPES)}")
     if request.push_to_hub is not None and len(request.push_to_hub.strip("/").split("/")) != 2:
         problems.append(f"--push-to-hub: {request.push_to_hub!r} is no repository; write owner/name")
-    problems += check_language(request.language)
+    problems += [*check_language(request.language), *call_problems(request.targets)]
     weights, tokenizer, sentences, form, projection_note = None, None, None, None, None
     try:
         weights = load_encoder_weights(
@@ -167,14 +165,23 @@ def _make_plan(request: ExportRequest) -> _Plan:
     def convert(tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
         return {name: tensor.to(DTYPES[request.dtype]).contiguous() for name, tensor in tensors.items()}
 
-    return _Plan(
-        weights=replace(cut, tensors=convert(cut.tensors), training_only=convert(cut.training_only)),
+    stored = replace(cut, tensors=convert(cut.tensors), training_only=convert(cut.training_only))
+    rounding = None
+    if request.dtype != "fp32":
+        check_range(cut, stored, request.dtype)
+        rounding = measure_rounding(cut, stored, tokenizer.size).describe(request.dtype)
+    plan = ExportPlan(
+        weights=stored,
         tokenizer=tokenizer,
         tokenizer_folder=weights.tokenizer,
         sentences=sentences,
         form=form,
-        notes=tuple(x for x in (note, projection_note, left_out) if x is not None),
+        notes=tuple(x for x in (note, projection_note, left_out, rounding) if x is not None),
     )
+    problems = plan_problems(request.targets, plan)
+    if problems:
+        raise ExportError("\n".join(problems))
+    return plan
 
 
 def _load_tokenizer(weights: EncoderWeights) -> Tokenizer:
@@ -199,7 +206,7 @@ def cut_vocabulary(weights: EncoderWeights, size: int) -> tuple[EncoderWeights, 
     return replace(weights, config=replace(weights.config, vocab_size=size), tensors=tensors), note
 
 
-def _write(plan: _Plan, request: ExportRequest, folder: Path) -> list[str]:
+def _write(plan: ExportPlan, request: ExportRequest, folder: Path) -> list[str]:
     config, tensors = plan.weights.config, plan.weights.tensors
     make_config, make_tensors = (
         (native_config, native_tensors) if plan.form == "native" else (remote_config, remote_tensors)
@@ -251,7 +258,7 @@ def _write_json(path: Path, values: object) -> None:
 
 
 @torch.inference_mode()
-def _check(plan: _Plan, folder: Path) -> float:
+def _check(plan: ExportPlan, folder: Path) -> float:
     """Largest error of the logits. Raises ExportError when any layer disagrees."""
     ours = build_model(plan.weights)
     kind = choose_class(find_head(plan.weights))
@@ -272,6 +279,19 @@ def _check(plan: _Plan, folder: Path) -> float:
     if wrong:
         raise ExportError("\n  ".join(["the exported model does not match ours, nothing is kept:", *wrong]))
     return errors[-1].max_error
+
+
+def _add_targets(plan: ExportPlan, targets: Sequence[str], folder: Path) -> tuple[TargetRow, ...]:
+    """Makes the files of targets, and opens everything. Raises ExportError when one does not match our model."""
+    if tuple(targets) == ("transformers",):
+        return ()
+    for name in targets:
+        TARGETS[name].write(plan, folder)
+    rows = open_files(folder, build_reference(plan.weights, plan.tokenizer, plan.sentences))
+    wrong = [row for row in rows if not row.passed]
+    if wrong:
+        raise ExportError(f"exported files do not match our model, nothing is kept:\n{describe_rows(wrong)}")
+    return tuple(rows)
 
 
 def split_rows(logits: torch.Tensor, lengths: Iterable[int]) -> list[torch.Tensor]:
