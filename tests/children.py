@@ -53,9 +53,14 @@ def wait_for(process: int, seconds: float = 60) -> int:
 
 def run_in_two(work: Callable[[], int], folder: Path) -> list[str]:
     """Does `work` on two ranks, which must both end with exit code 0; what each printed."""
-    port, logs = free_port(), [folder / f"rank-{rank}.txt" for rank in (0, 1)]
-    children = [fork(work, log, rank=rank, world=2, port=port) for rank, log in enumerate(logs)]
+    return run_in_processes(2, work, folder)
+
+
+def run_in_processes(world: int, work: Callable[[], int], folder: Path) -> list[str]:
+    """Does `work` on `world` ranks, which must all end with exit code 0; what each printed."""
+    port, logs = free_port(), [folder / f"rank-{rank}.txt" for rank in range(world)]
+    children = [fork(work, log, rank=rank, world=world, port=port) for rank, log in enumerate(logs)]
     codes = [wait_for(child, 120) for child in children]
     printed = [log.read_text() for log in logs]
-    assert codes == [0, 0], "\n".join(printed)
+    assert codes == [0] * world, "\n".join(printed)
     return printed
