@@ -14,23 +14,29 @@ the size of the whole:
 Only the matrices of the blocks are updated so; all other weights, embeddings and vocabulary projection among them, by
 AdamW in the same object, so that there is one state dict. A fused weight is several matrices one below the other
 (queries, keys and values; gate and up), each with an orthogonal factor of its own. Matrices of one shape go through the
-products together. `reference_muon` computes the same one matrix at a time. Ranks of a run have the same gradients and
-would all compute the same factors: with `share` each computes a part of them, and they are exchanged.
+products together. `reference_muon` computes the same one matrix at a time.
+
+Several ranks share the work: each matrix has one owner, which computes its factor (`owners.py`). Weights that every
+rank has (DDP, `share`) keep their momentum on every rank; of weights that are sharded by rows (DTensors of FSDP2) the
+momentum and the mean squares of rows are sharded like them, and only rows of directions and of factors are exchanged.
+The update is the one of a single process, to the last bit where a product of one matrix does not depend on how many
+are in its batch and no sum goes over ranks (NorMuon's size of a sharded matrix).
 
 Nothing waits for a GPU. Where `found_inf` is set, weights, means and counts keep every bit.
 """
 
-from collections.abc import Callable, Iterable
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch.distributed.tensor import DTensor
 from torch.optim import Optimizer
 from torch.optim.adamw import adamw
 
 from neobert.config.schema_optimizer import MuonSection
 from neobert.optim.orthogonal import orthogonalize, reference_orthogonal
+from neobert.optim.owners import ALONE, Owners, Ranks, find_ranks, like_rows, list_matrices, local
 
 PARTS: dict[str, int] = {"qkv": 3, "gate_up": 2}
 """Matrices in a fused weight, by the name of its layer."""
@@ -38,9 +44,6 @@ PARTS: dict[str, int] = {"qkv": 3, "gate_up": 2}
 _NORMUON_EPS = 1e-8
 _MOST_ELEMENTS = 2**26
 """Of the matrices that go through the products together: bounds the memory of a step."""
-
-
-Gather = Callable[[Tensor], Tensor]
 
 
 def is_free_to_read(tensor: Tensor) -> bool:
@@ -68,21 +71,21 @@ class Muon(Optimizer):
         super().__init__(groups, {"lr": lr, "betas": betas, "eps": eps, "fused": True})
         self.section, self.dtype = section, dtype
         self.equal_rows = equal_rows
-        self._rank, self._world = 0, 1
-        self._gather: Gather | None = None
+        self._copies = ALONE
+        self._owners: dict[tuple[str, ...], Owners] = {}
 
-    def share(self, rank: int, world: int, gather: Gather) -> None:
-        """Has this rank compute one of `world` parts of the orthogonal factors, and `gather` bring those of the others:
-        it takes `[n, rows, columns]` of every rank and returns `[world * n, rows, columns]`, in rank order.
+    def share(self, group: Any) -> None:
+        """Has the ranks of a process group, which have the same weights and gradients, share the work on matrices.
 
-        The weights are those of one process to the last bit where a product of one matrix does not depend on how many
-        are in its batch.
+        Weights that are DTensors name their ranks themselves, and need no call.
         """
-        self._rank, self._world, self._gather = rank, world, gather
+        self._copies = Ranks.of_group(group)
+        self._owners.clear()
 
     @torch.no_grad()
-    def step(self) -> None:  # type: ignore[override]
-        """One update of all weights that have a gradient; none where `found_inf` is set."""
+    def step(self, closure: None = None) -> None:  # type: ignore[override]
+        """One update of all weights that have a gradient; none where `found_inf` is set. Collective where ranks share
+        the work. There is no closure: the argument is what `torch.distributed.checkpoint` calls it with."""
         # Written by `step_unless` and by gradient scalers; a plain call has none.
         found_inf: Tensor | None = getattr(self, "found_inf", None)
         if found_inf is not None and is_free_to_read(found_inf):
@@ -106,10 +109,10 @@ class Muon(Optimizer):
                 self.state[p]["exp_avg_sq"] = torch.zeros_like(p)
         states = [self.state[p] for p in params]
         adamw(
-            params,
-            [p.grad for p in params if p.grad is not None],
-            [state["exp_avg"] for state in states],
-            [state["exp_avg_sq"] for state in states],
+            [local(p) for p in params],
+            [local(p.grad) for p in params if p.grad is not None],
+            [local(state["exp_avg"]) for state in states],
+            [local(state["exp_avg_sq"]) for state in states],
             [],
             [state["step"] for state in states],
             fused=True,
@@ -125,15 +128,15 @@ class Muon(Optimizer):
 
     def _step_matrices(self, group: dict[str, Any], named: list[tuple[str, Tensor]], found_inf: Tensor | None) -> None:
         section, lr = self.section, group["lr"]
-        names, params = [name for name, _ in named], [p for _, p in named]
-        grads = [p.grad for p in params if p.grad is not None]
+        params = [p for _, p in named]
+        grads = [local(p.grad) for p in params if p.grad is not None]
         for p in params:
             if not self.state[p]:
                 self.state[p]["momentum"] = torch.zeros_like(p)
                 if self.equal_rows:
-                    self.state[p]["row_squares"] = p.new_zeros(p.shape[0], 1)
+                    self.state[p]["row_squares"] = like_rows(p)
         skip = None if found_inf is None else found_inf != 0
-        means = [self.state[p]["momentum"] for p in params]
+        own, means = [local(p) for p in params], [local(self.state[p]["momentum"]) for p in params]
         if skip is None:
             torch._foreach_lerp_(means, grads, 1 - section.muon_beta)
         else:
@@ -142,85 +145,98 @@ class Muon(Optimizer):
         directions = list(torch._foreach_lerp(grads, means, section.muon_beta)) if section.nesterov else means
         if group["weight_decay"]:
             kept = 1 - lr * group["weight_decay"]
-            torch._foreach_mul_(params, kept if skip is None else torch.where(skip, 1.0, kept))
-        squares = [self.state[p].get("row_squares") for p in params]
-        for batch in _batches(names, params, directions, squares):
-            updates = self._orthogonal(batch, skip)
-            torch._foreach_add_(batch.weights, list(updates.unbind()), alpha=-lr)
+            torch._foreach_mul_(own, kept if skip is None else torch.where(skip, 1.0, kept))
+        owners = self.find_owners(named)
+        weights, parts = owners.split(own), owners.split(directions)
+        squares = owners.split([local(self.state[p]["row_squares"]) for p in params]) if self.equal_rows else []
+        factors = None if owners.world == 1 else self._exchange_factors(owners, parts, skip)
+        for batch in _batches(owners.kinds):
+            if factors is None:
+                stack = self._factors([parts[n] for n in batch], skip)
+            else:
+                stack = torch.stack([factors[n] for n in batch]).to(parts[0].dtype)
+            shape = owners.matrices[batch[0]].rows, owners.matrices[batch[0]].columns
+            updates = self._scale(stack, shape, [squares[n] for n in batch if squares], skip, owners)
+            torch._foreach_add_([weights[n] for n in batch], list(updates.unbind()), alpha=-lr)
 
-    def _orthogonal(self, batch: "_Batch", skip: Tensor | None) -> Tensor:
-        """What is subtracted from the weights of a batch, for a learning rate of 1; zeros where the step is skipped."""
-        section = self.section
-        stack = torch.stack(batch.directions)
+    def find_owners(self, named: Sequence[tuple[str, Tensor]]) -> Owners:
+        """Who computes the factors of these weights.
+
+        Raises:
+            ValueError: weights are laid out in several ways, or in one that Muon cannot take.
+        """
+        names = tuple(name for name, _ in named)
+        if names not in self._owners:
+            weights = [p for _, p in named]
+            if len({(p.device_mesh, p.placements) if isinstance(p, DTensor) else None for p in weights}) > 1:
+                raise ValueError("the matrices of one parameter group are on different ranks; shard all of them alike")
+            replicas, shards = find_ranks(weights[0]) if isinstance(weights[0], DTensor) else (self._copies, ALONE)
+            matrices = list_matrices([p.shape for _, p in named], [count_matrices(name) for name in names])
+            self._owners[names] = Owners(matrices, replicas, shards)
+        return self._owners[names]
+
+    def _exchange_factors(self, owners: Owners, parts: list[Tensor], skip: Tensor | None) -> list[Tensor]:
+        """This rank's rows of the factor of every matrix, in the type of the products: in it nothing of them is lost,
+        and bf16 is half as much to exchange."""
+        wholes = owners.collect(parts)
+        for batch in _batches([tuple(whole.shape) for whole in wholes]):
+            for n, factor in zip(batch, self._factors([wholes[n] for n in batch], skip)):
+                wholes[n] = factor.to(self.dtype)
+        return owners.distribute(wholes, parts[0].new_empty(0, dtype=self.dtype))
+
+    def _factors(self, directions: list[Tensor], skip: Tensor | None) -> Tensor:
+        """The orthogonal factor of each direction, `[n, rows, columns]`."""
+        section, stack = self.section, torch.stack(directions)
         if skip is not None and section.nesterov:  # A gradient that is not finite is no part of the means.
             stack = torch.where(skip, 0.0, stack)
-        updates = self._factors(stack)
-        scale: Tensor | float = NORM_FACTORS[section.norm_factor](*stack.shape[1:])
+        return orthogonalize(stack, method=section.orthogonalization, num_steps=section.ns_steps, dtype=self.dtype)
+
+    def _scale(
+        self, factors: Tensor, shape: tuple[int, int], squares: list[Tensor], skip: Tensor | None, owners: Owners
+    ) -> Tensor:
+        """What is subtracted from the weights of a batch, for a learning rate of 1; zeros where the step is skipped.
+
+        Args:
+            factors: this rank's rows of factors of `shape`; overwritten.
+        """
+        section = self.section
+        scale: Tensor | float = NORM_FACTORS[section.norm_factor](*shape)
         if self.equal_rows:
-            means = torch.linalg.vector_norm(updates, dim=2, keepdim=True).square() / updates.shape[2]
-            squares = torch.lerp(torch.stack(batch.squares), means, 1 - section.normuon_beta2)
-            for old, new in zip(batch.squares, squares):
+            means = torch.linalg.vector_norm(factors, dim=2, keepdim=True).square() / factors.shape[2]
+            new_squares = torch.lerp(torch.stack(squares), means, 1 - section.normuon_beta2)
+            for old, new in zip(squares, new_squares):
                 old.copy_(new if skip is None else torch.where(skip, old, new))
-            scale = scale * equal_row_scales(means, squares)
-        return updates.mul_(scale if skip is None else torch.where(skip, 0.0, scale))
-
-    def _factors(self, stack: Tensor) -> Tensor:
-        """The orthogonal factor of each matrix of `stack` `[n, rows, columns]`, the work shared between the ranks."""
-        method, num_steps = self.section.orthogonalization, self.section.ns_steps
-        if self._gather is None:
-            return orthogonalize(stack, method=method, num_steps=num_steps, dtype=self.dtype)
-        own = -(-len(stack) // self._world)
-        part = stack[self._rank * own : (self._rank + 1) * own]
-        missing = part.new_zeros(own - len(part), *stack.shape[1:])
-        part = orthogonalize(torch.cat((part, missing)), method=method, num_steps=num_steps, dtype=self.dtype)
-        # In the type of the products nothing of them is lost, and bf16 is half as much to exchange.
-        return self._gather(part.to(self.dtype))[: len(stack)].to(stack.dtype)
+            scale = scale * equal_row_scales(means, new_squares, owners.total)
+        return factors.mul_(scale if skip is None else torch.where(skip, 0.0, scale))
 
 
-def equal_row_scales(means: Tensor, squares: Tensor) -> Tensor:
+def equal_row_scales(means: Tensor, squares: Tensor, total: Callable[[Tensor], Tensor] = lambda sums: sums) -> Tensor:
     """What the rows of matrices are multiplied with, `[n, rows, 1]`: 1 over the roots of `squares`, and what gives each
     matrix the size that it had.
 
     Args:
         means: of the squares of each row, `[n, rows, 1]`.
         squares: their running means.
+        total: makes sums over these rows sums over all rows of their matrices.
     """
     even = 1 / (squares.sqrt() + _NORMUON_EPS)
-    before, after = means.sum(1, keepdim=True), (means * even.square()).sum(1, keepdim=True)
+    before, after = total(torch.stack((means.sum(1, keepdim=True), (means * even.square()).sum(1, keepdim=True))))
     return even * (before / after.clamp_min(torch.finfo(after.dtype).tiny)).sqrt()
 
 
-@dataclass(kw_only=True, slots=True)
-class _Batch:
-    """Matrices of one shape: views of the weights, of their directions and of the mean squares of their rows."""
-
-    weights: list[Tensor]
-    directions: list[Tensor]
-    squares: list[Tensor]
-
-
-def _batches(
-    names: list[str], params: list[Tensor], directions: list[Tensor], squares: list[Tensor | None]
-) -> Iterable[_Batch]:
-    batches: dict[tuple[int, ...], _Batch] = {}
-    for name, param, direction, square in zip(names, params, directions, squares):
-        for number, weight in enumerate(split_matrices(name, param)):
-            batch = batches.setdefault(tuple(weight.shape), _Batch(weights=[], directions=[], squares=[]))
-            batch.weights.append(weight)
-            batch.directions.append(split_matrices(name, direction)[number])
-            if square is not None:
-                batch.squares.append(split_matrices(name, square)[number])
-    for (rows, columns), batch in batches.items():
+def _batches(kinds: Sequence[tuple[int, ...]]) -> Iterable[list[int]]:
+    """Numbers of matrices of one kind, which begins with rows and columns; not too many at once."""
+    batches: dict[tuple[int, ...], list[int]] = {}
+    for number, kind in enumerate(kinds):
+        batches.setdefault(kind, []).append(number)
+    for (rows, columns, *_), numbers in batches.items():
         most = max(1, _MOST_ELEMENTS // (rows * columns))
-        for first in range(0, len(batch.weights), most):
-            part = slice(first, first + most)
-            yield _Batch(weights=batch.weights[part], directions=batch.directions[part], squares=batch.squares[part])
+        yield from (numbers[first : first + most] for first in range(0, len(numbers), most))
 
 
-def split_matrices(name: str, weight: Tensor) -> list[Tensor]:
-    """The matrices in a weight with this dotted name, as views of it, from top to bottom."""
-    parts = PARTS.get(name.split(".")[-2], 1) if "." in name else 1
-    return list(weight.split(weight.shape[0] // parts))
+def count_matrices(name: str) -> int:
+    """Matrices in a weight with this dotted name, one below the other."""
+    return PARTS.get(name.split(".")[-2], 1) if "." in name else 1
 
 
 def reference_muon(

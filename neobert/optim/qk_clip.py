@@ -24,12 +24,14 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.distributed.fsdp import FSDPModule
 from torch.optim import Optimizer
 
 from neobert.config.schema_optimizer import MuonSection
 from neobert.model.encoder import Encoder
 from neobert.model.layers import EncoderBlock
 from neobert.model.segments import Segments
+from neobert.optim.owners import first_row, local
 
 Largest = Callable[[Tensor], Tensor]
 """The elementwise maximum over all processes."""
@@ -113,6 +115,9 @@ class QKClip:
             return
         assert self._logits_LN is not None, "observed outside of `measuring`"
         block, kind = self._observed[layer], x_TH.device.type
+        if isinstance(block, FSDPModule):  # Its forward pass comes next, and finds the weights there.
+            block.unshard()
+            x_TH = x_TH.to(block.qkv.weight.dtype)  # As a policy of mixed precision has the block compute.
         # A weight that autocast converts here would be kept for the forward pass, and have no gradient there.
         with torch.autocast(
             kind,
@@ -143,13 +148,19 @@ class QKClip:
         eta_LN = torch.where(exceeds_LN, threshold / logits_LN, 1.0)
         factors_L2N = torch.stack((eta_LN**alpha, eta_LN ** (1 - alpha)), dim=1)
         for block, factors_2N in zip(self._blocks, factors_L2N):
-            weight = block.qkv.weight
-            rows = weight[: 2 * weight.shape[1]].view(2, block.num_heads, block.head_dim, weight.shape[1])
-            rows.mul_(factors_2N[:, :, None, None])
+            scale_first_rows_(block.qkv.weight, factors_2N.flatten().repeat_interleave(block.head_dim))
         before = self._interval or (torch.full_like(logits_LN, float("-inf")), torch.zeros_like(exceeds_LN))
         if found_inf is not None:  # What a step that does not count had measured may be NaN.
             logits_LN = torch.where(found_inf == 0, logits_LN, before[0])
         self._interval = (torch.maximum(before[0], logits_LN), before[1] | exceeds_LN)
+
+
+def scale_first_rows_(weight: Tensor, factors: Tensor) -> None:
+    """Multiplies row i of `weight` with `factors[i]`, and leaves the rows after the last factor alone; of a weight that
+    is sharded by rows, each rank those that it has."""
+    first = first_row(weight)
+    rows = local(weight)[: max(0, len(factors) - first)]
+    rows.mul_(factors[first : first + len(rows), None])
 
 
 def largest_logits(

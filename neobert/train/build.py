@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Protocol
 
 import torch
+import torch.distributed as dist
 from torch import nn
 from torch.optim import Optimizer
 
@@ -192,9 +193,10 @@ def build_run_optimizer(config: Config, module: ObjectiveModule) -> Optimizer:
 
 
 def share_factors(optimizer: Optimizer, runtime: Runtime) -> None:
-    """Has the GPUs of a run share the work of Muon's orthogonal factors."""
-    if isinstance(optimizer, Muon) and runtime.world > 1 and runtime.device.type == "cuda":
-        optimizer.share(runtime.rank, runtime.world, runtime.gather_on_device)
+    """Has the processes of a run, which have the same weights and gradients, share the work of Muon's orthogonal
+    factors."""
+    if isinstance(optimizer, Muon) and runtime.world > 1:
+        optimizer.share(dist.group.WORLD)
 
 
 def build_clip(

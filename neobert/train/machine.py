@@ -116,12 +116,6 @@ class Runtime:
             dist.all_reduce(values, op=dist.ReduceOp.MAX)
         return values
 
-    def gather_on_device(self, values: Tensor) -> Tensor:
-        """The tensors of all ranks, `[n, ...]` each, one after the other in rank order."""
-        gathered = values.new_empty(self.world * len(values), *values.shape[1:])
-        dist.all_gather_into_tensor(gathered, values.contiguous())
-        return gathered
-
     def gather_objects(self, value: Any, *, patient: bool = False) -> list[Any]:
         """Every rank's picklable value, in rank order, on every rank. `patient`: waits for hours if need be."""
         if self.world == 1:

@@ -2,18 +2,14 @@
 
 import copy
 import itertools
-from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-import torch.distributed as dist
-from children import run_in_two
-from torch import nn
+from block_weights import Model
 
 from neobert.config.schema_optimizer import MuonSection, OptimizerSection
-from neobert.optim import muon
-from neobert.optim.muon import NORM_FACTORS, Muon, equal_row_scales, reference_muon, split_matrices
+from neobert.optim.muon import NORM_FACTORS, count_matrices, equal_row_scales, reference_muon
 from neobert.optim.optimizers import build_optimizer, step_unless
 from neobert.optim.orthogonal import (
     ORTHOGONALIZATIONS,
@@ -21,29 +17,7 @@ from neobert.optim.orthogonal import (
     polar_express,
     reference_orthogonal,
 )
-from neobert.train.machine import Runtime
-
-H, F = 12, 20
-
-
-class Block(nn.Module):
-    def __init__(self) -> None:
-        super().__init__()
-        self.qkv = nn.Linear(H, 3 * H, bias=False)
-        self.out = nn.Linear(H, H, bias=False)
-        self.gate_up = nn.Linear(H, 2 * F, bias=False)
-        self.down = nn.Linear(F, H, bias=False)
-        self.norm = nn.Parameter(torch.ones(H))
-
-
-class Model(nn.Module):
-    """Names and roles of the weights of a small encoder; nothing is computed with it."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.embedding = nn.Embedding(7, H)
-        self.layers = nn.ModuleList(Block() for _ in range(2))
-        self.decoder = nn.Linear(H, 7, bias=False)
+from neobert.optim.owners import Owners, list_matrices
 
 
 def build(name: str, weights: torch.dtype = torch.float32, **muon: Any) -> tuple[Model, torch.optim.Optimizer]:
@@ -146,9 +120,10 @@ def test_a_step_that_is_left_out_keeps_every_bit_with_nesterov_and_decay(name: s
 
 def test_the_fused_weights_are_split_from_top_to_bottom() -> None:
     weight = torch.arange(12.0).view(6, 2)
-    assert [part[0, 0].item() for part in split_matrices("layers.0.qkv.weight", weight)] == [0, 4, 8]
-    assert [part[0, 0].item() for part in split_matrices("layers.0.gate_up.weight", weight)] == [0, 6]
-    assert [part.shape[0] for part in split_matrices("layers.0.out.weight", weight)] == [6]
+    for name, firsts in (("qkv", [0, 4, 8]), ("gate_up", [0, 6]), ("out", [0])):
+        matrices = list_matrices([weight.shape], [count_matrices(f"layers.0.{name}.weight")])
+        assert [part[0, 0].item() for part in Owners(matrices).split([weight])] == firsts
+        assert {m.rows for m in matrices} == {6 // len(firsts)}
 
 
 def test_factors_of_a_matrix_of_16_rows_and_4_columns() -> None:
@@ -224,65 +199,3 @@ def test_rows_become_equally_large_and_the_matrix_keeps_its_size() -> None:
     even = updates * equal_row_scales(means, means)
     torch.testing.assert_close(even.norm(dim=2), (updates.norm() / 2**0.5).expand(1, 2))
     torch.testing.assert_close(even.norm(), updates.norm())
-
-
-KINDS = list(itertools.product(("muonclip", "normuon"), (torch.float32, torch.bfloat16)))
-
-
-def share_the_factors(folder: Path) -> int:
-    """What one of two ranks does; it leaves its weights in `folder`."""
-    dist.init_process_group("gloo")
-    rank = dist.get_rank()
-    runtime = Runtime(
-        accelerator=None,  # type: ignore[arg-type]
-        device=torch.device("cpu"),
-        rank=rank,
-        world=2,
-        host_group=None,
-        patient_group=None,
-    )
-    for name, dtype in KINDS:
-        module, optimizer = build(name)
-        assert isinstance(optimizer, Muon)
-        optimizer.dtype = dtype
-        optimizer.share(rank, 2, runtime.gather_on_device)
-        make_steps(module, optimizer, range(3))
-        torch.save(module.state_dict(), folder / f"{name}-{dtype}-{rank}.pt")
-    dist.destroy_process_group()
-    return 0
-
-
-def test_two_processes_that_share_the_factors_have_the_weights_of_one(tmp_path: Path) -> None:
-    """Over gloo; shapes with an odd number of matrices among them. The ranks are equal to the bit."""
-    run_in_two(lambda: share_the_factors(tmp_path), tmp_path)
-    for name, dtype in KINDS:
-        module, optimizer = build(name)
-        assert isinstance(optimizer, Muon)
-        optimizer.dtype = dtype
-        make_steps(module, optimizer, range(3))
-        first, second = (torch.load(tmp_path / f"{name}-{dtype}-{rank}.pt") for rank in range(2))
-        for key, weight in module.state_dict().items():
-            assert torch.equal(first[key], second[key]), key
-            torch.testing.assert_close(first[key], weight, rtol=1e-5, atol=1e-6)
-
-
-def test_each_of_three_ranks_computes_a_third_of_the_factors(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Of 7 matrices 3, 3 and 1 with two of zeros; together they are what one computes."""
-    computed: list[int] = []
-
-    def counting(stack: torch.Tensor, **settings: Any) -> torch.Tensor:
-        computed.append(len(stack))
-        return orthogonalize(stack, **settings)
-
-    monkeypatch.setattr(muon, "orthogonalize", counting)
-    _, optimizer = build("muonclip")
-    assert isinstance(optimizer, Muon)
-    stack = torch.randn(7, 12, 20, generator=torch.Generator().manual_seed(0))
-    whole = optimizer._factors(stack)
-    parts: list[torch.Tensor] = []
-    for rank in range(3):
-        optimizer.share(rank, 3, lambda part: parts.append(part) or torch.cat((part,) * 3))
-        optimizer._factors(stack)
-    assert computed == [7, 3, 3, 3]
-    torch.testing.assert_close(torch.cat(parts)[:7], whole, rtol=1e-6, atol=1e-6)
-    assert not torch.cat(parts)[7:].any()
