@@ -1,7 +1,7 @@
 """Fine-tuning on labels: the training loop of pretraining with labelled rows, a head, and another evaluation."""
 
-import shlex
 import math
+import shlex
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass

@@ -5,7 +5,7 @@ the stream: in fp32 and without a window with torch's fused kernel (`fused_docum
 Queries go in tiles of bounded size then, and the backward computes the probabilities of a tile again, so that nothing
 quadratic in a document's length is kept. With a sliding window a tile reads only the keys within reach: the cost is
 linear in the length of a document. In bf16 a document is computed in whole blocks of slots, at the end of the stream
-too, and the rest masked away: torch's library keeps code for every shape.
+too, and the rest masked away: torch's library keeps code for every shape; short ones go together (`short_documents`).
 
 On other devices documents of about one length go together, padded to the length of their bucket, through torch's
 scaled_dot_product_attention. Lengths of buckets grow by half at most, so no more than a third of a bucket is padding
@@ -28,6 +28,7 @@ from torch import Tensor
 from neobert.model.buckets import plan_buckets
 from neobert.model.fused_documents import backward_fused, empty_logsumexps, forward_fused, is_fused, slices_of
 from neobert.model.segments import Segments
+from neobert.model.short_documents import DocumentBatch, backward_short, forward_short, split_short
 
 _TILE = 2**20
 """Scores (heads x queries x keys) of one tile: 2 MB of bf16 stay in a CPU's cache."""
@@ -184,8 +185,11 @@ def _forward_by_document(
     q_TND: Tensor, k_TND: Tensor, v_TND: Tensor, borders: Tensor, scale: float, reach: int
 ) -> Tensor:
     out_TND = torch.zeros(q_TND.shape, dtype=q_TND.dtype, device=q_TND.device)
+    short, borders = _split_short(q_TND, borders, reach)
     q, k, v, out = (x.transpose(0, 1) for x in (q_TND, k_TND, v_TND, out_TND))
     scratch = _Scratch(q, 2)
+    for batch in short:
+        forward_short(q_TND, k_TND, v_TND, out_TND, batch, scale)
     for document in _documents(borders, q, reach):
         q_own, k_own, v_own = (_take(x, document.slots) for x in (q, k, v))
         out_own = out[:, document.slots]
@@ -200,9 +204,12 @@ def _backward_by_document(
     grad_TND: Tensor, q_TND: Tensor, k_TND: Tensor, v_TND: Tensor, borders: Tensor, scale: float, reach: int
 ) -> tuple[Tensor, Tensor, Tensor]:
     grads_TND = tuple(torch.zeros(x.shape, dtype=x.dtype, device=x.device) for x in (q_TND, k_TND, v_TND))
+    short, borders = _split_short(q_TND, borders, reach)
     q, k, v, grad = (x.transpose(0, 1) for x in (q_TND, k_TND, v_TND, grad_TND))
     grad_q, grad_k, grad_v = (x.transpose(0, 1) for x in grads_TND)
     scratch = _Scratch(q, 3)
+    for batch in short:
+        backward_short(grad_TND, q_TND, k_TND, v_TND, grads_TND, batch, scale)
     for document in _documents(borders, q, reach):
         q_own, k_own, v_own, grad_own = (_take(x, document.slots) for x in (q, k, v, grad))
         grad_q_own = grad_q[:, document.slots]
@@ -230,6 +237,13 @@ def _backward_by_document(
         for target, total in zip((grad_k, grad_v), sums):
             target[:, document.slots][:, : document.length] = total[:, : document.length]
     return grads_TND[0], grads_TND[1], grads_TND[2]
+
+
+def _split_short(q_TND: Tensor, borders: Tensor, reach: int) -> tuple[list[DocumentBatch], Tensor]:
+    """Batches of short documents where they are worth it, and the borders of the rest."""
+    if q_TND.dtype != torch.bfloat16:
+        return [], borders
+    return split_short(borders, block=_BLOCK, reach=reach, num_heads=q_TND.shape[1])
 
 
 class _Scratch:

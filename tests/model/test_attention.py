@@ -13,11 +13,12 @@ from torch import Tensor
 from torch._dynamo.utils import counters
 from torch.nn.attention.flex_attention import BlockMask, flex_attention
 
-from neobert.model import attention, flex, segmented
+from neobert.model import attention, flex, segmented, short_documents
 from neobert.model.attention import ATTENTION, AttentionBackend, choose_attention, reference_attention
 from neobert.model.buckets import bucket_length
 from neobert.model.segmented import SegmentedPlan
 from neobert.model.segments import Segments
+from neobert.model.short_documents import split_short
 
 CPU = torch.device("cpu")
 
@@ -172,8 +173,11 @@ def test_sdpa_in_tiles(monkeypatch: pytest.MonkeyPatch) -> None:
         torch.testing.assert_close(got, want, atol=1e-5, rtol=1e-5)
 
 
-def test_sdpa_in_whole_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Rounding a document up to a block, in one tile or in several, takes nothing from its neighbours."""
+@pytest.mark.parametrize("longest", [0, 4, 64])
+def test_sdpa_in_whole_blocks(monkeypatch: pytest.MonkeyPatch, longest: int) -> None:
+    """Rounding a document up to a block, in one tile or in several or together with others of its length, takes nothing
+    from its neighbours."""
+    monkeypatch.setattr(short_documents, "LONGEST", longest)
     _, segments = pack(ROWS, 16)
     want = expected(segments, torch.bfloat16)
     for block, least in ((1, 128), (4, 128), (4, 4), (32, 2)):
@@ -201,7 +205,42 @@ def test_sdpa_multiplies_few_shapes_in_bf16(monkeypatch: pytest.MonkeyPatch, win
         q = torch.zeros(5 + length, 1, 4, dtype=torch.bfloat16)
         segmented._forward_by_document(q, q, q, borders, 0.3, window)
         segmented._backward_by_document(q, q, q, q, borders, 0.3, window)
-    assert {n for pair in shapes for shape in pair for n in shape} == {1, 4, 32, 64, 96}
+    # Of slots, and of documents that go together.
+    assert {n for pair in shapes for shape in pair for n in shape} == {1, 2, 4, 32, 64, 96}
+
+
+def test_short_documents_of_one_length_go_together() -> None:
+    """In bf16 with the numbers of one at a time, in batches of 1, 2, 4, ...; longer ones, and those with keys out of
+    reach, stay."""
+    lengths = [13, 5, 64, 65, 1, 40, 32, 33, 120] + [14] * 9
+    ends = torch.tensor(lengths).cumsum(0)
+    borders = torch.stack((ends - torch.tensor(lengths), ends))
+    q, k, v, grad = torch.randn(4, int(ends[-1]), 2, 8, generator=torch.Generator().manual_seed(3)).bfloat16()
+    for reach, kept in ((-1, [65, 120]), (13, [64, 65, 40, 32, 33, 120])):
+        batches, rest = split_short(borders, block=32, reach=reach, num_heads=2)
+        assert rest.diff(dim=0).flatten().tolist() == kept
+        assert sorted(int(x) for batch in batches for x in batch.is_own_BL.sum(1)) == sorted(set_aside(lengths, kept))
+        assert {len(batch.slots_BL) for batch in batches} <= {1, 2, 4, 8}
+        one_by_one = [
+            [
+                segmented._forward_by_document(q, k, v, border[:, None], 0.3, reach),
+                *segmented._backward_by_document(grad, q, k, v, border[:, None], 0.3, reach),
+            ]
+            for border in borders.T
+        ]
+        together = (
+            segmented._forward_by_document(q, k, v, borders, 0.3, reach),
+            *segmented._backward_by_document(grad, q, k, v, borders, 0.3, reach),
+        )
+        for found, *parts in zip(together, *one_by_one):
+            torch.testing.assert_close(found, torch.stack(parts).sum(0), atol=1e-2, rtol=1e-2)
+
+
+def set_aside(lengths: list[int], kept: list[int]) -> list[int]:
+    rest = list(lengths)
+    for length in kept:
+        rest.remove(length)
+    return rest
 
 
 def in_buckets(segments: Segments, window: int | None = None) -> SegmentedPlan:
