@@ -104,13 +104,15 @@ def shard_weights(config: Config, runtime: Runtime, module: ObjectiveModule) -> 
     for block in module.encoder.layers:
         fully_shard(block, mesh=mesh, reshard_after_forward=config.trainer.reshard_after_forward, mp_policy=blocks)
     fully_shard(module, mesh=mesh, mp_policy=whole)
-    # Between blocks' forward and backward the rest stays gathered. A pass without a backward has to free it itself.
+    # What stays gathered after the forward is freed by the backward; left so, an evaluation would be of old weights.
     module.register_forward_hook(_free_without_backward)
 
 
 def _free_without_backward(module: nn.Module, args: Any, output: Any) -> None:
     if not torch.is_grad_enabled():
-        _as_sharded(module).reshard()
+        for unit in module.modules():
+            if isinstance(unit, FSDPModule):
+                unit.reshard()
 
 
 def _as_sharded(module: nn.Module) -> FSDPModule:

@@ -82,16 +82,17 @@ def test_shards_equal_one_process_and_continue_on_others(tiny: Tiny, tmp_path: P
 
 def test_a_resume_on_the_same_shards_is_exact(tiny: Tiny, tmp_path: Path) -> None:
     """With rows of one document, an optimizer that sums over shards, and a save that is written in the background."""
-    more = ["trainer.parallel=fsdp2", "optimizer.name=stable_adamw", "datacollator.pack_sequences=false"]
+    sharded = ["trainer.parallel=fsdp2", "trainer.reshard_after_forward=false"]
+    more = ["optimizer.name=stable_adamw", "datacollator.pack_sequences=false"]
     first, second, ddp = tmp_path / "first", tmp_path / "second", tmp_path / "ddp"
-    train_on(2, build(tiny, first, 2, *more, "trainer.async_save=true"), tmp_path)
+    train_on(2, build(tiny, first, 2, *sharded, *more, "trainer.async_save=true"), tmp_path)
     resume = f"trainer.resume_from_checkpoint={first}/checkpoints/2"
-    train_on(2, build(tiny, second, 2, *more, resume), tmp_path)
+    train_on(2, build(tiny, second, 2, *sharded, *more, resume), tmp_path)
     for a, b in zip(log_lines(first, "step")[2:], log_lines(second, "step"), strict=True):
         assert (a["loss_hex"], a["grad_norm_hex"]) == (b["loss_hex"], b["grad_norm_hex"])
     for name in ("model.safetensors", "optimizer/shard-00001.safetensors"):
         assert (first / "checkpoints/4" / name).read_bytes() == (second / "checkpoints/4" / name).read_bytes()
-    train_on(2, build(tiny, ddp, 2, *more[1:], resume), tmp_path)
+    train_on(2, build(tiny, ddp, 2, *more, resume), tmp_path)
     check_same_run(first, ddp, after=2)
 
 
