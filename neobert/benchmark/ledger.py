@@ -83,13 +83,13 @@ class Ledger:
         return "\n".join(["| | |", "|---|---|", *lines, f"| attention blocks / useful | {wasted:,.2f} |"])
 
 
-def measure_ledger(settings: StepSettings) -> Ledger:
-    """The ledger of a step of bf16 with flash attention over made-up rows."""
+def measure_ledger(settings: StepSettings, source: RowSource | None = None) -> Ledger:
+    """The ledger of a step of bf16 with flash attention over made-up rows, or those of `source`."""
     settings = replace(settings, steps=_NUM_BATCHES)
-    source = made_up_rows(settings)
+    source = made_up_rows(settings) if source is None else source
     batches = list(itertools.islice(source.batches, _NUM_BATCHES))
     with FakeTensorMode(allow_non_fake_inputs=True) as fake:
-        module = _build_module(source, settings)
+        module = build_fake_module(source, settings)
         model = MasterWeights(module) if settings.bf16_residual else module
         computing = model.computing if isinstance(model, MasterWeights) else module
         autocast = not settings.bf16_residual
@@ -110,7 +110,8 @@ def measure_ledger(settings: StepSettings) -> Ledger:
     )
 
 
-def _build_module(source: RowSource, settings: StepSettings) -> ObjectiveModule:
+def build_fake_module(source: RowSource, settings: StepSettings) -> ObjectiveModule:
+    """The module of a step, with weights that are fake where fake tensors are made."""
     with torch.device("meta"):
         encoder = Encoder(
             source.model,

@@ -227,6 +227,12 @@ COMMANDS: dict[str, Command] = {
     "benchmark-save": Command(
         "what a checkpoint costs to save and to load", "benchmark_commands", "benchmarks/save_cost.py"
     ),
+    "size": Command(
+        "memory, speed and days of a config on GPUs that are not here, computed",
+        "cluster_commands",
+        None,
+        also=(ValueError,),
+    ),
     "benchmark-ranks": Command("what the data of a run costs each of many ranks, simulated", "cluster_commands", None),
     "gpu-check": Command(
         "try and measure everything on a GPU once, in minutes", "machine_commands", "gpu_check.py", resumes=True

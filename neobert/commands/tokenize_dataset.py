@@ -10,6 +10,7 @@ description depends on the parts alone, so it does not matter who writes it, or 
 import argparse
 import json
 import shlex
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -26,7 +27,7 @@ from neobert.data.tokenizer import Tokenizer, check_mask_token, limit_threads, l
 from neobert.errors import DataError
 from neobert.secrets import scrub
 
-_SUMS = ("num_documents", "num_pieces", "num_tokens", "bad", "skipped", "short")
+SUMS = ("num_documents", "num_pieces", "num_tokens", "bad", "skipped", "short")
 
 
 def part_folder(output: Path, number: int, count: int) -> Path:
@@ -71,7 +72,8 @@ def join_parts(output: Path, count: int) -> dict[str, Any] | None:
     manifests = [manifest for manifest in found if manifest is not None]
     if len(manifests) < count:
         return None
-    joined = manifests[0] | {name: sum(manifest[name] for manifest in manifests) for name in _SUMS}
+    check_token_types(folders, manifests)
+    joined = manifests[0] | {name: sum(manifest[name] for manifest in manifests) for name in SUMS}
     joined |= {"part": None, "parts": count}
     if not joined["num_documents"]:
         raise DataError("the source has no usable documents; check --dataset and --text-column")
@@ -85,6 +87,18 @@ def join_parts(output: Path, count: int) -> dict[str, Any] | None:
     return joined
 
 
+def check_token_types(folders: Sequence[Path], manifests: Sequence[Mapping[str, Any]]) -> None:
+    """Raises where parts cannot be one folder.
+
+    Raises:
+        DataError: their tokens are integers of different sizes.
+    """
+    types = [manifest.get("token_type", "int32") for manifest in manifests]
+    if len(set(types)) > 1:
+        old = folders[types.index("int32")]
+        raise DataError(f"{old} holds int32, as earlier versions wrote it, others uint16; remove it and write it again")
+
+
 def _without_part(identity: dict[str, Any]) -> dict[str, Any]:
     return {name: value for name, value in identity.items() if name != "part"}
 
@@ -96,6 +110,11 @@ def run_tokenize(args: argparse.Namespace) -> None:
         DataError: a source or the tokenizer cannot be used, with the flag and the remedy.
     """
     _check(args)
+    if args.merge is not None:
+        from neobert.commands.merge_parts import merge_parts  # It needs this module.
+
+        _say_written(args.merge, merge_parts(args.output, args.merge))
+        return
     if args.dataset is not None:
         _tokenize(args)
     if args.report:
@@ -109,7 +128,9 @@ def _check(args: argparse.Namespace) -> None:
     Raises:
         DataError: with the flag and the remedy.
     """
-    if args.dataset is None and not args.report:
+    if args.merge is not None and (args.dataset is not None or args.report):
+        raise DataError("--merge reads parts that are written already: give --output and --merge alone")
+    if args.dataset is None and not args.report and args.merge is None:
         raise DataError("--dataset is missing: name a hub data set, or a local file, folder or pattern")
     if args.dataset is not None and args.tokenizer is None:
         raise DataError("--tokenizer is missing: name a folder with a tokenizer, or one on the hub")

@@ -86,6 +86,9 @@ def tokenize_dataset(program: str, argv: list[str]) -> None:
     )
     parser.add_argument("--shard", metavar="i/n", type=shard, help="write part i (from 1) of n, on this machine")
     parser.add_argument(
+        "--merge", metavar="FOLDER", type=Path, help="write the parts of --output as one folder, as one job would have"
+    )
+    parser.add_argument(
         "--report",
         action="store_true",
         help="measure lengths, unknown tokens and duplicates; alone: of what is in --output",

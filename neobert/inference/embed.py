@@ -90,22 +90,25 @@ def _embed_to_file(model: Model, texts: Texts, output: Path, settings: EmbedSett
     parts = output.with_name(f"{output.name}.parts")
     parts.mkdir(parents=True, exist_ok=True)
     known = {**asdict(settings), "model": model.digest(), "dtype": _dtype(model), "rows": "records"}
-    job = TextJob(texts, parts / "progress.json", known, chunks=[], num_truncated=0)
+    job = TextJob(texts, parts / "progress.json", known, num_chunks=0, num_truncated=0)
     done = job.done
-    num_resumed = sum(done["chunks"])
+    if "chunks" in done:  # An earlier version listed them.
+        done["num_chunks"] = len(done.pop("chunks"))
+    num_resumed = done["num_records"]
 
     def embed_group(group: Sequence[InputRecord]) -> None:
-        _embed_chunk(model, group, parts / f"{len(done['chunks']):06d}.npz", settings, job)
+        _embed_chunk(model, group, parts / f"{done['num_chunks']:06d}.npz", settings, job)
 
     throughput = job.run("texts", cut_in_groups(job.records(), settings.chunk_texts, CHUNK_CHARS), embed_group)
     if not done["num_texts"]:
         shutil.rmtree(parts)
         raise DataError(f"{texts.label} has no text to embed; check the file and --text-column")
     with replacing(output) as temporary, temporary.open("wb") as out:
-        WRITERS[output.suffix](out, parts, done["chunks"], model.hidden_size)
+        chunks = [parts / f"{number:06d}.npz" for number in range(done["num_chunks"])]
+        WRITERS[output.suffix](out, chunks, done["num_records"], model.hidden_size)
     shutil.rmtree(parts)
     return EmbedReport(
-        num_records=sum(done["chunks"]),
+        num_records=done["num_records"],
         num_texts=done["num_texts"],
         num_truncated=done["num_truncated"],
         num_resumed=num_resumed,
@@ -138,25 +141,25 @@ def _embed_chunk(model: Model, chunk: Sequence[InputRecord], file: Path, setting
     hashes = np.array(["" if r.text is None else hashlib.sha256(r.text.encode()).hexdigest() for r in chunk])
     with replacing(file) as temporary:
         np.savez(temporary, vectors=vectors, ids=ids, hashes=hashes)
-    job.done["chunks"].append(len(chunk))
+    job.done["num_chunks"] += 1
     job.done["num_truncated"] += num_truncated
     job.done["num_texts"] += len(texts)
     job.done["num_tokens"] += sum(map(len, documents))
 
 
-def _write_npy(out: BinaryIO, parts: Path, chunks: Sequence[int], width: int) -> None:
-    header = {"descr": "<f4", "fortran_order": False, "shape": (sum(chunks), width)}
+def _write_npy(out: BinaryIO, chunks: Sequence[Path], num_records: int, width: int) -> None:
+    header = {"descr": "<f4", "fortran_order": False, "shape": (num_records, width)}
     write_array_header_1_0(out, header)
-    for number in range(len(chunks)):
-        with np.load(parts / f"{number:06d}.npz") as chunk:
+    for path in chunks:
+        with np.load(path) as chunk:
             out.write(chunk["vectors"].astype("<f4").tobytes())
 
 
-def _write_parquet(out: BinaryIO, parts: Path, chunks: Sequence[int], width: int) -> None:
+def _write_parquet(out: BinaryIO, chunks: Sequence[Path], num_records: int, width: int) -> None:
     fields = [("id", pa.int64()), ("text_sha256", pa.string()), ("embedding", pa.list_(pa.float32(), width))]
     with pq.ParquetWriter(out, pa.schema(fields)) as writer:
-        for number in range(len(chunks)):
-            with np.load(parts / f"{number:06d}.npz") as chunk:
+        for path in chunks:
+            with np.load(path) as chunk:
                 vectors = pa.FixedSizeListArray.from_arrays(pa.array(chunk["vectors"].reshape(-1)), width)
                 hashes = pa.array(chunk["hashes"].tolist(), pa.string(), mask=chunk["hashes"] == "")
                 writer.write_table(pa.table([pa.array(chunk["ids"]), hashes, vectors], writer.schema))

@@ -14,8 +14,8 @@ from neobert.config.schema import DatasetSection
 from neobert.data.pipeline import Reader, build_data, choose_stream_lanes
 from neobert.data.rows.loader import merge_states
 from neobert.data.source import lines, parquet
-from neobert.data.source.inventory import NO_FILES
 from neobert.data.source.formats import list_shared_splits
+from neobert.data.source.inventory import NO_FILES
 from neobert.data.source.sharing import choose_num_lanes, fit_lanes
 from neobert.data.source.spec import SourceSpec
 from neobert.errors import DataError

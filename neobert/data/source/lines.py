@@ -11,6 +11,7 @@ from contextlib import closing
 from typing import Any, NamedTuple, Protocol, TypeVar
 
 from neobert.config.schema_data import MAX_RECORD_BYTES
+from neobert.data.lazy import Lazy
 from neobert.data.rows.lanes import State
 from neobert.data.source.codecs import DAMAGED, skip_bytes
 from neobert.data.source.files import DataFile, cannot_read, fingerprint_files
@@ -21,7 +22,6 @@ from neobert.data.source.network import is_transient
 from neobert.data.source.record_file import RecordFile
 from neobert.data.source.sharing import (
     MIN_LANE_BYTES,
-    Lazy,
     ShardedSource,
     check_part,
     cut_ranges,

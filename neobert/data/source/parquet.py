@@ -14,6 +14,7 @@ from typing import Any, BinaryIO
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from neobert.data.lazy import Lazy
 from neobert.data.rows.lanes import State
 from neobert.data.source.files import DataFile, cannot_read, fingerprint_files
 from neobert.data.source.intake import Inspected, inspect_files
@@ -21,7 +22,6 @@ from neobert.data.source.inventory import NO_FILES, FileReport
 from neobert.data.source.network import is_transient
 from neobert.data.source.sharing import (
     MIN_LANE_BYTES,
-    Lazy,
     ShardedSource,
     choose_borders,
     deal,

@@ -12,8 +12,8 @@ A cursor in source order is `{"shard": number, "position": position in it}`; a n
 from bisect import bisect_left, bisect_right
 from collections.abc import Callable, Sequence
 from itertools import accumulate
-from typing import TypeVar, overload
 
+from neobert.data.lazy import Lazy
 from neobert.data.rows.lanes import State
 from neobert.data.source.documents import TextDocuments
 from neobert.data.source.text import (
@@ -94,35 +94,6 @@ class ShardedSource(TextDocuments):
             after={"shard": first, "position": None} if number else None,
             until={"shard": last, "position": None} if number + 1 < count else None,
         )
-
-
-T = TypeVar("T")
-
-
-class Lazy(Sequence[T]):
-    """Items that are made when they are first needed, and kept: of the readers of all lanes a rank uses few."""
-
-    def __init__(self, count: int, build: Callable[[int], T]) -> None:
-        self._count, self._build = count, build
-        self._made: dict[int, T] = {}
-
-    def __len__(self) -> int:
-        return self._count
-
-    @overload
-    def __getitem__(self, index: int) -> T: ...
-
-    @overload
-    def __getitem__(self, index: slice) -> Sequence[T]: ...
-
-    def __getitem__(self, index: int | slice) -> T | Sequence[T]:
-        if isinstance(index, slice):
-            return [self[number] for number in range(*index.indices(self._count))]
-        if not 0 <= index < self._count:
-            raise IndexError(index)
-        if index not in self._made:
-            self._made[index] = self._build(index)
-        return self._made[index]
 
 
 def deal(

@@ -13,6 +13,7 @@ import numpy as np
 
 from neobert.config.schema_data import MAX_RECORD_BYTES
 from neobert.data.fingerprint import combine
+from neobert.data.lazy import Lazy
 from neobert.data.rows.lanes import IntArray, State
 from neobert.data.rows.order import Permutation, key
 from neobert.errors import DataError
@@ -73,7 +74,7 @@ class Span(NamedTuple):
         """
         return self.after[name] if self.after else 0, self.until[name] if self.until else size
 
-    def shards(self, num_shards: int) -> list[tuple[int, "Span"]]:
+    def shards(self, num_shards: int) -> Sequence[tuple[int, "Span"]]:
         """Every shard that it touches, and which part of the shard, where a cursor is `{"shard": number, "position":
         cursor in the shard}`.
 
@@ -85,10 +86,12 @@ class Span(NamedTuple):
         if self.until is not None:
             until = self.until["position"]
             last = self.until["shard"] + (until is not None)
-        return [
-            (number, Span(after if number == first else None, until if number == last - 1 else None))
-            for number in range(first, last)
-        ]
+
+        def part(index: int) -> tuple[int, Span]:
+            number = first + index
+            return number, Span(after if number == first else None, until if number == last - 1 else None)
+
+        return Lazy(max(0, last - first), part)
 
 
 WHOLE = Span()

@@ -36,6 +36,7 @@ from neobert.data.store.token_folder import (
     Origin,
     PrepareSettings,
     TokenWriter,
+    choose_token_type,
     describe_differences,
     make_identity,
     write_description,
@@ -115,6 +116,9 @@ class _Progress:
     """Documents whose text gives no token."""
 
     short: int = 0
+    token_type: str = "int32"
+    """Of the tokens on disk; earlier versions, which did not note it, wrote this one."""
+
     files: dict[str, Any] = field(default_factory=dict)
 
 
@@ -240,7 +244,7 @@ def _load_progress(job: _Preparation, replace_other: bool) -> _Progress:
             return _Progress(**saved)
     shutil.rmtree(output, ignore_errors=True)
     output.mkdir()
-    progress = _Progress()
+    progress = _Progress(token_type=choose_token_type(job.tokenizer.size))
     _save_progress(job, progress)
     return progress
 
@@ -265,6 +269,7 @@ def _write(job: _Preparation, progress: _Progress) -> dict[str, Any]:
         special_tokens_mask=settings.special_tokens_mask,
         document_numbers=settings.max_length is not None,
         file_tokens=settings.file_tokens,
+        token_type=progress.token_type,
         files=progress.files,
     )
     first_number = job.part[0] * _PART_NUMBERS if job.part else 0
@@ -346,5 +351,6 @@ def _make_manifest(job: _Preparation, progress: _Progress, files: Mapping[str, A
         "bad": progress.bad,
         "skipped": progress.skipped + progress.empty,
         "short": progress.short,
+        "token_type": progress.token_type,
         "files": dict(files),
     }

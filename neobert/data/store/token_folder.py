@@ -25,7 +25,7 @@ from neobert.data.tokenizer import Tokenizer
 from neobert.disk import sync, write_json
 
 FILE_TOKENS = 1 << 24
-"""A file is closed after this many tokens: about 64 MB, so that an interruption loses seconds."""
+"""A file is closed after this many tokens, 32 or 64 MB, so that an interruption loses seconds."""
 
 
 _FORMAT = 2
@@ -123,12 +123,21 @@ BATCH_TOKENS = 1 << 20
 Files = dict[str, dict[str, Any]]
 """name -> `{"bytes": size, "sha256": of the content}`"""
 
+
+def choose_token_type(vocab_size: int) -> str:
+    """The smallest integers that hold every token.
+
+    >>> choose_token_type(65536), choose_token_type(65537)
+    ('uint16', 'int32')
+    """
+    return "uint16" if vocab_size <= 1 << 16 else "int32"
+
+
 _FEATURES: dict[str, dict[str, Any]] = {
-    "input_ids": {"feature": {"dtype": "int32", "_type": "Value"}, "_type": "List"},
     "special_tokens_mask": {"feature": {"dtype": "int8", "_type": "Value"}, "_type": "List"},
     "document": {"dtype": "int64", "_type": "Value"},
 }
-_TYPES = {"input_ids": pa.list_(pa.int32()), "special_tokens_mask": pa.list_(pa.int8()), "document": pa.int64()}
+_TYPES = {"special_tokens_mask": pa.list_(pa.int8()), "document": pa.int64()}
 
 
 class TokenWriter:
@@ -142,6 +151,7 @@ class TokenWriter:
         special_tokens_mask: bool = False,
         document_numbers: bool = False,
         file_tokens: int = FILE_TOKENS,
+        token_type: str = "int32",
         files: Mapping[str, Any] | None = None,
     ) -> None:
         """Continues after `files`, the finished ones of the folder.
@@ -151,12 +161,15 @@ class TokenWriter:
             special_tokens_mask: adds a column that is 1 at these two and 0 elsewhere.
             document_numbers: adds a column with the number of the document that a row is a piece of.
             file_tokens: tokens after which a file ends.
+            token_type: of the tokens on disk, see `choose_token_type`.
         """
         self._folder, self._around, self._file_tokens = folder, around, file_tokens
+        self._token_type = np.dtype(token_type)
         columns = {"input_ids": True, "special_tokens_mask": special_tokens_mask, "document": document_numbers}
         self._columns = [name for name, is_written in columns.items() if is_written]
+        types = _TYPES | {"input_ids": pa.list_(pa.from_numpy_dtype(self._token_type))}
         self._schema = pa.schema(
-            [pa.field(name, _TYPES[name]) for name in self._columns],
+            [pa.field(name, types[name]) for name in self._columns],
             metadata={"huggingface": json.dumps({"info": {"features": self.features}})},
         )
         self.files: Files = dict(files or {})
@@ -194,7 +207,8 @@ class TokenWriter:
     @property
     def features(self) -> dict[str, Any]:
         """The columns as `datasets` describes them."""
-        return {name: _FEATURES[name] for name in self._columns}
+        tokens = {"feature": {"dtype": self._token_type.name, "_type": "Value"}, "_type": "List"}
+        return {name: _FEATURES.get(name, tokens) for name in self._columns}
 
     @property
     def _name(self) -> str:
@@ -214,7 +228,8 @@ class TokenWriter:
             return pa.array(np.array(self._documents, dtype=np.int64))
         offsets = np.cumsum([0, *map(len, self._rows)], dtype=np.int32)
         if column == "input_ids":
-            return pa.ListArray.from_arrays(pa.array(offsets), pa.array(np.concatenate(self._rows)))
+            tokens = np.concatenate(self._rows).astype(self._token_type, copy=False)
+            return pa.ListArray.from_arrays(pa.array(offsets), pa.array(tokens))
         mask = np.zeros(int(offsets[-1]), dtype=np.int8)
         if self._around is not None:
             mask[offsets[:-1]] = mask[offsets[1:] - 1] = 1

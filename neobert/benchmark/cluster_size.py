@@ -1,0 +1,397 @@
+"""Memory, speed and days of a run on GPUs that are not here: computed, not measured.
+
+Memory is counted on fake tensors, which have a shape and no content: weights, gradients, what the optimizer keeps after
+a step, and what a forward keeps for its backward, of this code and this config. Time is a model of the step:
+
+    products        FLOP of the blocks' matrices over half of the peak
+    attention       its FLOP over a third of the peak
+    the rest        what a compiled step reads and writes between products, over 60% of the memory's bandwidth
+    loss            its products, and six passes over the logits
+    optimizer       its state, weights and gradients once read and once written, and the products of Muon
+    exchange        bytes of gradients and weights over the links; four fifths of it are hidden by the computing
+
+The fractions are those of well-tuned code on such GPUs, by other people's measurements; a step here may be a quarter
+faster or slower. Bandwidths are those of data sheets.
+"""
+
+import itertools
+import math
+from dataclasses import dataclass, fields, replace
+from typing import Any, NamedTuple
+
+import torch
+from torch import nn
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils.flop_counter import FlopCounterMode
+
+from neobert.benchmark.ledger import Ledger, build_fake_module, measure_ledger
+from neobert.benchmark.settings import StepSettings
+from neobert.benchmark.step_batches import RowShape, made_up_policy, make_batches, make_documents
+from neobert.benchmark.step_time import RowSource
+from neobert.config.schema import Config
+from neobert.errors import StartupError
+from neobert.model.config import Architecture, ModelConfig
+from neobert.model.peak import PEAKS
+from neobert.objectives.table import choose_objective
+from neobert.optim.optimizers import build_optimizer
+
+
+class Gpu(NamedTuple):
+    """A GPU as its data sheet has it; bytes and bytes a second."""
+
+    name: str
+    """In `PEAKS`."""
+
+    memory: float
+    bandwidth: float
+    link: float
+    """To the others of its node, one direction."""
+
+
+GPUS: dict[str, Gpu] = {
+    "A100-40GB": Gpu("NVIDIA A100-SXM4-40GB", 40e9, 1.555e12, 300e9),
+    "A100": Gpu("NVIDIA A100-SXM4-80GB", 80e9, 2.039e12, 300e9),
+    "H100": Gpu("NVIDIA H100 80GB HBM3", 80e9, 3.35e12, 450e9),
+    "H200": Gpu("NVIDIA H200", 141e9, 4.8e12, 450e9),
+    "B200": Gpu("NVIDIA B200", 180e9, 7.7e12, 900e9),
+    "L40S": Gpu("NVIDIA L40S", 48e9, 0.864e12, 32e9),
+    "L4": Gpu("NVIDIA L4", 24e9, 0.3e12, 32e9),
+    "RTX-4090": Gpu("NVIDIA GeForce RTX 4090", 24e9, 1.008e12, 32e9),
+}
+"""By the name on the command line; NVLink where there is one, else PCIe 4.0 with 16 lanes."""
+
+PARALLEL = ("ddp", "fsdp2", "hsdp")
+
+_PRODUCTS, _ATTENTION, _BANDWIDTH, _HIDDEN = 0.5, 0.33, 0.6, 0.8
+_LOGIT_PASSES = 6
+_RESERVED = 0.08
+"""Of the memory: the context of CUDA, the libraries, and what the allocator cannot use."""
+
+_LOGITS = 512 << 20
+"""Of a chunk of the loss."""
+
+_LAUNCH_SECONDS = 5e-6
+_SAMPLE_SLOTS = 8192
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Cluster:
+    """What the run would be on."""
+
+    gpu: str
+    num_gpus: int
+    per_node: int = 8
+    network: float = 50e9
+    """Bytes a second between nodes, of each GPU, one direction."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Model:
+    """What is counted once for a config."""
+
+    weights: int
+    """Numbers."""
+
+    root_weights: int
+    """Of these outside of the blocks."""
+
+    num_blocks: int
+    optimizer_bytes: int
+    optimizer_flops: float
+    averages: bool
+    copies_bf16: bool
+    """`trainer.bf16_residual`: bf16 weights beside their masters."""
+
+    saved_bytes_per_slot: float
+    block_bytes_per_slot: float
+    """Of one block that is computed again."""
+
+    moved_bytes_per_slot: float
+    launches: int
+    """Of a micro-batch."""
+
+    block_flops: float
+    """A slot, forward and backward, what is computed again included; like the next two."""
+
+    attention_flops: float
+    loss_flops: float
+    logits_per_slot: float
+    rows_per_step: int | None
+    length: int
+    slots: float | None
+    """Of the whole run; None where epochs decide."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Size:
+    """One way to run it; bytes are those of a GPU."""
+
+    parallel: str
+    gpu: str
+    num_gpus: int
+    micro_batch_rows: int
+    """0: not even one row fits."""
+
+    accumulation: int
+    weights: float
+    gradients: float
+    optimizer: float
+    average: float
+    gathered: float
+    """Weights and gradients of blocks that are whole for a while."""
+
+    activations: float
+    loss: float
+    reserved: float
+    capacity: float
+    slots_per_second: float
+    mfu: float
+    days: float | None
+    gpu_hours: float | None
+
+    @property
+    def total(self) -> float:
+        """All of the memory."""
+        parts = (self.weights, self.gradients, self.optimizer, self.average, self.gathered, self.activations)
+        return sum(parts) + self.loss + self.reserved
+
+
+def size_config(config: Config, cluster: Cluster, parallel: str | None, vocab_size: int | None) -> list[Size]:
+    """The config on the cluster, with one engine or with each.
+
+    Raises:
+        StartupError: the size of the vocabulary is not known, or the global batch cannot be shared evenly.
+    """
+    model = count_model(config, vocab_size)
+    rows = model.rows_per_step
+    if rows is None:
+        rows = config.trainer.micro_batch_rows * cluster.num_gpus * (config.trainer.gradient_accumulation_steps or 1)
+    if rows % cluster.num_gpus:
+        raise StartupError(
+            f"trainer.global_batch_size: {rows} cannot be shared evenly by {cluster.num_gpus} GPUs; write "
+            f"{math.ceil(rows / cluster.num_gpus) * cluster.num_gpus}, or another --gpus"
+        )
+    # What does not differ on so few GPUs is left out.
+    differ = 1 if cluster.num_gpus == 1 else 2 if cluster.num_gpus <= cluster.per_node else 3
+    engines = (parallel,) if parallel is not None else PARALLEL[:differ]
+    return [choose_size(model, cluster, engine, rows) for engine in engines]
+
+
+# --- counted on fake tensors -----------------------------------------------------------------------------------------
+
+
+def count_model(config: Config, vocab_size: int | None) -> Model:
+    """Counts what a step of the config needs; slots are those of packed rows of documents of 250 tokens on average."""
+    trainer, length = config.trainer, config.dataset.max_seq_length
+    settings = StepSettings(
+        length=length,
+        rows=max(1, _SAMPLE_SLOTS // length),
+        bf16_residual=trainer.bf16_residual,
+        fp8="no" if trainer.fp8 == "no" else "rowwise",
+        gradient_checkpointing=trainer.gradient_checkpointing,
+        checkpointing_every=trainer.gradient_checkpointing_every,
+    )
+    source = _build_rows(config, settings, vocab_size)
+    ledger = measure_ledger(settings, source)
+    with FakeTensorMode(allow_non_fake_inputs=True):
+        module = build_fake_module(source, settings)
+        optimizer = build_optimizer(module, config.optimizer, dtype=torch.bfloat16)
+        for weight in module.parameters():
+            weight.grad = torch.empty_like(weight)
+        with FlopCounterMode(display=False) as counter:
+            optimizer.step()
+        kept = [x for state in optimizer.state.values() for x in state.values() if isinstance(x, torch.Tensor)]
+        optimizer_bytes = sum(x.numel() * x.element_size() for x in kept)
+    return _describe_model(config, source, settings, ledger, module, optimizer_bytes, counter.get_total_flops())
+
+
+def _build_rows(config: Config, settings: StepSettings, vocab_size: int | None) -> RowSource:
+    objective = choose_objective(config)
+    if objective.reads != "documents":
+        raise StartupError(f"{objective.title} reads {objective.reads}: only runs over documents can be sized")
+    size = vocab_size or config.model.vocab_size or config.tokenizer.vocab_size
+    if size is None:
+        raise StartupError("model.vocab_size: null leaves the size to the tokenizer; say it with --vocab-size N")
+    architecture: dict[str, Any] = {f.name: getattr(config.model, f.name) for f in fields(Architecture)}
+    model = ModelConfig(**architecture, vocab_size=math.ceil(size / 64) * 64, pad_token_id=0)
+    documents = make_documents(
+        8 * settings.rows * settings.length, mean=250, longest=settings.length, vocab_size=model.vocab_size
+    )
+    policy = made_up_policy(model.vocab_size, config.datacollator.mlm_probability)
+    shape = RowShape(rows=settings.rows, length=settings.length, packed=config.datacollator.pack_sequences)
+    batches = itertools.cycle(make_batches(documents, shape, policy))
+    return RowSource(model=model, batches=batches, name="made up", objective=objective, real=False)
+
+
+def _describe_model(
+    config: Config,
+    source: RowSource,
+    settings: StepSettings,
+    ledger: Ledger,
+    module: nn.Module,
+    optimizer_bytes: int,
+    optimizer_flops: float,
+) -> Model:
+    trainer, model, encoder = config.trainer, source.model, module.encoder
+    batch, num_blocks = next(source.batches), source.model.num_hidden_layers
+    weights = sum(p.numel() for p in module.parameters())
+    attended, predicted = batch.attended_tokens / batch.num_tokens, batch.num_targets / batch.num_tokens
+    products = encoder.flops_per_token(attended_length=0, predicted_fraction=0)
+    attention = encoder.flops_per_token(attended_length=attended, predicted_fraction=0) - products
+    loss = encoder.flops_per_token(attended_length=0, predicted_fraction=predicted) - products
+    again, saved = 1.0, num_blocks * ledger.compiled_saved_bytes_per_slot
+    if trainer.gradient_checkpointing:
+        # A checkpointed block makes its forward, a third of its products, twice.
+        again += 1 / (3 * trainer.gradient_checkpointing_every)
+        saved = ledger.saved_bytes_per_slot
+    rows = trainer.global_batch_size
+    slots: float | None = None
+    if trainer.max_tokens is not None:
+        slots = trainer.max_tokens
+    elif trainer.max_steps is not None and rows is not None:
+        slots = trainer.max_steps * rows * settings.length
+    return Model(
+        weights=weights,
+        root_weights=weights - sum(p.numel() for p in encoder.layers.parameters()),
+        num_blocks=num_blocks,
+        optimizer_bytes=optimizer_bytes,
+        optimizer_flops=optimizer_flops,
+        averages=trainer.ema_decay is not None,
+        copies_bf16=trainer.bf16_residual,
+        saved_bytes_per_slot=saved,
+        block_bytes_per_slot=ledger.compiled_saved_bytes_per_slot,
+        moved_bytes_per_slot=num_blocks * ledger.fused_bytes_per_slot * again,
+        launches=ledger.launches,
+        block_flops=products * again,
+        attention_flops=attention * again,
+        loss_flops=loss,
+        logits_per_slot=predicted * model.vocab_size,
+        rows_per_step=rows,
+        length=settings.length,
+        slots=slots,
+    )
+
+
+# --- computed --------------------------------------------------------------------------------------------------------
+
+
+def choose_size(model: Model, cluster: Cluster, parallel: str, rows: int) -> Size:
+    """The largest micro-batch that fits, and what it comes to; rows of a step are `rows`."""
+    share = rows // cluster.num_gpus
+    fitting = [n for n in range(1, share + 1) if share % n == 0]
+    sizes = (_size(model, cluster, parallel, rows, n) for n in reversed(fitting))
+    fits = next((size for size in sizes if size.total <= size.capacity), None)
+    return fits if fits is not None else replace(_size(model, cluster, parallel, rows, 1), micro_batch_rows=0)
+
+
+def _num_parts(cluster: Cluster, parallel: str) -> int:
+    """GPUs that share one copy of the weights."""
+    return {"ddp": 1, "fsdp2": cluster.num_gpus, "hsdp": min(cluster.per_node, cluster.num_gpus)}[parallel]
+
+
+def _size(model: Model, cluster: Cluster, parallel: str, rows: int, micro: int) -> Size:
+    gpu, parts = GPUS[cluster.gpu], _num_parts(cluster, parallel)
+    block = (model.weights - model.root_weights) / model.num_blocks
+    slots = micro * model.length
+    # Two blocks in bf16, the one that is computed and the next, and gradients of one; the vocabulary stays whole.
+    gathered = 0.0 if parts == 1 else 2 * 2 * block + 4 * block + (2 + 4) * model.root_weights
+    recomputed = model.block_bytes_per_slot if model.saved_bytes_per_slot < model.block_bytes_per_slot * 4 else 0.0
+    micro_seconds = _micro_seconds(model, cluster, parallel, slots)
+    accumulation = rows // (cluster.num_gpus * micro)
+    seconds = accumulation * micro_seconds + _step_seconds(model, cluster, parallel, micro_seconds)
+    speed = rows * model.length / seconds
+    flops = model.block_flops + model.attention_flops + model.loss_flops
+    peak = (PEAKS[gpu.name].bf16 or 0) * 1e12
+    days = None if model.slots is None else model.slots / speed / 86400
+    return Size(
+        parallel=parallel,
+        gpu=cluster.gpu,
+        num_gpus=cluster.num_gpus,
+        micro_batch_rows=micro,
+        accumulation=accumulation,
+        # Autocast keeps bf16 copies of all weights through a forward; sharded weights are gathered in bf16.
+        weights=4 * model.weights / parts + (2 * model.weights if parts == 1 or model.copies_bf16 else 0),
+        gradients=4 * model.weights / parts,
+        optimizer=model.optimizer_bytes / parts,
+        average=4 * model.weights / parts if model.averages else 0.0,
+        gathered=gathered,
+        activations=slots * (model.saved_bytes_per_slot + recomputed),
+        loss=min(_LOGITS, 4 * slots * model.logits_per_slot) * 1.5,
+        reserved=_RESERVED * gpu.memory,
+        capacity=gpu.memory,
+        slots_per_second=speed,
+        mfu=speed * flops / cluster.num_gpus / peak,
+        days=days,
+        gpu_hours=None if days is None else days * 24 * cluster.num_gpus,
+    )
+
+
+def _micro_seconds(model: Model, cluster: Cluster, parallel: str, slots: int) -> float:
+    """Forward and backward of a micro-batch, and what is exchanged within."""
+    gpu = GPUS[cluster.gpu]
+    peak, bandwidth = (PEAKS[gpu.name].bf16 or 0) * 1e12, gpu.bandwidth * _BANDWIDTH
+    seconds = slots * (model.block_flops + model.loss_flops) / (peak * _PRODUCTS)
+    seconds += slots * model.attention_flops / (peak * _ATTENTION)
+    seconds += slots * (model.moved_bytes_per_slot + 2 * _LOGIT_PASSES * model.logits_per_slot) / bandwidth
+    seconds = max(seconds, model.launches / 4 * _LAUNCH_SECONDS)  # A compiled step launches about a quarter.
+    parts = _num_parts(cluster, parallel)
+    if parts > 1:  # Gathered in bf16 for the forward and again for the backward, then reduced in fp32.
+        exchanged = (2 + 2 + 4) * model.weights * (parts - 1) / parts / _link(cluster, parts)
+        seconds += max(exchanged - _HIDDEN * seconds, (1 - _HIDDEN) * exchanged)
+    return seconds
+
+
+def _step_seconds(model: Model, cluster: Cluster, parallel: str, micro_seconds: float) -> float:
+    """Once a step: gradients of copies, and the optimizer."""
+    gpu, parts = GPUS[cluster.gpu], _num_parts(cluster, parallel)
+    copies, seconds = cluster.num_gpus // parts, 0.0
+    if copies > 1:
+        link = _link(cluster, cluster.num_gpus)
+        exchanged = 2 * 4 * model.weights / parts * (copies - 1) / copies / link
+        seconds += max(exchanged - _HIDDEN * micro_seconds * 2 / 3, (1 - _HIDDEN) * exchanged)
+    moved = 2 * (model.optimizer_bytes + 8 * model.weights) / parts
+    seconds += moved / (gpu.bandwidth * _BANDWIDTH)
+    peak = (PEAKS[gpu.name].bf16 or 0) * 1e12
+    return seconds + model.optimizer_flops / cluster.num_gpus / (peak * _PRODUCTS)
+
+
+def _link(cluster: Cluster, parts: int) -> float:
+    """Bytes a second that each of so many GPUs exchanges with the others, four fifths of the data sheet."""
+    return 0.8 * (GPUS[cluster.gpu].link if parts <= cluster.per_node else cluster.network)
+
+
+# --- for people ------------------------------------------------------------------------------------------------------
+
+
+def describe_sizes(sizes: list[Size]) -> str:
+    """A table of the ways to run it."""
+    lines = [
+        "Computed, not measured: memory counted on fake tensors, time by a model of the step.",
+        "",
+        "| | " + " | ".join(f"{size.parallel}, {size.num_gpus} x {size.gpu}" for size in sizes) + " |",
+        "|---|" + "---|" * len(sizes),
+    ]
+    rows: dict[str, list[str]] = {}
+
+    def add(label: str, values: list[str]) -> None:
+        rows[label] = values
+
+    add("micro-batch x accumulation", [_show_batch(size) for size in sizes])
+    for name in ("weights", "gradients", "optimizer", "average", "gathered", "activations", "loss", "reserved"):
+        if any(getattr(size, name) for size in sizes):
+            add(f"{name}, GB", [f"{getattr(size, name) / 1e9:.1f}" for size in sizes])
+    add("memory of a GPU, GB", [f"{size.total / 1e9:.1f} of {size.capacity / 1e9:.0f}" for size in sizes])
+    add("row slots a second", [_when_fits(size, f"{size.slots_per_second:,.0f}") for size in sizes])
+    add("MFU", [_when_fits(size, f"{size.mfu:.0%}") for size in sizes])
+    if sizes[0].days is not None:
+        add("days", [_when_fits(size, f"{size.days:,.1f}") for size in sizes])
+        add("GPU-hours", [_when_fits(size, f"{size.gpu_hours:,.0f}") for size in sizes])
+    return "\n".join([*lines, *(f"| {label} | {' | '.join(values)} |" for label, values in rows.items())])
+
+
+def _show_batch(size: Size) -> str:
+    return f"{size.micro_batch_rows} rows x {size.accumulation}" if size.micro_batch_rows else "does not fit"
+
+
+def _when_fits(size: Size, text: str) -> str:
+    return text if size.micro_batch_rows else "-"
