@@ -19,6 +19,16 @@ VARIANTS = {
     "windows": {"num_hidden_layers": 3, "local_attention": 4, "global_attention_every": 2},
     "gelu and layer norm": {"hidden_act": "gelu", "rms_norm": False},
     "more norms": {"qk_norm": True, "embedding_norm": True},
+    "like ModernBERT": {
+        "num_hidden_layers": 3,
+        "local_attention": 4,
+        "global_attention_every": 2,
+        "local_rope_theta": 100.0,
+        "rms_norm": False,
+        "hidden_act": "geglu",
+        "embedding_norm": True,
+        "first_attention_norm": False,
+    },
     "normalised": {"ngpt": True, **NO_RANGES},
 }
 
