@@ -124,10 +124,6 @@ class _SwiGLUCPU(torch.autograd.Function):
         return out
 
 
-_ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {"swiglu": swiglu, "geglu": geglu, "gelu": F.gelu}
-"""Values of `model.hidden_act`: what is between the projections of the feed-forward layer."""
-
-
 class PredictionHead(nn.Module):
     """norm(gelu(dense(x))): what is before the vocabulary projection in BERT (arXiv 1810.04805, its code) and
     ModernBERT."""
@@ -154,7 +150,7 @@ class EncoderBlock(nn.Module):
         self.scale = config.head_dim**-0.5
         self.dropout_prob = config.dropout_prob
         self.is_gated = config.is_gated
-        self.activate = _ACTIVATIONS[config.hidden_act]
+        self.activate = ACTIVATIONS[config.hidden_act]
         self.attend = attention.attend
         self.attention_norm = build_norm(config) if attention_norm else nn.Identity()
         self.qkv = nn.Linear(hidden, 3 * hidden, bias=False)
@@ -202,3 +198,7 @@ class EncoderBlock(nn.Module):
 
     def _drop(self, x_TH: Tensor) -> Tensor:
         return F.dropout(x_TH, self.dropout_prob, self.training) if self.dropout_prob else x_TH
+
+
+ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {"swiglu": swiglu, "geglu": geglu, "gelu": F.gelu}
+"""Values of `model.hidden_act`: what is between the projections of the feed-forward layer."""

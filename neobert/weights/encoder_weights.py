@@ -185,6 +185,12 @@ _OURS = ("eurobert", "remote_code", "neobert")
 """Layouts that are read as encoders of ours wherever transformers has a class too."""
 
 
+def is_of_transformers(folder: Path) -> bool:
+    """Whether a folder holds a model of transformers that its own class runs where nothing is trained: a decoder and a
+    model of texts do more there than our encoder with their weights."""
+    return _read_hub_config(folder) is not None
+
+
 def _read_hub_config(folder: Path) -> dict[str, Any] | None:
     """The config.json of an encoder of transformers; None where the folder holds one of ours."""
     file = folder / "config.json"

@@ -22,7 +22,7 @@ from neobert.errors import StartupError
 from neobert.export.write import ExportRequest, export
 from neobert.model.config import ARCHITECTURE
 from neobert.train.loop import pretrain
-from neobert.weights.encoder_weights import load_encoder_weights
+from neobert.weights.encoder_weights import is_of_transformers, load_encoder_weights
 
 Tiny = Callable[..., Config]
 NUM_TOKENS = 360
@@ -108,6 +108,7 @@ def test_init_from_alone_trains_and_exports(
     assert type(theirs).__name__ == kind
     back, trained = load_encoder_weights(done.folder), load_encoder_weights(run)
     assert back.config.hidden_act == trained.config.hidden_act
+    assert not is_of_transformers(done.folder), "one of ours, whatever its class"
     for key, tensor in trained.tensors.items():
         rows = len(back.tensors[key])  # Those that are no tokens are left out.
         assert torch.equal(back.tensors[key], tensor[:rows]), key
