@@ -98,10 +98,10 @@ def check_tokenizer(config: Config) -> Iterator[str]:
             "finetune": config.finetune.model,
             "glue": config.glue.model,
         }.get(config.task)
-        if all(value is None for _, value in named) and from_checkpoint is None:
+        if all(value is None for _, value in named) and from_checkpoint is None and config.model.init_from is None:
             yield (
                 "tokenizer.name: no tokenizer; name one of the hub, a folder with tokenizer.path, or write"
-                " tokenizer.train: true"
+                " tokenizer.train: true, or model.init_from for that of its weights"
             )
     size, rows = tokenizer.vocab_size, config.model.vocab_size
     if size is not None and tokenizer.algorithm == "byte_bpe" and 16 <= size < 261:

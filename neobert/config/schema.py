@@ -29,9 +29,10 @@ class ModelSection(Architecture):
     # A resume has weights and architecture from its checkpoint: free, as what follows and all initial weights.
     init_from: str | None = key(None, path=True, resume="free")
     """Initial weights of a fresh run: a run or checkpoint folder, an exported folder, or a model of the hub
-    (`owner/model`, `owner/model@revision`) in the EuroBERT or NeoBERT layout. Its architecture is used where the keys
-    of `model` are not set; a key that is set must match it. With another tokenizer, embeddings are copied by the text
-    of the tokens. A run that is resumed has all of it from its checkpoint."""
+    (`owner/model`, `owner/model@revision`) of a family that docs/export.md lists. Its architecture is used where the
+    keys of `model` are not set; a key that is set must match it. Its tokenizer is used where none is named or trained;
+    with another one, embeddings are copied by the text of the tokens. A run that is resumed has all of it from its
+    checkpoint."""
 
     init_weights: Literal["model", "ema"] = key("model", needs="model.init_from", resume="free")
     """With `init_from`: ema takes the moving average of a checkpoint of ours instead of its weights."""

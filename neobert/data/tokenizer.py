@@ -43,12 +43,20 @@ class Tokenizer:
     Args:
         note: What transformers would have made of it instead of what its tokenizer.json says.
         rebuilt: That other tokenizer.
+        added: Ids of special tokens that it lacked.
 
     Raises:
         DataError: it lacks one of them, or tokenises by chance.
     """
 
-    def __init__(self, hf: Any, *, note: str | None = None, rebuilt: tokenizers.Tokenizer | None = None) -> None:
+    def __init__(
+        self,
+        hf: Any,
+        *,
+        note: str | None = None,
+        rebuilt: tokenizers.Tokenizer | None = None,
+        added: frozenset[int] = frozenset(),
+    ) -> None:
         missing = [name for name in REQUIRED if getattr(hf, name) is None]
         if missing:
             raise DataError(f"the tokenizer has no {', '.join(missing)}")
@@ -62,6 +70,7 @@ class Tokenizer:
         self.digest: str = _digest(self._backend)
         """Of the canonical tokenizer.json: equal digests tokenise equally."""
         self.note = note
+        self.added = added
         self._source = str(hf.name_or_path)
         self._rebuilt_digest = None if rebuilt is None else _digest(rebuilt)
         self._backend.encode_special_tokens = True
@@ -238,10 +247,16 @@ def load_tokenizer(section: TokenizerSection) -> Tokenizer:
         )
     if "mask_token" not in missing and section.allow_special_token_rewrite and _shares_mask(hf):
         missing.append("mask_token")
+    known = set(hf.get_vocab().values())
     if missing:
         hf.add_special_tokens({name: loaded.dropped.get(name, SPECIAL_TOKENS[name]) for name in missing})
         _add_template(hf)
-    return Tokenizer(hf, note=None if loaded.note is None else f"{where}: {loaded.note}", rebuilt=loaded.rebuilt)
+    return Tokenizer(
+        hf,
+        note=None if loaded.note is None else f"{where}: {loaded.note}",
+        rebuilt=loaded.rebuilt,
+        added=frozenset(hf.get_vocab().values()) - known,
+    )
 
 
 def _shares_mask(hf: Any) -> bool:

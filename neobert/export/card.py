@@ -15,7 +15,7 @@ from neobert.config.nesting import load_plain_yaml, parse_json
 from neobert.data.source.known_sets import KNOWN_SETS
 from neobert.data.tokenizer import Tokenizer
 from neobert.export.facts import RunFacts, datasets_on_hub, hub_model, is_step, load_lineage, model_on_hub, name_sources
-from neobert.export.forms import ExportError, Form
+from neobert.export.forms import ExportError, Form, choose_family
 from neobert.export.heads import find_head
 from neobert.model.config import ModelConfig
 from neobert.objectives.base import Objective, VectorSettings
@@ -133,7 +133,7 @@ def _use(
 
 def _summary(objective: Objective, config: ModelConfig, form: Form, dtype: str) -> str:
     loads = (
-        "It loads with the classes of transformers alone (architecture EuroBERT)."
+        f"It loads with the classes of transformers alone (architecture {choose_family(config)[0].title})."
         if form == "native"
         else "It needs `trust_remote_code=True`: the folder carries the code of its architecture."
     )
@@ -141,10 +141,11 @@ def _summary(objective: Objective, config: ModelConfig, form: Form, dtype: str) 
         "layers x width x heads": f"{config.num_hidden_layers} x {config.hidden_size} x {config.num_attention_heads}",
         "feed-forward": f"{config.hidden_act}, width {config.ffn_size}",
         "norm": _norms(config),
-        "positions": f"rotary, theta {config.rope_theta:g}" if config.rope else "learned",
+        "positions": _positions(config),
         "longest text": f"{config.max_position_embeddings} tokens",
         "vocabulary": f"{config.vocab_size:,} tokens, "
         + ("tied to the embedding" if config.tie_word_embeddings else "with a projection of its own")
+        + (", after a layer of its own" if config.prediction_head else "")
         + (", with a bias" if config.decoder_bias else ""),
         "weights": dtype,
     }
@@ -152,10 +153,17 @@ def _summary(objective: Objective, config: ModelConfig, form: Form, dtype: str) 
     return f"{objective.card.summary} {loads}\n\n| | |\n|---|---|\n{table}"
 
 
+def _positions(config: ModelConfig) -> str:
+    if not config.rope:
+        return "learned"
+    local = config.local_rope_theta
+    return f"rotary, theta {config.rope_theta:g}" + ("" if local is None else f", {local:g} in layers with a window")
+
+
 def _norms(config: ModelConfig) -> str:
     if config.ngpt:
         return "none: hidden states and the vectors of all matrices have length 1 (nGPT, arXiv 2410.01131)"
-    norms = ["before each half of a block"]
+    norms = ["before each half of a block" + ("" if config.first_attention_norm else " but the first")]
     norms += ["after the embedding"] if config.embedding_norm else []
     norms += ["RMSNorm of queries and keys"] if config.qk_norm else []
     return ", ".join(["RMSNorm" if config.rms_norm else "LayerNorm", *norms])

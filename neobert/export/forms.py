@@ -1,19 +1,20 @@
 """The forms an encoder is exported in: which one, its config and its tensors.
 
-`native` is the architecture that transformers ships as EuroBERT: RMSNorm before each half of a block, rotary positions,
-SwiGLU, no biases, attention in both directions. An encoder of ours with these settings is the same function, so its
-folder loads with plain `AutoModel` classes. `remote_code` is for everything else: the folder carries the code of
-`neobert/model` and `neobert/key.py`, copied but for two kinds of lines, and needs `trust_remote_code=True`.
-`from neobert.model.x import y` becomes `from .x import y`, which the loader of transformers follows from file to file.
-And the name space of our torch operators becomes one of the module's own: two folders that are loaded into one process,
-or a folder beside this package, would otherwise define the same operator twice, and the later definition would silently
-replace the earlier one.
+`native` is an architecture that transformers ships: EuroBERT (RMSNorm before each half of a block, rotary positions,
+SwiGLU, no biases, attention in both directions) or ModernBERT, which a run has that continued one. An encoder of ours
+with the settings of one of them is the same function, so its folder loads with plain `AutoModel` classes. `remote_code`
+is for everything else: the folder carries the code of `neobert/model` and `neobert/key.py`, copied but for two kinds of
+lines, and needs `trust_remote_code=True`. `from neobert.model.x import y` becomes `from .x import y`, which the loader
+of transformers follows from file to file. And the name space of our torch operators becomes one of the module's own:
+two folders that are loaded into one process, or a folder beside this package, would otherwise define the same operator
+twice, and the later definition would silently replace the earlier one.
 
-Every field of ModelConfig is in one of two tables. A field that is in neither is an error: a new setting must
-not be dropped on the way out because nobody thought of it here.
+Every field of ModelConfig is in one of two tables: here, or in what EuroBERT's layout requires. A field that is in
+neither is an error: a new setting must not be dropped on the way out because nobody thought of it here.
 """
 
 import re
+from collections.abc import Mapping
 from dataclasses import fields
 from pathlib import Path
 from typing import Any, Literal
@@ -24,8 +25,8 @@ from neobert.data.tokenizer import Tokenizer
 from neobert.errors import UserError
 from neobert.model import encoder
 from neobert.model.config import ModelConfig
-from neobert.weights.encoder_weights import REMOTE_CODE_TYPE
-from neobert.weights.layouts import LAYOUTS, from_ours
+from neobert.weights.layouts import LAYOUTS, Layout, from_ours
+from neobert.weights.layouts.own import REMOTE_CODE_TYPE
 
 Form = Literal["native", "remote_code"]
 
@@ -59,18 +60,25 @@ CARRIED = frozenset(
 """Fields that the native form holds, that do nothing but in training (dropout, initial weights), or that do nothing
 where the fields below have their values."""
 
-REQUIRED: dict[str, Any] = {
-    "rope": True,
-    "rms_norm": True,
-    "hidden_act": "swiglu",
-    "local_attention": None,
-    "qk_norm": False,
-    "embedding_norm": False,
-    "decoder_bias": False,
-    "ngpt": False,
-    "hub_config": None,
-}
-"""Fields that the native form has only one value for."""
+NATIVE = {layout.name: layout for layout in LAYOUTS.values() if layout.requires is not None}
+"""Layouts of the native form, the first that holds an architecture counts."""
+
+REQUIRED: Mapping[str, Any] = LAYOUTS["eurobert"].requires or {}
+"""Fields that EuroBERT has only one value for."""
+
+
+def choose_family(config: ModelConfig) -> tuple[Layout, list[str]]:
+    """The native layout that is nearest to an architecture, and what of the architecture it cannot express."""
+    problems = {
+        name: [
+            f"model.{field}: {getattr(config, field)!r} instead of {value!r}"
+            for field, value in (layout.requires or {}).items()
+            if getattr(config, field) != value
+        ]
+        for name, layout in NATIVE.items()
+    }
+    nearest = min(problems, key=lambda name: len(problems[name]))
+    return NATIVE[nearest], problems[nearest]
 
 
 def choose_form(config: ModelConfig, requested: str) -> Form:
@@ -84,15 +92,11 @@ def choose_form(config: ModelConfig, requested: str) -> Form:
     if unknown:
         raise ExportError(
             f"--format: the export does not know the architecture fields {', '.join(unknown)}; say in CARRIED or "
-            "REQUIRED of neobert/export/forms.py whether EuroBERT can express them"
+            "neobert/export/forms.py or in `requires` of the layouts whether EuroBERT and ModernBERT can express them"
         )
     if requested not in ("auto", "native", "remote_code"):
         raise ExportError(f"--format: {requested!r} is unknown; write auto, native or remote_code")
-    problems = [
-        f"model.{name}: {getattr(config, name)!r} instead of {value!r}"
-        for name, value in REQUIRED.items()
-        if getattr(config, name) != value
-    ]
+    _, problems = choose_family(config)
     if requested == "native" and problems:
         raise ExportError(
             f"--format: native cannot express this architecture ({'; '.join(problems)}); write auto or remote_code"
@@ -102,38 +106,21 @@ def choose_form(config: ModelConfig, requested: str) -> Form:
 
 def native_config(config: ModelConfig, tokenizer: Tokenizer, dtype: str, *, fills_masks: bool = True) -> dict[str, Any]:
     """The contents of config.json; `dtype` is torch's name of the dtype of the weights."""
+    family, _ = choose_family(config)
+    assert family.to_config is not None, "a native layout is written"
     return {
-        "architectures": ["EuroBertForMaskedLM" if fills_masks else "EuroBertModel"],
-        "model_type": "eurobert",
+        "architectures": [f"{family.classes}{'ForMaskedLM' if fills_masks else 'Model'}"],
+        "model_type": family.name,
         "dtype": dtype,
-        "hidden_size": config.hidden_size,
-        "num_hidden_layers": config.num_hidden_layers,
-        "num_attention_heads": config.num_attention_heads,
-        "num_key_value_heads": config.num_attention_heads,
-        "head_dim": config.head_dim,
-        "intermediate_size": config.ffn_size,
-        "hidden_act": "silu",
-        "max_position_embeddings": config.max_position_embeddings,
-        "vocab_size": config.vocab_size,
-        "rms_norm_eps": config.norm_eps,
-        "rope_parameters": {"rope_type": "default", "rope_theta": config.rope_theta},
-        "attention_bias": False,
-        "mlp_bias": False,
-        "attention_dropout": 0.0,
-        "initializer_range": 0.02,
-        "tie_word_embeddings": config.tie_word_embeddings,
-        "use_cache": False,
-        "pad_token_id": tokenizer.pad_id,
-        "bos_token_id": tokenizer.cls_id,
-        "eos_token_id": tokenizer.sep_id,
-        "mask_token_id": tokenizer.mask_id,
+        **family.to_config(config),
+        **{key: tokenizer.roles[role] for key, role in family.token_ids.items()},
         "classifier_pooling": "mean",
     }
 
 
 def native_tensors(config: ModelConfig, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Our tensors under EuroBERT's names."""
-    return from_ours(LAYOUTS["eurobert"], config, tensors)
+    """Our tensors under the names of their family."""
+    return from_ours(choose_family(config)[0], config, tensors)
 
 
 MODELING = "modeling_neobert_encoder"

@@ -19,6 +19,9 @@ _PROBLEMS = {
     "multilabel": "multi_label_classification",
     "regression": "regression",
 }
+_PROJECTION = ("decoder.weight", "decoder_bias", "prediction_head.")
+"""Names of its weights, or their starts."""
+
 _POOLING = {"native": {"mean": "mean", "cls": "bos"}, "remote_code": {"mean": "mean", "cls": "cls"}}
 
 
@@ -37,10 +40,10 @@ def choose_class(head: HeadInfo | None) -> AutoClass:
 def drop_projection(weights: EncoderWeights) -> tuple[EncoderWeights, str | None]:
     """The weights of a model with a head on labels without their vocabulary projection, and a sentence about it."""
     config = weights.config
-    if find_head(weights) is None or (config.tie_word_embeddings and not config.decoder_bias):
+    without = replace(config, tie_word_embeddings=True, decoder_bias=False, prediction_head=False)
+    if find_head(weights) is None or without == config:
         return weights, None
-    tensors = {name: x for name, x in weights.tensors.items() if name not in ("decoder.weight", "decoder_bias")}
-    without = replace(config, tie_word_embeddings=True, decoder_bias=False)
+    tensors = {name: x for name, x in weights.tensors.items() if not name.startswith(_PROJECTION)}
     note = "the vocabulary projection, which a model of labels has no use for, is left out"
     return replace(weights, config=without, tensors=tensors), note
 

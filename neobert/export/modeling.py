@@ -24,9 +24,10 @@ from transformers.modeling_outputs import (
 from neobert.model.attention import ATTENTION
 from neobert.model.config import ModelConfig
 from neobert.model.encoder import Encoder
+from neobert.model.layers import PredictionHead
 from neobert.model.segments import Segments
 
-_OF_THE_VOCABULARY = [r"^decoder\.", r"^logit_scale$"]
+_OF_THE_VOCABULARY = [r"^decoder\.", r"^prediction_head\.", r"^logit_scale$"]
 """Weights of the projection that models of labels do without."""
 
 
@@ -142,6 +143,7 @@ class NeobertEncoderForMaskedLM(NeobertEncoderPreTrainedModel):
         super().__init__(config)
         self.model = NeobertEncoderModel(config)
         architecture = self.model.encoder.config
+        self.prediction_head = PredictionHead(architecture) if architecture.prediction_head else nn.Identity()
         self.decoder = nn.Linear(config.hidden_size, config.vocab_size, bias=architecture.decoder_bias)
         self.logit_scale: nn.Parameter | None = None
         if architecture.ngpt:
@@ -175,7 +177,7 @@ class NeobertEncoderForMaskedLM(NeobertEncoderPreTrainedModel):
     ) -> Any:
         """Logits `[B, S, V]`; with `labels` `[B, S]` (-100 for none) also the mean cross entropy in nats."""
         states = self.model(input_ids, attention_mask, position_ids, segment_ids, return_dict=True, **inputs)
-        logits = self.decoder(states.last_hidden_state)
+        logits = self.decoder(self.prediction_head(states.last_hidden_state))
         if self.logit_scale is not None:
             logits = logits * (self.logit_scale / self.model.encoder.config.scale_base)
         loss = None if labels is None else F.cross_entropy(logits.flatten(0, 1).float(), labels.flatten())

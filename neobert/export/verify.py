@@ -24,7 +24,7 @@ from torch import Tensor
 from neobert.config.schema import TokenizerSection
 from neobert.data.tokenizer import Tokenizer, load_tokenizer
 from neobert.export.compare import TOLERANCE, build_model, layer_errors, our_states, random_documents
-from neobert.export.forms import ExportError
+from neobert.export.forms import NATIVE, ExportError
 from neobert.export.heads import choose_class, drop_projection, find_head
 from neobert.export.onnx_file import ONNX_FILE
 from neobert.export.opened import has_targets, open_files
@@ -42,7 +42,7 @@ from neobert.weights.vector_settings import load_vector_settings
 FILL = f"the old {MASK_TEXT} stands by the river."
 PROBABILITY_TOLERANCE = 1e-5
 _HEADS = ("dense.", "classifier.")
-_PROJECTION = ("lm_head.", "decoder.", "logit_scale")
+_PROJECTION = ("lm_head.", "decoder.", "head.", "prediction_head.", "logit_scale")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -115,7 +115,7 @@ def verify(folders: Sequence[tuple[Path, str | None]], *, kind: str = "model", t
 
 def _prepare(folder: Path, against: str | None, work: Path, kind: str) -> _Subject:
     exported = load_encoder_weights(folder)
-    if exported.layout not in ("eurobert", "remote_code") or exported.tokenizer is None:
+    if exported.layout not in (*NATIVE, "remote_code") or exported.tokenizer is None:
         raise ExportError(f"{folder} is no exported folder with a tokenizer; make one with neobert export")
     tokenizer = load_tokenizer(TokenizerSection(path=str(exported.tokenizer)))
     weights = exported

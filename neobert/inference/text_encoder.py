@@ -20,7 +20,7 @@ from neobert.inference.packed import BATCH_TOKENS
 from neobert.model.pooling import POOLING
 from neobert.objectives.base import VectorSettings
 from neobert.objectives.late_interaction import TOKENS, TokenVectors
-from neobert.weights.encoder_weights import UnknownLayout, find_weights, load_encoder_weights
+from neobert.weights.encoder_weights import find_weights, is_of_transformers, load_encoder_weights
 from neobert.weights.vector_settings import load_vector_settings
 
 Vectors = NDArray[np.float32] | TokenVectors
@@ -147,19 +147,16 @@ def load_text_encoder(
     if pooling not in (None, TOKENS, *POOLING):
         raise DataError(f"--pooling: {pooling!r} is unknown; write one of {', '.join([*POOLING, TOKENS])}")
     chosen = choose_device(device)
-    try:
-        found = load_encoder_weights(path, weights=weights)
-    except UnknownLayout:
+    if weights == "model" and is_of_transformers(find_weights(path)):
         if pooling is not None:
-            raise DataError(
-                f"--pooling: {path} is no encoder of ours and pools as its own modules do; remove it"
-            ) from None
+            raise DataError(f"--pooling: {path} is no encoder of ours and pools as its own modules do; remove it")
         # There all weights would be bf16, norms and the residual stream too: only where it is asked for.
         products = choose_dtype("fp32" if dtype == "auto" else dtype, chosen)
         encoder = SentenceEncoder(find_weights(path), device=chosen, dtype=products)
         if max_length is not None:
             encoder.cut_at(min(max_length, encoder.settings.max_length))
         return encoder
+    found = load_encoder_weights(path, weights=weights)
     model = build_loaded(found, chosen, choose_dtype(dtype, chosen))
     settings = load_vector_settings(found)
     longest = settings.max_length if max_length is None else max_length

@@ -26,8 +26,8 @@ class Architecture:
     """Attention heads of each block; with `rope` the head width `hidden_size / num_attention_heads` must be even."""
 
     intermediate_size: int = key(3072, at_least=1, resume="fixed")
-    """Width of the feed-forward layer. SwiGLU uses 2/3 of it, rounded up to a multiple of 8, so that both activations
-    have about the same number of parameters."""
+    """Width of the feed-forward layer. SwiGLU and GeGLU use 2/3 of it, rounded up to a multiple of 8, so that all
+    activations have about the same number of parameters."""
 
     # Learned positions are weights, of that number of rows.
     max_position_embeddings: int = key(1024, at_least=1, resume=when("model.rope", "declared", otherwise="fixed"))
@@ -39,11 +39,14 @@ class Architecture:
     rope_theta: float = key(10000.0, above=0, resume="declared")
     """Base of the rotary frequencies; larger values suit longer documents."""
 
+    local_rope_theta: float | None = key(None, above=0, needs="model.local_attention", resume="declared")
+    """With `local_attention`: the base in layers with a window. null: `rope_theta`."""
+
     rms_norm: bool = key(True, resume="fixed")
     """true: RMSNorm; false: LayerNorm."""
 
-    hidden_act: Literal["swiglu", "gelu"] = key("swiglu", resume="fixed")
-    """Feed-forward activation."""
+    hidden_act: Literal["swiglu", "gelu", "geglu"] = key("swiglu", resume="fixed")
+    """Feed-forward activation; SwiGLU and GeGLU are gated."""
 
     dropout_prob: float = key(0.0, at_least=0, below=1, resume="declared")
     """Dropout on the outputs of attention and feed-forward layers, never on attention probabilities."""
@@ -76,6 +79,13 @@ class Architecture:
     embedding_norm: bool = key(False, resume="fixed")
     """A norm between the embedding and the first block."""
 
+    first_attention_norm: bool = key(True, resume="fixed")
+    """false: the attention of the first block has no norm of its own, as in ModernBERT; with `embedding_norm`."""
+
+    prediction_head: bool = key(False, resume="fixed")
+    """A linear layer, GELU and a norm between the last hidden state and the vocabulary projection, as in BERT and
+    ModernBERT."""
+
     decoder_bias: bool = key(False, resume="fixed")
     """A bias for each token on the vocabulary projection, 0 at the start. Published NeoBERT has one."""
 
@@ -107,12 +117,17 @@ class Architecture:
     def ffn_size(self) -> int:
         """Width inside the feed-forward layer.
 
-        SwiGLU has three matrices where GELU has two; 2/3 of `intermediate_size`, rounded up to a multiple of 8, keeps
-        the number of parameters (Shazeer, arXiv 2002.05202, section 3).
+        Gated activations have three matrices where GELU has two; 2/3 of `intermediate_size`, rounded up to a multiple
+        of 8, keeps the number of parameters (Shazeer, arXiv 2002.05202, section 3).
         """
-        if self.hidden_act == "gelu":
+        if not self.is_gated:
             return self.intermediate_size
         return -(-int(2 * self.intermediate_size / 3) // 8) * 8
+
+    @property
+    def is_gated(self) -> bool:
+        """Whether the feed-forward layer multiplies two projections."""
+        return self.hidden_act != "gelu"
 
     @property
     def scale_base(self) -> float:
@@ -122,6 +137,12 @@ class Architecture:
     def window_of_layer(self, layer: int) -> int | None:
         """The sliding window of a layer, counted from 0; None where it attends to whole documents."""
         return None if layer % self.global_attention_every == 0 else self.local_attention
+
+    def theta_of_layer(self, layer: int) -> float:
+        """The base of the rotary frequencies of a layer, counted from 0."""
+        if self.local_rope_theta is None or self.window_of_layer(layer) is None:
+            return self.rope_theta
+        return self.local_rope_theta
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -182,8 +203,11 @@ FP8_MULTIPLE = 16
 _ADDED = (
     "local_attention",
     "global_attention_every",
+    "local_rope_theta",
     "qk_norm",
     "embedding_norm",
+    "first_attention_norm",
+    "prediction_head",
     "decoder_bias",
     "init",
     "init_std",
@@ -223,6 +247,8 @@ _NOT_IN_NGPT = (
     "init_zero_residual",
     "qk_norm",
     "embedding_norm",
+    "first_attention_norm",
+    "prediction_head",
     "decoder_bias",
 )
 """Settings that the normalised model has its own answer to."""
@@ -240,6 +266,11 @@ def architecture_problems(model: Architecture) -> Iterator[str]:
                 f"model.num_attention_heads {heads} is {model.head_dim}; choose another number of heads or "
                 "model.rope: false"
             )
+    if model.local_rope_theta is not None:
+        if not model.rope:
+            yield f"model.local_rope_theta: {model.local_rope_theta} has no effect with model.rope: false; remove it"
+        elif model.local_rope_theta == model.rope_theta:
+            yield f"model.local_rope_theta: {model.local_rope_theta} is model.rope_theta itself; remove it"
     if model.ngpt:
         for name in _NOT_IN_NGPT:
             if (value := getattr(model, name)) != (default := getattr(_DEFAULTS, name)):
@@ -248,6 +279,11 @@ def architecture_problems(model: Architecture) -> Iterator[str]:
                     f"default is {default}"
                 )
         return
+    if not (model.first_attention_norm or model.embedding_norm):
+        yield (
+            "model.first_attention_norm: false leaves the first block without any norm before it; write "
+            "model.embedding_norm: true too, or remove it"
+        )
     if model.base_scale is not None:
         yield f"model.base_scale: {model.base_scale} has no effect without model.ngpt: true; remove one of the two"
     if model.init != "uniform":

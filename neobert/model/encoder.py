@@ -32,9 +32,10 @@ class Encoder(nn.Module):
     """The encoder of a ModelConfig.
 
     State-dict names: `embedding.weight`, `position_embedding.weight` (only when `rope` is false),
-    `layers.N.{attention_norm,qkv,out,ffn_norm,gate_up,down}.weight` (`up` instead of `gate_up` with GELU),
-    `norm.weight`; `embedding_norm.weight` and `layers.N.{q_norm,k_norm}.weight` where the config asks for them. With
-    `ngpt` there are no norms, but `layers.N.{attention_rate,ffn_rate,qk_scale,gate_up_scale}`.
+    `layers.N.{attention_norm,qkv,out,ffn_norm,gate_up,down}.weight` (`up` instead of `gate_up` with GELU, no
+    `attention_norm` in the first block where the config asks for that), `norm.weight`; `embedding_norm.weight` and
+    `layers.N.{q_norm,k_norm}.weight` where the config asks for them. With `ngpt` there are no norms, but
+    `layers.N.{attention_rate,ffn_rate,qk_scale,gate_up_scale}`.
     """
 
     def __init__(
@@ -55,14 +56,15 @@ class Encoder(nn.Module):
         self.observe: Observe | None = None
         """Called before each block, for measurements; it must not change its arguments."""
 
-        self.windows = tuple(config.window_of_layer(layer) for layer in range(config.num_hidden_layers))
+        layers = range(config.num_hidden_layers)
+        self.windows = tuple(config.window_of_layer(layer) for layer in layers)
+        self.thetas = tuple(config.theta_of_layer(layer) for layer in layers)
         self.embedding = nn.Embedding(config.vocab_size, config.hidden_size)
         if not config.rope:
             self.position_embedding = nn.Embedding(config.max_position_embeddings, config.hidden_size)
         if config.embedding_norm:
             self.embedding_norm = build_norm(config)
-        build_block = NormalizedBlock if config.ngpt else EncoderBlock
-        self.layers = nn.ModuleList(build_block(config, attention) for _ in range(config.num_hidden_layers))
+        self.layers = nn.ModuleList(_build_block(config, attention, layer) for layer in layers)
         self.norm = nn.Identity() if config.ngpt else build_norm(config)
         self.apply(partial(initialise, config=config))
         for name, weight in self.named_parameters():
@@ -82,14 +84,16 @@ class Encoder(nn.Module):
         prepared = {window: self.attention.prepare(segments, window) for window in dict.fromkeys(self.windows)}
         positions_T = positions.flatten()
         x_TH = F.embedding(input_ids.flatten(), self.embedding.weight)
-        rotation = None
+        rotations: dict[float, tuple[Tensor, Tensor]] = {}
         if self.config.rope:
-            rotation = rotary_table(positions_T, self.config.head_dim, self.config.rope_theta)
+            head_dim = self.config.head_dim
+            rotations = {theta: rotary_table(positions_T, head_dim, theta) for theta in dict.fromkeys(self.thetas)}
         else:
             x_TH = x_TH + F.embedding(positions_T, self.position_embedding.weight)
         if self.config.embedding_norm:
             x_TH = self.embedding_norm(x_TH)
-        for layer, (block, window) in enumerate(zip(self.layers, self.windows)):
+        for layer, (block, window, theta) in enumerate(zip(self.layers, self.windows, self.thetas)):
+            rotation = rotations.get(theta)
             if self.observe is not None:
                 self.observe(layer, x_TH, rotation, positions, segments)
             if self.gradient_checkpointing and self.training and layer % self.gradient_checkpointing_every == 0:
@@ -111,15 +115,22 @@ class Encoder(nn.Module):
         """Floating-point operations of forward and backward per token, without recomputation.
 
         6 W + 12 H (s_1 + ... + s_L) + 6 p H V, where W is the number of weights in the L blocks' matrices,
-        L (4 H^2 + 3 H F) with SwiGLU and L (4 H^2 + 2 H F) with GELU; s = `attended_length` is the mean over tokens of
-        the length of their own document, sum(length^2) / sum(length), and s_n the same, in a layer with a window of w
-        at most 2 (w // 2) + 1; p = `predicted_fraction` is the fraction of tokens that go through the vocabulary
-        projection of V rows. A multiply-add counts 2, the backward twice the forward; lookups, norms and activations
-        count nothing.
+        L (4 H^2 + 3 H F) where the activation is gated and L (4 H^2 + 2 H F) with GELU; s = `attended_length` is the
+        mean over tokens of the length of their own document, sum(length^2) / sum(length), and s_n the same, in a layer
+        with a window of w at most 2 (w // 2) + 1; p = `predicted_fraction` is the fraction of tokens that go through
+        the vocabulary projection of V rows, with `prediction_head` V + H. A multiply-add counts 2, the backward twice
+        the forward; lookups, norms and activations count nothing.
         """
         c = self.config
-        matrices = 3 if c.hidden_act == "swiglu" else 2
+        matrices = 3 if c.is_gated else 2
         weights = c.num_hidden_layers * (4 * c.hidden_size**2 + matrices * c.hidden_size * c.ffn_size)
         seen = (attended_length if w is None else min(attended_length, 2 * (w // 2) + 1) for w in self.windows)
         attention = 12 * c.hidden_size * sum(seen)
-        return 6 * weights + attention + 6 * predicted_fraction * c.hidden_size * c.vocab_size
+        rows = c.vocab_size + (c.hidden_size if c.prediction_head else 0)
+        return 6 * weights + attention + 6 * predicted_fraction * c.hidden_size * rows
+
+
+def _build_block(config: ModelConfig, attention: AttentionBackend, layer: int) -> nn.Module:
+    if config.ngpt:
+        return NormalizedBlock(config, attention)
+    return EncoderBlock(config, attention, attention_norm=config.first_attention_norm or layer > 0)

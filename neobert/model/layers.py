@@ -8,14 +8,15 @@ for the queries and one for the keys of all heads of a block (Dehghani et al., a
 as in Gemma 3, arXiv 2503.19786).
 
 No layer has a bias. The fused `qkv` weight is `[3H, H]`: rows of the queries, then of the keys, then of the values,
-each head by head. The fused `gate_up` weight of SwiGLU is `[2F, H]`: rows of the gate, then of what it multiplies. GELU
-has `up` and `down`. The residual stream keeps the dtype it comes in: fp32 under autocast.
+each head by head. The fused `gate_up` weight of SwiGLU and GeGLU is `[2F, H]`: rows of the gate, then of what it
+multiplies. GELU has `up` and `down`. The residual stream keeps the dtype it comes in: fp32 under autocast.
 
 Blocks read no integer that differs between layers, so `torch.compile` compiles one block for all of them.
 
 Legend: T tokens of the flat stream, H hidden size, F feed-forward size, N heads, D head size.
 """
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -95,6 +96,12 @@ def swiglu(gate_up_TF: Tensor) -> Tensor:
     return _SwiGLUCPU.apply(gate_up_TF)
 
 
+def geglu(gate_up_TF: Tensor) -> Tensor:
+    """gelu(gate) * up of fused `[T, 2F]`, to `[T, F]`, with the exact GELU (Shazeer, arXiv 2002.05202)."""
+    gate_TF, up_TF = gate_up_TF.chunk(2, dim=-1)
+    return F.gelu(gate_TF) * up_TF
+
+
 class _SwiGLUCPU(torch.autograd.Function):
     """Keeps nothing but its input; the backward puts both halves of the gradient where the fused product reads them."""
 
@@ -117,22 +124,39 @@ class _SwiGLUCPU(torch.autograd.Function):
         return out
 
 
+class PredictionHead(nn.Module):
+    """norm(gelu(dense(x))): what is before the vocabulary projection in BERT (arXiv 1810.04805, its code) and
+    ModernBERT."""
+
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__()
+        self.dense = nn.Linear(config.hidden_size, config.hidden_size, bias=False)
+        self.norm = build_norm(config)
+
+    def forward(self, hidden: Tensor) -> Tensor:
+        """Of hidden states `[..., H]`, in the same shape."""
+        normed: Tensor = self.norm(F.gelu(self.dense(hidden)))
+        return normed
+
+
 class EncoderBlock(nn.Module):
     """One pre-norm block; see the head of this module for the formula and the layout of the weights."""
 
-    def __init__(self, config: ModelConfig, attention: AttentionBackend) -> None:
+    def __init__(self, config: ModelConfig, attention: AttentionBackend, *, attention_norm: bool = True) -> None:
+        """Without `attention_norm` the attention reads its input as it is."""
         super().__init__()
         hidden, ffn = config.hidden_size, config.ffn_size
         self.num_heads, self.head_dim = config.num_attention_heads, config.head_dim
         self.scale = config.head_dim**-0.5
         self.dropout_prob = config.dropout_prob
-        self.swiglu = config.hidden_act == "swiglu"
+        self.is_gated = config.is_gated
+        self.activate = ACTIVATIONS[config.hidden_act]
         self.attend = attention.attend
-        self.attention_norm = build_norm(config)
+        self.attention_norm = build_norm(config) if attention_norm else nn.Identity()
         self.qkv = nn.Linear(hidden, 3 * hidden, bias=False)
         self.out = nn.Linear(hidden, hidden, bias=False)
         self.ffn_norm = build_norm(config)
-        if self.swiglu:
+        if self.is_gated:
             self.gate_up = nn.Linear(hidden, 2 * ffn, bias=False)
         else:
             self.up = nn.Linear(hidden, ffn, bias=False)
@@ -170,9 +194,11 @@ class EncoderBlock(nn.Module):
         return torch.cat((q.view(q_TND.shape), k.view(k_TND.shape)), dim=1)
 
     def _feed_forward(self, x_TH: Tensor) -> Tensor:
-        if self.swiglu:
-            return self.down(swiglu(self.gate_up(x_TH)))
-        return self.down(F.gelu(self.up(x_TH)))
+        return self.down(self.activate(self.gate_up(x_TH) if self.is_gated else self.up(x_TH)))
 
     def _drop(self, x_TH: Tensor) -> Tensor:
         return F.dropout(x_TH, self.dropout_prob, self.training) if self.dropout_prob else x_TH
+
+
+ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {"swiglu": swiglu, "geglu": geglu, "gelu": F.gelu}
+"""Values of `model.hidden_act`: what is between the projections of the feed-forward layer."""

@@ -17,6 +17,7 @@ from neobert.config.schema import Config
 from neobert.kernels.linear_cross_entropy import LinearCrossEntropy
 from neobert.model.encoder import Encoder
 from neobert.model.init import initialise
+from neobert.model.layers import PredictionHead
 from neobert.model.ngpt import UnitMatrix, normalise_
 from neobert.objectives.masking import MaskPolicy
 from neobert.types import Corruption, PackedBatch
@@ -27,7 +28,8 @@ class ObjectiveModule(nn.Module):
     that takes a batch and returns the summed loss, `LossSum`, so that hooks of DDP and FSDP see it.
 
     With `tie_word_embeddings` the projection is the embedding matrix itself and there is no `decoder`. `decoder_bias`
-    `[V]` is there where the config asks for it. With `ngpt` the logits are multiplied by `logit_scale` `[V]` over its
+    `[V]` is there where the config asks for it, and so is `prediction_head`, which the hidden states go through before
+    the projection. With `ngpt` the logits are multiplied by `logit_scale` `[V]` over its
     base, s_z of `neobert.model.ngpt`.
     """
 
@@ -40,6 +42,10 @@ class ObjectiveModule(nn.Module):
             self.decoder = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
             initialise(self.decoder, config)
             normalise_(self.unit_matrices()[-1:])
+        self.prediction_head: PredictionHead | None = None
+        if config.prediction_head:
+            self.prediction_head = PredictionHead(config)
+            initialise(self.prediction_head.dense, config)
         self.decoder_bias = nn.Parameter(torch.zeros(config.vocab_size)) if config.decoder_bias else None
         self.logit_scale: nn.Parameter | None = None
         if config.ngpt:
@@ -54,6 +60,12 @@ class ObjectiveModule(nn.Module):
     def head_weight(self) -> Tensor:
         """The vocabulary projection `[V, H]`."""
         return self.encoder.embedding.weight if self.decoder is None else self.decoder.weight
+
+    def projection_parameters(self) -> list[nn.Parameter]:
+        """What the logits need beside the encoder; empty where they need nothing."""
+        parts = (self.decoder, self.prediction_head)
+        weights = [weight for part in parts if part is not None for weight in part.parameters()]
+        return [*weights, *(x for x in (self.decoder_bias, self.logit_scale) if x is not None)]
 
     def unit_matrices(self) -> list[UnitMatrix]:
         """The matrices whose vectors have length 1 along a dimension, after every optimizer step too: with `ngpt`."""
@@ -70,8 +82,13 @@ class ObjectiveModule(nn.Module):
                 "its weights"
             )
 
+    def before_projection(self, hidden: Tensor) -> Tensor:
+        """What the vocabulary projection reads, of hidden states `[..., H]`."""
+        return hidden if self.prediction_head is None else self.prediction_head(hidden)
+
     def logits(self, hidden: Tensor) -> Tensor:
         """Vocabulary logits `[..., V]` of hidden states `[..., H]`, for prediction."""
+        hidden = self.before_projection(hidden)
         bias = None if self.decoder_bias is None else self.decoder_bias.to(hidden.dtype)
         logits = F.linear(hidden, self.head_weight, bias)
         return logits if self.logit_scale is None else logits * (self.logit_scale / self.encoder.config.scale_base)

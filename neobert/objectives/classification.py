@@ -156,9 +156,8 @@ class LabelModule(ObjectiveModule):
     ) -> None:
         """`weights` are those of the classes in the loss of training."""
         super().__init__(encoder)
-        for weight in (None if self.decoder is None else self.decoder.weight, self.decoder_bias, self.logit_scale):
-            if weight is not None:
-                weight.requires_grad_(False)
+        for weight in self.projection_parameters():
+            weight.requires_grad_(False)
         self.head = head
         self.dropout = nn.Dropout(dropout)
         self.class_weights: Tensor | None

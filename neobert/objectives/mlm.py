@@ -77,7 +77,7 @@ def masked_loss(
         targets = batch.targets
         hidden = hidden_TH.index_select(0, batch.masked_index)
     loss_sum, num_correct, z_sum = kernel(
-        *_with_bias(module, hidden),
+        *_with_bias(module, module.before_projection(hidden)),
         targets,
         ignore_index=IGNORE_INDEX,
         count_correct=count_correct,

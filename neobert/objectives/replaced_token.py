@@ -57,9 +57,8 @@ class ReplacedTokenDetector(ObjectiveModule):
         """`count_correct` counts correct answers in training too; in evaluation mode they are always counted."""
         super().__init__(encoder)
         self.count_correct = count_correct
-        for weight in (None if self.decoder is None else self.decoder.weight, self.decoder_bias):
-            if weight is not None:
-                weight.requires_grad_(False)
+        for weight in self.projection_parameters():
+            weight.requires_grad_(False)
         self.discriminator = Discriminator(encoder.config)
 
     def forward(self, batch: PackedBatch) -> LossSum:

@@ -45,7 +45,16 @@ TOLERANCE = {torch.float32: 2e-3, torch.bfloat16: 5e-2}
 """Largest difference of a gradient from the eager one, as a part of its norm. Other sums of the same products differ by
 about 1e-6 and 5e-3."""
 
-_SHAPES_THE_GRAPH = ("rope", "rms_norm", "hidden_act", "norm_eps", "qk_norm", "embedding_norm", "ngpt")
+_SHAPES_THE_GRAPH = (
+    "rope",
+    "rms_norm",
+    "hidden_act",
+    "norm_eps",
+    "qk_norm",
+    "embedding_norm",
+    "first_attention_norm",
+    "ngpt",
+)
 """Settings of the model that choose what a block computes, beside its windows."""
 
 _VERSIONS = ("torch", "triton", "neobert")
@@ -144,7 +153,7 @@ def small_model(config: Config) -> ModelConfig:
         kind |= {"embedding_init_range": 0.5, "decoder_init_range": 0.3}
     return ModelConfig(
         hidden_size=64,
-        num_hidden_layers=1 if section.local_attention is None else 2,
+        num_hidden_layers=1 + (section.local_attention is not None) + (not section.first_attention_norm),
         num_attention_heads=2,
         intermediate_size=96,
         max_position_embeddings=32,

@@ -1,8 +1,9 @@
 """Initial weights from another model (`model.init_from`), for a fresh start, into the same architecture, or with
 `model.init_tile` into a larger one (`neobert.weights.tiling`).
 
-Keys of the architecture that are not set are the source's; those that are set must match it. The config that
-has them all is the run's, and the one that is saved.
+Keys of the architecture that are not set are the source's; those that are set must match it. A run that names no
+tokenizer has the source's, with the special tokens that one of a decoder lacks. The config that has them all is the
+run's, and the one that is saved.
 
 With the same tokenizer and as many rows, everything is copied as it is. With another tokenizer, or another number of
 rows, the embedding (and an untied vocabulary projection) follows the texts of the tokens; see
@@ -89,8 +90,28 @@ def load_initial_weights(config: Config) -> tuple[Config, EncoderWeights | None]
             + "\nremove these keys: keys that are not set take the source's values"
             + ("; or write model.init_tile: true to make a larger model of it" if larger else "")
         )
+    config = bind_tokenizer(config, weights)
     check_bound(config)
     return config, _tile(config, weights) if config.model.init_tile else weights
+
+
+def bind_tokenizer(config: Config, weights: EncoderWeights) -> Config:
+    """The config with the tokenizer of `weights`, where it names none and trains none.
+
+    Raises:
+        StartupError: they have none either.
+    """
+    section = config.tokenizer
+    if _has_tokenizer(section):
+        return config
+    if weights.tokenizer is None:
+        raise StartupError(f"model.init_from: {weights.folder} has no tokenizer; name one with tokenizer.path")
+    rewrite = section.allow_special_token_rewrite or weights.is_causal
+    return replace(config, tokenizer=replace(section, path=str(weights.tokenizer), allow_special_token_rewrite=rewrite))
+
+
+def _has_tokenizer(section: TokenizerSection) -> bool:
+    return section.train or section.name is not None or section.path is not None
 
 
 def _tile(config: Config, weights: EncoderWeights) -> EncoderWeights:
@@ -133,7 +154,7 @@ def copy_initial_weights(
     config = weights.config
     tiled = f"; tiled to {config.num_hidden_layers} layers x {config.hidden_size}" if tile else ""
     source = f"{weights.folder} ({weights.layout} layout{trained})"
-    return f"initial weights from {source}: {len(tensors)} tensors{tiled}; {note}"
+    return "; ".join([f"initial weights from {source}: {len(tensors)} tensors{tiled}", *weights.notes, note])
 
 
 def _with_vocabulary(weights: EncoderWeights, tokenizer: Tokenizer, num_rows: int) -> tuple[dict[str, Tensor], str]:
@@ -143,12 +164,16 @@ def _with_vocabulary(weights: EncoderWeights, tokenizer: Tokenizer, num_rows: in
             "the tokenizer.json it was trained with beside its weights"
         )
     try:
-        theirs = load_tokenizer(TokenizerSection(path=str(weights.tokenizer)))
+        theirs = load_tokenizer(
+            TokenizerSection(path=str(weights.tokenizer), allow_special_token_rewrite=weights.is_causal)
+        )
     except DataError as error:
         raise StartupError(f"model.init_from: {error}") from error
-    if theirs.digest == tokenizer.digest and num_rows == weights.config.vocab_size:
+    if theirs.digest == tokenizer.digest and num_rows == weights.config.vocab_size and not theirs.added:
         return weights.tensors, "the tokenizer is the same"
-    pairs = match_tokens(theirs.vocabulary, tokenizer.vocabulary, theirs.roles, tokenizer.roles)
+    matched = match_tokens(theirs.vocabulary, tokenizer.vocabulary, theirs.roles, tokenizer.roles)
+    # What was added to it just now has no row that means anything.
+    pairs = {new: old for new, old in matched.items() if old < weights.config.vocab_size and old not in theirs.added}
     tensors = dict(weights.tensors)
     for name in VOCABULARY_TENSORS:
         if name in tensors:
@@ -166,6 +191,8 @@ def bind_initial(config: Config, checkpoint_config: Config | None) -> tuple[Conf
     if config.model.init_from is None:
         return config, None
     config = bind_architecture(config, checkpoint_config.model)
+    if not _has_tokenizer(config.tokenizer):
+        config = replace(config, tokenizer=checkpoint_config.tokenizer)
     check_bound(config)
     return config, None
 

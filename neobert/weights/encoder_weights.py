@@ -2,8 +2,7 @@
 
 What a folder is, is read off its files:
 
-- `config.json`: a model of transformers. Its `model_type` says whether it is EuroBERT (ours are exported as that), code
-  exported by us, or NeoBERT.
+- `config.json`: a model of transformers. Its `model_type` says of which family (`TYPES` in `neobert.weights.layouts`).
 - `model_config.json` alone: a checkpoint of ours.
 - `config.yaml` alone: a checkpoint of the fork of NeoBERT that this project's keys come from.
 - `checkpoints/`: a run; the newest checkpoint counts.
@@ -45,13 +44,7 @@ from neobert.weights.folder import (
     CheckpointError,
     find_checkpoint,
 )
-from neobert.weights.layouts import LAYOUTS, Layout, to_ours
-
-REMOTE_CODE_TYPE = "neobert_encoder"
-"""`model_type` of models that we export with their code."""
-
-_EXPORTED, _ENCODER = ("eurobert", "remote_code"), "model."
-"""Layouts that exported folders have, and what the encoder's tensors start with where there is a head beside it."""
+from neobert.weights.layouts import LAYOUTS, OTHER_ARCHITECTURES, TYPES, Layout, choose_neobert, to_ours
 
 HUB_NAME = re.compile(r"\w[\w.-]*/\w[\w.-]*(@[\w./-]+)?")
 _SMALL_FILES = ["*.json", "*.txt", "*.model"]
@@ -89,6 +82,12 @@ class EncoderWeights:
 
     training_only: dict[str, Tensor] = field(default_factory=dict)
     """What a checkpoint has beside `tensors`: a head or a temperature that only training has."""
+
+    is_causal: bool = False
+    """Whether they are those of a decoder."""
+
+    notes: tuple[str, ...] = ()
+    """What was changed on the way, for the log."""
 
     head: dict[str, Any] | None = None
     """What a checkpoint says of that head (`ObjectiveModule.describe_head`)."""
@@ -182,15 +181,23 @@ def _fetch(name: str) -> Path:
     return folder
 
 
-_OURS = ("eurobert", REMOTE_CODE_TYPE, "neobert")
-"""Types of models that are read as encoders of ours."""
+_OURS = ("eurobert", "remote_code", "neobert")
+"""Layouts that are read as encoders of ours wherever transformers has a class too."""
+
+
+def is_of_transformers(folder: Path) -> bool:
+    """Whether a folder holds a model of transformers that its own class runs where nothing is trained: a decoder and a
+    model of texts do more there than our encoder with their weights."""
+    return _read_hub_config(folder) is not None
 
 
 def _read_hub_config(folder: Path) -> dict[str, Any] | None:
     """The config.json of an encoder of transformers; None where the folder holds one of ours."""
     file = folder / "config.json"
-    raw: dict[str, Any] | None = parse_json(file.read_text()) if file.is_file() else None
-    return None if raw is None or raw.get("model_type") in _OURS else raw
+    if not file.is_file() or (folder / "model_config.json").is_file():
+        return None
+    raw: dict[str, Any] = parse_json(file.read_text())
+    return None if TYPES.get(str(raw.get("model_type"))) in _OURS else raw
 
 
 def _read_hub_encoder(folder: Path, raw: dict[str, Any]) -> EncoderWeights:
@@ -223,18 +230,19 @@ def _read_folder(folder: Path, drop_decoder_bias: bool, weights: str) -> Encoder
     if objective.training_only:
         training_only = {name: x for name, x in tensors.items() if name.startswith(objective.training_only)}
         tensors = {name: x for name, x in tensors.items() if name not in training_only}
-    if layout.name in _EXPORTED and not any(name.startswith(_ENCODER) for name in tensors):
+    if layout.prefix is not None and not any(name.startswith(layout.prefix) for name in tensors):
         # AutoModel and sentence-transformers save the encoder alone. The config says whether a head is tied.
-        tensors = {f"{_ENCODER}{name}": tensor for name, tensor in tensors.items()}
+        tensors = {f"{layout.prefix}{name}": tensor for name, tensor in tensors.items()}
     config = layout.describe(raw, tensors)
+    fitting, note = layout.prepare(raw, config, tensors)
     if drop_decoder_bias:
         config = replace(config, decoder_bias=False)
-    if layout.name == "eurobert":
+    if layout.requires is not None:
         config = _restore(folder, config)
     tokenizer = next((p for p in (folder, folder / "tokenizer") if (p / "tokenizer.json").is_file()), None)
     return EncoderWeights(
         config=config,
-        tensors=to_ours(layout, config, tensors, drop_decoder_bias=drop_decoder_bias),
+        tensors=to_ours(layout, config, fitting, drop_decoder_bias=drop_decoder_bias),
         tokenizer=tokenizer,
         layout=layout.name,
         step=_step(folder, raw),
@@ -242,6 +250,8 @@ def _read_folder(folder: Path, drop_decoder_bias: bool, weights: str) -> Encoder
         kind=weights,
         objective=objective.name,
         training_only=training_only,
+        is_causal=layout.is_causal,
+        notes=(note,) if note else (),
         head=parse_json((folder / HEAD_FILE).read_text()) if (folder / HEAD_FILE).is_file() else None,
     )
 
@@ -258,26 +268,23 @@ def _recognise(folder: Path, tensors: Mapping[str, Tensor]) -> tuple[Layout, Map
     if (folder / "config.json").is_file():
         raw = parse_json((folder / "config.json").read_text())
         kind = raw.get("model_type")
-        names = {"eurobert": "eurobert", REMOTE_CODE_TYPE: "remote_code", "neobert": _neobert_kind(tensors)}
-        if kind not in names:
+        if kind not in TYPES:
+            reason = OTHER_ARCHITECTURES.get(str(kind))
             raise UnknownLayout(
-                f"config.json has model_type {kind!r}, whose layout is not known; known are {', '.join(sorted(names))}"
+                f"config.json has model_type {kind!r}: "
+                + (reason or f"its layout is not known; known are {', '.join(sorted(TYPES))}")
             )
-        return LAYOUTS[names[kind]], raw
+        return (choose_neobert(tensors) if TYPES[kind] == "neobert" else LAYOUTS[TYPES[kind]]), raw
     if (folder / "model_config.json").is_file():
         return LAYOUTS["checkpoint"], parse_json((folder / "model_config.json").read_text())
     raw = load_plain_yaml((folder / "config.yaml").read_text(encoding="utf-8"))
     if not isinstance(raw, dict) or not isinstance(raw.get("model"), dict):
         raise WeightsError("config.yaml has no section `model`, so the architecture is not known")
-    return LAYOUTS[_neobert_kind(tensors)], raw["model"]
-
-
-def _neobert_kind(tensors: Mapping[str, Tensor]) -> str:
-    return "neobert" if any(name.endswith(".ffn.w12.weight") for name in tensors) else "neobert_fork"
+    return choose_neobert(tensors), raw["model"]
 
 
 def _restore(folder: Path, config: ModelConfig) -> ModelConfig:
-    """With what EuroBERT's config cannot hold (initial weights, dropout), from the file that our export writes."""
+    """With what their config cannot hold (initial weights, dropout), from the file that our export writes."""
     if not (folder / "model_config.json").is_file():
         return config
     ours = ModelConfig.from_dict(parse_json((folder / "model_config.json").read_text()))

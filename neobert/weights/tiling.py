@@ -9,7 +9,7 @@ Plain tiling sums every copied unit again, so activations grow. Here the large l
 a weight whose input unit has c copies, each copy gets a fraction, and the fractions sum to 1 (Net2Net, arXiv
 1511.05641). They are unequal and random: with equal ones, copies would have equal gradients forever, and the large
 model no more capacity than the small one (LEMON, arXiv 2310.07999). A tied vocabulary projection cannot be split,
-being the embedding too; there the weights of the final norm are divided by c.
+being the embedding too; there the weights of the norm before it are divided by c.
 
 Depth. Layer i of D takes layer `floor(i d / D)` of d (the order of Gopher, arXiv 2112.11446, appendix G.3.3). What r
 copies of a layer add to the residual stream is divided by r.
@@ -116,7 +116,13 @@ def tile_weights(weights: EncoderWeights, config: ModelConfig, *, seed: int) -> 
             divisor = copies[int(number)] if kind in _RESIDUAL else 1
         if kind not in _TILE:
             raise WeightsError(f"model.init_tile: how to tile {name} is not known; start this variant without it")
-        tile = _tile_tied_norm if kind == "encoder.norm" and config.tie_word_embeddings else _TILE[kind]
+        if source not in weights.tensors:
+            raise WeightsError(
+                f"model.init_tile: {name} would be a copy of {source}, which the source does not have (model."
+                "first_attention_norm: false); write its own model.num_hidden_layers"
+            )
+        last_norm = "prediction_head.norm" if config.prediction_head else "encoder.norm"
+        tile = _tile_tied_norm if kind == last_norm and config.tie_word_embeddings else _TILE[kind]
         tiled = tile(weights.tensors[source].float(), maps) / divisor
         assert tiled.shape == shape, f"{name}: {tuple(tiled.shape)} instead of {shape}"
         tensors[name] = tiled.to(weights.tensors[source].dtype)
@@ -179,6 +185,10 @@ _TILE: dict[str, Callable[[Tensor, _Maps], Tensor]] = {
     "encoder.position_embedding": _tile_embedding,
     "encoder.embedding_norm": _tile_norm,
     "encoder.norm": _tile_norm,
+    "prediction_head.dense": lambda weight, maps: _tile_columns(
+        _tile_rows(weight, maps.channels, 1), maps.channels, maps
+    ),
+    "prediction_head.norm": _tile_norm,
     "decoder": _tile_decoder,
     "decoder_bias": _keep,
     "q_norm": _keep,

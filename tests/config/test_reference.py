@@ -38,13 +38,13 @@ def test_types_as_text():
     assert words("optimizer.betas") == "list of 2 numbers"
     assert words("wandb.tags") == "list of texts"
     assert words("trainer.use_cpu") == "true or false"
-    assert words("model.hidden_act") == "swiglu | gelu"
+    assert words("model.hidden_act") == "swiglu | gelu | geglu"
 
 
 def test_the_table_shows_defaults_and_escapes_bars():
     page = build_markdown()
     assert "| `max_steps` | integer or null, at least 1 | `null` | schedule | Budget in optimizer steps. |" in page
-    assert "| `hidden_act` | swiglu \\| gelu | `swiglu` | fixed |" in page
+    assert "| `hidden_act` | swiglu \\| gelu \\| geglu | `swiglu` | fixed |" in page
     assert "| `betas` | list of 2 numbers, at least 0 and less than 1 | `[0.9, 0.95]` | declared |" in page
 
 

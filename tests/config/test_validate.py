@@ -51,6 +51,17 @@ ERRORS = [
     ({**NGPT, "model__qk_norm": True}, "model.qk_norm: True is not part of the normalised model"),
     ({**NGPT, "model__embedding_norm": True}, "model.embedding_norm: True is not part of the normalised model"),
     ({**NGPT, "model__decoder_bias": True}, "remove it, its default is False"),
+    ({**NGPT, "model__prediction_head": True}, "model.prediction_head: True is not part of the normalised model"),
+    ({"model__first_attention_norm": False}, "model.first_attention_norm: false leaves the first block without any"),
+    ({"model__local_rope_theta": 5.0}, "model.local_rope_theta: 5.0 has no effect without model.local_attention"),
+    (
+        {"model__local_attention": 8, "model__local_rope_theta": 10000.0},
+        "model.local_rope_theta: 10000.0 is model.rope_theta itself; remove it",
+    ),
+    (
+        {"model__local_attention": 8, "model__local_rope_theta": 5.0, "model__rope": False},
+        "model.local_rope_theta: 5.0 has no effect with model.rope: false",
+    ),
     ({**NGPT, "model__decoder_init_range": 0.1}, "model.decoder_init_range: 0.1 is not part of the normalised model"),
     ({**NGPT, "model__base_scale": 0.0}, "model.base_scale: 0.0 must be greater than 0"),
     ({"model__base_scale": 0.1}, "model.base_scale: 0.1 has no effect without model.ngpt: true; remove one of the two"),

@@ -136,7 +136,7 @@ def test_other_uses_of_such_a_folder_are_refused(
 ) -> None:
     with pytest.raises(StartupError, match=r"model.hidden_size: the config has 32, .* has 16"):
         finetune(labelled(tmp_path / "x", f"finetune.model={hub_folders['bert']}"))
-    with pytest.raises(ValueError, match="model_type 'bert', whose layout is not known"):
+    with pytest.raises(ValueError, match="model_type 'bert': its blocks normalise their sum"):
         neobert.load(hub_folders["bert"])
 
 

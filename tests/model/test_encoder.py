@@ -19,6 +19,16 @@ VARIANTS = {
     "windows": {"num_hidden_layers": 3, "local_attention": 4, "global_attention_every": 2},
     "gelu and layer norm": {"hidden_act": "gelu", "rms_norm": False},
     "more norms": {"qk_norm": True, "embedding_norm": True},
+    "like ModernBERT": {
+        "num_hidden_layers": 3,
+        "local_attention": 4,
+        "global_attention_every": 2,
+        "local_rope_theta": 100.0,
+        "rms_norm": False,
+        "hidden_act": "geglu",
+        "embedding_norm": True,
+        "first_attention_norm": False,
+    },
     "normalised": {"ngpt": True, **NO_RANGES},
 }
 
@@ -196,12 +206,12 @@ def test_blocks_compile_to_one_graph_that_content_does_not_change(variant: str) 
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 @pytest.mark.parametrize("name", ATTENTION)
-@pytest.mark.parametrize("variant", ["neobert", "more norms", "normalised"])
+@pytest.mark.parametrize("variant", ["neobert", "more norms", "like ModernBERT", "normalised"])
 def test_compiled_blocks_on_a_gpu(name: str, variant: str) -> None:
     """Every backend inside blocks compiled by inductor in bf16, with and without a window, against fp32 on the CPU."""
     torch._dynamo.reset()
     sizes = {"hidden_size": 128, "num_hidden_layers": 3, "local_attention": 64, "global_attention_every": 2}
-    config = tiny_config(**sizes, **VARIANTS[variant])
+    config = tiny_config(**{**VARIANTS[variant], **sizes})
     config = dataclasses.replace(config, max_position_embeddings=512)
     positions, segments = pack([(300, 212), (1, 130, 7)], 512)
     ids = random_ids(segments, 50)
@@ -241,6 +251,8 @@ def test_names_of_the_weights() -> None:
         "layers.0.q_norm.weight": (16,),
         "layers.0.k_norm.weight": (16,),
     }
+    bare = build(tiny_config(num_hidden_layers=2, embedding_norm=True, first_attention_norm=False)).state_dict()
+    assert ["layers.0.attention_norm.weight" in bare, "layers.1.attention_norm.weight" in bare] == [False, True]
     gelu = build(tiny_config(num_hidden_layers=1, hidden_act="gelu", rope=False)).state_dict()
     assert gelu["layers.0.up.weight"].shape == (48, 32)
     assert gelu["position_embedding.weight"].shape == (16, 32)
@@ -300,6 +312,10 @@ def test_flops_per_token() -> None:
         with torch.device("meta"):
             variant = Encoder(dataclasses.replace(config, **{**NO_RANGES, **changes}), ATTENTION["sdpa"])
         assert variant.flops_per_token(attended_length=512, predicted_fraction=0.2) == flops, "vectors count nothing"
+    with torch.device("meta"):
+        gated = Encoder(dataclasses.replace(config, hidden_act="geglu", prediction_head=True), ATTENTION["sdpa"])
+    head = 6 * 0.2 * 768**2
+    assert gated.flops_per_token(attended_length=512, predicted_fraction=0.2) == pytest.approx(flops + head)
     with torch.device("meta"):
         gelu = Encoder(dataclasses.replace(config, hidden_act="gelu"), ATTENTION["sdpa"])
     assert gelu.flops_per_token(attended_length=0, predicted_fraction=0) == 6 * 28 * (4 * 768**2 + 2 * 768 * 3072)

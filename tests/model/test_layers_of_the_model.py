@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from neobert.model.layers import LayerNorm, RMSNorm, swiglu
+from neobert.model.layers import LayerNorm, RMSNorm, geglu, swiglu
 from neobert.model.rotary import apply_rotary, rotary_table
 
 
@@ -50,6 +50,14 @@ def test_swiglu_and_its_gradient() -> None:
     gate, up = gate_up.chunk(2, dim=-1)
     torch.testing.assert_close(swiglu(gate_up), gate * torch.sigmoid(gate) * up)
     assert torch.autograd.gradcheck(swiglu, (gate_up,))
+
+
+def test_geglu_and_its_gradient() -> None:
+    """The gate comes first, and its GELU is the exact one."""
+    gate_up = torch.randn(5, 8, dtype=torch.float64, requires_grad=True)
+    gate, up = gate_up.chunk(2, dim=-1)
+    torch.testing.assert_close(geglu(gate_up), gate * (1 + torch.erf(gate / 2**0.5)) / 2 * up)
+    assert torch.autograd.gradcheck(geglu, (gate_up,))
 
 
 def test_swiglu_in_bf16_is_the_plain_formula_bit_for_bit() -> None:

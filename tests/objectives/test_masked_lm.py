@@ -161,6 +161,33 @@ def test_a_bias_and_a_logit_scale_go_through_every_kernel(
     torch.testing.assert_close(*gradients, atol=2e-4, rtol=1e-4)
 
 
+@pytest.mark.parametrize("tied", [True, False])
+def test_the_prediction_head_is_before_the_projection(batch: PackedBatch, tied: bool) -> None:
+    """norm(gelu(W h)), then the projection with its bias: in the loss, in its gradients, and in a prediction."""
+    model = build(tied=tied, variant={"prediction_head": True, "decoder_bias": True, "rms_norm": False})
+    head, bias = model.prediction_head, model.decoder_bias
+    assert head is not None
+    assert bias is not None
+    for weight in (head.norm.weight, bias):
+        torch.nn.init.uniform_(weight, 0.5, 1.5)
+    used = batch.targets != IGNORE_INDEX
+    hidden = model.encoder(batch.input_ids, batch.positions, batch.segments)[batch.masked_index[used]]
+    transformed = torch.nn.functional.gelu(hidden @ head.dense.weight.T)
+    centred = transformed - transformed.mean(-1, keepdim=True)
+    normed = centred / (centred.square().mean(-1, keepdim=True) + 1e-5).sqrt() * head.norm.weight
+    by_hand = normed @ model.head_weight.T + bias
+    torch.testing.assert_close(model.logits(hidden), by_hand, atol=1e-5, rtol=1e-5)
+    expected = torch.nn.functional.cross_entropy(by_hand, batch.targets[used], reduction="sum")
+    loss, weights = model(batch).loss_sum, list(model.parameters())
+    torch.testing.assert_close(loss, expected, atol=1e-4, rtol=1e-5)
+    gradients = torch.autograd.grad(loss, weights), torch.autograd.grad(expected, weights)
+    torch.testing.assert_close(*gradients, atol=2e-4, rtol=1e-4)
+    assert {name for name in model.state_dict() if name.startswith("prediction")} == {
+        "prediction_head.dense.weight",
+        "prediction_head.norm.weight",
+    }
+
+
 def test_a_new_bias_changes_nothing(batch: PackedBatch) -> None:
     plain, biased = build(), build(variant=HEADS["biased"])
     torch.testing.assert_close(biased(batch).loss_sum, plain(batch).loss_sum)

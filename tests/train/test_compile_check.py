@@ -26,6 +26,14 @@ VARIANTS = {
     "windows": ("model.local_attention=8", "model.global_attention_every=2"),
     "gelu and layer norm": ("model.hidden_act=gelu", "model.rms_norm=false", "model.rope=false"),
     "more norms": ("model.qk_norm=true", "model.embedding_norm=true", "model.init_zero_residual=true"),
+    "like ModernBERT": (
+        "model.rms_norm=false",
+        "model.hidden_act=geglu",
+        "model.embedding_norm=true",
+        "model.first_attention_norm=false",
+        "model.local_attention=8",
+        "model.local_rope_theta=100",
+    ),
     "normalised": ("model.ngpt=true", "optimizer.weight_decay=0"),
 }
 Tiny = Callable[..., Config]
@@ -76,14 +84,16 @@ def test_a_broken_function_stops_a_run_before_its_first_step(
 
 def test_wrong_values_are_seen_too(tiny: Tiny, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     right = layers.swiglu
-    monkeypatch.setattr(layers, "swiglu", lambda x: right(x) * (1.01 if torch.compiler.is_compiling() else 1.0))
+    wrong = lambda x: right(x) * (1.01 if torch.compiler.is_compiling() else 1.0)  # noqa: E731
+    monkeypatch.setitem(layers.ACTIVATIONS, "swiglu", wrong)
     assert find_largest_difference(tiny(tmp_path, *COMPILED), ATTENTION["sdpa"], CPU)[1] > 2e-3
 
 
 def test_a_nan_is_a_difference(tiny: Tiny, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     right = layers.swiglu
     nan = float("nan")
-    monkeypatch.setattr(layers, "swiglu", lambda x: right(x) * (nan if torch.compiler.is_compiling() else 1.0))
+    wrong = lambda x: right(x) * (nan if torch.compiler.is_compiling() else 1.0)  # noqa: E731
+    monkeypatch.setitem(layers.ACTIVATIONS, "swiglu", wrong)
     with pytest.raises(StartupError, match="differs from the eager one by nan of its size"):
         alone(tiny(tmp_path, *COMPILED))
 

@@ -15,8 +15,9 @@ from neobert.model.config import ModelConfig
 from neobert.model.encoder import Encoder
 from neobert.model.segments import Segments
 from neobert.objectives.mlm import MaskedLM
-from neobert.weights.describe import WeightsError, describe_eurobert
+from neobert.weights.describe import WeightsError
 from neobert.weights.layouts import LAYOUTS, from_ours, tensor_shapes, to_ours
+from neobert.weights.layouts.eurobert import describe_eurobert
 
 IDS = [5, 1, 29, 7, 7, 12, 0, 3, 18, 22]
 FORK = {**SIZES, "max_position_embeddings": LONGEST, "norm_eps": "1e-5", "pad_token_id": 0}
@@ -151,10 +152,10 @@ def test_a_tied_head_that_differs_from_the_embedding_is_an_error() -> None:
 
 
 def test_what_our_encoder_cannot_express_is_named_all_together() -> None:
-    config = {"hidden_act": "gelu", "num_key_value_heads": 4, "rope_scaling": {"type": "yarn"}, "attention_bias": True}
+    config = {"hidden_act": "gelu", "num_key_value_heads": 5, "rope_scaling": {"type": "yarn"}, "attention_bias": True}
     with pytest.raises(WeightsError) as caught:
         describe_eurobert(config, {})
-    for key in ("hidden_act: 'gelu'", "num_key_value_heads: 4", "rope_type: 'yarn'", "attention_bias: True"):
+    for key in ("hidden_act: 'gelu'", "num_key_value_heads: 5", "rope_type: 'yarn'", "attention_bias: True"):
         assert key in str(caught.value)
     with pytest.raises(WeightsError, match="ngpt: True cannot be expressed"):
         LAYOUTS["neobert_fork"].describe({**FORK, "ngpt": True}, make_tensors("fork"))
@@ -174,6 +175,7 @@ def test_eurobert_defaults_and_both_spellings_of_theta() -> None:
     [
         {"rope": False},
         {"qk_norm": True, "embedding_norm": True, "decoder_bias": True},
+        {"embedding_norm": True, "first_attention_norm": False, "prediction_head": True, "hidden_act": "geglu"},
         {"ngpt": True},
         {"ngpt": True, "tie_word_embeddings": True},
     ],

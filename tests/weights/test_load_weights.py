@@ -139,8 +139,8 @@ def test_errors_name_the_value_and_the_remedy(tmp_path: Path) -> None:
     (tmp_path / "empty").mkdir()
     with pytest.raises(WeightsError, match=r"empty holds no weights: give a run folder"):
         load_encoder_weights(tmp_path / "empty")
-    other = make_hub_folder(tmp_path / "other", model_type="bert")
-    with pytest.raises(WeightsError, match=r"model_type 'bert', whose layout is not known; known are eurobert"):
+    other = make_hub_folder(tmp_path / "other", model_type="gpt2")
+    with pytest.raises(WeightsError, match=r"model_type 'gpt2': its layout is not known; known are eurobert, llama"):
         load_encoder_weights(other)
     bare = make_hub_folder(tmp_path / "bare")
     (bare / "model.safetensors").unlink()
