@@ -111,6 +111,7 @@ CALLS = [
     ("experiments/yardstick.py run.yaml --data ./none --steps 0", "argument --steps"),
     ("export/export_hf.py none --output new", "none is no folder"),
     ("export/export_hf.py run --output file/new", "--output: file/new cannot be made (Not a directory)"),
+    ("export/export_hf.py run --output new --for onyx", "--for: 'onyx' is unknown; write one or more of transformers"),
     ("export/verify.py none", "none is no folder"),
     ("finetuning/finetune.py none.yaml", f"the config file {NEARBY}"),
     ("gpu_check.py --minutes 0", "--minutes: 0.0"),
@@ -137,6 +138,9 @@ CALLS = [
     ("pretraining/tokenize_dataset.py --dataset ./none --tokenizer tokenizer --output new", "none does not exist"),
     ("pretraining/train_tokenizer.py --input ./none --output new", "none does not exist"),
     ("pretraining/train_tokenizer.py --input text.jsonl --output file", "--output: file is not a folder"),
+    ("serve.py none --port 0", "none is no folder"),
+    ("serve.py run --port 99999", "--port: 99999"),
+    ("serve.py run --port 0 --max-texts 0", "--max-texts: 0; write a positive number"),
     ("replay.py none --row 0", "none holds no checkpoint"),
     ("replay.py run --row -1", "--row: -1; rows are counted from 0"),
 ]

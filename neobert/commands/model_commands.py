@@ -108,6 +108,42 @@ def embed(program: str, argv: list[str]) -> None:
     cli.say(f"{report.num_texts:,} texts of {report.num_records:,} records{resumed} embedded to {args.output}{cut}")
 
 
+def serve(program: str, argv: list[str]) -> None:
+    """Answer requests for embeddings, as OpenAI's clients make them, and fill masks: `neobert serve MODEL`.
+
+    POST /v1/embeddings, POST /v1/fill-mask, GET /v1/models, GET /health. Ctrl-C stops it.
+    """
+    parser = build_model_parser(program, serve.__doc__)
+    parser.add_argument("--host", default="127.0.0.1", help="default: %(default)s, this machine alone")
+    parser.add_argument("--port", type=int, default=8000, help="default: %(default)s; 0 takes one that is free")
+    parser.add_argument("--name", help="what clients call the model (default: the name of its folder)")
+    add_vector_settings(parser)
+    parser.add_argument("--truncate", action="store_true", default=None, help="cut texts that are too long")
+    parser.add_argument("--max-texts", type=int, help="texts of a request (default 2048)")
+    parser.add_argument("--max-tokens", type=int, help="tokens of a request (default 262144)")
+    parser.add_argument("--max-body-bytes", type=int, help="bytes of a request (default 16777216)")
+    parser.add_argument("--max-waiting", type=int, help="requests that may wait (default 64)")
+    args = parser.parse_args(argv)
+    from neobert.inference.http_server import ModelServer
+    from neobert.inference.http_server import serve as answer
+    from neobert.inference.service import ServeLimits, Service
+    from neobert.inference.text_encoder import OwnEncoder, load_text_encoder
+
+    limits = ServeLimits(**explicit_values(args, ServeLimits))
+    with ModelServer(args.host, args.port) as server:  # What another program listens on is said before anything loads.
+        where = {"device": args.device, "dtype": args.dtype, "weights": args.weights}
+        encoder = load_text_encoder(args.model, **where, pooling=args.pooling, max_length=args.max_length)
+        if not isinstance(encoder, OwnEncoder):
+            raise CallError(f"{args.model} is no encoder of ours; serve it with the program it is made for")
+        service = Service(encoder, args.name or Path(args.model).resolve().name, limits)
+        settings = encoder.settings
+        cli.say(
+            f"{service.name} at {server.url}: {settings.pooling} pooling, texts of up to {settings.max_length} tokens; "
+            "Ctrl-C stops it"
+        )
+        answer(server, service)
+
+
 def mlm_loss(program: str, argv: list[str]) -> None:
     """Masked-token loss of a model on any text: `neobert mlm-loss MODEL INPUT`.
 

@@ -132,6 +132,12 @@ COMMANDS: dict[str, Command] = {
     "embed": Command(
         "embed texts with a trained model", "model_commands", "embed.py", also=(ValueError,), resumes=True
     ),
+    "serve": Command(
+        "answer embeddings and filled masks over HTTP, as OpenAI's clients ask",
+        "model_commands",
+        "serve.py",
+        also=(ValueError,),
+    ),
     "mlm-loss": Command(
         "masked-token loss of a model on any text",
         "model_commands",
