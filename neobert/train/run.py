@@ -55,6 +55,7 @@ from neobert.train.checkpoint.commit import Committer
 from neobert.train.checkpoint.replicas import compare_tensors, list_tensors
 from neobert.train.checkpoint.retention import name_test
 from neobert.train.compile_check import check_compiled_gradients
+from neobert.train.heartbeat import naming_lost_ranks
 from neobert.train.initial import bind_initial, choose_hub_encoder, copy_initial_weights
 from neobert.train.machine import Runtime, bind_precision, build_runtime, check_launcher, check_runtime
 from neobert.train.micro_batch import bind_micro_batch, choose_kept
@@ -121,6 +122,8 @@ def open_run(config: Config, runtime: Runtime) -> tuple[RunSetup, EncoderWeights
     check_equal(runtime, lambda: {**describe_config(config), **describe_program(), "device": runtime.device.type})
     check_runtime(config)
     stop = StopRequest(max_hours=config.trainer.max_hours, is_main=runtime.is_main)
+    if runtime.heartbeat is not None:
+        runtime.heartbeat.is_stopping = stop.requested
     rows_per_step = choose_rows_per_step(config, runtime.world)
     start = agree_on_start(config, runtime)
     checkpoint = start.path
@@ -311,7 +314,7 @@ def build_run(config: Config) -> Run:
     job: Job = load_part(choose_objective(config).job)
     check_launcher(config)
     runtime = build_runtime(config)
-    with sharing_errors(runtime):
+    with naming_lost_ranks(runtime.heartbeat), sharing_errors(runtime):
         setup, initial = open_run(job.bind(config), runtime)
         config, tokenizer, runtime = setup.config, setup.tokenizer, setup.runtime
         objective = choose_objective(config)
