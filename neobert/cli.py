@@ -28,6 +28,7 @@ EXIT_CODES: dict[str, int] = {
     "finished": 0,
     "complete": 0,
     "wrong_call": 2,
+    "rank_lost": 69,
     "disk": 74,
     "preempted": 75,
     "out_of_time": 75,

@@ -10,6 +10,8 @@ import torch
 class ThreadRuntime:
     """What collectives on the host need of a `Runtime`."""
 
+    heartbeat = None
+
     def __init__(self, rank: int, world: int, table: list[Any], barrier: threading.Barrier) -> None:
         self.rank, self.world, self._table, self._barrier = rank, world, table, barrier
 

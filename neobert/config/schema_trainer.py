@@ -261,6 +261,11 @@ class TrainerSection:
     max_hours: float | None = key(None, above=0, resume="free")
     """Save and stop with exit code 75 before this many hours have passed since the start; null has no limit."""
 
+    rank_timeout_seconds: float | None = key(600.0, above=0, resume="free")
+    """With several processes: end all with exit code 69 and a sentence that names the one that gives no sign of life
+    for so long, or keeps the others waiting for so long in a step. It may take as long as it likes to start, to save
+    and to evaluate, while it lives. null waits until the collectives of torch time out."""
+
     replay_audit: Literal["warn", "strict"] = key("warn", resume="free")
     """Steps made again after a crash are compared with `log.jsonl`. warn: a difference is reported. strict: it stops
     the run."""

@@ -84,6 +84,8 @@ def exchange(runtime: "Runtime", value: T | None = None, *, failure: Exception |
     except RuntimeError as error:  # A process was killed, or its machine is gone.
         if failure is not None:
             raise failure from None
+        if runtime.heartbeat is not None:
+            runtime.heartbeat.explain(error)
         raise RankError(f"another process of this run has ended: {str(error).splitlines()[0]}") from error
     if failure is not None:
         raise failure

@@ -23,6 +23,7 @@ from neobert.train.checkpoint.identity import as_int64, check_next_batch
 from neobert.train.checkpoint.resume import resume_or_start, roll_back
 from neobert.train.checkpoint.save import complete_save, save_checkpoint, save_is_due
 from neobert.train.finish import finish, stop_early
+from neobert.train.heartbeat import naming_lost_ranks
 from neobert.train.memory import memory_explained
 from neobert.train.pretraining import log_evaluation
 from neobert.train.probes.probing import log_probes, probing_missing
@@ -72,7 +73,16 @@ def pretrain(config: Config, data: Union["Dataset", Sequence[str], None] = None)
 
 
 def train(run: Run) -> RunResult:
-    """Trains until the budget is spent: announce, resume, then step, log, evaluate and save when due."""
+    """Trains until the budget is spent: announce, resume, then step, log, evaluate and save when due.
+
+    Raises:
+        RankLostError: another process has ended. Where it is known which, this one ends with a sentence that says so.
+    """
+    with naming_lost_ranks(run.runtime.heartbeat):
+        return _train(run)
+
+
+def _train(run: Run) -> RunResult:
     with sharing_errors(run.runtime):
         run.job.announce(run)
     with run.stop.listening():  # From here on a signal saves and stops.
@@ -86,6 +96,7 @@ def train(run: Run) -> RunResult:
         is_done = state.step >= run.num_steps or run.job.is_done(run)
         reason, steps = "complete" if is_done else "finished", iter(()) if is_done else training_steps(run, state)
         for state, metrics in profiled(run, state, steps):  # noqa: B020 (of `state`, the first only)
+            run.runtime.at(f"what follows step {state.step} (log, evaluation, save)", patient=True)
             run.tracker.add(state, metrics)
             if run.stop_requested():
                 break
@@ -130,6 +141,7 @@ def training_steps(run: Run, state: TrainState) -> Iterator[tuple[TrainState, St
     try:
         while state.step < run.num_steps:
             with run.stop.timing_step(), anomalies():
+                run.runtime.at(f"the data of step {state.step + 1}")
                 found = next_batch(run, loader)
                 if found is None:
                     return
@@ -137,6 +149,7 @@ def training_steps(run: Run, state: TrainState) -> Iterator[tuple[TrainState, St
                 if expected is not None:
                     check_next_batch(expected, run.runtime.sum_on_host([as_int64(batch.digest)])[0])
                     expected = None
+                run.runtime.at(f"step {state.step + 1}")
                 state, metrics = take_step(run, state, copier.copy(batch), counts, data_wait)
             if not frozen:
                 freeze_what_lives()

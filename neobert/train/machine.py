@@ -22,7 +22,7 @@ import torch
 import torch.distributed as dist
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState
-from accelerate.utils import DistributedDataParallelKwargs
+from accelerate.utils import DistributedDataParallelKwargs, InitProcessGroupKwargs
 from torch import Tensor, nn
 
 from neobert.config.schema import Config
@@ -39,6 +39,7 @@ from neobert.train.device import (
     use_expandable_segments,
 )
 from neobert.train.launcher import check_world
+from neobert.train.heartbeat import Heartbeat, choose_group_timeout
 from neobert.train.master_weights import MasterWeights
 
 T = TypeVar("T")
@@ -57,6 +58,8 @@ class Runtime:
 
     patient_group: Any
     """The same for the start, in which rank 0 may prepare data for hours."""
+
+    heartbeat: Heartbeat | None = None
 
     @property
     def is_main(self) -> bool:
@@ -85,6 +88,15 @@ class Runtime:
             weight.copy_(self.from_main(weight))
         return module
 
+    def at(self, where: str, *, patient: bool = False) -> None:
+        """What this process does from here on; `patient`: others wait for it for as long as it lives."""
+        if self.heartbeat is not None:
+            self.heartbeat.at(where, patient=patient)
+
+    def _arrive(self) -> None:
+        if self.heartbeat is not None:
+            self.heartbeat.arrive()
+
     def no_sync(self, model: nn.Module) -> AbstractContextManager[Any]:
         """Leaves gradients unreduced: for every micro-batch of a step but the last."""
         return self.accelerator.no_sync(model) if self.world > 1 else nullcontext()
@@ -93,6 +105,7 @@ class Runtime:
         """Sums integers over all ranks without touching the device."""
         if self.world == 1:
             return list(values)
+        self._arrive()
         totals = torch.tensor(values, dtype=torch.int64)
         dist.all_reduce(totals, group=self.host_group)
         return totals.tolist()
@@ -120,6 +133,7 @@ class Runtime:
         """Every rank's picklable value, in rank order, on every rank. `patient`: waits for hours if need be."""
         if self.world == 1:
             return [value]
+        self._arrive()
         gathered: list[Any] = [None] * self.world
         dist.all_gather_object(gathered, value, group=self.patient_group if patient else self.host_group)
         return gathered
@@ -146,7 +160,10 @@ class Runtime:
         return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
 
     def close(self) -> None:
-        """Leaves the process group and forgets this run's precision, so that another run can start in this process."""
+        """Leaves the process group and forgets this run's precision, so that another run can start here. Collective."""
+        if self.heartbeat is not None:
+            self.sum_on_host([0])  # Rank 0 may keep the store.
+            self.heartbeat.close()
         self.accelerator.end_training()
         AcceleratorState._reset_state(reset_partial_state=True)
 
@@ -235,14 +252,15 @@ def set_determinism(deterministic: bool) -> None:
     torch.use_deterministic_algorithms(deterministic)
 
 
-def _build_accelerator(device_type: str, mixed_precision: str) -> Accelerator:
+def _build_accelerator(device_type: str, mixed_precision: str, timeout: float | None = None) -> Accelerator:
     # The precision is state of the process, and an earlier start may have left another; the process group stays.
     AcceleratorState._reset_state()
+    parallel = DistributedDataParallelKwargs(broadcast_buffers=False, gradient_as_bucket_view=True)
     return Accelerator(
         cpu=device_type == "cpu",
         mixed_precision=mixed_precision,
         gradient_accumulation_steps=1,
-        kwargs_handlers=[DistributedDataParallelKwargs(broadcast_buffers=False, gradient_as_bucket_view=True)],
+        kwargs_handlers=[parallel, InitProcessGroupKwargs(timeout=choose_group_timeout(timeout))],
     )
 
 
@@ -260,18 +278,25 @@ def build_runtime(config: Config) -> Runtime:
     if config.trainer.tf32 and torch.cuda.is_available():
         torch.set_float32_matmul_precision("high")
     # The precision is bound when the process group is there, since all processes take one choice.
-    accelerator = _build_accelerator(choose_device_type(config), "no")
+    accelerator = _build_accelerator(choose_device_type(config), "no", config.trainer.rank_timeout_seconds)
     check_world(accelerator.num_processes)
-    several = accelerator.num_processes > 1
-    return Runtime(
+    several, timeout = accelerator.num_processes > 1, config.trainer.rank_timeout_seconds
+    heartbeat = None
+    if several and timeout is not None:
+        heartbeat = Heartbeat(accelerator.process_index, accelerator.num_processes, timeout)
+    runtime = Runtime(
         accelerator=accelerator,
         # Accelerate numbers the CPU of each process ("cpu:0"), a device that torch.load does not know.
         device=accelerator.device if accelerator.device.type != "cpu" else torch.device("cpu"),
         rank=accelerator.process_index,
         world=accelerator.num_processes,
-        host_group=dist.new_group(backend="gloo") if several else None,
+        host_group=dist.new_group(backend="gloo", timeout=choose_group_timeout(timeout)) if several else None,
         patient_group=dist.new_group(backend="gloo", timeout=PATIENCE) if several else None,
+        heartbeat=heartbeat,
     )
+    if heartbeat is not None:
+        heartbeat.start()
+    return runtime
 
 
 def bind_precision(config: Config, checkpoint_config: Config | None, runtime: Runtime) -> tuple[Config, list[str]]:

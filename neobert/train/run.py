@@ -58,6 +58,7 @@ from neobert.train.checkpoint.commit import Committer
 from neobert.train.checkpoint.replicas import compare_tensors, list_tensors
 from neobert.train.checkpoint.retention import name_test
 from neobert.train.compile_check import check_compiled_gradients
+from neobert.train.heartbeat import naming_lost_ranks
 from neobert.train.initial import bind_initial, choose_hub_encoder, copy_initial_weights
 from neobert.train.launcher import bind_launcher
 from neobert.train.machine import Runtime, bind_precision, build_runtime, check_runtime
@@ -132,6 +133,8 @@ def open_run(config: Config, runtime: Runtime, asked: Sequence[str] = ()) -> tup
     check_equal(runtime, lambda: {**describe_config(config), **describe_program(), "device": runtime.device.type})
     check_runtime(config)
     stop = StopRequest(max_hours=config.trainer.max_hours, is_main=runtime.is_main)
+    if runtime.heartbeat is not None:
+        runtime.heartbeat.is_stopping = stop.requested
     rows_per_step = choose_rows_per_step(config, runtime.world)
     start = agree_on_start(config, runtime)
     checkpoint = start.path
@@ -331,31 +334,32 @@ def build_run(config: Config) -> Run:
     job: Job = load_part(choose_objective(config).job)
     config, asked = bind_launcher(config)
     runtime = build_runtime(config)
-    with sharing_errors(runtime):
-        setup, initial = open_run(job.bind(config), runtime, asked)
-        config, tokenizer, runtime = setup.config, setup.tokenizer, setup.runtime
-        objective = choose_objective(config)
-        data = job.build_data(config, tokenizer, setup.reader)
-        num_steps = choose_num_steps(config, data)
-        check_equal(runtime, lambda: describe_data(data, num_steps))
-        probes = build_probes(config, objective, data, tokenizer)
-        if probes is not None:
-            check_equal(runtime, lambda: {"trainer.probe_sets": probes.fingerprint})
-            setup.reporter.say("\n".join(f"probe     {one.describe()}" for one in probes.sets))
-        module = build_module(config, setup.model_config, setup.attention, runtime)
-        if initial is not None:
-            copied = copy_initial_weights(module, objective, initial, tokenizer, tile=config.model.init_tile)
-            setup.reporter.say(copied)
-        compare_tensors(runtime, list_tensors(module), "before the first step", setup.reporter.warn)
-        model = build_model(config, module)
-        computing = computing_module(model)
-        engine = choose_engine(config, runtime.world)
-    engine.shard(config, runtime, module)  # Has collectives of its own, so no rank may be missing.
-    model = engine.wrap(runtime, model)
-    with sharing_errors(runtime):
-        optimizer = build_run_optimizer(config, module)
-        share_factors(optimizer, runtime)
-        return _wire(setup, job, data, probes, module, computing, model, engine, optimizer, num_steps)
+    with naming_lost_ranks(runtime.heartbeat):
+        with sharing_errors(runtime):
+            setup, initial = open_run(job.bind(config), runtime, asked)
+            config, tokenizer, runtime = setup.config, setup.tokenizer, setup.runtime
+            objective = choose_objective(config)
+            data = job.build_data(config, tokenizer, setup.reader)
+            num_steps = choose_num_steps(config, data)
+            check_equal(runtime, lambda: describe_data(data, num_steps))
+            probes = build_probes(config, objective, data, tokenizer)
+            if probes is not None:
+                check_equal(runtime, lambda: {"trainer.probe_sets": probes.fingerprint})
+                setup.reporter.say("\n".join(f"probe     {one.describe()}" for one in probes.sets))
+            module = build_module(config, setup.model_config, setup.attention, runtime)
+            if initial is not None:
+                copied = copy_initial_weights(module, objective, initial, tokenizer, tile=config.model.init_tile)
+                setup.reporter.say(copied)
+            compare_tensors(runtime, list_tensors(module), "before the first step", setup.reporter.warn)
+            model = build_model(config, module)
+            computing = computing_module(model)
+            engine = choose_engine(config, runtime.world)
+        engine.shard(config, runtime, module)  # Has collectives of its own, so no rank may be missing.
+        model = engine.wrap(runtime, model)
+        with sharing_errors(runtime):
+            optimizer = build_run_optimizer(config, module)
+            share_factors(optimizer, runtime)
+            return _wire(setup, job, data, probes, module, computing, model, engine, optimizer, num_steps)
 
 
 def describe_data(data: RunData, num_steps: int) -> dict[str, Any]:

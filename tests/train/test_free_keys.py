@@ -75,6 +75,7 @@ TRIED: list[tuple[str, dict[str, str]]] = [
             "trainer.disable_tqdm": "true",
             "trainer.detect_anomaly": "true",
             "trainer.max_hours": "10",
+            "trainer.rank_timeout_seconds": "60",
             "trainer.replay_audit": "strict",
             "trainer.profiler_steps_start": "6",
             "trainer.profiler_steps": "1",
