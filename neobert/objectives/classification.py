@@ -251,7 +251,7 @@ def _build(module: type[LabelModule], encoder: Encoder, config: Config, kernel: 
     weights = None if section.class_weights is None else [float(x) for x in section.class_weights]
     built = module(encoder, describe_head(config), dropout=section.classifier_dropout, weights=weights)
     if section.initial_score is not None:
-        nn.init.constant_(built.classifier.bias, section.initial_score)
+        nn.init.constant_(built.get_parameter("classifier.bias"), section.initial_score)
     if section.num_frozen_layers:
         built.freeze_first(section.num_frozen_layers)
     return built
