@@ -3,7 +3,6 @@
 from collections.abc import Iterator
 
 from neobert.config.schema import Config
-from neobert.config.schema_optimizer import MUON
 
 
 def check_device(config: Config) -> Iterator[str]:
@@ -38,16 +37,6 @@ def check_parallel(config: Config) -> Iterator[str]:
         yield (
             f"trainer.parallel: {engine} gathers blocks in every pass, and processes of task: contrastive may need "
             "different numbers of passes for their texts; write trainer.parallel: ddp"
-        )
-    if config.optimizer.name in MUON:
-        yield (
-            f"optimizer.name: {config.optimizer.name} needs whole matrices, and trainer.parallel: {engine} leaves a "
-            f"process a part of each; {remedy} optimizer.name: adamw"
-        )
-    if config.model.ngpt:
-        yield (
-            f"model.ngpt: true scales whole matrices after every step, and trainer.parallel: {engine} leaves a process "
-            f"a part of each; {remedy} model.ngpt: false"
         )
     if config.trainer.bf16_residual:
         yield (
