@@ -3,7 +3,7 @@
 A run of 300 steps with dropout, packing, streaming and evaluation is trained once in peace. Then it is started, killed
 with SIGKILL after a random time, and resumed with `latest`, until it is finished; this is repeated in fresh folders
 until the number of kills is reached. Every step line of every storm must equal the peaceful one's, bit for bit, and so
-must the final weights.
+must the final weights. Of several processes one is killed, any of them, and the others have to end by themselves.
 """
 
 import json
@@ -11,6 +11,7 @@ import os
 import random
 import shutil
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -110,6 +111,8 @@ class Storm:
     different_steps: int = 0
     same_weights: bool = False
     seconds: float = 0.0
+    longest_end: float = 0.0
+    """Seconds from a kill to the end of the last process."""
 
     @property
     def survived(self) -> bool:
@@ -149,7 +152,15 @@ def find_phase(run: Path) -> str:
 
 
 def run_storm(
-    lives: Lives, config_file: Path, out: Path, overrides: Sequence[str], *, max_kills: int, life: float, seed: int
+    lives: Lives,
+    config_file: Path,
+    out: Path,
+    overrides: Sequence[str],
+    *,
+    max_kills: int,
+    life: float,
+    seed: int,
+    world: int = 1,
 ) -> Storm:
     """Starts, kills and resumes a run until it is finished.
 
@@ -164,29 +175,40 @@ def run_storm(
     arguments = [*overrides, f"trainer.output_dir={out}", "trainer.resume_from_checkpoint=latest"]
     output = out.with_suffix(".log")
     while True:
-        (pid,) = lives.start(config_file, arguments, output)
+        pids = lives.start(config_file, arguments, output, variables=choose_address(), world=world)
         if storm.kills < max_kills:
             time.sleep(rng.uniform(0, life))
-            os.kill(pid, signal.SIGKILL)  # Not yet waited for, so the number still means this process.
-        (code,) = lives.wait()
-        if code == -signal.SIGKILL:
+            # Not yet waited for, so the number still means this process.
+            os.kill(rng.choice(pids), signal.SIGKILL)
+        killed = time.perf_counter()
+        codes = lives.wait()
+        if -signal.SIGKILL in codes:
             storm.kills += 1
+            storm.longest_end = max(storm.longest_end, time.perf_counter() - killed)
             doing = find_phase(out)
             storm.killed_while[doing] = storm.killed_while.get(doing, 0) + 1
-        elif code == 0:
+        elif not any(codes):
             storm.seconds = time.perf_counter() - started
             return storm
         else:
-            raise StormError(f"a start ended with code {code}; see {output}")
+            raise StormError(f"a start ended with codes {codes}; see {output}")
 
 
-def run_storms(folder: Path, more: Sequence[str], *, kills: int, life: float | None, seed: int) -> int:
+def choose_address() -> dict[str, str]:
+    """Where the processes of a start meet: a port that is free now."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        return {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free.getsockname()[1])}
+
+
+def run_storms(folder: Path, more: Sequence[str], *, kills: int, life: float | None, seed: int, world: int = 1) -> int:
     """Prints one line a storm; 1 when one differs from the peaceful run, else 0.
 
     Args:
         folder: a new or empty one to work in.
         more: further settings of the run.
         life: longest life in seconds; None for half of the peaceful run.
+        world: processes of the run.
 
     Raises:
         ConfigError: in `more`, before anything is written.
@@ -201,7 +223,7 @@ def run_storms(folder: Path, more: Sequence[str], *, kills: int, life: float | N
 
     lives = Lives()
     try:
-        return _compare(lives, config_file, overrides, folder, kills=kills, life=life, seed=seed)
+        return _compare(lives, config_file, overrides, folder, kills=kills, life=life, seed=seed, world=world)
     finally:
         lives.close()
 
@@ -215,11 +237,13 @@ def _compare(
     kills: int,
     life: float | None,
     seed: int,
+    world: int,
 ) -> int:
     peace = folder / "peace"
-    lives.start(config_file, [*overrides, f"trainer.output_dir={peace}"], folder / "peace.log")
+    arguments = [*overrides, f"trainer.output_dir={peace}"]
+    lives.start(config_file, arguments, folder / "peace.log", variables=choose_address(), world=world)
     started = time.perf_counter()  # The first answer comes when everything is imported.
-    if lives.wait() != [0]:
+    if any(lives.wait()):
         raise StormError(f"the run that was left alone failed; see {folder / 'peace.log'}")
     seconds = time.perf_counter() - started
     expected, weights = read_steps(peace), digest_of_weights(peace)
@@ -238,6 +262,7 @@ def _compare(
             max_kills=kills - total,
             life=life,
             seed=seed * 1000 + len(storms),
+            world=world,
         )
         found = read_steps(out)
         storm.different_steps = sum(a != b for a, b in zip(expected, found)) + abs(len(expected) - len(found))
@@ -255,6 +280,8 @@ def _compare(
             shutil.rmtree(out)
     good = sum(storm.survived for storm in storms)
     print(f"{total} kills in {len(storms)} storms: {good} equal to the one left alone, bit for bit", flush=True)
+    if world > 1:
+        print(f"the others ended within {max(storm.longest_end for storm in storms):.1f} s of a kill", flush=True)
     return 0 if good == len(storms) else 1
 
 

@@ -387,6 +387,7 @@ def kill_storm(program: str, argv: list[str]) -> int:
     parser.add_argument("--kills", type=count, default=200)
     parser.add_argument("--life", type=float, help="longest life in seconds (default: half of the peaceful run)")
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--processes", type=count, default=1, help="of the run; a kill is of one of them")
     parser.add_argument("overrides", nargs="*", help="further settings, for example trainer.async_save=true")
     args = parser.parse_intermixed_args(argv)
     folder: Path = args.folder.absolute()
@@ -396,4 +397,4 @@ def kill_storm(program: str, argv: list[str]) -> int:
         parser.error(f"--life: {args.life} must be greater than 0")
     from neobert.benchmark.kill_storm import run_storms
 
-    return run_storms(folder, args.overrides, kills=args.kills, life=args.life, seed=args.seed)
+    return run_storms(folder, args.overrides, kills=args.kills, life=args.life, seed=args.seed, world=args.processes)

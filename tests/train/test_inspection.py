@@ -150,11 +150,14 @@ def test_rows_that_cannot_be_replayed(tiny: Tiny, tmp_path: Path, corpus: Path) 
 
 
 @pytest.mark.full
-@pytest.mark.parametrize("more", [[], ["trainer.async_save=true"]])
+@pytest.mark.parametrize(
+    "more", [[], ["trainer.async_save=true"], ["--processes", "2", "trainer.parallel=fsdp2", "trainer.max_steps=40"]]
+)
 def test_a_storm_of_kills(tmp_path: Path, capsys: pytest.CaptureFixture[str], more: list[str]) -> None:
     assert call("kill_storm.py", tmp_path / "storm", "--kills", 5, *more) == 0
     lines = capsys.readouterr().out.splitlines()
-    assert re.fullmatch(r"5 kills in (\d+) storms: \1 equal to the one left alone, bit for bit", lines[-1])
+    pattern = re.compile(r"5 kills in (\d+) storms: \1 equal to the one left alone, bit for bit")
+    assert any(map(pattern.fullmatch, lines[-2:]))
 
 
 def test_a_storm_that_changed_something_is_seen(tmp_path: Path) -> None:

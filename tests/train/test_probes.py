@@ -168,7 +168,9 @@ def test_an_expensive_probe_is_named_once(
 def test_vectors_that_are_not_finite_are_no_result(
     tiny: Tiny, sets: tuple[Path, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(probing, "_embed", lambda run, documents: np.full((len(documents), 32), np.nan, np.float32))
+    monkeypatch.setattr(
+        probing, "_embed", lambda runtime, model, documents: np.full((len(documents), 32), np.nan, np.float32)
+    )
     monkeypatch.setattr(probing, "measure", lambda bands, module, losses: np.stack([np.full(13, np.nan), np.ones(13)]))
     out = tmp_path / "run"
     pretrain(tiny(out, *probing_with(sets), "trainer.max_steps=1"))
