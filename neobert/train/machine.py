@@ -24,7 +24,6 @@ import resource
 from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
-from datetime import timedelta
 from typing import Any, Self
 
 import torch
@@ -45,9 +44,10 @@ from neobert.train.device import (
     choose_precision,
     find_device_problems,
     find_tool_problems,
+    set_determinism,
     use_expandable_segments,
 )
-from neobert.train.heartbeat import Heartbeat, choose_group_timeout
+from neobert.train.heartbeat import PATIENCE, Heartbeat, build_heartbeat, choose_group_timeout
 from neobert.train.master_weights import MasterWeights
 
 
@@ -107,13 +107,13 @@ class Runtime:
         """Leaves gradients unreduced: for every micro-batch of a step but the last."""
         return self.accelerator.no_sync(model) if self.world > 1 else nullcontext()
 
-    def sum_on_host(self, values: Sequence[int]) -> list[int]:
-        """Sums integers over all ranks without touching the device."""
+    def sum_on_host(self, values: Sequence[int], *, patient: bool = False) -> list[int]:
+        """Sums integers over all ranks without touching the device. `patient`: waits for hours if need be."""
         if self.world == 1:
             return list(values)
         self._arrive()
         totals = torch.tensor(values, dtype=torch.int64)
-        dist.all_reduce(totals, group=self.host_group)
+        dist.all_reduce(totals, group=self.patient_group if patient else self.host_group)
         return totals.tolist()
 
     def sum_on_device(self, values: Tensor) -> Tensor:
@@ -143,6 +143,24 @@ class Runtime:
         gathered: list[Any] = [None] * self.world
         dist.all_gather_object(gathered, value, group=self.patient_group if patient else self.host_group)
         return gathered
+
+    def gather_to_main(self, value: Any) -> list[Any] | None:
+        """Every rank's picklable value, in rank order, on rank 0; None on the others."""
+        if self.world == 1:
+            return [value]
+        self._arrive()
+        gathered: list[Any] | None = [None] * self.world if self.is_main else None
+        dist.gather_object(value, gathered, dst=0, group=self.host_group)
+        return gathered
+
+    def object_from_main(self, value: Any, *, patient: bool = False) -> Any:
+        """Rank 0's picklable value, on every rank."""
+        if self.world == 1:
+            return value
+        self._arrive()
+        found = [value]
+        dist.broadcast_object_list(found, src=0, group=self.patient_group if patient else self.host_group)
+        return found[0]
 
     def from_main(self, values: Tensor) -> Tensor:
         """Rank 0's values of a tensor, on every rank; the argument stays as it is."""
@@ -174,9 +192,6 @@ COMMANDS = (
     "CPU too)"
 )
 """What starts N processes that know each other."""
-
-PATIENCE = timedelta(days=7)
-"""How long processes wait for each other at the start, as for rank 0 to tokenise; one that dies is noticed at once."""
 
 
 def compute_dtype(config: Config) -> torch.dtype:
@@ -245,20 +260,6 @@ def check_runtime(config: Config) -> None:
         raise StartupError("\n".join(problems))
 
 
-def set_determinism(deterministic: bool) -> None:
-    """Has torch use operations that give the same bits every time, and raise where it has none; or allows all again.
-
-    Call it before CUDA starts: cuBLAS reads its workspace setting once. The flash kernels' backward and the compiler
-    follow the same switch. On a CPU every operation used here is deterministic anyway, so nothing becomes slower.
-    """
-    if deterministic:
-        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
-        torch.backends.cudnn.benchmark = False
-        # Filling fresh memory costs time and only hides reads of memory that nobody wrote.
-        torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]
-    torch.use_deterministic_algorithms(deterministic)
-
-
 def _build_accelerator(device_type: str, mixed_precision: str, timeout: float | None = None) -> Accelerator:
     # The precision is state of the process, and an earlier start may have left another; the process group stays.
     AcceleratorState._reset_state()
@@ -303,9 +304,7 @@ def build_runtime(config: Config) -> Runtime:
     accelerator = _build_accelerator(choose_device_type(config), "no", config.trainer.rank_timeout_seconds)
     check_world(accelerator.num_processes)
     several, timeout = accelerator.num_processes > 1, config.trainer.rank_timeout_seconds
-    heartbeat = None
-    if several and timeout is not None:
-        heartbeat = Heartbeat(accelerator.process_index, accelerator.num_processes, timeout)
+    heartbeat = build_heartbeat(accelerator.process_index, accelerator.num_processes, timeout)
     runtime = Runtime(
         accelerator=accelerator,
         # Accelerate numbers the CPU of each process ("cpu:0"), a device that torch.load does not know.

@@ -313,8 +313,8 @@ def roll_back(run: Run, state: TrainState) -> TrainState | None:
     complete_save(run, wait=True)
     folder = run.output_dir / "checkpoints"
     old_enough = [step for step in checkpoint_steps(run.output_dir) if step <= state.step - distance]
-    steps = [step for step in old_enough if is_valid(folder / str(step))]
-    target = run.runtime.gather_objects(max(steps, default=None))[0]
+    newest_first = sorted(old_enough, reverse=True)
+    target = agree(run.runtime, lambda: next((step for step in newest_first if is_valid(folder / str(step))), None))
     if target is None:
         run.tracker.warn(f"trainer.rollback_steps: no checkpoint is {distance} steps older than step {state.step}")
         return None

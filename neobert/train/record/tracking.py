@@ -20,7 +20,7 @@ from neobert.objectives.base import EvalMetrics, ObjectiveModule
 from neobert.objectives.mlm import perplexity
 from neobert.objectives.table import choose_objective
 from neobert.secrets import scrub_config
-from neobert.train.agreement import exchange
+from neobert.train.agreement import agree
 from neobert.train.checkpoint.audit import RankLayout, ReplayAudit, ReplayDiverged, is_first_attempt, read_layout
 from neobert.train.machine import Runtime, compute_dtype
 from neobert.train.numerics import SkippedStep, build_skipped_step
@@ -103,7 +103,7 @@ class Tracker:
             later = [line for line in lines if line["kind"] == "step" and line["step"] > state.step]
             found = (later if is_first_attempt(self._events.read()) else [], self._layout_before, here)
             self._log.rewrite(kept)
-        old_steps, before, here = exchange(self._runtime, found)[0]
+        old_steps, before, here = agree(self._runtime, lambda: found)
         self._audit = ReplayAudit(old_steps, before=before, now=self._layout) if old_steps else None
         self._evaluated_step = state.step if "eval" in here else None
         self._probed_step = state.step if "probe" in here else None
@@ -156,7 +156,7 @@ class Tracker:
         interval, partial = summarise(sums), {"partial": True} if self._is_partial else {}
         values = self._choose_values(interval, sums)
         self._is_partial = False
-        peak = max(self._runtime.gather_objects(self._runtime.peak_memory_bytes()))
+        peak = max(self._runtime.gather_to_main(self._runtime.peak_memory_bytes()) or [0])
         by_source = None if len(self._labels) < 2 else sums.source_tokens
         line = {
             "kind": "log",
