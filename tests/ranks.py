@@ -14,12 +14,20 @@ class ThreadRuntime:
 
     def __init__(self, rank: int, world: int, table: list[Any], barrier: threading.Barrier) -> None:
         self.rank, self.world, self._table, self._barrier = rank, world, table, barrier
+        self.num_collectives = 0
+        self.gathered: list[Any] = []
+        """What every rank was given of every rank: its size grows with the number of ranks."""
 
     @property
     def is_main(self) -> bool:
         return self.rank == 0
 
     def gather_objects(self, value: Any, *, patient: bool = False) -> list[Any]:
+        self.gathered.append(value)
+        return self._gather(value)
+
+    def _gather(self, value: Any) -> list[Any]:
+        self.num_collectives += 1
         self._table[self.rank] = value
         self._barrier.wait(timeout=20)
         gathered = list(self._table)
@@ -30,10 +38,17 @@ class ThreadRuntime:
         return self.gather_objects(value)[0]
 
     def from_main(self, values: torch.Tensor) -> torch.Tensor:
-        return self.gather_objects(values)[0].clone()
+        return self._gather(values)[0].clone()
 
-    def sum_on_host(self, values: list[int]) -> list[int]:
-        return [sum(column) for column in zip(*self.gather_objects(values))]
+    def gather_to_main(self, value: Any) -> list[Any] | None:
+        gathered = self._gather(value)
+        return gathered if self.is_main else None
+
+    def object_from_main(self, value: Any, *, patient: bool = False) -> Any:
+        return self._gather(value)[0]
+
+    def sum_on_host(self, values: list[int], *, patient: bool = False) -> list[int]:
+        return [sum(column) for column in zip(*self._gather(values))]
 
 
 def outcome_of(work: Callable[[Any], Any]) -> Callable[[Any], Any]:

@@ -1,8 +1,8 @@
 """How ranks come to one decision, and how an error of one of them ends them all.
 
 Whatever a rank reads from its own disk, environment or machine may differ from what the others read. So a start runs
-within `sharing_errors`, and the only collective of a start is `exchange`: a rank that fails joins the exchange that the
-others wait in and hands them its sentence, wherever each of them is. Nobody hangs and nobody ends with an error of
+within `sharing_errors`, and every collective of a start begins with `meet`: a rank that fails joins the meeting that
+the others wait in and hands them its sentence, wherever each of them is. Nobody hangs and nobody ends with an error of
 the process group. `check_equal` compares what has to be equal and names what is not.
 
 Equal have to be the settings, the code and packages, and the checkpoint that a run resumes from. Paths, threads and
@@ -78,21 +78,42 @@ def exchange(runtime: "Runtime", value: T | None = None, *, failure: Exception |
         RankError: another rank has a failure; the message is that rank's.
         Exception: `failure`, when the others know.
     """
-    answer = (value, None if failure is None else _describe_failure(failure))
+    meet(runtime, failure=failure)
+    with _naming_lost(runtime):
+        return runtime.gather_objects(value, patient=True)
+
+
+def meet(runtime: "Runtime", *, failure: Exception | None = None, flag: bool = False) -> int:
+    """How many ranks have set `flag`, when all are here; what every exchange begins with. 16 bytes for any number of
+    ranks.
+
+    Raises:
+        RankError: another rank has a failure; the message is that rank's.
+        Exception: `failure`, when the others know.
+    """
+    with _naming_lost(runtime, failure):
+        num_failed, num_flags = runtime.sum_on_host([int(failure is not None), int(flag)], patient=True)
+        if num_failed:
+            problem = None if failure is None else _describe_failure(failure)
+            problems = runtime.gather_objects(problem, patient=True)
+    if failure is not None:
+        raise failure
+    if num_failed:
+        rank, text = next((rank, text) for rank, text in enumerate(problems) if text is not None)
+        raise RankError(f"rank {rank}: {text}")
+    return num_flags
+
+
+@contextmanager
+def _naming_lost(runtime: "Runtime", failure: Exception | None = None) -> Iterator[None]:
     try:
-        answers: list[tuple[Any, str | None]] = runtime.gather_objects(answer, patient=True)
+        yield
     except RuntimeError as error:  # A process was killed, or its machine is gone.
         if failure is not None:
             raise failure from None
         if runtime.heartbeat is not None:
             runtime.heartbeat.explain(error)
         raise RankError(f"another process of this run has ended: {str(error).splitlines()[0]}") from error
-    if failure is not None:
-        raise failure
-    for rank, (_, problem) in enumerate(answers):
-        if problem is not None:
-            raise RankError(f"rank {rank}: {problem}")
-    return [found for found, _ in answers]
 
 
 def gather_rows(runtime: "Runtime", part: NDArray[Any], total: int) -> NDArray[Any]:
@@ -115,8 +136,8 @@ def sharing_errors(runtime: "Runtime") -> Iterator[None]:
     except RankError:  # All ranks know.
         raise
     except Exception as error:
-        exchange(runtime, failure=error)
-    exchange(runtime)
+        meet(runtime, failure=error)
+    meet(runtime)
 
 
 def broadcast(runtime: "Runtime", value: T) -> T:
@@ -125,8 +146,9 @@ def broadcast(runtime: "Runtime", value: T) -> T:
     Raises:
         RankError: another rank cannot continue.
     """
-    exchange(runtime)  # Where a rank that fails hands over its sentence.
-    return runtime.broadcast_object(value)
+    meet(runtime)  # Where a rank that fails hands over its sentence.
+    with _naming_lost(runtime):
+        return runtime.object_from_main(value, patient=True)
 
 
 def agree(runtime: "Runtime", decide: Callable[[], T]) -> T:
@@ -188,10 +210,10 @@ def main_first(runtime: "Runtime", facts: Facts | None = None) -> Iterator[None]
     """
     check_equal(runtime, lambda: facts or {})
     if not runtime.is_main:
-        exchange(runtime)
+        meet(runtime)
     yield
     if runtime.is_main:
-        exchange(runtime)
+        meet(runtime)
 
 
 def check_equal(runtime: "Runtime", describe: Callable[[], Facts]) -> None:
@@ -204,7 +226,7 @@ def check_equal(runtime: "Runtime", describe: Callable[[], Facts]) -> None:
         return
     texts = {name: json.dumps(value, sort_keys=True, default=str) for name, value in describe().items()}
     digests = {name: hashlib.sha256(text.encode()).hexdigest() for name, text in texts.items()}
-    if len(set(exchange(runtime, _hash(digests)))) == 1:
+    if not differ(runtime, digests):
         return
     # Each rank hides its own secrets: another one does not know them.
     shown = {name: (digests[name], _shorten(scrub(text))) for name, text in texts.items()}
@@ -214,6 +236,12 @@ def check_equal(runtime: "Runtime", describe: Callable[[], Facts]) -> None:
         "\n  ".join(["the processes of this run differ:", *lines[:_MOST_LINES], *more])
         + "\ngive every process the same command, configuration, code, packages and files"
     )
+
+
+def differ(runtime: "Runtime", values: Mapping[str, Any]) -> bool:
+    """Whether any rank has other values than rank 0. Collective."""
+    own = _hash(values)
+    return meet(runtime, flag=agree(runtime, lambda: own) != own) > 0
 
 
 def describe_differences(every: Sequence[Mapping[str, tuple[str, str]]]) -> list[str]:
@@ -239,8 +267,8 @@ def _describe_failure(failure: Exception) -> str:
     return text if text and isinstance(failure, UserError) else f"{type(failure).__name__}: {text}"
 
 
-def _hash(digests: Mapping[str, str]) -> str:
-    return hashlib.sha256(json.dumps(digests, sort_keys=True).encode()).hexdigest()
+def _hash(values: Mapping[str, Any]) -> str:
+    return hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()
 
 
 def _shorten(text: str) -> str:

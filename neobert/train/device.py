@@ -141,6 +141,20 @@ def use_expandable_segments(environment: "os._Environ[str]" = os.environ) -> Non
         environment["PYTORCH_ALLOC_CONF"] = "expandable_segments:True"
 
 
+def set_determinism(deterministic: bool) -> None:
+    """Has torch use operations that give the same bits every time, and raise where it has none; or allows all again.
+
+    Call it before CUDA starts: cuBLAS reads its workspace setting once. The flash kernels' backward and the compiler
+    follow the same switch. On a CPU every operation used here is deterministic anyway, so nothing becomes slower.
+    """
+    if deterministic:
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+        torch.backends.cudnn.benchmark = False
+        # Filling fresh memory costs time and only hides reads of memory that nobody wrote.
+        torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]
+    torch.use_deterministic_algorithms(deterministic)
+
+
 LEAST_GAIN = 1.2
 """How many times faster the bf16 product must be on a CPU."""
 

@@ -41,7 +41,8 @@ def finish(run: Run, state: TrainState) -> None:
         log_evaluation(run, state)
     if run.tracker.trained and probing_missing(run, state):
         log_probes(run, state)
-    passed_over = run.data.counters(merge_states(run.runtime.gather_objects(state.data)))
+    states = run.runtime.gather_to_main(state.data)
+    passed_over = {} if states is None else run.data.counters(merge_states(states))
     if any(passed_over.values()):
         run.tracker.say(f"skipped: {DESCRIPTION.format(**passed_over)}")
     saved = save_checkpoint(run, state, wait=True)

@@ -41,6 +41,9 @@ STOPPING_SECONDS = 15.0
 BROKEN_SECONDS = 5.0
 """Without a beat, when a collective has failed: one rank is lost, and the question is which."""
 
+PATIENCE = timedelta(days=7)
+"""How long processes wait for each other at the start, as for rank 0 to tokenise; one that dies is noticed at once."""
+
 _VERDICT = "verdict"
 _ADVICE = "continue from the newest checkpoint with --trainer.resume_from_checkpoint latest"
 _built = 0
@@ -128,7 +131,8 @@ class Heartbeat:
         attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")  # The launcher's store outlives its processes.
         self._interval = min(INTERVAL_SECONDS, timeout / 4)
         # A connection of its own: one that waits for a key holds up all others who use it.
-        self._store: Any = dist.PrefixStore(f"heartbeat/{attempt}/{_built}", _get_default_store().clone())
+        store: Any = _get_default_store()
+        self._store: Any = dist.PrefixStore(f"heartbeat/{attempt}/{_built}", store.clone())
         self._store.set_timeout(timedelta(seconds=timeout))
         self._rank, self._world = rank, world
         self._watch = Watch(timeout, self._interval)
@@ -204,8 +208,9 @@ class Heartbeat:
         if self._store.check([_VERDICT]):
             return str(self._store.get(_VERDICT).decode())
         if self._rank:
-            own = {"is_stopping": self._beat.is_stopping, "is_broken": self._beat.is_broken}
-            return self._watch.judge({0: replace(self._read(0)[0], **own)})
+            own = self._beat
+            beat = replace(self._read(0)[0], is_stopping=own.is_stopping, is_broken=own.is_broken)
+            return self._watch.judge({0: beat})
         verdict = self._watch.judge(self._read(*range(self._world)))
         if verdict is not None:
             self._store.set(_VERDICT, verdict)
@@ -229,6 +234,11 @@ class Heartbeat:
             seen = self._rounds
             if same >= self._limit + 5:
                 _end(f"rank 0 or its launcher does not run: the store of this run does not answer; {_ADVICE}")
+
+
+def build_heartbeat(rank: int, world: int, timeout: float | None) -> Heartbeat | None:
+    """None in a single process, and without a `trainer.rank_timeout_seconds`. Collective, as `Heartbeat` is."""
+    return Heartbeat(rank, world, timeout) if world > 1 and timeout is not None else None
 
 
 @contextmanager

@@ -18,7 +18,7 @@ from neobert.data.rows.order import step_seed
 from neobert.data.source.hub import write_documents
 from neobert.objectives.table import check_task
 from neobert.testing.faults import fault_point
-from neobert.train.agreement import exchange, sharing_errors
+from neobert.train.agreement import meet, sharing_errors
 from neobert.train.checkpoint.identity import as_int64, check_next_batch
 from neobert.train.checkpoint.resume import resume_or_start, roll_back
 from neobert.train.checkpoint.save import complete_save, save_checkpoint, save_is_due
@@ -112,6 +112,7 @@ def _train(run: Run) -> RunResult:
             fault_point("step.done", state.step)
             if run.committer.gave_up or (due(state.step, run.eval_steps) and run.job.is_done(run)):
                 break
+        run.runtime.at("the end of the run", patient=True)
         if run.stop_requested():
             stop_early(run, state)
         else:
@@ -157,6 +158,7 @@ def training_steps(run: Run, state: TrainState) -> Iterator[tuple[TrainState, St
             if state.step == run.num_steps:
                 run.guard.flush()  # No later step will read its flag.
             if run.guard.verdict is not None:
+                run.runtime.at(f"what follows the bad numbers of step {state.step}", patient=True)
                 earlier = roll_back(run, state)
                 if earlier is not None:
                     loader.close()
@@ -210,11 +212,12 @@ def next_batch(run: Run, loader: Loader) -> tuple[StepBatch, StepCounts, float] 
         failure = error
     data_wait = time.perf_counter() - start
     counts = [0] * len(StepCounts._fields) if batch is None else batch.counts
-    *sums, failed, signalled, out_of_time = run.runtime.sum_on_host(
-        [*counts, int(failure is not None), *run.stop.requests()]
+    *sums, failed, writing, signalled, out_of_time = run.runtime.sum_on_host(
+        [*counts, int(failure is not None), int(run.committer.is_writing()), *run.stop.requests()]
     )
+    run.committer.agree(writing)
     if failed:
-        exchange(run.runtime, failure=failure)
+        meet(run.runtime, failure=failure)
     if run.stop.agree(signalled, out_of_time):
         return None
     assert batch is not None, "a batch is withheld only when a stop is requested"

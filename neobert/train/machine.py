@@ -15,7 +15,6 @@ import resource
 from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
-from datetime import timedelta
 from typing import Any, Self, TypeVar, cast
 
 import torch
@@ -36,10 +35,11 @@ from neobert.train.device import (
     choose_precision,
     find_device_problems,
     find_tool_problems,
+    set_determinism,
     use_expandable_segments,
 )
+from neobert.train.heartbeat import PATIENCE, Heartbeat, build_heartbeat, choose_group_timeout
 from neobert.train.launcher import check_world
-from neobert.train.heartbeat import Heartbeat, choose_group_timeout
 from neobert.train.master_weights import MasterWeights
 
 T = TypeVar("T")
@@ -101,13 +101,13 @@ class Runtime:
         """Leaves gradients unreduced: for every micro-batch of a step but the last."""
         return self.accelerator.no_sync(model) if self.world > 1 else nullcontext()
 
-    def sum_on_host(self, values: Sequence[int]) -> list[int]:
-        """Sums integers over all ranks without touching the device."""
+    def sum_on_host(self, values: Sequence[int], *, patient: bool = False) -> list[int]:
+        """Sums integers over all ranks without touching the device. `patient`: waits for hours if need be."""
         if self.world == 1:
             return list(values)
         self._arrive()
         totals = torch.tensor(values, dtype=torch.int64)
-        dist.all_reduce(totals, group=self.host_group)
+        dist.all_reduce(totals, group=self.patient_group if patient else self.host_group)
         return totals.tolist()
 
     def sum_on_device(self, values: Tensor) -> Tensor:
@@ -138,13 +138,23 @@ class Runtime:
         dist.all_gather_object(gathered, value, group=self.patient_group if patient else self.host_group)
         return gathered
 
-    def broadcast_object(self, value: T) -> T:
-        """Rank 0's picklable value, on every rank; waits for hours if need be."""
+    def gather_to_main(self, value: Any) -> list[Any] | None:
+        """Every rank's picklable value, in rank order, on rank 0; None on the others."""
+        if self.world == 1:
+            return [value]
+        self._arrive()
+        gathered: list[Any] | None = [None] * self.world if self.is_main else None
+        dist.gather_object(value, gathered, dst=0, group=self.host_group)
+        return gathered
+
+    def object_from_main(self, value: T, *, patient: bool = False) -> T:
+        """Rank 0's picklable value, on every rank."""
         if self.world == 1:
             return value
-        holder = [value if self.is_main else None]
-        dist.broadcast_object_list(holder, src=0, group=self.patient_group)
-        return cast(T, holder[0])
+        self._arrive()
+        found = [value]
+        dist.broadcast_object_list(found, src=0, group=self.patient_group if patient else self.host_group)
+        return cast(T, found[0])
 
     def from_main(self, values: Tensor) -> Tensor:
         """Rank 0's values of a tensor, on every rank; the argument stays as it is."""
@@ -168,8 +178,6 @@ class Runtime:
         AcceleratorState._reset_state(reset_partial_state=True)
 
 
-PATIENCE = timedelta(days=7)
-"""How long processes wait for each other at the start, as for rank 0 to tokenise; one that dies is noticed at once."""
 
 
 def compute_dtype(config: Config) -> torch.dtype:
@@ -238,20 +246,6 @@ def check_runtime(config: Config) -> None:
         raise StartupError("\n".join(problems))
 
 
-def set_determinism(deterministic: bool) -> None:
-    """Has torch use operations that give the same bits every time, and raise where it has none; or allows all again.
-
-    Call it before CUDA starts: cuBLAS reads its workspace setting once. The flash kernels' backward and the compiler
-    follow the same switch. On a CPU every operation used here is deterministic anyway, so nothing becomes slower.
-    """
-    if deterministic:
-        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
-        torch.backends.cudnn.benchmark = False
-        # Filling fresh memory costs time and only hides reads of memory that nobody wrote.
-        torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]
-    torch.use_deterministic_algorithms(deterministic)
-
-
 def _build_accelerator(device_type: str, mixed_precision: str, timeout: float | None = None) -> Accelerator:
     # The precision is state of the process, and an earlier start may have left another; the process group stays.
     AcceleratorState._reset_state()
@@ -281,9 +275,7 @@ def build_runtime(config: Config) -> Runtime:
     accelerator = _build_accelerator(choose_device_type(config), "no", config.trainer.rank_timeout_seconds)
     check_world(accelerator.num_processes)
     several, timeout = accelerator.num_processes > 1, config.trainer.rank_timeout_seconds
-    heartbeat = None
-    if several and timeout is not None:
-        heartbeat = Heartbeat(accelerator.process_index, accelerator.num_processes, timeout)
+    heartbeat = build_heartbeat(accelerator.process_index, accelerator.num_processes, timeout)
     runtime = Runtime(
         accelerator=accelerator,
         # Accelerate numbers the CPU of each process ("cpu:0"), a device that torch.load does not know.

@@ -158,11 +158,11 @@ class SkippedStep:
 def build_skipped_step(
     runtime: Runtime, *, step: int, loss: float, grad_norm: float, metrics: StepMetrics
 ) -> SkippedStep:
-    """Collective: gathers the step's rows from all ranks."""
+    """Collective: rank 0, which records it, gathers the step's rows from all ranks."""
     finite = torch.isfinite(metrics.result.micro_losses).tolist()
     keys = [micro.tolist() for micro in metrics.row_keys]
-    gathered = runtime.gather_objects([(key, good) for row, good in zip(keys, finite) for key in row])
-    rows = [item for rank in gathered for item in rank]
+    gathered = runtime.gather_to_main([(key, good) for row, good in zip(keys, finite) for key in row])
+    rows = [item for rank in gathered or () for item in rank]
     return SkippedStep(
         step=step,
         loss=loss,

@@ -18,7 +18,7 @@ from neobert.kernels.linear_cross_entropy import choose_kernel
 from neobert.model.peak import name_without_peak
 from neobert.objectives.base import Answer, Answers, EvalMetrics, EvalSums
 from neobert.objectives.table import load_part
-from neobert.train.agreement import exchange
+from neobert.train.agreement import meet
 from neobert.train.checkpoint.replicas import check_replicas
 from neobert.train.machine import describe_compute
 from neobert.train.memory import memory_explained
@@ -111,7 +111,7 @@ def _read_batch(run: Run, batches: Iterator[PackedBatch]) -> PackedBatch | None:
         failure = error
     failed, *requests = run.runtime.sum_on_host([int(failure is not None), *run.stop.requests()])
     if failed:
-        exchange(run.runtime, failure=failure)
+        meet(run.runtime, failure=failure)
     run.stop.agree(*requests)
     return batch
 

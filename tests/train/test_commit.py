@@ -4,6 +4,8 @@ import errno
 import json
 import os
 import subprocess
+import threading
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -225,3 +227,30 @@ def test_the_log_is_written_up_to_the_step_before_its_checkpoint_is_there(
     monkeypatch.setattr(commit.os, "rename", rename)
     pretrain(tiny(out, "trainer.logging_steps=0", "trainer.eval_steps=0"))
     assert seen == [(4, 4), (8, 8), (12, 12)]
+
+
+def test_a_save_in_flight_adds_no_collective_to_a_step(tmp_path: Path) -> None:
+    """Whether it is written is part of the sum that a step makes anyway."""
+    release = threading.Event()
+
+    def work(runtime: Any) -> Any:
+        committer = Committer(runtime, tmp_path)
+
+        def write_slowly(path: Path) -> None:
+            assert release.wait(60)
+            path.write_text("x")
+
+        committer.begin(4, {f"file_{runtime.rank}": write_slowly}, background=True)
+        before = runtime.num_collectives
+        assert committer.poll() is None, "no step has agreed on it so far"
+        committer.agree(2)
+        assert committer.poll() is None
+        assert runtime.num_collectives == before
+        release.set()
+        while committer.is_writing():
+            time.sleep(0.01)
+        committer.agree(0)
+        outcome = committer.poll()
+        return outcome and outcome.path
+
+    assert run_ranks(2, work) == [tmp_path / "checkpoints" / "4"] * 2

@@ -61,7 +61,8 @@ def check(config: Config, runtime: Any) -> list[str]:
 
 
 def alone(config: Config) -> list[str]:
-    return check(config, types.SimpleNamespace(world=1, gather_objects=lambda value, **_: [value]))
+    collectives = {"gather_objects": lambda value, **_: [value], "sum_on_host": lambda values, **_: values}
+    return check(config, types.SimpleNamespace(world=1, **collectives))
 
 
 def test_a_broken_function_stops_a_run_before_its_first_step(

@@ -199,6 +199,21 @@ def test_a_decision_of_rank_0_is_everybodys() -> None:
     assert [str(error) for error in found] == ["trainer.output_dir: full"] * 2
 
 
+def test_nothing_is_gathered_everywhere_while_ranks_agree() -> None:
+    """A decision of rank 0 is sent once, and equal facts, weights and the end of a block are a sum each."""
+
+    def work(runtime: Any) -> list[Any]:
+        with sharing_errors(runtime):
+            check_equal(runtime, lambda: {"seed": 3})
+            with main_first(runtime):
+                pass
+            agree(runtime, lambda: "a decision")
+            compare_tensors(runtime, tensors(), "now", pytest.fail)
+        return runtime.gathered
+
+    assert run_ranks(3, work) == [[], [], []]
+
+
 def test_a_shard_that_one_of_two_readers_of_a_lane_skipped_is_noticed() -> None:
     def state(shards: list[int]) -> dict[str, Any]:
         lane = {"row": 3, "stream": {"epoch": 0, "skipped_shards": shards}}

@@ -82,6 +82,8 @@ class Committer:
         self._folder = output_dir / "checkpoints"
         self._flight: _Flight | None = None
         self._failures = 0
+        self._is_writing = False
+        """Whether any rank was, when they last agreed."""
 
     @property
     def gave_up(self) -> bool:
@@ -99,7 +101,7 @@ class Committer:
         In the background `files` must not read anything that training changes. Collective.
         """
         assert self._flight is None, "one save is in flight at most: poll(wait=True) first"
-        name, problem, fatal = self._runtime.gather_objects(self._stage(step) if self._runtime.is_main else None)[0]
+        name, problem, fatal = self._runtime.object_from_main(self._stage(step) if self._runtime.is_main else None)
         flight = _Flight(step=step, temporary=self._folder / (name or ""), started=time.perf_counter())
         self._flight = flight
         if problem is not None:
@@ -108,8 +110,17 @@ class Committer:
             # Not a daemon: whatever ends the interpreter but a kill waits until the files are written.
             flight.thread = threading.Thread(target=self._write, args=(flight, files), name="checkpoint")
             flight.thread.start()
+            self._is_writing = True
         else:
             self._write(flight, files)
+
+    def is_writing(self) -> bool:
+        """Whether this rank still writes a save in the background."""
+        return self._flight is not None and self._flight.thread is not None and self._flight.thread.is_alive()
+
+    def agree(self, num_writing: int) -> None:
+        """Takes the sum of `is_writing` over all ranks, which each step makes."""
+        self._is_writing = num_writing > 0
 
     def poll(self, *, wait: bool = False) -> SaveResult | None:
         """The outcome of the save in flight, once; None while it is written and when there is none. Collective."""
@@ -119,8 +130,7 @@ class Committer:
         if flight.thread is not None:
             if wait:
                 flight.thread.join()
-            num_writing = self._runtime.sum_on_host([int(flight.thread.is_alive())])[0]
-            if num_writing:
+            elif self._is_writing:
                 return None
         if flight.outcome is None:
             self._conclude(flight)
@@ -153,11 +163,8 @@ class Committer:
             self._conclude(flight)
 
     def _conclude(self, flight: _Flight) -> None:
-        every = self._runtime.gather_objects(flight.written)
-        outcome = None
-        if self._runtime.is_main:
-            outcome = self._commit(flight, every)
-        flight.outcome = self._runtime.gather_objects(outcome)[0]
+        every = self._runtime.gather_to_main(flight.written)
+        flight.outcome = self._runtime.object_from_main(None if every is None else self._commit(flight, every))
 
     def _commit(self, flight: _Flight, every: list[_Written]) -> SaveResult:
         problems = [f"rank {rank}: {w.problem}" if rank else w.problem for rank, w in enumerate(every) if w.problem]

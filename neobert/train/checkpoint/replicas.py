@@ -18,7 +18,7 @@ from torch.optim import Optimizer
 
 from neobert.data.rows.loader import merge_states
 from neobert.optim.sharded_weights import is_sharded
-from neobert.train.agreement import RankError, exchange
+from neobert.train.agreement import RankError, differ, exchange
 from neobert.train.machine import Runtime
 from neobert.types import TrainState
 
@@ -69,9 +69,10 @@ def compare_tensors(runtime: Runtime, tensors: Mapping[str, Tensor], when: str, 
     """
     if runtime.world == 1:
         return
-    every = exchange(runtime, checksums(tensors))
-    if all(sums == every[0] for sums in every):
+    own = checksums(tensors)
+    if not differ(runtime, own):
         return
+    every = exchange(runtime, own)
     absent = {rank for rank, sums in enumerate(every) if sums.keys() != every[0].keys()}
     if absent:
         raise RankError(_describe(min(absent), when, "it has other tensors"))

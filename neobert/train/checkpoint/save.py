@@ -57,8 +57,8 @@ def save_checkpoint(run: Run, state: TrainState, *, wait: bool = False) -> Path 
     with run.tracker.paused(), run.stop.timing_save():
         check_replicas(run, state)
         state = run.tracker.add_interval(run.guard.add_skipped(state))
-        data_states = run.runtime.gather_objects(state.data)
-        data_state = merge_states(data_states) if state.data else {}
+        data_states = run.runtime.gather_to_main(state.data)
+        data_state = merge_states(data_states) if state.data and data_states else {}
         run.committer.begin(state.step, _build_files(run, state, data_state, background), background=background)
     return None if background else complete_save(run, wait=True)
 

@@ -190,7 +190,7 @@ class Tracker:
         interval, partial = summarise(sums), {"partial": True} if self._is_partial else {}
         values = self._choose_values(interval, sums)
         self._is_partial = False
-        peak = max(self._runtime.gather_objects(self._runtime.peak_memory_bytes()))
+        peak = max(self._runtime.gather_to_main(self._runtime.peak_memory_bytes()) or [0])
         by_source = None if len(self._labels) < 2 else sums.source_tokens
         line = {
             "kind": "log",
