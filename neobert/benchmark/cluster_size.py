@@ -103,8 +103,8 @@ class Model:
     """`trainer.bf16_residual`: bf16 weights beside their masters."""
 
     saved_bytes_per_slot: float
-    block_bytes_per_slot: float
-    """Of one block that is computed again."""
+    again_bytes_per_slot: float
+    """Of one block that is computed again; 0 where none is."""
 
     moved_bytes_per_slot: float
     launches: int
@@ -188,8 +188,6 @@ def count_model(config: Config, vocab_size: int | None) -> Model:
         rows=max(1, _SAMPLE_SLOTS // length),
         bf16_residual=trainer.bf16_residual,
         fp8="no" if trainer.fp8 == "no" else "rowwise",
-        gradient_checkpointing=trainer.gradient_checkpointing,
-        checkpointing_every=trainer.gradient_checkpointing_every,
     )
     source = _build_rows(config, settings, vocab_size)
     ledger = measure_ledger(settings, source)
@@ -239,11 +237,11 @@ def _describe_model(
     products = encoder.flops_per_token(attended_length=0, predicted_fraction=0)
     attention = encoder.flops_per_token(attended_length=attended, predicted_fraction=0) - products
     loss = encoder.flops_per_token(attended_length=0, predicted_fraction=predicted) - products
-    again, saved = 1.0, num_blocks * ledger.compiled_saved_bytes_per_slot
-    if trainer.gradient_checkpointing:
-        # A checkpointed block makes its forward, a third of its products, twice.
-        again += 1 / (3 * trainer.gradient_checkpointing_every)
-        saved = ledger.saved_bytes_per_slot
+    # A checkpointed block keeps its input, and makes its forward, a third of its products, twice.
+    num_again = math.ceil(num_blocks / trainer.gradient_checkpointing_every) if trainer.gradient_checkpointing else 0
+    again = 1 + num_again / num_blocks / 3
+    saved = (num_blocks - num_again) * ledger.compiled_saved_bytes_per_slot
+    saved += num_again * model.hidden_size * (2 if trainer.bf16_residual else 4)
     rows = trainer.global_batch_size
     slots: float | None = None
     if trainer.max_tokens is not None:
@@ -259,7 +257,7 @@ def _describe_model(
         averages=trainer.ema_decay is not None,
         copies_bf16=trainer.bf16_residual,
         saved_bytes_per_slot=saved,
-        block_bytes_per_slot=ledger.compiled_saved_bytes_per_slot,
+        again_bytes_per_slot=ledger.compiled_saved_bytes_per_slot if num_again else 0.0,
         moved_bytes_per_slot=num_blocks * ledger.fused_bytes_per_slot * again,
         launches=ledger.launches,
         block_flops=products * again,
@@ -295,7 +293,6 @@ def _size(model: Model, cluster: Cluster, parallel: str, rows: int, micro: int) 
     slots = micro * model.length
     # Two blocks in bf16, the one that is computed and the next, and gradients of one; the vocabulary stays whole.
     gathered = 0.0 if parts == 1 else 2 * 2 * block + 4 * block + (2 + 4) * model.root_weights
-    recomputed = model.block_bytes_per_slot if model.saved_bytes_per_slot < model.block_bytes_per_slot * 4 else 0.0
     micro_seconds = _micro_seconds(model, cluster, parallel, slots)
     accumulation = rows // (cluster.num_gpus * micro)
     seconds = accumulation * micro_seconds + _step_seconds(model, cluster, parallel, micro_seconds)
@@ -315,7 +312,7 @@ def _size(model: Model, cluster: Cluster, parallel: str, rows: int, micro: int) 
         optimizer=model.optimizer_bytes / parts,
         average=4 * model.weights / parts if model.averages else 0.0,
         gathered=gathered,
-        activations=slots * (model.saved_bytes_per_slot + recomputed),
+        activations=slots * (model.saved_bytes_per_slot + model.again_bytes_per_slot),
         loss=min(_LOGITS, 4 * slots * model.logits_per_slot) * 1.5,
         reserved=_RESERVED * gpu.memory,
         capacity=gpu.memory,

@@ -4,10 +4,9 @@ import json
 from dataclasses import replace
 
 import pytest
-from calls import call
-
 from neobert.benchmark.cluster_size import GPUS, PARALLEL, Cluster, Model, choose_size, count_model, size_config
 from neobert.commands.cluster_commands import GPU_NAMES
+from neobert.commands.registry import run_command
 from neobert.config.load import load_config
 from neobert.errors import StartupError
 from neobert.model.peak import PEAKS
@@ -76,13 +75,19 @@ def test_what_cannot_be_sized() -> None:
         size_config(config, Cluster(gpu="H100", num_gpus=8), "ddp", None)
 
 
+def run_size(argv: list[str]) -> object:
+    with pytest.raises(SystemExit) as ended:
+        run_command("size", program="neobert size", argv=argv)
+    return ended.value.code or 0
+
+
 def test_the_command(capsys: pytest.CaptureFixture[str]) -> None:
     assert tuple(sorted(GPUS)) == tuple(sorted(GPU_NAMES))
     assert all(gpu.name in PEAKS for gpu in GPUS.values())
     argv = ["neobert_paper_1024", *SMALL, "--gpus", "16", "--gpu", "H200", "--vocab-size", "1000"]
-    assert call("size", *argv, "--parallel", "hsdp", "--json") == 0
+    assert run_size([*argv, "--parallel", "hsdp", "--json"]) == 0
     found = json.loads(capsys.readouterr().out)
     assert found["computed"] is True
     assert [(size["parallel"], size["num_gpus"]) for size in found["sizes"]] == [("hsdp", 16)]
-    assert call("size", *argv[:-2]) == 2
+    assert run_size(argv[:-2]) == 2
     assert "--vocab-size" in capsys.readouterr().err
