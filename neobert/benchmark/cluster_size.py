@@ -156,13 +156,23 @@ class Size:
         return sum(parts) + self.loss + self.reserved
 
 
-def size_config(config: Config, cluster: Cluster, parallel: str | None, vocab_size: int | None) -> list[Size]:
-    """The config on the cluster, with one engine or with each.
+MEAN_DOCUMENT = 250.0
+"""Tokens of a document, where nobody says how many."""
+
+
+def size_config(
+    config: Config,
+    cluster: Cluster,
+    parallel: str | None,
+    vocab_size: int | None,
+    mean_document: float = MEAN_DOCUMENT,
+) -> list[Size]:
+    """The config on the cluster, with one engine or with each, for documents of so many tokens on average.
 
     Raises:
         StartupError: the size of the vocabulary is not known, or the global batch cannot be shared evenly.
     """
-    model = count_model(config, vocab_size)
+    model = count_model(config, vocab_size, mean_document)
     rows = model.rows_per_step
     if rows is None:
         rows = config.trainer.micro_batch_rows * cluster.num_gpus * (config.trainer.gradient_accumulation_steps or 1)
@@ -180,12 +190,13 @@ def size_config(config: Config, cluster: Cluster, parallel: str | None, vocab_si
 # --- counted on fake tensors -----------------------------------------------------------------------------------------
 
 
-def count_model(config: Config, vocab_size: int | None) -> Model:
-    """Counts what a step of the config needs; slots are those of packed rows of documents of 250 tokens on average."""
+def count_model(config: Config, vocab_size: int | None, mean_document: float = MEAN_DOCUMENT) -> Model:
+    """Counts what a step of the config needs, over rows of made-up documents."""
     trainer, length = config.trainer, config.dataset.max_seq_length
     settings = StepSettings(
         length=length,
         rows=max(1, _SAMPLE_SLOTS // length),
+        mean_document=mean_document,
         bf16_residual=trainer.bf16_residual,
         fp8="no" if trainer.fp8 == "no" else "rowwise",
     )
@@ -213,7 +224,10 @@ def _build_rows(config: Config, settings: StepSettings, vocab_size: int | None) 
     architecture: dict[str, Any] = {f.name: getattr(config.model, f.name) for f in fields(Architecture)}
     model = ModelConfig(**architecture, vocab_size=math.ceil(size / 64) * 64, pad_token_id=0)
     documents = make_documents(
-        8 * settings.rows * settings.length, mean=250, longest=settings.length, vocab_size=model.vocab_size
+        8 * settings.rows * settings.length,
+        mean=settings.mean_document,
+        longest=settings.length,
+        vocab_size=model.vocab_size,
     )
     policy = made_up_policy(model.vocab_size, config.datacollator.mlm_probability)
     shape = RowShape(rows=settings.rows, length=settings.length, packed=config.datacollator.pack_sequences)

@@ -4,6 +4,7 @@ import json
 from dataclasses import replace
 
 import pytest
+
 from neobert.benchmark.cluster_size import GPUS, PARALLEL, Cluster, Model, choose_size, count_model, size_config
 from neobert.commands.cluster_commands import GPU_NAMES
 from neobert.commands.registry import run_command
