@@ -19,6 +19,7 @@ import math
 from dataclasses import dataclass, fields, replace
 from typing import Any, NamedTuple
 
+import numpy as np
 import torch
 from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
@@ -71,7 +72,7 @@ _LOGITS = 512 << 20
 """Of a chunk of the loss."""
 
 _LAUNCH_SECONDS = 5e-6
-_SAMPLE_SLOTS = 8192
+_SAMPLE_SLOTS, _SAMPLE_ROWS = 8192, 64
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -200,7 +201,7 @@ def count_model(config: Config, vocab_size: int | None, mean_document: float = M
         bf16_residual=trainer.bf16_residual,
         fp8="no" if trainer.fp8 == "no" else "rowwise",
     )
-    source = _build_rows(config, settings, vocab_size)
+    source, attended = _build_rows(config, settings, vocab_size)
     ledger = measure_ledger(settings, source)
     with FakeTensorMode(allow_non_fake_inputs=True):
         module = build_fake_module(source, settings)
@@ -211,10 +212,12 @@ def count_model(config: Config, vocab_size: int | None, mean_document: float = M
             optimizer.step()
         kept = [x for state in optimizer.state.values() for x in state.values() if isinstance(x, torch.Tensor)]
         optimizer_bytes = sum(x.numel() * x.element_size() for x in kept)
-    return _describe_model(config, source, settings, ledger, module, optimizer_bytes, counter.get_total_flops())
+    optimizer_flops = counter.get_total_flops()
+    return _describe_model(config, source, attended, ledger, module, optimizer_bytes, optimizer_flops)
 
 
-def _build_rows(config: Config, settings: StepSettings, vocab_size: int | None) -> RowSource:
+def _build_rows(config: Config, settings: StepSettings, vocab_size: int | None) -> tuple[RowSource, float]:
+    """Rows, and the mean length of the document of a token."""
     objective = choose_objective(config)
     if objective.reads != "documents":
         raise StartupError(f"{objective.title} reads {objective.reads}: only runs over documents can be sized")
@@ -224,7 +227,7 @@ def _build_rows(config: Config, settings: StepSettings, vocab_size: int | None) 
     architecture: dict[str, Any] = {f.name: getattr(config.model, f.name) for f in fields(Architecture)}
     model = ModelConfig(**architecture, vocab_size=math.ceil(size / 64) * 64, pad_token_id=0)
     documents = make_documents(
-        8 * settings.rows * settings.length,
+        _SAMPLE_ROWS * settings.length,
         mean=settings.mean_document,
         longest=settings.length,
         vocab_size=model.vocab_size,
@@ -232,13 +235,15 @@ def _build_rows(config: Config, settings: StepSettings, vocab_size: int | None) 
     policy = made_up_policy(model.vocab_size, config.datacollator.mlm_probability)
     shape = RowShape(rows=settings.rows, length=settings.length, packed=config.datacollator.pack_sequences)
     batches = itertools.cycle(make_batches(documents, shape, policy))
-    return RowSource(model=model, batches=batches, name="made up", objective=objective, real=False)
+    lengths = np.array([len(document) for document in documents])
+    attended = float(np.square(lengths).sum() / lengths.sum())
+    return RowSource(model=model, batches=batches, name="made up", objective=objective, real=False), attended
 
 
 def _describe_model(
     config: Config,
     source: RowSource,
-    settings: StepSettings,
+    attended: float,
     ledger: Ledger,
     module: nn.Module,
     optimizer_bytes: int,
@@ -247,7 +252,7 @@ def _describe_model(
     trainer, model, encoder = config.trainer, source.model, module.encoder
     batch, num_blocks = next(source.batches), source.model.num_hidden_layers
     weights = sum(p.numel() for p in module.parameters())
-    attended, predicted = batch.attended_tokens / batch.num_tokens, batch.num_targets / batch.num_tokens
+    predicted, length = batch.num_targets / batch.num_tokens, config.dataset.max_seq_length
     products = encoder.flops_per_token(attended_length=0, predicted_fraction=0)
     attention = encoder.flops_per_token(attended_length=attended, predicted_fraction=0) - products
     loss = encoder.flops_per_token(attended_length=0, predicted_fraction=predicted) - products
@@ -261,7 +266,7 @@ def _describe_model(
     if trainer.max_tokens is not None:
         slots = trainer.max_tokens
     elif trainer.max_steps is not None and rows is not None:
-        slots = trainer.max_steps * rows * settings.length
+        slots = trainer.max_steps * rows * length
     return Model(
         weights=weights,
         root_weights=weights - sum(p.numel() for p in encoder.layers.parameters()),
@@ -279,7 +284,7 @@ def _describe_model(
         loss_flops=loss,
         logits_per_slot=predicted * model.vocab_size,
         rows_per_step=rows,
-        length=settings.length,
+        length=length,
         slots=slots,
     )
 
