@@ -19,6 +19,7 @@ import math
 from dataclasses import dataclass, fields, replace
 from typing import Any, NamedTuple
 
+import numpy as np
 import torch
 from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
@@ -71,7 +72,7 @@ _LOGITS = 512 << 20
 """Of a chunk of the loss."""
 
 _LAUNCH_SECONDS = 5e-6
-_SAMPLE_SLOTS = 8192
+_SAMPLE_SLOTS, _SAMPLE_ROWS = 8192, 64
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -103,8 +104,8 @@ class Model:
     """`trainer.bf16_residual`: bf16 weights beside their masters."""
 
     saved_bytes_per_slot: float
-    block_bytes_per_slot: float
-    """Of one block that is computed again."""
+    again_bytes_per_slot: float
+    """Of one block that is computed again; 0 where none is."""
 
     moved_bytes_per_slot: float
     launches: int
@@ -156,13 +157,23 @@ class Size:
         return sum(parts) + self.loss + self.reserved
 
 
-def size_config(config: Config, cluster: Cluster, parallel: str | None, vocab_size: int | None) -> list[Size]:
-    """The config on the cluster, with one engine or with each.
+MEAN_DOCUMENT = 250.0
+"""Tokens of a document, where nobody says how many."""
+
+
+def size_config(
+    config: Config,
+    cluster: Cluster,
+    parallel: str | None,
+    vocab_size: int | None,
+    mean_document: float = MEAN_DOCUMENT,
+) -> list[Size]:
+    """The config on the cluster, with one engine or with each, for documents of so many tokens on average.
 
     Raises:
         StartupError: the size of the vocabulary is not known, or the global batch cannot be shared evenly.
     """
-    model = count_model(config, vocab_size)
+    model = count_model(config, vocab_size, mean_document)
     rows = model.rows_per_step
     if rows is None:
         rows = config.trainer.micro_batch_rows * cluster.num_gpus * (config.trainer.gradient_accumulation_steps or 1)
@@ -180,18 +191,17 @@ def size_config(config: Config, cluster: Cluster, parallel: str | None, vocab_si
 # --- counted on fake tensors -----------------------------------------------------------------------------------------
 
 
-def count_model(config: Config, vocab_size: int | None) -> Model:
-    """Counts what a step of the config needs; slots are those of packed rows of documents of 250 tokens on average."""
+def count_model(config: Config, vocab_size: int | None, mean_document: float = MEAN_DOCUMENT) -> Model:
+    """Counts what a step of the config needs, over rows of made-up documents."""
     trainer, length = config.trainer, config.dataset.max_seq_length
     settings = StepSettings(
         length=length,
         rows=max(1, _SAMPLE_SLOTS // length),
+        mean_document=mean_document,
         bf16_residual=trainer.bf16_residual,
         fp8="no" if trainer.fp8 == "no" else "rowwise",
-        gradient_checkpointing=trainer.gradient_checkpointing,
-        checkpointing_every=trainer.gradient_checkpointing_every,
     )
-    source = _build_rows(config, settings, vocab_size)
+    source, attended = _build_rows(config, settings, vocab_size)
     ledger = measure_ledger(settings, source)
     with FakeTensorMode(allow_non_fake_inputs=True):
         module = build_fake_module(source, settings)
@@ -202,10 +212,12 @@ def count_model(config: Config, vocab_size: int | None) -> Model:
             optimizer.step()
         kept = [x for state in optimizer.state.values() for x in state.values() if isinstance(x, torch.Tensor)]
         optimizer_bytes = sum(x.numel() * x.element_size() for x in kept)
-    return _describe_model(config, source, settings, ledger, module, optimizer_bytes, counter.get_total_flops())
+    optimizer_flops = counter.get_total_flops()
+    return _describe_model(config, source, attended, ledger, module, optimizer_bytes, optimizer_flops)
 
 
-def _build_rows(config: Config, settings: StepSettings, vocab_size: int | None) -> RowSource:
+def _build_rows(config: Config, settings: StepSettings, vocab_size: int | None) -> tuple[RowSource, float]:
+    """Rows, and the mean length of the document of a token."""
     objective = choose_objective(config)
     if objective.reads != "documents":
         raise StartupError(f"{objective.title} reads {objective.reads}: only runs over documents can be sized")
@@ -215,18 +227,23 @@ def _build_rows(config: Config, settings: StepSettings, vocab_size: int | None) 
     architecture: dict[str, Any] = {f.name: getattr(config.model, f.name) for f in fields(Architecture)}
     model = ModelConfig(**architecture, vocab_size=math.ceil(size / 64) * 64, pad_token_id=0)
     documents = make_documents(
-        8 * settings.rows * settings.length, mean=250, longest=settings.length, vocab_size=model.vocab_size
+        _SAMPLE_ROWS * settings.length,
+        mean=settings.mean_document,
+        longest=settings.length,
+        vocab_size=model.vocab_size,
     )
     policy = made_up_policy(model.vocab_size, config.datacollator.mlm_probability)
     shape = RowShape(rows=settings.rows, length=settings.length, packed=config.datacollator.pack_sequences)
     batches = itertools.cycle(make_batches(documents, shape, policy))
-    return RowSource(model=model, batches=batches, name="made up", objective=objective, real=False)
+    lengths = np.array([len(document) for document in documents])
+    attended = float(np.square(lengths).sum() / lengths.sum())
+    return RowSource(model=model, batches=batches, name="made up", objective=objective, real=False), attended
 
 
 def _describe_model(
     config: Config,
     source: RowSource,
-    settings: StepSettings,
+    attended: float,
     ledger: Ledger,
     module: nn.Module,
     optimizer_bytes: int,
@@ -235,21 +252,21 @@ def _describe_model(
     trainer, model, encoder = config.trainer, source.model, module.encoder
     batch, num_blocks = next(source.batches), source.model.num_hidden_layers
     weights = sum(p.numel() for p in module.parameters())
-    attended, predicted = batch.attended_tokens / batch.num_tokens, batch.num_targets / batch.num_tokens
+    predicted, length = batch.num_targets / batch.num_tokens, config.dataset.max_seq_length
     products = encoder.flops_per_token(attended_length=0, predicted_fraction=0)
     attention = encoder.flops_per_token(attended_length=attended, predicted_fraction=0) - products
     loss = encoder.flops_per_token(attended_length=0, predicted_fraction=predicted) - products
-    again, saved = 1.0, num_blocks * ledger.compiled_saved_bytes_per_slot
-    if trainer.gradient_checkpointing:
-        # A checkpointed block makes its forward, a third of its products, twice.
-        again += 1 / (3 * trainer.gradient_checkpointing_every)
-        saved = ledger.saved_bytes_per_slot
+    # A checkpointed block keeps its input, and makes its forward, a third of its products, twice.
+    num_again = math.ceil(num_blocks / trainer.gradient_checkpointing_every) if trainer.gradient_checkpointing else 0
+    again = 1 + num_again / num_blocks / 3
+    saved = (num_blocks - num_again) * ledger.compiled_saved_bytes_per_slot
+    saved += num_again * model.hidden_size * (2 if trainer.bf16_residual else 4)
     rows = trainer.global_batch_size
     slots: float | None = None
     if trainer.max_tokens is not None:
         slots = trainer.max_tokens
     elif trainer.max_steps is not None and rows is not None:
-        slots = trainer.max_steps * rows * settings.length
+        slots = trainer.max_steps * rows * length
     return Model(
         weights=weights,
         root_weights=weights - sum(p.numel() for p in encoder.layers.parameters()),
@@ -259,7 +276,7 @@ def _describe_model(
         averages=trainer.ema_decay is not None,
         copies_bf16=trainer.bf16_residual,
         saved_bytes_per_slot=saved,
-        block_bytes_per_slot=ledger.compiled_saved_bytes_per_slot,
+        again_bytes_per_slot=ledger.compiled_saved_bytes_per_slot if num_again else 0.0,
         moved_bytes_per_slot=num_blocks * ledger.fused_bytes_per_slot * again,
         launches=ledger.launches,
         block_flops=products * again,
@@ -267,7 +284,7 @@ def _describe_model(
         loss_flops=loss,
         logits_per_slot=predicted * model.vocab_size,
         rows_per_step=rows,
-        length=settings.length,
+        length=length,
         slots=slots,
     )
 
@@ -295,7 +312,6 @@ def _size(model: Model, cluster: Cluster, parallel: str, rows: int, micro: int) 
     slots = micro * model.length
     # Two blocks in bf16, the one that is computed and the next, and gradients of one; the vocabulary stays whole.
     gathered = 0.0 if parts == 1 else 2 * 2 * block + 4 * block + (2 + 4) * model.root_weights
-    recomputed = model.block_bytes_per_slot if model.saved_bytes_per_slot < model.block_bytes_per_slot * 4 else 0.0
     micro_seconds = _micro_seconds(model, cluster, parallel, slots)
     accumulation = rows // (cluster.num_gpus * micro)
     seconds = accumulation * micro_seconds + _step_seconds(model, cluster, parallel, micro_seconds)
@@ -315,7 +331,7 @@ def _size(model: Model, cluster: Cluster, parallel: str, rows: int, micro: int) 
         optimizer=model.optimizer_bytes / parts,
         average=4 * model.weights / parts if model.averages else 0.0,
         gathered=gathered,
-        activations=slots * (model.saved_bytes_per_slot + recomputed),
+        activations=slots * (model.saved_bytes_per_slot + model.again_bytes_per_slot),
         loss=min(_LOGITS, 4 * slots * model.logits_per_slot) * 1.5,
         reserved=_RESERVED * gpu.memory,
         capacity=gpu.memory,

@@ -47,6 +47,7 @@ def size(program: str, argv: list[str]) -> None:
     parser.add_argument("--parallel", choices=("ddp", "fsdp2", "hsdp"), help="default: each that makes a difference")
     parser.add_argument("--gpus-per-node", type=count, default=8, help="default: %(default)s")
     parser.add_argument("--network", type=count, default=400, help="Gbit/s of each GPU between nodes (default 400)")
+    parser.add_argument("--mean-document", type=count, default=250, help="tokens; default: %(default)s")
     parser.add_argument("--vocab-size", type=count, help="where the config leaves it to the tokenizer")
     add_json(parser)
     args = parser.parse_intermixed_args(argv)
@@ -58,6 +59,6 @@ def size(program: str, argv: list[str]) -> None:
     from neobert.benchmark.cluster_size import Cluster, describe_sizes, size_config
 
     cluster = Cluster(gpu=args.gpu, num_gpus=args.gpus, per_node=args.gpus_per_node, network=args.network * 1e9 / 8)
-    sizes = size_config(config, cluster, args.parallel, args.vocab_size)
+    sizes = size_config(config, cluster, args.parallel, args.vocab_size, args.mean_document)
     data = {"computed": True, "sizes": [asdict(one) | {"total": one.total} for one in sizes]}
     print_answer(data, describe_sizes(sizes), as_json=args.json)

@@ -130,8 +130,8 @@ class DatasetSection:
     """Documents, and the tails of split documents, with fewer tokens than this are dropped and counted."""
 
     num_lanes: int | None = key(None, at_least=1, tasks="pretraining", resume="order")
-    """Independent readers whose rows take turns; null is 64 for indexed data and 16 for streams, fewer where a lane
-    would find no document to train on."""
+    """Independent readers whose rows take turns; null is 64 for indexed data and 16 for streams (in a run that
+    first starts with more processes than 16, one for each), fewer where a lane would find no document to train on."""
 
     window_documents: int | None = key(None, at_least=1, tasks="pretraining", resume="order")
     """Documents a lane shuffles and packs together; null is 1024 for indexed data and 256 for streams."""
