@@ -23,6 +23,7 @@ CONFIGS = sorted(path for path in (ROOT / "configs").rglob("*.yaml") if path not
 PRETRAINING = [path for path in CONFIGS if path.parent.name not in ("contrastive", "finetuning", "glue")]
 
 TINY = [
+    "model.init_from=null",
     "model.hidden_size=16",
     "model.num_hidden_layers=1",
     "model.num_attention_heads=2",
