@@ -1,7 +1,7 @@
 """What a checkpoint holds and when it is saved; `commit` has the write protocol, `retention` what is kept."""
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import asdict
 from hashlib import sha256
 from importlib.metadata import version
@@ -57,8 +57,16 @@ def save_checkpoint(run: Run, state: TrainState, *, wait: bool = False) -> Path 
         state = run.tracker.add_interval(run.guard.add_skipped(state))
         data_states = run.runtime.gather_objects(state.data)
         data_state = merge_states(data_states) if state.data else {}
+        if data_state:
+            note_bad_records(run, state, run.data.counters(data_state))
         run.committer.begin(state.step, _build_files(run, state, data_state, background), background=background)
     return None if background else complete_save(run, wait=True)
+
+
+def note_bad_records(run: Run, state: TrainState, counters: Mapping[str, int]) -> None:
+    """Notes how many bad records were skipped up to `state`, where there are more than were known."""
+    if counters["bad"]:
+        run.tracker.note_once("bad_records", state.step, **counters)
 
 
 def complete_save(run: Run, *, wait: bool = False) -> Path | None:
