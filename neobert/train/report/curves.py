@@ -172,7 +172,7 @@ def build_charts(log: RunLog) -> list[Chart]:
     draw = _Drawing(log)
     charts = [
         Chart("Loss", "number", [*_losses(draw)]),
-        Chart("Accuracy", "fraction", [*_of_evaluations(draw, "accuracy"), *draw.intervals("train", "accuracy")]),
+        Chart("Accuracy", "fraction", [*draw.intervals("train", "accuracy"), *_of_evaluations(draw, "accuracy")]),
         *_other_metrics(draw),
         Chart("Learning rate", "number", [*draw.steps("each step", "lr")]),
         Chart("Gradient norm", "number", [*draw.steps("each step, before clipping", "grad_norm")]),
