@@ -150,7 +150,7 @@ def test_the_package_is_a_command(tmp_path: Path) -> None:
     assert (done.returncode, done.stdout) == (0, "quickstart copied to quickstart.yaml\n"), done.stderr
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())
     assert project["project"]["scripts"] == {"neobert": "neobert.commands.registry:main"}
-    assert project["tool"]["setuptools"]["package-data"] == {"*": ["*.yaml"]}
+    assert project["tool"]["setuptools"]["package-data"]["*"] == ["*.yaml"]
 
 
 @pytest.mark.parametrize(

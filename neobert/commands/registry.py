@@ -181,6 +181,7 @@ COMMANDS: dict[str, Command] = {
         "model_commands",
         "export/verify.py",
     ),
+    "report": Command("one page about a run, or about several beside each other", "report_runs", None),
     "average-checkpoints": Command("average the last checkpoints of a run", "model_commands", "average_checkpoints.py"),
     "checkpoint": Command("verify, list, compare and prune checkpoints", "model_commands", "checkpoint.py"),
     "replay": Command("print a row of a run by its number", "model_commands", "replay.py"),

@@ -12,9 +12,10 @@ from neobert.data.rows.loader import merge_states
 from neobert.inference.model import Model
 from neobert.objectives.base import Answer, Answers
 from neobert.objectives.table import load_part
-from neobert.train.checkpoint.save import complete_save, save_checkpoint
+from neobert.train.checkpoint.save import complete_save, note_bad_records, save_checkpoint
 from neobert.train.pretraining import SHOWN, log_evaluation
 from neobert.train.probes.probing import log_probes, probing_missing
+from neobert.train.report.page import REPORT
 from neobert.train.run import Run
 from neobert.train.start import release_lock
 from neobert.types import TrainState
@@ -42,9 +43,11 @@ def finish(run: Run, state: TrainState) -> None:
     if run.tracker.trained and probing_missing(run, state):
         log_probes(run, state)
     states = run.runtime.gather_to_main(state.data)
-    passed_over = {} if states is None else run.data.counters(merge_states(states))
-    if any(passed_over.values()):
-        run.tracker.say(f"skipped: {DESCRIPTION.format(**passed_over)}")
+    if states is not None:
+        skipped = run.data.counters(merge_states(states))
+        if any(skipped.values()):
+            run.tracker.say(f"skipped: {DESCRIPTION.format(**skipped)}")
+        note_bad_records(run, state, skipped)
     saved = save_checkpoint(run, state, wait=True)
     answered: Sequence[Answer] = []
     if run.config.trainer.fill_mask_texts != ():
@@ -53,9 +56,14 @@ def finish(run: Run, state: TrainState) -> None:
             answered = _answer(run, model) if run.runtime.is_main else []
     if answered:
         run.tracker.say("\n".join(["predictions:", *(text.describe() for text in answered)]))
+    commands: list[str] = []
     if saved is not None:
-        run.tracker.say("\n  ".join(["next:", *run.job.next_commands(run)]))
+        commands = run.job.next_commands(run)
+        run.tracker.say("\n  ".join(["next:", *commands]))
+    run.tracker.event("finished", state.step, saved=saved is not None, next=commands)
     run.tracker.close()
+    if (run.output_dir / REPORT).is_file():
+        run.tracker.say(f"report: {run.output_dir / REPORT}")
     if run.runtime.is_main:
         release_lock(run.output_dir)
     run.runtime.close()

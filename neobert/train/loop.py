@@ -28,6 +28,7 @@ from neobert.train.memory import memory_explained
 from neobert.train.pretraining import log_evaluation
 from neobert.train.probes.probing import log_probes, probing_missing
 from neobert.train.record.profiling import DATA_WAIT, profiled
+from neobert.train.report.environment import describe_environment
 from neobert.train.run import Run, build_run
 from neobert.train.step import BatchCopier, StepMetrics, train_step
 from neobert.types import StepBatch, StepCounts, TrainState
@@ -88,7 +89,9 @@ def _train(run: Run) -> RunResult:
     with run.stop.listening():  # From here on a signal saves and stops.
         with sharing_errors(run.runtime):
             state = resume_or_start(run)
-            run.tracker.note_files(run.data.inventory.as_lines())
+            if run.data.inventory.files:
+                run.tracker.note_once("inventory", 0, files=run.data.inventory.as_lines())
+            run.tracker.note_once("environment", 0, **describe_environment(run))
         if evaluation_missing(run, state):
             log_evaluation(run, state)
         if probing_missing(run, state):

@@ -59,8 +59,16 @@ def save_checkpoint(run: Run, state: TrainState, *, wait: bool = False) -> Path 
         state = run.tracker.add_interval(run.guard.add_skipped(state))
         data_states = run.runtime.gather_to_main(state.data)
         data_state = merge_states(data_states) if state.data and data_states else {}
+        if data_state:
+            note_bad_records(run, state, run.data.counters(data_state))
         run.committer.begin(state.step, _build_files(run, state, data_state, background), background=background)
     return None if background else complete_save(run, wait=True)
+
+
+def note_bad_records(run: Run, state: TrainState, counters: Mapping[str, int]) -> None:
+    """Notes how many bad records were skipped up to `state`, where there are more than were known."""
+    if counters["bad"]:
+        run.tracker.note_once("bad_records", state.step, **counters)
 
 
 def complete_save(run: Run, *, wait: bool = False) -> Path | None:

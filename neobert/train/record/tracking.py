@@ -37,6 +37,7 @@ from neobert.train.probes.result import ProbeResult
 from neobert.train.record.console import Reporter
 from neobert.train.record.metrics import Interval, IntervalSums, MetricWindow, StepRecord, summarise
 from neobert.train.record.sinks import LineFile
+from neobert.train.report.page import RunReport, write_report
 from neobert.train.step import StepMetrics
 from neobert.types import TrainState
 
@@ -73,6 +74,7 @@ class Tracker:
         self._num_steps, self._labels = num_steps, source_labels
         self._reporter, self._sinks = reporter, sinks
         self._log, self._events = LineFile(output_dir / "log.jsonl"), LineFile(output_dir / "events.jsonl")
+        self._report = RunReport(output_dir)
         self._window = MetricWindow(runtime, source_labels)
         self._is_partial = False
         engine, rows = choose_engine(config, runtime.world).name, config.trainer.micro_batch_rows
@@ -265,6 +267,7 @@ class Tracker:
             self._reporter.say(f"{label} step {state.step:>7,} | {m.describe()}")
             mark = kind.removeprefix("eval")
             self._send({name.replace("/", f"{mark}/", 1): x for name, x in m.as_values().items()}, state.step)
+        self.write_report()
 
     def log_probes(
         self,
@@ -310,19 +313,30 @@ class Tracker:
         line = {"event": kind, "step": step, "time": time.time(), **asdict(self._layout), **scrub_config(details)}
         self._append(self._events, [line])
 
-    def note_files(self, files: list[dict[str, Any]]) -> None:
-        """Writes what was found of every data file, unless an earlier start has found the same."""
-        if not (self._runtime.is_main and files):
+    def note_once(self, kind: str, step: int, **details: Any) -> None:
+        """Notes what a start has found, JSON-ready, unless the last event of its kind says the same."""
+        if not self._runtime.is_main:
             return
-        events = (event for _, event in self._events.read_back())
-        known = next((event["files"] for event in events if event["event"] == "inventory"), None)
-        if known != scrub_config({"files": files})["files"]:
-            self.event("inventory", 0, files=files)
+        known = next((event for _, event in self._events.read_back() if event["event"] == kind), None)
+        if known is None or not scrub_config(details).items() <= known.items():
+            self.event(kind, step, **details)
+
+    def write_report(self) -> None:
+        """Brings the page of the run up to date; where it cannot be written, the run continues without."""
+        if not self._runtime.is_main:
+            return
+        try:
+            with self._window.paused():
+                write_report([self._report], self._report.path)
+        except Exception as error:  # A full disk, a damaged log: what shows a run must not end it.
+            self.warn(f"{self._report.path} could not be written ({error}); the run continues without it")
+            self.event("report_failed", self.step, problem=f"{type(error).__name__}: {error}")
 
     def close(self) -> None:
         """Writes what is pending and closes the trackers."""
         self._write_steps()
         self._end_audit()
+        self.write_report()
         for sink in list(self._sinks):
             self._guard(sink, sink.close)
         self._reporter.stop_progress()
