@@ -121,6 +121,7 @@ COMMANDS: dict[str, Command] = {
     "pipeline": Command(
         "run a list of stages, each from what the one before it made", "training_commands", "pipeline.py"
     ),
+    "doctor": Command("say what this machine can do, and whether a training can start here", "doctor_command", None),
     "config": Command("list the shipped configs, or copy one out", "training_commands", None),
     "migrate-config": Command("rewrite a config of other NeoBERT code", "training_commands", "migrate_config.py"),
     "predict": Command(

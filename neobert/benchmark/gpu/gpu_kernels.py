@@ -180,14 +180,14 @@ def _time_attention(
     return first, max(both - first, 0.0), peak
 
 
-def _inputs(segments: Segments, bench: Bench) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Queries, keys, values and the gradient of the output, bf16 `[T, heads, 64]`."""
+def _inputs(
+    segments: Segments, bench: Bench, dtype: torch.dtype = torch.bfloat16
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Queries, keys, values and the gradient of the output, `[T, heads, 64]`."""
     heads = bench.size(_HEADS, 2)
     generator = torch.Generator(bench.device).manual_seed(0)
     shape = (segments.ids.numel(), heads, 64)
-    q, k, v, grad = (
-        torch.randn(shape, device=bench.device, dtype=torch.bfloat16, generator=generator) for _ in range(4)
-    )
+    q, k, v, grad = (torch.randn(shape, device=bench.device, dtype=dtype, generator=generator) for _ in range(4))
     return q.requires_grad_(), k.requires_grad_(), v.requires_grad_(), grad
 
 
@@ -219,7 +219,7 @@ def check_attention(bench: Bench) -> Found:
 
 def _check_backend(found: Found, name: str, backend: AttentionBackend, bench: Bench) -> list[str]:
     try:
-        difference = _distance_to_definition(backend, bench)
+        difference = distance_to_definition(backend, bench)
     except Exception as error:  # Of a kernel: the others have their turn.
         found.lines.append(f"{name}: {type(error).__name__}: {str(error)[:200]}")
         return [name]
@@ -253,10 +253,10 @@ def _check_kernels_of_torch(found: Found, bench: Bench) -> list[str]:
         torch.nn.attention.restore_flash_attention_impl()
 
 
-def _distance_to_definition(backend: AttentionBackend, bench: Bench) -> float:
-    """Of output and gradients over a few documents, the largest, against fp32."""
+def distance_to_definition(backend: AttentionBackend, bench: Bench, dtype: torch.dtype = torch.bfloat16) -> float:
+    """Of output and gradients over a few documents, the largest, against fp32, as a part of its norm."""
     segments = _segments(bench, rows=2, length=bench.size(512, 64), mean=bench.size(100.0, 20.0))
-    q, k, v, grad = _inputs(segments, bench)
+    q, k, v, grad = _inputs(segments, bench, dtype)
     real = (segments.ids.flatten() > 0)[:, None, None]
     grad = grad * real
     wide = [x.detach().float().requires_grad_() for x in (q, k, v)]
@@ -330,7 +330,7 @@ def check_loss(bench: Bench) -> Found:
             found.lines.append(f"{name}: cannot run here, it {problem}")
             continue
         try:
-            difference = _gradient_distance(name, bench)
+            difference = gradient_distance(name, bench)
             seconds, size = measure(Case(name, rows, hidden, vocabulary, "bf16", bench.device), bench.size(5, 1))
         except Exception as error:  # Of a kernel: the others have their turn.
             found.lines.append(f"{name}: {type(error).__name__}: {str(error)[:200]}")
@@ -349,8 +349,12 @@ def check_loss(bench: Bench) -> Found:
     return found
 
 
-def _gradient_distance(name: str, bench: Bench) -> float:
-    """The largest of both gradients over a few rows, under autocast to bf16, against fp32 in double precision."""
+def gradient_distance(name: str, bench: Bench, *, low: bool = True) -> float:
+    """The largest of both gradients over a few rows, against double precision, as a part of its norm.
+
+    Args:
+        low: computes under autocast to bf16, else in fp32.
+    """
     rows, hidden, vocabulary = bench.size((700, 768, 30592), (48, 32, 300))
     generator = torch.Generator().manual_seed(0)
     states = torch.randn(rows, hidden, generator=generator)
@@ -358,7 +362,7 @@ def _gradient_distance(name: str, bench: Bench) -> float:
     targets = torch.randint(vocabulary, (rows,), generator=generator)
     targets[::3] = -100
     want = _gradients("reference", (states.double(), weight.double(), targets), bench, low=False)
-    got = _gradients(name, (states, weight, targets), bench, low=True)
+    got = _gradients(name, (states, weight, targets), bench, low=low)
     return max(((a.double() - b).norm() / b.norm()).item() for a, b in zip(got, want))
 
 
