@@ -10,12 +10,11 @@ config holds it, and a run that continues from a checkpoint keeps the checkpoint
 """
 
 import importlib.util
-import os
 import resource
 from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
-from typing import Any, Self, TypeVar, cast
+from typing import Any, Self, TypeVar
 
 import torch
 import torch.distributed as dist
@@ -154,7 +153,7 @@ class Runtime:
         self._arrive()
         found = [value]
         dist.broadcast_object_list(found, src=0, group=self.patient_group if patient else self.host_group)
-        return cast(T, found[0])
+        return found[0]
 
     def from_main(self, values: Tensor) -> Tensor:
         """Rank 0's values of a tensor, on every rank; the argument stays as it is."""
@@ -176,8 +175,6 @@ class Runtime:
             self.heartbeat.close()
         self.accelerator.end_training()
         AcceleratorState._reset_state(reset_partial_state=True)
-
-
 
 
 def compute_dtype(config: Config) -> torch.dtype:

@@ -101,7 +101,9 @@ class Committer:
         In the background `files` must not read anything that training changes. Collective.
         """
         assert self._flight is None, "one save is in flight at most: poll(wait=True) first"
-        name, problem, fatal = self._runtime.object_from_main(self._stage(step) if self._runtime.is_main else None)
+        staged = self._runtime.object_from_main(self._stage(step) if self._runtime.is_main else None)
+        assert staged is not None, "rank 0 says so"
+        name, problem, fatal = staged
         flight = _Flight(step=step, temporary=self._folder / (name or ""), started=time.perf_counter())
         self._flight = flight
         if problem is not None:
