@@ -64,7 +64,8 @@ def choose_engine(config: Config, world: int) -> Engine:
     name = config.trainer.parallel
     if name == "hsdp" and world > 1:
         choose_mesh_shape(config, world)
-    return ENGINES["ddp" if name == "auto" or world == 1 else name]
+    engine = ENGINES["ddp" if name == "auto" else name]
+    return _ALONE if engine.shards and world == 1 else engine
 
 
 def choose_mesh_shape(config: Config, world: int) -> tuple[int, int]:
@@ -120,7 +121,7 @@ def _as_sharded(module: nn.Module) -> FSDPModule:
     return module
 
 
-def wrap_sharded(runtime: Runtime, model: nn.Module) -> nn.Module:
+def wrap_in_autocast(runtime: Runtime, model: nn.Module) -> nn.Module:
     """`model` under autocast, where the run computes in bf16; hooks of its sharding stay around it."""
     forward, autocast = model.forward, runtime.accelerator.autocast
 
@@ -157,7 +158,12 @@ def gathered(module: nn.Module) -> Iterator[None]:
         module.reshard()
 
 
-_sharded = partial(Engine, shards=True, shard=shard_weights, wrap=wrap_sharded, keep_gradients=keep_sharded_gradients)
+# What Accelerate would prepare with its FSDP, where a launcher asked for that and started one process.
+_ALONE = Engine(name="ddp", shards=False, wrap=wrap_in_autocast, keep_gradients=Runtime.no_sync)
+
+_sharded = partial(
+    Engine, shards=True, shard=shard_weights, wrap=wrap_in_autocast, keep_gradients=keep_sharded_gradients
+)
 
 ENGINES: dict[str, Engine] = {
     "ddp": Engine(name="ddp", shards=False, wrap=Runtime.prepare_model, keep_gradients=Runtime.no_sync),

@@ -78,7 +78,7 @@ def test_shards_equal_one_process_and_continue_on_others(tiny: Tiny, tmp_path: P
     check_same_run(one, other, after=1)
     train_on(3, build(tiny, three, 3, fsdp, f"trainer.resume_from_checkpoint={other}/checkpoints/2"), tmp_path)
     check_same_run(one, three, after=2)
-    train_on(1, build(tiny, again, 1, f"trainer.resume_from_checkpoint={three}/checkpoints/3"), tmp_path)
+    train_on(1, build(tiny, again, 1, fsdp, f"trainer.resume_from_checkpoint={three}/checkpoints/3"), tmp_path)
     check_same_run(one, again, after=3)
     states = [torch.load(run / "checkpoints/4/optimizer.bin", weights_only=True)["state"] for run in (one, again)]
     torch.testing.assert_close(*states, atol=1e-6, rtol=1e-3)
