@@ -21,7 +21,6 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import torch
-from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -33,6 +32,7 @@ from neobert.config.schema import Config
 from neobert.errors import StartupError
 from neobert.model.config import Architecture, ModelConfig
 from neobert.model.peak import PEAKS
+from neobert.objectives.base import ObjectiveModule
 from neobert.objectives.table import choose_objective
 from neobert.optim.optimizers import build_optimizer
 
@@ -244,7 +244,7 @@ def _describe_model(
     source: RowSource,
     attended: float,
     ledger: Ledger,
-    module: nn.Module,
+    module: ObjectiveModule,
     optimizer_bytes: int,
     optimizer_flops: float,
 ) -> Model:
