@@ -21,7 +21,6 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import torch
-from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -33,6 +32,7 @@ from neobert.config.schema import Config
 from neobert.errors import StartupError
 from neobert.model.config import Architecture, ModelConfig
 from neobert.model.peak import PEAKS
+from neobert.objectives.base import ObjectiveModule
 from neobert.objectives.table import choose_objective
 from neobert.optim.optimizers import build_optimizer
 
@@ -117,7 +117,6 @@ class Model:
     attention_flops: float
     loss_flops: float
     logits_per_slot: float
-    rows_per_step: int | None
     length: int
     slots: float | None
     """Of the whole run; None where epochs decide."""
@@ -173,8 +172,7 @@ def size_config(
     Raises:
         StartupError: the size of the vocabulary is not known, or the global batch cannot be shared evenly.
     """
-    model = count_model(config, vocab_size, mean_document)
-    rows = model.rows_per_step
+    rows = config.trainer.global_batch_size
     if rows is None:
         rows = config.trainer.micro_batch_rows * cluster.num_gpus * (config.trainer.gradient_accumulation_steps or 1)
     if rows % cluster.num_gpus:
@@ -182,6 +180,7 @@ def size_config(
             f"trainer.global_batch_size: {rows} cannot be shared evenly by {cluster.num_gpus} GPUs; write "
             f"{math.ceil(rows / cluster.num_gpus) * cluster.num_gpus}, or another --gpus"
         )
+    model = count_model(config, vocab_size, mean_document)
     # What does not differ on so few GPUs is left out.
     differ = 1 if cluster.num_gpus == 1 else 2 if cluster.num_gpus <= cluster.per_node else 3
     engines = (parallel,) if parallel is not None else PARALLEL[:differ]
@@ -245,7 +244,7 @@ def _describe_model(
     source: RowSource,
     attended: float,
     ledger: Ledger,
-    module: nn.Module,
+    module: ObjectiveModule,
     optimizer_bytes: int,
     optimizer_flops: float,
 ) -> Model:
@@ -283,7 +282,6 @@ def _describe_model(
         attention_flops=attention * again,
         loss_flops=loss,
         logits_per_slot=predicted * model.vocab_size,
-        rows_per_step=rows,
         length=length,
         slots=slots,
     )
