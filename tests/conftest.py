@@ -16,6 +16,7 @@ MOST_WORKERS = 8
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 # Commands ignore a signal that they were started to ignore. Tests send it, however pytest was started (`nohup pytest`).
 signal.signal(signal.SIGHUP, signal.SIG_DFL)
+signal.signal(signal.SIGINT, signal.default_int_handler)  # Ignored where pytest was started in the background.
 # Models of a few thousand weights are faster on one core, and other work on the machine does not stall them. Child
 # processes inherit it: a resumed run is compared with one of this process bit for bit.
 os.environ["OMP_NUM_THREADS"] = "1"

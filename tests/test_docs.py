@@ -4,18 +4,22 @@ import ast
 import asyncio
 import json
 import multiprocessing
+import os
 import re
 import runpy
 import shlex
 import shutil
+import signal
 import subprocess
 import sys
 import sysconfig
 from pathlib import Path
 from sysconfig import get_path
+from urllib.request import Request, urlopen
 
 import pytest
 from children import run_in_two
+from ports import free_port
 from small_corpus import make_texts
 from torch.distributed.run import parse_args
 
@@ -91,7 +95,10 @@ def chains_of(page: Path) -> list[list[str]]:
 
 FIRST = commands_of(ROOT / "README.md")[0]
 CHAINS = [
-    pytest.param(lines, id=f"{page.name}-{number}") for page in PAGES for number, lines in enumerate(chains_of(page), 1)
+    pytest.param(lines, id=f"{page.name}-{number}")
+    for page in PAGES
+    if page.name != "serving.md"  # Its commands need a server that runs.
+    for number, lines in enumerate(chains_of(page), 1)
 ]
 
 
@@ -293,6 +300,34 @@ def test_a_python_block_of_the_export_page_runs(
     capsys.readouterr()
     exec(compile(block, "export.md", "exec"), {})
     assert printed in capsys.readouterr().out
+
+
+def test_the_five_commands_of_the_serving_page(
+    clone: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    page = ROOT / "docs" / "serving.md"
+    *prepare, serve, ask = commands_of(page)
+    assert len(prepare) == 3
+    for line in prepare:
+        run(line, clone, monkeypatch)
+    port = str(free_port())
+    words = shlex.split(serve.removesuffix(" &").replace("8000", port))
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    command = [sys.executable, *words[1:]]
+    with subprocess.Popen(command, stderr=subprocess.PIPE, text=True, env=environment, cwd=clone) as child:
+        assert child.stderr is not None
+        assert child.stderr.readline().startswith("my_embedder at http://127.0.0.1:")
+        words = shlex.split(ask.replace("8000", port))
+        request = Request(words[2], words[words.index("-d") + 1].encode())
+        with urlopen(request, timeout=60) as response:
+            answer = json.load(response)
+        assert (len(answer["data"]), answer["model"]) == (2, "my_embedder")
+        (block,) = re.findall(r"^```python\n(.*?)^```", page.read_text(), re.S | re.M)
+        capsys.readouterr()
+        exec(compile(block.replace("8000", port), "serving.md", "exec"), {})
+        assert capsys.readouterr().out.startswith("2 16 ")
+        child.send_signal(signal.SIGINT)
+        assert child.wait(60) == 0
 
 
 def test_links_between_the_pages_lead_somewhere() -> None:

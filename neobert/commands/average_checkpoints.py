@@ -4,8 +4,9 @@ Averaging the last checkpoints of a run acts like a longer decay of the learning
 (Izmailov et al., arXiv 1803.05407; of pretraining, Sanyal et al., arXiv 2306.03241). ModernBERT averages checkpoints of
 its decay (arXiv 2412.13663).
 
-The folder that is written has weights, architecture and tokenizer, under a manifest, and `average.json` with what went
-into it. It has no optimizer and no position in the data: `model.init_from` starts from it, nothing resumes it.
+The folder that is written has weights, architecture, tokenizer and config, under a manifest, and `average.json` with
+what went into it. It has no optimizer and no position in the data: `model.init_from` starts from it, nothing resumes
+it.
 """
 
 import json
@@ -25,6 +26,7 @@ from neobert.disk import sync
 from neobert.weights.encoder_weights import WEIGHTS
 from neobert.weights.folder import (
     AVERAGE_FILE,
+    HEAD_FILE,
     MANIFEST,
     MODEL_FILE,
     CheckpointError,
@@ -36,6 +38,9 @@ from neobert.weights.folder import (
 
 _COPIED = ("model_config.json", "tokenizer_info.json", "tokenizer")
 """What all of the averaged checkpoints must have alike, and the average has from them."""
+
+_OF_THE_NEWEST = ("config.yaml", HEAD_FILE)
+"""What it has from the newest one, where that has it: pooling, labels, and what an export says of the run."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -201,7 +206,7 @@ def average_files(paths: Sequence[Path], shares: Sequence[float]) -> dict[str, T
 def _write(folder: Path, newest: Path, tensors: dict[str, Tensor], plan: Averaged) -> None:
     save_file(tensors, folder / MODEL_FILE, metadata={"format": "pt"})
     (folder / MODEL_FILE).chmod(0o644)
-    for name in _COPIED:
+    for name in (*_COPIED, *(name for name in _OF_THE_NEWEST if (newest / name).is_file())):
         (shutil.copytree if (newest / name).is_dir() else shutil.copyfile)(newest / name, folder / name)
     (folder / AVERAGE_FILE).write_text(json.dumps(asdict(plan), indent=2) + "\n")
     files = [path for path in folder.rglob("*") if path.is_file()]

@@ -135,7 +135,7 @@ COMMANDS: dict[str, Command] = {
     ),
     "serve": Command(
         "answer embeddings and filled masks over HTTP, as OpenAI's clients ask",
-        "model_commands",
+        "export_commands",
         "serve.py",
         also=(ValueError,),
     ),
@@ -174,16 +174,18 @@ COMMANDS: dict[str, Command] = {
     "summarize-glue": Command("compare results of glue side by side", "glue_commands", "evaluation/summarize_glue.py"),
     "export": Command(
         "export an encoder to a folder for transformers, sentence-transformers and the hub",
-        "model_commands",
+        "export_commands",
         "export/export_hf.py",
     ),
     "verify-export": Command(
         "check that an exported folder, loaded with transformers, matches our model",
-        "model_commands",
+        "export_commands",
         "export/verify.py",
     ),
     "report": Command("one page about a run, or about several beside each other", "report_runs", None),
-    "average-checkpoints": Command("average the last checkpoints of a run", "model_commands", "average_checkpoints.py"),
+    "average-checkpoints": Command(
+        "average the last checkpoints of a run", "export_commands", "average_checkpoints.py"
+    ),
     "checkpoint": Command("verify, list, compare and prune checkpoints", "model_commands", "checkpoint.py"),
     "replay": Command("print a row of a run by its number", "model_commands", "replay.py"),
     "analyze-profile": Command("where the time of profiled steps went", "benchmark_commands", "analyze_profile.py"),

@@ -25,7 +25,7 @@ class Closed(Exception):
 
 
 @dataclass(frozen=True, kw_only=True, slots=True, eq=False)
-class _Waiting:
+class _Queued:
     kind: Hashable
     items: Sequence[Any]
     num_tokens: int
@@ -43,7 +43,7 @@ class Batcher:
 
     def __init__(self, work: Work, *, max_tokens: int, max_waiting: int) -> None:
         self._work, self._max_tokens, self._max_waiting = work, max_tokens, max_waiting
-        self._waiting: deque[_Waiting] = deque()
+        self._waiting: deque[_Queued] = deque()
         self._changed = threading.Condition()
         self._is_closed = False
         self._thread = threading.Thread(target=self._run, name="batcher", daemon=True)
@@ -62,7 +62,7 @@ class Batcher:
             Closed: `close` was called.
             Exception: what the work raised for these items.
         """
-        request = _Waiting(kind=kind, items=items, num_tokens=num_tokens)
+        request = _Queued(kind=kind, items=items, num_tokens=num_tokens)
         with self._changed:
             if self._is_closed:
                 raise Closed
@@ -88,9 +88,9 @@ class Batcher:
                 group = self._take_group()
             self._answer(group)
 
-    def _take_group(self) -> list[_Waiting]:
+    def _take_group(self) -> list[_Queued]:
         """The first request and all others of its kind, in their order, that fit beside it."""
-        group: list[_Waiting] = []
+        group: list[_Queued] = []
         free = self._max_tokens
         for request in list(self._waiting):
             fits = request.kind == group[0].kind and request.num_tokens <= free if group else True
@@ -100,7 +100,7 @@ class Batcher:
                 free -= request.num_tokens
         return group
 
-    def _answer(self, group: Sequence[_Waiting]) -> None:
+    def _answer(self, group: Sequence[_Queued]) -> None:
         try:
             results = self._work(group[0].kind, [item for request in group for item in request.items])
         except Exception as error:

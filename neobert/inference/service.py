@@ -10,7 +10,7 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 import numpy as np
-import torch
+from numpy.typing import NDArray
 
 from neobert.data.rows.lanes import IntArray
 from neobert.inference.batcher import Batcher, Closed, Overloaded
@@ -20,6 +20,7 @@ from neobert.inference.text_encoder import OwnEncoder
 from neobert.objectives.late_interaction import TOKENS
 
 _EMBED = "embed"
+Vector = NDArray[np.float32]
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -99,16 +100,17 @@ class Service:
         """
         self._check_fields(request, ("model", "input", "encoding_format", "dimensions", "user", "prompt_name"))
         form = request.get("encoding_format") or "float"
-        if form not in ENCODINGS:
+        if not isinstance(form, str) or form not in ENCODINGS:
             raise RequestError(
                 400, f"encoding_format: {form!r} is unknown; write {' or '.join(ENCODINGS)}", "encoding_format"
             )
-        width = self.encoder.model.hidden_size
-        if request.get("dimensions") not in (None, width):
-            raise RequestError(400, f"dimensions: {request['dimensions']!r}; this model has {width}", "dimensions")
+        width = request.get("dimensions", self.encoder.model.hidden_size)
+        if not _is_number(width) or not 1 <= width <= self.encoder.model.hidden_size:
+            largest = self.encoder.model.hidden_size
+            raise RequestError(400, f"dimensions: {width!r}; write a number from 1 to {largest}", "dimensions")
         documents = self._read_documents(request)
         num_tokens = self._check_size(documents)
-        vectors = self._ask(_EMBED, documents, num_tokens)
+        vectors = [_cut(vector, width) for vector in self._ask(_EMBED, documents, num_tokens)]
         encode = ENCODINGS[form]
         data = [{"object": "embedding", "index": i, "embedding": encode(x)} for i, x in enumerate(vectors)]
         usage = {"prompt_tokens": num_tokens, "total_tokens": num_tokens}
@@ -127,7 +129,7 @@ class Service:
                 400, f"model: {self.name} was trained with {objective.title} and fills no masks", "model"
             )
         top_k = request.get("top_k", 5)
-        if not isinstance(top_k, int) or isinstance(top_k, bool):
+        if not _is_number(top_k):
             raise RequestError(400, f"top_k: {top_k!r}; write a number", "top_k")
         texts = self._read_input(request)
         if not all(isinstance(text, str) for text in texts):
@@ -151,7 +153,7 @@ class Service:
     def _read_input(self, request: Mapping[str, Any]) -> list[Any]:
         """Texts, or lists of token ids."""
         found = request.get("input")
-        if isinstance(found, str) or (isinstance(found, list) and found and all(map(_is_token, found))):
+        if isinstance(found, str) or (isinstance(found, list) and found and all(map(_is_number, found))):
             found = [found]
         if not isinstance(found, list) or not found:
             raise RequestError(400, "input: write a text, a list of texts, or token ids", "input")
@@ -189,7 +191,7 @@ class Service:
 
     def _read_tokens(self, item: Any, number: int) -> IntArray:
         tokenizer = self.encoder.model.tokenizer
-        if not isinstance(item, list) or not item or not all(map(_is_token, item)):
+        if not isinstance(item, list) or not item or not all(map(_is_number, item)):
             raise RequestError(400, f"input[{number}]: write a text, or a list of token ids", "input")
         largest = tokenizer.size - 1
         if not all(0 <= token <= largest for token in item):
@@ -234,12 +236,16 @@ class Service:
             return model.fill_mask(items, top_k=kind)
         return self._embed(items)
 
-    def _embed(self, documents: Sequence[IntArray]) -> list[np.ndarray[Any, np.dtype[np.float32]]]:
+    def _embed(self, documents: Sequence[IntArray]) -> list[Vector]:
         vectors = self.encoder.model.embed_tokens(
             documents, pooling=self.encoder.settings.pooling, normalize=True, batch_tokens=BATCH_TOKENS
         )
-        assert vectors.dtype == torch.float32
         return list(vectors.numpy())
+
+
+def _cut(vector: Vector, width: int) -> Vector:
+    """Its first numbers, of length 1 again."""
+    return vector if width == len(vector) else vector[:width] / max(float(np.linalg.norm(vector[:width])), 1e-12)
 
 
 def is_unicode(text: str) -> bool:
@@ -251,7 +257,7 @@ def is_unicode(text: str) -> bool:
     return True
 
 
-def _is_token(value: Any) -> bool:
+def _is_number(value: Any) -> bool:
     return isinstance(value, int) and not isinstance(value, bool)
 
 

@@ -38,6 +38,7 @@ from neobert.weights.folder import (
     AVERAGE_FILE,
     EMA_FILE,
     HEAD_FILE,
+    MANIFEST,
     MODEL_FILE,
     OBJECTIVE_KEY,
     STEPS_KEY,
@@ -159,7 +160,7 @@ def _find_foreign_checkpoint(folder: Path) -> Path | None:
         p
         for p in candidates
         if all((p / name).is_file() for name in ("config.yaml", "model.safetensors"))
-        and not (p / "train_state.json").is_file()
+        and not any((p / name).is_file() for name in ("train_state.json", MANIFEST))
     ]
     return max(foreign, key=lambda p: int(p.name) if p.name.isdecimal() else 0, default=None)
 

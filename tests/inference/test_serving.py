@@ -92,6 +92,8 @@ def test_one_text_tokens_and_base64_are_the_same(server: ModelServer, loaded: Mo
     decoded = np.frombuffer(base64.b64decode(found["data"][0]["embedding"]), dtype="<f4")
     np.testing.assert_allclose(decoded, plain, atol=1e-6)
     assert np.linalg.norm(decoded) == pytest.approx(1, abs=1e-5)
+    (short,) = embed(server, {"input": TEXTS[0], "dimensions": 8})
+    np.testing.assert_allclose(short, plain[:8] / np.linalg.norm(plain[:8]), atol=1e-6)
 
 
 def test_a_prompt_of_training_is_put_before_the_texts(server: ModelServer) -> None:
@@ -147,7 +149,8 @@ EMBEDDINGS: list[tuple[Any, int, str | None, str]] = [
     ({"input": "a", "model": "gpt"}, 404, "model", "model: 'gpt' is not served here; write 'tiny'"),
     ({"input": "a", "encoding_format": "int8"}, 400, "encoding_format", "'int8' is unknown; write float or base64"),
     ({"input": "a", "encoding_format": ["float"]}, 400, "encoding_format", "['float'] is unknown"),
-    ({"input": "a", "dimensions": 8}, 400, "dimensions", "dimensions: 8; this model has 32"),
+    ({"input": "a", "dimensions": 33}, 400, "dimensions", "dimensions: 33; write a number from 1 to 32"),
+    ({"input": "a", "dimensions": "8"}, 400, "dimensions", "dimensions: '8'; write a number from 1 to 32"),
     ({"input": "a", "prompt_name": "x"}, 400, "prompt_name", "prompt_name: 'x' is unknown; this model has query"),
     ({"input": "a", "temperature": 1}, 400, "temperature", "temperature: unknown field; known are model, input"),
     ([1], 400, None, "the body is JSON of a list; send one object"),

@@ -57,6 +57,20 @@ def test_the_mean_of_the_last_three(tmp_path: Path, run: Path, capsys: pytest.Ca
     assert check_contents(output).step == 12
 
 
+def test_a_mean_is_exported_in_one_command(tmp_path: Path, run: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert call("average_checkpoints.py", run, "--last", "2", "--output", tmp_path / "mean") == 0
+    for source, more in ((tmp_path / "mean", []), (run, ["--average", "2"])):
+        assert call("export/export_hf.py", source, *more, "--output", tmp_path / f"{source.name}_hf") == 0
+    assert "the mean of 2 checkpoints of" in capsys.readouterr().err
+    one, other = tmp_path / "mean_hf", tmp_path / f"{run.name}_hf"
+    assert (one / "model.safetensors").read_bytes() == (other / "model.safetensors").read_bytes()
+    card = (other / "README.md").read_text()
+    assert "the mean of the checkpoints of steps 10, 12" in card
+    assert "peak learning rate" in card, "the run's config goes along"
+    assert call("export/export_hf.py", run, "--average", "99", "--output", tmp_path / "new") == 2
+    assert "--last: 99, but" in capsys.readouterr().err
+
+
 def test_explicit_steps_and_weights_and_the_moving_averages(tmp_path: Path, run: Path) -> None:
     output = tmp_path / "mean"
     request = AverageRequest(run=run, output=output, steps=(4, 10), shares=(1, 3), weights="ema")
