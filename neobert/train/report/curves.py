@@ -63,8 +63,8 @@ def thin(values: Numbers, most: int = MOST_POINTS) -> NDArray[np.intp]:
     """Indices of at most `most` of the values, in order: the first, the last, and the lowest and the highest of each
     of equally long buckets, so that no spike is lost or averaged away."""
     if len(values) <= most:
-        return np.arange(len(values))
-    edges = np.linspace(0, len(values), (most - 2) // 2 + 1).astype(np.intp)
+        return np.arange(len(values), dtype=np.intp)
+    edges: list[int] = np.linspace(0, len(values), (most - 2) // 2 + 1).astype(int).tolist()
     kept = [0, len(values) - 1]
     for start, end in pairwise(edges):
         bucket = values[start:end]
