@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from neobert.data.tokenizer import Tokenizer
-from neobert.export.forms import Form
+from neobert.export.forms import Form, choose_family
 from neobert.export.gguf_file import GGUF_PACKAGES, tokenizer_problem, write_gguf
 from neobert.export.heads import find_head
 from neobert.export.llama_folder import LLAMA_POOLING, write_llama
@@ -74,13 +74,20 @@ def _native_problem(plan: ExportPlan) -> str | None:
     return "the folder has code of its own (--format remote_code), and this takes the native form alone"
 
 
+def _eurobert_problem(plan: ExportPlan) -> str | None:
+    family, _ = choose_family(plan.weights.config)
+    if plan.form == "native" and family.name != "eurobert":
+        return f"the folder has the layout of {family.title}, and this takes that of EuroBERT alone"
+    return _native_problem(plan)
+
+
 def _gguf_problem(plan: ExportPlan) -> str | None:
     head = "a head on labels has no counterpart in llama.cpp's eurobert" if find_head(plan.weights) else None
-    return _native_problem(plan) or head or tokenizer_problem(plan.tokenizer)
+    return _eurobert_problem(plan) or head or tokenizer_problem(plan.tokenizer)
 
 
 def _llama_problem(plan: ExportPlan) -> str | None:
-    if (problem := _native_problem(plan)) is not None:
+    if (problem := _eurobert_problem(plan)) is not None:
         return problem
     if find_head(plan.weights) is not None:
         return "a head on labels has no counterpart in LlamaBidirectionalModel"

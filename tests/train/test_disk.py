@@ -132,7 +132,7 @@ def test_lines_that_could_not_be_written_come_with_the_next_ones(
             raise OSError(28, "No space left on device")
         real(descriptor)
 
-    monkeypatch.setattr(sinks, "os", SimpleNamespace(fsync=fail_sometimes, truncate=sinks.os.truncate))
+    monkeypatch.setattr(sinks, "os", SimpleNamespace(**{**vars(sinks.os), "fsync": fail_sometimes}))
     pretrain(tiny(out, "trainer.save_model=false"))
     assert [x["step"] for x in log_lines(out, "step")] == list(range(1, 13))
     assert "a record could not be written ([Errno 28] No space left on device)" in capsys.readouterr().out
