@@ -9,7 +9,7 @@ from devices import DEVICE, KEYS, choose_test_device
 
 from neobert.config.load import parse_config
 from neobert.config.schema import Config
-from neobert.train.device import choose_device_type
+from neobert.train.hardware.device import choose_device_type
 
 
 def test_runs_of_the_tests_train_on_the_device(tiny: Callable[..., Config], tmp_path: Path) -> None:

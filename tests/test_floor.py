@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from neobert.train.compile_check import KNOWN_RIGHT
+from neobert.train.hardware.compile_check import KNOWN_RIGHT
 
 ROOT = Path(__file__).parents[1]
 SCRIPT = ROOT / ".ci" / "floor_requirements.py"

@@ -37,25 +37,25 @@ from neobert.objectives.table import choose_objective
 from neobert.train.build import build_attention, build_encoder, build_model_config, choose_rows_per_step
 from neobert.train.checkpoint.run_folder import check_output_dir
 from neobert.train.checkpoint.save import estimate_bytes
-from neobert.train.compile_check import KNOWN_RIGHT, TOLERANCE
-from neobert.train.device import (
+from neobert.train.hardware.compile_check import KNOWN_RIGHT, TOLERANCE
+from neobert.train.hardware.device import (
     choose_device_type,
     choose_faster,
     find_device_problems,
     find_tool_problems,
     measure_product,
 )
-from neobert.train.machine import (
+from neobert.train.hardware.machine import (
     Runtime,
     bind_precision,
     build_runtime,
-    check_launcher,
     check_runtime,
     choose_compile,
     compute_dtype,
 )
-from neobert.train.memory import available_bytes
-from neobert.train.micro_batch import KEY, bind_micro_batch
+from neobert.train.hardware.memory import available_bytes
+from neobert.train.hardware.micro_batch import KEY, bind_micro_batch
+from neobert.train.processes.launcher import bind_launcher
 from neobert.train.start import check_free_space, choose_start
 
 SECONDS = 10.0
@@ -113,7 +113,9 @@ def examine(config: Config, *, network: bool = True) -> Diagnosis:
         network: tries to open a connection to the hub, through which nothing is sent.
     """
     seen, hub = Diagnosis(), HubAccess(config, network=network)
-    for check in (check_launcher, check_runtime, check_output_dir, _check_folder):
+    with seen.noting("start"):
+        config, _ = bind_launcher(config)
+    for check in (check_runtime, check_output_dir, _check_folder):
         with seen.noting("start"):
             check(config)
     device_type = choose_device_type(config)

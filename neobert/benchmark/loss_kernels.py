@@ -17,7 +17,7 @@ import torch
 from neobert.benchmark.settings import SHAPES
 from neobert.benchmark.step_time import choose_clock
 from neobert.kernels.linear_cross_entropy import KERNELS, PACKAGES, kernel_problem
-from neobert.train.memory import forget_peak, peak_bytes
+from neobert.train.hardware.memory import forget_peak, peak_bytes
 
 
 class Case(NamedTuple):

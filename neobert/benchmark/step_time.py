@@ -40,7 +40,7 @@ from neobert.objectives.base import Objective, ObjectiveModule
 from neobert.objectives.table import OBJECTIVES
 from neobert.optim.groups import build_parameter_groups
 from neobert.optim.optimizers import build_optimizer
-from neobert.train.device import find_missing_tools
+from neobert.train.hardware.device import find_missing_tools
 from neobert.train.master_weights import MasterWeights
 from neobert.train.step import StepResult, train_step
 from neobert.types import LossSum, PackedBatch

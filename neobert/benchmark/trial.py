@@ -33,7 +33,7 @@ from neobert.inference.mlm_loss import LossSettings, MlmLoss, mlm_loss
 from neobert.inference.model import load
 from neobert.inference.scorer import OwnScorer
 from neobert.inference.texts import open_texts
-from neobert.train.device import choose_precision
+from neobert.train.hardware.device import choose_precision
 from neobert.train.loop import pretrain
 
 HELD_OUT = LossSettings(mlm_probability=0.15, mask_all=True, max_length=512, truncate=True, max_documents=400)

@@ -21,7 +21,7 @@ from neobert.data.tokenizer import Tokenizer, limit_threads
 from neobert.objectives.table import choose_objective
 from neobert.secrets import hide_credentials, scrub
 from neobert.train.build import build_config_data, choose_rows_per_step
-from neobert.train.micro_batch import shared_rows
+from neobert.train.hardware.micro_batch import shared_rows
 from neobert.types import IGNORE_INDEX, PackedBatch
 
 

@@ -27,7 +27,7 @@ from neobert.errors import DataError
 from neobert.inference.text_encoder import OwnEncoder, TextEncoder, check_max_length, load_text_encoder
 from neobert.objectives.contrastive import choose_vectors
 from neobert.objectives.late_interaction import TokenVectors, compare_pairs, join_tokens, max_sim
-from neobert.train.agreement import exchange, sharing_errors
+from neobert.train.processes.agreement import exchange, sharing_errors
 from neobert.train.run import Run
 
 Floats = NDArray[np.floating[Any]]

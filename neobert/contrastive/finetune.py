@@ -15,8 +15,8 @@ from neobert.errors import StartupError
 from neobert.objectives.late_interaction import TOKENS
 from neobert.objectives.table import check_task
 from neobert.train.bind import bind_own, bind_source
+from neobert.train.hardware.machine import describe_compute
 from neobert.train.loop import RunResult, train
-from neobert.train.machine import describe_compute
 from neobert.train.run import Job, Run, build_run
 from neobert.train.start import choose_start, write_config
 from neobert.weights.folder import checkpoint_steps

@@ -41,7 +41,7 @@ from neobert.model.attention import choose_attention
 from neobert.model.config import ModelConfig
 from neobert.model.encoder import Encoder
 from neobert.objectives.contrastive import ContrastiveEncoder, PairBatch
-from neobert.train.memory import current_bytes, forget_peak, peak_bytes
+from neobert.train.hardware.memory import current_bytes, forget_peak, peak_bytes
 from neobert.train.step import train_step
 from neobert.types import PackedBatch, PackedRow
 

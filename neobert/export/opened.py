@@ -73,7 +73,7 @@ class FileKind:
         opened = self.open(folder, reference)
         head = find_head(reference.weights)
         is_pairs = head is not None and head.num_texts == 2
-        chosen = range(len(TEXTS))
+        chosen = list(range(len(TEXTS)))
         if not self.truncates:
             longest = reference.weights.config.max_position_embeddings
             chosen = [i for i, ids in enumerate(wrap_texts(reference.tokenizer, 1 << 30)) if len(ids) <= longest]

@@ -68,7 +68,7 @@ class Verdict:
 
     @property
     def passed(self) -> bool:
-        return all(check.passed for check in (*self.checks, *self.rows))
+        return all(check.passed for check in self.checks) and all(row.passed for row in self.rows)
 
     def describe(self) -> str:
         """A line for each check."""

@@ -18,8 +18,8 @@ from neobert.finetune.labels import is_bio
 from neobert.finetune.scores import METRICS
 from neobert.objectives.classification import Kind, label_loss
 from neobert.objectives.label_answers import default_label
-from neobert.train.agreement import exchange
-from neobert.train.memory import memory_explained
+from neobert.train.hardware.memory import memory_explained
+from neobert.train.processes.agreement import exchange
 from neobert.train.run import Run
 
 Predictions = NDArray[np.int64] | NDArray[np.float64]

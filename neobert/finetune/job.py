@@ -18,11 +18,11 @@ from neobert.finetune.evaluate_labels import evaluate_labels, load_predictions
 from neobert.finetune.example_data import build_finetune_data, describe_labels
 from neobert.finetune.labelled_data import bind_labels, read_splits
 from neobert.objectives.table import check_task
-from neobert.train.agreement import agree
 from neobert.train.bind import bind_own, bind_source
 from neobert.train.checkpoint.retention import BEST
+from neobert.train.hardware.machine import describe_compute
 from neobert.train.loop import train
-from neobert.train.machine import describe_compute
+from neobert.train.processes.agreement import agree
 from neobert.train.run import Job, Run, build_run
 from neobert.train.start import choose_start, write_config
 

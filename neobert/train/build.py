@@ -33,8 +33,8 @@ from neobert.optim.muon import Muon
 from neobert.optim.optimizers import build_optimizer, keep_unit_length
 from neobert.optim.qk_clip import QKClip
 from neobert.optim.sharded_weights import is_sharded, whole
-from neobert.train.device import choose_device_type
-from neobert.train.machine import Runtime, choose_compile, compute_dtype
+from neobert.train.hardware.device import choose_device_type
+from neobert.train.hardware.machine import Runtime, choose_compile, compute_dtype
 from neobert.train.master_weights import MasterWeights
 from neobert.train.record.console import Reporter
 from neobert.train.record.sinks import WandbSink

@@ -18,15 +18,15 @@ from neobert.data.rows.order import step_seed
 from neobert.data.source.hub import write_documents
 from neobert.objectives.table import check_task
 from neobert.testing.faults import fault_point
-from neobert.train.agreement import meet, sharing_errors
 from neobert.train.checkpoint.identity import as_int64, check_next_batch
 from neobert.train.checkpoint.resume import resume_or_start, roll_back
 from neobert.train.checkpoint.save import complete_save, save_checkpoint, save_is_due
 from neobert.train.finish import finish, stop_early
-from neobert.train.heartbeat import naming_lost_ranks
-from neobert.train.memory import memory_explained
+from neobert.train.hardware.memory import memory_explained
 from neobert.train.pretraining import log_evaluation
 from neobert.train.probes.probing import log_probes, probing_missing
+from neobert.train.processes.agreement import meet, sharing_errors
+from neobert.train.processes.heartbeat import naming_lost_ranks
 from neobert.train.record.profiling import DATA_WAIT, profiled
 from neobert.train.report.environment import describe_environment
 from neobert.train.run import Run, build_run

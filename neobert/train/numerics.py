@@ -16,8 +16,8 @@ import torch
 from torch import Tensor
 
 from neobert.config.schema_trainer import TrainerSection
-from neobert.train.agreement import describe_ranges, join_ranges
-from neobert.train.machine import Runtime
+from neobert.train.hardware.machine import Runtime
+from neobert.train.processes.agreement import describe_ranges, join_ranges
 from neobert.train.step import StepMetrics, not_finite
 from neobert.types import TrainState
 

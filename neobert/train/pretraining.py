@@ -18,10 +18,10 @@ from neobert.kernels.linear_cross_entropy import choose_kernel
 from neobert.model.peak import name_without_peak
 from neobert.objectives.base import Answer, Answers, EvalMetrics, EvalSums
 from neobert.objectives.table import load_part
-from neobert.train.agreement import meet
 from neobert.train.checkpoint.replicas import check_replicas
-from neobert.train.machine import describe_compute
-from neobert.train.memory import memory_explained
+from neobert.train.hardware.machine import describe_compute
+from neobert.train.hardware.memory import memory_explained
+from neobert.train.processes.agreement import meet
 from neobert.train.run import Job, Run
 from neobert.train.start import write_config
 from neobert.types import PackedBatch, TrainState

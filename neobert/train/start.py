@@ -19,7 +19,6 @@ from neobert.config.nesting import parse_json
 from neobert.config.schema import Config
 from neobert.disk import is_locked_by, lock_file, replacing
 from neobert.errors import StartupError
-from neobert.train.agreement import RankError, agree, exchange
 from neobert.train.checkpoint.run_folder import (
     check_output_dir,
     check_own,
@@ -28,6 +27,7 @@ from neobert.train.checkpoint.run_folder import (
     holds_run,
     set_aside,
 )
+from neobert.train.processes.agreement import RankError, agree, exchange
 from neobert.weights.folder import (
     AVERAGE_FILE,
     CheckpointError,
@@ -38,7 +38,7 @@ from neobert.weights.folder import (
 )
 
 if TYPE_CHECKING:
-    from neobert.train.machine import Runtime
+    from neobert.train.hardware.machine import Runtime
     from neobert.train.record.console import Reporter
 
 LOCK = ".lock"

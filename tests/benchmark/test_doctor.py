@@ -19,7 +19,7 @@ from neobert.commands import doctor_command
 from neobert.config.schema import Config
 from neobert.kernels.linear_cross_entropy import KERNELS
 from neobert.model.attention import ATTENTION
-from neobert.train import device, micro_batch
+from neobert.train.hardware import device, micro_batch
 
 Tiny = Callable[..., Config]
 Patch = pytest.MonkeyPatch

@@ -26,7 +26,7 @@ from neobert.data.store.prepare import cut_tokens, prepare_tokens, work_folder
 from neobert.data.store.token_folder import Origin, PrepareSettings
 from neobert.data.store.tokens import TokenStore
 from neobert.errors import DataError
-from neobert.train.memory import current_bytes, forget_peak, peak_bytes
+from neobert.train.hardware.memory import current_bytes, forget_peak, peak_bytes
 
 SMALL = PrepareSettings(max_document_chars=150, max_bad_records=3, file_tokens=700)
 

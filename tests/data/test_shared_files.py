@@ -19,8 +19,8 @@ from neobert.data.source.inventory import NO_FILES
 from neobert.data.source.sharing import choose_num_lanes, fit_lanes
 from neobert.data.source.spec import SourceSpec
 from neobert.errors import DataError
-from neobert.train import agreement
-from neobert.train.agreement import RankError, SharedFiles, sharing_errors
+from neobert.train.processes import agreement
+from neobert.train.processes.agreement import RankError, SharedFiles, sharing_errors
 
 
 @pytest.fixture

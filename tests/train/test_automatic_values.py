@@ -19,18 +19,18 @@ from neobert.config.load import load_config, save_config
 from neobert.config.schema import Config
 from neobert.data.tokenizer import load_tokenizer
 from neobert.errors import StartupError
-from neobert.train import device, micro_batch
-from neobert.train import machine as precision
-from neobert.train import memory as host_memory
 from neobert.train.build import choose_rows_per_step
-from neobert.train.loop import pretrain
-from neobert.train.micro_batch import (
+from neobert.train.hardware import device, micro_batch
+from neobert.train.hardware import machine as precision
+from neobert.train.hardware import memory as host_memory
+from neobert.train.hardware.micro_batch import (
     build_full_rows,
     choose_by_line,
     choose_by_trial,
     choose_kept,
     divisors,
 )
+from neobert.train.loop import pretrain
 
 Tiny = Callable[..., Config]
 GIB = 2**30
@@ -336,8 +336,8 @@ import torch
 from neobert.config.load import load_config, save_config
 from neobert.data.tokenizer import load_tokenizer
 from neobert.train.build import build_attention, build_model_config
-from neobert.train.machine import build_runtime
-from neobert.train.micro_batch import build_measure
+from neobert.train.hardware.machine import build_runtime
+from neobert.train.hardware.micro_batch import build_measure
 
 torch.set_num_threads(1)
 config = load_config(sys.argv[1])

@@ -9,7 +9,7 @@ from safetensors.torch import load_file
 from torch._dynamo.utils import counters
 
 from neobert.config.schema import Config
-from neobert.train import run as opening
+from neobert.train import setup as opening
 from neobert.train.loop import pretrain
 
 

@@ -15,8 +15,8 @@ from neobert.config.schema import Config
 from neobert.errors import StartupError
 from neobert.model import layers, rotary
 from neobert.model.attention import ATTENTION
-from neobert.train import compile_check
-from neobert.train.compile_check import check_compiled_gradients, find_largest_difference
+from neobert.train.hardware import compile_check
+from neobert.train.hardware.compile_check import check_compiled_gradients, find_largest_difference
 from neobert.train.loop import pretrain
 
 CPU = torch.device("cpu")

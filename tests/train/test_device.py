@@ -13,11 +13,12 @@ from neobert.config.load import ConfigError
 from neobert.config.schema import Config
 from neobert.errors import StartupError
 from neobert.model.peak import PEAKS, name_without_peak, peak_flops
-from neobert.train import build, machine, micro_batch
-from neobert.train import device as gpu
-from neobert.train.device import choose_device_type
-from neobert.train.machine import build_runtime, check_runtime, choose_compile
-from neobert.train.memory import is_out_of_memory
+from neobert.train import build
+from neobert.train.hardware import device as gpu
+from neobert.train.hardware import machine, micro_batch
+from neobert.train.hardware.device import choose_device_type
+from neobert.train.hardware.machine import build_runtime, check_runtime, choose_compile
+from neobert.train.hardware.memory import is_out_of_memory
 
 Tiny = Callable[..., Config]
 CUDA = torch.device("cuda")

@@ -17,7 +17,7 @@ from ports import free_port
 from neobert.cli import EXIT_CODES
 from neobert.config.schema import Config
 from neobert.train import loop
-from neobert.train.heartbeat import BROKEN_SECONDS, STOPPING_SECONDS, Beat, RankLostError, Watch, is_of_peers
+from neobert.train.processes.heartbeat import BROKEN_SECONDS, STOPPING_SECONDS, Beat, RankLostError, Watch, is_of_peers
 
 LIVE = Beat(where="step 7", is_patient=False, host="node1")
 Change = Callable[[Beat, int], Beat]

@@ -8,9 +8,9 @@ import pytest
 from neobert.config.load import load_config
 from neobert.config.schema import Config
 from neobert.errors import StartupError
-from neobert.train import machine as runtime
-from neobert.train.launcher import bind_launcher, check_world
+from neobert.train.hardware import machine as runtime
 from neobert.train.loop import pretrain
+from neobert.train.processes.launcher import bind_launcher, check_world
 
 Tiny = Callable[..., Config]
 

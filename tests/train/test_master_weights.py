@@ -25,7 +25,7 @@ from neobert.model.encoder import Encoder
 from neobert.objectives.mlm import MaskedLM
 from neobert.optim.optimizers import OPTIMIZERS, build_optimizer
 from neobert.optim.qk_clip import QKClip
-from neobert.train import micro_batch
+from neobert.train.hardware import micro_batch
 from neobert.train.loop import pretrain
 from neobert.train.master_weights import MasterWeights
 from neobert.train.step import train_step

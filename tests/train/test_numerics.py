@@ -22,11 +22,11 @@ from neobert.config.schema import Config
 from neobert.config.schema_trainer import TrainerSection
 from neobert.objectives.mlm import MaskedLM
 from neobert.train import loop, numerics
-from neobert.train.agreement import describe_ranges, join_ranges
+from neobert.train.hardware.machine import Runtime
+from neobert.train.hardware.memory import OutOfMemory
 from neobert.train.loop import pretrain
-from neobert.train.machine import Runtime
-from neobert.train.memory import OutOfMemory
 from neobert.train.numerics import Guard
+from neobert.train.processes.agreement import describe_ranges, join_ranges
 from neobert.train.run import build_run
 from neobert.train.step import train_step
 from neobert.types import PackedBatch, StepBatch, TrainState

@@ -16,7 +16,7 @@ from neobert.config.load import load_config
 from neobert.config.schema import Config
 from neobert.errors import StartupError
 from neobert.train.loop import pretrain
-from neobert.train.parallel import choose_engine, choose_mesh_shape
+from neobert.train.processes.parallel import choose_engine, choose_mesh_shape
 from neobert.weights.folder import valid_steps
 
 Tiny = Callable[..., Config]

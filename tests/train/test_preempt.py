@@ -226,7 +226,7 @@ def test_a_signal_at_the_start_of_the_script_stops_it_with_75(
     number: signal.Signals,
 ) -> None:
     (tmp_path / "run.yaml").write_text(config_to_yaml(tiny(tmp_path / "run")))
-    monkeypatch.setattr("neobert.train.run.check_runtime", lambda config: send(number))
+    monkeypatch.setattr("neobert.train.setup.check_runtime", lambda config: send(number))
     assert call("pretraining/pretrain.py", tmp_path / "run.yaml") == 75
     assert capsys.readouterr().err == "stopped\n"
     assert not (tmp_path / "run" / "checkpoints").exists()

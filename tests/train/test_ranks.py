@@ -20,9 +20,11 @@ from neobert.data.rows.evaluation import EvalSet
 from neobert.data.rows.loader import merge_states
 from neobert.data.store import prepare
 from neobert.errors import DataError, StartupError
-from neobert.train import agreement as facts
 from neobert.train import loop
-from neobert.train.agreement import (
+from neobert.train.checkpoint.replicas import compare_tensors
+from neobert.train.loop import pretrain
+from neobert.train.processes import agreement as facts
+from neobert.train.processes.agreement import (
     RankError,
     agree,
     check_equal,
@@ -33,8 +35,6 @@ from neobert.train.agreement import (
     main_first,
     sharing_errors,
 )
-from neobert.train.checkpoint.replicas import compare_tensors
-from neobert.train.loop import pretrain
 from neobert.weights.folder import checkpoint_steps
 
 Tiny = Callable[..., Config]

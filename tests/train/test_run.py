@@ -17,9 +17,9 @@ from neobert.config.schema import Config
 from neobert.errors import DataError, StartupError
 from neobert.inference.model import load
 from neobert.objectives.mlm import perplexity
-from neobert.train import device as gpu
-from neobert.train import machine as runtime
 from neobert.train.build import choose_rows_per_step
+from neobert.train.hardware import device as gpu
+from neobert.train.hardware import machine as runtime
 from neobert.train.loop import pretrain
 from neobert.train.record import console, tracking
 from neobert.weights.describe import WeightsError

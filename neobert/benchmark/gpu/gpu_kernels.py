@@ -32,7 +32,7 @@ from neobert.model.attention import (
 )
 from neobert.model.fp8 import fp8_problem
 from neobert.model.segments import Segments
-from neobert.train.device import C_COMPILERS, find_missing_tools, find_unused_gpu
+from neobert.train.hardware.device import C_COMPILERS, find_missing_tools, find_unused_gpu
 
 _PACKAGES = ("torch", "triton", "numpy", "liger-kernel", "flash-attn", "flash-attn-3", "transformers", "accelerate")
 _PAPER = PRESETS["neobert"]

@@ -36,7 +36,7 @@ class RankLayout:
     processes: int
     micro_batch_rows: int
     engine: str = "ddp"
-    """Of `neobert.train.parallel.ENGINES`."""
+    """Of `neobert.train.processes.parallel.ENGINES`."""
 
     def __str__(self) -> str:
         sharded = "" if self.engine == "ddp" else f" by {self.engine}"

@@ -27,7 +27,7 @@ from pathlib import Path
 
 from neobert.disk import sync
 from neobert.testing.faults import fault_point
-from neobert.train.machine import Runtime
+from neobert.train.hardware.machine import Runtime
 from neobert.weights.folder import MANIFEST, FileRecord, Manifest, record_file
 
 Write = Callable[[Path], None]

@@ -18,8 +18,8 @@ from torch.optim import Optimizer
 
 from neobert.data.rows.loader import merge_states
 from neobert.optim.sharded_weights import is_sharded
-from neobert.train.agreement import RankError, differ, exchange
-from neobert.train.machine import Runtime
+from neobert.train.hardware.machine import Runtime
+from neobert.train.processes.agreement import RankError, differ, exchange
 from neobert.types import TrainState
 
 if TYPE_CHECKING:

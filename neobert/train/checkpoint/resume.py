@@ -25,7 +25,6 @@ from neobert.errors import StartupError
 from neobert.model.config import ModelConfig
 from neobert.optim.groups import regroup_state
 from neobert.optim.sharded_weights import load_whole
-from neobert.train.agreement import agree, check_equal, sharing_errors
 from neobert.train.build import choose_mask_end
 from neobert.train.checkpoint.identity import (
     Comparison,
@@ -39,6 +38,7 @@ from neobert.train.checkpoint.replicas import check_replicas
 from neobert.train.checkpoint.retention import choose_best_of_each, list_scores
 from neobert.train.checkpoint.save import complete_save, estimate_bytes
 from neobert.train.checkpoint.sharded_state import OPTIMIZER_FILE, OPTIMIZER_FOLDER, load_shards, shard_state
+from neobert.train.processes.agreement import agree, check_equal, sharing_errors
 from neobert.train.run import Run
 from neobert.train.start import check_free_space, is_own, read_checkpoint_config, read_train_state
 from neobert.types import TrainState

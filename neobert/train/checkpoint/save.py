@@ -16,12 +16,12 @@ from neobert.config.load import config_to_yaml, without_secrets
 from neobert.data.rows.loader import merge_states
 from neobert.data.tokenizer import tokenizer_info
 from neobert.optim.sharded_weights import whole
-from neobert.train.agreement import PACKAGES, agree
 from neobert.train.checkpoint.commit import SaveResult, Write
 from neobert.train.checkpoint.identity import describe_groups
 from neobert.train.checkpoint.replicas import check_replicas
 from neobert.train.checkpoint.retention import is_milestone, prune
 from neobert.train.checkpoint.sharded_state import OPTIMIZER_FILE, build_shard_files
+from neobert.train.processes.agreement import PACKAGES, agree
 from neobert.train.run import Run
 from neobert.train.start import FORMAT_VERSION
 from neobert.types import TrainState

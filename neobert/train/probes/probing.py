@@ -16,13 +16,13 @@ from numpy.typing import NDArray
 from neobert.correlation import spearman
 from neobert.inference.model import Model
 from neobert.inference.packed import BATCH_TOKENS, evaluating
-from neobert.train.agreement import exchange, gather_rows, sharing_errors
-from neobert.train.machine import Runtime
+from neobert.train.hardware.machine import Runtime
 from neobert.train.probes.frozen_states import knn_accuracy, ridge_accuracy
 from neobert.train.probes.labelled_sets import ProbeSet
 from neobert.train.probes.loss_bands import BandLoss, measure
 from neobert.train.probes.pinned import Probes
 from neobert.train.probes.result import LOSSES, ProbeResult
+from neobert.train.processes.agreement import exchange, gather_rows, sharing_errors
 from neobert.train.run import Run
 from neobert.types import TrainState
 

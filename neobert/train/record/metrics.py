@@ -20,7 +20,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from neobert.train.machine import Runtime
+from neobert.train.hardware.machine import Runtime
 from neobert.train.step import StepMetrics
 
 

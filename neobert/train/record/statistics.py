@@ -20,7 +20,7 @@ from neobert.config.schema import Config
 from neobert.objectives.base import ObjectiveModule
 from neobert.objectives.table import choose_objective
 from neobert.optim.sharded_weights import whole
-from neobert.train.parallel import gathered
+from neobert.train.processes.parallel import gathered
 from neobert.types import IGNORE_INDEX, MicroBatch, PackedBatch
 
 MOST_TOKENS = 256

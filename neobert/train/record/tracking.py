@@ -21,7 +21,6 @@ from neobert.objectives.mlm import perplexity
 from neobert.objectives.table import choose_objective
 from neobert.optim.sharded_weights import whole
 from neobert.secrets import scrub_config
-from neobert.train.agreement import broadcast
 from neobert.train.checkpoint.audit import (
     TURNS,
     RankLayout,
@@ -30,10 +29,11 @@ from neobert.train.checkpoint.audit import (
     is_first_attempt,
     read_layout,
 )
-from neobert.train.machine import Runtime, compute_dtype
+from neobert.train.hardware.machine import Runtime, compute_dtype
 from neobert.train.numerics import SkippedStep, build_skipped_step
-from neobert.train.parallel import choose_engine
 from neobert.train.probes.result import ProbeResult
+from neobert.train.processes.agreement import broadcast
+from neobert.train.processes.parallel import choose_engine
 from neobert.train.record.console import Reporter
 from neobert.train.record.metrics import Interval, IntervalSums, MetricWindow, StepRecord, summarise
 from neobert.train.record.sinks import LineFile

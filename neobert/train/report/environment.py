@@ -4,8 +4,8 @@ import platform
 from importlib.metadata import version
 from typing import TYPE_CHECKING, Any
 
-from neobert.train.agreement import PACKAGES, READERS
-from neobert.train.machine import choose_compile, describe_precision
+from neobert.train.hardware.machine import choose_compile, describe_precision
+from neobert.train.processes.agreement import PACKAGES, READERS
 from neobert.weights.vocabulary import VOCABULARY_TENSORS
 
 if TYPE_CHECKING:

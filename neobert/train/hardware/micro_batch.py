@@ -34,10 +34,10 @@ from neobert.errors import StartupError
 from neobert.model.attention import AttentionBackend
 from neobert.model.config import ModelConfig
 from neobert.objectives.table import choose_objective
-from neobert.train.agreement import exchange
 from neobert.train.build import build_mask_policy, build_model, build_module, build_run_optimizer
-from neobert.train.machine import Runtime, compute_dtype
-from neobert.train.memory import available_bytes, current_bytes, forget_peak, is_out_of_memory, peak_bytes
+from neobert.train.hardware.machine import Runtime, compute_dtype
+from neobert.train.hardware.memory import available_bytes, current_bytes, forget_peak, is_out_of_memory, peak_bytes
+from neobert.train.processes.agreement import exchange
 from neobert.train.step import train_step
 from neobert.types import PackedBatch, PackedRow
 

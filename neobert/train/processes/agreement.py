@@ -33,7 +33,7 @@ from neobert.secrets import scrub
 from neobert.weights.folder import MANIFEST
 
 if TYPE_CHECKING:
-    from neobert.train.machine import Runtime
+    from neobert.train.hardware.machine import Runtime
 
 
 def join_ranges(numbers: Iterable[int]) -> list[tuple[int, int]]:

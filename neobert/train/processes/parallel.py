@@ -34,7 +34,7 @@ from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from neobert.config.schema import Config
 from neobert.errors import StartupError
 from neobert.objectives.base import ObjectiveModule
-from neobert.train.machine import Runtime, compute_dtype
+from neobert.train.hardware.machine import Runtime, compute_dtype
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -33,10 +33,10 @@ from neobert.model.config import ModelConfig
 from neobert.model.encoder import Encoder
 from neobert.model.fp8 import FP8_PRODUCTS, use_fp8
 from neobert.model.segments import Segments
-from neobert.train.agreement import exchange
 from neobert.train.build import choose_compile_options, compile_blocks
-from neobert.train.machine import Runtime, choose_compile, compute_dtype
+from neobert.train.hardware.machine import Runtime, choose_compile, compute_dtype
 from neobert.train.master_weights import bf16_parts
+from neobert.train.processes.agreement import exchange
 
 KNOWN_RIGHT = "2.13"
 """A release of torch in which all tests of compiled gradients pass."""

@@ -28,8 +28,7 @@ from neobert.errors import StartupError
 from neobert.host import describe_waiting
 from neobert.kernels.linear_cross_entropy import choose_kernel
 from neobert.model.fp8 import fp8_problem
-from neobert.train.agreement import exchange
-from neobert.train.device import (
+from neobert.train.hardware.device import (
     choose_device_type,
     choose_precision,
     find_device_problems,
@@ -37,9 +36,10 @@ from neobert.train.device import (
     set_determinism,
     use_expandable_segments,
 )
-from neobert.train.heartbeat import PATIENCE, Heartbeat, build_heartbeat, choose_group_timeout
-from neobert.train.launcher import check_world
 from neobert.train.master_weights import MasterWeights
+from neobert.train.processes.agreement import exchange
+from neobert.train.processes.heartbeat import PATIENCE, Heartbeat, build_heartbeat, choose_group_timeout
+from neobert.train.processes.launcher import check_world
 
 T = TypeVar("T")
 
