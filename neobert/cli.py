@@ -68,7 +68,7 @@ def run(main: Callable[[], int | None], *, also: tuple[type[Exception], ...] = (
             code = main() or 0
     except correctable as error:
         is_passing = isinstance(error, OSError) and resumes
-        say(f"error: {_describe(error)}" + (f"; fix that, and {_RESUMES}" if is_passing else ""))
+        say_error(_describe(error) + (f"; fix that, and {_RESUMES}" if is_passing else ""))
         code = EXIT_CODES[error.outcome if isinstance(error, UserError) else "wrong_call"]
     except (KeyboardInterrupt, _Stopped) as stopped:
         say(f"stopped; {_RESUMES}" if resumes else "stopped")
@@ -80,6 +80,11 @@ def say(*lines: str) -> None:
     """Prints to the error output, without secrets: results alone go to the standard output."""
     for line in lines:
         print(scrub(line), file=sys.stderr)
+
+
+def say_error(sentence: str) -> None:
+    """Says why a process ends."""
+    say(f"error: {sentence}")
 
 
 def _take_files_as_utf8() -> None:

@@ -87,7 +87,7 @@ class Cluster:
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class Model:
+class CountedModel:
     """What is counted once for a config."""
 
     weights: int
@@ -190,7 +190,7 @@ def size_config(
 # --- counted on fake tensors -----------------------------------------------------------------------------------------
 
 
-def count_model(config: Config, vocab_size: int | None, mean_document: float = MEAN_DOCUMENT) -> Model:
+def count_model(config: Config, vocab_size: int | None, mean_document: float = MEAN_DOCUMENT) -> CountedModel:
     """Counts what a step of the config needs, over rows of made-up documents."""
     trainer, length = config.trainer, config.dataset.max_seq_length
     settings = StepSettings(
@@ -247,7 +247,7 @@ def _describe_model(
     module: ObjectiveModule,
     optimizer_bytes: int,
     optimizer_flops: float,
-) -> Model:
+) -> CountedModel:
     trainer, model, encoder = config.trainer, source.model, module.encoder
     batch, num_blocks = next(source.batches), source.model.num_hidden_layers
     weights = sum(p.numel() for p in module.parameters())
@@ -266,7 +266,7 @@ def _describe_model(
         slots = trainer.max_tokens
     elif trainer.max_steps is not None and rows is not None:
         slots = trainer.max_steps * rows * length
-    return Model(
+    return CountedModel(
         weights=weights,
         root_weights=weights - sum(p.numel() for p in encoder.layers.parameters()),
         num_blocks=num_blocks,
@@ -290,7 +290,7 @@ def _describe_model(
 # --- computed --------------------------------------------------------------------------------------------------------
 
 
-def choose_size(model: Model, cluster: Cluster, parallel: str, rows: int) -> Size:
+def choose_size(model: CountedModel, cluster: Cluster, parallel: str, rows: int) -> Size:
     """The largest micro-batch that fits, and what it comes to; rows of a step are `rows`."""
     share = rows // cluster.num_gpus
     fitting = [n for n in range(1, share + 1) if share % n == 0]
@@ -304,7 +304,7 @@ def _num_parts(cluster: Cluster, parallel: str) -> int:
     return {"ddp": 1, "fsdp2": cluster.num_gpus, "hsdp": min(cluster.per_node, cluster.num_gpus)}[parallel]
 
 
-def _size(model: Model, cluster: Cluster, parallel: str, rows: int, micro: int) -> Size:
+def _size(model: CountedModel, cluster: Cluster, parallel: str, rows: int, micro: int) -> Size:
     gpu, parts = GPUS[cluster.gpu], _num_parts(cluster, parallel)
     block = (model.weights - model.root_weights) / model.num_blocks
     slots = micro * model.length
@@ -340,7 +340,7 @@ def _size(model: Model, cluster: Cluster, parallel: str, rows: int, micro: int) 
     )
 
 
-def _micro_seconds(model: Model, cluster: Cluster, parallel: str, slots: int) -> float:
+def _micro_seconds(model: CountedModel, cluster: Cluster, parallel: str, slots: int) -> float:
     """Forward and backward of a micro-batch, and what is exchanged within."""
     gpu = GPUS[cluster.gpu]
     peak, bandwidth = (PEAKS[gpu.name].bf16 or 0) * 1e12, gpu.bandwidth * _BANDWIDTH
@@ -355,7 +355,7 @@ def _micro_seconds(model: Model, cluster: Cluster, parallel: str, slots: int) ->
     return seconds
 
 
-def _step_seconds(model: Model, cluster: Cluster, parallel: str, micro_seconds: float) -> float:
+def _step_seconds(model: CountedModel, cluster: Cluster, parallel: str, micro_seconds: float) -> float:
     """Once a step: gradients of copies, and the optimizer."""
     gpu, parts = GPUS[cluster.gpu], _num_parts(cluster, parallel)
     copies, seconds = cluster.num_gpus // parts, 0.0

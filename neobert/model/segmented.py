@@ -28,7 +28,7 @@ from torch import Tensor
 from neobert.model.buckets import plan_buckets
 from neobert.model.fused_documents import backward_fused, empty_logsumexps, forward_fused, is_fused, slices_of
 from neobert.model.segments import Segments
-from neobert.model.short_documents import DocumentBatch, backward_short, forward_short, split_short
+from neobert.model.short_documents import ShortDocuments, backward_short, forward_short, split_short
 
 _TILE = 2**20
 """Scores (heads x queries x keys) of one tile: 2 MB of bf16 stay in a CPU's cache."""
@@ -239,7 +239,7 @@ def _backward_by_document(
     return grads_TND[0], grads_TND[1], grads_TND[2]
 
 
-def _split_short(q_TND: Tensor, borders: Tensor, reach: int) -> tuple[list[DocumentBatch], Tensor]:
+def _split_short(q_TND: Tensor, borders: Tensor, reach: int) -> tuple[list[ShortDocuments], Tensor]:
     """Batches of short documents where they are worth it, and the borders of the rest."""
     if q_TND.dtype != torch.bfloat16:
         return [], borders

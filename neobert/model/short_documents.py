@@ -19,7 +19,7 @@ _MOST_SCORES = 2**20
 """Heads x queries x keys of a batch: 2 MB of bf16 stay in a CPU's cache."""
 
 
-class DocumentBatch(NamedTuple):
+class ShortDocuments(NamedTuple):
     """Documents that go together."""
 
     slots_BL: Tensor
@@ -29,7 +29,7 @@ class DocumentBatch(NamedTuple):
     """Whether a slot is not such a repetition."""
 
 
-def split_short(borders: Tensor, *, block: int, reach: int, num_heads: int) -> tuple[list[DocumentBatch], Tensor]:
+def split_short(borders: Tensor, *, block: int, reach: int, num_heads: int) -> tuple[list[ShortDocuments], Tensor]:
     """Batches of the short documents, and the borders `[2, N]` of the others.
 
     Args:
@@ -49,7 +49,7 @@ def split_short(borders: Tensor, *, block: int, reach: int, num_heads: int) -> t
         for part in _split_by_powers(chosen, max(1, _MOST_SCORES // (num_heads * length * length))):
             offsets, last_B1 = torch.arange(length), lengths[part][:, None] - 1
             slots_BL = starts[part][:, None] + torch.minimum(offsets, last_B1)
-            batches.append(DocumentBatch(slots_BL, offsets <= last_B1))
+            batches.append(ShortDocuments(slots_BL, offsets <= last_B1))
     return batches, borders[:, (lengths > 0) & ~is_short]
 
 
@@ -67,7 +67,7 @@ def _split_by_powers(items: Tensor, most: int) -> Iterator[Tensor]:
 
 
 def forward_short(
-    q_TND: Tensor, k_TND: Tensor, v_TND: Tensor, out_TND: Tensor, batch: DocumentBatch, scale: float
+    q_TND: Tensor, k_TND: Tensor, v_TND: Tensor, out_TND: Tensor, batch: ShortDocuments, scale: float
 ) -> None:
     """Writes the attention of the documents to their slots of `out_TND`."""
     q_MLD, k_MLD, v_MLD = (_gather(x, batch) for x in (q_TND, k_TND, v_TND))
@@ -81,7 +81,7 @@ def backward_short(
     k_TND: Tensor,
     v_TND: Tensor,
     grads_TND: tuple[Tensor, ...],
-    batch: DocumentBatch,
+    batch: ShortDocuments,
     scale: float,
 ) -> None:
     """Writes the gradients of queries, keys and values of the documents to their slots of `grads_TND`."""
@@ -101,13 +101,13 @@ def backward_short(
         _scatter(part_MLD, grads, batch)
 
 
-def _gather(x_TND: Tensor, batch: DocumentBatch) -> Tensor:
+def _gather(x_TND: Tensor, batch: ShortDocuments) -> Tensor:
     """`[M, L, D]`, contiguous."""
     x_BLND = x_TND.index_select(0, batch.slots_BL.flatten()).unflatten(0, batch.slots_BL.shape)
     return x_BLND.transpose(1, 2).reshape(-1, batch.slots_BL.shape[1], x_TND.shape[2])
 
 
-def _scatter(x_MLD: Tensor, out_TND: Tensor, batch: DocumentBatch) -> None:
+def _scatter(x_MLD: Tensor, out_TND: Tensor, batch: ShortDocuments) -> None:
     """Writes what is own to its slots."""
     x_BLND = x_MLD.unflatten(0, (len(batch.slots_BL), -1)).transpose(1, 2)
     own = batch.is_own_BL
@@ -119,7 +119,7 @@ def _scaled_product(a: Tensor, b: Tensor, scale: float) -> Tensor:
     return torch.baddbmm(out, a, b, beta=0, alpha=scale, out=out)
 
 
-def _probabilities(q_MLD: Tensor, k_MLD: Tensor, batch: DocumentBatch, scale: float) -> Tensor:
+def _probabilities(q_MLD: Tensor, k_MLD: Tensor, batch: ShortDocuments, scale: float) -> Tensor:
     """Softmax over the scores of the documents, `[M, L, L]`, fp32 inside."""
     scores_MLL = _scaled_product(q_MLD, k_MLD.transpose(1, 2), scale)
     scores_BNLL = scores_MLL.unflatten(0, (len(batch.slots_BL), -1))

@@ -1,4 +1,4 @@
-"""What stands before a run is built: all that can be wrong with machine, folder, checkpoint and tokenizer."""
+"""What comes before a run is built: all that can be wrong with machine, folder, checkpoint and tokenizer."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass

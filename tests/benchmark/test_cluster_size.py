@@ -5,7 +5,7 @@ from dataclasses import replace
 
 import pytest
 
-from neobert.benchmark.cluster_size import GPUS, PARALLEL, Cluster, Model, choose_size, count_model, size_config
+from neobert.benchmark.cluster_size import GPUS, PARALLEL, Cluster, CountedModel, choose_size, count_model, size_config
 from neobert.commands.cluster_commands import GPU_NAMES
 from neobert.commands.registry import run_command
 from neobert.config.load import load_config
@@ -23,7 +23,7 @@ SMALL = [
 
 
 @pytest.fixture(scope="module")
-def counted() -> dict[str, Model]:
+def counted() -> dict[str, CountedModel]:
     found = {}
     for name, more in {
         "plain": [],
@@ -33,7 +33,7 @@ def counted() -> dict[str, Model]:
     return found
 
 
-def test_what_is_counted(counted: dict[str, Model]) -> None:
+def test_what_is_counted(counted: dict[str, CountedModel]) -> None:
     plain = counted["plain"]
     hidden, ffn, vocabulary = 64, 64, 1024
     blocks = 2 * (4 * hidden**2 + 3 * hidden * ffn + 2 * hidden)
@@ -49,7 +49,7 @@ def test_what_is_counted(counted: dict[str, Model]) -> None:
     assert plain.slots == 1_000_000 * 96 * 1024
 
 
-def test_sharded_weights_leave_room(counted: dict[str, Model]) -> None:
+def test_sharded_weights_leave_room(counted: dict[str, CountedModel]) -> None:
     model = replace(counted["other"], weights=5_000_000_000, optimizer_bytes=40_000_000_000)
     cluster = Cluster(gpu="H100", num_gpus=32)
     sizes = {name: choose_size(model, cluster, name, 96) for name in PARALLEL}
@@ -60,7 +60,7 @@ def test_sharded_weights_leave_room(counted: dict[str, Model]) -> None:
     assert sizes["hsdp"].total < sizes["ddp"].total
 
 
-def test_more_gpus_are_faster_and_cost_no_less(counted: dict[str, Model]) -> None:
+def test_more_gpus_are_faster_and_cost_no_less(counted: dict[str, CountedModel]) -> None:
     model = replace(counted["plain"], launches=0, block_flops=1e10, weights=100_000_000)  # Large enough to be busy.
     found = [choose_size(model, Cluster(gpu="H100", num_gpus=n), "ddp", 96) for n in (1, 8, 32)]
     assert found[0].slots_per_second < found[1].slots_per_second < found[2].slots_per_second

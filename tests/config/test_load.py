@@ -145,7 +145,7 @@ def test_lists_are_tuples():
         ("optimizer.lr=nan", "optimizer.lr: 'nan' is not a number"),
         ("optimizer.lr=inf", "optimizer.lr: 'inf' is not a number"),
         ("model.rope=maybe", "model.rope: 'maybe' is not true or false"),
-        ("model.hidden_act=swiglo", "'swiglo' is not one of swiglu, gelu. Did you mean swiglu?"),
+        ("model.hidden_act=swiglo", "'swiglo' is not one of swiglu, gelu, geglu. Did you mean swiglu?"),
         ("trainer.save_strategy=epoch", "trainer.save_strategy: 'epoch' is not one of steps, no"),
         ("optimizer.betas=[0.9]", "optimizer.betas: expected a list of 2 numbers, got 1"),
         ("optimizer.betas=0.9,0.95", "'0.9,0.95' is not a list of 2 numbers; write it as [0.9, 0.95]"),

@@ -31,7 +31,7 @@ from typing import Any, NoReturn
 import torch.distributed as dist
 from torch.distributed.distributed_c10d import _get_default_store
 
-from neobert.cli import EXIT_CODES, say
+from neobert.cli import EXIT_CODES, say_error
 from neobert.errors import UserError
 
 INTERVAL_SECONDS = 1.0
@@ -274,7 +274,7 @@ def choose_group_timeout(timeout: float | None) -> timedelta:
 
 
 def _end(sentence: str) -> None:
-    say(f"error: {sentence}")
+    say_error(sentence)
     for stream in (sys.stdout, sys.stderr):
         stream.flush()
     os._exit(EXIT_CODES[RankLostError.outcome])
