@@ -240,7 +240,7 @@ def test_everything_wrong_is_said_together_and_nothing_is_written(runs: dict[str
         source=str(runs["learned"]),
         output=tmp_path / "taken",
         form="native",
-        dtype="fp16",
+        dtype="int4",
         push_to_hub="name",
         language=("en", "english"),
     )
@@ -248,7 +248,7 @@ def test_everything_wrong_is_said_together_and_nothing_is_written(runs: dict[str
         export(request)
     for expected in (
         "--output: ",
-        "--dtype: 'fp16'",
+        "--dtype: 'int4'",
         "--push-to-hub: 'name'",
         "--format: native cannot express",
         "--language: 'english' is no language code",

@@ -119,7 +119,7 @@ def test_the_script_exits_with_the_verdict(
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
-    monkeypatch.setattr(verify_module, "verify", lambda folders, kind: [verdicts[name]])
+    monkeypatch.setattr(verify_module, "verify", lambda folders, kind, table: [verdicts[name]])
     monkeypatch.setattr(sys, "argv", ["verify.py", "some/folder", "--json"])
     with pytest.raises(SystemExit) as exit_info:
         runpy.run_path(str(SCRIPT), run_name="__main__")
