@@ -64,6 +64,17 @@ def is_first_attempt(events: Sequence[Line]) -> bool:
     return turns[-1:] in ([], ["saved"])
 
 
+def list_last_events(newest_first: Iterable[dict[str, Any]]) -> list[dict[str, Any]]:
+    """The last event that says which attempt the last steps belong to, and the last one of all."""
+    last: list[dict[str, Any]] = []
+    for event in newest_first:
+        if not last or event["event"] in TURNS:
+            last.insert(0, event)
+        if event["event"] in TURNS:
+            break
+    return last
+
+
 class ReplayAudit:
     """Waits for the steps of `old_lines` to be made again."""
 

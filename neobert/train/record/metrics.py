@@ -12,7 +12,7 @@ what is measured with a clock).
 
 import math
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -267,3 +267,25 @@ class MetricWindow:
         sums = self.sums
         self.restore(IntervalSums())
         return sums
+
+
+def describe_values(step: int, values: Mapping[str, float]) -> str:
+    """The line of a logging interval on the console."""
+    parts = [f"train step {step:>7,}", f"loss {values['train/loss']:.4f}"]
+    if "train/perplexity" in values:
+        parts.append(f"ppl {values['train/perplexity']:.2f}")
+    parts.append(f"lr {values['train/learning_rate']:.2e}")
+    if "train/grad_norm" in values:
+        parts.append(f"grad {values['train/grad_norm']:.3f}")
+    if "train/accuracy" in values:
+        parts.append(f"accuracy {values['train/accuracy']:.2%}")
+    if "train/skipped_steps" in values:
+        parts.append(f"skipped {values['train/skipped_steps']}")
+    slowed = f" (slowed: {values['train/profiled_steps']} steps profiled)" if "train/profiled_steps" in values else ""
+    parts.append(f"{values['train/tokens_per_sec']:,.0f} tokens/s{slowed}")
+    if "train/mfu" in values:
+        parts.append(f"mfu {values['train/mfu']:.1%}")
+    parts.append(f"data wait {values['train/data_wait']:.1%}")
+    if "train/partial_interval_steps" in values:
+        parts.append(f"of the last {values['train/partial_interval_steps']} steps only (resumed in between)")
+    return " | ".join(parts)

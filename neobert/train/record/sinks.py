@@ -107,6 +107,10 @@ class LineFile:
                     offset -= len(text) + 1
                 rest = rest[:first]
 
+    def newest_first(self) -> Iterator[dict[str, Any]]:
+        """The lines alone of `read_back`."""
+        return (line for _, line in self.read_back())
+
     def cut(self, size: int) -> None:
         """Drops what is after so many bytes; a file that is no longer stays as it is."""
         if not self._path.is_file() or self._path.stat().st_size <= size:
@@ -137,6 +141,27 @@ class LineFile:
                 os.truncate(self._path, size)  # Half a line would spoil the line after it.
             raise
         self._unwritten.clear()
+
+
+def drop_later(log: LineFile, step: int) -> tuple[list[dict[str, Any]], set[str]]:
+    """Drops the lines after `step` of a log, all of them at step 0: the first evaluation is made again too.
+
+    Steps only rise in the file, so its end is read and the rest stays as it is.
+
+    Returns:
+        The lines of later steps, and the kinds of lines there are of this one.
+    """
+    size, later, here = 0, [], set[str]()
+    for end, line in log.read_back():
+        if 0 < step >= line["step"]:
+            size = max(size, end)
+            if line["step"] < step:
+                break
+            here.add(line["kind"])
+        elif line["kind"] == "step":
+            later.append(line)
+    log.cut(size)
+    return later[::-1], here
 
 
 def _parse(text: str) -> dict[str, Any] | None:

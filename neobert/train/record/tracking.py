@@ -22,11 +22,11 @@ from neobert.objectives.table import choose_objective
 from neobert.optim.sharded_weights import whole
 from neobert.secrets import scrub_config
 from neobert.train.checkpoint.audit import (
-    TURNS,
     RankLayout,
     ReplayAudit,
     ReplayDiverged,
     is_first_attempt,
+    list_last_events,
     read_layout,
 )
 from neobert.train.hardware.machine import Runtime, compute_dtype
@@ -35,8 +35,8 @@ from neobert.train.probes.result import ProbeResult
 from neobert.train.processes.agreement import broadcast
 from neobert.train.processes.parallel import choose_engine
 from neobert.train.record.console import Reporter
-from neobert.train.record.metrics import Interval, IntervalSums, MetricWindow, StepRecord, summarise
-from neobert.train.record.sinks import LineFile
+from neobert.train.record.metrics import Interval, IntervalSums, MetricWindow, StepRecord, describe_values, summarise
+from neobert.train.record.sinks import LineFile, drop_later
 from neobert.train.report.page import RunReport, write_report
 from neobert.train.step import StepMetrics
 from neobert.types import TrainState
@@ -82,7 +82,7 @@ class Tracker:
         self._layout_before = self._layout
         if runtime.is_main:
             self._events.cut_torn()
-            self._layout_before = read_layout(self._last_events()) or self._layout
+            self._layout_before = read_layout(list_last_events(self._events.newest_first())) or self._layout
         self._audit: ReplayAudit | None = None
         self._evaluated_step: int | None = None
         self._probed_step: int | None = None
@@ -107,8 +107,12 @@ class Tracker:
         the steps made again are compared with them. Collective."""
         found: tuple[list[dict[str, Any]], RankLayout, set[str]] = ([], self._layout, set())
         if self._runtime.is_main:
-            later, here = self._drop_later(state.step)
-            found = (later if is_first_attempt(self._last_events()) else [], self._layout_before, here)
+            later, here = drop_later(self._log, state.step)
+            found = (
+                later if is_first_attempt(list_last_events(self._events.newest_first())) else [],
+                self._layout_before,
+                here,
+            )
         old_steps, before, here = broadcast(self._runtime, found)
         self._audit = ReplayAudit(old_steps, before=before, now=self._layout) if old_steps else None
         self._evaluated_step = state.step if "eval" in here else None
@@ -120,36 +124,6 @@ class Tracker:
         self._window.restore(IntervalSums(**state.interval))
         # Earlier versions saved no sums: what came before, since the last log line, is not known.
         self._is_partial = state.step > 0 and not state.interval
-
-    def _drop_later(self, step: int) -> tuple[list[dict[str, Any]], set[str]]:
-        """Drops the lines after `step` of `log.jsonl`, all of them at step 0: the first evaluation is made again too.
-
-        Steps only rise in the file, so its end is read and the rest stays as it is.
-
-        Returns:
-            The lines of later steps, and the kinds of lines there are of this one.
-        """
-        size, later, here = 0, [], set[str]()
-        for end, line in self._log.read_back():
-            if 0 < step >= line["step"]:
-                size = max(size, end)
-                if line["step"] < step:
-                    break
-                here.add(line["kind"])
-            elif line["kind"] == "step":
-                later.append(line)
-        self._log.cut(size)
-        return later[::-1], here
-
-    def _last_events(self) -> list[dict[str, Any]]:
-        """The last event that says which attempt the last steps belong to, and the last one of all."""
-        last: list[dict[str, Any]] = []
-        for _, event in self._events.read_back():
-            if not last or event["event"] in TURNS:
-                last.insert(0, event)
-            if event["event"] in TURNS:
-                break
-        return last
 
     def forget_replay(self) -> None:
         """Compares no further steps with those before the last `begin`."""
@@ -214,7 +188,7 @@ class Tracker:
         }
         profiled = {"profiled_steps": sums.num_profiled} if sums.num_profiled else {}
         self._append(self._log, [line | profiled | partial])
-        self._reporter.say(self._describe(state.step, values))
+        self._reporter.say(describe_values(state.step, values))
         if by_source is not None:
             fractions = ", ".join(f"{count / interval.num_tokens:.1%} {label}" for label, count in by_source.items())
             self._reporter.say(f"      tokens by source: {fractions}")
@@ -317,7 +291,7 @@ class Tracker:
         """Notes what a start has found, JSON-ready, unless the last event of its kind says the same."""
         if not self._runtime.is_main:
             return
-        known = next((event for _, event in self._events.read_back() if event["event"] == kind), None)
+        known = next((event for event in self._events.newest_first() if event["event"] == kind), None)
         if known is None or not scrub_config(details).items() <= known.items():
             self.event(kind, step, **details)
 
@@ -410,25 +384,3 @@ class Tracker:
     def _weight_norm(self) -> float:
         norms = torch._foreach_norm([p.detach() for p in self._module.parameters()])
         return whole(torch.linalg.vector_norm(torch.stack(norms))).item()
-
-    def _describe(self, step: int, values: dict[str, float]) -> str:
-        parts = [f"train step {step:>7,}", f"loss {values['train/loss']:.4f}"]
-        if "train/perplexity" in values:
-            parts.append(f"ppl {values['train/perplexity']:.2f}")
-        parts.append(f"lr {values['train/learning_rate']:.2e}")
-        if "train/grad_norm" in values:
-            parts.append(f"grad {values['train/grad_norm']:.3f}")
-        if "train/accuracy" in values:
-            parts.append(f"accuracy {values['train/accuracy']:.2%}")
-        if "train/skipped_steps" in values:
-            parts.append(f"skipped {values['train/skipped_steps']}")
-        slowed = (
-            f" (slowed: {values['train/profiled_steps']} steps profiled)" if "train/profiled_steps" in values else ""
-        )
-        parts.append(f"{values['train/tokens_per_sec']:,.0f} tokens/s{slowed}")
-        if "train/mfu" in values:
-            parts.append(f"mfu {values['train/mfu']:.1%}")
-        parts.append(f"data wait {values['train/data_wait']:.1%}")
-        if "train/partial_interval_steps" in values:
-            parts.append(f"of the last {values['train/partial_interval_steps']} steps only (resumed in between)")
-        return " | ".join(parts)
