@@ -56,7 +56,8 @@ def size(program: str, argv: list[str]) -> None:
     config = load_config(args.config, args.overrides)
     from dataclasses import asdict
 
-    from neobert.benchmark.cluster_size import Cluster, describe_sizes, size_config
+    from neobert.benchmark.cluster_size import Cluster, size_config
+    from neobert.benchmark.size_table import describe_sizes
 
     cluster = Cluster(gpu=args.gpu, num_gpus=args.gpus, per_node=args.gpus_per_node, network=args.network * 1e9 / 8)
     sizes = size_config(config, cluster, args.parallel, args.vocab_size, args.mean_document)
