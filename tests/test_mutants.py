@@ -59,7 +59,7 @@ MUTANTS = {
     "what a mixture owes is forgotten": Mutant('"owed": owed,', '"owed": [0] * len(owed),', MIXTURE),
     "a mixture draws the same in all lanes": Mutant('"mixture", self.lane, state', '"mixture", 0, state', MIXTURE),
     "rows begin at 0": Mutant('0 if state is None else state["next_row"]', "0", LOADER),
-    "skipped rows count": Mutant("+= not skipped", "+= 1", LOADER),
+    "skipped rows count": Mutant("end += stop - max(start, first)", "end += 0", LOADER),
     "a row is given twice": Mutant('{**state, "row": row + 1}', '{**state, "row": row}', LOADER),
     "a state of another order": Mutant("if state.get(name) != value", "if False", LOADER),
     "lanes that ranks read differently": Mutant(
@@ -67,7 +67,7 @@ MUTANTS = {
     ),
     "the digest of one rank": Mutant("sum(int(digest, 16) for digest in digests)", "int(digests[0], 16)", LOADER),
     "ranks take single rows of a micro-batch": Mutant("(row // self._unit) %", "row %", LOADER),
-    "the first batch is that of step 0": Mutant("tuple(skip), step\n", "tuple(skip), 0\n", LOADER),
+    "the first batch is that of step 0": Mutant("_merge(skip), step\n", "_merge(skip), 0\n", LOADER),
     "no digest to expect": Mutant('"next_batch_digest": digest}', '"next_batch_digest": None}', LOADER),
     "a digest without segments": Mutant(
         "corrupted.astype(np.uint64) | (numbers << np.uint64(24))", "corrupted.astype(np.uint64)", COLLATE
@@ -104,7 +104,7 @@ MUTANTS = {
     ),
     "a background save reads what training changes": Mutant('to("cpu", copy=True)', "cpu()", COMMIT),
     "earlier skips are forgotten": Mutant("skip_rows=[*state.skip_rows, rows]", "skip_rows=[rows]", NUMERICS),
-    "back to a checkpoint that is too new": Mutant("step <= state.step - distance", "step <= state.step", NUMERICS),
+    "back to a checkpoint that is too new": Mutant("x <= state.step - distance", "x <= state.step", NUMERICS),
 }
 
 
