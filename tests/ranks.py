@@ -40,7 +40,7 @@ class ThreadRuntime:
     def from_main(self, values: torch.Tensor) -> torch.Tensor:
         return self._gather(values)[0].clone()
 
-    def gather_to_main(self, value: Any) -> list[Any] | None:
+    def gather_to_main(self, value: Any, *, patient: bool = False) -> list[Any] | None:
         gathered = self._gather(value)
         return gathered if self.is_main else None
 

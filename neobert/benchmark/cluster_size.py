@@ -82,6 +82,9 @@ class Cluster:
     gpu: str
     num_gpus: int
     per_node: int = 8
+    shard_size: int | None = None
+    """GPUs that share one copy of the weights with hsdp; None: those of a node."""
+
     network: float = 50e9
     """Bytes a second between nodes, of each GPU, one direction."""
 
@@ -110,6 +113,12 @@ class CountedModel:
     moved_bytes_per_slot: float
     launches: int
     """Of a micro-batch."""
+
+    again: float
+    """How many times the products of the blocks are made, by what checkpointing makes again."""
+
+    keeps_blocks: bool
+    """Whether sharded blocks stay gathered between forward and backward."""
 
     block_flops: float
     """A slot, forward and backward, what is computed again included; like the next two."""
@@ -180,18 +189,32 @@ def size_config(
             f"trainer.global_batch_size: {rows} cannot be shared evenly by {cluster.num_gpus} GPUs; write "
             f"{math.ceil(rows / cluster.num_gpus) * cluster.num_gpus}, or another --gpus"
         )
-    model = count_model(config, vocab_size, mean_document)
+    if config.trainer.mixed_precision == "no":
+        raise StartupError("trainer.mixed_precision: no is not computed here; write bf16 or auto")
+    cluster = replace(cluster, shard_size=config.trainer.shard_size)
+    parallel = parallel or (None if config.trainer.parallel == "auto" else config.trainer.parallel)
+    parts = _num_parts(cluster, "hsdp")
+    if parallel == "hsdp" and cluster.num_gpus % parts:
+        raise StartupError(
+            f"trainer.shard_size: groups of {parts} do not divide {cluster.num_gpus} GPUs; write a divisor, or another "
+            "--gpus or --gpus-per-node"
+        )
+    model = count_model(config, vocab_size, mean_document, rows=rows)
     # What does not differ on so few GPUs is left out.
     differ = 1 if cluster.num_gpus == 1 else 2 if cluster.num_gpus <= cluster.per_node else 3
     engines = (parallel,) if parallel is not None else PARALLEL[:differ]
-    return [choose_size(model, cluster, engine, rows) for engine in engines]
+    fitting = [engine for engine in engines if engine != "hsdp" or cluster.num_gpus % parts == 0]
+    return [choose_size(model, cluster, engine, rows) for engine in fitting]
 
 
 # --- counted on fake tensors -----------------------------------------------------------------------------------------
 
 
-def count_model(config: Config, vocab_size: int | None, mean_document: float = MEAN_DOCUMENT) -> CountedModel:
-    """Counts what a step of the config needs, over rows of made-up documents."""
+def count_model(
+    config: Config, vocab_size: int | None, mean_document: float = MEAN_DOCUMENT, *, rows: int | None = None
+) -> CountedModel:
+    """Counts what a step of the config needs, over rows of made-up documents; `rows` are those of a step where
+    the config leaves them to the number of processes."""
     trainer, length = config.trainer, config.dataset.max_seq_length
     settings = StepSettings(
         length=length,
@@ -212,7 +235,9 @@ def count_model(config: Config, vocab_size: int | None, mean_document: float = M
         kept = [x for state in optimizer.state.values() for x in state.values() if isinstance(x, torch.Tensor)]
         optimizer_bytes = sum(x.numel() * x.element_size() for x in kept)
     optimizer_flops = counter.get_total_flops()
-    return _describe_model(config, source, attended, ledger, module, optimizer_bytes, optimizer_flops)
+    return _describe_model(
+        config, source, attended, ledger, module, optimizer_bytes, optimizer_flops, rows or trainer.global_batch_size
+    )
 
 
 def _build_rows(config: Config, settings: StepSettings, vocab_size: int | None) -> tuple[RowSource, float]:
@@ -247,6 +272,7 @@ def _describe_model(
     module: ObjectiveModule,
     optimizer_bytes: int,
     optimizer_flops: float,
+    rows: int | None,
 ) -> CountedModel:
     trainer, model, encoder = config.trainer, source.model, module.encoder
     batch, num_blocks = next(source.batches), source.model.num_hidden_layers
@@ -260,7 +286,6 @@ def _describe_model(
     again = 1 + num_again / num_blocks / 3
     saved = (num_blocks - num_again) * ledger.compiled_saved_bytes_per_slot
     saved += num_again * model.hidden_size * (2 if trainer.bf16_residual else 4)
-    rows = trainer.global_batch_size
     slots: float | None = None
     if trainer.max_tokens is not None:
         slots = trainer.max_tokens
@@ -278,6 +303,8 @@ def _describe_model(
         again_bytes_per_slot=ledger.compiled_saved_bytes_per_slot if num_again else 0.0,
         moved_bytes_per_slot=num_blocks * ledger.fused_bytes_per_slot * again,
         launches=ledger.launches,
+        again=again,
+        keeps_blocks=not trainer.reshard_after_forward,
         block_flops=products * again,
         attention_flops=attention * again,
         loss_flops=loss,
@@ -301,7 +328,8 @@ def choose_size(model: CountedModel, cluster: Cluster, parallel: str, rows: int)
 
 def _num_parts(cluster: Cluster, parallel: str) -> int:
     """GPUs that share one copy of the weights."""
-    return {"ddp": 1, "fsdp2": cluster.num_gpus, "hsdp": min(cluster.per_node, cluster.num_gpus)}[parallel]
+    group = min(cluster.shard_size or cluster.per_node, cluster.num_gpus)
+    return {"ddp": 1, "fsdp2": cluster.num_gpus, "hsdp": group}[parallel]
 
 
 def _size(model: CountedModel, cluster: Cluster, parallel: str, rows: int, micro: int) -> Size:
@@ -309,12 +337,14 @@ def _size(model: CountedModel, cluster: Cluster, parallel: str, rows: int, micro
     block = (model.weights - model.root_weights) / model.num_blocks
     slots = micro * model.length
     # Two blocks in bf16, the one that is computed and the next, and gradients of one; the vocabulary stays whole.
-    gathered = 0.0 if parts == 1 else 2 * 2 * block + 4 * block + (2 + 4) * model.root_weights
+    num_gathered = model.num_blocks if model.keeps_blocks else 2
+    gathered = 0.0 if parts == 1 else 2 * num_gathered * block + 4 * block + (2 + 4) * model.root_weights
     micro_seconds = _micro_seconds(model, cluster, parallel, slots)
     accumulation = rows // (cluster.num_gpus * micro)
     seconds = accumulation * micro_seconds + _step_seconds(model, cluster, parallel, micro_seconds)
     speed = rows * model.length / seconds
-    flops = model.block_flops + model.attention_flops + model.loss_flops
+    # As a run says it: without what checkpointing computes again.
+    flops = (model.block_flops + model.attention_flops) / model.again + model.loss_flops
     peak = (PEAKS[gpu.name].bf16 or 0) * 1e12
     days = None if model.slots is None else model.slots / speed / 86400
     return Size(

@@ -151,6 +151,7 @@ def serve(program: str, argv: list[str]) -> None:
     parser.add_argument("--truncate", action="store_true", default=None, help="cut texts that are too long")
     parser.add_argument("--max-texts", type=int, help="texts of a request (default 2048)")
     parser.add_argument("--max-tokens", type=int, help="tokens of a request (default 262144)")
+    parser.add_argument("--max-guesses", type=int, help="masks x top_k of a request (default 100000)")
     parser.add_argument("--max-body-bytes", type=int, help="bytes of a request (default 16777216)")
     parser.add_argument("--max-waiting", type=int, help="requests that may wait (default 64)")
     args = parser.parse_args(argv)
@@ -158,13 +159,19 @@ def serve(program: str, argv: list[str]) -> None:
     from neobert.inference.http_server import serve as answer
     from neobert.inference.service import ServeLimits, Service
     from neobert.inference.text_encoder import OwnEncoder, load_text_encoder
+    from neobert.weights.encoder_weights import find_weights, is_of_transformers
 
     limits = ServeLimits(**explicit_values(args, ServeLimits))
     with ModelServer(args.host, args.port) as server:  # What another program listens on is said before anything loads.
+        if is_of_transformers(find_weights(args.model)):
+            raise CallError(
+                f"{args.model}: an encoder of transformers, which is not served here; continue it with "
+                "model.init_from, or serve it with the program it is made for"
+            )
         where = {"device": args.device, "dtype": args.dtype, "weights": args.weights}
         encoder = load_text_encoder(args.model, **where, pooling=args.pooling, max_length=args.max_length)
         if not isinstance(encoder, OwnEncoder):
-            raise CallError(f"{args.model} is no encoder of ours; serve it with the program it is made for")
+            raise CallError(f"{args.model}: not an encoder of this package; serve it with the program it is made for")
         service = Service(encoder, args.name or Path(args.model).resolve().name, limits)
         settings = encoder.settings
         cli.say(

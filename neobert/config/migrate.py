@@ -163,6 +163,9 @@ def _rename_fsdp(draft: _Rewrite, key: str, text: str) -> None:
         draft.values["trainer.reshard_after_forward"] = Leaf(text)
     elif text in ("", "false", "no", "off", "null"):
         draft.remove(key, "it asked for nothing")
+    elif "offload" in key or not (key == "trainer.fsdp" or key.endswith(("strategy", "version"))):
+        what = "nothing is offloaded" if "offload" in key else "every block is a unit of FSDP2"
+        draft.remove(key, f"{what} here")
     elif "hybrid" in text or _FSDP not in draft.values:
         engine = "hsdp" if "hybrid" in text else "fsdp2"
         draft.write(_FSDP, engine, f"replaced {key} by {_FSDP}: {engine}")

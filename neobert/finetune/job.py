@@ -88,7 +88,8 @@ def choose_best_line(lines: Sequence[dict[str, Any]], metric: str | None) -> dic
     no other. Lines of a run that had another metric are compared by this one, where they have it."""
 
     def score(line: dict[str, Any]) -> float:
-        values = {**line["metrics"], "loss": -line["loss"]}
+        loss = line["loss"]  # null where it was not finite.
+        values = {**line["metrics"], "loss": math.nan if loss is None else -loss}
         return float(values.get(metric or next(iter(values)), math.nan))
 
     trained = [line for line in lines if line["step"]]

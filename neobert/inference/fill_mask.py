@@ -16,6 +16,9 @@ from neobert.data.tokenizer import Tokenizer, check_mask_token
 from neobert.inference.packed import BATCH_TOKENS, hidden_states, plan_batches, vocabulary_logits
 from neobert.objectives.base import Answers, ObjectiveModule, TextModel
 
+_LOGITS_BYTES = 64 * 2**20
+"""Of the masks whose logits are there at once."""
+
 MASK_TEXT = "[MASK]"
 """Marks a mask in a text, whatever the tokenizer calls it."""
 
@@ -170,15 +173,18 @@ def _guess(
     """The guesses for all masks of texts that go through the model together."""
     hidden = hidden_states(model, encoded)
     where = torch.from_numpy(np.flatnonzero(np.concatenate(encoded) == tokenizer.mask_id)).to(hidden.device)
-    logits = vocabulary_logits(model, hidden.index_select(0, where), tokenizer.size)
-    best = logits.softmax(dim=-1).topk(top_k, dim=-1)
-    return [
-        tuple(
-            Guess(token=tokenizer.decode_token(token_id), token_id=token_id, probability=probability)
-            for token_id, probability in zip(ids, values)
-        )
-        for ids, values in zip(best.indices.tolist(), best.values.tolist())
-    ]
+    found: list[tuple[Guess, ...]] = []
+    for part in where.split(max(1, _LOGITS_BYTES // (4 * tokenizer.size))):
+        logits = vocabulary_logits(model, hidden.index_select(0, part), tokenizer.size)
+        best = logits.softmax(dim=-1).topk(top_k, dim=-1)
+        found += [
+            tuple(
+                Guess(token=tokenizer.decode_token(token_id), token_id=token_id, probability=probability)
+                for token_id, probability in zip(ids, values)
+            )
+            for ids, values in zip(best.indices.tolist(), best.values.tolist())
+        ]
+    return found
 
 
 def answer_masks(model: TextModel, texts: Sequence[str], *, top_k: int, joint: bool) -> list[FilledText]:

@@ -6,7 +6,10 @@ It is for a machine of one's own: no encryption, no accounts, and by default it 
 import json
 import socket
 import sys
-from collections.abc import Callable, Mapping
+import threading
+import time
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager, suppress
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any
 
@@ -17,7 +20,13 @@ from neobert.secrets import build_logger
 logger = build_logger(__name__)
 
 _IDLE_SECONDS = 30.0
-"""A connection that says nothing for so long is closed."""
+"""A connection that says nothing for so long is closed, and a body that is not there after it is not waited for."""
+
+_MOST_CONNECTIONS = 256
+"""At once, each with a thread and at most one body; more are closed as they come."""
+
+_DROPPED_BYTES, _DROPPED_SECONDS = 64 << 20, 5.0
+"""Of a body that is refused: read and dropped, so that a client that still sends it gets the answer."""
 
 Route = Callable[[Service, Mapping[str, Any]], dict[str, Any]]
 ROUTES: dict[str, tuple[str, Route]] = {
@@ -44,6 +53,8 @@ class ModelServer(ThreadingHTTPServer):
     def __init__(self, host: str, port: int) -> None:
         if not 0 <= port < 1 << 16:
             raise CallError(f"--port: {port}; write a number from 0 (any that is free) to 65535")
+        self._free = threading.BoundedSemaphore(_MOST_CONNECTIONS)
+        self._answering, self._idle = 0, threading.Condition()
         self.address_family = socket.AF_INET6 if ":" in host else socket.AF_INET
         try:
             super().__init__((host, port), _Handler)
@@ -53,6 +64,36 @@ class ModelServer(ThreadingHTTPServer):
                 f"{key}: cannot listen on {host} port {port} ({error.strerror}); choose another one, --port 0 takes "
                 "one that is free"
             ) from error
+
+    def process_request(self, request: Any, client_address: Any) -> None:
+        """A thread for the connection, where one is free."""
+        if self._free.acquire(blocking=False):
+            super().process_request(request, client_address)
+        else:
+            self.shutdown_request(request)
+
+    def process_request_thread(self, request: Any, client_address: Any) -> None:
+        try:
+            super().process_request_thread(request, client_address)
+        finally:
+            self._free.release()
+
+    @contextmanager
+    def answering(self) -> Iterator[None]:
+        """Around a request, from its head to the end of the response."""
+        with self._idle:
+            self._answering += 1
+        try:
+            yield
+        finally:
+            with self._idle:
+                self._answering -= 1
+                self._idle.notify_all()
+
+    def wait_for_answers(self) -> None:
+        """Until every request that was begun has its response; for a while only, since a client may be gone."""
+        with self._idle:
+            self._idle.wait_for(lambda: self._answering == 0, timeout=_IDLE_SECONDS)
 
     def handle_error(self, request: Any, client_address: Any) -> None:
         """A client that is gone is no error."""
@@ -78,10 +119,18 @@ class _Handler(BaseHTTPRequestHandler):
     server: ModelServer
 
     def do_GET(self) -> None:
-        self._answer("GET")
+        with self.server.answering():
+            self._answer("GET")
 
     def do_POST(self) -> None:
-        self._answer("POST")
+        with self.server.answering():
+            self._answer("POST")
+
+    def handle_expect_100(self) -> bool:
+        """Says at once that a body may come: what is written waits in a buffer otherwise."""
+        may_come = super().handle_expect_100()
+        self.wfile.flush()
+        return may_come
 
     def _answer(self, method: str) -> None:
         try:
@@ -100,6 +149,18 @@ class _Handler(BaseHTTPRequestHandler):
         self.end_headers()
         self.wfile.write(content)
         self.wfile.flush()
+        if status in (411, 413):
+            self._drop_body()
+
+    def _drop_body(self) -> None:
+        """Reads what a client still sends of a body that was refused: closed at once, it would see a broken connection
+        instead of the answer."""
+        end, dropped = time.monotonic() + _DROPPED_SECONDS, 0
+        with suppress(OSError):
+            self.connection.shutdown(socket.SHUT_WR)
+            self.connection.settimeout(_DROPPED_SECONDS)
+            while dropped < _DROPPED_BYTES and time.monotonic() < end and (part := self.rfile.read1(1 << 16)):
+                dropped += len(part)
 
     def _run(self, method: str) -> dict[str, Any]:
         request: Mapping[str, Any] = {}
@@ -124,10 +185,16 @@ class _Handler(BaseHTTPRequestHandler):
         largest = self.server.service.limits.max_body_bytes
         if int(length) > largest:
             raise RequestError(413, f"the body has {length} bytes, and a request may have {largest}; send several")
+        end, parts, left = time.monotonic() + _IDLE_SECONDS, list[bytes](), int(length)
         try:
-            content = self.rfile.read(int(length))
+            while left and (part := self.rfile.read1(min(left, 1 << 16))):
+                parts.append(part)
+                left -= len(part)
+                if left and time.monotonic() > end:
+                    raise TimeoutError
         except TimeoutError:
             raise RequestError(408, f"the body did not arrive in {_IDLE_SECONDS:g} seconds") from None
+        content = b"".join(parts)
         if len(content) < int(length):
             raise RequestError(400, f"the body has {len(content)} bytes, and Content-Length says {length}")
         self.close_connection = closes
@@ -164,3 +231,4 @@ def serve(server: ModelServer, service: Service) -> None:
     finally:
         server.server_close()
         service.close()
+        server.wait_for_answers()

@@ -33,6 +33,9 @@ class ServeLimits:
     max_tokens: int = 262_144
     """Tokens of a request."""
 
+    max_guesses: int = 100_000
+    """Masks of a request to fill, times the tokens that are answered for each."""
+
     max_body_bytes: int = 16 << 20
     max_waiting: int = 64
     """Requests that wait while others are computed."""
@@ -41,7 +44,7 @@ class ServeLimits:
     """Cut texts that are longer than the model, instead of refusing them."""
 
     def __post_init__(self) -> None:
-        for name in ("max_texts", "max_tokens", "max_body_bytes", "max_waiting"):
+        for name in ("max_texts", "max_tokens", "max_guesses", "max_body_bytes", "max_waiting"):
             if getattr(self, name) < 1:
                 raise ValueError(f"--{name.replace('_', '-')}: {getattr(self, name)}; write a positive number")
 
@@ -134,7 +137,17 @@ class Service:
         texts = self._read_input(request)
         if not all(isinstance(text, str) for text in texts):
             raise RequestError(400, f"input: write a text with {MASK_TEXT}, or a list of them", "input")
-        num_tokens = self._check_size(self.encoder.model.tokenizer.encode_batch(texts))
+        tokenizer = self.encoder.model.tokenizer
+        marks = {MASK_TEXT, tokenizer.decode_token(tokenizer.mask_id)}
+        num_guesses = top_k * sum(text.count(mark) for text in texts for mark in marks)
+        if num_guesses > self.limits.max_guesses:
+            raise RequestError(
+                413,
+                f"top_k: {top_k} tokens for each mask are {num_guesses:,}, and a request may have "
+                f"{self.limits.max_guesses:,}; write fewer, or send several requests",
+                "top_k",
+            )
+        num_tokens = self._check_size(tokenizer.encode_batch(texts))
         try:
             filled = self._ask(top_k, texts, num_tokens)
         except ValueError as error:

@@ -36,6 +36,9 @@ class HubEncoder(Encoder):
         if gradient_checkpointing:
             self.backbone.gradient_checkpointing_enable({"use_reentrant": False})
         accepted = inspect.signature(self.backbone.forward).parameters
+        # Not where the model reads the tokens for more than their rows (ESM), or its table is not a plain one (I-BERT).
+        plain = type(self.embedding) is nn.Embedding and not config.hub_config.get("token_dropout", False)
+        self._takes_rows = plain and "inputs_embeds" in accepted
         self._has_types = "token_type_ids" in accepted and config.hub_config.get("type_vocab_size", 1) > 1
 
     @property
@@ -61,17 +64,20 @@ class HubEncoder(Encoder):
             segments.cu_seqlens_cpu, segments.ids.flatten().cpu() > 0, shortest=0.75 if device.type == "cpu" else 0.0
         )
         # Once for all groups: each lookup has a gradient as large as the table.
-        rows_TH = self.embedding(ids_T)
+        rows_TH = self.embedding(ids_T) if self._takes_rows else None
         hidden = [self._run(ids_T, rows_TH, slots_NL.to(device)) for slots_NL in groups]
         return torch.cat(hidden).index_select(0, place_T.to(device))
 
-    def _run(self, ids_T: Tensor, rows_TH: Tensor, slots_NL: Tensor) -> Tensor:
+    def _run(self, ids_T: Tensor, rows_TH: Tensor | None, slots_NL: Tensor) -> Tensor:
         """Hidden states `[N * L, H]` of rows of slots, -1 for padding."""
         is_token_NL = slots_NL >= 0
-        inputs_NLH = rows_TH.index_select(0, slots_NL.clamp(min=0).flatten()).unflatten(0, slots_NL.shape)
-        arguments = {"inputs_embeds": inputs_NLH, "attention_mask": is_token_NL.long()}
+        slots, arguments = slots_NL.clamp(min=0), {"attention_mask": is_token_NL.long()}
+        if rows_TH is None:
+            arguments["input_ids"] = ids_T[slots].masked_fill(~is_token_NL, self.config.pad_token_id)
+        else:
+            arguments["inputs_embeds"] = rows_TH.index_select(0, slots.flatten()).unflatten(0, slots.shape)
         if self._has_types:
-            ids_NL = ids_T[slots_NL.clamp(min=0)]
+            ids_NL = ids_T[slots]
             last_N1 = ids_NL.gather(1, is_token_NL.sum(1, keepdim=True) - 1)
             is_end_NL = ((ids_NL == last_N1) & is_token_NL).long()
             arguments["token_type_ids"] = (is_end_NL.cumsum(1) - is_end_NL).clamp(max=1) * is_token_NL

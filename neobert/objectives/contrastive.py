@@ -140,7 +140,7 @@ class ContrastiveEncoder(ObjectiveModule):
         self.section, self.kernel, self.z_loss = section, kernel, z_loss
         self.pool = _keep_tokens if section.pooling == TOKENS else choose_pooling(section.pooling)
         predicts = section.pretraining_prob > 0 and section.pretraining_objective == "mlm"
-        for weight in self._own_head():
+        for weight in self.projection_parameters():
             weight.requires_grad_(predicts)
         self.log_scale: nn.Parameter | None = None
         if section.learn_temperature:
@@ -155,7 +155,7 @@ class ContrastiveEncoder(ObjectiveModule):
             with torch.autocast(batch.anchors.device.type, enabled=False):
                 loss_sum = self._contrast(vectors, batch)
         # Weights that this step has no use for take part with weight 0: gradients are reduced over all of them.
-        unused = [p for p in (self.log_scale, *self._own_head()) if p is not None and p.requires_grad]
+        unused = [p for p in (self.log_scale, *self.projection_parameters()) if p is not None and p.requires_grad]
         for parameter in unused:
             loss_sum = loss_sum + 0.0 * parameter.sum()
         return LossSum(loss_sum=loss_sum)
@@ -185,10 +185,6 @@ class ContrastiveEncoder(ObjectiveModule):
         again = len(batch.chunks) > 1 and torch.is_grad_enabled()
         losses = [checkpoint(loss, c, use_reentrant=False) if again else loss(c) for c in batch.chunks]
         return torch.stack(losses).sum()
-
-    def _own_head(self) -> list[nn.Parameter]:
-        parts = (self.decoder, self.prediction_head)
-        return [weight for part in parts if part is not None for weight in part.parameters()]
 
     @property
     def scale(self) -> Tensor | float:

@@ -30,6 +30,7 @@ from neobert.train.processes.agreement import (
     describe_program,
     main_first,
 )
+from neobert.train.processes.parallel import choose_mesh_shape
 from neobert.train.record.console import Reporter
 from neobert.train.start import agree_on_start, open_output_dir, read_checkpoint_config, read_train_state
 from neobert.weights.encoder_weights import EncoderWeights
@@ -93,6 +94,10 @@ def open_run(config: Config, runtime: Runtime, asked: Sequence[str] = ()) -> tup
     """
     check_equal(runtime, lambda: {**describe_config(config), **describe_program(), "device": runtime.device.type})
     check_runtime(config)
+    if config.trainer.parallel == "hsdp" and runtime.world > 1:
+        check_equal(
+            runtime, lambda: {"groups of trainer.parallel: hsdp": str(choose_mesh_shape(config, runtime.world))}
+        )
     stop = StopRequest(max_hours=config.trainer.max_hours, is_main=runtime.is_main)
     if runtime.heartbeat is not None:
         runtime.heartbeat.is_stopping = stop.requested

@@ -118,6 +118,7 @@ def test_a_file_of_this_code_changes_only_where_defaults_differ():
     [
         ("fsdp: full_shard auto_wrap, fsdp_reshard_after_forward: false", "fsdp2", False),
         ("fsdp: true, fsdp_config: {fsdp_version: 1, fsdp_sharding_strategy: HYBRID_SHARD}", "hsdp", True),
+        ("fsdp: '', fsdp_config: {min_num_params: 0}, fsdp_min_num_params: 0", "auto", True),
         ("fsdp: false, fsdp_transformer_layer_cls_to_wrap: null", "auto", True),
     ],
 )

@@ -6,7 +6,7 @@ import time
 
 import pytest
 
-from neobert.data.rows.loader import merge_states
+from neobert.data.rows.loader import _merge, merge_states
 from neobert.errors import DataError
 
 B = 24
@@ -70,3 +70,8 @@ def test_waiting_ends_when_a_stop_is_requested(corpora, make_config, make_data):
     go_on.set()
     assert loader.next_unless(lambda: False) is not None, "nothing was lost"
     loader.close()
+
+
+def test_ranges_of_a_checkpoint_and_of_a_rollback_are_joined() -> None:
+    """Those of the checkpoint are lists of JSON."""
+    assert _merge([[16, 32], (40, 48), (30, 36)]) == [(16, 36), (40, 48)]  # type: ignore[list-item]

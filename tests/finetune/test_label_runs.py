@@ -423,3 +423,6 @@ def test_an_evaluation_that_is_not_finite_is_never_the_best() -> None:
     assert choose_best_line(lines, None) == choose_best_line(lines, "mcc") == lines[1]
     assert choose_best_line(lines, "loss") == lines[2]
     assert choose_best_line(lines, "accuracy") is None
+    lines[2]["loss"] = None  # It was not finite.
+    assert choose_best_line(lines, "loss") == lines[0]
+    assert choose_best_line(lines, "mcc") == lines[1]

@@ -29,7 +29,7 @@ from neobert.inference.text_encoder import OwnEncoder
 from neobert.objectives.base import VectorSettings
 
 TEXTS = ["the cat sees the mountain.", "a dog", "every river builds a red door."]
-SMALL = ServeLimits(max_texts=4, max_tokens=60, max_body_bytes=2000)
+SMALL = ServeLimits(max_texts=4, max_tokens=60, max_guesses=50, max_body_bytes=2000)
 PROMPTS = (("query", "the question: "),)
 
 
@@ -157,6 +157,8 @@ EMBEDDINGS: list[tuple[Any, int, str | None, str]] = [
     (b"{", 400, None, "the body is no JSON"),
     (b"[" * 1900, 400, None, "the body is no JSON"),
     (b" " * 3000, 413, None, "the body has 3000 bytes, and a request may have 2000"),
+    # More than sockets hold: the client still sends while it is refused.
+    (b" " * 8_000_000, 413, None, "the body has 8000000 bytes, and a request may have 2000"),
 ]
 
 
@@ -177,6 +179,13 @@ def test_a_wrong_request_for_embeddings(
         ("/v1/fill-mask", {"input": [[1, 2]]}, "POST", 400, "input: write a text with [MASK], or a list of them"),
         ("/v1/fill-mask", {"input": "a [MASK]", "top_k": 0}, "POST", 400, "top_k: 0 is outside the vocabulary"),
         ("/v1/fill-mask", {"input": "a [MASK]", "top_k": "5"}, "POST", 400, "top_k: '5'; write a number"),
+        (
+            "/v1/fill-mask",
+            {"input": ["a [MASK] [MASK]", "[MASK]"], "top_k": 20},
+            "POST",
+            413,
+            "20 tokens for each mask are 60",
+        ),
         ("/v1/completions", {}, "POST", 404, "/v1/completions: there is no such path; known are /health"),
         ("/v1/embeddings", None, "GET", 405, "/v1/embeddings: GET is not answered; use POST"),
         ("/health", {}, "POST", 405, "/health: POST is not answered; use GET"),
@@ -186,6 +195,15 @@ def test_a_wrong_request_for_embeddings(
 def test_a_wrong_call(server: ModelServer, path: str, body: Any, method: str, status: int, said: str) -> None:
     found, answer = ask(server, path, body, method=method)
     assert (found, said in answer["error"]["message"]) == (status, True), answer
+
+
+def test_a_client_may_ask_before_it_sends(server: ModelServer) -> None:
+    with socket.create_connection(server.server_address[:2], timeout=20) as connection:
+        head = b"POST /v1/embeddings HTTP/1.1\r\nHost: x\r\nContent-Length: 14\r\nExpect: 100-continue\r\n\r\n"
+        connection.sendall(head)
+        assert connection.recv(100).startswith(b"HTTP/1.1 100 ")
+        connection.sendall(b'{"input": "a"}')
+        assert connection.recv(100).startswith(b"HTTP/1.1 200 ")
 
 
 def test_a_body_without_its_length(server: ModelServer) -> None:

@@ -84,10 +84,11 @@ def test_shards_equal_one_process_and_continue_on_others(tiny: Tiny, tmp_path: P
     torch.testing.assert_close(*states, atol=1e-6, rtol=1e-3)
 
 
-def test_a_resume_on_the_same_shards_is_exact(tiny: Tiny, tmp_path: Path) -> None:
+@pytest.mark.parametrize("optimizer", ["stable_adamw", "normuon"])
+def test_a_resume_on_the_same_shards_is_exact(tiny: Tiny, tmp_path: Path, optimizer: str) -> None:
     """With rows of one document, an optimizer that sums over shards, and a save that is written in the background."""
     sharded = ["trainer.parallel=fsdp2", "trainer.reshard_after_forward=false"]
-    more = ["optimizer.name=stable_adamw", "datacollator.pack_sequences=false"]
+    more = [f"optimizer.name={optimizer}", "datacollator.pack_sequences=false"]
     first, second, ddp = tmp_path / "first", tmp_path / "second", tmp_path / "ddp"
     train_on(2, build(tiny, first, 2, *sharded, *more, "trainer.async_save=true"), tmp_path)
     resume = f"trainer.resume_from_checkpoint={first}/checkpoints/2"

@@ -205,7 +205,7 @@ def _merge(ranges: Sequence[tuple[int, int]]) -> list[tuple[int, int]]:
     [(1, 4), (6, 8)]
     """
     merged: list[tuple[int, int]] = []
-    for start, end in sorted(ranges):
+    for start, end in sorted(map(tuple, ranges)):  # Lists, where a checkpoint had them.
         if merged and start <= merged[-1][1]:
             merged[-1] = (merged[-1][0], max(end, merged[-1][1]))
         else:

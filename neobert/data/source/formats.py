@@ -126,7 +126,8 @@ def list_shared_splits(spec: SourceSpec, share: Share) -> Mapping[str, OpenSplit
     names = share(find, path=spec.path, seen=lambda: see(_name_files(own)))
 
     def open_split(name: str, tokenizer: Tokenizer | None) -> Documents:
-        return share(lambda: own[name](tokenizer))  # A rank that was sent the names is sent the documents too.
+        # A rank that was sent the names looks for itself where another source has ended the sharing since.
+        return share(lambda: (own or list_splits(spec))[name](tokenizer))
 
     return {name: partial(open_split, name) for name in names}
 

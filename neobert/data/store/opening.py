@@ -20,7 +20,7 @@ from neobert.data.fingerprint import combine
 from neobert.data.rows.lanes import State
 from neobert.data.source.documents import Documents
 from neobert.data.source.formats import OpenSplit, list_shared_splits
-from neobert.data.source.one_reader import Share, alone
+from neobert.data.source.one_reader import Share, alone, see
 from neobert.data.source.spec import SourceSpec, describe_sources, name_folders
 from neobert.data.source.splits import SplitSlice, choose_eval_split, choose_train_split, parse_split, slice_bounds
 from neobert.data.source.text import WHOLE, RecordCounts, Span, cut_text
@@ -85,7 +85,11 @@ class Source:
             manifest = prepare_tokens(documents, self.tokenizer, folder, settings, span=span, label=str(folder))
         numbers = {key: manifest[key] for key in ("num_documents", "num_tokens", "bad", "skipped")}
         note = "tokenised to {}: {num_documents:,} documents, {num_tokens:,} tokens; {bad} bad, {skipped} without text"
-        stored = self.share(lambda: TokenStore(folder, self.tokenizer))
+        stored = self.share(
+            lambda: TokenStore(folder, self.tokenizer),
+            path=[str(folder)],
+            seen=lambda: see([str(folder / "state.json")]),
+        )
         stored.fingerprint = combine([documents.fingerprint], lambda parts: _hash(parts[0], str(span)))
         stored.notes = [*documents.notes, note.format(folder, **numbers)]
         stored.inventory = documents.inventory

@@ -101,7 +101,8 @@ class Committer:
         In the background `files` must not read anything that training changes. Collective.
         """
         assert self._flight is None, "one save is in flight at most: poll(wait=True) first"
-        staged = self._runtime.object_from_main(self._stage(step) if self._runtime.is_main else None)
+        # Patient: a save may take longer than a step ever does, and a rank that is lost is noticed by its heartbeat.
+        staged = self._runtime.object_from_main(self._stage(step) if self._runtime.is_main else None, patient=True)
         assert staged is not None, "rank 0 says so"
         name, problem, fatal = staged
         flight = _Flight(step=step, temporary=self._folder / (name or ""), started=time.perf_counter())
@@ -165,8 +166,9 @@ class Committer:
             self._conclude(flight)
 
     def _conclude(self, flight: _Flight) -> None:
-        every = self._runtime.gather_to_main(flight.written)
-        flight.outcome = self._runtime.object_from_main(None if every is None else self._commit(flight, every))
+        every = self._runtime.gather_to_main(flight.written, patient=True)
+        outcome = None if every is None else self._commit(flight, every)
+        flight.outcome = self._runtime.object_from_main(outcome, patient=True)
 
     def _commit(self, flight: _Flight, every: list[_Written]) -> SaveResult:
         problems = [f"rank {rank}: {w.problem}" if rank else w.problem for rank, w in enumerate(every) if w.problem]

@@ -23,6 +23,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 from torch.distributed.checkpoint import HuggingFaceStorageReader
 from torch.distributed.tensor import DTensor
+from torch.distributed.tensor import zeros as dtensor_zeros
 from torch.optim import Optimizer
 
 from neobert.optim.sharded_weights import first_row, is_sharded, shard_like
@@ -88,7 +89,7 @@ def load_shards(folder: Path, parameters: Mapping[str, Tensor]) -> dict[str, Any
         like = parameters[name.rpartition(_SEPARATOR)[0]]
         size = torch.Size(stored.size)  # type: ignore[union-attr]
         dtype = stored.properties.dtype  # type: ignore[union-attr]
-        values[name] = torch.zeros_like(like, dtype=dtype) if size == like.shape else torch.zeros(size, dtype=dtype)
+        values[name] = _build_zeros(name, size, dtype, like)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", UserWarning)  # That nothing is communicated, which is what `no_dist` asks for.
         dcp.load(values, storage_reader=reader, no_dist=True)
@@ -100,12 +101,27 @@ def load_shards(folder: Path, parameters: Mapping[str, Tensor]) -> dict[str, Any
     return {"state": state, "param_groups": [{"names": names, "params": list(range(len(names)))}]}
 
 
+def _build_zeros(name: str, size: torch.Size, dtype: torch.dtype, like: Tensor) -> Tensor:
+    """Memory for this rank's part of a stored tensor: rows as those of its weight, a count of steps as a whole."""
+    if isinstance(like, DTensor) and not name.endswith(f"{_SEPARATOR}step") and _has_rows_of(size, like):
+        return dtensor_zeros(size, dtype=dtype, device_mesh=like.device_mesh, placements=like.placements)
+    return torch.zeros(size, dtype=dtype, device=like.device)
+
+
+def _has_rows_of(size: torch.Size, parameter: Tensor) -> bool:
+    """Whether a state has a row for each row of its weight, as NorMuon's `[rows, 1]`."""
+    return len(size) == parameter.ndim and size[0] == parameter.shape[0]
+
+
 def shard_state(state: Mapping[Any, Mapping[str, Any]], parameters: Iterable[Tensor]) -> dict[Any, dict[str, Any]]:
     """Whole tensors of a state dict, cut as the parameters are that they belong to."""
     return {
         index: {
             key: shard_like(value, parameter)
-            if isinstance(value, Tensor) and not is_sharded(value) and value.shape == parameter.shape
+            if isinstance(value, Tensor)
+            and key != "step"
+            and not is_sharded(value)
+            and _has_rows_of(value.shape, parameter)
             else value
             for key, value in state[index].items()
         }

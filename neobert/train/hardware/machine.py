@@ -137,13 +137,13 @@ class Runtime:
         dist.all_gather_object(gathered, value, group=self.patient_group if patient else self.host_group)
         return gathered
 
-    def gather_to_main(self, value: Any) -> list[Any] | None:
+    def gather_to_main(self, value: Any, *, patient: bool = False) -> list[Any] | None:
         """Every rank's picklable value, in rank order, on rank 0; None on the others."""
         if self.world == 1:
             return [value]
         self._arrive()
         gathered: list[Any] | None = [None] * self.world if self.is_main else None
-        dist.gather_object(value, gathered, dst=0, group=self.host_group)
+        dist.gather_object(value, gathered, dst=0, group=self.patient_group if patient else self.host_group)
         return gathered
 
     def object_from_main(self, value: T, *, patient: bool = False) -> T:

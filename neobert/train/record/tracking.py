@@ -114,6 +114,7 @@ class Tracker:
                 here,
             )
         old_steps, before, here = broadcast(self._runtime, found)
+        self._report = RunReport(self._report.folder)  # What it has read may be among the dropped.
         self._audit = ReplayAudit(old_steps, before=before, now=self._layout) if old_steps else None
         self._evaluated_step = state.step if "eval" in here else None
         self._probed_step = state.step if "probe" in here else None
