@@ -76,11 +76,11 @@ def test_a_span_as_parts_of_shards():
     def cursor(shard, position):
         return {"shard": shard, "position": position}
 
-    assert WHOLE.shards(2) == [(0, WHOLE), (1, WHOLE)]
-    assert Span(cursor(1, "x"), cursor(1, "y")).shards(3) == [(1, Span("x", "y"))]
-    assert Span(cursor(0, "x"), cursor(2, "y")).shards(5) == [(0, Span("x")), (1, WHOLE), (2, Span(None, "y"))]
-    assert Span(until=cursor(2, None)).shards(5) == [(0, WHOLE), (1, WHOLE)], "null is before the first record"
-    assert Span(cursor(1, None), cursor(1, None)).shards(5) == []
+    assert [*WHOLE.shards(2)] == [(0, WHOLE), (1, WHOLE)]
+    assert [*Span(cursor(1, "x"), cursor(1, "y")).shards(3)] == [(1, Span("x", "y"))]
+    assert [*Span(cursor(0, "x"), cursor(2, "y")).shards(5)] == [(0, Span("x")), (1, WHOLE), (2, Span(None, "y"))]
+    assert [*Span(until=cursor(2, None)).shards(5)] == [(0, WHOLE), (1, WHOLE)], "null is before the first record"
+    assert [*Span(cursor(1, None), cursor(1, None)).shards(5)] == []
     assert Span("a", "b").beyond(None) == Span("a", "b")
     assert Span("a", "b").beyond("c") == Span("c", "b")
 

@@ -110,7 +110,7 @@ def _build_zeros(name: str, size: torch.Size, dtype: torch.dtype, like: Tensor) 
 
 def _has_rows_of(size: torch.Size, parameter: Tensor) -> bool:
     """Whether a state has a row for each row of its weight, as NorMuon's `[rows, 1]`."""
-    return len(size) == parameter.ndim and size[0] == parameter.shape[0]
+    return len(size) == parameter.ndim and size[:1] == parameter.shape[:1]
 
 
 def shard_state(state: Mapping[Any, Mapping[str, Any]], parameters: Iterable[Tensor]) -> dict[Any, dict[str, Any]]:
