@@ -7,6 +7,7 @@ import traceback
 from collections.abc import Callable
 from pathlib import Path
 
+from accelerate.state import AcceleratorState
 from devices import skip_without_fork
 from ports import free_port
 
@@ -31,6 +32,8 @@ def fork(work: Callable[[], int], log: Path, *, rank: int = 0, world: int = 1, p
             names = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": world, "LOCAL_WORLD_SIZE": world}
             names |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
             os.environ.update({name: str(value) for name, value in names.items()})
+        # A run of this process that ended with an error has left Accelerate's idea of its processes.
+        AcceleratorState._reset_state(reset_partial_state=True)
         code = work()
     except BaseException:
         traceback.print_exc()
