@@ -43,7 +43,7 @@ class LabelMetrics:
         return self.loss if self.metric == "loss" else -self.metrics[self.metric]
 
     def as_line(self) -> dict[str, Any]:
-        return {"loss": self.loss, "metrics": self.metrics, "criterion": self.criterion, "num_rows": self.num_rows}
+        return {"loss": self.loss, "metrics": self.metrics, "num_rows": self.num_rows}
 
     def as_values(self) -> dict[str, float]:
         return {"eval/loss": self.loss, **{f"eval/{name}": value for name, value in self.metrics.items()}}

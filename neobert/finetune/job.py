@@ -88,9 +88,10 @@ def choose_best_line(lines: Sequence[dict[str, Any]], metric: str | None) -> dic
     no other. Lines of a run that had another metric are compared by this one, where they have it."""
 
     def score(line: dict[str, Any]) -> float:
-        loss = line["loss"]  # null where it was not finite.
-        values = {**line["metrics"], "loss": math.nan if loss is None else -loss}
-        return float(values.get(metric or next(iter(values)), math.nan))
+        value = line["loss"] if metric == "loss" else line["metrics"].get(metric or next(iter(line["metrics"])))
+        if value is None:  # It was not finite, or is not there.
+            return math.nan
+        return -value if metric == "loss" else float(value)
 
     trained = [line for line in lines if line["step"]]
     known = [line for line in trained or lines if not math.isnan(score(line))]

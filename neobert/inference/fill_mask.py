@@ -13,11 +13,8 @@ import torch
 
 from neobert.data.rows.lanes import IntArray
 from neobert.data.tokenizer import Tokenizer, check_mask_token
-from neobert.inference.packed import BATCH_TOKENS, hidden_states, plan_batches, vocabulary_logits
+from neobert.inference.packed import BATCH_TOKENS, LOGITS_BYTES, hidden_states, plan_batches, vocabulary_logits
 from neobert.objectives.base import Answers, ObjectiveModule, TextModel
-
-_LOGITS_BYTES = 64 * 2**20
-"""Of the masks whose logits are there at once."""
 
 MASK_TEXT = "[MASK]"
 """Marks a mask in a text, whatever the tokenizer calls it."""
@@ -174,7 +171,7 @@ def _guess(
     hidden = hidden_states(model, encoded)
     where = torch.from_numpy(np.flatnonzero(np.concatenate(encoded) == tokenizer.mask_id)).to(hidden.device)
     found: list[tuple[Guess, ...]] = []
-    for part in where.split(max(1, _LOGITS_BYTES // (4 * tokenizer.size))):
+    for part in where.split(max(1, LOGITS_BYTES // (4 * tokenizer.size))):
         logits = vocabulary_logits(model, hidden.index_select(0, part), tokenizer.size)
         best = logits.softmax(dim=-1).topk(top_k, dim=-1)
         found += [

@@ -24,7 +24,7 @@ _WIDTH_MULTIPLE = 64
 """Rows are filled up to a multiple of this: in bf16 torch keeps code and memory for every shape a CPU has multiplied,
 some megabytes each, and batches of texts would have hundreds of shapes."""
 
-_LOGITS_BYTES = 64 * 2**20
+LOGITS_BYTES = 64 * 2**20
 """fp32 logits that exist at once."""
 
 
@@ -67,7 +67,7 @@ def vocabulary_logits(model: ObjectiveModule, hidden: Tensor, size: int) -> Tens
 def token_losses(model: ObjectiveModule, hidden: Tensor, targets: Tensor, size: int) -> Tensor:
     """Negative log likelihood in nats, fp32 `[M]`, of tokens `[M]` given hidden states `[M, H]`; softmax over the
     first `size` rows of the vocabulary. Logits exist for a stretch of rows at a time."""
-    step = max(1, _LOGITS_BYTES // (4 * size))
+    step = max(1, LOGITS_BYTES // (4 * size))
     losses = [
         F.cross_entropy(vocabulary_logits(model, hidden[i : i + step], size), targets[i : i + step], reduction="none")
         for i in range(0, len(targets), step)

@@ -28,7 +28,7 @@ from torch import Tensor
 from neobert.model.buckets import plan_buckets
 from neobert.model.fused_documents import backward_fused, empty_logsumexps, forward_fused, is_fused, slices_of
 from neobert.model.segments import Segments
-from neobert.model.short_documents import ShortDocuments, backward_short, forward_short, split_short
+from neobert.model.short_documents import ShortDocuments, backward_short, forward_short, scaled_product, split_short
 
 _TILE = 2**20
 """Scores (heads x queries x keys) of one tile: 2 MB of bf16 stay in a CPU's cache."""
@@ -224,9 +224,9 @@ def _backward_by_document(
             torch.bmm(grad_own[:, queries], v_own[:, keys].transpose(1, 2), out=grad_probs)
             grad_scores = scratch.matrices(0, probs.shape)  # the scores are not needed any more
             torch.ops.aten._softmax_backward_data(grad_probs, probs, -1, probs.dtype, grad_input=grad_scores)
-            part_q = _scaled_product(grad_scores, k_own[:, keys], scale)
+            part_q = scaled_product(grad_scores, k_own[:, keys], scale)
             grad_q_own[:, queries][:, : tile.own] = part_q[:, : tile.own]
-            part_k = _scaled_product(grad_scores.transpose(1, 2), q_own[:, queries], scale)
+            part_k = scaled_product(grad_scores.transpose(1, 2), q_own[:, queries], scale)
             part_v = torch.bmm(probs.transpose(1, 2), grad_own[:, queries])
             if sums is None:
                 sums = [part_k, part_v]
@@ -261,18 +261,11 @@ class _Scratch:
         return flat[:size].view(shape)
 
 
-def _scaled_product(a: Tensor, b: Tensor, scale: float, out: Tensor | None = None) -> Tensor:
-    """scale * a b of batches of matrices; the factor costs nothing inside the product."""
-    if out is None:
-        out = a.new_empty((a.shape[0], a.shape[1], b.shape[2]))
-    return torch.baddbmm(out, a, b, beta=0, alpha=scale, out=out)
-
-
 def _probabilities(q_NTD: Tensor, k_NTD: Tensor, tile: _Tile, scale: float, reach: int, scratch: _Scratch) -> Tensor:
     """Softmax over the scores of a tile, `[N, Q, K]`, in scratch 1, with scratch 0 used on the way; fp32 inside."""
     q_NQD, k_NKD = q_NTD[:, tile.queries], k_NTD[:, tile.keys]
     shape = (q_NQD.shape[0], q_NQD.shape[1], k_NKD.shape[1])
-    scores_NQK = _scaled_product(q_NQD, k_NKD.transpose(1, 2), scale, out=scratch.matrices(0, shape))
+    scores_NQK = scaled_product(q_NQD, k_NKD.transpose(1, 2), scale, out=scratch.matrices(0, shape))
     if tile.own_keys < shape[2]:
         scores_NQK[:, :, tile.own_keys :] = float("-inf")
     if tile.banded:

@@ -93,8 +93,8 @@ def backward_short(
     grad_probs_MLL = torch.bmm(grad_MLD, v_MLD.transpose(1, 2))
     grad_scores_MLL = torch.ops.aten._softmax_backward_data(grad_probs_MLL, probs_MLL, -1, probs_MLL.dtype)
     parts = (
-        _scaled_product(grad_scores_MLL, k_MLD, scale),
-        _scaled_product(grad_scores_MLL.transpose(1, 2), q_MLD, scale),
+        scaled_product(grad_scores_MLL, k_MLD, scale),
+        scaled_product(grad_scores_MLL.transpose(1, 2), q_MLD, scale),
         torch.bmm(probs_MLL.transpose(1, 2), grad_MLD),
     )
     for part_MLD, grads in zip(parts, grads_TND):
@@ -114,14 +114,16 @@ def _scatter(x_MLD: Tensor, out_TND: Tensor, batch: ShortDocuments) -> None:
     out_TND[batch.slots_BL[own]] = x_BLND[own]
 
 
-def _scaled_product(a: Tensor, b: Tensor, scale: float) -> Tensor:
-    out = a.new_empty((a.shape[0], a.shape[1], b.shape[2]))
+def scaled_product(a: Tensor, b: Tensor, scale: float, out: Tensor | None = None) -> Tensor:
+    """scale * a b of batches of matrices; the factor costs nothing inside the product."""
+    if out is None:
+        out = a.new_empty((a.shape[0], a.shape[1], b.shape[2]))
     return torch.baddbmm(out, a, b, beta=0, alpha=scale, out=out)
 
 
 def _probabilities(q_MLD: Tensor, k_MLD: Tensor, batch: ShortDocuments, scale: float) -> Tensor:
     """Softmax over the scores of the documents, `[M, L, L]`, fp32 inside."""
-    scores_MLL = _scaled_product(q_MLD, k_MLD.transpose(1, 2), scale)
+    scores_MLL = scaled_product(q_MLD, k_MLD.transpose(1, 2), scale)
     scores_BNLL = scores_MLL.unflatten(0, (len(batch.slots_BL), -1))
     scores_BNLL.masked_fill_(~batch.is_own_BL[:, None, None, :], float("-inf"))
     return torch.softmax(scores_MLL, dim=-1)

@@ -426,3 +426,5 @@ def test_an_evaluation_that_is_not_finite_is_never_the_best() -> None:
     lines[2]["loss"] = None  # It was not finite.
     assert choose_best_line(lines, "loss") == lines[0]
     assert choose_best_line(lines, "mcc") == lines[1]
+    lines[1]["metrics"]["mcc"] = None
+    assert choose_best_line(lines, "mcc") == lines[2]

@@ -21,6 +21,7 @@ from calls import SCRIPTS, call
 from ports import free_port
 
 from neobert.errors import CallError
+from neobert.inference import http_server
 from neobert.inference.batcher import Batcher, Closed, Overloaded
 from neobert.inference.http_server import ModelServer, serve
 from neobert.inference.model import Model
@@ -204,6 +205,42 @@ def test_a_client_may_ask_before_it_sends(server: ModelServer) -> None:
         assert connection.recv(100).startswith(b"HTTP/1.1 100 ")
         connection.sendall(b'{"input": "a"}')
         assert connection.recv(100).startswith(b"HTTP/1.1 200 ")
+
+
+def test_one_connection_too_many_is_closed(loaded: Model, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(http_server, "_MOST_CONNECTIONS", 1)
+    with ModelServer("127.0.0.1", 0) as server:
+        thread = threading.Thread(target=serve, args=(server, Service(build_encoder(loaded), "tiny", SMALL)))
+        thread.start()
+        with socket.create_connection(server.server_address[:2], timeout=20) as first:
+            first.sendall(b"GET /health HTTP/1.1\r\nHost: x\r\n\r\n")
+            assert first.recv(100).startswith(b"HTTP/1.1 200 ")
+            with socket.create_connection(server.server_address[:2], timeout=20) as second:
+                assert second.recv(100) == b""
+        server.shutdown()
+        thread.join()
+
+
+def test_a_request_is_answered_before_the_server_ends(loaded: Model, monkeypatch: pytest.MonkeyPatch) -> None:
+    begun, written, answer = threading.Event(), [], http_server._Handler._answer
+
+    def slow(handler: http_server._Handler, method: str) -> None:
+        begun.set()
+        time.sleep(0.3)
+        answer(handler, method)
+        written.append(method)
+
+    monkeypatch.setattr(http_server._Handler, "_answer", slow)
+    with ModelServer("127.0.0.1", 0) as server:
+        thread = threading.Thread(target=serve, args=(server, Service(build_encoder(loaded), "tiny", SMALL)))
+        thread.start()
+        client = threading.Thread(target=ask, args=(server, "/health"))
+        client.start()
+        assert begun.wait(20)
+        server.shutdown()
+        thread.join()
+        assert written == ["GET"]
+        client.join()
 
 
 def test_a_body_without_its_length(server: ModelServer) -> None:
