@@ -36,7 +36,8 @@ from torch.optim.adamw import adamw
 
 from neobert.config.schema_optimizer import MuonSection
 from neobert.optim.orthogonal import orthogonalize, reference_orthogonal
-from neobert.optim.owners import ALONE, Owners, Ranks, find_ranks, like_rows, list_matrices, local
+from neobert.optim.owners import ALONE, Owners, Ranks, find_ranks, like_rows, list_matrices
+from neobert.optim.sharded_weights import local
 
 PARTS: dict[str, int] = {"qkv": 3, "gate_up": 2}
 """Matrices in a fused weight, by the name of its layer."""

@@ -23,6 +23,8 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.distributed.tensor import DTensor, Placement, Shard
 
+from neobert.optim.sharded_weights import local
+
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Ranks:
@@ -41,11 +43,6 @@ class Ranks:
 
 
 ALONE = Ranks()
-
-
-def local(tensor: Tensor) -> Tensor:
-    """The part of a tensor that this rank has, as a view of it: all of it, or its shard."""
-    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
 
 
 def like_rows(weight: Tensor) -> Tensor:

@@ -31,7 +31,8 @@ from neobert.config.schema_optimizer import MuonSection
 from neobert.model.encoder import Encoder
 from neobert.model.layers import EncoderBlock
 from neobert.model.segments import Segments
-from neobert.optim.owners import first_row, local
+from neobert.optim.owners import first_row
+from neobert.optim.sharded_weights import local
 
 Largest = Callable[[Tensor], Tensor]
 """The elementwise maximum over all processes."""

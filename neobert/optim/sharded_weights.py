@@ -15,9 +15,14 @@ def is_sharded(tensor: Tensor) -> bool:
     return isinstance(tensor, DTensor)
 
 
+def local(tensor: Tensor) -> Tensor:
+    """What this rank holds of a tensor, as a plain one in the same memory: all of it, or its shard."""
+    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
+
+
 def local_parts(tensors: Iterable[Tensor]) -> list[Tensor]:
-    """What this rank holds of each, as plain tensors in the same memory: enough for elementwise updates."""
-    return [tensor.to_local() if isinstance(tensor, DTensor) else tensor for tensor in tensors]
+    """`local` of each: enough for elementwise updates."""
+    return [local(tensor) for tensor in tensors]
 
 
 def whole(tensor: Tensor) -> Tensor:
@@ -40,12 +45,6 @@ def sum_over_shards(values: list[Tensor], like: Tensor) -> list[Tensor]:
         return values
     placements = [Partial() if placement.is_shard() else placement for placement in like.placements]
     return list(DTensor.from_local(torch.stack(values), like.device_mesh, placements).full_tensor().unbind())
-
-
-def first_row(tensor: DTensor) -> int:
-    """The number of the first row that this rank holds; shards are ranges of rows here."""
-    chunk = tensor.__create_chunk_list__()[0]
-    return int(chunk.offsets[0])
 
 
 @torch.no_grad()

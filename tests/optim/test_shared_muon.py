@@ -22,7 +22,8 @@ from neobert.optim import muon
 from neobert.optim.muon import Muon
 from neobert.optim.optimizers import build_optimizer, step_unless
 from neobert.optim.orthogonal import orthogonalize
-from neobert.optim.owners import assign_owners, count_products, find_ranks, local, row_range
+from neobert.optim.owners import assign_owners, count_products, find_ranks, row_range
+from neobert.optim.sharded_weights import local
 
 KINDS = list(itertools.product(("muonclip", "normuon"), (torch.float32, torch.bfloat16)))
 """Optimizers and types of their products."""

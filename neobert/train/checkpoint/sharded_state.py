@@ -26,7 +26,8 @@ from torch.distributed.tensor import DTensor
 from torch.distributed.tensor import zeros as dtensor_zeros
 from torch.optim import Optimizer
 
-from neobert.optim.sharded_weights import first_row, is_sharded, shard_like
+from neobert.optim.owners import first_row
+from neobert.optim.sharded_weights import is_sharded, shard_like
 from neobert.train.checkpoint.commit import Write
 
 OPTIMIZER_FILE, OPTIMIZER_FOLDER = "optimizer.bin", "optimizer"
