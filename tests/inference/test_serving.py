@@ -12,6 +12,7 @@ import threading
 import time
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -39,16 +40,23 @@ def build_encoder(model: Model, pooling: str = "mean") -> OwnEncoder:
     return OwnEncoder(model=model, settings=settings)
 
 
-@pytest.fixture(scope="module")
-def server(loaded: Model) -> Iterator[ModelServer]:
+@contextmanager
+def serving(model: Model) -> Iterator[ModelServer]:
+    """A server in a thread, which has ended afterwards."""
     with ModelServer("127.0.0.1", 0) as server:
-        thread = threading.Thread(target=serve, args=(server, Service(build_encoder(loaded), "tiny", SMALL)))
+        thread = threading.Thread(target=serve, args=(server, Service(build_encoder(model), "tiny", SMALL)))
         thread.start()
         while not hasattr(server, "service"):
             time.sleep(0.01)
         yield server
         server.shutdown()
         thread.join()
+
+
+@pytest.fixture(scope="module")
+def server(loaded: Model) -> Iterator[ModelServer]:
+    with serving(loaded) as server:
+        yield server
 
 
 def ask(server: ModelServer, path: str, body: Any = None, *, method: str | None = None) -> tuple[int, Any]:
@@ -209,38 +217,36 @@ def test_a_client_may_ask_before_it_sends(server: ModelServer) -> None:
 
 def test_one_connection_too_many_is_closed(loaded: Model, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(http_server, "_MOST_CONNECTIONS", 1)
-    with ModelServer("127.0.0.1", 0) as server:
-        thread = threading.Thread(target=serve, args=(server, Service(build_encoder(loaded), "tiny", SMALL)))
-        thread.start()
-        with socket.create_connection(server.server_address[:2], timeout=20) as first:
-            first.sendall(b"GET /health HTTP/1.1\r\nHost: x\r\n\r\n")
-            assert first.recv(100).startswith(b"HTTP/1.1 200 ")
-            with socket.create_connection(server.server_address[:2], timeout=20) as second:
-                assert second.recv(100) == b""
-        server.shutdown()
-        thread.join()
+    with serving(loaded) as server, socket.create_connection(server.server_address[:2], timeout=20) as first:
+        first.sendall(b"GET /health HTTP/1.1\r\nHost: x\r\n\r\n")
+        assert first.recv(100).startswith(b"HTTP/1.1 200 ")
+        with socket.create_connection(server.server_address[:2], timeout=20) as second:
+            assert second.recv(100) == b""
 
 
 def test_a_request_is_answered_before_the_server_ends(loaded: Model, monkeypatch: pytest.MonkeyPatch) -> None:
-    begun, written, answer = threading.Event(), [], http_server._Handler._answer
+    begun, closing, written = threading.Event(), threading.Event(), list[str]()
+    answer, close = http_server._Handler._answer, Service.close
 
-    def slow(handler: http_server._Handler, method: str) -> None:
+    def answer_late(handler: http_server._Handler, method: str) -> None:
         begun.set()
-        time.sleep(0.3)
+        assert closing.wait(20)
+        time.sleep(0.2)
         answer(handler, method)
         written.append(method)
 
-    monkeypatch.setattr(http_server._Handler, "_answer", slow)
-    with ModelServer("127.0.0.1", 0) as server:
-        thread = threading.Thread(target=serve, args=(server, Service(build_encoder(loaded), "tiny", SMALL)))
-        thread.start()
+    def note_and_close(service: Service) -> None:
+        closing.set()
+        close(service)
+
+    monkeypatch.setattr(http_server._Handler, "_answer", answer_late)
+    monkeypatch.setattr(Service, "close", note_and_close)
+    with serving(loaded) as server:
         client = threading.Thread(target=ask, args=(server, "/health"))
         client.start()
         assert begun.wait(20)
-        server.shutdown()
-        thread.join()
-        assert written == ["GET"]
-        client.join()
+    assert written == ["GET"]
+    client.join()
 
 
 def test_a_body_without_its_length(server: ModelServer) -> None:
