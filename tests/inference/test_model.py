@@ -131,7 +131,7 @@ def test_token_losses_leave_the_padding_of_the_vocabulary_out(loaded: Model, mon
     targets = torch.arange(len(hidden)) % size
     logits = hidden @ loaded.module.head_weight.detach()[:size].T
     expected = -logits.log_softmax(-1)[torch.arange(len(hidden)), targets]
-    monkeypatch.setattr("neobert.inference.packed._LOGITS_BYTES", 4 * size * 7)
+    monkeypatch.setattr("neobert.inference.packed.LOGITS_BYTES", 4 * size * 7)
     torch.testing.assert_close(token_losses(loaded.module, hidden, targets, size), expected, rtol=1e-4, atol=1e-5)
     assert len(token_losses(loaded.module, hidden[:0], targets[:0], size)) == 0
 
