@@ -10,6 +10,7 @@ import pytest
 
 ROOT = Path(__file__).parent.parent
 PACKAGE = ROOT / "neobert"
+HOUSE = ROOT / "docs" / "images" / "house.svg"
 LAYERS = [
     {"secrets", "host", "correlation"},
     {"errors", "key"},
@@ -93,6 +94,13 @@ def test_the_documented_order_is_the_one_that_is_checked() -> None:
     documented = [set(re.findall(r"\w+", names)) for names in line.split("<")[:-1]]
     rooms = {room(path) for path in PACKAGE.rglob("*.py")}
     assert documented == [names & rooms - {"testing"} for names in LAYERS]
+
+
+def test_the_picture_of_the_house_has_the_floors_that_are_checked() -> None:
+    texts = re.findall(r'<text x="[^"]*" y="([^"]*)".*font-weight="bold">(.*)</text>', HOUSE.read_text())
+    floors = {y: {name for y2, names in texts if y2 == y for name in names.split(", ")} for y, _ in texts}
+    from_the_ground = [floors[y] for y in sorted(floors, key=float, reverse=True)]
+    assert from_the_ground == LAYERS
 
 
 def test_the_check_sees_a_violation(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

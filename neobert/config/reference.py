@@ -69,7 +69,26 @@ model:
 ```
 
 `$$variables` and `$${variables` mean the text with one dollar.
+"""
 
+_CHEAT_SHEET = """
+## The keys that matter
+
+Most runs change a few of these and nothing else.
+
+| key | default | meaning |
+|---|---|---|
+"""
+
+_MATTERS = (
+    "dataset.path dataset.max_seq_length dataset.eval_samples dataset.mixture tokenizer.path tokenizer.train "
+    "model.hidden_size model.num_hidden_layers model.num_attention_heads model.intermediate_size model.init_from "
+    "datacollator.mlm_probability optimizer.name optimizer.lr optimizer.weight_decay scheduler.name "
+    "trainer.max_steps trainer.global_batch_size trainer.per_device_train_batch_size trainer.output_dir "
+    "trainer.mixed_precision trainer.eval_steps trainer.save_steps trainer.resume_from_checkpoint seed"
+).split()
+
+_ON_RESUME = """
 ## On resume
 
 Every setting of a resumed run is compared with the checkpoint's. The column "on resume" of the tables says what another
@@ -109,7 +128,8 @@ Key names of transformers and axolotl, alone or in any section, are refused with
 
 def build_markdown() -> str:
     """The text of docs/configuration.md."""
-    parts = [_INTRODUCTION, *(f"| {name} | {text} |\n" for name, text in RESUME.items()), _REST]
+    parts = [_INTRODUCTION, _CHEAT_SHEET, *(_short_row(FIELDS[key]) for key in _MATTERS), _ON_RESUME]
+    parts += [*(f"| {name} | {text} |\n" for name, text in RESUME.items()), _REST]
     for section, about in [("", "Keys outside of sections."), *SECTIONS.items()]:
         rows = [_markdown_row(f) for f in FIELDS.values() if f.key.rpartition(".")[0] == section]
         title = f"`{section}`" if section else "Top level"
@@ -138,6 +158,12 @@ def build_help(usage: str, description: str) -> str:
         about = f"{field.doc}{_describe_needs(field)} On resume: {field.known.resume}."
         lines += textwrap.wrap(about, 100, initial_indent="      ", subsequent_indent="      ")
     return "\n".join(lines)
+
+
+def _short_row(field: Field) -> str:
+    """With the first sentence of its meaning."""
+    first = field.doc.split(". ")[0].removesuffix(".")
+    return f"| `{field.key}` | `{show_value(field.default)}` | {_escape(first)} |\n"
 
 
 def _markdown_row(field: Field) -> str:
