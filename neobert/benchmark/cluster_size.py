@@ -17,7 +17,7 @@ faster or slower. Bandwidths are those of data sheets.
 import itertools
 import math
 from dataclasses import dataclass, fields, replace
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 import torch
@@ -31,35 +31,10 @@ from neobert.benchmark.step_time import RowSource
 from neobert.config.schema import Config
 from neobert.errors import StartupError
 from neobert.model.config import Architecture, ModelConfig
-from neobert.model.peak import PEAKS
+from neobert.model.peak import GPUS, PEAKS
 from neobert.objectives.base import ObjectiveModule
 from neobert.objectives.table import choose_objective
 from neobert.optim.optimizers import build_optimizer
-
-
-class Gpu(NamedTuple):
-    """A GPU as its data sheet has it; bytes and bytes a second."""
-
-    name: str
-    """In `PEAKS`."""
-
-    memory: float
-    bandwidth: float
-    link: float
-    """To the others of its node, one direction."""
-
-
-GPUS: dict[str, Gpu] = {
-    "A100-40GB": Gpu("NVIDIA A100-SXM4-40GB", 40e9, 1.555e12, 300e9),
-    "A100": Gpu("NVIDIA A100-SXM4-80GB", 80e9, 2.039e12, 300e9),
-    "H100": Gpu("NVIDIA H100 80GB HBM3", 80e9, 3.35e12, 450e9),
-    "H200": Gpu("NVIDIA H200", 141e9, 4.8e12, 450e9),
-    "B200": Gpu("NVIDIA B200", 180e9, 7.7e12, 900e9),
-    "L40S": Gpu("NVIDIA L40S", 48e9, 0.864e12, 32e9),
-    "L4": Gpu("NVIDIA L4", 24e9, 0.3e12, 32e9),
-    "RTX-4090": Gpu("NVIDIA GeForce RTX 4090", 24e9, 1.008e12, 32e9),
-}
-"""By the name on the command line; NVLink where there is one, else PCIe 4.0 with 16 lanes."""
 
 PARALLEL = ("ddp", "fsdp2", "hsdp")
 
@@ -402,6 +377,3 @@ def _step_seconds(model: CountedModel, cluster: Cluster, parallel: str, micro_se
 def _link(cluster: Cluster, parts: int) -> float:
     """Bytes a second that each of so many GPUs exchanges with the others, four fifths of the data sheet."""
     return 0.8 * (GPUS[cluster.gpu].link if parts <= cluster.per_node else cluster.network)
-
-
-# --- for people ------------------------------------------------------------------------------------------------------

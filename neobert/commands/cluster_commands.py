@@ -28,7 +28,7 @@ def benchmark_ranks(program: str, argv: list[str]) -> None:
 
 
 GPU_NAMES = ("A100", "A100-40GB", "B200", "H100", "H200", "L4", "L40S", "RTX-4090")
-"""Those of `cluster_size.GPUS`, which needs torch."""
+"""Those of `peak.GPUS`, which needs torch."""
 
 
 def size(program: str, argv: list[str]) -> None:

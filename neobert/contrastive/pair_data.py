@@ -16,8 +16,8 @@ from neobert.contrastive.prepare_sets import NamedSource, describe, is_same_sour
 from neobert.contrastive.set_folder import PairStore, SetInfo, list_sets, sets_folder
 from neobert.data.pipeline import Reader, build_loader
 from neobert.data.rows.batch_size import BatchSchedule, constant_batch
-from neobert.data.rows.lanes import RowOrder, State
-from neobert.data.rows.loader import Loader, LoaderSettings, sum_counters
+from neobert.data.rows.lanes import RowOrder, State, sum_counters
+from neobert.data.rows.loader import Loader, LoaderSettings
 from neobert.data.source.inventory import NO_FILES, Inventory
 from neobert.data.tokenizer import Tokenizer
 from neobert.errors import DataError

@@ -14,7 +14,9 @@ Spread means evenly, from the first to the last. An edit that keeps all sizes an
 """
 
 import hashlib
+import json
 from collections.abc import Callable, Iterable, Iterator
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -50,6 +52,11 @@ def combine(parts: Iterable[str], make: Callable[[list[str]], str]) -> Fingerpri
     """The fingerprint that `make` makes of others."""
     parts = list(parts)
     return Fingerprint(make(parts), make([before(part) for part in parts]))
+
+
+def digest_json(*parts: Any) -> str:
+    """sha256 of values as JSON."""
+    return "sha256:" + hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()
 
 
 def digest_documents(

@@ -3,8 +3,6 @@
 `Reader` is who reads it: one of the processes of a run, and with how many threads.
 """
 
-import hashlib
-import json
 import math
 import os
 import shutil
@@ -17,12 +15,12 @@ from typing import Any, Protocol
 import numpy as np
 
 from neobert.config.schema import Config, DatasetSection
-from neobert.data.fingerprint import combine, fits
+from neobert.data.fingerprint import combine, digest_json, fits
 from neobert.data.rows.batch_size import BatchSchedule, build_batch_schedule
 from neobert.data.rows.collate import Collator, bound_segments
 from neobert.data.rows.evaluation import EvalSet, choose_evaluation
-from neobert.data.rows.lanes import Lane, RowOrder, State
-from neobert.data.rows.loader import Collate, Loader, LoaderSettings, sum_counters
+from neobert.data.rows.lanes import Lane, RowOrder, State, sum_counters
+from neobert.data.rows.loader import Collate, Loader, LoaderSettings
 from neobert.data.rows.packing import max_segments_per_row
 from neobert.data.rows.training import TrainData, build_row_order, build_train
 from neobert.data.source.inventory import NO_FILES, Inventory
@@ -296,7 +294,7 @@ def build_data(
 def _combine_fingerprints(views: Sequence[View], sample_by: str) -> str:
     return combine(
         (view.documents.fingerprint for view in views),
-        lambda prints: _hash(
+        lambda prints: digest_json(
             sample_by,
             [(one, *map(_describe_cursor, view.span), view.spec.weight) for one, view in zip(prints, views)],
         ),
@@ -371,7 +369,7 @@ def _load_or_train(
     sources = describe_sources(config.dataset)
     training = open_training_texts(sources, config.dataset, section.train_documents, share)
     settings = [section.algorithm, section.vocab_size, section.train_documents, config.dataset.eval_samples]
-    made_from = combine([training.fingerprint], lambda parts: _hash(parts[0], settings))
+    made_from = combine([training.fingerprint], lambda parts: digest_json(parts[0], settings))
     folder, stamp = output_dir / "tokenizer", output_dir / "tokenizer" / "trained_from.txt"
     with main_first({"documents that the tokenizer learns from": made_from}):
         if not stamp.is_file() or not fits(stamp.read_text(), made_from):
@@ -397,7 +395,3 @@ def _note_shared_lanes(train: TrainData, world: int) -> list[str]:
         f"each of the {train.order.num_lanes} lanes is read and tokenised by {readers} processes; with a "
         f"dataset.num_lanes that is a multiple of {world}, everything is read once"
     ]
-
-
-def _hash(*parts: Any) -> str:
-    return "sha256:" + hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()

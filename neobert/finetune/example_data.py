@@ -6,8 +6,8 @@ from dataclasses import dataclass
 from neobert.config.schema import Config
 from neobert.data.pipeline import Reader, build_loader
 from neobert.data.rows.batch_size import BatchSchedule, constant_batch
-from neobert.data.rows.lanes import RowOrder, State
-from neobert.data.rows.loader import Loader, LoaderSettings, sum_counters
+from neobert.data.rows.lanes import RowOrder, State, sum_counters
+from neobert.data.rows.loader import Loader, LoaderSettings
 from neobert.data.rows.side_by_side import SideBySide
 from neobert.data.source.inventory import NO_FILES, Inventory
 from neobert.data.tokenizer import Tokenizer

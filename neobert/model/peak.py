@@ -1,4 +1,4 @@
-"""What a GPU could do at best, for model FLOP utilisation (MFU).
+"""What a GPU could do at best, for model FLOP utilisation (MFU) and for runs on GPUs that are not here.
 
 Dense rates with sums in fp32, in TFLOP/s, by the name that the driver gives. Sources: NVIDIA's data sheets of H100,
 H200, A100, L4, L40S, A10, RTX A6000 (rates with sparsity are halved), V100 and T4; its architecture papers of GA102
@@ -59,6 +59,31 @@ PEAKS: dict[str, Peak] = {
     "Tesla T4": Peak(None, 8.1),
 }
 """By exact name: a card of another form (PCIe, NVL, mobile) with a similar one has other rates."""
+
+
+class Gpu(NamedTuple):
+    """A GPU as its data sheet has it; bytes and bytes a second."""
+
+    name: str
+    """In `PEAKS`."""
+
+    memory: float
+    bandwidth: float
+    link: float
+    """To the others of its node, one direction."""
+
+
+GPUS: dict[str, Gpu] = {
+    "A100-40GB": Gpu("NVIDIA A100-SXM4-40GB", 40e9, 1.555e12, 300e9),
+    "A100": Gpu("NVIDIA A100-SXM4-80GB", 80e9, 2.039e12, 300e9),
+    "H100": Gpu("NVIDIA H100 80GB HBM3", 80e9, 3.35e12, 450e9),
+    "H200": Gpu("NVIDIA H200", 141e9, 4.8e12, 450e9),
+    "B200": Gpu("NVIDIA B200", 180e9, 7.7e12, 900e9),
+    "L40S": Gpu("NVIDIA L40S", 48e9, 0.864e12, 32e9),
+    "L4": Gpu("NVIDIA L4", 24e9, 0.3e12, 32e9),
+    "RTX-4090": Gpu("NVIDIA GeForce RTX 4090", 24e9, 1.008e12, 32e9),
+}
+"""By the name on the command line; NVLink where there is one, else PCIe 4.0 with 16 lanes."""
 
 
 def peak_flops(device: torch.device, dtype: torch.dtype) -> float | None:

@@ -5,12 +5,12 @@ from dataclasses import replace
 
 import pytest
 
-from neobert.benchmark.cluster_size import GPUS, PARALLEL, Cluster, CountedModel, choose_size, count_model, size_config
+from neobert.benchmark.cluster_size import PARALLEL, Cluster, CountedModel, choose_size, count_model, size_config
 from neobert.commands.cluster_commands import GPU_NAMES
 from neobert.commands.registry import run_command
 from neobert.config.load import load_config
 from neobert.errors import StartupError
-from neobert.model.peak import PEAKS
+from neobert.model.peak import GPUS, PEAKS
 
 SMALL = [
     "model.hidden_size=64",

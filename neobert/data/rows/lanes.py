@@ -212,6 +212,22 @@ OpenStreams = Callable[[int], Sequence[DocumentStream]]
 """Lane -> its stream of each source."""
 
 
+def sum_counters(state: State) -> dict[str, int]:
+    """Records skipped so far, summed over the lanes: `bad`, `skipped` (no text), `dropped` (shorter than
+    `dataset.min_length`). A lane counts a window when it continues to the next one."""
+    totals = dict.fromkeys(("bad", "skipped", "dropped"), 0)
+
+    def add(part: State) -> None:
+        for name in totals:
+            totals[name] += part.get(name, 0)
+        for below in [part["stream"]] if "stream" in part else part.get("sources", []):
+            add(below)
+
+    for lane in state.get("lanes", {}).values():
+        add(lane)
+    return totals
+
+
 def fit_num_lanes(most: int, cut: Callable[[int], OpenStreams], order: RowOrder, *, weighted: bool) -> int:
     """The number of lanes, at most `most`, of which each finds a document in its first epoch; 1 when nothing does.
 

@@ -99,22 +99,6 @@ def merge_states(states: Sequence[State]) -> State:
     return merged
 
 
-def sum_counters(state: State) -> dict[str, int]:
-    """Records skipped so far, summed over the lanes: `bad`, `skipped` (no text), `dropped` (shorter than
-    `dataset.min_length`). A lane counts a window when it continues to the next one."""
-    totals = dict.fromkeys(("bad", "skipped", "dropped"), 0)
-
-    def add(part: State) -> None:
-        for name in totals:
-            totals[name] += part.get(name, 0)
-        for below in [part["stream"]] if "stream" in part else part.get("sources", []):
-            add(below)
-
-    for lane in state.get("lanes", {}).values():
-        add(lane)
-    return totals
-
-
 class _LaneRows:
     """The rows of the lanes that a rank reads, and the windows that threads open ahead of their first row."""
 
