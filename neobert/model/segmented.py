@@ -4,8 +4,9 @@ On a CPU it computes softmax(scale * Q K^T) V document by document, several time
 the stream: in fp32 and without a window with torch's fused kernel (`fused_documents`), otherwise with plain products.
 Queries go in tiles of bounded size then, and the backward computes the probabilities of a tile again, so that nothing
 quadratic in a document's length is kept. With a sliding window a tile reads only the keys within reach: the cost is
-linear in the length of a document. Of causal segments it reads the keys up to its last query. In bf16 a document is computed in whole blocks of slots, at the end of the stream
-too, and the rest masked away: torch's library keeps code for every shape; short ones go together (`short_documents`).
+linear in the length of a document; of causal segments it reads the keys up to its last query. In bf16 a document is
+computed in whole blocks of slots, at the end of the stream too, and the rest masked away: torch's library keeps code
+for every shape; short ones go together (`short_documents`).
 
 On other devices documents of about one length go together, padded to the length of their bucket, through torch's
 scaled_dot_product_attention. Lengths of buckets grow by half at most, so no more than a third of a bucket is padding

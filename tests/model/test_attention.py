@@ -461,10 +461,10 @@ def test_varlen_hands_its_kernel_what_it_needs(
     assert fake.deterministic == (deterministic if package else None)
 
 
-@pytest.mark.parametrize("window", [None, 40])
-def test_flex_itself_computes_the_definition(window: int | None) -> None:
+@pytest.mark.parametrize(("window", "causal"), [(None, False), (40, False), (None, True), (40, True)])
+def test_flex_itself_computes_the_definition(window: int | None, causal: bool) -> None:
     """torch's FlexAttention runs forward on a CPU: blocks of 128, the last one short."""
-    _, segments = pack([(130, 1, 69), (5, 195)], 200)
+    segments = replace(pack([(130, 1, 69), (5, 195)], 200)[1], causal=causal)
     q, k, v = (x.detach() for x in inputs(segments, torch.float32)[:3])
     with torch.no_grad(), warnings.catch_warnings():
         warnings.simplefilter("ignore")  # it says that it computes all scores
