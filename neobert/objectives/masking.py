@@ -135,8 +135,8 @@ class MaskPolicy:
         if self.draw_rate == "fixed":
             rate = self.rate(step)
         else:
-            offset, drawn = math.modf(offset * 2**26)
-            rate = RATES[self.draw_rate](drawn / 2**26, *self.rate_range)
+            offset, high_bits = math.modf(offset * 2**26)
+            rate = RATES[self.draw_rate](high_bits / 2**26, *self.rate_range)
         count = min(len(maskable), math.floor(rate * len(maskable) + offset))
         selected, deciding = UNITS[self.units](self, tokens, hashes, maskable, count)
         corrupted = tokens.copy()

@@ -57,7 +57,7 @@ def _decay(p: Tensor, mean: Tensor | None, group: dict[str, Any], found_inf: Ten
 def kept_fractions(weight: Tensor, update: Tensor, decay: float, found_inf: Tensor | None) -> Tensor:
     """What is left of each weight: 1 - `decay` where the update does not move it away from zero, else 1; 1 everywhere
     where the step is left out."""
-    kept: Tensor | float = 1 - decay
+    decays = weight * update >= 0
     if found_inf is not None:
-        kept = torch.where(found_inf != 0, 1.0, kept)
-    return torch.where(weight * update >= 0, kept, 1.0).to(weight.dtype)
+        decays &= found_inf == 0
+    return torch.ones_like(weight).masked_fill_(decays, 1 - decay)
