@@ -27,11 +27,15 @@ class WordEdges:
 class Corruption(Protocol):
     """Chooses the targets of a draw, and what replaces tokens."""
 
+    @property
+    def is_causal(self) -> bool:
+        """Whether a slot predicts the token after it, and attention is causal, instead of the token that is its own."""
+
     def corrupt(
         self, tokens: NDArray[np.int32], hashes: NDArray[np.uint64], offset: float, *, step: int
     ) -> tuple[NDArray[np.int32], NDArray[np.int64]]:
         """`n` tokens, a random hash for each, a number in [0, 1), and the step of training: the corrupted tokens and
-        the ascending indices of the targets."""
+        the ascending indices of the slots that predict."""
 
     def max_targets(self, num_slots: int) -> int:
         """Upper bound of the targets among `num_slots` slots of one draw, at any step."""
@@ -76,7 +80,8 @@ class PackedBatch:
     """int64 `[M]`: slots of the flat `[B * S]` stream that are predicted; unused entries point at slot 0."""
 
     targets: Tensor
-    """int64 `[M]`: original token of each predicted slot, `IGNORE_INDEX` in unused entries."""
+    """int64 `[M]`: original token of each predicted slot, with causal segments the token after it; `IGNORE_INDEX` in
+    unused entries."""
 
     row_keys: Tensor
     """int64 `[B]`: global row numbers, on the host."""
@@ -90,7 +95,8 @@ class PackedBatch:
     num_targets: int
     num_documents: int
     attended_tokens: int
-    """Sum over real segments of length squared: the attention's part of the work, for FLOP counts."""
+    """Keys that the tokens of real segments see, the sum of length squared where they see both sides: the attention's
+    part of the work, for FLOP counts."""
 
     digest: int
     """Sum modulo 2**64 of one 64-bit hash a row (tokens, borders, mask): equal batches have equal digests."""

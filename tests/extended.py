@@ -7,6 +7,7 @@ import json
 import subprocess
 import sys
 import traceback
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -113,8 +114,8 @@ def check_attention() -> None:
     ids = torch.tensor([[1] * 5 + [2] * 4 + [0] * 7], dtype=torch.int32)
     segments = Segments(ids=ids, cu_seqlens=borders, cu_seqlens_cpu=borders, max_seqlen=16)
     real = 9
-    for window in (None, 4):
-        results = []
+    for window, causal in ((None, False), (4, False), (None, True), (4, True)):
+        segments, results = replace(segments, causal=causal), []
         for name in ("masked", "sdpa"):
             qkv = torch.randn(3, 16, 2, 8, generator=torch.Generator().manual_seed(0)).requires_grad_()
             backend = ATTENTION[name]

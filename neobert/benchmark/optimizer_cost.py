@@ -67,7 +67,12 @@ def measure_times(settings: StepSettings, *, cpu_time: bool = False) -> Optimize
     model, _, _ = build_model(settings, source.model, device, dtype)
     section = OptimizerSection(lr=1e-6)
     sections = {name: replace(section, name=name) for name in OPTIMIZERS}  # type: ignore[arg-type]
-    optimizers = {name: build_optimizer(model, own, dtype=dtype) for name, own in sections.items()}
+    for name in ("adamw", "normuon"):
+        sections[f"{name}, cautious decay"] = replace(sections[name], cautious_weight_decay=True)
+    split = replace(section.muon_config, split_heads=True)
+    sections["normuon, heads split"] = replace(sections["normuon"], muon_config=split)
+    heads = source.model.num_attention_heads
+    optimizers = {name: build_optimizer(model, own, dtype=dtype, num_heads=heads) for name, own in sections.items()}
     clip = QKClip(model.module.encoder, MuonSection(clipping_interval=1, clipping_threshold=1e9))
     batches = [batch.to(device) for batch in itertools.islice(source.batches, min(8, settings.steps))]
     seconds: dict[str, list[float]] = {name: [] for name in ("passes", "measured", *optimizers)}

@@ -28,7 +28,8 @@ from neobert.errors import CallError
 def predict(program: str, argv: list[str]) -> None:
     """Fill the masks of texts with a trained model: `neobert predict MODEL "The capital of France is [MASK]."`
 
-    A model of replaced-token detection says instead which tokens of a text do not belong.
+    A model of replaced-token detection says instead which tokens of a text do not belong, one of causal language
+    modelling which tokens come next.
 
     With --output, of every record of a file: `neobert predict MODEL INPUT --output answers.jsonl`. Type the same
     command again when it was interrupted.

@@ -18,6 +18,7 @@ from neobert.config.schema import Config
 from neobert.data.pipeline import Reader, build_tokenizer
 from neobert.data.store.offline import PreparedSource, data_overrides, name_tokenizer, prepare_sources
 from neobert.data.tokenizer import Tokenizer, limit_threads
+from neobert.objectives.mlm import describe_rate
 from neobert.objectives.table import choose_objective
 from neobert.secrets import hide_credentials, scrub
 from neobert.train.build import build_config_data, choose_rows_per_step
@@ -131,7 +132,7 @@ def describe_rows(
         for number in range(1, count + 1):
             slots = np.flatnonzero(segments == number)
             yield f"  document {number}, slots {slots[0]} to {slots[-1]}: {tokenizer.decode(tokens[slots].tolist())}"
-            for slot in slots.tolist():
+            for slot in slots.tolist() if not batch.segments.causal else ():
                 if (target := targets.get(row * width + slot)) is not None:
                     fed, expected = int(tokens[slot]), tokenizer.decode_token(target)
                     yield f"    slot {slot}: predict {expected!r} from {_describe_fed(fed, target, tokenizer)}"
@@ -153,6 +154,8 @@ def choose_mix(config: Config) -> tuple[float, float, float]:
 
 def describe_mix(batches: Sequence[PackedBatch], config: Config, tokenizer: Tokenizer) -> list[str]:
     """Fractions of what replaces predicted tokens, and the fraction of tokens that are predicted."""
+    if batches[0].segments.causal:
+        return [f"predicted: {sum(b.num_targets for b in batches):,} tokens of the first step, each from those before"]
     num_masked = num_kept = num_predicted = num_ordinary = 0
     for batch in batches:
         kept = (batch.targets != IGNORE_INDEX).numpy()
@@ -171,10 +174,12 @@ def describe_mix(batches: Sequence[PackedBatch], config: Config, tokenizer: Toke
             f"replaced: {num_replaced:,} of {num_ordinary:,} ordinary tokens of the first step = "
             f"{num_replaced / max(1, num_ordinary):.2%} (datacollator.mlm_probability: {p:.2%})"
         ]
+    masks = config.datacollator
+    rate = f"datacollator.mlm_probability: {p:.2%}" if masks.mlm_rate == "fixed" else f"each row {describe_rate(masks)}"
     mix = ", ".join(f"{fraction:.0%}" for fraction in choose_mix(config))
     return [
         f"predicted: {num_predicted:,} of {num_ordinary:,} ordinary tokens of the first step = "
-        f"{num_predicted / max(1, num_ordinary):.2%} (datacollator.mlm_probability: {p:.2%})",
+        f"{num_predicted / max(1, num_ordinary):.2%} ({rate})",
         f"of these [MASK] {num_masked / total:.1%}, random {(num_predicted - num_masked - num_kept) / total:.1%}, "
         f"kept {num_kept / total:.1%} (configured: {mix})",
     ]

@@ -51,6 +51,8 @@ class ReplayedRow:
         inputs = batch.input_ids.flatten().tolist()
         pairs = zip(batch.masked_index.tolist(), batch.targets.tolist())
         shown = [(slot, target) for slot, target in pairs if target != IGNORE_INDEX]
+        if batch.segments.causal:
+            return "\n".join([*lines, f"  {batch.num_targets} tokens are predicted, each by the slot before it"])
         if self.objective.predicts_tokens:
             lines.append(f"  mask: {batch.num_targets} tokens are predicted")
         else:

@@ -10,7 +10,14 @@ from collections.abc import Iterator
 from typing import Any
 
 from neobert.config.fields import FIELDS, Field, can_be_declared, list_fields
-from neobert.config.rules_data import check_contrastive, check_dataset, check_masks, check_rows, check_tokenizer
+from neobert.config.rules_data import (
+    check_contrastive,
+    check_dataset,
+    check_masks,
+    check_rows,
+    check_teacher,
+    check_tokenizer,
+)
 from neobert.config.rules_finetune import check_finetune, check_shapes
 from neobert.config.rules_glue import check_glue
 from neobert.config.rules_machine import check_device, check_parallel
@@ -369,6 +376,7 @@ _RULES = (
     check_schedule,
     check_batch_warmup,
     check_average,
+    check_teacher,
     check_device,
     check_parallel,
     check_contrastive,

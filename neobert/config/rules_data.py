@@ -117,9 +117,32 @@ def check_rows(config: Config) -> Iterator[str]:
         yield f"datacollator.pad_to_multiple_of: {multiple} does not divide dataset.max_seq_length = {length}"
 
 
+_MASK_KEYS = (
+    "datacollator.mlm_probability",
+    "datacollator.mlm_probability_final",
+    "datacollator.eval_mlm_probability",
+    "datacollator.mask_units",
+)
+
+
 def check_masks(config: Config) -> Iterator[str]:
-    """What becomes of the predicted tokens."""
+    """Which tokens are predicted, and what becomes of them."""
     masks = config.datacollator
+    if config.trainer.objective == "clm":
+        for key in _MASK_KEYS:
+            if (value := FIELDS[key].value_in(config)) != FIELDS[key].default:
+                yield (
+                    f"{key}: {value} has no effect with trainer.objective: clm, which masks nothing; remove it, or"
+                    f" write the default, {FIELDS[key].default}"
+                )
+    lowest, highest = masks.mlm_rate_range
+    if lowest > highest:
+        yield f"datacollator.mlm_rate_range: [{lowest}, {highest}] must be the smallest fraction, then the largest"
+    if masks.clm_steps is not None and config.trainer.skip_spikes is not None:
+        yield (
+            f"trainer.skip_spikes: {config.trainer.skip_spikes} compares losses of successive steps, which are of two"
+            " kinds with datacollator.clm_steps; write null for it"
+        )
     if masks.mask_all or not all(0 <= fraction <= 1 for fraction in (masks.mask_fraction, masks.random_fraction)):
         return
     if masks.mask_fraction + masks.random_fraction > 1 + 1e-9:
@@ -131,6 +154,30 @@ def check_masks(config: Config) -> Iterator[str]:
         yield (
             "datacollator.mask_fraction: 0 beside datacollator.random_fraction = 0 keeps every predicted token as"
             " it is, so there is nothing to learn; raise one of them"
+        )
+
+
+def check_teacher(config: Config) -> Iterator[str]:
+    """What an objective needs that learns from the moving average of the weights."""
+    trainer = config.trainer
+    if trainer.objective != "mlm_jepa":
+        return
+    if trainer.ema_decay is None:
+        yield "trainer.ema_decay: null, but trainer.objective: mlm_jepa learns from the average; write 0.99, say"
+    elif trainer.ema_start_step:
+        yield (
+            f"trainer.ema_start_step: {trainer.ema_start_step}, but trainer.objective: mlm_jepa learns from the average"
+            " from the first step on; write 0"
+        )
+    if trainer.parallel in ("fsdp2", "hsdp"):
+        yield (
+            f"trainer.parallel: {trainer.parallel} shards the average, which trainer.objective: mlm_jepa computes with;"
+            " write ddp"
+        )
+    if trainer.bf16_residual:
+        yield (
+            "trainer.bf16_residual: true computes with copies of the weights, and trainer.objective: mlm_jepa with"
+            " their average; write false"
         )
 
 

@@ -8,11 +8,13 @@ from neobert.key import key, when
 MASKS = "task=pretraining or contrastive.pretraining_objective=mlm"
 """What keys of masks need: pretraining, or fine-tuning in which some steps are masked language modelling."""
 
-PREDICTS_TOKENS = "trainer.objective=mlm"
+PREDICTS_TOKENS = "trainer.objective=mlm|clm|mlm_jepa"
 """What keys of the loss over the vocabulary need: an objective that predicts tokens (`Objective.predicts_tokens`)."""
 
-FILLS_MASKS = "trainer.objective=mlm"
+FILLS_MASKS = "trainer.objective=mlm|mlm_jepa"
 """What keys of [MASK] need: an objective that hides tokens (`Objective.fills_masks`). Values are joined by `|`."""
+
+_FIXED_RATE = "datacollator.mlm_rate=fixed"
 
 MAX_RECORD_BYTES = 64 << 20
 """Far above any document of text, far below the memory of any machine."""
@@ -242,14 +244,31 @@ class DatacollatorSection:
         0.2,
         above=0,
         at_most=1,
-        needs=MASKS,
+        needs=(MASKS, _FIXED_RATE),
         resume="declared",
         changes="batch",
     )
     """Fraction of a row's ordinary tokens that is predicted. 20% is the rate of the NeoBERT paper."""
 
+    mlm_rate: Literal["fixed", "random", "diffusion"] = key(
+        "fixed", needs=(MASKS, FILLS_MASKS), resume="declared", changes="batch"
+    )
+    """fixed: `mlm_probability` in every row. Else each row draws its fraction from `mlm_rate_range`: random uniformly
+    (R2MAE); diffusion the smaller the likelier, with density 1 / fraction, which is masked diffusion (MDLM, LLaDA) by
+    other draws instead of weights. The number of predicted tokens then varies from step to step."""
+
+    mlm_rate_range: tuple[float, float] = key(
+        (0.05, 0.5),
+        above=0,
+        at_most=1,
+        needs="datacollator.mlm_rate=random|diffusion",
+        resume="declared",
+        changes="batch",
+    )
+    """Smallest and largest fraction that a row draws. Masked diffusion is [0.01, 1], about."""
+
     mlm_probability_final: float | None = key(
-        None, above=0, at_most=1, tasks="pretraining", resume="declared", changes="batch"
+        None, above=0, at_most=1, needs=_FIXED_RATE, tasks="pretraining", resume="declared", changes="batch"
     )
     """The fraction at the end of training: from `mlm_probability` on it changes linearly with the step.
     null: constant."""
@@ -316,6 +335,12 @@ class DatacollatorSection:
     pack_sequences: bool = key(True, tasks="pretraining", resume="order")
     """true: several documents share a row and each attends to itself only, so that almost no slot is padding.
     false: one document per row."""
+
+    clm_steps: int | None = key(
+        None, at_least=1, needs="trainer.objective=mlm", tasks="pretraining", resume="declared", changes="batch"
+    )
+    """So many steps at the start of the run learn causal language modelling: every token is predicted from those before
+    it in its document. Masks, and attention to both sides, follow from that step on. Evaluations are with masks."""
 
     # Dropout masks have the shape of the batch.
     pad_to_multiple_of: int | None = key(

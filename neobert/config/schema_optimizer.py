@@ -40,6 +40,20 @@ class MuonSection:
     muon_beta: float = key(0.95, at_least=0, below=1, resume="declared")
     """Decay of the running mean of the gradient of a matrix."""
 
+    muon_beta_start: float | None = key(None, at_least=0, below=1, resume="declared")
+    """`muon_beta` at the start: it rises linearly in `muon_beta_warmup_steps`, and falls back to this in the
+    `muon_beta_cooldown_steps` before the decay of the learning rate ends. null: constant. 0.85 is usual."""
+
+    muon_beta_warmup_steps: int = key(300, at_least=0, needs="optimizer.muon_config.muon_beta_start", resume="declared")
+    """Steps in which `muon_beta` is reached; 0: from the first on."""
+
+    muon_beta_cooldown_steps: int = key(0, at_least=0, needs="optimizer.muon_config.muon_beta_start", resume="declared")
+    """Steps in which it falls back to `muon_beta_start`; 0: it does not."""
+
+    split_heads: bool = key(False, resume="declared")
+    """Orthogonalise the queries of each head by themselves, and the keys, instead of those of all heads together. With
+    `norm_factor` spectral their updates are smaller then: sqrt(head size / hidden size)."""
+
     nesterov: bool = key(False, resume="declared")
     """Orthogonalise `muon_beta` of the way from the gradient to its running mean instead of the mean itself."""
 
@@ -108,6 +122,9 @@ class OptimizerSection:
     decoupled_weight_decay: bool = key(False, resume="declared")
     """true: decay per step is `weight_decay * lr / peak lr`, so that the peak learning rate can change alone;
     1e-5 to 1e-4 are usual then."""
+
+    cautious_weight_decay: bool = key(False, needs="optimizer.name=adamw|muonclip|normuon", resume="declared")
+    """Decay a weight only where its update does not move it away from zero (arXiv 2510.12402)."""
 
     betas: tuple[float, float] = key((0.9, 0.95), at_least=0, below=1, resume="declared")
     """Decay of the running means of the gradient and of its square."""

@@ -150,6 +150,11 @@ def _make_plan(request: ExportRequest) -> ExportPlan:
             if weights.config.hub_config is not None:
                 kind = weights.config.hub_config["model_type"]
                 raise ExportError(f"{request.source} has an encoder of transformers ({kind}), which is not exported")
+            if (objective := OBJECTIVES[weights.objective]).is_causal:
+                raise ExportError(
+                    f"{request.source} was trained with {objective.title}, and tokens of the exported classes see both "
+                    "sides: train it on with trainer.objective: mlm and model.init_from, and export that run"
+                )
             weights, projection_note = drop_projection(weights)
             form = choose_form(weights.config, request.form)
         except ExportError as error:

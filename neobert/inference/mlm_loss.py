@@ -134,6 +134,8 @@ class _Block(NamedTuple):
 class _ListedMasks:
     """Hides the tokens it was built with, one draw after the other."""
 
+    is_causal = False
+
     def __init__(self, mask_id: int, masked: Iterator[NDArray[np.int64]]) -> None:
         self._mask_id, self._masked = mask_id, masked
 

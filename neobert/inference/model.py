@@ -123,21 +123,22 @@ class Model:
         return torch.nn.functional.normalize(vectors, dim=-1) if normalize else vectors
 
     def predict(self, texts: Sequence[str], *, top_k: int = 5, joint: bool = False) -> Sequence[Answer]:
-        """What the model was trained to answer: tokens for every `[MASK]`, or of a model of replaced-token detection,
-        how likely each token was replaced.
+        """What the model was trained to answer: tokens for every `[MASK]`; of a model of replaced-token detection, how
+        likely each token was replaced; of one of causal language modelling, which tokens come next.
 
         Raises:
-            ValueError: it cannot answer for a text or an option; see `fill_mask` and `objectives.replaced_token`.
+            ValueError: it cannot answer for a text or an option; see `fill_mask`, `objectives.replaced_token` and
+                `next_tokens`.
         """
         answers: Answers = load_part(self.objective.answers)
         return answers.answer(self, texts, top_k=top_k, joint=joint)
 
     def check_fills_masks(self) -> None:
-        """Raises DataError when the vocabulary projection was not trained: what it says means nothing."""
+        """Raises DataError when the model was not trained to fill masks: what it says of them means nothing."""
         if not self.objective.fills_masks:
             raise DataError(
-                f"this model was trained with {self.objective.title}, so its vocabulary projection was not, and it "
-                "fills no masks; take a model of masked language modelling, or ask this one with scripts/predict.py"
+                f"this model was trained with {self.objective.title}, and fills no masks; take a model of masked "
+                "language modelling, or ask this one with scripts/predict.py"
             )
 
     def fill_mask(self, texts: Sequence[str], *, top_k: int = 5, joint: bool = False) -> list[FilledText]:
@@ -214,7 +215,7 @@ def build_loaded(found: EncoderWeights, device: torch.device, products: torch.dt
         found.config, choose_attention("auto", device=device, dtype=products, head_dim=found.config.head_dim)
     )
     # An exported folder has the head of no objective.
-    has_head = bool(found.training_only) or objective.fills_masks
+    has_head = bool(found.training_only) or objective.predicts_tokens
     module = objective.build_trained(encoder, found.head) if has_head else ObjectiveModule(encoder)
     tensors = {**found.training_only, **found.tensors}
     module.load_state_dict(

@@ -51,7 +51,7 @@ def hidden_states(model: ObjectiveModule, documents: Sequence[IntArray]) -> Tens
     T is the number of tokens of all of them, in the order given. `[CLS]` and `[SEP]` must be in the documents.
     """
     device = model.head_weight.device
-    input_ids, positions, segments = _side_by_side(documents, model.encoder.config.pad_token_id)
+    input_ids, positions, segments = _side_by_side(documents, model.encoder.config.pad_token_id, causal=model.is_causal)
     with evaluating(model), torch.no_grad(), precision(model):
         hidden = model.encoder(input_ids.to(device), positions.to(device), segments.to(device))
     return hidden[: sum(map(len, documents))]
@@ -98,7 +98,7 @@ def evaluating(model: ObjectiveModule) -> Iterator[None]:
         model.train(was_training)
 
 
-def _side_by_side(documents: Sequence[IntArray], pad_id: int) -> tuple[Tensor, Tensor, Segments]:
+def _side_by_side(documents: Sequence[IntArray], pad_id: int, *, causal: bool) -> tuple[Tensor, Tensor, Segments]:
     """Token ids `[1, T]`, positions `[1, T]` and segments of the documents and a little padding in one row."""
     num_tokens = sum(map(len, documents))
     num_padding = -num_tokens % _WIDTH_MULTIPLE
@@ -112,6 +112,7 @@ def _side_by_side(documents: Sequence[IntArray], pad_id: int) -> tuple[Tensor, T
         cu_seqlens=borders,
         cu_seqlens_cpu=borders,
         max_seqlen=int(lengths.max()),
+        causal=causal,
     )
     tokens = np.concatenate([*documents, np.full(num_padding, pad_id)]).astype(np.int32, copy=False)
     return torch.from_numpy(tokens)[None], torch.from_numpy(positions.astype(np.int32))[None], segments

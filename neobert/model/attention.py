@@ -3,7 +3,7 @@
 A backend has two parts. `prepare` turns the borders of a batch's segments into what its kernel reads, once per forward
 pass and kind of layer; `attend` runs once per layer. No backend lets a token see another document, and none has dropout
 on attention probabilities. With a sliding window of w tokens, query i sees the keys j of its document with
-|i - j| <= w // 2.
+|i - j| <= w // 2; where the segments are causal, only those with j <= i.
 
 | backend | where | how |
 |---|---|---|
@@ -53,7 +53,8 @@ class Attend(Protocol):
 
 
 class Prepare(Protocol):
-    """Borders of the segments, and a layer's sliding window in tokens, to what `attend` reads; no device sync."""
+    """Borders of the segments, whether they are causal, and a layer's sliding window in tokens, to what `attend` reads;
+    no device sync."""
 
     def __call__(self, segments: Segments, window: int | None = None) -> Any: ...
 
@@ -140,6 +141,8 @@ def reference_attention(
     if window is not None:
         token_T = torch.arange(len(ids_T), device=ids_T.device)
         apart_TT |= (token_T[:, None] - token_T).abs() > window // 2
+    if segments.causal:
+        apart_TT |= torch.ones_like(apart_TT).triu(1)
     scores_NTT = scores_NTT.masked_fill(apart_TT, float("-inf"))
     return torch.einsum("nqk,knd->qnd", scores_NTT.softmax(dim=-1), v_TND)
 
@@ -185,7 +188,7 @@ def prepare_varlen(segments: Segments, window: int | None = None) -> VarlenPlan:
         if not torch.compiler.is_compiling():
             torch._dynamo.mark_dynamic(part, 0)
         launches.append((part, end - start))
-    return VarlenPlan(tuple(launches), segments.max_seqlen, (reach, reach))
+    return VarlenPlan(tuple(launches), segments.max_seqlen, (reach, 0 if segments.causal else reach))
 
 
 def attend_varlen(q_TND: Tensor, k_TND: Tensor, v_TND: Tensor, prepared: Any, *, scale: float) -> Tensor:

@@ -35,7 +35,8 @@ def _compiled_flex_attention() -> Callable[..., Any]:
 
 
 def prepare_flex(segments: Segments, window: int | None = None) -> "BlockMask":
-    """The mask of equal documents, within `window // 2` positions where there is a window."""
+    """The mask of equal documents, within `window // 2` positions where there is a window, and of keys up to the query
+    where the segments are causal."""
     from torch.nn.attention.flex_attention import BlockMask
 
     num_tokens, device = segments.ids.numel(), segments.ids.device
@@ -43,22 +44,23 @@ def prepare_flex(segments: Segments, window: int | None = None) -> "BlockMask":
     token_T = torch.arange(num_tokens, dtype=torch.int32, device=device)
     segment_T = torch.searchsorted(borders, token_T, right=True) - 1
     reach = num_tokens if window is None else window // 2
+    ahead = 0 if segments.causal else reach
 
     def sees(batch: Tensor, head: Tensor, query: Tensor, key: Tensor) -> Tensor:
-        return (segment_T[query] == segment_T[key]) & ((query - key).abs() <= reach)
+        return (segment_T[query] == segment_T[key]) & (query - key <= reach) & (key - query <= ahead)
 
     # Tokens that a block's first query sees at the left, and its last one at the right; the last block may be short.
     first_Q = torch.arange(0, num_tokens, BLOCK, device=device)
     last_Q = (first_Q + BLOCK - 1).clamp(max=num_tokens - 1)
     left_Q = torch.maximum(borders[segment_T[first_Q]], first_Q - reach)
-    right_Q = torch.minimum(borders[segment_T[last_Q] + 1] - 1, last_Q + reach)
+    right_Q = torch.minimum(borders[segment_T[last_Q] + 1] - 1, last_Q + ahead)
     touched_QK = (left_Q[:, None] <= last_Q) & (right_Q[:, None] >= first_Q)
     # Blocks in which every query sees every key need no mask: both in one document and their far corners in reach.
     one_Q = segment_T[first_Q] == segment_T[last_Q]
     same_QK = (segment_T[first_Q][:, None] == segment_T[first_Q]) & one_Q[:, None] & one_Q
-    farthest_QK = torch.maximum(last_Q[:, None] - first_Q, last_Q - first_Q[:, None])
+    near_QK = (last_Q[:, None] - first_Q <= reach) & (last_Q - first_Q[:, None] <= ahead)
     whole_Q = last_Q - first_Q == BLOCK - 1
-    full_QK = same_QK & (farthest_QK <= reach) & whole_Q[:, None] & whole_Q
+    full_QK = same_QK & near_QK & whole_Q[:, None] & whole_Q
     partial = _listed(touched_QK & ~full_QK)
     return BlockMask.from_kv_blocks(
         *partial, *_listed(full_QK), BLOCK_SIZE=BLOCK, mask_mod=sees, seq_lengths=(num_tokens, num_tokens)

@@ -23,14 +23,16 @@ def empty_logsumexps(q_TND: Tensor, *, fused: bool) -> Tensor:
     return q_TND.new_empty((num_heads, num_tokens if fused else 0), dtype=torch.float32)
 
 
-def forward_fused(q_TND: Tensor, k_TND: Tensor, v_TND: Tensor, borders: Tensor, scale: float) -> tuple[Tensor, Tensor]:
+def forward_fused(
+    q_TND: Tensor, k_TND: Tensor, v_TND: Tensor, borders: Tensor, scale: float, causal: bool
+) -> tuple[Tensor, Tensor]:
     """Attention within the segments, zeros for slots of none, and the logsumexps."""
     out_TND = torch.zeros(q_TND.shape, dtype=q_TND.dtype)
     logsumexp_NT = empty_logsumexps(q_TND, fused=True)
     q, k, v, out = (x.transpose(0, 1)[None] for x in (q_TND, k_TND, v_TND, out_TND))
     for own in slices_of(borders):
         out[:, :, own], logsumexp_NT[None, :, own] = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(
-            q[:, :, own], k[:, :, own], v[:, :, own], scale=scale
+            q[:, :, own], k[:, :, own], v[:, :, own], 0.0, causal, scale=scale
         )
     return out_TND, logsumexp_NT
 
@@ -44,13 +46,14 @@ def backward_fused(
     v_TND: Tensor,
     borders: Tensor,
     scale: float,
+    causal: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Gradients of queries, keys and values."""
     grads_TND = tuple(torch.zeros(x.shape, dtype=x.dtype) for x in (q_TND, k_TND, v_TND))
     inputs = [x.transpose(0, 1)[None] for x in (grad_TND, q_TND, k_TND, v_TND, out_TND)]
     for own in slices_of(borders):
         parts = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward(
-            *(x[:, :, own] for x in inputs), logsumexp_NT[None, :, own], 0.0, False, scale=scale
+            *(x[:, :, own] for x in inputs), logsumexp_NT[None, :, own], 0.0, causal, scale=scale
         )
         for grad, part in zip(grads_TND, parts):
             grad[own] = part[0].transpose(0, 1)

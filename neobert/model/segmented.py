@@ -4,8 +4,9 @@ On a CPU it computes softmax(scale * Q K^T) V document by document, several time
 the stream: in fp32 and without a window with torch's fused kernel (`fused_documents`), otherwise with plain products.
 Queries go in tiles of bounded size then, and the backward computes the probabilities of a tile again, so that nothing
 quadratic in a document's length is kept. With a sliding window a tile reads only the keys within reach: the cost is
-linear in the length of a document. In bf16 a document is computed in whole blocks of slots, at the end of the stream
-too, and the rest masked away: torch's library keeps code for every shape; short ones go together (`short_documents`).
+linear in the length of a document; of causal segments it reads the keys up to its last query. In bf16 a document is
+computed in whole blocks of slots, at the end of the stream too, and the rest masked away: torch's library keeps code
+for every shape; short ones go together (`short_documents`).
 
 On other devices documents of about one length go together, padded to the length of their bucket, through torch's
 scaled_dot_product_attention. Lengths of buckets grow by half at most, so no more than a third of a bucket is padding
@@ -25,7 +26,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from neobert.model.buckets import plan_buckets
+from neobert.model.buckets import backward_in_buckets, forward_in_buckets, plan_buckets, unseen
 from neobert.model.fused_documents import backward_fused, empty_logsumexps, forward_fused, is_fused, slices_of
 from neobert.model.segments import Segments
 from neobert.model.short_documents import ShortDocuments, backward_short, forward_short, scaled_product, split_short
@@ -38,11 +39,6 @@ _BLOCK = 32
 
 _LEAST_QUERIES = 128
 """Queries of a tile of a very long document: fewer would make the products too thin."""
-
-_BUCKET_SCORES = 2**26
-"""Scores of the documents of a bucket that go through the backward together."""
-_MOST_DOCUMENTS = 65_535
-"""Of a bucket at once: CUDA's grid ends there."""
 
 
 class SegmentedPlan(NamedTuple):
@@ -58,6 +54,9 @@ class SegmentedPlan(NamedTuple):
     reach: int
     """How far a token sees to either side; -1 without a sliding window."""
 
+    causal: bool
+    """Whether it sees nothing after itself."""
+
 
 def prepare_segmented(segments: Segments, window: int | None = None) -> SegmentedPlan:
     """Start and end of each segment; for devices other than a CPU also where the tokens of every bucket are.
@@ -71,24 +70,35 @@ def prepare_segmented(segments: Segments, window: int | None = None) -> Segmente
         buckets, slots = plan_buckets(torch.stack((starts, ends)), segments.ids.numel())
         if device.type == "cuda":  # From pageable memory the host would wait for everything that is queued there.
             slots = slots.pin_memory().to(device, non_blocking=True)
-        return SegmentedPlan(borders=buckets, slots=slots.to(device), reach=reach)
+        return SegmentedPlan(borders=buckets, slots=slots.to(device), reach=reach, causal=segments.causal)
     ids = segments.ids.flatten()
     ends = torch.where(ids[starts.clamp(max=ids.shape[0] - 1)] == 0, starts, ends)
     return SegmentedPlan(
-        borders=torch.stack((starts, ends)), slots=torch.empty(0, dtype=torch.int64, device=device), reach=reach
+        borders=torch.stack((starts, ends)),
+        slots=torch.empty(0, dtype=torch.int64, device=device),
+        reach=reach,
+        causal=segments.causal,
     )
 
 
 def attend_segmented(q_TND: Tensor, k_TND: Tensor, v_TND: Tensor, prepared: Any, *, scale: float) -> Tensor:
     """Attention of each segment to itself; zeros for slots of padding that `prepare_segmented` left out."""
     plan: SegmentedPlan = prepared
-    out_TND: Tensor = segmented_attention(q_TND, k_TND, v_TND, plan.borders, plan.slots, scale, plan.reach)[0]
+    out_TND: Tensor
+    out_TND, _ = segmented_attention(q_TND, k_TND, v_TND, plan.borders, plan.slots, scale, plan.reach, plan.causal)
     return out_TND
 
 
 @torch.library.custom_op("neobert::segmented_attention", mutates_args=())
 def segmented_attention(
-    q_TND: Tensor, k_TND: Tensor, v_TND: Tensor, borders: Tensor, slots: Tensor, scale: float, reach: int
+    q_TND: Tensor,
+    k_TND: Tensor,
+    v_TND: Tensor,
+    borders: Tensor,
+    slots: Tensor,
+    scale: float,
+    reach: int,
+    causal: bool = False,
 ) -> tuple[Tensor, Tensor]:
     """softmax(scale * Q K^T) V within each segment and `reach`; arguments as in SegmentedPlan.
 
@@ -97,11 +107,11 @@ def segmented_attention(
     # An operator's body runs with the caller's autocast state: the dtypes are fixed here, so it is switched off.
     with torch.autocast(q_TND.device.type, enabled=False):
         if is_fused(q_TND, slots, reach):
-            return forward_fused(q_TND, k_TND, v_TND, borders, scale)
+            return forward_fused(q_TND, k_TND, v_TND, borders, scale, causal)
         if len(slots):
-            out_TND = _forward_in_buckets(q_TND, k_TND, v_TND, borders, slots, scale, reach)
+            out_TND = forward_in_buckets(q_TND, k_TND, v_TND, borders, slots, scale, reach, causal)
         else:
-            out_TND = _forward_by_document(q_TND, k_TND, v_TND, borders, scale, reach)
+            out_TND = _forward_by_document(q_TND, k_TND, v_TND, borders, scale, reach, causal)
         return out_TND, empty_logsumexps(q_TND, fused=False)
 
 
@@ -117,14 +127,15 @@ def segmented_attention_backward(
     slots: Tensor,
     scale: float,
     reach: int,
+    causal: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Gradients of queries, keys and values."""
     with torch.autocast(q_TND.device.type, enabled=False):
         if is_fused(q_TND, slots, reach):
-            return backward_fused(grad_TND, out_TND, logsumexp_NT, q_TND, k_TND, v_TND, borders, scale)
+            return backward_fused(grad_TND, out_TND, logsumexp_NT, q_TND, k_TND, v_TND, borders, scale, causal)
         if len(slots):
-            return _backward_in_buckets(grad_TND, q_TND, k_TND, v_TND, borders, slots, scale, reach)
-        return _backward_by_document(grad_TND, q_TND, k_TND, v_TND, borders, scale, reach)
+            return backward_in_buckets(grad_TND, q_TND, k_TND, v_TND, borders, slots, scale, reach, causal)
+        return _backward_by_document(grad_TND, q_TND, k_TND, v_TND, borders, scale, reach, causal)
 
 
 # --- document by document, with matrix products -------------------------------------------------------------------
@@ -139,8 +150,8 @@ class _Tile(NamedTuple):
 
     keys: slice
     own_keys: int
-    banded: bool
-    """Whether some of these keys are out of reach of some of these queries."""
+    masked: bool
+    """Whether some of these keys are out of reach of some of these queries, or after them."""
 
 
 class _Document(NamedTuple):
@@ -151,12 +162,12 @@ class _Document(NamedTuple):
     tiles: list[_Tile]
 
 
-def _documents(borders: Tensor, q_NTD: Tensor, reach: int) -> Iterator[_Document]:
+def _documents(borders: Tensor, q_NTD: Tensor, reach: int, causal: bool = False) -> Iterator[_Document]:
     """Every segment that is not empty."""
     num_heads = q_NTD.shape[0]
     block = _BLOCK if q_NTD.dtype == torch.bfloat16 else 1
-    for own in slices_of(borders):
-        start, length = own.start, own.stop - own.start
+    for segment in slices_of(borders):
+        start, length = segment.start, segment.stop - segment.start
         stop = -(-length // block) * block
         banded = 0 <= reach < length - 1
         # With a window, as many queries as it has keys to a side: at most two thirds of the keys are out of reach.
@@ -169,8 +180,10 @@ def _documents(borders: Tensor, q_NTD: Tensor, reach: int) -> Iterator[_Document
             if banded:
                 begin = max(0, first - reach) // block * block
                 until = min(-(-(last + reach) // block) * block, stop)
-            own_keys = min(until, length) - begin
-            tiles.append(_Tile(slice(first, last), min(last, length) - first, slice(begin, until), own_keys, banded))
+            if causal:
+                until = min(until, last)
+            own, own_keys, masked = min(last, length) - first, min(until, length) - begin, banded or causal
+            tiles.append(_Tile(slice(first, last), own, slice(begin, until), own_keys, masked))
         yield _Document(slice(start, start + stop), length, tiles)
 
 
@@ -182,26 +195,33 @@ def _take(x_NTD: Tensor, slots: slice) -> Tensor:
 
 
 def _forward_by_document(
-    q_TND: Tensor, k_TND: Tensor, v_TND: Tensor, borders: Tensor, scale: float, reach: int
+    q_TND: Tensor, k_TND: Tensor, v_TND: Tensor, borders: Tensor, scale: float, reach: int, causal: bool = False
 ) -> Tensor:
     out_TND = torch.zeros(q_TND.shape, dtype=q_TND.dtype, device=q_TND.device)
     short, borders = _split_short(q_TND, borders, reach)
     q, k, v, out = (x.transpose(0, 1) for x in (q_TND, k_TND, v_TND, out_TND))
     scratch = _Scratch(q, 2)
     for batch in short:
-        forward_short(q_TND, k_TND, v_TND, out_TND, batch, scale)
-    for document in _documents(borders, q, reach):
+        forward_short(q_TND, k_TND, v_TND, out_TND, batch, scale, causal)
+    for document in _documents(borders, q, reach, causal):
         q_own, k_own, v_own = (_take(x, document.slots) for x in (q, k, v))
         out_own = out[:, document.slots]
         for tile in document.tiles:
-            probs = _probabilities(q_own, k_own, tile, scale, reach, scratch)
+            probs = _probabilities(q_own, k_own, tile, scale, reach, causal, scratch)
             attended = torch.bmm(probs, v_own[:, tile.keys])
             out_own[:, tile.queries][:, : tile.own] = attended[:, : tile.own]
     return out_TND
 
 
 def _backward_by_document(
-    grad_TND: Tensor, q_TND: Tensor, k_TND: Tensor, v_TND: Tensor, borders: Tensor, scale: float, reach: int
+    grad_TND: Tensor,
+    q_TND: Tensor,
+    k_TND: Tensor,
+    v_TND: Tensor,
+    borders: Tensor,
+    scale: float,
+    reach: int,
+    causal: bool = False,
 ) -> tuple[Tensor, Tensor, Tensor]:
     grads_TND = tuple(torch.zeros(x.shape, dtype=x.dtype, device=x.device) for x in (q_TND, k_TND, v_TND))
     short, borders = _split_short(q_TND, borders, reach)
@@ -209,8 +229,8 @@ def _backward_by_document(
     grad_q, grad_k, grad_v = (x.transpose(0, 1) for x in grads_TND)
     scratch = _Scratch(q, 3)
     for batch in short:
-        backward_short(grad_TND, q_TND, k_TND, v_TND, grads_TND, batch, scale)
-    for document in _documents(borders, q, reach):
+        backward_short(grad_TND, q_TND, k_TND, v_TND, grads_TND, batch, scale, causal)
+    for document in _documents(borders, q, reach, causal):
         q_own, k_own, v_own, grad_own = (_take(x, document.slots) for x in (q, k, v, grad))
         grad_q_own = grad_q[:, document.slots]
         sums = None
@@ -218,7 +238,7 @@ def _backward_by_document(
             sums = [torch.zeros(k_own.shape, dtype=torch.promote_types(q.dtype, torch.float32)) for _ in "kv"]
         for tile in document.tiles:
             queries, keys = tile.queries, tile.keys
-            probs = _probabilities(q_own, k_own, tile, scale, reach, scratch)
+            probs = _probabilities(q_own, k_own, tile, scale, reach, causal, scratch)
             probs[:, tile.own :] = 0
             grad_probs = scratch.matrices(2, probs.shape)
             torch.bmm(grad_own[:, queries], v_own[:, keys].transpose(1, 2), out=grad_probs)
@@ -261,92 +281,23 @@ class _Scratch:
         return flat[:size].view(shape)
 
 
-def _probabilities(q_NTD: Tensor, k_NTD: Tensor, tile: _Tile, scale: float, reach: int, scratch: _Scratch) -> Tensor:
+def _probabilities(
+    q_NTD: Tensor, k_NTD: Tensor, tile: _Tile, scale: float, reach: int, causal: bool, scratch: _Scratch
+) -> Tensor:
     """Softmax over the scores of a tile, `[N, Q, K]`, in scratch 1, with scratch 0 used on the way; fp32 inside."""
     q_NQD, k_NKD = q_NTD[:, tile.queries], k_NTD[:, tile.keys]
     shape = (q_NQD.shape[0], q_NQD.shape[1], k_NKD.shape[1])
     scores_NQK = scaled_product(q_NQD, k_NKD.transpose(1, 2), scale, out=scratch.matrices(0, shape))
     if tile.own_keys < shape[2]:
         scores_NQK[:, :, tile.own_keys :] = float("-inf")
-    if tile.banded:
+    if tile.masked:
         num_queries, num_keys = scores_NQK.shape[1:]
         queries = torch.arange(tile.queries.start - tile.keys.start, tile.queries.stop - tile.keys.start)
         distance_QK = queries[:num_queries, None] - torch.arange(num_keys)
-        scores_NQK.masked_fill_(distance_QK.abs_() > reach, float("-inf"))
+        scores_NQK.masked_fill_(unseen(distance_QK, reach, causal), float("-inf"))
         # Nobody reads the rows after the document's end, but one that sees no key is NaN, which a product may spread.
         scores_NQK[:, tile.own :] = 0
     return torch.softmax(scores_NQK, dim=-1, out=scratch.matrices(1, shape))
-
-
-# --- in buckets of about one length -------------------------------------------------------------------------------
-
-
-class _Bucket(NamedTuple):
-    slots_BL: Tensor
-    real_BL: Tensor
-    """Whether a slot is a document's own."""
-
-    seen_B1LL: Tensor
-    """Which keys a query attends to; queries of the padding repeat the last token."""
-
-
-def _each_bucket(buckets: Tensor, slots: Tensor, reach: int, num_heads: int) -> Iterator[_Bucket]:
-    """Buckets cut so that their scores are bounded."""
-    begin = 0
-    for length, num_documents in buckets.T.tolist():
-        most = max(1, min(_MOST_DOCUMENTS, _BUCKET_SCORES // max(1, num_heads * length * length)))
-        for first in range(0, num_documents, most):
-            count = min(most, num_documents - first)
-            slots_BL = slots[begin : begin + count * length].view(count, length)
-            begin += count * length
-            position_BL = slots_BL - slots_BL[:, :1]
-            real_BL = position_BL == torch.arange(length, device=slots.device)
-            seen_B1LL = real_BL[:, None, None, :].expand(count, 1, length, length)
-            if reach >= 0:
-                distance_BLL = (position_BL[:, :, None] - position_BL[:, None, :]).abs()
-                seen_B1LL = seen_B1LL & (distance_BLL <= reach)[:, None]
-            yield _Bucket(slots_BL, real_BL, seen_B1LL)
-
-
-def _forward_in_buckets(
-    q_TND: Tensor, k_TND: Tensor, v_TND: Tensor, borders: Tensor, slots: Tensor, scale: float, reach: int
-) -> Tensor:
-    out_TND = torch.zeros(q_TND.shape, dtype=q_TND.dtype, device=q_TND.device)
-    for bucket in _each_bucket(borders, slots, reach, q_TND.shape[1]):
-        q, k, v = (x[bucket.slots_BL].transpose(1, 2) for x in (q_TND, k_TND, v_TND))
-        attended = F.scaled_dot_product_attention(q, k, v, attn_mask=bucket.seen_B1LL, scale=scale).transpose(1, 2)
-        _add(out_TND, attended, bucket)
-    return out_TND
-
-
-def _backward_in_buckets(
-    grad_TND: Tensor,
-    q_TND: Tensor,
-    k_TND: Tensor,
-    v_TND: Tensor,
-    borders: Tensor,
-    slots: Tensor,
-    scale: float,
-    reach: int,
-) -> tuple[Tensor, Tensor, Tensor]:
-    grads = tuple(torch.zeros(x.shape, dtype=x.dtype, device=x.device) for x in (q_TND, k_TND, v_TND))
-    for bucket in _each_bucket(borders, slots, reach, q_TND.shape[1]):
-        q, k, v, grad = (x[bucket.slots_BL].transpose(1, 2) for x in (q_TND * scale, k_TND, v_TND, grad_TND))
-        grad = grad * bucket.real_BL[:, None, :, None]
-        scores = (q @ k.transpose(-1, -2)).masked_fill_(~bucket.seen_B1LL, float("-inf"))
-        probs = torch.softmax(scores, dim=-1)
-        grad_probs = grad @ v.transpose(-1, -2)
-        grad_scores = torch.ops.aten._softmax_backward_data(grad_probs, probs, -1, probs.dtype)
-        parts = (grad_scores @ k * scale, grad_scores.transpose(-1, -2) @ q, probs.transpose(-1, -2) @ grad)
-        for total, part in zip(grads, parts):
-            _add(total, part.transpose(1, 2), bucket)
-    return grads[0], grads[1], grads[2]
-
-
-def _add(total_TND: Tensor, part_BLND: Tensor, bucket: _Bucket) -> None:
-    """Writes the real slots of a bucket; each is met once, and what is in the padding is turned into zeros."""
-    part_BLND = part_BLND.masked_fill(~bucket.real_BL[..., None, None], 0)
-    total_TND.index_add_(0, bucket.slots_BL.flatten(), part_BLND.flatten(0, 1))
 
 
 # --- what autograd and the compiler need to know -------------------------------------------------------------------
@@ -354,7 +305,14 @@ def _add(total_TND: Tensor, part_BLND: Tensor, bucket: _Bucket) -> None:
 
 @segmented_attention.register_fake
 def _(
-    q_TND: Tensor, k_TND: Tensor, v_TND: Tensor, borders: Tensor, slots: Tensor, scale: float, reach: int
+    q_TND: Tensor,
+    k_TND: Tensor,
+    v_TND: Tensor,
+    borders: Tensor,
+    slots: Tensor,
+    scale: float,
+    reach: int,
+    causal: bool = False,
 ) -> tuple[Tensor, Tensor]:
     out_TND = torch.empty(q_TND.shape, dtype=q_TND.dtype, device=q_TND.device)
     return out_TND, empty_logsumexps(q_TND, fused=is_fused(q_TND, slots, reach))
@@ -372,21 +330,22 @@ def _(
     slots: Tensor,
     scale: float,
     reach: int,
+    causal: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
     grad_q, grad_k, grad_v = (torch.empty(x.shape, dtype=x.dtype, device=x.device) for x in (q_TND, k_TND, v_TND))
     return grad_q, grad_k, grad_v
 
 
 def _keep(
-    ctx: Any, inputs: tuple[Tensor, Tensor, Tensor, Tensor, Tensor, float, int], output: tuple[Tensor, Tensor]
+    ctx: Any, inputs: tuple[Tensor, Tensor, Tensor, Tensor, Tensor, float, int, bool], output: tuple[Tensor, Tensor]
 ) -> None:
-    q_TND, k_TND, v_TND, borders, slots, ctx.scale, ctx.reach = inputs
+    q_TND, k_TND, v_TND, borders, slots, ctx.scale, ctx.reach, ctx.causal = inputs
     ctx.save_for_backward(*output, q_TND, k_TND, v_TND, borders, slots)
 
 
 def _differentiate(ctx: Any, grad_TND: Tensor, _: Tensor | None) -> tuple[Tensor | None, ...]:
-    grads = segmented_attention_backward(grad_TND, *ctx.saved_tensors, ctx.scale, ctx.reach)
-    return (*grads, None, None, None, None)
+    grads = segmented_attention_backward(grad_TND, *ctx.saved_tensors, ctx.scale, ctx.reach, ctx.causal)
+    return (*grads, None, None, None, None, None)
 
 
 segmented_attention.register_autograd(_differentiate, setup_context=_keep)

@@ -1,6 +1,6 @@
 """Segments: where each document of a packed batch starts and ends."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -29,13 +29,15 @@ class Segments:
     """Upper bound of the length of a segment, padding included: constant over a run, so that kernels never
     re-specialise."""
 
+    causal: bool = False
+    """Whether a token sees only itself and those before it in its document."""
+
     def to(self, device: torch.device, *, non_blocking: bool = False) -> "Segments":
         """A copy on `device`; the host borders stay on the host."""
-        return Segments(
+        return replace(
+            self,
             ids=self.ids.to(device, non_blocking=non_blocking),
             cu_seqlens=self.cu_seqlens.to(device, non_blocking=non_blocking),
-            cu_seqlens_cpu=self.cu_seqlens_cpu,
-            max_seqlen=self.max_seqlen,
         )
 
     def record_stream(self, stream: Any) -> None:
@@ -45,9 +47,4 @@ class Segments:
 
     def pin_memory(self) -> "Segments":
         """A copy in page-locked host memory."""
-        return Segments(
-            ids=self.ids.pin_memory(),
-            cu_seqlens=self.cu_seqlens.pin_memory(),
-            cu_seqlens_cpu=self.cu_seqlens_cpu,
-            max_seqlen=self.max_seqlen,
-        )
+        return replace(self, ids=self.ids.pin_memory(), cu_seqlens=self.cu_seqlens.pin_memory())

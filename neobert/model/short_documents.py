@@ -67,11 +67,11 @@ def _split_by_powers(items: Tensor, most: int) -> Iterator[Tensor]:
 
 
 def forward_short(
-    q_TND: Tensor, k_TND: Tensor, v_TND: Tensor, out_TND: Tensor, batch: ShortDocuments, scale: float
+    q_TND: Tensor, k_TND: Tensor, v_TND: Tensor, out_TND: Tensor, batch: ShortDocuments, scale: float, causal: bool
 ) -> None:
     """Writes the attention of the documents to their slots of `out_TND`."""
     q_MLD, k_MLD, v_MLD = (_gather(x, batch) for x in (q_TND, k_TND, v_TND))
-    attended_MLD = torch.bmm(_probabilities(q_MLD, k_MLD, batch, scale), v_MLD)
+    attended_MLD = torch.bmm(_probabilities(q_MLD, k_MLD, batch, scale, causal), v_MLD)
     _scatter(attended_MLD, out_TND, batch)
 
 
@@ -83,13 +83,14 @@ def backward_short(
     grads_TND: tuple[Tensor, ...],
     batch: ShortDocuments,
     scale: float,
+    causal: bool,
 ) -> None:
     """Writes the gradients of queries, keys and values of the documents to their slots of `grads_TND`."""
     q_MLD, k_MLD, v_MLD = (_gather(x, batch) for x in (q_TND, k_TND, v_TND))
     grad_MLD = _gather(grad_TND, batch)
     # Without a gradient the rows after a document's end add nothing to those of keys and values.
     grad_MLD.view(*batch.slots_BL.shape[:1], -1, *grad_MLD.shape[1:]).mul_(batch.is_own_BL[:, None, :, None])
-    probs_MLL = _probabilities(q_MLD, k_MLD, batch, scale)
+    probs_MLL = _probabilities(q_MLD, k_MLD, batch, scale, causal)
     grad_probs_MLL = torch.bmm(grad_MLD, v_MLD.transpose(1, 2))
     grad_scores_MLL = torch.ops.aten._softmax_backward_data(grad_probs_MLL, probs_MLL, -1, probs_MLL.dtype)
     parts = (
@@ -121,9 +122,11 @@ def scaled_product(a: Tensor, b: Tensor, scale: float, out: Tensor | None = None
     return torch.baddbmm(out, a, b, beta=0, alpha=scale, out=out)
 
 
-def _probabilities(q_MLD: Tensor, k_MLD: Tensor, batch: ShortDocuments, scale: float) -> Tensor:
+def _probabilities(q_MLD: Tensor, k_MLD: Tensor, batch: ShortDocuments, scale: float, causal: bool) -> Tensor:
     """Softmax over the scores of the documents, `[M, L, L]`, fp32 inside."""
     scores_MLL = scaled_product(q_MLD, k_MLD.transpose(1, 2), scale)
     scores_BNLL = scores_MLL.unflatten(0, (len(batch.slots_BL), -1))
     scores_BNLL.masked_fill_(~batch.is_own_BL[:, None, None, :], float("-inf"))
+    if causal:
+        scores_BNLL.masked_fill_(torch.ones(scores_BNLL.shape[2:], dtype=torch.bool).triu_(1), float("-inf"))
     return torch.softmax(scores_MLL, dim=-1)

@@ -33,6 +33,9 @@ class ObjectiveModule(nn.Module):
     base, s_z of `neobert.model.ngpt`.
     """
 
+    is_causal: ClassVar[bool] = False
+    """Whether tokens of a text that it is asked about see only themselves and those before them."""
+
     def __init__(self, encoder: Encoder) -> None:
         super().__init__()
         self.encoder = encoder
@@ -51,6 +54,10 @@ class ObjectiveModule(nn.Module):
         if config.ngpt:
             self.logit_scale = nn.Parameter(torch.full((config.vocab_size,), config.scale_base))
         self.check_tied()
+
+    def learn_from(self, average: Callable[[], Mapping[str, Tensor]] | None) -> None:
+        """Called once before training, with what gives the moving average of the weights by their names, where the run
+        has one: for objectives that learn from it. Raises StartupError where one needs it."""
 
     def describe_head(self) -> Mapping[str, Any] | None:
         """What must be known of the weights of a head beside their shapes, JSON-ready: `head.json` of a checkpoint."""
@@ -250,7 +257,11 @@ class Objective:
     costs a projection."""
 
     fills_masks: bool
-    """Whether a trained model has a vocabulary projection that is worth asking."""
+    """Whether a trained model can be asked what a [MASK] hides."""
+
+    is_causal: bool = False
+    """Whether tokens see only those before them. The classes of exported models see both sides, so such a one is a
+    start for others (`model.init_from`) and is not exported."""
 
     reads: Literal["documents", "pairs", "labels"]
     """What `dataset` names: documents that become packed rows, prepared sets of pairs, or rows with labels."""

@@ -3,7 +3,15 @@
 Masking is a pure function of a row's tokens, of one 64-bit hash per slot and of the training step. Each row hides
 exactly floor(p * maskable + offset) tokens. An offset uniform in [0, 1) makes that number unbiased on short rows, which
 plain rounding is not. So the number of targets of a batch has a bound that depends on the settings alone, and shapes
-stay static. p may change linearly with the step, the bound is then that of the highest p.
+stay static. p may change linearly with the step, the bound is then that of the highest p. Or each row draws its own p
+from a range (`RATES`), with the high bits of its offset; the low ones are then the offset, and the bound is that of the
+range:
+
+- random: uniformly (R2MAE, arXiv 2509.21650).
+- diffusion: with a density proportional to 1/p. Masked diffusion (MDLM, arXiv 2406.07524; LLaDA, arXiv 2502.09992,
+  equation 3) draws p uniformly and weights the losses of a row with 1/p. Drawn this way and not weighted, the expected
+  loss is the same times a constant, with fewer targets and without the large weights of the smallest p: a row of n
+  tokens has p n of them, so p q(p) must be constant in p for the density q.
 
 What is drawn until the number is reached:
 
@@ -72,12 +80,22 @@ class MaskPolicy:
     edges: WordEdges | None = None
     """Where words begin; None is enough for `tokens`."""
 
+    draw_rate: str = "fixed"
+    """A key of RATES; with another than `fixed` there is no `final_probability`."""
+
+    rate_range: tuple[float, float] = (0.0, 1.0)
+    """Lowest and highest rate that a row draws."""
+
+    is_causal = False
+
     def __post_init__(self) -> None:
         for key, fraction in (("", self.probability), ("_final", self.final_probability)):
             if fraction is not None and not 0 < fraction <= 1:
                 raise ValueError(
                     f"datacollator.mlm_probability{key}: {fraction} is outside (0, 1]; write a fraction such as 0.2"
                 )
+        if self.draw_rate not in RATES:
+            raise ValueError(f"datacollator.mlm_rate: {self.draw_rate!r} is unknown; write one of {', '.join(RATES)}")
         if self.draws_random and len(self.random_ids) == 0:
             raise ValueError(
                 "datacollator.mask_all: false draws random replacements, and the vocabulary has special tokens only; "
@@ -114,7 +132,12 @@ class MaskPolicy:
         `hashes` holds one uniform 64-bit hash per token, `offset` is uniform in [0, 1), `step` is that of training.
         """
         maskable = self.find_maskable(tokens)
-        count = min(len(maskable), math.floor(self.rate(step) * len(maskable) + offset))
+        if self.draw_rate == "fixed":
+            rate = self.rate(step)
+        else:
+            offset, high_bits = math.modf(offset * 2**26)
+            rate = RATES[self.draw_rate](high_bits / 2**26, *self.rate_range)
+        count = min(len(maskable), math.floor(rate * len(maskable) + offset))
         selected, deciding = UNITS[self.units](self, tokens, hashes, maskable, count)
         corrupted = tokens.copy()
         if self.mask_all:
@@ -143,7 +166,14 @@ class MaskPolicy:
 
     def max_targets(self, num_slots: int) -> int:
         """Upper bound of the number of selected tokens in a row of `num_slots`, at any step."""
-        return math.ceil(max(self.probability, self.final_probability or 0.0) * num_slots) + 1
+        return math.ceil(self.largest_rate * num_slots) + 1
+
+    @property
+    def largest_rate(self) -> float:
+        """The largest fraction of a row's maskable tokens that is predicted, at any step."""
+        if self.draw_rate != "fixed":
+            return self.rate_range[1]
+        return max(self.probability, self.final_probability or 0.0)
 
 
 def _fraction_of_32_bits(fraction: float) -> np.uint64:
@@ -259,6 +289,22 @@ def _length_bounds(most: int) -> Hashes:
     bounds = [-(-sum(weights[:length]) * 2**32 // sum(weights)) for length in range(1, most)]
     return np.array(bounds, dtype=np.uint64)
 
+
+def _draw_evenly(drawn: float, lowest: float, highest: float) -> float:
+    return lowest + (highest - lowest) * drawn
+
+
+def _draw_by_logarithm(drawn: float, lowest: float, highest: float) -> float:
+    # Rounded, so that the last bit of a machine's logarithm decides about no token.
+    return round(math.exp(_draw_evenly(drawn, math.log(lowest), math.log(highest))) * 2**24) / 2**24
+
+
+RATES: dict[str, Callable[[float, float, float], float]] = {
+    "fixed": lambda drawn, lowest, highest: highest,
+    "random": _draw_evenly,
+    "diffusion": _draw_by_logarithm,
+}
+"""`fn(drawn, lowest, highest)`: the rate of a row that drew a number in [0, 1); `fixed` draws none."""
 
 UNITS: dict[
     str,

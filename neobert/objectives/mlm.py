@@ -65,9 +65,14 @@ def masked_loss(
     all_positions: bool = False,
     count_correct: bool,
     z_loss: float,
+    hidden_TH: Tensor | None = None,
 ) -> LossSum:
-    """Summed cross entropy of the batch's targets under the module's vocabulary projection; see `MaskedLM`."""
-    hidden_TH = module.encoder(batch.input_ids, batch.positions, batch.segments)
+    """Summed cross entropy of the batch's targets under the module's vocabulary projection; see `MaskedLM`.
+
+    `hidden_TH`: the hidden states of the batch, where the caller has them.
+    """
+    if hidden_TH is None:
+        hidden_TH = module.encoder(batch.input_ids, batch.positions, batch.segments)
     if all_positions:
         targets_T = batch.targets.new_full((hidden_TH.shape[0],), IGNORE_INDEX)
         # Unused entries point at slot 0 with the lowest target there is: the maximum leaves real targets alone.
@@ -190,7 +195,10 @@ def describe_rows(config: Config, sources: Sequence[str]) -> list[str]:
 
 
 def describe_rate(masks: DatacollatorSection) -> str:
-    """The fraction of the tokens that are drawn: `15%`, or `30% to 15%`."""
+    """The fraction of the tokens that are drawn: `15%`, `30% to 15%`, or `5% to 50% (random)`."""
+    if masks.mlm_rate != "fixed":
+        lowest, highest = masks.mlm_rate_range
+        return f"{lowest:.0%} to {highest:.0%} ({masks.mlm_rate})"
     first, last = masks.mlm_probability, masks.mlm_probability_final
     return f"{first:.0%}" if last is None else f"{first:.0%} to {last:.0%}"
 

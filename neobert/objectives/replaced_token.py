@@ -98,6 +98,7 @@ class Replacements:
     """Random tokens instead of those that `masks` chooses; every token that is no special one is a target."""
 
     masks: MaskPolicy
+    is_causal = False
 
     def corrupt(
         self, tokens: NDArray[np.int32], hashes: NDArray[np.uint64], offset: float, *, step: int = 0

@@ -7,8 +7,10 @@ from typing import Any
 from neobert.config.schema import Config
 from neobert.errors import StartupError
 from neobert.objectives.base import Objective
+from neobert.objectives.causal_lm import CLM
 from neobert.objectives.classification import SEQUENCE_CLASSIFICATION, TOKEN_CLASSIFICATION
 from neobert.objectives.contrastive import CONTRASTIVE
+from neobert.objectives.masked_jepa import MLM_JEPA
 from neobert.objectives.mlm import MLM
 from neobert.objectives.replaced_token import REPLACED_TOKEN
 
@@ -46,6 +48,8 @@ def load_part(path: str) -> Any:
 OBJECTIVES: dict[str, Objective] = {
     "mlm": MLM,
     "replaced_token": REPLACED_TOKEN,
+    "clm": CLM,
+    "mlm_jepa": MLM_JEPA,
     "contrastive": CONTRASTIVE,
     "sequence_classification": SEQUENCE_CLASSIFICATION,
     "token_classification": TOKEN_CLASSIFICATION,

@@ -13,8 +13,10 @@ the size of the whole:
 
 Only the matrices of the blocks are updated so; all other weights, embeddings and vocabulary projection among them, by
 AdamW in the same object, so that there is one state dict. A fused weight is several matrices one below the other
-(queries, keys and values; gate and up), each with an orthogonal factor of its own. Matrices of one shape go through the
-products together. `reference_muon` computes the same one matrix at a time.
+(queries, keys and values; gate and up), each with an orthogonal factor of its own. With `split_heads` the queries and
+the keys of each head are matrices too (as in GLM-5's Muon Split, which splits values besides). Matrices of one shape go
+through the products together. `reference_muon` computes the same one matrix at a time. beta may change with the step
+(`choose_muon_beta`), and the decay may be cautious (`cautious`).
 
 Several ranks share the work: each matrix has one owner, which computes its factor (`owners.py`). Weights that every
 rank has (DDP, `share`) keep their momentum on every rank; of weights that are sharded by rows (DTensors of FSDP2) the
@@ -35,12 +37,13 @@ from torch.optim import Optimizer
 from torch.optim.adamw import adamw
 
 from neobert.config.schema_optimizer import MuonSection
+from neobert.optim.cautious import DECAY, kept_fractions
 from neobert.optim.orthogonal import orthogonalize, reference_orthogonal
 from neobert.optim.owners import ALONE, Owners, Ranks, find_ranks, like_rows, list_matrices
 from neobert.optim.sharded_weights import local
 
 PARTS: dict[str, int] = {"qkv": 3, "gate_up": 2}
-"""Matrices in a fused weight, by the name of its layer."""
+"""Matrices of equal size in a fused weight, by the name of its layer."""
 
 _NORMUON_EPS = 1e-8
 _MOST_ELEMENTS = 2**26
@@ -69,9 +72,10 @@ class Muon(Optimizer):
         eps: float,
     ) -> None:
         """`dtype` is the type of the products, `equal_rows` makes it NorMuon; `betas` and `eps` are AdamW's."""
-        super().__init__(groups, {"lr": lr, "betas": betas, "eps": eps, "fused": True})
+        super().__init__(groups, {"lr": lr, "betas": betas, "eps": eps, "fused": True, "muon_beta": section.muon_beta})
         self.section, self.dtype = section, dtype
         self.equal_rows = equal_rows
+        self._num_heads = 1
         self._copies = ALONE
         self._owners: dict[tuple[str, ...], Owners] = {}
 
@@ -81,6 +85,11 @@ class Muon(Optimizer):
         Weights that are DTensors name their ranks themselves, and need no call.
         """
         self._copies = Ranks.of_group(group)
+        self._owners.clear()
+
+    def split_heads(self, num_heads: int) -> None:
+        """Has the queries and the keys of each of so many heads be matrices of their own."""
+        self._num_heads = num_heads
         self._owners.clear()
 
     @torch.no_grad()
@@ -128,7 +137,7 @@ class Muon(Optimizer):
         )
 
     def _step_matrices(self, group: dict[str, Any], named: list[tuple[str, Tensor]], found_inf: Tensor | None) -> None:
-        section, lr = self.section, group["lr"]
+        section, lr, beta = self.section, group["lr"], group["muon_beta"]
         params = [p for _, p in named]
         grads = [local(p.grad) for p in params if p.grad is not None]
         for p in params:
@@ -139,11 +148,11 @@ class Muon(Optimizer):
         skip = None if found_inf is None else found_inf != 0
         own, means = [local(p) for p in params], [local(self.state[p]["momentum"]) for p in params]
         if skip is None:
-            torch._foreach_lerp_(means, grads, 1 - section.muon_beta)
+            torch._foreach_lerp_(means, grads, 1 - beta)
         else:
-            for mean, new in zip(means, torch._foreach_lerp(means, grads, 1 - section.muon_beta)):
+            for mean, new in zip(means, torch._foreach_lerp(means, grads, 1 - beta)):
                 torch.where(skip, mean, new, out=mean)
-        directions = list(torch._foreach_lerp(grads, means, section.muon_beta)) if section.nesterov else means
+        directions = list(torch._foreach_lerp(grads, means, beta)) if section.nesterov else means
         if group["weight_decay"]:
             kept = 1 - lr * group["weight_decay"]
             torch._foreach_mul_(own, kept if skip is None else torch.where(skip, 1.0, kept))
@@ -158,6 +167,9 @@ class Muon(Optimizer):
                 stack = torch.stack([factors[n] for n in batch]).to(parts[0].dtype)
             shape = owners.matrices[batch[0]].rows, owners.matrices[batch[0]].columns
             updates = self._scale(stack, shape, [squares[n] for n in batch if squares], skip, owners)
+            if decay := group.get(DECAY):
+                for n, update in zip(batch, updates):
+                    weights[n].mul_(kept_fractions(weights[n], update, lr * decay, found_inf))
             torch._foreach_add_([weights[n] for n in batch], list(updates.unbind()), alpha=-lr)
 
     def find_owners(self, named: Sequence[tuple[str, Tensor]]) -> Owners:
@@ -172,7 +184,8 @@ class Muon(Optimizer):
             if len({(p.device_mesh, p.placements) if isinstance(p, DTensor) else None for p in weights}) > 1:
                 raise ValueError("the matrices of one parameter group are on different ranks; shard all of them alike")
             replicas, shards = find_ranks(weights[0]) if isinstance(weights[0], DTensor) else (self._copies, ALONE)
-            matrices = list_matrices([p.shape for _, p in named], [count_matrices(name) for name in names])
+            heights = [split_rows(name, p.shape[0], self._num_heads) for name, p in named]
+            matrices = list_matrices([p.shape for _, p in named], heights)
             self._owners[names] = Owners(matrices, replicas, shards)
         return self._owners[names]
 
@@ -235,9 +248,18 @@ def _batches(kinds: Sequence[tuple[int, ...]]) -> Iterable[list[int]]:
         yield from (numbers[first : first + most] for first in range(0, len(numbers), most))
 
 
-def count_matrices(name: str) -> int:
-    """Matrices in a weight with this dotted name, one below the other."""
-    return PARTS.get(name.split(".")[-2], 1) if "." in name else 1
+def split_rows(name: str, rows: int, num_heads: int = 1) -> list[int]:
+    """Rows of each matrix in a weight with this dotted name, one below the other; the queries and keys of each of
+    `num_heads` heads apart.
+
+    >>> split_rows("layers.0.qkv.weight", 12), split_rows("layers.0.qkv.weight", 12, num_heads=2)
+    ([4, 4, 4], [2, 2, 2, 2, 4])
+    """
+    layer = name.split(".")[-2] if "." in name else ""
+    parts = PARTS.get(layer, 1)
+    if layer != "qkv":
+        return [rows // parts] * parts
+    return [rows // parts // num_heads] * (2 * num_heads) + [rows // parts]
 
 
 def reference_muon(
@@ -248,12 +270,15 @@ def reference_muon(
     equal_rows: bool,
     lr: float,
     weight_decay: float,
+    betas: Sequence[float] | None = None,
+    cautious: bool = False,
 ) -> Tensor:
-    """One matrix after an update with each of `gradients`, by the formulas above, term by term; for tests."""
+    """One matrix after an update with each of `gradients`, by the formulas above, term by term; for tests. `betas`: of
+    each update; None: all that of the section."""
     mean, squares = torch.zeros_like(weight), torch.zeros_like(weight[:, 0])
     rows, columns = weight.shape
-    beta, row_beta = section.muon_beta, section.normuon_beta2
-    for gradient in gradients:
+    row_beta = section.normuon_beta2
+    for gradient, beta in zip(gradients, betas or [section.muon_beta] * len(gradients), strict=True):
         mean = beta * mean + (1 - beta) * gradient
         direction = beta * mean + (1 - beta) * gradient if section.nesterov else mean
         update = reference_orthogonal(direction, section.orthogonalization, section.ns_steps)
@@ -262,7 +287,8 @@ def reference_muon(
             even = update / (squares.sqrt() + _NORMUON_EPS)[:, None]
             update = even * update.norm() / even.norm()
         scale = NORM_FACTORS[section.norm_factor](rows, columns)
-        weight = (1 - lr * weight_decay) * weight - lr * scale * update
+        decaying = (update * weight >= 0).to(weight.dtype) if cautious else 1.0
+        weight = weight - lr * weight_decay * decaying * weight - lr * scale * update
     return weight
 
 

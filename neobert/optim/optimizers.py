@@ -17,6 +17,7 @@ from torch.optim import Optimizer
 
 from neobert.config.schema_optimizer import OptimizerSection
 from neobert.model.ngpt import UnitMatrix, normalise_
+from neobert.optim.cautious import decay_cautiously_before, set_aside_decay
 from neobert.optim.groups import build_parameter_groups, split_by_depth
 from neobert.optim.muon import Muon
 from neobert.optim.stable_adamw import StableAdamW
@@ -103,9 +104,11 @@ def build_optimizer(
     dtype: torch.dtype = torch.float32,
     layer_decay: float | None = None,
     num_layers: int = 0,
+    num_heads: int = 1,
 ) -> Optimizer:
     """The optimizer over the parameter groups of `module`; `dtype` is the type of its matrix products, if it has any.
-    With `layer_decay` the groups are split by the depth of `num_layers` blocks, see `split_by_depth`.
+    With `layer_decay` the groups are split by the depth of `num_layers` blocks, see `split_by_depth`. `num_heads`: of
+    the attention of a block, for Muon with `split_heads`.
 
     Raises ValueError for an unknown name.
     """
@@ -113,7 +116,14 @@ def build_optimizer(
         raise ValueError(f"optimizer.name: {section.name!r} is unknown; write one of {', '.join(OPTIMIZERS)}")
     groups = build_parameter_groups(module, section)
     groups = split_by_depth(groups, layer_decay, num_layers, decoupled=section.decoupled_weight_decay)
-    return OPTIMIZERS[section.name](groups, section, dtype)
+    if section.cautious_weight_decay:
+        set_aside_decay(groups)
+    optimizer = OPTIMIZERS[section.name](groups, section, dtype)
+    if section.cautious_weight_decay:
+        decay_cautiously_before(optimizer, but=("matrices",) if isinstance(optimizer, Muon) else ())
+    if isinstance(optimizer, Muon) and section.muon_config.split_heads:
+        optimizer.split_heads(num_heads)
+    return optimizer
 
 
 OPTIMIZERS: dict[str, Callable[[Groups, OptimizerSection, torch.dtype], Optimizer]] = {

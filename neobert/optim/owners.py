@@ -16,6 +16,7 @@ none, and a border may cut a matrix of a fused weight. The same calls run over g
 import heapq
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import accumulate
 from typing import Any
 
 import torch
@@ -132,12 +133,12 @@ class Matrix:
     weight_rows: int
 
 
-def list_matrices(shapes: Sequence[Sequence[int]], parts: Sequence[int]) -> list[Matrix]:
-    """The matrices in weights of these shapes, of which each has so many parts, one below the other."""
+def list_matrices(shapes: Sequence[Sequence[int]], heights: Sequence[Sequence[int]]) -> list[Matrix]:
+    """The matrices in weights of these shapes: of each the rows of its matrices, one below the other."""
     return [
-        Matrix(weight=number, first=part * (rows // count), rows=rows // count, columns=columns, weight_rows=rows)
-        for number, ((rows, columns), count) in enumerate(zip(shapes, parts, strict=True))
-        for part in range(count)
+        Matrix(weight=number, first=end - rows, rows=rows, columns=columns, weight_rows=weight_rows)
+        for number, ((weight_rows, columns), own) in enumerate(zip(shapes, heights, strict=True))
+        for rows, end in zip(own, accumulate(own))
     ]
 
 

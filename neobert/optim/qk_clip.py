@@ -133,6 +133,7 @@ class QKClip:
             segments.ids,
             positions_BS,
             window=self._encoder.windows[layer],
+            causal=segments.causal,
             chunk_size=self._section.clipping_qk_chunk_size,
         )
         self._logits_LN[layer] = torch.maximum(self._logits_LN[layer], found_N)
@@ -165,14 +166,21 @@ def scale_first_rows_(weight: Tensor, factors: Tensor) -> None:
 
 
 def largest_logits(
-    q_TND: Tensor, k_TND: Tensor, ids_BS: Tensor, positions_BS: Tensor, *, window: int | None, chunk_size: int
+    q_TND: Tensor,
+    k_TND: Tensor,
+    ids_BS: Tensor,
+    positions_BS: Tensor,
+    *,
+    window: int | None,
+    chunk_size: int,
+    causal: bool = False,
 ) -> Tensor:
     """The largest product of a query and a key that it sees, `[N]` in fp32; -inf where there is no token.
 
     Args:
         q_TND: queries, scaled.
         ids_BS: segments, 0 for padding.
-        positions_BS: of the tokens in their segments, for the sliding window.
+        positions_BS: of the tokens in their segments, for the sliding window and the order.
         chunk_size: queries whose products are in memory at once.
     """
     num_rows, num_slots = ids_BS.shape
@@ -186,9 +194,11 @@ def largest_logits(
             queries = slice(first, first + queries_at_once)
             ids_BQ1, ids_B1S = ids_BS[rows, queries, None], ids_BS[rows, None]
             seen_BQS = (ids_BQ1 == ids_B1S) & (ids_B1S > 0)
+            distance_BQS = positions_BS[rows, queries, None] - positions_BS[rows, None]
             if window is not None:
-                distance_BQS = positions_BS[rows, queries, None] - positions_BS[rows, None]
                 seen_BQS &= distance_BQS.abs() <= window // 2
+            if causal:
+                seen_BQS &= distance_BQS >= 0
             logits_BNQS = q_BNSD[rows, :, queries] @ k_BNSD[rows].mT
             logits_BNQS.masked_fill_(~seen_BQS[:, None], float("-inf"))
             found_N = torch.maximum(found_N, logits_BNQS.amax((0, 2, 3)).float())

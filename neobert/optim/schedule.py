@@ -1,4 +1,4 @@
-"""Learning rates as pure functions of the step, so that nothing about them needs saving.
+"""Learning rates, and the momentum of Muon, as pure functions of the step, so that nothing about them needs saving.
 
 Steps count from 0. With W warm-up steps, end of decay E, C steps of cool-down and final ratio f, the learning rate is
 the base rate times
@@ -25,6 +25,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 from neobert.config.schema import SchedulerSection
+from neobert.config.schema_optimizer import MUON, OptimizerSection
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -91,6 +92,20 @@ def build_schedule(section: SchedulerSection, *, base_lr: float, num_steps: int)
         decay_steps=end,
         cooldown_steps=min(cooldown_steps, end - warmup_steps),
     )
+
+
+def choose_muon_beta(section: OptimizerSection, step: int, *, end: int) -> float | None:
+    """The `muon_beta` of `step`, counted from 0; None where it is constant, or there is none.
+
+    It rises linearly from `muon_beta_start`, and falls back to it in the steps before `end`, as in records of
+    modded-nanogpt (K. Jordan et al., 2024).
+    """
+    muon = section.muon_config
+    if section.name not in MUON or muon.muon_beta_start is None:
+        return None
+    rising = step / muon.muon_beta_warmup_steps if muon.muon_beta_warmup_steps else 1.0
+    falling = (end - step) / muon.muon_beta_cooldown_steps if muon.muon_beta_cooldown_steps else 1.0
+    return muon.muon_beta_start + (muon.muon_beta - muon.muon_beta_start) * max(0.0, min(rising, falling, 1.0))
 
 
 def _linear(x: float) -> float:

@@ -26,6 +26,7 @@ from neobert.model.encoder import Encoder
 from neobert.model.fp8 import FP8_PRODUCTS, use_fp8
 from neobert.model.hub_encoder import build_encoder_of
 from neobert.objectives.base import ObjectiveModule
+from neobert.objectives.causal_lm import build_next_tokens
 from neobert.objectives.masking import MaskPolicy
 from neobert.objectives.table import choose_objective
 from neobert.optim.moving_average import WeightAverage
@@ -115,6 +116,11 @@ def build_model_config(config: Config, tokenizer: Tokenizer, hub: ModelConfig | 
             raise StartupError(f"trainer.fp8: {trainer.fp8} is for encoders of ours, not of transformers; write no")
         if trainer.bf16_residual:
             raise StartupError("trainer.bf16_residual: true is for encoders of ours, not of transformers; write false")
+        if choose_objective(config).is_causal or config.datacollator.clm_steps is not None:
+            raise StartupError(
+                "trainer.objective: clm and datacollator.clm_steps are for encoders of ours, not of transformers, "
+                "whose attention sees both sides; write mlm and null"
+            )
         return hub
     vocab_size = padded_vocab_size(config.model.vocab_size, tokenizer.size)
     architecture = {f.name: getattr(config.model, f.name) for f in fields(Architecture)}
@@ -147,6 +153,8 @@ def build_train_masks(config: Config, tokenizer: Tokenizer) -> MaskPolicy:
         final_step=section.mlm_probability_final_step,
         units=section.mask_units,
         span_max_words=section.span_max_words,
+        draw_rate=section.mlm_rate,
+        rate_range=section.mlm_rate_range,
         edges=None if section.mask_units == "tokens" else build_word_edges(tokenizer),
     )
 
@@ -165,6 +173,7 @@ def build_config_data(config: Config, tokenizer: Tokenizer, reader: Reader) -> D
         StartupError: the fraction of masked tokens changes until the end of the run, whose length cannot be known.
     """
     masks, corrupt = build_train_masks(config, tokenizer), choose_objective(config).corrupt
+    clm_steps = config.datacollator.clm_steps
     data = build_data(
         config,
         tokenizer,
@@ -172,6 +181,12 @@ def build_config_data(config: Config, tokenizer: Tokenizer, reader: Reader) -> D
         train_masks=corrupt(masks),
         eval_masks=corrupt(build_mask_policy(tokenizer, config.datacollator.eval_mlm_probability, mask_all=False)),
     )
+    if masks.draw_rate != "fixed":
+        data = replace(data, collate=replace(data.collate, varying_targets=True))
+    if clm_steps is not None:
+        data = replace(
+            data, collate=replace(data.collate, first_policy=build_next_tokens(masks), first_steps=clm_steps)
+        )
     if masks.final_probability is None or masks.final_step is not None:
         return data
     masks = replace(masks, final_step=choose_mask_end(config, choose_num_steps(config, data)))
@@ -187,6 +202,7 @@ def build_run_optimizer(config: Config, module: ObjectiveModule) -> Optimizer:
         dtype=compute_dtype(config),
         layer_decay=config.finetune.layer_lr_decay,
         num_layers=len(module.encoder.layers),
+        num_heads=module.encoder.config.num_attention_heads,
     )
     keep_unit_length(optimizer, module.unit_matrices())
     return optimizer

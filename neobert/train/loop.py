@@ -17,6 +17,7 @@ from neobert.data.rows.loader import Loader
 from neobert.data.rows.order import step_seed
 from neobert.data.source.hub import write_documents
 from neobert.objectives.table import check_task
+from neobert.optim.schedule import choose_muon_beta
 from neobert.testing.faults import fault_point
 from neobert.train.checkpoint.identity import as_int64, check_next_batch
 from neobert.train.checkpoint.resume import resume_or_start, roll_back
@@ -243,6 +244,7 @@ def take_step(
             run.optimizer,
             batch.micro_batches,
             lr=lr,
+            muon_beta=choose_muon_beta(run.config.optimizer, state.step, end=run.schedule.decay_steps),
             scale=runtime.world / max(counts.num_targets, 1),
             gradient_clipping=run.config.trainer.gradient_clipping,
             judge=partial(run.guard.judge, num_targets=counts.num_targets),

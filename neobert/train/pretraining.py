@@ -12,11 +12,12 @@ import torch
 
 from neobert.config.rules import warnings
 from neobert.config.schema import Config
+from neobert.config.schema_data import DatacollatorSection
 from neobert.data.pipeline import DataPipeline
 from neobert.inference.model import Model
 from neobert.kernels.linear_cross_entropy import choose_kernel
 from neobert.model.peak import name_without_peak
-from neobert.objectives.base import Answer, Answers, EvalMetrics, EvalSums
+from neobert.objectives.base import Answer, Answers, EvalMetrics, EvalSums, Objective
 from neobert.objectives.table import load_part
 from neobert.train.checkpoint.replicas import check_replicas
 from neobert.train.hardware.machine import describe_compute
@@ -120,7 +121,7 @@ def announce(run: Run) -> None:
     """Prints the model, the batch, the budget, what was found in the data and what is odd; saves the bound config."""
     config, model, module, objective, data = run.config, run.model_config, run.module, run.objective, _documents(run)
     length, masks, batch = config.dataset.max_seq_length, config.datacollator, data.batch
-    rate = max(masks.mlm_probability, masks.mlm_probability_final or 0.0) if objective.predicts_tokens else 0.0
+    rate = _choose_largest_rate(masks, objective) if objective.predicts_tokens else 0.0
     kernel = choose_kernel(config.model.kernel_backend, device=run.runtime.device)
     total = sum(p.numel() for p in module.parameters())
     embeddings = sum(p.numel() for name, p in module.named_parameters() if name in VOCABULARY_TENSORS)
@@ -152,6 +153,8 @@ def announce(run: Run) -> None:
             f"warm-up   of the batch from {batch.start_rows} rows to {batch.rows} at step {batch.warmup_steps:,}, "
             f"{batch.unit} at a time"
         )
+    if masks.clm_steps is not None:
+        lines.append(f"clm       the first {masks.clm_steps:,} steps predict next tokens, the others hidden ones")
     lines += [f"data      {note}" for note in data.notes]
     if objective.describe_baseline is not None and run.runtime.is_main:  # It reads data, and only rank 0 speaks.
         lines.append(objective.describe_baseline(config, data.unigram_entropy))
@@ -160,6 +163,15 @@ def announce(run: Run) -> None:
     for text in [*odd, *data.inventory.warnings()]:
         run.reporter.warn(text)
     write_config(config, run.runtime, run.output_dir, run.reporter)
+
+
+def _choose_largest_rate(masks: DatacollatorSection, objective: Objective) -> float:
+    """The largest fraction of the tokens that go through the vocabulary projection in a step."""
+    if objective.is_causal or masks.clm_steps is not None:
+        return 1.0
+    if masks.mlm_rate != "fixed":
+        return masks.mlm_rate_range[1]
+    return max(masks.mlm_probability, masks.mlm_probability_final or 0.0)
 
 
 def slow_reading(config: Config, device_type: str) -> list[str]:

@@ -240,6 +240,8 @@ def _wire(
 ) -> Run:
     """Everything that trains `module` on `data` and records it; `computing` is what of `model` computes."""
     config, runtime, output_dir, reporter = setup.config, setup.runtime, setup.output_dir, setup.reporter
+    average = build_average(config, module)
+    computing.learn_from(None if average is None else average.tensors)
     return Run(
         **{f.name: getattr(setup, f.name) for f in fields(setup)},
         objective=choose_objective(config),
@@ -250,7 +252,7 @@ def _wire(
         engine=engine,
         optimizer=optimizer,
         clip=build_clip(config, module, computing, optimizer, runtime),
-        average=build_average(config, module),
+        average=average,
         statistics=build_statistics(config, module, computing),
         probes=probes,
         schedule=build_schedule(config.scheduler, base_lr=config.optimizer.lr, num_steps=num_steps),

@@ -89,6 +89,7 @@ def train_step(
     *,
     lr: float,
     scale: float,
+    muon_beta: float | None = None,
     gradient_clipping: float | None = None,
     judge: Judge = not_finite,
     no_sync: Callable[[], AbstractContextManager[object]] = nullcontext,
@@ -102,6 +103,7 @@ def train_step(
         optimizer: one that can leave out a step on the device, see `neobert.optim.optimizers`.
         micro_batches: this rank's part of the step, on the model's device.
         lr: learning rate of this step; a group with an `lr_factor` has that many times as much.
+        muon_beta: that of this step, for the groups that have one; None leaves it as it was built.
         scale: what a loss sum is multiplied with before backward: `world / number of targets over all ranks`, since
             DistributedDataParallel and FSDP2 average gradients over ranks.
         gradient_clipping: largest global L2 norm of the scaled gradient; None leaves it alone.
@@ -112,6 +114,8 @@ def train_step(
     """
     for group in optimizer.param_groups:
         group["lr"] = lr * group.get("lr_factor", 1.0)
+        if muon_beta is not None:
+            group["muon_beta"] = muon_beta
     batches = list(micro_batches)
     losses: list[LossSum] = []
     for number, batch in enumerate(batches, start=1):

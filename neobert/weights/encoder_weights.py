@@ -227,7 +227,7 @@ def _read_folder(folder: Path, drop_decoder_bias: bool, weights: str) -> Encoder
     layout, raw = _recognise(folder, tensors)
     objective, training_only = _recognise_objective(raw), dict[str, Tensor]()
     if layout.name == "checkpoint":
-        objective = recognise_objective(tensors)
+        objective = _read_objective(folder, tensors)
     if objective.training_only:
         training_only = {name: x for name, x in tensors.items() if name.startswith(objective.training_only)}
         tensors = {name: x for name, x in tensors.items() if name not in training_only}
@@ -263,6 +263,17 @@ def _recognise_objective(raw: Mapping[str, Any]) -> Objective:
     if name not in OBJECTIVES:
         raise WeightsError(f"{OBJECTIVE_KEY}: {name!r} is unknown; known are {', '.join(OBJECTIVES)}")
     return OBJECTIVES[name]
+
+
+def _read_objective(folder: Path, tensors: Mapping[str, Tensor]) -> Objective:
+    """What a checkpoint was trained for: the names of its weights say it, or its config where none is of training
+    only."""
+    found, file = recognise_objective(tensors), folder / "config.yaml"
+    if found.training_only or not file.is_file():
+        return found
+    trainer = (load_plain_yaml(file.read_text(encoding="utf-8")) or {}).get("trainer") or {}
+    named = OBJECTIVES.get(str(trainer.get("objective")), found)
+    return found if named.training_only else named
 
 
 def _recognise(folder: Path, tensors: Mapping[str, Tensor]) -> tuple[Layout, Mapping[str, Any]]:

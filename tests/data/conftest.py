@@ -37,6 +37,7 @@ class PlainPolicy:
 
     mask_id: int
     probability: float = 0.25
+    is_causal = False
 
     def corrupt(self, tokens, words, offset, *, step=0):
         maskable = np.flatnonzero(tokens >= len(SPECIAL_TOKENS))

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 import torch
 
-from neobert.data.rows.collate import EVAL_TARGETS_MULTIPLE, Collator, build_row, join_rows
+from neobert.data.rows.collate import TARGETS_MULTIPLE, Collator, build_row, join_rows
 from neobert.data.rows.lanes import Window
 from neobert.data.rows.packing import Piece
 from neobert.types import IGNORE_INDEX, PackedRow
@@ -158,5 +158,5 @@ def test_evaluation_masks_do_not_depend_on_packing(policy):
 
 def test_evaluation_targets_are_padded_to_a_multiple(policy):
     collate = Collator(policy=policy, seed=1, draw="document", max_seq_length=40, max_segments=5, pad_id=PAD)
-    assert collate([make_row(40)]).targets.shape == (EVAL_TARGETS_MULTIPLE,)
-    assert collate([make_row(40, key=k) for k in range(40)]).targets.shape == (2 * EVAL_TARGETS_MULTIPLE,)
+    assert collate([make_row(40)]).targets.shape == (TARGETS_MULTIPLE,)
+    assert collate([make_row(40, key=k) for k in range(40)]).targets.shape == (2 * TARGETS_MULTIPLE,)

@@ -31,8 +31,8 @@ TARGETS = torch.tensor([3, 29, -100, 0, 7, -100, 11, 3, 3, 2, 1, 28])
 Case = tuple[Callable[..., Tensor | tuple[Tensor, Tensor]], list[tuple[int, ...]]]
 
 
-def attend(reach: int) -> Case:
-    return lambda q, k, v: segmented_attention(q, k, v, BORDERS, NO_BUCKETS, 0.3, reach), [(12, 2, 8)] * 3
+def attend(reach: int, *, causal: bool = False) -> Case:
+    return lambda q, k, v: segmented_attention(q, k, v, BORDERS, NO_BUCKETS, 0.3, reach, causal), [(12, 2, 8)] * 3
 
 
 def loss(name: str) -> Case:
@@ -51,7 +51,7 @@ FUNCTIONS: dict[str, Case] = {
     "neobert.model.layers._SwiGLUCPU": (_SwiGLUCPU.apply, [(12, 32)]),
     "neobert.model.rotary._Rotate": (lambda x: _Rotate.apply(x, *ROTATION), [(12, 4, 8)]),
     "neobert::segmented_attention": attend(reach=-1),
-    "neobert::segmented_attention_backward": attend(reach=2),
+    "neobert::segmented_attention_backward": attend(reach=2, causal=True),
 }
 """By class or name of the operator: what is called, and the shapes of its inputs, all of them with gradients."""
 

@@ -3,6 +3,7 @@
 import random
 import shutil
 import warnings
+from dataclasses import replace
 from types import SimpleNamespace
 from typing import Any
 
@@ -135,6 +136,7 @@ def device_for(name: str, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -
     return "cpu"
 
 
+@pytest.mark.parametrize("causal", [False, True], ids=["", "causal"])
 @pytest.mark.parametrize("window", WINDOWS)
 @pytest.mark.parametrize(("rows", "slots"), [(ROWS, 16), (LONG, 48)], ids=["short", "long"])
 @pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 1e-5), (torch.bfloat16, 4e-2)])
@@ -146,11 +148,12 @@ def test_backend_matches_the_definition(
     rows: tuple[tuple[int, ...], ...],
     slots: int,
     window: int | None,
+    causal: bool,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     device = device_for(name, dtype, monkeypatch)
     monkeypatch.setattr(segmented, "_LEAST_QUERIES", 4)  # with a window, several tiles a document
-    _, segments = pack(rows, slots)
+    segments = replace(pack(rows, slots)[1], causal=causal)
     for got, want in zip(results(ATTENTION[name], segments, dtype, device, window), expected(segments, dtype, window)):
         torch.testing.assert_close(got, want, atol=tolerance, rtol=tolerance)
 
@@ -164,21 +167,34 @@ def test_a_window_is_half_to_either_side() -> None:
         assert out.tolist() == pytest.approx([1, 1.5, 2, 3, 4, 5, 6, 7, 7.5, 8])
 
 
-def test_sdpa_in_tiles(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_causal_token_sees_itself_and_those_before_it_in_its_document() -> None:
+    """Documents of three and two tokens whose values are 0 to 4, all scores equal."""
+    segments = replace(pack([(3, 2)], 5)[1], causal=True)
+    numbers = torch.arange(5.0)[:, None, None].expand(5, 1, 16)
+    out = reference_attention(numbers * 0, numbers, numbers, segments, scale=1.0)[:, 0, 0]
+    assert out.tolist() == pytest.approx([0, 0.5, 1, 3, 3.5])
+    near = reference_attention(numbers * 0, numbers, numbers, segments, scale=1.0, window=2)[:, 0, 0]
+    assert near.tolist() == pytest.approx([0, 0.5, 1.5, 3, 3.5])
+
+
+@pytest.mark.parametrize("causal", [False, True])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_sdpa_in_tiles(monkeypatch: pytest.MonkeyPatch, dtype: torch.dtype, causal: bool) -> None:
     """A document longer than a tile is cut, and its keys and values add up over the tiles."""
     monkeypatch.setattr(segmented, "_TILE", 20)
     monkeypatch.setattr(segmented, "_LEAST_QUERIES", 2)
-    _, segments = pack(ROWS, 16)
-    for got, want in zip(results(ATTENTION["sdpa"], segments, torch.float32, "cpu"), expected(segments, torch.float32)):
+    segments = replace(pack(ROWS, 16)[1], causal=causal)
+    for got, want in zip(results(ATTENTION["sdpa"], segments, dtype, "cpu"), expected(segments, dtype)):
         torch.testing.assert_close(got, want, atol=1e-5, rtol=1e-5)
 
 
+@pytest.mark.parametrize("causal", [False, True])
 @pytest.mark.parametrize("longest", [0, 4, 64])
-def test_sdpa_in_whole_blocks(monkeypatch: pytest.MonkeyPatch, longest: int) -> None:
+def test_sdpa_in_whole_blocks(monkeypatch: pytest.MonkeyPatch, longest: int, causal: bool) -> None:
     """Rounding a document up to a block, in one tile or in several or together with others of its length, takes nothing
     from its neighbours."""
     monkeypatch.setattr(short_documents, "LONGEST", longest)
-    _, segments = pack(ROWS, 16)
+    segments = replace(pack(ROWS, 16)[1], causal=causal)
     want = expected(segments, torch.bfloat16)
     for block, least in ((1, 128), (4, 128), (4, 4), (32, 2)):
         monkeypatch.setattr(segmented, "_BLOCK", block)
@@ -257,12 +273,15 @@ def results_in_buckets(segments: Segments, dtype: torch.dtype, window: int | Non
     return [x[real_slots(segments)].double() for x in (out, q.grad, k.grad, v.grad)]
 
 
+@pytest.mark.parametrize("causal", [False, True])
 @pytest.mark.parametrize("window", WINDOWS)
 @pytest.mark.parametrize("scores", [1, 2**26])
-def test_buckets_match_the_definition(scores: int, window: int | None, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_buckets_match_the_definition(
+    scores: int, window: int | None, causal: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """With few scores at a time, every document is computed by itself."""
-    monkeypatch.setattr(segmented, "_BUCKET_SCORES", scores)
-    _, segments = pack(LONG, 48)
+    monkeypatch.setattr("neobert.model.buckets._BUCKET_SCORES", scores)
+    segments = replace(pack(LONG, 48)[1], causal=causal)
     got = results_in_buckets(segments, torch.float32, window)
     for one, want in zip(got, expected(segments, torch.float32, window)):
         torch.testing.assert_close(one, want, atol=1e-5, rtol=1e-5)
@@ -355,8 +374,10 @@ def test_work_of_a_window_is_linear_in_the_length() -> None:
 
 def test_sdpa_gradients_are_the_derivatives() -> None:
     _, segments = pack([(3, 1)], 5)
+    causal = replace(segments, causal=True)
     qkv = torch.randn(3, 5, 1, 2, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
-    for plan in (*(segmented.prepare_segmented(segments, w) for w in (None, 2)), in_buckets(segments, 2)):
+    plans = [segmented.prepare_segmented(x, window) for x in (segments, causal) for window in (None, 2)]
+    for plan in (*plans, in_buckets(segments, 2), in_buckets(causal)):
         assert torch.autograd.gradcheck(
             lambda q, k, v, plan=plan: segmented.attend_segmented(q, k, v, plan, scale=0.3),
             tuple(x.detach().requires_grad_() for x in qkv),
@@ -440,10 +461,10 @@ def test_varlen_hands_its_kernel_what_it_needs(
     assert fake.deterministic == (deterministic if package else None)
 
 
-@pytest.mark.parametrize("window", [None, 40])
-def test_flex_itself_computes_the_definition(window: int | None) -> None:
+@pytest.mark.parametrize(("window", "causal"), [(None, False), (40, False), (None, True), (40, True)])
+def test_flex_itself_computes_the_definition(window: int | None, causal: bool) -> None:
     """torch's FlexAttention runs forward on a CPU: blocks of 128, the last one short."""
-    _, segments = pack([(130, 1, 69), (5, 195)], 200)
+    segments = replace(pack([(130, 1, 69), (5, 195)], 200)[1], causal=causal)
     q, k, v = (x.detach() for x in inputs(segments, torch.float32)[:3])
     with torch.no_grad(), warnings.catch_warnings():
         warnings.simplefilter("ignore")  # it says that it computes all scores
@@ -509,6 +530,7 @@ def test_buckets_are_copied_without_waiting(monkeypatch: pytest.MonkeyPatch) -> 
     on_gpu = SimpleNamespace(
         ids=SimpleNamespace(device=torch.device("cuda"), numel=segments.ids.numel),
         cu_seqlens_cpu=segments.cu_seqlens_cpu,
+        causal=False,
     )
     plan = segmented.prepare_segmented(on_gpu)  # type: ignore[arg-type]
     assert pinned == [plan.slots.numel()]

@@ -9,7 +9,7 @@ import torch
 from block_weights import Model
 
 from neobert.config.schema_optimizer import MuonSection, OptimizerSection
-from neobert.optim.muon import NORM_FACTORS, count_matrices, equal_row_scales, reference_muon
+from neobert.optim.muon import NORM_FACTORS, equal_row_scales, reference_muon, split_rows
 from neobert.optim.optimizers import build_optimizer, step_unless
 from neobert.optim.orthogonal import (
     ORTHOGONALIZATIONS,
@@ -121,7 +121,7 @@ def test_a_step_that_is_left_out_keeps_every_bit_with_nesterov_and_decay(name: s
 def test_the_fused_weights_are_split_from_top_to_bottom() -> None:
     weight = torch.arange(12.0).view(6, 2)
     for name, firsts in (("qkv", [0, 4, 8]), ("gate_up", [0, 6]), ("out", [0])):
-        matrices = list_matrices([weight.shape], [count_matrices(f"layers.0.{name}.weight")])
+        matrices = list_matrices([weight.shape], [split_rows(f"layers.0.{name}.weight", 6)])
         assert [part[0, 0].item() for part in Owners(matrices).split([weight])] == firsts
         assert {m.rows for m in matrices} == {6 // len(firsts)}
 

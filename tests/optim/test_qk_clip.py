@@ -55,26 +55,27 @@ def tokens(seed: int) -> torch.Tensor:
     return torch.randint(1, 20, (2, S), generator=torch.Generator().manual_seed(seed), dtype=torch.int32)
 
 
-def by_hand(q: torch.Tensor, k: torch.Tensor, scale: float, window: int | None) -> list[float]:
+def by_hand(q: torch.Tensor, k: torch.Tensor, scale: float, window: int | None, *, causal: bool = False) -> list[float]:
     """Pair by pair."""
     best = [float("-inf")] * q.shape[1]
     flat = [(row, ident, at) for row in range(2) for ident, at in zip(IDS[row].tolist(), POSITIONS[row].tolist())]
     for i, (row, ident, at) in enumerate(flat):
         for j, (other_row, other, other_at) in enumerate(flat):
             near = window is None or abs(at - other_at) <= window // 2
-            if row == other_row and ident == other > 0 and near:
+            if row == other_row and ident == other > 0 and near and not (causal and other_at > at):
                 for head in range(q.shape[1]):
                     best[head] = max(best[head], (q[i, head] @ k[j, head]).item() * scale)
     return best
 
 
+@pytest.mark.parametrize("causal", [False, True])
 @pytest.mark.parametrize("window", [None, 2, 4])
 @pytest.mark.parametrize("chunk_size", [1, 3, 10, 15, 1000])
-def test_the_largest_logit_is_that_of_a_pair_in_one_document(window: int | None, chunk_size: int) -> None:
+def test_the_largest_logit_is_that_of_a_pair_in_one_document(window: int | None, chunk_size: int, causal: bool) -> None:
     torch.manual_seed(0)
     q, k = torch.randn(2 * S, N, 8), torch.randn(2 * S, N, 8)
-    found = largest_logits(q, k, IDS, POSITIONS, window=window, chunk_size=chunk_size)
-    torch.testing.assert_close(found, torch.tensor(by_hand(q, k, 1.0, window)))
+    found = largest_logits(q, k, IDS, POSITIONS, window=window, chunk_size=chunk_size, causal=causal)
+    torch.testing.assert_close(found, torch.tensor(by_hand(q, k, 1.0, window, causal=causal)))
 
 
 @pytest.mark.parametrize("options", [{}, {"rope": False}, {"rms_norm": False, "hidden_act": "gelu"}])

@@ -25,10 +25,12 @@ from neobert.optim.orthogonal import orthogonalize
 from neobert.optim.owners import assign_owners, count_products, find_ranks, row_range
 from neobert.optim.sharded_weights import local
 
-KINDS = list(itertools.product(("muonclip", "normuon"), (torch.float32, torch.bfloat16)))
+HEADS = "normuon, heads and cautious decay"
+KINDS = [*itertools.product(("muonclip", "normuon"), (torch.float32, torch.bfloat16)), (HEADS, torch.bfloat16)]
 """Optimizers and types of their products."""
 
-NUM_MATRICES = 2 * 7
+NUM_HEADS = 3
+NUM_MATRICES = {"muonclip": 2 * 7, "normuon": 2 * 7, HEADS: 2 * (2 * NUM_HEADS + 5)}
 SKIPPED = 2
 """Of the steps of a comparison, one that must not count."""
 
@@ -39,8 +41,13 @@ def build_module() -> Model:
 
 
 def build(module: nn.Module, name: str, dtype: torch.dtype) -> Muon:
-    section = OptimizerSection(name=name, lr=0.1, muon_config=MuonSection(muon_decay=0.3, nesterov=True))  # type: ignore[arg-type]
-    optimizer = build_optimizer(module, section, dtype=dtype)
+    section = OptimizerSection(
+        name=name.partition(",")[0],  # type: ignore[arg-type]
+        lr=0.1,
+        cautious_weight_decay=name == HEADS,
+        muon_config=MuonSection(muon_decay=0.3, nesterov=True, split_heads=name == HEADS),
+    )
+    optimizer = build_optimizer(module, section, dtype=dtype, num_heads=NUM_HEADS)
     assert isinstance(optimizer, Muon)
     return optimizer
 
@@ -129,8 +136,8 @@ def compare_with(alone: dict[Any, dict[str, torch.Tensor]], layout: str) -> int:
         counts: list[Any] = [None] * dist.get_world_size()
         dist.all_gather_object(counts, sum(computed))
         # No matrix is computed twice, and where the flag can be read a step that is skipped computes nothing.
-        assert sum(counts) == (3 if waits else 4) * NUM_MATRICES
-        assert max(counts) - min(counts) <= 2 * 4, counts
+        assert sum(counts) == (3 if waits else 4) * NUM_MATRICES[name]
+        assert name == HEADS or max(counts) - min(counts) <= 2 * 4, counts
         found = whole_state(module, optimizer)
         assert found.keys() == alone[name, dtype].keys()
         for key, wanted in alone[name, dtype].items():
@@ -202,8 +209,9 @@ def test_a_step_exchanges_in_one_call_and_the_momentum_of_rows_is_shared(tmp_pat
         # Directions in fp32 to the owners; of the factors the rows of this rank, in the type of the products.
         assert sum(of_rank["rows", name, dtype][0][0][1] for of_rank in every) == 4 * elements
         assert sum(of_rank["rows", name, dtype][0][1][1] for of_rank in every) == dtype.itemsize * elements
-        assert {call for call, _ in sums} == ({"all_reduce"} if name == "normuon" else set())
-        assert sum(size for _, size in sums) == (4 * 2 * NUM_MATRICES if name == "normuon" else 0)
+        equal_rows = name != "muonclip"
+        assert {call for call, _ in sums} == ({"all_reduce"} if equal_rows else set())
+        assert sum(size for _, size in sums) == (4 * 2 * NUM_MATRICES[name] if equal_rows else 0)
 
 
 def resume_chain(folder: Path, start: int, stop: int) -> int:

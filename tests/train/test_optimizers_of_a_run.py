@@ -133,3 +133,22 @@ def test_replicas_stay_equal_with_muonclip_and_clipping(tiny: Tiny, tmp_path: Pa
     for a, b in zip(log_lines(one, "log"), log_lines(tmp_path / "two", "log"), strict=True):
         assert a["max_attention_logit"] == pytest.approx(b["max_attention_logit"], rel=1e-3)
         assert a["clipped_heads"] == b["clipped_heads"]
+
+
+@pytest.mark.parametrize("name", ["adamw", "normuon"])
+def test_cautious_decay_momentum_heads_and_drawn_mask_rates_resume_exactly(
+    tiny: Tiny, tmp_path: Path, name: str
+) -> None:
+    keys = [f"optimizer.name={name}", "optimizer.cautious_weight_decay=true", "datacollator.mlm_rate=diffusion"]
+    keys += ["datacollator.mlm_rate_range=[0.02,1.0]", "trainer.eval_steps=0"]
+    if name == "normuon":
+        muon = "optimizer.muon_config"
+        keys += [f"{muon}.muon_decay=0.1", f"{muon}.split_heads=true", f"{muon}.muon_beta_start=0.7"]
+        keys += [f"{muon}.muon_beta_warmup_steps=3", f"{muon}.muon_beta_cooldown_steps=3"]
+    whole, parts = tmp_path / "whole", tmp_path / "parts"
+    pretrain(tiny(whole, *keys, "trainer.max_steps=8"))
+    pretrain(tiny(parts, *keys, "trainer.max_steps=4", "scheduler.total_steps=8"))
+    pretrain(tiny(parts, *keys, "trainer.max_steps=8", "trainer.resume_from_checkpoint=latest"))
+    assert exact_steps(parts) == exact_steps(whole)
+    counts = [step["num_targets"] / step["num_tokens"] for step in log_lines(whole, "step")]
+    assert max(counts) > 1.5 * min(counts), "each row draws its rate"

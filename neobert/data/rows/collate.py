@@ -26,8 +26,8 @@ from neobert.model.segments import Segments
 from neobert.splitmix import mix
 from neobert.types import IGNORE_INDEX, Corruption, PackedBatch, PackedRow
 
-EVAL_TARGETS_MULTIPLE = 256
-"""Evaluation draws masks for each document, so their number varies a little; the arrays grow in steps of this."""
+TARGETS_MULTIPLE = 256
+"""Where the number of targets varies, the arrays of them grow in steps of this."""
 
 
 def bound_segments(longest: Sequence[int | None], max_seq_length: int) -> int:
@@ -144,15 +144,26 @@ class Collator:
     """Upper bound of the length of a segment, where it is known to be less than that of a row; see `bound_segments`."""
 
     num_sources: int = 1
+    varying_targets: bool = False
+    """With `draw: row`: not the bound of targets, but the entries that a batch needs, in steps of TARGETS_MULTIPLE. It
+    is for rows that draw rates: their bound is several times their mean, and every entry costs a projection. With
+    `draw: document` it is always so."""
+
+    first_policy: Corruption | None = None
+    """What is predicted in the first `first_steps` steps instead of what `policy` says."""
+
+    first_steps: int = 0
 
     def __call__(self, rows: Sequence[PackedRow], num_rows: int | None = None, *, step: int = 0) -> PackedBatch:
         """A batch of `num_rows` rows (default: as many as are passed) as they are masked at a step of training; further
         rows are all padding."""
         num_rows = len(rows) if num_rows is None else num_rows
+        policy = self.policy if self.first_policy is None or step >= self.first_steps else self.first_policy
         layout = _layout(rows)
         width = self._choose_width(layout.row_lengths)
         flat = layout.row_of * width + layout.slots
-        corrupted, selected = self._corrupt(rows, layout, step)
+        corrupted, selected = self._corrupt(policy, rows, layout, step)
+        predicted = layout.tokens[selected + 1 if policy.is_causal else selected]
 
         input_ids = np.full(num_rows * width, self.pad_id, dtype=np.int32)
         input_ids[flat] = corrupted
@@ -160,7 +171,7 @@ class Collator:
         positions[flat] = layout.positions
         segment_ids = np.zeros(num_rows * width, dtype=np.int32)
         segment_ids[flat] = layout.numbers
-        masked_index, targets = self._targets(num_rows, width, flat[selected], layout.tokens[selected])
+        masked_index, targets = self._targets(policy, num_rows, width, flat[selected], predicted)
         row_keys = np.full(num_rows, -1, dtype=np.int64)
         row_keys[: len(rows)] = [row.key for row in rows]
         borders = torch.from_numpy(self._borders(layout, num_rows, width))
@@ -173,6 +184,7 @@ class Collator:
                 cu_seqlens=borders,
                 cu_seqlens_cpu=borders,
                 max_seqlen=self._longest(width),
+                causal=policy.is_causal,
             ),
             masked_index=torch.from_numpy(masked_index),
             targets=torch.from_numpy(targets),
@@ -181,8 +193,8 @@ class Collator:
             num_tokens=len(layout.tokens),
             num_targets=len(selected),
             num_documents=sum(offset == 0 for row in rows for offset in row.offsets),
-            attended_tokens=int(np.square(layout.lengths).sum()),
-            digest=_digest(layout, corrupted, selected, row_keys[: len(rows)]),
+            attended_tokens=_count_attended(layout.lengths, causal=policy.is_causal),
+            digest=_digest(layout, corrupted, selected, predicted, row_keys[: len(rows)]),
         )
 
     def _longest(self, width: int) -> int:
@@ -194,8 +206,10 @@ class Collator:
         longest = max(1, int(row_lengths.max(initial=1)))
         return min(self.max_seq_length, -(-longest // self.pad_to_multiple_of) * self.pad_to_multiple_of)
 
-    def _corrupt(self, rows: Sequence[PackedRow], layout: _Layout, step: int) -> tuple[IntArray, NDArray[np.int64]]:
-        """The corrupted tokens, and the indices of the predicted ones among the n tokens, ascending."""
+    def _corrupt(
+        self, policy: Corruption, rows: Sequence[PackedRow], layout: _Layout, step: int
+    ) -> tuple[IntArray, NDArray[np.int64]]:
+        """The corrupted tokens, and the indices of those that predict among the n tokens, ascending."""
         if self.draw == "row":
             starts, row_keys = layout.row_starts, [row.key for row in rows]
             keys = extend_keys(key(self.seed, "masks"), row_keys)
@@ -215,17 +229,17 @@ class Collator:
         ends = [*starts[1:].tolist(), len(corrupted)]
         for start, end, offset in zip(starts.tolist(), ends, offsets.tolist()):
             draw = layout.tokens[start:end], hashes[start:end], offset
-            corrupted[start:end], indices = self.policy.corrupt(*draw, step=step)
+            corrupted[start:end], indices = policy.corrupt(*draw, step=step)
             selected.append(indices + start)
         return corrupted, np.concatenate(selected)
 
     def _targets(
-        self, num_rows: int, width: int, slots: NDArray[np.int64], tokens: IntArray
+        self, policy: Corruption, num_rows: int, width: int, slots: NDArray[np.int64], tokens: IntArray
     ) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+        size = max(1, -(-len(slots) // TARGETS_MULTIPLE)) * TARGETS_MULTIPLE
         if self.draw == "row":
-            size = num_rows * self.policy.max_targets(width)
-        else:
-            size = max(1, -(-len(slots) // EVAL_TARGETS_MULTIPLE)) * EVAL_TARGETS_MULTIPLE
+            bound = num_rows * policy.max_targets(width)
+            size = min(size, bound) if self.varying_targets else bound
         masked_index = np.zeros(size, dtype=np.int64)
         targets = np.full(size, IGNORE_INDEX, dtype=np.int64)
         masked_index[: len(slots)] = slots
@@ -254,7 +268,18 @@ class Collator:
         return tuple(np.bincount(sources, weights=layout.lengths, minlength=self.num_sources).astype(int).tolist())
 
 
-def _digest(layout: _Layout, corrupted: IntArray, selected: NDArray[np.int64], row_keys: NDArray[np.int64]) -> int:
+def _count_attended(lengths: NDArray[np.int64], *, causal: bool) -> int:
+    """Keys that all tokens of segments see."""
+    return int((lengths * (lengths + 1) // 2 if causal else np.square(lengths)).sum())
+
+
+def _digest(
+    layout: _Layout,
+    corrupted: IntArray,
+    selected: NDArray[np.int64],
+    predicted: IntArray,
+    row_keys: NDArray[np.int64],
+) -> int:
     """Sum over rows of one 64-bit hash of (row key; for each slot: token, segment number, target), modulo 2**64.
 
     Padding does not count, so the digest of a step is the same however its rows are cut into micro-batches.
@@ -262,7 +287,7 @@ def _digest(layout: _Layout, corrupted: IntArray, selected: NDArray[np.int64], r
     if not len(row_keys):
         return 0
     labels = np.zeros(len(corrupted), dtype=np.uint64)
-    labels[selected] = layout.tokens[selected].astype(np.uint64) + np.uint64(1)
+    labels[selected] = predicted.astype(np.uint64) + np.uint64(1)
     numbers = layout.numbers.astype(np.uint64)
     packed = corrupted.astype(np.uint64) | (numbers << np.uint64(24)) | (labels << np.uint64(40))
     sums = np.add.reduceat(mask_hashes(packed, layout.slots), layout.row_starts)

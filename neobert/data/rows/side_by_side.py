@@ -21,6 +21,8 @@ SLOTS_MULTIPLE = 64
 class NoMasks:
     """The mask policy of texts that are read as they are."""
 
+    is_causal = False
+
     def corrupt(
         self, tokens: IntArray, hashes: Hashes, offset: float, *, step: int
     ) -> tuple[IntArray, NDArray[np.int64]]:

@@ -17,7 +17,7 @@ import platform
 import sys
 import time
 from collections.abc import Iterator
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from types import CodeType
@@ -33,6 +33,7 @@ from neobert.model.config import ModelConfig
 from neobert.model.encoder import Encoder
 from neobert.model.fp8 import FP8_PRODUCTS, use_fp8
 from neobert.model.segments import Segments
+from neobert.objectives.table import choose_objective
 from neobert.train.build import choose_compile_options, compile_blocks
 from neobert.train.hardware.machine import Runtime, choose_compile, compute_dtype
 from neobert.train.master_weights import bf16_parts
@@ -132,10 +133,11 @@ def find_largest_difference(config: Config, attention: AttentionBackend, device:
         for part in bf16_parts(encoder):
             part.to(dtype)
         dtype = torch.float32
-    eager = _hidden_and_gradients(encoder, device, dtype)
+    causal = _is_causal(config)
+    eager = _hidden_and_gradients(encoder, device, dtype, causal=causal)
     compile_blocks(config, encoder)
     try:
-        compiled = _hidden_and_gradients(encoder, device, dtype)
+        compiled = _hidden_and_gradients(encoder, device, dtype, causal=causal)
     finally:
         torch.compiler.reset()  # Compilers give up after a number of graphs: these do not count.
     differences = {
@@ -143,6 +145,11 @@ def find_largest_difference(config: Config, attention: AttentionBackend, device:
         for name, expected in eager.items()
     }
     return max(differences.items(), key=lambda item: float("inf") if item[1] != item[1] else item[1])
+
+
+def _is_causal(config: Config) -> bool:
+    """Whether the attention of some steps is causal: it differs by a mask alone, so one kind of steps is checked."""
+    return choose_objective(config).is_causal or config.datacollator.clm_steps is not None
 
 
 def small_model(config: Config) -> ModelConfig:
@@ -165,12 +172,15 @@ def small_model(config: Config) -> ModelConfig:
     )
 
 
-def _hidden_and_gradients(encoder: Encoder, device: torch.device, dtype: torch.dtype) -> dict[str, Tensor]:
+def _hidden_and_gradients(
+    encoder: Encoder, device: torch.device, dtype: torch.dtype, *, causal: bool
+) -> dict[str, Tensor]:
     """Hidden states of three documents in two rows, and all gradients of their product with a fixed matrix."""
     row, slot = torch.arange(64).view(2, 32).div(32, rounding_mode="floor"), torch.arange(64).view(2, 32) % 32
     second = (row == 0) & (slot >= 20)
     borders = torch.tensor([0, 20, 32, 64], dtype=torch.int32)
-    segments = Segments(ids=(1 + second.int()), cu_seqlens=borders, cu_seqlens_cpu=borders, max_seqlen=32).to(device)
+    segments = Segments(ids=(1 + second.int()), cu_seqlens=borders, cu_seqlens_cpu=borders, max_seqlen=32)
+    segments = replace(segments, causal=causal).to(device)
     positions = torch.where(second, slot - 20, slot).int().to(device)
     generator = torch.Generator().manual_seed(0)
     tokens = torch.randint(1, 64, (2, 32), generator=generator, dtype=torch.int32).to(device)
@@ -196,6 +206,7 @@ def _facts(config: Config, attention: AttentionBackend, device: torch.device) ->
         "code": _digest_of_code(),
         "model": asdict(small_model(config)),
         "attention": [attention.name, attention.kernel],
+        "causal": _is_causal(config),
         "dtype": str(compute_dtype(config)),
         "residual": trainer.bf16_residual,
         "fp8": trainer.fp8,

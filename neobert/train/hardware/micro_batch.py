@@ -33,6 +33,7 @@ from neobert.data.tokenizer import Tokenizer
 from neobert.errors import StartupError
 from neobert.model.attention import AttentionBackend
 from neobert.model.config import ModelConfig
+from neobert.objectives.causal_lm import build_next_tokens
 from neobert.objectives.table import choose_objective
 from neobert.train.build import build_mask_policy, build_model, build_module, build_run_optimizer
 from neobert.train.hardware.machine import Runtime, compute_dtype
@@ -235,9 +236,12 @@ def _survives(make_step: Callable[[int], None], rows: int) -> bool:
 def build_full_rows(config: Config, tokenizer: Tokenizer, rows: int) -> PackedBatch:
     """Rows without padding, each a single document of random tokens."""
     length, packed = config.dataset.max_seq_length, config.datacollator.pack_sequences
-    masks = build_mask_policy(tokenizer, config.datacollator.mlm_probability, mask_all=config.datacollator.mask_all)
+    section = config.datacollator
+    rate = section.mlm_probability if section.mlm_rate == "fixed" else section.mlm_rate_range[1]
+    masks = build_mask_policy(tokenizer, rate, mask_all=section.mask_all)
+    corrupt = choose_objective(config).corrupt if section.clm_steps is None else build_next_tokens
     collate = Collator(
-        policy=choose_objective(config).corrupt(masks),
+        policy=corrupt(masks),
         seed=0,
         draw="row",
         max_seq_length=length,

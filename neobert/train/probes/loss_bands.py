@@ -161,7 +161,8 @@ def _name_bands(ends: Sequence[int], *, first: int) -> tuple[str, ...]:
 def _find_bands(
     batch: PackedBatch, counts: HeldOutCounts, tokenizer: Tokenizer, spelled: dict[bytes, int]
 ) -> dict[str, Numbers]:
-    targets, slots = batch.targets.numpy(), batch.masked_index.numpy()
+    # Where the targets are: with causal segments the slots before them predict.
+    targets, slots = batch.targets.numpy(), batch.masked_index.numpy() + int(batch.segments.causal)
     used = targets != IGNORE_INDEX
     tokens = np.where(used, targets, 0)
     positions = batch.positions.flatten().numpy()[slots]

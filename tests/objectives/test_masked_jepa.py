@@ -1,0 +1,106 @@
+"""Masked language modelling with predicted hidden states: the loss against a plain reference, forward and backward."""
+
+import copy
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from test_replaced_token import MASKS, rows
+
+from neobert.config.load import load_config
+from neobert.data.rows.collate import Collator
+from neobert.errors import StartupError
+from neobert.kernels.linear_cross_entropy import KERNELS
+from neobert.model.attention import ATTENTION
+from neobert.model.config import ModelConfig
+from neobert.model.encoder import Encoder
+from neobert.objectives.masked_jepa import MaskedJEPA, restore_tokens
+from neobert.objectives.mlm import MaskedLM
+from neobert.objectives.table import recognise_objective
+from neobert.types import IGNORE_INDEX, PackedBatch
+
+WEIGHT = 0.7
+
+
+def build(seed: int = 0) -> MaskedJEPA:
+    torch.manual_seed(seed)
+    config = ModelConfig(
+        hidden_size=16,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        intermediate_size=24,
+        max_position_embeddings=32,
+        vocab_size=50,
+        pad_token_id=0,
+        embedding_init_range=0.5,
+        decoder_init_range=0.3,
+    )
+    encoder = Encoder(config, ATTENTION["sdpa"])
+    return MaskedJEPA(encoder, kernel=KERNELS["reference"], jepa_weight=WEIGHT).double()
+
+
+def collate(*documents: tuple[int, ...]) -> tuple[PackedBatch, torch.Tensor]:
+    """A masked batch, and its tokens without masks."""
+    packed = rows(*documents)
+    settings: dict[str, Any] = {"seed": 1, "draw": "row", "max_seq_length": 24, "max_segments": 8, "pad_id": 0}
+    tokens = torch.zeros(len(packed), 24, dtype=torch.int32)
+    for number, row in enumerate(packed):
+        tokens[number, : len(row.tokens)] = torch.from_numpy(row.tokens)
+    return Collator(policy=MASKS, **settings)(packed), tokens
+
+
+def test_loss_and_gradients_are_those_of_the_definition() -> None:
+    module, teacher = build(), build(seed=1)
+    module.learn_from(lambda: dict(teacher.named_parameters()))
+    batch, tokens = collate((9, 12), (7, 5, 8))
+    found = module(batch).loss_sum
+    student = module.encoder(batch.input_ids, batch.positions, batch.segments)
+    with torch.no_grad():
+        targets = teacher.encoder(tokens, batch.positions, batch.segments)
+    expected = torch.zeros((), dtype=torch.float64)
+    for slot, target in zip(batch.masked_index.tolist(), batch.targets.tolist()):
+        if target != IGNORE_INDEX:
+            expected = expected - module.logits(student[slot]).log_softmax(-1)[target]
+            inner = F.gelu(module.predictor.dense.weight @ student[slot])
+            said = module.predictor.out.weight @ inner
+            cosine = said @ targets[slot] / (said.norm() * targets[slot].norm())
+            expected = expected + WEIGHT * (1 - cosine)
+    assert found.item() == pytest.approx(expected.item(), rel=1e-5)
+    weights = dict(module.named_parameters())
+    gradients = torch.autograd.grad(found, list(weights.values()))
+    for name, a, b in zip(weights, gradients, torch.autograd.grad(expected, list(weights.values()))):
+        torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-5, msg=lambda text, name=name: f"{name}: {text}")
+    assert all(weight.grad is None for weight in teacher.parameters())
+
+
+def test_the_tokens_before_masks_are_restored() -> None:
+    batch, tokens = collate((9, 12), (7, 5, 8))
+    assert not torch.equal(batch.input_ids, tokens)
+    assert torch.equal(restore_tokens(batch), tokens)
+
+
+def test_an_evaluation_is_that_of_masked_language_modelling() -> None:
+    module = build()
+    module.learn_from(lambda: pytest.fail("an evaluation has no teacher"))
+    plain = MaskedLM(copy.deepcopy(module.encoder), kernel=KERNELS["reference"])
+    batch, _ = collate((20,), (22,))
+    with torch.no_grad():
+        assert torch.equal(module.eval()(batch).loss_sum, plain.eval()(batch).loss_sum)
+    assert recognise_objective(module.state_dict()).name == "mlm_jepa"
+
+
+def test_without_an_average_there_is_no_teacher() -> None:
+    with pytest.raises(StartupError, match=r"mlm_jepa learns from an average of the weights; set trainer\.ema_decay"):
+        build().learn_from(None)
+    base = ["dataset.name=python_stdlib", "tokenizer.train=true", "trainer.max_steps=9", "trainer.objective=mlm_jepa"]
+    ema = "trainer.ema_decay=0.9"
+    for keys, text in (
+        ([], r"trainer\.ema_decay: null, but trainer\.objective: mlm_jepa learns from"),
+        ([ema, "trainer.ema_start_step=3"], r"trainer\.ema_start_step: 3, but"),
+        ([ema, "trainer.parallel=fsdp2"], r"trainer\.parallel: fsdp2 shards the average.*write ddp"),
+        ([ema, "trainer.bf16_residual=true"], r"trainer\.bf16_residual: true computes with copies.*write false"),
+    ):
+        with pytest.raises(Exception, match=text):
+            load_config(None, [*base, *keys])
+    load_config(None, [*base, ema, "trainer.jepa_weight=0.5"])

@@ -1,0 +1,47 @@
+"""Runs that also predict hidden states of the average: resume, what is exported, and several processes."""
+
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+from records import exact_steps, log_lines
+from safetensors.torch import load_file
+
+import neobert
+from neobert.config.schema import Config
+from neobert.export.write import ExportRequest, export
+from neobert.train.loop import pretrain
+
+Tiny = Callable[..., Config]
+JEPA = ("trainer.objective=mlm_jepa", "trainer.ema_decay=0.9", "model.dropout_prob=0.1")
+
+
+def test_a_resumed_run_equals_the_uninterrupted_one_and_is_exported_without_its_predictor(
+    tiny: Tiny, tmp_path: Path
+) -> None:
+    whole, parts = tmp_path / "whole", tmp_path / "parts"
+    pretrain(tiny(whole, *JEPA, "trainer.max_steps=8"))
+    pretrain(tiny(parts, *JEPA, "trainer.max_steps=4", "scheduler.total_steps=8"))
+    pretrain(tiny(parts, *JEPA, "trainer.max_steps=8", "trainer.resume_from_checkpoint=latest"))
+    assert exact_steps(parts) == exact_steps(whole)
+    assert log_lines(parts, "eval") == log_lines(whole, "eval")
+    for file in ("model.safetensors", "ema.safetensors"):
+        a, b = (load_file(x / "checkpoints/8" / file) for x in (whole, parts))
+        assert a.keys() == b.keys()
+        assert all(torch.equal(a[name], b[name]) for name in a)
+    done = export(ExportRequest(source=str(whole), output=tmp_path / "exported"))
+    assert any("predictor.dense.weight" in note for note in done.notes)
+    assert not any("predictor" in name for name in load_file(done.folder / "model.safetensors"))
+    assert neobert.load(whole, device="cpu").fill_mask(["the [MASK] house"])[0].masks
+    first = log_lines(whole, "step")[0]["loss"]
+    plain = tmp_path / "plain"
+    pretrain(tiny(plain, JEPA[2], "trainer.max_steps=1", "trainer.eval_steps=0"))
+    assert first > log_lines(plain, "step")[0]["loss"], "the distances count"
+
+
+def test_compiled_losses_are_the_eager_ones(tiny: Tiny, tmp_path: Path) -> None:
+    keys = [*JEPA[:2], "trainer.max_steps=3", "trainer.eval_steps=0", "trainer.save_model=false"]
+    pretrain(tiny(tmp_path / "eager", *keys))
+    pretrain(tiny(tmp_path / "compiled", *keys, "trainer.torch_compile=true", "trainer.torch_compile_backend=eager"))
+    eager, compiled = ([s["loss"] for s in log_lines(x, "step")] for x in (tmp_path / "eager", tmp_path / "compiled"))
+    torch.testing.assert_close(torch.tensor(compiled), torch.tensor(eager), rtol=1e-5, atol=0)
