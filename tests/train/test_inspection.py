@@ -151,7 +151,12 @@ def test_rows_that_cannot_be_replayed(tiny: Tiny, tmp_path: Path, corpus: Path) 
 
 @pytest.mark.full
 @pytest.mark.parametrize(
-    "more", [[], ["trainer.async_save=true"], ["--processes", "2", "trainer.parallel=fsdp2", "trainer.max_steps=40"]]
+    "more",
+    [
+        [],
+        ["trainer.async_save=true", "--into-saves", "0.5"],
+        ["--processes", "2", "--launcher", "--into-saves", "0.6", "trainer.parallel=fsdp2", "trainer.max_steps=40"],
+    ],
 )
 def test_a_storm_of_kills(tmp_path: Path, capsys: pytest.CaptureFixture[str], more: list[str]) -> None:
     assert call("kill_storm.py", tmp_path / "storm", "--kills", 5, *more) == 0
