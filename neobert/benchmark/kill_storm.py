@@ -224,8 +224,8 @@ def run_storm(
     output = out.with_suffix(".log")
     while True:
         kill, before = draw_kill(rng, launcher=launcher, into_saves=into_saves), look(out)
-        where = {"variables": choose_address(), "world": world, "launched": kill.of_launcher}
-        pids, doing = lives.start(config_file, arguments, output, **where), ""
+        where, doing = choose_address(), ""
+        pids = lives.start(config_file, arguments, output, variables=where, world=world, launched=kill.of_launcher)
         if storm.kills < max_kills:
             longest = IN_SAVE_SECONDS if kill.after == "save" else life
             wait_for_moment(lives, out, before, kill, rng.uniform(0, longest))
