@@ -99,6 +99,7 @@ CALLS = [
     ),
     ("contrastive/mine_negatives.py run pairs.jsonl --output new.jsonl --max-length 1", "--max-length: 1"),
     ("contrastive/preprocess.py none.yaml", f"the config file {NEARBY}"),
+    ("contrastive/preprocess.py none.yaml --shard 3/2", "--shard: '3/2': write i/n"),
     ("embed.py run ./none --output new.npy", "none does not exist"),
     ("evaluation/run_glue.py none.yaml", f"the config file {NEARBY}"),
     ("evaluation/summarize_glue.py none", "none cannot be read"),
