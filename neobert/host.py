@@ -6,6 +6,9 @@ spin while they wait: where other programs want the same CPUs, a thread that spi
 waits for could use. Threads that sleep after a short spin lose little on a quiet machine (docs/performance.md).
 
 Both are read once, from the environment, when torch is imported.
+
+A launcher that is killed (kill -9, the OOM killer) cannot end the processes that it started: they see that they have
+another parent.
 """
 
 import math
@@ -20,6 +23,21 @@ SPIN_COUNT = 20_000
 
 WAITING = ("GOMP_SPINCOUNT", "OMP_WAIT_POLICY")
 """What of the environment decides how threads wait."""
+
+_parent = os.getppid()  # Now, before anything that takes time is imported.
+
+
+def _see_parent() -> None:
+    global _parent
+    _parent = os.getppid()
+
+
+os.register_at_fork(after_in_child=_see_parent)
+
+
+def launcher_is_gone() -> bool:
+    """Whether torchrun, which `accelerate launch` uses too, has started this process and ended since."""
+    return "TORCHELASTIC_RUN_ID" in os.environ and os.getppid() != _parent
 
 
 def prepare_threads(environment: MutableMapping[str, str] = os.environ) -> None:

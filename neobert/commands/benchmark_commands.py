@@ -24,8 +24,10 @@ from neobert.commands.flags import (
     count,
     count_or_zero,
     device,
+    fraction,
     parse_experiment,
     print_answer,
+    seconds,
 )
 
 if TYPE_CHECKING:
@@ -376,16 +378,15 @@ def yardstick(program: str, argv: list[str]) -> None:
 def kill_storm(program: str, argv: list[str]) -> int:
     """Kill a run again and again at random instants, and compare it with one left alone.
 
-    neobert kill-storm FOLDER --kills 200
-
-    A run of 300 steps with dropout, packing, streaming and evaluation is trained once in peace. Then it is started,
-    killed with SIGKILL after a random time, and resumed with `latest`, until it is finished; this is repeated in fresh
-    folders until the number of kills is reached. Exit code 1 when a storm differs from the run in peace.
+    A run of 300 steps is trained once in peace, then killed after random times and resumed with `latest` until it is
+    finished; again in fresh folders until the number of kills is reached. Exit code 1 when one differs.
     """
     parser = build_parser(program, kill_storm.__doc__)
     parser.add_argument("folder", type=Path, help="an empty or new folder to work in")
+    parser.add_argument("--launcher", action="store_true", help="half of the kills are of torchrun (SIGKILL, SIGTERM)")
+    parser.add_argument("--into-saves", type=fraction, default=0, help="fraction of the kills that wait for a save")
     parser.add_argument("--kills", type=count, default=200)
-    parser.add_argument("--life", type=float, help="longest life in seconds (default: half of the peaceful run)")
+    parser.add_argument("--life", type=seconds, help="longest life in seconds (default: half of the peaceful run)")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--processes", type=count, default=1, help="of the run; a kill is of one of them")
     parser.add_argument("overrides", nargs="*", help="further settings, for example trainer.async_save=true")
@@ -393,8 +394,7 @@ def kill_storm(program: str, argv: list[str]) -> int:
     folder: Path = args.folder.absolute()
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
         parser.error(f"{folder} is not an empty folder")
-    if args.life is not None and not args.life > 0:
-        parser.error(f"--life: {args.life} must be greater than 0")
     from neobert.benchmark.kill_storm import run_storms
 
-    return run_storms(folder, args.overrides, kills=args.kills, life=args.life, seed=args.seed, world=args.processes)
+    chosen = {name: value for name, value in vars(args).items() if name not in ("folder", "overrides", "processes")}
+    return run_storms(folder, args.overrides, world=args.processes, **chosen)

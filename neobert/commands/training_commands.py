@@ -189,21 +189,35 @@ def preprocess_pairs(program: str, argv: list[str]) -> None:
     """Prepare the sets of a contrastive config: `neobert preprocess-pairs CONFIG [--section.key value ...]`.
 
     `dataset.name` (or `contrastive.sets`) says which: a known set, a dataset of the hub, a local file or folder, ALL.
+    --shard i/n  of n machines, this one is i: it reads its part of the files; the last one joins the parts
     """
-    config = parse_command_line(argv, description=preprocess_pairs.__doc__, program=program)
+    parser = build_parser(program, None, add_help=False, allow_abbrev=False)
+    parser.add_argument("--shard", type=shard)
+    args, typed = parser.parse_known_args(argv)
+    config = parse_command_line(typed, description=preprocess_pairs.__doc__, program=program)
     if config.task != "contrastive":
         raise DataError(f"task: {config.task} is for neobert preprocess (scripts/{config.task}/preprocess.py)")
     from neobert.contrastive.examples import FORM_NAMES
     from neobert.contrastive.prepare_sets import prepare, say_found
     from neobert.contrastive.set_folder import sets_folder
+    from neobert.contrastive.set_parts import PreparedSet, prepare_part
 
-    for info, fresh in prepare(config, report=say_found):
-        negatives = f", up to {info.max_negatives} negatives" if info.max_negatives else ""
-        size = f"{info.num_rows:,} {FORM_NAMES[info.form]}"
-        folder = sets_folder(str(config.dataset.path)) / info.key
-        print(f"{folder}: {size}{negatives} ({'written' if fresh else 'there already'})")
+    if args.shard is None:
+        folder = sets_folder(str(config.dataset.path))
+        done = [
+            PreparedSet(folder=folder / info.key, info=info, note="written" if fresh else "there already")
+            for info, fresh in prepare(config, report=say_found)
+        ]
+    else:
+        done = prepare_part(config, args.shard, report=say_found)
+    for item in done:
+        if item.info is None:
+            print(f"{item.folder}: {item.note}")
+            continue
+        negatives = f", up to {item.info.max_negatives} negatives" if item.info.max_negatives else ""
+        print(f"{item.folder}: {item.info.num_rows:,} {FORM_NAMES[item.info.form]}{negatives} ({item.note})")
     print("train on it with:")
-    print(shlex.join(["neobert", "finetune", *argv]))
+    print(shlex.join(["neobert", "finetune", *typed]))
 
 
 def pipeline(program: str, argv: list[str]) -> int:

@@ -33,10 +33,10 @@ def check_parallel(config: Config) -> Iterator[str]:
     engine, remedy = config.trainer.parallel, "write trainer.parallel: ddp, or"
     if engine not in ("fsdp2", "hsdp"):
         return
-    if config.task == "contrastive":
+    if config.contrastive.learn_temperature:
         yield (
-            f"trainer.parallel: {engine} gathers blocks in every pass, and processes of task: contrastive may need "
-            "different numbers of passes for their texts; write trainer.parallel: ddp"
+            f"contrastive.learn_temperature: true trains a single number, and trainer.parallel: {engine} splits every "
+            f"weight by rows; {remedy} contrastive.learn_temperature: false"
         )
     if config.trainer.bf16_residual:
         yield (

@@ -4,7 +4,7 @@ Scored pairs give Spearman's correlation between cosine and score. Other pairs a
 anchor is a query, the collection is every different positive and negative of the set, and the positives of an anchor
 answer it. In a folder with `qrels/` queries, corpus and grades are those of the folder. Texts are embedded as
 `scripts/embed.py` and an exported model would embed them, cut at `dataset.max_seq_length`. Processes split the texts
-and put the vectors together, so their number does not matter.
+and rank 0 puts the vectors together, so their number does not matter.
 """
 
 import argparse
@@ -27,7 +27,7 @@ from neobert.errors import DataError
 from neobert.inference.text_encoder import OwnEncoder, TextEncoder, check_max_length, load_text_encoder
 from neobert.objectives.contrastive import choose_vectors
 from neobert.objectives.late_interaction import TokenVectors, compare_pairs, join_tokens, max_sim
-from neobert.train.processes.agreement import exchange, sharing_errors
+from neobert.train.processes.agreement import broadcast, send_to_main, sharing_errors
 from neobert.train.run import Run
 
 Floats = NDArray[np.floating[Any]]
@@ -85,6 +85,7 @@ def retrieval(
 
 
 Embed = Callable[[Sequence[str]], UnitVectors]
+Measure = Callable[[UnitVectors], dict[str, float]]
 
 MAIN: dict[Form, str] = {"scored": "spearman", "pairs": f"ndcg@{TOP}"}
 """The metric that counts in `score`, by the form of the set."""
@@ -151,25 +152,39 @@ def _evaluate_set(run: Run, part: HeldOut) -> dict[str, float]:
         )
         for row in map(part.store.get, numbers)
     ]
-    return evaluate_examples(part.store.info.form, examples, lambda texts: embed_shared(run, texts))
+    texts, measure = plan_evaluation(part.store.info.form, examples)
+    vectors = embed_shared(run, texts)
+    return broadcast(run.runtime, {} if vectors is None else measure(vectors))
 
 
 def evaluate_examples(form: Form, examples: Sequence[Example], embed: Embed) -> dict[str, float]:
     """Metrics of `embed` (texts to vectors of length 1) on pairs or scored pairs."""
+    texts, measure = plan_evaluation(form, examples)
+    return measure(embed(texts))
+
+
+def plan_evaluation(form: Form, examples: Sequence[Example]) -> tuple[list[str], Measure]:
+    """The texts of pairs or scored pairs, and what makes metrics of their vectors, which have length 1."""
     anchors, positives = [x.anchor for x in examples], [str(x.positive) for x in examples]
     if form == "scored":
-        vectors = embed([*anchors, *positives])
-        cosines = _compare_pairs(vectors[: len(anchors)], vectors[len(anchors) :])
-        return {"spearman": spearman(cosines, np.array([x.score for x in examples], dtype=np.float64))}
+        scores = np.array([x.score for x in examples], dtype=np.float64)
+
+        def correlate(vectors: UnitVectors) -> dict[str, float]:
+            return {"spearman": spearman(_compare_pairs(vectors[: len(scores)], vectors[len(scores) :]), scores)}
+
+        return [*anchors, *positives], correlate
     negatives = [text for x in examples for text in x.negatives]
     queries, documents = list(dict.fromkeys(anchors)), list(dict.fromkeys([*positives, *negatives]))
     index = {text: number for number, text in enumerate(documents)}
     answers: dict[str, dict[int, None]] = {query: {} for query in queries}
     for anchor, positive in zip(anchors, positives):
         answers[anchor][index[positive]] = None
-    vectors = embed([*queries, *documents])
     relevant = [list(answers[query]) for query in queries]
-    return retrieval(vectors[: len(queries)], vectors[len(queries) :], relevant)
+
+    def retrieve(vectors: UnitVectors) -> dict[str, float]:
+        return retrieval(vectors[: len(queries)], vectors[len(queries) :], relevant)
+
+    return [*queries, *documents], retrieve
 
 
 def _compare_pairs(anchors: UnitVectors, positives: UnitVectors) -> Floats:
@@ -195,11 +210,13 @@ def evaluate_retrieval(found: RetrievalSet, embed_queries: Embed, embed_document
     )
 
 
-def embed_shared(run: Run, texts: Sequence[str]) -> UnitVectors:
-    """Vectors of all texts on every process; each embeds its part. Collective."""
+def embed_shared(run: Run, texts: Sequence[str]) -> UnitVectors | None:
+    """Vectors of all texts on rank 0, None on the others; each embeds its part. Collective."""
     config, runtime = run.config, run.runtime
     encoder = OwnEncoder(model=run.as_model(), settings=choose_vectors(config))
-    parts = exchange(runtime, embed_unit(encoder, texts[runtime.rank :: runtime.world]))
+    parts = send_to_main(runtime, embed_unit(encoder, texts[runtime.rank :: runtime.world]))
+    if parts is None:
+        return None
     order = np.argsort(np.concatenate([np.arange(rank, len(texts), runtime.world) for rank in range(runtime.world)]))
     tokens = [part for part in parts if isinstance(part, TokenVectors)]
     if tokens:

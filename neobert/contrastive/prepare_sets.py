@@ -15,6 +15,7 @@ from typing import Any
 from neobert import cli
 from neobert.config.schema import Config
 from neobert.config.schema_contrastive import PairSource
+from neobert.config.schema_data import DatasetSection
 from neobert.contrastive.reading import FoundSet, describes_columns, open_source
 from neobert.contrastive.set_folder import SetInfo, list_sets, read_info, sets_folder, write_manifest, write_set
 from neobert.data.source.codecs import strip_codec
@@ -135,14 +136,31 @@ def prepare(
         info = read_info(folder)
         fresh = info is None or not is_same_source(info.source, source) or data.force_redownload
         if fresh:
-            opened = open_source(item.source, hub, data)
-            examples = islice(opened.examples, item.source.max_pairs)
-            info = write_set(folder, item.key, opened.form, examples, source)
-            report(opened)
+            info = write_source(folder, item, data, hub, report)
         assert info is not None
         done.append((info, fresh))
         write_manifest(data.path)
     return done
+
+
+def write_source(
+    folder: Path,
+    item: NamedSource,
+    section: DatasetSection,
+    hub: HubRows,
+    report: Callable[[FoundSet], None],
+    part: tuple[int, int] | None = None,
+) -> SetInfo:
+    """Writes the set of a source, or the part of it that `open_source` describes, to a folder.
+
+    Raises:
+        DataError: the source cannot be read.
+    """
+    opened = open_source(item.source, hub, section, part=part)
+    examples = islice(opened.examples, item.source.max_pairs)
+    info = write_set(folder, item.key, opened.form, examples, describe(item.source))
+    report(opened)
+    return info
 
 
 def say_found(opened: FoundSet) -> None:

@@ -15,9 +15,10 @@ from neobert.config.schema_contrastive import PairSource
 from neobert.config.schema_data import DatasetSection
 from neobert.contrastive.examples import FORM_NAMES, SETS, Example, Form, choose_columns, join
 from neobert.data.source.files import DataFile, kind_of_name, local_file
-from neobert.data.source.formats import list_data_files
+from neobert.data.source.formats import DataFiles, list_data_files
 from neobert.data.source.inventory import NO_FILES, FileReport, Inventory
 from neobert.data.source.known_sets import KNOWN_SETS, choose_set
+from neobert.data.source.sharing import choose_borders
 from neobert.data.source.spec import SourceSpec
 from neobert.data.source.splits import SPLIT_WORDS, choose_train_split
 from neobert.data.source.tables import (
@@ -60,10 +61,17 @@ class FoundSet:
         return self.inventory.with_content(self.reports)
 
 
-def open_source(source: PairSource, hub: HubRows = read_hub, section: DatasetSection = _DEFAULTS) -> FoundSet:
+def open_source(
+    source: PairSource,
+    hub: HubRows = read_hub,
+    section: DatasetSection = _DEFAULTS,
+    *,
+    part: tuple[int, int] | None = None,
+) -> FoundSet:
     """The examples of one entry of `contrastive.sets`.
 
-    `section` says how many records may be bad, and how large one may be.
+    `section` says how many records may be bad, and how large one may be. With `part`, number i of n from 0, those of a
+    run of its files; see `can_be_cut`.
 
     A name is a local path where there is one, else a known set (unless columns, a split or a configuration are set,
     which describe the dataset of the hub itself), else a dataset of the hub.
@@ -76,7 +84,7 @@ def open_source(source: PairSource, hub: HubRows = read_hub, section: DatasetSec
     limits = Limits(max_record_bytes=section.max_record_bytes, counts=counts)
     path = Path(source.name)
     if path.exists():
-        return _open_local(source, path, limits)
+        return _open_local(source, path, limits, part)
 
     def checked(name: str, config: str | None, split: str, revision: str | None) -> Iterator[RawRow]:
         return number_rows(hub(name, config, split, revision), f"{name} of the hub", limits)
@@ -130,7 +138,7 @@ def _open_known(key: str, revision: str | None, hub: HubRows) -> FoundSet:
 # ---- files ----
 
 
-def _open_local(source: PairSource, path: Path, limits: Limits) -> FoundSet:
+def _open_local(source: PairSource, path: Path, limits: Limits, part: tuple[int, int] | None) -> FoundSet:
     label = str(path)
     if source.config is not None or source.revision is not None:
         raise DataError(f"{label} is on the disk; config and revision belong to datasets of the hub: remove them")
@@ -141,7 +149,15 @@ def _open_local(source: PairSource, path: Path, limits: Limits) -> FoundSet:
         return FoundSet(form="pairs", examples=join(rows, queries, corpus), label=label)
     if is_saved_table(path):
         return _by_columns(source, number_rows(_read_saved(path, source.split), label, limits), label)
-    return _by_files(source, label, limits)
+    return _by_files(source, label, limits, part)
+
+
+def can_be_cut(source: PairSource, count: int) -> bool:
+    """Whether each of `count` machines may read files of its own: there are as many, and all of their rows are read."""
+    path = Path(str(source.name))
+    if not path.is_dir() or (path / "qrels").is_dir() or is_saved_table(path) or source.max_pairs is not None:
+        return False
+    return len(_list_files(source, str(path))[1]) >= count
 
 
 def _check_no_split(split: str | None, label: str) -> None:
@@ -170,8 +186,8 @@ def _find(folder: Path, stem: str) -> Path:
     return found[0]
 
 
-def _by_files(source: PairSource, label: str, limits: Limits) -> FoundSet:
-    """The examples of a file or of the files of a split, each file with columns of its own."""
+def _list_files(source: PairSource, label: str) -> tuple[DataFiles, list[DataFile]]:
+    """What is there, and the files of the split."""
     try:
         found = list_data_files(SourceSpec(path=(label,)))
     except DataError as error:
@@ -184,7 +200,16 @@ def _by_files(source: PairSource, label: str, limits: Limits) -> FoundSet:
         split = choose_train_split(names, requested)
     except DataError:
         raise DataError(f"{label} has no training files; name a split with split: {', '.join(names)}") from None
-    files = _look_into(found.files_of(split), label)
+    return found, found.files_of(split)
+
+
+def _by_files(source: PairSource, label: str, limits: Limits, part: tuple[int, int] | None) -> FoundSet:
+    """The examples of a file or of the files of a split, each file with columns of its own."""
+    found, files = _list_files(source, label)
+    if part is not None:
+        borders = choose_borders([file.size for file in files], part[1])
+        files = files[borders[part[0]] : borders[part[0] + 1]]
+    files = _look_into(files, label)
     opened = ((file, _choose_of_file(source, file, limits)) for file in files)
     full = ((file, found) for file, found in opened if found is not None)
     first = next(full, None)

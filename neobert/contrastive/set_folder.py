@@ -9,7 +9,7 @@ import hashlib
 import itertools
 import json
 import shutil
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -165,6 +165,12 @@ class PairStore:
         """Columns of example `number`: texts, negatives, and `score` or `label` where it has one."""
         batch, row = self._batches[number // BATCH_ROWS], number % BATCH_ROWS
         return {name: column[row].as_py() for name, column in zip(batch.schema.names, batch.columns)}
+
+    def examples(self) -> Iterator[Example]:
+        """All of them in order, as they were written."""
+        for row in itertools.chain.from_iterable(batch.to_pylist() for batch in self._batches):
+            label = None if row["label"] is None else self.info.labels[row["label"]]
+            yield Example(**{**row, "negatives": tuple(row["negatives"]), "label": label})
 
     def column(self, name: str, numbers: Sequence[int]) -> list[Any]:
         """One column of several examples."""

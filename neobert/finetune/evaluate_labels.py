@@ -19,10 +19,13 @@ from neobert.finetune.scores import METRICS
 from neobert.objectives.classification import Kind, label_loss
 from neobert.objectives.label_answers import default_label
 from neobert.train.hardware.memory import memory_explained
-from neobert.train.processes.agreement import exchange
+from neobert.train.processes.agreement import broadcast, send_to_main, sharing_errors
 from neobert.train.run import Run
 
 Predictions = NDArray[np.int64] | NDArray[np.float64]
+
+_Outputs = dict[int, NDArray[np.float32]]
+"""Logits `[m, C]` of batches, by their number."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -62,28 +65,34 @@ def evaluate_labels(run: Run) -> LabelMetrics | None:
     if not len(data.evaluation):
         return None
     with run.tracker.paused():
-        logits = _predict(run, data)
-    if logits is None:
+        found = _predict(run, data)
+    if found is None:
         return None
-    examples, section = data.evaluation, run.config.finetune
-    targets = _join_targets(examples)
+    with sharing_errors(run.runtime):
+        parts = send_to_main(run.runtime, found)
+        return broadcast(run.runtime, None if parts is None else _measure(run, data.evaluation, parts))
+
+
+def _measure(run: Run, examples: TokenExamples, parts: Sequence[_Outputs]) -> LabelMetrics:
+    """Metrics of what all processes have found; writes the predictions."""
+    joined = {number: outputs for part in parts for number, outputs in part.items()}
+    logits = torch.from_numpy(np.concatenate([joined[number] for number in sorted(joined)]))
+    targets, section = _join_targets(examples), run.config.finetune
     loss = float(label_loss(examples.kind, logits, targets)) / max(1, len(targets))
     predictions = choose_predictions(examples, logits, section.labels)
     metrics = compute_metrics(examples, predictions, section.labels, section.metric)
-    if run.runtime.is_main:
-        _write(run.output_dir, run.tracker.step, predictions)
+    _write(run.output_dir, run.tracker.step, predictions)
     metric = section.metric or next(iter(metrics))
     return LabelMetrics(loss=loss, metrics=metrics, metric=metric, num_rows=len(examples))
 
 
-def _predict(run: Run, data: FinetuneData) -> Tensor | None:
-    """fp32 logits `[M, C]` of all examples in their order, on the host, on every rank; None when the run is asked to
-    stop."""
+def _predict(run: Run, data: FinetuneData) -> _Outputs | None:
+    """What this process has computed of all examples; None when the run is asked to stop. Collective."""
     examples, runtime, size = data.evaluation, run.runtime, run.config.trainer.per_device_eval_batch_size
     texts = SideBySide(max_seq_length=run.config.dataset.max_seq_length, pad_id=run.tokenizer.pad_id)
     collate = ExampleCollator(examples=examples, texts=texts)
     starts = range(0, len(examples), size)
-    found: dict[int, NDArray[np.float32]] = {}
+    found: _Outputs = {}
     run.model.eval()
     for turn in range(0, len(starts), runtime.world):
         if run.stop.agree(*runtime.sum_on_host(run.stop.requests())):
@@ -97,10 +106,7 @@ def _predict(run: Run, data: FinetuneData) -> Tensor | None:
             outputs = run.model(batch.to(runtime.device)).outputs
         found[number] = outputs.cpu().numpy()
     run.model.train()
-    parts: dict[int, NDArray[np.float32]] = {}
-    for of_rank in exchange(runtime, found):
-        parts |= of_rank
-    return torch.from_numpy(np.concatenate([parts[number] for number in sorted(parts)]))
+    return found
 
 
 def _join_targets(examples: TokenExamples) -> Tensor:

@@ -6,7 +6,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from children import run_in_two
+from safetensors.torch import load_file
 
 from neobert.cli import EXIT_CODES
 from neobert.config.schema import Config
@@ -40,16 +42,30 @@ def test_two_processes_equal_one(contrastive: Callable[..., Config], tmp_path: P
     assert len(kinds) > 2, "several sets were drawn"
 
 
-def test_two_processes_compare_tokens_as_one_does(
-    contrastive: Callable[..., Config], tmp_path: Path, all_sets: str
+@pytest.mark.parametrize(
+    "more",
+    [
+        ["contrastive.pooling=tokens", "contrastive.both_directions=true"],
+        pytest.param(
+            ["contrastive.hard_negative_weight=0.5", "contrastive.num_hard_negatives=2"], marks=pytest.mark.full
+        ),
+        pytest.param(["optimizer.name=normuon", "contrastive.matryoshka_dims=[8]"], marks=pytest.mark.full),
+    ],
+)
+def test_two_processes_with_sharded_weights_equal_one(
+    contrastive: Callable[..., Config], tmp_path: Path, all_sets: str, more: list[str]
 ) -> None:
+    """Two rows of a process are in the encoder at a time, so each block is gathered several times in a step."""
     one, two = tmp_path / "one", tmp_path / "two"
-    batch = ["contrastive.pooling=tokens", "trainer.global_batch_size=8", "trainer.max_steps=4", "dataset.name=null"]
-    batch += [all_sets, "dataset.alpha=0", "contrastive.both_directions=true", "optimizer.lr=1e-3"]
+    batch = [*more, "trainer.global_batch_size=8", "trainer.max_steps=4", "dataset.name=null"]
+    batch += [all_sets, "dataset.alpha=0", "optimizer.lr=1e-3"]
     batch += ["model.embedding_init_range=0.5", "model.decoder_init_range=0.2", "optimizer.eps=1e-4"]
     finetune(contrastive(one, *batch))
-    launch(tmp_path, contrastive(two, *batch, "trainer.per_device_train_batch_size=2"))
+    launch(tmp_path, contrastive(two, *batch, "trainer.per_device_train_batch_size=2", "trainer.parallel=fsdp2"))
     check_equal(one, two, after=0)
+    assert (two / "checkpoints/4/optimizer").is_dir(), "which only shards have"
+    weights = [load_file(run / "checkpoints/4/model.safetensors") for run in (one, two)]
+    torch.testing.assert_close(*weights, atol=1e-5, rtol=0)
 
 
 def check_equal(one: Path, other: Path, *, after: int) -> None:

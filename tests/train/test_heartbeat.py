@@ -1,6 +1,7 @@
 """A rank that is stopped, dead or stuck ends the others with its name; what is known of beats, and real processes."""
 
 import os
+import select
 import signal
 import threading
 from collections.abc import Callable
@@ -10,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from children import wait_for
+from children import fork, wait_for
 from poison import fork_run
 from ports import free_port
 
@@ -75,6 +76,21 @@ def test_a_rank_that_others_wait_for_is_stuck_in_a_step_and_may_take_long_elsewh
     assert judge(lambda beat, now: replace(beat, arrivals=now // 50 + 1), advances, moments=400) == [None] * 400
 
 
+def test_a_rank_that_hangs_in_its_backward_has_not_started_the_collective_of_the_others() -> None:
+    def waits(beat: Beat, now: int) -> Beat:
+        return replace(beat, arrivals=9, collectives=4)
+
+    def hangs(beat: Beat, now: int) -> Beat:
+        return replace(beat, arrivals=9, collectives=3)
+
+    def next_step(beat: Beat, now: int) -> Beat:
+        return replace(beat, arrivals=10, collectives=0)
+
+    assert "rank 1 on node1 is stuck" in str(judge(waits, hangs, waits, moments=62)[61])
+    assert "rank 0 on node1 is stuck" in str(judge(waits, next_step, moments=62)[61])
+    assert judge(waits, waits, moments=200) == [None] * 200
+
+
 def test_the_error_of_a_rank_is_quoted() -> None:
     found = judge(lives, lambda beat, now: replace(beat, ended="OutOfMemoryError: CUDA"), moments=1)
     assert "rank 1 on node1 has ended: OutOfMemoryError: CUDA; it was last seen in step 7" in str(found[0])
@@ -105,6 +121,22 @@ def before_step(number: int, harm: Callable[[], None], *, work: str = "take_step
     return install
 
 
+def in_backward_of_step(number: int, harm: Callable[[], None]) -> Callable[[], None]:
+    """What makes a rank do `harm` when the gradients of its step of this number are computed."""
+
+    def install() -> None:
+        real, calls = loop.take_step, count(1)
+
+        def harmed(run: loop.Run, *arguments: Any) -> Any:
+            if next(calls) == number:
+                run.module.head_weight.register_hook(lambda gradient: harm())
+            return real(run, *arguments)
+
+        loop.take_step = harmed
+
+    return install
+
+
 def fail() -> None:
     raise ValueError("a cosmic ray")
 
@@ -126,8 +158,11 @@ def test_the_other_rank_ends_and_names_it_and_the_step(
     harm, sentence = HARMS[kind]
     config = tiny(tmp_path / "run", "trainer.rank_timeout_seconds=2", "trainer.per_device_train_batch_size=2")
     port, logs = free_port(), [tmp_path / f"rank-{number}.txt" for number in (0, 1)]
-    work = "next_batch" if kind == "stuck" else "take_step"
-    before = [before_step(3, harm, work=work) if number == rank else lambda: None for number in (0, 1)]
+    # Stuck is rank 0 in reading its data, and rank 1 in its backward pass.
+    install = before_step(3, harm, work="next_batch" if kind == "stuck" else "take_step")
+    if kind == "stuck" and rank == 1:
+        install = in_backward_of_step(3, harm)
+    before = [install if number == rank else lambda: None for number in (0, 1)]
     children = [
         fork_run(config, log, before[number], rank=number, world=2, port=port) for number, log in enumerate(logs)
     ]
@@ -145,9 +180,45 @@ def test_the_other_rank_ends_and_names_it_and_the_step(
         assert f"rank {rank} on " in last
         assert sentence in last
         # A rank that ends at once was last seen a beat before.
-        assert {"stuck": "last seen in the data of step 3", "failed": "last seen in step 3"}.get(
-            kind, "last seen in "
-        ) in last
+        where = {"stuck": ("the data of step 3", "step 3")[rank], "failed": "step 3"}.get(kind, "")
+        assert f"last seen in {where}" in last
+
+
+def test_ranks_end_without_their_launcher(tiny: Callable[..., Config], tmp_path: Path) -> None:
+    """Their store is not its own here, as on every machine but the first, and both hang. A pipe that all three have
+    open says when they have ended."""
+    config = tiny(tmp_path / "run", "trainer.rank_timeout_seconds=600", "trainer.per_device_train_batch_size=2")
+    port, logs = free_port(), [tmp_path / f"rank-{number}.txt" for number in (0, 1)]
+    ours, theirs = os.pipe()
+
+    def hang() -> None:
+        os.write(theirs, b"x")
+        threading.Event().wait()
+
+    def launch() -> int:
+        os.environ["TORCHELASTIC_RUN_ID"] = "any"
+        for number, log in enumerate(logs):
+            fork_run(config, log, before_step(3, hang), rank=number, world=2, port=port)
+        threading.Event().wait()
+        return 0
+
+    launcher = fork(launch, tmp_path / "launcher.txt")
+    os.close(theirs)
+    try:
+        for _ in logs:
+            assert read_within(ours, 60) == b"x"
+    finally:
+        os.kill(launcher, signal.SIGKILL)
+        wait_for(launcher)
+    assert read_within(ours, 60) == b""
+    for log in logs:
+        assert "error: the launcher of this process" in log.read_text().splitlines()[-1]
+
+
+def read_within(descriptor: int, seconds: float) -> bytes:
+    """One byte of a pipe, none when nobody can write any more."""
+    assert select.select([descriptor], [], [], seconds)[0], "nothing came"
+    return os.read(descriptor, 1)
 
 
 def test_a_request_to_stop_while_another_rank_is_stopped_does_not_wait_for_the_timeout(

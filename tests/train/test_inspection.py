@@ -2,8 +2,10 @@
 
 import json
 import os
+import random
 import re
 import shutil
+import signal
 from collections.abc import Callable
 from pathlib import Path
 
@@ -151,13 +153,36 @@ def test_rows_that_cannot_be_replayed(tiny: Tiny, tmp_path: Path, corpus: Path) 
 
 @pytest.mark.full
 @pytest.mark.parametrize(
-    "more", [[], ["trainer.async_save=true"], ["--processes", "2", "trainer.parallel=fsdp2", "trainer.max_steps=40"]]
+    "more",
+    [
+        [],
+        ["trainer.async_save=true", "--into-saves", "0.5"],
+        ["--processes", "2", "--launcher", "--into-saves", "0.6", "trainer.parallel=fsdp2", "trainer.max_steps=40"],
+    ],
 )
 def test_a_storm_of_kills(tmp_path: Path, capsys: pytest.CaptureFixture[str], more: list[str]) -> None:
     assert call("kill_storm.py", tmp_path / "storm", "--kills", 5, *more) == 0
     lines = capsys.readouterr().out.splitlines()
     pattern = re.compile(r"5 kills in (\d+) storms: \1 equal to the one left alone, bit for bit")
     assert any(map(pattern.fullmatch, lines[-2:]))
+
+
+def test_what_a_kill_interrupts_and_which_kills_are_drawn(tmp_path: Path) -> None:
+    leftover = tmp_path / "checkpoints" / ".tmp-4-of-the-life-before"
+    leftover.mkdir(parents=True)
+    before = kill_storm.look(tmp_path)
+    assert kill_storm.find_phase(tmp_path, before) == "starting"
+    (tmp_path / "log.jsonl").write_text("a step")
+    assert kill_storm.find_phase(tmp_path, before) == "training"
+    (tmp_path / "checkpoints" / ".tmp-8-of-this-one").mkdir()
+    assert kill_storm.find_phase(tmp_path, before) == "saving"
+    drawn = [kill_storm.draw_kill(random.Random(seed), launcher=True, into_saves=0.5) for seed in range(60)]
+    assert {(x.of_launcher, x.signal, x.after == "save") for x in drawn} == {
+        *((False, signal.SIGKILL, into) for into in (True, False)),
+        *((True, number, into) for number in (signal.SIGKILL, signal.SIGTERM) for into in (True, False)),
+    }
+    alone = [kill_storm.draw_kill(random.Random(seed), launcher=False, into_saves=0.0) for seed in range(9)]
+    assert {(x.of_launcher, x.after) for x in alone} == {(False, "start")}
 
 
 def test_a_storm_that_changed_something_is_seen(tmp_path: Path) -> None:

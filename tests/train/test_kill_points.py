@@ -12,7 +12,7 @@ import pytest
 from ports import free_port
 from records import exact_steps, log_lines
 
-from neobert.benchmark.kill_storm import Lives
+from neobert.benchmark.lives import Lives
 from neobert.config.load import config_to_yaml
 from neobert.config.schema import Config
 from neobert.train.loop import pretrain

@@ -20,6 +20,7 @@ from neobert.data.rows.evaluation import EvalSet
 from neobert.data.rows.loader import merge_states
 from neobert.data.store import prepare
 from neobert.errors import DataError, StartupError
+from neobert.optim.sharded_weights import local
 from neobert.train import loop
 from neobert.train.checkpoint.replicas import compare_tensors
 from neobert.train.loop import pretrain
@@ -314,20 +315,21 @@ def test_a_resume_on_other_files_is_refused_and_touches_nothing(tiny: Tiny, corp
     assert (out / "log.jsonl").read_text() == log
 
 
-def test_weights_that_part_stop_the_run_before_they_are_saved(tiny: Tiny, tmp_path: Path) -> None:
+@pytest.mark.parametrize("more", [[], ["trainer.parallel=hsdp", "trainer.shard_size=1"]], ids=["ddp", "hsdp"])
+def test_weights_that_part_stop_the_run_before_they_are_saved(tiny: Tiny, tmp_path: Path, more: list[str]) -> None:
     step = loop.take_step
 
     def damage() -> None:
         def take_step(run: Any, *batch: Any) -> Any:
             made = step(run, *batch)
             if made[0].step == 6:
-                run.module.encoder.layers[1].qkv.weight.data[0, 0] += 1
+                local(run.module.encoder.layers[1].qkv.weight.data)[0, 0] += 1
             return made
 
         loop.take_step = take_step
 
     out = tmp_path / "run"
-    for text in run_two(tmp_path, [tiny(out, "trainer.eval_steps=0")] * 2, damage):
+    for text in run_two(tmp_path, [tiny(out, "trainer.eval_steps=0", *more)] * 2, damage):
         assert "after step 8 weights or optimizer state of rank 1 differ from those of rank 0" in text
         assert "encoder.layers.1.qkv.weight" in text
     assert checkpoint_steps(out) == [4]

@@ -17,6 +17,7 @@ from typing import Any, BinaryIO, NamedTuple, cast
 import fsspec
 
 from neobert.data.source.codecs import CODECS, DAMAGED, TEXT_RATIO, VALUES, codec_of_name, open_layers, strip_codec
+from neobert.data.source.known_fingerprints import recall
 from neobert.data.source.walk import LeftOut, is_hidden, walk
 from neobert.errors import OR_SKIP_SHARD, DataError
 
@@ -201,10 +202,17 @@ def list_files(url: str) -> Listing:
 
 def fingerprint_files(files: Sequence[DataFile], *, skip_unreadable: bool = False) -> str:
     """sha256 of the names and sizes of files and of 16 blocks of each, spread evenly; of remote files of the stamps.
+    Of many local files that did not change since an earlier start, the one that was kept then.
 
     Raises:
         DataError: a file cannot be read, unless those are skipped.
     """
+    if skip_unreadable or any(data_file.is_remote for data_file in files):
+        return _read_fingerprint(files, skip_unreadable=skip_unreadable)
+    return recall([data_file.url for data_file in files], lambda: _read_fingerprint(files, skip_unreadable=False))
+
+
+def _read_fingerprint(files: Sequence[DataFile], *, skip_unreadable: bool) -> str:
     digest = hashlib.sha256()
     for data_file in files:
         size = data_file.size

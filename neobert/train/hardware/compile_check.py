@@ -27,6 +27,7 @@ import torch
 from torch import Tensor
 
 from neobert.config.schema import Config
+from neobert.disk import cache_folder
 from neobert.errors import StartupError
 from neobert.model.attention import AttentionBackend
 from neobert.model.config import ModelConfig
@@ -243,11 +244,9 @@ def _code_of(holder: Any) -> Iterator[CodeType]:
 
 def _record_of(facts: dict[str, Any]) -> Path | None:
     """The file that says that a block passed; None where the user has no cache folder."""
-    cache = os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")
-    if not os.path.isabs(cache):
-        return None
+    folder = cache_folder("compiled-gradients")
     key = hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()
-    return Path(cache) / "neobert" / "compiled-gradients" / f"{key[:32]}.json"
+    return None if folder is None else folder / f"{key[:32]}.json"
 
 
 def _keep(record: Path | None, facts: dict[str, Any]) -> None:

@@ -38,7 +38,7 @@ from neobert.train.hardware.device import (
 )
 from neobert.train.master_weights import MasterWeights
 from neobert.train.processes.agreement import exchange
-from neobert.train.processes.heartbeat import PATIENCE, Heartbeat, build_heartbeat, choose_group_timeout
+from neobert.train.processes.heartbeat import PATIENCE, Heartbeat, build_heartbeat, check_launcher, choose_group_timeout
 from neobert.train.processes.launcher import check_world
 
 T = TypeVar("T")
@@ -260,7 +260,9 @@ def build_runtime(config: Config) -> Runtime:
 
     Raises:
         StartupError: the launcher asked for several processes and they did not find each other.
+        RankLostError: the launcher was killed.
     """
+    check_launcher()
     set_determinism(config.trainer.deterministic)
     if config.trainer.cpu_threads is not None:
         torch.set_num_threads(config.trainer.cpu_threads)

@@ -22,7 +22,7 @@ from neobert.train.probes.labelled_sets import ProbeSet
 from neobert.train.probes.loss_bands import BandLoss, measure
 from neobert.train.probes.pinned import Probes
 from neobert.train.probes.result import LOSSES, ProbeResult
-from neobert.train.processes.agreement import exchange, gather_rows, sharing_errors
+from neobert.train.processes.agreement import broadcast, exchange, send_rows_to_main, sharing_errors
 from neobert.train.run import Run
 from neobert.types import TrainState
 
@@ -82,7 +82,8 @@ def _probe(run: Run, probes: Probes, seconds: dict[str, float]) -> ProbeResult:
     ):
         for one in probes.sets:
             start = time.perf_counter()
-            sets[one.name] = _score(one, _embed(run.runtime, model, one.documents))
+            vectors = _embed(run.runtime, model, one.documents)
+            sets[one.name] = broadcast(run.runtime, {} if vectors is None else _score(one, vectors))
             seconds[one.name] = seconds.get(one.name, 0.0) + time.perf_counter() - start
         if probes.losses is not None:
             assert run.objective.target_losses is not None
@@ -93,11 +94,11 @@ def _probe(run: Run, probes: Probes, seconds: dict[str, float]) -> ProbeResult:
     return ProbeResult(sets=sets, losses=losses)
 
 
-def _embed(runtime: Runtime, model: Model, documents: Sequence[NDArray[Any]]) -> NDArray[np.float32]:
-    """Mean vectors `[texts, H]` on every rank; each embeds its part. Collective."""
+def _embed(runtime: Runtime, model: Model, documents: Sequence[NDArray[Any]]) -> NDArray[np.float32] | None:
+    """Mean vectors `[texts, H]` on rank 0, None on the others; each embeds its part. Collective."""
     mine = documents[runtime.rank :: runtime.world]
     vectors = model.embed_tokens(mine, pooling="mean", normalize=False, batch_tokens=BATCH_TOKENS).numpy()
-    return gather_rows(runtime, vectors, len(documents))
+    return send_rows_to_main(runtime, vectors, len(documents))
 
 
 def _score(one: ProbeSet, vectors: NDArray[np.float32]) -> dict[str, float | None]:

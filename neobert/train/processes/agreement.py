@@ -116,10 +116,26 @@ def _naming_lost(runtime: "Runtime", failure: Exception | None = None) -> Iterat
         raise RankError(f"another process of this run has ended: {str(error).splitlines()[0]}") from error
 
 
-def gather_rows(runtime: "Runtime", part: NDArray[Any], total: int) -> NDArray[Any]:
-    """An array with `total` rows on every rank, of which rank r of R has rows r, r + R, ... as `part`. Collective."""
+def send_to_main(runtime: "Runtime", value: T) -> list[T] | None:
+    """Every rank's picklable value in rank order, on rank 0, which alone needs memory for them; None on the others.
+    Waits for the slowest. Collective.
+
+    Raises:
+        RankError: another rank cannot continue.
+    """
+    meet(runtime)
+    with _naming_lost(runtime):
+        return runtime.gather_to_main(value, patient=True)
+
+
+def send_rows_to_main(runtime: "Runtime", part: NDArray[Any], total: int) -> NDArray[Any] | None:
+    """An array with `total` rows on rank 0, of which rank r of R has rows r, r + R, ... as `part`; None on the others.
+    Collective."""
+    parts = send_to_main(runtime, part)
+    if parts is None:
+        return None
     result = np.empty((total, *part.shape[1:]), dtype=part.dtype)
-    for rank, rows in enumerate(exchange(runtime, part)):
+    for rank, rows in enumerate(parts):
         result[rank :: runtime.world] = rows
     return result
 

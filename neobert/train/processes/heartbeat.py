@@ -4,17 +4,17 @@ A process that waits in a collective cannot be interrupted, and what a collectiv
 address. So each rank has a thread that writes a beat every second into the store through which the ranks found each
 other: a number that grows, how many collectives on the host its main thread has reached, and what it is doing. Rank 0
 reads all beats, the others read rank 0's and its verdict: the cost is one reader of all, however many ranks there are,
-and nothing in a step. A rank is lost when
+and two look-ups of counters in a step. A rank is lost when
 
 - its beat has not changed for `trainer.rank_timeout_seconds`: stopped, swapped out, its machine or network gone; after
   a request to stop for `STOPPING_SECONDS`, and when a collective has failed for `BROKEN_SECONDS`;
 - it said that it ends with an error;
-- in a step it has not reached the collective on the host that the others wait in for that time: a read that hangs, or
-  a kernel of a GPU. (On a CPU the others may wait in a collective of the backward pass, as if they computed: then the
-  time limit of the process group ends them.)
+- in a step it has not started the collective that the others wait in for that time: a read that hangs, or a kernel of
+  a GPU, is late for one on the host; a backward pass that hangs is late for one of the gradients, which torch counts.
 
 The others then print the verdict and end at once, from the thread. Time is counted in beats of the reader, so a rank
-that was stopped itself and continues does not take the others for dead.
+that was stopped itself and continues does not take the others for dead. A rank whose launcher has ended without ending
+it ends too: nothing else would.
 """
 
 import json
@@ -29,10 +29,11 @@ from datetime import timedelta
 from typing import Any, NoReturn
 
 import torch.distributed as dist
-from torch.distributed.distributed_c10d import _get_default_store
+from torch.distributed.distributed_c10d import _get_default_store, _world
 
 from neobert.cli import EXIT_CODES, say_error
 from neobert.errors import UserError
+from neobert.host import launcher_is_gone
 
 INTERVAL_SECONDS = 1.0
 STOPPING_SECONDS = 15.0
@@ -46,6 +47,7 @@ PATIENCE = timedelta(days=7)
 
 _VERDICT = "verdict"
 _ADVICE = "continue from the newest checkpoint with --trainer.resume_from_checkpoint latest"
+_ORPHAN = f"the launcher of this process (torchrun, accelerate launch) was killed and did not end it; {_ADVICE}"
 _built = 0
 
 
@@ -63,6 +65,9 @@ class Beat:
     arrivals: int = 0
     """Collectives on the host that its main thread has reached."""
 
+    collectives: int = 0
+    """Collectives that it has started in what it is doing, of gradients too."""
+
     where: str = "the start"
     is_patient: bool = True
     """What it does there may take long: the others wait for as long as it lives."""
@@ -78,6 +83,11 @@ class Beat:
 
     host: str = ""
 
+    @property
+    def progress(self) -> tuple[int, int]:
+        """Grows from collective to collective."""
+        return self.arrivals, self.collectives
+
 
 class Watch:
     """What is known of the beats of some ranks; a call of `judge` is a moment."""
@@ -90,12 +100,12 @@ class Watch:
 
     def judge(self, beats: Mapping[int, Beat]) -> str | None:
         """Which rank is lost, and where; None while none is."""
-        first, last = (choose(beat.arrivals for beat in beats.values()) for choose in (min, max))
+        first, last = (choose(beat.progress for beat in beats.values()) for choose in (min, max))
         for rank, beat in beats.items():
             before = self._beats.get(rank, beat)
-            is_waited_for = beat.arrivals == first < last and not beat.is_patient
+            is_waited_for = beat.progress == first < last and not beat.is_patient
             self._silent[rank] = self._silent.get(rank, 0) + 1 if before.number == beat.number else 0
-            self._late[rank] = self._late.get(rank, 0) + 1 if is_waited_for and before.arrivals == first else 0
+            self._late[rank] = self._late.get(rank, 0) + 1 if is_waited_for and before.progress == first else 0
         self._beats = dict(beats)
         seconds = [self._timeout]
         seconds += [STOPPING_SECONDS] if any(beat.is_stopping for beat in beats.values()) else []
@@ -121,6 +131,12 @@ def describe_lost(rank: int, beat: Beat, what: str) -> str:
     return f"rank {rank} on {beat.host} {what}; it was last seen in {beat.where}; {_ADVICE}"
 
 
+def count_collectives() -> int:
+    """How many this process has started so far, in all groups; no waiting."""
+    groups: list[Any] = list(_world.pg_map)
+    return sum(group._get_sequence_number_for_group() for group in groups)
+
+
 class Heartbeat:
     """The beats of this rank, and the thread that reads those of others."""
 
@@ -136,7 +152,8 @@ class Heartbeat:
         self._store.set_timeout(timedelta(seconds=timeout))
         self._rank, self._world = rank, world
         self._watch = Watch(timeout, self._interval)
-        self._beat = Beat(host=socket.gethostname())
+        self._beat = Beat(host=socket.gethostname())  # Replaced by the main thread alone.
+        self._number, self._first_collective = 0, count_collectives()
         self._closed, self._rounds = threading.Event(), 0
         self._failed_rounds = 0
         self._limit = max(3, round(timeout / self._interval))
@@ -152,6 +169,7 @@ class Heartbeat:
 
     def at(self, where: str, *, patient: bool) -> None:
         """What the main thread does from here on; `patient`: others wait for it for as long as it lives."""
+        self._first_collective = count_collectives()
         self._beat = replace(self._beat, where=where, is_patient=patient)
 
     def arrive(self) -> None:
@@ -184,8 +202,10 @@ class Heartbeat:
         self._closed.set()
 
     def _publish(self) -> None:
-        self._beat = replace(self._beat, number=self._beat.number + 1, is_stopping=self.is_stopping())
-        self._store.set(f"{self._rank}", json.dumps(asdict(self._beat)))
+        self._number += 1
+        started = count_collectives() - self._first_collective
+        beat = replace(self._beat, number=self._number, collectives=started, is_stopping=self.is_stopping())
+        self._store.set(f"{self._rank}", json.dumps(asdict(beat)))
 
     def _read(self, *ranks: int) -> dict[int, Beat]:
         values = self._store.multi_get([str(rank) for rank in ranks])
@@ -208,8 +228,7 @@ class Heartbeat:
         if self._store.check([_VERDICT]):
             return str(self._store.get(_VERDICT).decode())
         if self._rank:
-            own = self._beat
-            beat = replace(self._read(0)[0], is_stopping=own.is_stopping, is_broken=own.is_broken)
+            beat = replace(self._read(0)[0], is_stopping=self.is_stopping(), is_broken=self._beat.is_broken)
             return self._watch.judge({0: beat})
         verdict = self._watch.judge(self._read(*range(self._world)))
         if verdict is not None:
@@ -227,13 +246,26 @@ class Heartbeat:
         )
 
     def _guard(self) -> None:
-        """Ends this process where the store does not even fail: its process is stopped."""
+        """Ends this process where the store does not even fail, since its process is stopped, and without a launcher,
+        which keeps the store of one machine only."""
         seen, same = -1, 0
         while not self._closed.wait(self._interval):
+            if launcher_is_gone():
+                _end(_ORPHAN)
             same = same + 1 if seen == self._rounds else 0
             seen = self._rounds
             if same >= self._limit + 5:
                 _end(f"rank 0 or its launcher does not run: the store of this run does not answer; {_ADVICE}")
+
+
+def check_launcher() -> None:
+    """Before this process looks for the others, whose store may have been the launcher's.
+
+    Raises:
+        RankLostError: the launcher has ended already.
+    """
+    if launcher_is_gone():
+        raise RankLostError(_ORPHAN)
 
 
 def build_heartbeat(rank: int, world: int, timeout: float | None) -> Heartbeat | None:
