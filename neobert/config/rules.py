@@ -13,7 +13,7 @@ from neobert.config.fields import FIELDS, Field, can_be_declared, list_fields
 from neobert.config.rules_data import check_contrastive, check_dataset, check_masks, check_rows, check_tokenizer
 from neobert.config.rules_finetune import check_finetune, check_shapes
 from neobert.config.rules_glue import check_glue
-from neobert.config.rules_machine import check_device, check_parallel
+from neobert.config.rules_machine import check_device, check_parallel, check_trackers
 from neobert.config.schema import Config, SchedulerSection
 from neobert.config.schema_optimizer import MUON
 from neobert.key import show_value
@@ -371,6 +371,7 @@ _RULES = (
     check_average,
     check_device,
     check_parallel,
+    check_trackers,
     check_contrastive,
     check_shapes,
     check_finetune,

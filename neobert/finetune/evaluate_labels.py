@@ -1,6 +1,6 @@
 """Evaluation on labelled examples: all of them, the same way every time, however many processes help."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -61,8 +61,10 @@ def evaluate_labels(run: Run) -> LabelMetrics | None:
     assert isinstance(data, FinetuneData), "the data of fine-tuning on labels"
     if not len(data.evaluation):
         return None
-    with run.tracker.paused():
-        logits = _predict(run, data)
+    num_batches = -(-len(data.evaluation) // run.config.trainer.per_device_eval_batch_size)
+    turns = -(-num_batches // run.runtime.world)
+    with run.tracker.paused(), run.reporter.bar("evaluating", turns) as advance:
+        logits = _predict(run, data, advance)
     if logits is None:
         return None
     examples, section = data.evaluation, run.config.finetune
@@ -76,7 +78,7 @@ def evaluate_labels(run: Run) -> LabelMetrics | None:
     return LabelMetrics(loss=loss, metrics=metrics, metric=metric, num_rows=len(examples))
 
 
-def _predict(run: Run, data: FinetuneData) -> Tensor | None:
+def _predict(run: Run, data: FinetuneData, advance: Callable[[], None]) -> Tensor | None:
     """fp32 logits `[M, C]` of all examples in their order, on the host, on every rank; None when the run is asked to
     stop."""
     examples, runtime, size = data.evaluation, run.runtime, run.config.trainer.per_device_eval_batch_size
@@ -96,6 +98,7 @@ def _predict(run: Run, data: FinetuneData) -> Tensor | None:
         with memory_explained(run, batch, "eval"):
             outputs = run.model(batch.to(runtime.device)).outputs
         found[number] = outputs.cpu().numpy()
+        advance()
     run.model.train()
     parts: dict[int, NDArray[np.float32]] = {}
     for of_rank in exchange(runtime, found):
