@@ -90,28 +90,36 @@ def progress_bar(
         yield lambda now: bar.update(task, completed=now)
 
 
-_NAMED = re.compile(r"(?P<indent>\s*(?:- )?)(?P<key>--[\w-]+|[a-z_]+(?:\.[\w\[\]]+)+)(?P<value>: \S+)?")
+_BULLET = re.compile(r"\s*(?:- )?")
+_NAMED = re.compile(r"(?P<key>--[\w-]+|[a-z_]+(?:\.[\w\[\]]+)+)(?P<value>: \S+)?")
 
 
 _LONG = re.compile(r"\S{400,}")
 """No path is as long."""
 
 
+_REMEDY = re.compile(
+    r"(?:or )?(?:add|choose|continue|correct|delete|fix|free|give|install|keep|leave|lower|make|move|name|pass|prepare"
+    r"|put|raise|remove|rename|run|see|set|start|take|try|use|write)\b"
+)
+"""How a remedy starts."""
+
+
 def describe_error(sentence: str) -> Text:
-    """An error with its key and value marked, and the remedy, what comes after the last semicolon, in a line of its
-    own."""
+    """An error with its key and value marked, and what comes after a semicolon in a line of its own: the remedy."""
     text, sentence = Text(), _LONG.sub(lambda long: f"{long[0][:100]}... ({len(long[0]):,} letters)", sentence)
     for number, line in enumerate(sentence.splitlines()):
-        problem, _, remedy = line.rpartition("; ")
-        problem, remedy = (problem, remedy) if problem else (line, "")
-        found = _NAMED.match(problem)
-        text.append("\n" if number else "")
-        if found is not None:
-            text.append(found["indent"]).append(found["key"], "bold red").append(found["value"] or "", "bold")
+        bullet = _BULLET.match(line)
+        assert bullet is not None, "it matches anything"
+        problem, *others = line[bullet.end() :].split("; ")
+        text.append("\n" if number else "").append(bullet.group())
+        if (found := _NAMED.match(problem)) is not None:
+            text.append(found["key"], "bold red").append(found["value"] or "", "bold")
         text.append(problem if found is None else problem[found.end() :])
-        if remedy:
-            indent = "  " if found is None else " " * len(found["indent"]) + "  "
-            text.append(f"\n{indent}fix: ").append(remedy, "green")
+        for other in others:
+            is_remedy = _REMEDY.match(other) is not None
+            text.append("\n" + " " * (bullet.end() + 2) + "fix: " * is_remedy)
+            text.append(other, "green" if is_remedy else "")
     return text
 
 

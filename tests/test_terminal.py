@@ -84,12 +84,13 @@ def test_a_bar_is_on_the_error_output(on_terminal: pytest.MonkeyPatch, capsys: p
 
 
 def test_an_error_is_shown_with_its_key_its_value_and_the_fix() -> None:
-    text = describe_error(f"2 errors in run.yaml:\n  - {SENTENCE}\n  - seed: 'x' is not an integer")
+    text = describe_error(f"2 errors in run.yaml:\n  - {SENTENCE}\n  - seed: 'x' is not an integer; it has a y")
     assert text.plain.splitlines() == [
         "2 errors in run.yaml:",
         "  - trainer.max_steps: -1 must be at least 1",
         "      fix: write 100",
         "  - seed: 'x' is not an integer",
+        "      it has a y",
     ]
     styled = {str(span.style): text.plain[span.start : span.end] for span in text.spans}
     assert styled == {"bold red": "trainer.max_steps", "bold": ": -1", "green": "write 100"}
