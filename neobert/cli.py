@@ -83,7 +83,13 @@ def say(*lines: str) -> None:
 
 
 def say_error(sentence: str) -> None:
-    """Says why a process ends."""
+    """Says why a process ends: in a box on a terminal, elsewhere in a line."""
+    if sys.stderr.isatty():
+        with suppress(ImportError):  # A machine that has torch alone.
+            from neobert.terminal import show_error
+
+            if show_error(scrub(sentence)):
+                return
     say(f"error: {sentence}")
 
 

@@ -34,7 +34,8 @@ _PARAMETER = re.compile(
     rf".*({_WORDS}|signature)$|(.*[_\-.])?(sig|key|auth|pwd)$|awsaccesskeyid$|googleaccessid$|key-pair-id$|policy$",
     re.IGNORECASE,
 )
-_ADDRESS = re.compile(r"[a-z][a-z0-9+.\-]*://[^\s'\"]+", re.IGNORECASE)
+# A scheme is short: without the bound a text without any is searched from each of its letters to its end.
+_ADDRESS = re.compile(r"[a-z][a-z0-9+.\-]{0,30}://[^\s'\"]+", re.IGNORECASE)
 # Keys of S3 hold slashes; a number after the colon is a port.
 _USER = re.compile(r"(?<=://)(?:[^\s/?#'\"]+|[^\s/?#'\":@\[]+:(?!\d+/)[^\s?#'\"@]+)@")
 _CONTAINER = re.compile(r"(?:abfss?|wasbs?)://[^\s/?#'\":@]+@", re.IGNORECASE)

@@ -13,6 +13,7 @@ from types import SimpleNamespace
 from typing import Any
 
 import torch
+from accelerate import PartialState
 from small_corpus import make_texts
 
 import neobert
@@ -27,7 +28,7 @@ from neobert.data.source.spec import describe_sources
 from neobert.model.attention import ATTENTION
 from neobert.model.segments import Segments
 from neobert.optim.optimizers import OPTIMIZERS, build_optimizer, step_unless
-from neobert.train.record.sinks import WandbSink
+from neobert.train.record.trackers import WandbSink
 
 FOLDER = Path(sys.argv[1])
 TINY = [
@@ -148,7 +149,8 @@ def check_key() -> None:
     fake: Any = SimpleNamespace(init=lambda **values: begun.update(values) or SimpleNamespace(id="1"))
     sys.modules["wandb"] = fake
     config = build_config("wandb.enabled=true", "wandb.notes=longer", f"wandb.dir={FOLDER}")
-    WandbSink(config, FOLDER, torch.nn.Linear(1, 1))
+    PartialState()  # As in a run: accelerate's trackers log with it.
+    WandbSink(config, FOLDER, torch.nn.Linear(1, 1)).begin(0)
     assert begun["notes"] == "longer"
 
 

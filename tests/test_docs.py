@@ -133,7 +133,7 @@ def make_clone(folder: Path) -> Path:
             file = folder / "my_glue" / task / f"{split}.jsonl"
             file.write_text("".join(json.dumps(row) + "\n" for row in rows))
     (folder / "OLD.yaml").write_text(
-        "dataset: {name: x}\ntokenizer: {name: y}\ntrainer: {max_steps: 5, report_to: []}\n"
+        "dataset: {name: x}\ntokenizer: {name: y}\ntrainer: {max_steps: 5, train_batch_size: 4}\n"
     )
     return folder
 
@@ -209,7 +209,7 @@ def run(line: str, clone: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         done = subprocess.run([sys.executable, *words[1:]], capture_output=True, text=True)
         assert done.returncode == 0, done.stderr
         Path(target).write_text(done.stdout)
-        assert "trainer.report_to" in done.stderr, "the edits are listed"
+        assert "trainer.train_batch_size" in done.stderr, "the edits are listed"
         return
     assert run_script(words[1:]) == 0, line
 

@@ -16,7 +16,7 @@ LAYERS = [
     {"errors", "key"},
     {"model", "kernels"},
     {"config"},
-    {"types", "splitmix", "cli", "disk"},
+    {"types", "splitmix", "terminal", "cli", "disk"},
     {"data", "objectives", "optim", "testing"},
     {"weights"},
     {"inference"},

@@ -22,6 +22,7 @@ from typing import Any, Literal, get_args, get_origin, get_type_hints
 
 from neobert.config.refused import REFUSED_VALUES
 from neobert.config.schema import Config
+from neobert.config.schema_trainer import TRACKER_NAMES
 from neobert.config.source import Leaf, Tree, parse_yaml_list
 from neobert.key import Condition, Known
 
@@ -192,9 +193,10 @@ def can_be_declared(field: Field) -> bool:
 TRUE = ("true", "yes", "on", "1")
 FALSE = ("false", "no", "off", "0")
 
-SPELLINGS: dict[str, dict[str, str | None]] = {
+SPELLINGS: dict[str, dict[str, Any]] = {
     "contrastive.pooling": {"avg": "mean"},
     "trainer.mixed_precision": {"fp32": "no", "true": "bf16"},
+    "trainer.report_to": {name: (name,) for name in ("none", "all", *TRACKER_NAMES)},
     "trainer.resume_from_checkpoint": {
         **dict.fromkeys(("true", "yes", "on", "auto", "latest"), "latest"),
         **dict.fromkeys(("false", "no", "off"), None),
@@ -286,6 +288,8 @@ def _parse_tuple(field: Field, value: Tree) -> tuple[Any, ...]:
         parsed = [] if value.is_null else parse_yaml_list(value.text)
         if parsed is None:
             example = "[0.9, 0.95]" if item_kind is float else '["a text", "another"]'
+            if field.key in SPELLINGS:
+                example = f"one of {', '.join(SPELLINGS[field.key])}, or as a list of them"
             raise LeafError(f"{value.text!r} is not a {field.type_name}; write it as {example}")
         items = parsed
     if not isinstance(items, list):

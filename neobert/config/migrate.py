@@ -143,8 +143,6 @@ def _rename(draft: _Rewrite, old: dict[str, Tree]) -> None:
             draft.write("model.attn_backend", backend, f"replaced {key} by model.attn_backend: {backend}")
         elif key.rpartition(".")[2].startswith("fsdp") or ".fsdp_config." in f".{key}":
             _rename_fsdp(draft, key, text)
-        elif key == "trainer.report_to" and "wandb" in str(value) and "wandb.enabled" not in old:
-            draft.write("wandb.enabled", True, "replaced trainer.report_to by wandb.enabled: true")
         elif refusal is not None:
             draft.remove(key, refusal.partition(": ")[2])
         elif empty and key in FIELDS and not FIELDS[key].nullable:

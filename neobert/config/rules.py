@@ -20,7 +20,7 @@ from neobert.config.rules_data import (
 )
 from neobert.config.rules_finetune import check_finetune, check_shapes
 from neobert.config.rules_glue import check_glue
-from neobert.config.rules_machine import check_device, check_parallel
+from neobert.config.rules_machine import check_device, check_parallel, check_trackers
 from neobert.config.schema import Config, SchedulerSection
 from neobert.config.schema_optimizer import MUON
 from neobert.key import show_value
@@ -379,6 +379,7 @@ _RULES = (
     check_teacher,
     check_device,
     check_parallel,
+    check_trackers,
     check_contrastive,
     check_shapes,
     check_finetune,

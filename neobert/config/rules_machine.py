@@ -1,8 +1,10 @@
-"""Rules over several keys about devices and processes; see `rules`."""
+"""Rules over several keys about devices, processes and trackers; see `rules`."""
 
 from collections.abc import Iterator
 
 from neobert.config.schema import Config
+from neobert.config.schema_trainer import TRACKER_NAMES
+from neobert.key import show_value
 
 
 def check_device(config: Config) -> Iterator[str]:
@@ -48,3 +50,19 @@ def check_parallel(config: Config) -> Iterator[str]:
             f"wandb.watch: {config.wandb.watch} needs whole gradients, and trainer.parallel: {engine} leaves a process "
             f"a part of each; {remedy} wandb.watch: off and trainer.log_statistics: true"
         )
+
+
+def check_trackers(config: Config) -> Iterator[str]:
+    """What `trainer.report_to` names."""
+    names = config.trainer.report_to
+    if names is None:
+        return
+    key = f"trainer.report_to: {show_value(names)}"
+    for name in names:
+        if name not in ("none", "all", *TRACKER_NAMES):
+            yield f"trainer.report_to: {name!r} is not one of none, all, {', '.join(TRACKER_NAMES)}"
+    for alone in ("none", "all"):
+        if alone in names and len(names) > 1:
+            yield f"{key} has {alone} beside other names; write {alone}, or the names"
+    if config.wandb.enabled and not {"wandb", "all"} & set(names):
+        yield f"wandb.enabled: true, but {key} leaves wandb out; write wandb.enabled: false, or add wandb to the list"

@@ -118,16 +118,16 @@ class WandbSection:
     """Weights & Biases, an optional second record of the metrics."""
 
     enabled: bool = key(False, resume="free")
-    """Send metrics to wandb; an error before any work when it is not installed."""
+    """Send metrics to wandb, as `trainer.report_to: wandb` does; an error before any work when it is not installed."""
 
     project: str = key("neo-bert", resume="free")
-    """Project name."""
+    """Project name, of trackio too, and the name of the experiment in MLflow."""
 
     entity: str | None = key(None, resume="free")
     """User or team; null is the default of the account."""
 
     name: str | None = key(None, resume="free")
-    """Run name; null is `model.name`, and without one the name of `trainer.output_dir`."""
+    """Run name, of other trackers too; null is `model.name`, and without one the name of `trainer.output_dir`."""
 
     tags: tuple[str, ...] = key((), resume="free")
     """Tags of the run."""
@@ -167,6 +167,13 @@ class Config:
     contrastive: ContrastiveSection = section(ContrastiveSection, tasks="contrastive")
     finetune: FinetuneSection = section(FinetuneSection, tasks="finetune glue")
     glue: GlueSection = section(GlueSection, tasks="glue")
+
+    @property
+    def requested_trackers(self) -> tuple[str, ...]:
+        """What `trainer.report_to` names, or else `wandb.enabled`: `all` as such, empty for none."""
+        if self.trainer.report_to is None:
+            return ("wandb",) if self.wandb.enabled else ()
+        return tuple(name for name in self.trainer.report_to if name != "none")
 
     explicit: frozenset[str] = field(default=frozenset(), compare=False, repr=False)
     """No key: the dotted keys that were written down, in a file or on the command line."""

@@ -6,6 +6,9 @@ from typing import Literal
 from neobert.config.schema_data import FILLS_MASKS, MASKS, PREDICTS_TOKENS
 from neobert.key import key, when
 
+TRACKER_NAMES = ("wandb", "tensorboard", "trackio", "mlflow")
+"""Of `trainer.report_to`, beside none and all."""
+
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class TrainerSection:
@@ -143,6 +146,10 @@ class TrainerSection:
     logging_steps: int = key(50, at_least=0, resume="free")
     """Steps between log lines; 0 never logs training."""
 
+    report_to: tuple[str, ...] | None = key(None, machine=True, resume="free")
+    """Trackers that get the metrics of `log.jsonl` too: none, all that are installed, or some of wandb, tensorboard,
+    trackio and mlflow, as one name or a list. null: none, or wandb with `wandb.enabled`."""
+
     log_train_accuracy: bool = key(False, tasks="pretraining", resume="free")
     """Log the fraction of masked tokens predicted exactly; costs an arg-max over the vocabulary."""
 
@@ -239,6 +246,11 @@ class TrainerSection:
     cpu_threads: int | None = key(None, at_least=1, machine=True, resume="free")
     """Threads that compute on a CPU; null is OMP_NUM_THREADS, or else what this process may use by its affinity and by
     the quota of its container."""
+
+    console: Literal["auto", "plain", "quiet"] = key("auto", machine=True, resume="free")
+    """What is printed. auto: on a terminal a table of the settings, a progress bar and lines; lines alone in a pipe, in
+    CI, with NO_COLOR and with TERM=dumb. plain: lines alone. quiet: warnings and errors alone. `training.log` has every
+    line."""
 
     disable_tqdm: bool = key(False, machine=True, resume="free")
     """Show no progress bar."""

@@ -131,13 +131,14 @@ def evaluate_sets(run: Run) -> ContrastiveMetrics | None:
         return None
     found: dict[str, dict[str, float]] = {}
     main = []
-    with run.tracker.paused():
+    with run.tracker.paused(), run.reporter.bar("evaluating", len(data.held_out)) as advance:
         for part in data.held_out:
             if run.stop.agree(*run.runtime.sum_on_host(run.stop.requests())):
                 return None
             with sharing_errors(run.runtime):
                 found[part.key] = _evaluate_set(run, part)
             main.append(found[part.key][MAIN[part.store.info.form]])
+            advance()
     return ContrastiveMetrics(sets=found, score=float(np.mean(main)))
 
 

@@ -42,6 +42,7 @@ from neobert.export.target_rows import TargetRow, build_reference, describe_rows
 from neobert.export.targets import TARGETS, ExportPlan, call_problems, plan_problems
 from neobert.export.tokenizer_files import check_class, save_tokenizer
 from neobert.objectives.table import OBJECTIVES
+from neobert.terminal import progress_bar
 from neobert.weights.describe import WeightsError
 from neobert.weights.encoder_weights import EncoderWeights, load_encoder_weights
 from neobert.weights.folder import HEAD_FILE, OBJECTIVE_KEY, STEPS_KEY
@@ -107,9 +108,13 @@ def export(request: ExportRequest) -> Exported:
     except OSError as refused:
         raise ExportError(f"--output: {request.output} cannot be made ({refused.strerror})") from refused
     try:
-        changes = _write(plan, request, temporary)
-        error = _check(plan, temporary)
-        rows = _add_targets(plan, request.targets, temporary)
+        with progress_bar("export", 3) as show:
+            changes = _write(plan, request, temporary)
+            show(1)
+            error = _check(plan, temporary)
+            show(2)
+            rows = _add_targets(plan, request.targets, temporary)
+            show(3)
         _open_to_readers(temporary)
         temporary.rename(request.output)
     except BaseException:

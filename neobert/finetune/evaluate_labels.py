@@ -1,6 +1,6 @@
 """Evaluation on labelled examples: all of them, the same way every time, however many processes help."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -64,8 +64,10 @@ def evaluate_labels(run: Run) -> LabelMetrics | None:
     assert isinstance(data, FinetuneData), "the data of fine-tuning on labels"
     if not len(data.evaluation):
         return None
-    with run.tracker.paused():
-        found = _predict(run, data)
+    num_batches = -(-len(data.evaluation) // run.config.trainer.per_device_eval_batch_size)
+    turns = -(-num_batches // run.runtime.world)
+    with run.tracker.paused(), run.reporter.bar("evaluating", turns) as advance:
+        found = _predict(run, data, advance)
     if found is None:
         return None
     with sharing_errors(run.runtime):
@@ -86,7 +88,7 @@ def _measure(run: Run, examples: TokenExamples, parts: Sequence[_Outputs]) -> La
     return LabelMetrics(loss=loss, metrics=metrics, metric=metric, num_rows=len(examples))
 
 
-def _predict(run: Run, data: FinetuneData) -> _Outputs | None:
+def _predict(run: Run, data: FinetuneData, advance: Callable[[], None]) -> _Outputs | None:
     """What this process has computed of all examples; None when the run is asked to stop. Collective."""
     examples, runtime, size = data.evaluation, run.runtime, run.config.trainer.per_device_eval_batch_size
     texts = SideBySide(max_seq_length=run.config.dataset.max_seq_length, pad_id=run.tokenizer.pad_id)
@@ -105,6 +107,7 @@ def _predict(run: Run, data: FinetuneData) -> _Outputs | None:
         with memory_explained(run, batch, "eval"):
             outputs = run.model(batch.to(runtime.device)).outputs
         found[number] = outputs.cpu().numpy()
+        advance()
     run.model.train()
     return found
 

@@ -31,6 +31,7 @@ from neobert.glue.score_table import RESULTS_FILE, build_results
 from neobert.glue.starts import ModelStart, build_trained_start, choose_start_of
 from neobert.glue.task_data import SplitRows, TaskData, fetch_tasks, load_task_data
 from neobert.inference.model import load
+from neobert.terminal import is_watched, progress_bar
 
 Train = Callable[[Config], FinetuneResult]
 Say = Callable[[str], None]
@@ -56,6 +57,9 @@ class Suite:
     seeds: list[int]
     train: Train
     say: Say
+    is_watched: bool
+    """Whether there is a bar of the cells, and a line for each in the place of its own lines."""
+
     results: dict[Cell, CellResult] = field(default_factory=dict)
     """Of the finished cells."""
 
@@ -102,13 +106,18 @@ def run_suite(config: Config, *, say: Say, train: Train = finetune) -> dict[str,
             seeds=[config.seed + number for number in range(config.glue.seeds)],
             train=train,
             say=say,
+            is_watched=config.trainer.console == "auto" and is_watched(),
         )
-        for name in order_tasks([name for name in config.glue.tasks if TASKS[name].trained_on is None]):
-            for cell in list_cells(suite, name):
-                suite.results[cell] = run_cell(suite, cell)
-            write_json(output_dir / RESULTS_FILE, summarise(suite))
-            if name == SOURCE_TASK and config.glue.transfer_from_task:
-                suite.best_models.append(_choose_best_model(suite))
+        names = order_tasks([name for name in config.glue.tasks if TASKS[name].trained_on is None])
+        num_cells = len(names) * len(suite.points) * len(suite.seeds)
+        with progress_bar("cells", num_cells, active=suite.is_watched) as show:
+            for name in names:
+                for cell in list_cells(suite, name):
+                    suite.results[cell] = run_cell(suite, cell)
+                    show(len(suite.results))
+                write_json(output_dir / RESULTS_FILE, summarise(suite))
+                if name == SOURCE_TASK and config.glue.transfer_from_task:
+                    suite.best_models.append(_choose_best_model(suite))
     return summarise(suite)
 
 
@@ -143,6 +152,8 @@ def run_cell(suite: Suite, cell: Cell) -> CellResult:
         return known
     data = suite.data[cell.task]
     config = build_cell_config(suite.config, data, cell, start, folder)
+    if suite.is_watched:
+        config = replace(config, trainer=replace(config.trainer, console="quiet"))
     trained = suite.train(keep_precision(config, suite.output_dir))
     if trained.reason not in ("finished", "complete"):
         raise CellStopped(cell, trained.reason)

@@ -14,15 +14,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol, TypeVar
 
-from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskProgressColumn, TextColumn, TimeElapsedColumn
-
 from neobert.config.nesting import parse_json
 from neobert.data.fingerprint import fits
 from neobert.data.rows.lanes import State
 from neobert.disk import write_text
 from neobert.errors import UserError
 from neobert.inference.texts import InputRecord, Texts
+from neobert.terminal import progress_bar
 
 
 class JobError(UserError, ValueError):
@@ -60,16 +58,6 @@ def save_done(file: Path, settings: dict[str, Any], done: dict[str, Any]) -> Non
     """Records how far a job is, in one stroke."""
     text = json.dumps({"settings": settings, **done}) + "\n"
     write_text(file, text)
-
-
-@contextmanager
-def progress_bar(what: str, total: int | None, done: int = 0) -> Iterator[Callable[[int], None]]:
-    """A bar on the error output where that is a terminal; the function it gives takes what is done now."""
-    console = Console(stderr=True)
-    columns = (TextColumn(what), BarColumn(), MofNCompleteColumn(), TaskProgressColumn(), TimeElapsedColumn())
-    with Progress(*columns, console=console, disable=not console.is_terminal) as bar:
-        task = bar.add_task(what, total=total, completed=done)
-        yield lambda now: bar.update(task, completed=now)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

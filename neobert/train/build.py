@@ -38,8 +38,7 @@ from neobert.train.hardware.device import choose_device_type
 from neobert.train.hardware.machine import Runtime, choose_compile, compute_dtype
 from neobert.train.master_weights import MasterWeights
 from neobert.train.record.console import Reporter
-from neobert.train.record.sinks import WandbSink
-from neobert.train.record.tracking import Sink
+from neobert.train.record.trackers import TRACKERS, TrackerSink, choose_trackers
 
 
 def choose_rows_per_step(config: Config, world: int) -> int:
@@ -363,12 +362,11 @@ def choose_num_steps(config: Config, data: Sized) -> int:
 
 def build_sinks(
     config: Config, runtime: Runtime, output_dir: Path, module: torch.nn.Module, reporter: Reporter
-) -> list[Sink]:
-    """The optional trackers of rank 0; one that does not start is left out with a warning."""
-    if not (config.wandb.enabled and runtime.is_main):
+) -> list[TrackerSink]:
+    """The trackers of rank 0, which start when the record begins."""
+    if not runtime.is_main:
         return []
-    try:
-        return [WandbSink(config, output_dir, module)]
-    except Exception as error:  # No account, no network, a full disk: the run and log.jsonl do not need it.
-        reporter.warn(f"wandb did not start ({error}) and is left out; wandb.mode: offline needs no account")
-        return []
+    names = choose_trackers(config)
+    if config.requested_trackers and not names:
+        reporter.warn(f"trainer.report_to: all finds none installed of {', '.join(TRACKERS)}")
+    return [TRACKERS[name](config, output_dir, module) for name in names]

@@ -5,6 +5,7 @@ A run that stops before its budget is spent saves one checkpoint, or none when t
 
 import time
 from collections.abc import Sequence
+from pathlib import Path
 
 import torch
 
@@ -16,6 +17,7 @@ from neobert.train.checkpoint.save import complete_save, note_bad_records, save_
 from neobert.train.pretraining import SHOWN, log_evaluation
 from neobert.train.probes.probing import log_probes, probing_missing
 from neobert.train.report.page import REPORT
+from neobert.train.report.run_summary import show_seconds
 from neobert.train.run import Run
 from neobert.train.start import release_lock
 from neobert.types import TrainState
@@ -56,6 +58,8 @@ def finish(run: Run, state: TrainState) -> None:
             answered = _answer(run, model) if run.runtime.is_main else []
     if answered:
         run.tracker.say("\n".join(["predictions:", *(text.describe() for text in answered)]))
+    if run.tracker.trained and run.runtime.is_main:
+        run.tracker.say(describe_end(run, state, saved))
     commands: list[str] = []
     if saved is not None:
         commands = run.job.next_commands(run)
@@ -67,6 +71,20 @@ def finish(run: Run, state: TrainState) -> None:
     if run.runtime.is_main:
         release_lock(run.output_dir)
     run.runtime.close()
+
+
+def describe_end(run: Run, state: TrainState, saved: Path | None) -> str:
+    """How far the run is, how long this start took, what was learned, and where it is."""
+    checkpoint = [] if saved is None else [f"checkpoints/{saved.name}"]
+    there = [str(name) for name in (REPORT, "log.jsonl", "training.log") if (run.output_dir / name).exists()]
+    learned = run.tracker.describe_learning()
+    return "\n".join(
+        [
+            f"finished  step {state.step:,} of {run.num_steps:,}; this start took {show_seconds(run.reporter.seconds)}",
+            *([f"learned   {learned}"] if learned else []),
+            f"files     {run.output_dir}/: {', '.join([*checkpoint, *there])}",
+        ]
+    )
 
 
 def stop_early(run: Run, state: TrainState) -> None:

@@ -73,7 +73,8 @@ def evaluate(run: Run) -> EvalMetrics | None:
     wide = torch.float32 if device.type == "mps" else torch.float64  # which mps does not have
     sums = torch.zeros(2 + run.objective.num_counts, dtype=wide, device=device)
     counts = [0, 0]
-    with run.tracker.paused():
+    num_batches = data.eval_set.num_batches(run.runtime.world)
+    with run.tracker.paused(), run.reporter.bar("evaluating", num_batches) as advance:
         run.model.eval()
         batches = data.eval_batches()
         while (batch := _read_batch(run, batches)) is not None:
@@ -84,6 +85,7 @@ def evaluate(run: Run) -> EvalMetrics | None:
                 loss = run.model(batch.to(device, non_blocking=device.type == "cuda"))
             sums += torch.stack([loss.loss_sum, loss.num_correct, *(() if loss.counts is None else loss.counts)])
             counts = [a + b for a, b in zip(counts, (batch.num_targets, batch.num_tokens))]
+            advance()
         run.model.train()
         loss_sum, num_correct, *more = run.runtime.sum_on_device(sums).tolist()
         num_targets, num_tokens = run.runtime.sum_on_host(counts)

@@ -113,7 +113,8 @@ def open_run(config: Config, runtime: Runtime, asked: Sequence[str] = ()) -> tup
     runtime = runtime.with_precision(config.trainer.mixed_precision)
     attention = build_attention(config)
     checked = check_compiled_gradients(config, attention, runtime)
-    reporter = Reporter(active=runtime.is_main, show_progress=not config.trainer.disable_tqdm)
+    trainer = config.trainer
+    reporter = Reporter(active=runtime.is_main, show_progress=not trainer.disable_tqdm, mode=trainer.console)
     output_dir = open_output_dir(config, runtime, reporter, start)
     hub = choose_hub_encoder(checkpoint, initial)
     share = SharedFiles(runtime)

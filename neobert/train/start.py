@@ -19,6 +19,7 @@ from neobert.config.nesting import parse_json
 from neobert.config.schema import Config
 from neobert.disk import is_locked_by, lock_file, replacing
 from neobert.errors import StartupError
+from neobert.key import show_value
 from neobert.train.checkpoint.run_folder import (
     check_output_dir,
     check_own,
@@ -266,7 +267,8 @@ def check_free_space(output_dir: Path, checkpoint_bytes: int) -> None:
 
 
 def describe_config(reporter: "Reporter", config: Config) -> None:
-    """Prints every setting that is not null, one line a section; of a section in a section what is not the default."""
+    """Prints every setting that is not null, one line a section; of a section in a section what is not the default.
+    On a terminal what differs from the defaults, as a table."""
     lines: dict[str, list[str]] = {"": [], **{name: [] for name in SECTIONS if "." not in name}}
     unused = set() if config.scheduler.warmup_percent is None else {"scheduler.warmup_steps"}
     from neobert.objectives.table import OBJECTIVES, choose_objective  # Needs torch, unlike a pipeline's plan.
@@ -286,7 +288,12 @@ def describe_config(reporter: "Reporter", config: Config) -> None:
             continue
         if value not in (None, ()) and ("." not in name or value != field.default):
             lines[section if name else ""].append(f"{name or key}={value}")
-    reporter.say("\n".join(f"[{section or 'run'}] {' '.join(x)}" for section, x in lines.items()), style="dim")
+    changed: dict[str, dict[str, str]] = {}
+    for key, field in FIELDS.items():
+        if (value := field.value_in(config)) != field.default:
+            section, _, name = key.rpartition(".")
+            changed.setdefault(section or "run", {})[name] = show_value(value)
+    reporter.show_settings([f"[{section or 'run'}] {' '.join(x)}" for section, x in lines.items()], changed)
 
 
 def write_config(config: Config, runtime: "Runtime", output_dir: Path, reporter: "Reporter") -> None:

@@ -67,7 +67,7 @@ def test_a_file_with_many_old_keys():
     assert (trainer.max_steps, trainer.num_train_epochs) == (100_000, None)
     assert (trainer.per_device_train_batch_size, trainer.gradient_clipping, trainer.logging_steps) == (32, 1.0, 50)
     assert (trainer.mixed_precision, trainer.output_dir, trainer.overwrite_output_dir) == ("bf16", "output/x", False)
-    assert config.wandb.enabled is True
+    assert config.trainer.report_to == ("wandb",)
     assert "max_seq_length: $variables.length" in text
     listed = "\n".join(edits)
     for sentence in [
@@ -200,7 +200,6 @@ OTHER_KEYS = [
     "trainer.greater_is_better",
     "trainer.load_best_model_at_end",
     "trainer.dataloader_num_workers",
-    "trainer.report_to",
     "trainer.max_ckpt",
     "trainer.train_batch_size",
     "trainer.eval_batch_size",

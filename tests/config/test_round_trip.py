@@ -12,6 +12,7 @@ from neobert.config.rules import BUDGETS, validate
 from neobert.config.schema import Config
 from neobert.config.schema_contrastive import PairSource
 from neobert.config.schema_data import MixtureSource
+from neobert.config.schema_trainer import TRACKER_NAMES
 
 NASTY = [
     "none",
@@ -108,6 +109,8 @@ def random_value(field: Field, rng: random.Random) -> Any:
         item, *rest = get_args(field.kind)
         if field.key == "trainer.resume_allow":
             return tuple(rng.sample([key for key, field in FIELDS.items() if can_be_declared(field)], 2))
+        if field.key == "trainer.report_to":
+            return rng.choice([(), ("none",), ("all",), ("wandb", *rng.sample(TRACKER_NAMES[1:], 2))])
         if rest == [...] and item is float:
             return tuple(rng.uniform(1e-6, 1) for _ in range(rng.randint(0, 3)))
         if rest == [...] and item is int:

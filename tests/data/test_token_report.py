@@ -91,6 +91,8 @@ def test_without_a_terminal_a_line_now_and_then(monkeypatch):
 
 
 def test_on_a_terminal_a_bar(monkeypatch):
+    for name in ("CI", "NO_COLOR", "TERM"):
+        monkeypatch.delenv(name, raising=False)
     out = io.StringIO()
     with Meter("corpus", console=Console(file=out, force_terminal=True, width=120)) as shown:
         monkeypatch.setattr(meter.time, "monotonic", lambda: 1e9)

@@ -52,6 +52,19 @@ def test_a_cell_is_a_fine_tuning_run_of_its_own(make_config: MakeConfig, fake: F
     assert json.loads((out / "results.json").read_text()) == results
 
 
+def test_on_a_terminal_a_cell_is_a_line_and_a_step_of_a_bar(
+    make_config: MakeConfig, fake: FakeTraining, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    said: list[str] = []
+    monkeypatch.setattr(suite, "is_watched", lambda: True)
+    run_suite(make_config("glue.tasks=[cola]"), say=said.append, train=fake)
+    assert {config.trainer.console for config in fake.configs} == {"quiet"}
+    assert len(said) == len(fake.configs)
+    assert all(line.startswith("cola lr ") for line in said)
+    run_suite(make_config("glue.tasks=[mrpc]", "trainer.console=plain"), say=said.append, train=fake)
+    assert fake.configs[-1].trainer.console == "plain"
+
+
 def test_the_grid_has_its_epochs_and_evaluates_once_each(make_config: MakeConfig, fake: FakeTraining) -> None:
     run(make_config("glue.tasks=[cola]"), fake)
     trainer = fake.configs[0].trainer

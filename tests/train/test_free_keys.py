@@ -72,6 +72,8 @@ TRIED: list[tuple[str, dict[str, str]]] = [
             "trainer.torch_compile_backend": "eager",
             "trainer.torch_compile_dynamic": "true",
             "trainer.device": "cpu",
+            "trainer.report_to": "none",
+            "trainer.console": "quiet",
             "trainer.disable_tqdm": "true",
             "trainer.detect_anomaly": "true",
             "trainer.max_hours": "10",

@@ -70,6 +70,9 @@ def test_a_run_learns_and_records_everything(tiny: Tiny, tmp_path: Path, capsys:
         "held out",
         "train step",
         "eval  step",
+        "finished  step 30 of 30; this start took",
+        f"learned   training loss {logs[0]['loss']:.4f} -> {logs[-1]['loss']:.4f}, held-out loss ",
+        f"files     {out}/: checkpoints/30, report/index.html, log.jsonl",
         "next:",
     ):
         assert expected in printed
@@ -273,7 +276,7 @@ def test_a_tracker_that_fails_never_stops_the_run(
     out = tmp_path / "run"
     result = pretrain(tiny(out, "trainer.max_steps=6", "wandb.enabled=true", f"wandb.dir={tmp_path / 'wandb'}"))
     assert result.state.step == 6
-    assert "wandb failed (the network is gone) and is switched off" in capsys.readouterr().out
+    assert "wandb failed (the network is gone) and is left out" in capsys.readouterr().out
     assert len(log_lines(out, "step")) == 6
 
 
@@ -342,6 +345,8 @@ def test_the_progress_bar_shows_on_a_terminal_and_starts_at_the_resumed_step(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setenv("TTY_COMPATIBLE", "1")
+    for name in ("CI", "NO_COLOR", "TERM"):
+        monkeypatch.delenv(name, raising=False)
     reporter = console.Reporter(active=True, show_progress=True)
     reporter.start_progress(done=7, total=10)
     reporter.say("a line")

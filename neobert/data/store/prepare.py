@@ -25,7 +25,6 @@ from types import TracebackType
 from typing import Any, Self
 
 from rich.console import Console
-from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 
 from neobert.data.rows.lanes import IntArray, State
 from neobert.data.source.documents import Documents, EncodedDocument
@@ -45,6 +44,7 @@ from neobert.data.tokenizer import Tokenizer
 from neobert.disk import locked, sync, write_json
 from neobert.errors import DataError
 from neobert.secrets import scrub
+from neobert.terminal import build_progress, is_interactive
 
 LINE_SECONDS = 10.0
 """Between two lines where there is no terminal."""
@@ -59,16 +59,9 @@ class Meter:
     def __init__(self, label: str, *, console: Console | None = None) -> None:
         self._label = label = scrub(label)
         self._console = console or Console(file=sys.stderr, highlight=False)
-        self._progress = Progress(
-            TextColumn("{task.description}"),
-            BarColumn(),
-            TextColumn("{task.fields[line]}"),
-            TimeElapsedColumn(),
-            console=self._console,
-            disable=not self._console.is_terminal,
-            transient=True,
-        )
-        self._task = self._progress.add_task(label, total=None, line="")
+        self._is_shown = is_interactive(self._console)
+        self._progress = build_progress(self._console, transient=True, counts=False)
+        self._task = self._progress.add_task(label, total=None, notes=())
         self._first_tokens: int | None = None
         self._started = self._shown = time.monotonic()
 
@@ -86,16 +79,16 @@ class Meter:
         now = time.monotonic()
         if self._first_tokens is None:
             self._first_tokens, self._started = tokens, now
-        if now - self._shown < (0.2 if self._console.is_terminal else LINE_SECONDS):
+        if now - self._shown < (0.2 if self._is_shown else LINE_SECONDS):
             return
         self._shown = now
         speed = (tokens - self._first_tokens) / max(now - self._started, 1e-9)
-        line = f"{documents:,} documents, {tokens:,} tokens, {speed:,.0f} tokens/s"
-        if self._console.is_terminal:
-            self._progress.update(self._task, line=line, completed=fraction, total=None if fraction is None else 1.0)
+        notes = (f"{documents:,} documents,", f"{tokens:,} tokens,", f"{speed:,.0f} tokens/s")
+        if self._is_shown:
+            self._progress.update(self._task, notes=notes, completed=fraction, total=None if fraction is None else 1.0)
             return
         done = "" if fraction is None else f" ({fraction:.0%})"
-        self._console.print(f"{self._label}: {line}{done}", soft_wrap=True, markup=False)
+        self._console.print(f"{self._label}: {' '.join(notes)}{done}", soft_wrap=True, markup=False)
 
 
 _PART_NUMBERS = 1 << 40

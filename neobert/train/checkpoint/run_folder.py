@@ -20,7 +20,9 @@ LOGS = {"log.jsonl": "kind", "events.jsonl": "event"}
 _MARKS = ("checkpoints", *LOGS)
 """Names of which a run leaves at least one."""
 
-ENTRIES = (*_MARKS, "training.log", "config.yaml", "tokenizer", "tokenized", "report", "wandb_id.txt", TRACE, SNAPSHOT)
+_TRACKERS = ("wandb_id.txt", "tensorboard", "trackio_id.txt", "mlflow_id.txt")
+
+ENTRIES = (*_MARKS, "training.log", "config.yaml", "tokenizer", "tokenized", "report", *_TRACKERS, TRACE, SNAPSHOT)
 """What a run writes into its folder, in the order in which it is moved: a kill between two moves leaves what is still
 known as a run."""
 

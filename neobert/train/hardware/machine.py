@@ -27,6 +27,7 @@ from neobert.config.schema import Config
 from neobert.errors import StartupError
 from neobert.host import describe_waiting
 from neobert.kernels.linear_cross_entropy import choose_kernel
+from neobert.key import show_value
 from neobert.model.fp8 import fp8_problem
 from neobert.train.hardware.device import (
     choose_device_type,
@@ -210,19 +211,25 @@ def is_installed(name: str) -> bool:
     return importlib.util.find_spec(name) is not None
 
 
+def _find_missing_trackers(config: Config) -> list[str]:
+    asked = config.trainer.report_to
+    return [
+        f"{'wandb.enabled: true' if asked is None else f'trainer.report_to: {show_value(asked)}'}, but the package "
+        f"{name} is not installed; run `pip install -e '.[{name}]'` or "
+        + ("set wandb.enabled: false" if asked is None else f"leave {name} out")
+        for name in config.requested_trackers
+        if name != "all" and not is_installed(name)
+    ]
+
+
 def check_runtime(config: Config) -> None:
     """Checks before any work that this machine can do what the config asks for.
 
     Raises:
         StartupError: one message with every problem, each with its key and remedy.
     """
-    problems = []
+    problems = _find_missing_trackers(config)
     device_type = choose_device_type(config)
-    if config.wandb.enabled and not is_installed("wandb"):
-        problems.append(
-            "wandb.enabled: true, but the package wandb is not installed; "
-            "run `pip install -e '.[wandb]'` or set wandb.enabled: false"
-        )
     needs_bf16 = config.trainer.mixed_precision == "bf16" and device_type == "cuda"
     if device_problems := find_device_problems(config, device_type):
         problems += device_problems

@@ -269,6 +269,14 @@ class MetricWindow:
         return sums
 
 
+def describe_notes(values: Mapping[str, float]) -> list[str]:
+    """What is beside the progress bar of a logging interval."""
+    found = [f"loss {values['train/loss']:.4f}"]
+    if "train/perplexity" in values:
+        found.append(f"ppl {values['train/perplexity']:.2f}")
+    return [*found, f"{values['train/tokens_per_sec']:,.0f} tok/s"]
+
+
 def describe_values(step: int, values: Mapping[str, float]) -> str:
     """The line of a logging interval on the console."""
     parts = [f"train step {step:>7,}", f"loss {values['train/loss']:.4f}"]

@@ -1,16 +1,16 @@
 """Everything a run records: console lines, `log.jsonl`, `events.jsonl` and optional trackers.
 
 `log.jsonl` and the console are always on; a tracker such as wandb is a further reader of the same records, and one that
-fails is switched off with a warning, since losing a picture must not lose a run.
+fails is left out with a warning, since losing a picture must not lose a run.
 """
 
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
 from dataclasses import asdict, replace
 from pathlib import Path
 from types import MappingProxyType
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 
@@ -35,24 +35,24 @@ from neobert.train.probes.result import ProbeResult
 from neobert.train.processes.agreement import broadcast
 from neobert.train.processes.parallel import choose_engine
 from neobert.train.record.console import Reporter
-from neobert.train.record.metrics import Interval, IntervalSums, MetricWindow, StepRecord, describe_values, summarise
+from neobert.train.record.metrics import (
+    Interval,
+    IntervalSums,
+    MetricWindow,
+    StepRecord,
+    describe_notes,
+    describe_values,
+    summarise,
+)
 from neobert.train.record.sinks import LineFile, drop_later
+from neobert.train.record.trackers import Trackers, TrackerSink, as_metrics
 from neobert.train.report.page import RunReport, write_report
+from neobert.train.report.run_summary import describe_learning
 from neobert.train.step import StepMetrics
 from neobert.types import TrainState
 
 MOST_PENDING = 1000
 """Steps whose metrics may wait on the device; more are written between two logging points."""
-
-
-class Sink(Protocol):
-    """An optional tracker."""
-
-    name: str
-
-    def log(self, values: dict[str, float], step: int) -> None: ...
-
-    def close(self) -> None: ...
 
 
 class Tracker:
@@ -68,11 +68,11 @@ class Tracker:
         module: ObjectiveModule,
         num_steps: int,
         source_labels: Sequence[str],
-        sinks: list[Sink],
+        sinks: list[TrackerSink],
     ) -> None:
         self._runtime, self._config, self._module = runtime, config, module
         self._num_steps, self._labels = num_steps, source_labels
-        self._reporter, self._sinks = reporter, sinks
+        self._reporter, self._trackers = reporter, Trackers(sinks, self._note_failed_tracker)
         self._log, self._events = LineFile(output_dir / "log.jsonl"), LineFile(output_dir / "events.jsonl")
         self._report = RunReport(output_dir)
         self._window = MetricWindow(runtime, source_labels)
@@ -121,6 +121,7 @@ class Tracker:
         self.step = state.step
         if state.step == 0:
             self.event("started", 0)
+        self._trackers.begin(state.step)
         self._reporter.start_progress(done=state.step, total=self._num_steps)
         self._window.restore(IntervalSums(**state.interval))
         # Earlier versions saved no sums: what came before, since the last log line, is not known.
@@ -164,7 +165,7 @@ class Tracker:
         sums = self._window.restart()
         if not sums.num_steps:
             return
-        interval, partial = summarise(sums), {"partial": True} if self._is_partial else {}
+        interval, incomplete = summarise(sums), {"partial": True} if self._is_partial else {}
         values = self._choose_values(interval, sums)
         self._is_partial = False
         peak = max(self._runtime.gather_to_main(self._runtime.peak_memory_bytes()) or [0])
@@ -188,12 +189,14 @@ class Tracker:
             **statistics,
         }
         profiled = {"profiled_steps": sums.num_profiled} if sums.num_profiled else {}
-        self._append(self._log, [line | profiled | partial])
+        line |= profiled | incomplete
+        self._append(self._log, [line])
         self._reporter.say(describe_values(state.step, values))
+        self._reporter.note(*describe_notes(values))
         if by_source is not None:
             fractions = ", ".join(f"{count / interval.num_tokens:.1%} {label}" for label, count in by_source.items())
             self._reporter.say(f"      tokens by source: {fractions}")
-        self._send(values | {f"train/{name}": value for name, value in statistics.items()}, state.step)
+        self._trackers.send(as_metrics("train", line) | values, state.step)
 
     def _choose_values(self, interval: Interval, sums: IntervalSums) -> dict[str, float]:
         """What console and trackers show of an interval: the metrics that this run has, by the trackers' names."""
@@ -236,12 +239,14 @@ class Tracker:
         if metrics is None:
             return
         found = {"eval": metrics} if averaged is None else {"eval": metrics, "eval_ema": averaged}
+        lines = {kind: m.as_line() for kind, m in found.items()}
         # Both lines in one write: an evaluation that is in the file is not made again.
-        self._append(self._log, [{"kind": kind, "step": state.step, **m.as_line()} for kind, m in found.items()])
+        self._append(self._log, [{"kind": kind, "step": state.step, **line} for kind, line in lines.items()])
         for label, (kind, m) in zip(("eval ", "ema  "), found.items()):
             self._reporter.say(f"{label} step {state.step:>7,} | {m.describe()}")
             mark = kind.removeprefix("eval")
-            self._send({name.replace("/", f"{mark}/", 1): x for name, x in m.as_values().items()}, state.step)
+            values = {name.replace("/", f"{mark}/", 1): x for name, x in m.as_values().items()}
+            self._trackers.send(as_metrics(kind, lines[kind]) | values, state.step)
         self.write_report()
 
     def log_probes(
@@ -261,15 +266,16 @@ class Tracker:
         """
         self._probed_step = state.step
         cost = {"seconds": dict(seconds), "fractions": dict(fractions), "fingerprints": dict(fingerprints)}
-        lines = [{"kind": kind, "step": state.step, **x.as_line(), **cost} for kind, x in found.items()]
-        self._append(self._log, lines)
+        lines = {kind: {"kind": kind, "step": state.step, **x.as_line(), **cost} for kind, x in found.items()}
+        self._append(self._log, list(lines.values()))
         total = f"{sum(seconds.values()):.2f} s"
         total += f", {sum(fractions.values()):.2%} of the time" if fractions else ""
         values = {f"probe/seconds/{name}": x for name, x in seconds.items()}
         for kind, result in found.items():
             self._reporter.say(f"{kind.replace('_', ' ')} step {state.step:>7,} | {result.describe()} | {total}")
-            values |= {name.replace("probe/", f"{kind}/", 1): x for name, x in result.as_values().items()}
-        self._send(values, state.step)
+            named = {name.replace("probe/", f"{kind}/", 1): x for name, x in result.as_values().items()}
+            values |= as_metrics(kind, lines[kind]) | named
+        self._trackers.send(values, state.step)
 
     def probed(self, step: int) -> bool:
         """Whether this run probed at `step`."""
@@ -307,13 +313,18 @@ class Tracker:
             self.warn(f"{self._report.path} could not be written ({error}); the run continues without it")
             self.event("report_failed", self.step, problem=f"{type(error).__name__}: {error}")
 
+    def describe_learning(self) -> str:
+        """What `log.jsonl` says was learned, over all starts; empty where it has no loss."""
+        with suppress(OSError):  # Of the log: what it has not is not said.
+            self._report.log.update()
+        return describe_learning(self._report.log)
+
     def close(self) -> None:
         """Writes what is pending and closes the trackers."""
         self._write_steps()
         self._end_audit()
         self.write_report()
-        for sink in list(self._sinks):
-            self._guard(sink, sink.close)
+        self._trackers.close()
         self._reporter.stop_progress()
 
     def _write_steps(self) -> None:
@@ -361,17 +372,9 @@ class Tracker:
         except OSError as error:  # Full for a while: checkpoints decide whether the run can continue, not its record.
             self.warn(f"a record could not be written ({error}); it is kept and written with the next one")
 
-    def _send(self, values: dict[str, float], step: int) -> None:
-        for sink in list(self._sinks):
-            self._guard(sink, lambda sink=sink: sink.log(values, step))  # type: ignore[misc]
-
-    def _guard(self, sink: Sink, action: Callable[[], None]) -> None:
-        try:
-            action()
-        except Exception as error:  # A tracker may raise anything: network, disk, its own bugs.
-            self.warn(f"{sink.name} failed ({error}) and is switched off; the run and log.jsonl continue")
-            if sink in self._sinks:
-                self._sinks.remove(sink)
+    def _note_failed_tracker(self, name: str, sentence: str, problem: str) -> None:
+        self.warn(f"{sentence}; the run and log.jsonl continue")
+        self.event("tracker_failed", self.step, tracker=name, problem=problem)
 
     def _mfu(self, tokens_per_second: float, attended_length: float, predicted_fraction: float) -> float | None:
         peak = peak_flops(self._runtime.device, compute_dtype(self._config))

@@ -67,7 +67,7 @@ def summarise_run(log: RunLog, events: Sequence[Line], axes: Axes) -> Table:
     seconds = axes.seconds_at([last])
     found = {"state": describe_state(events), "steps": f"{last:,}", "tokens": f"{axes.tokens_at([last])[0]:,}"}
     if seconds is not None and logged:
-        found["training time, without evaluations and saves"] = _show_seconds(seconds[0])
+        found["training time, without evaluations and saves"] = show_seconds(seconds[0])
         spans = [(as_number(x.get("seconds")) or 0.0, as_number(x.get("tokens_per_second")) or 0.0) for x in logged]
         total, trained = sum(span for span, _ in spans), sum(span * rate for span, rate in spans)
         found["tokens a second, mean"] = f"{trained / max(total, 1e-9):,.0f}"
@@ -141,6 +141,19 @@ def _show_number(value: Any) -> str:
     return "not finite" if number is None else f"{number:.4f}"
 
 
-def _show_seconds(seconds: float) -> str:
+def describe_learning(log: RunLog) -> str:
+    """What the lines of a log say was learned: the first and the last number of each kind."""
+    parts = []
+    for kind, label in (("log", "training loss"), ("eval", "held-out loss")):
+        losses = [x for line in log.lines.get(kind, []) if (x := as_number(line.get("loss"))) is not None]
+        ends = [f"{loss:.4f}" for loss in (*losses[:1], *losses[1:][-1:])]
+        parts += [f"{label} {' -> '.join(ends)}"] if ends else []
+    last = (log.lines.get("eval") or [{}])[-1]
+    parts += [f"{name} {x:.4f}" for name in ("accuracy", "score") if (x := as_number(last.get(name))) is not None]
+    return ", ".join(parts)
+
+
+def show_seconds(seconds: float) -> str:
+    """A duration for people."""
     hours, rest = divmod(round(seconds), 3600)
     return f"{hours} h {rest // 60:02d} min" if hours else f"{rest // 60} min {rest % 60:02d} s"
