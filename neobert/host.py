@@ -13,6 +13,7 @@ another parent.
 
 import math
 import os
+import platform
 import sys
 from collections.abc import Iterator, MutableMapping
 from dataclasses import dataclass
@@ -55,6 +56,14 @@ def describe_waiting(environment: MutableMapping[str, str] = os.environ) -> str:
     return (
         ", ".join(f"{name}={environment[name]}" for name in WAITING if name in environment) or "OpenMP's own spinning"
     )
+
+
+def describe_cpu(root: Path = Path("/")) -> str:
+    """The name of the processor, as far as the system says it."""
+    file = root / "proc/cpuinfo"
+    lines = file.read_text().splitlines() if file.is_file() else ()
+    names = (line.partition(":")[2].strip() for line in lines if line.startswith("model name"))
+    return next(names, platform.processor() or platform.machine())
 
 
 def affine_cpus() -> int:

@@ -143,6 +143,9 @@ CALLS = [
     ("serve.py none --port 0", "none is no folder"),
     ("serve.py run --port 99999", "--port: 99999"),
     ("serve.py run --port 0 --max-texts 0", "--max-texts: 0; write a positive number"),
+    ("prove.py none", "none holds no log.jsonl; name the output folder of a run"),
+    ("prove.py run", "run has 1 checkpoint(s), so there are no steps between two; --from-start"),
+    ("prove.py run --samples 0", "argument --samples: '0': write a number of at least 1"),
     ("replay.py none --row 0", "none holds no checkpoint"),
     ("replay.py run --row -1", "--row: -1; rows are counted from 0"),
 ]

@@ -188,6 +188,9 @@ COMMANDS: dict[str, Command] = {
     ),
     "checkpoint": Command("verify, list, compare and prune checkpoints", "model_commands", "checkpoint.py"),
     "replay": Command("print a row of a run by its number", "model_commands", "replay.py"),
+    "prove": Command(
+        "make random steps of a run again, and compare them and its checkpoints with its record", "prove", "prove.py"
+    ),
     "analyze-profile": Command("where the time of profiled steps went", "benchmark_commands", "analyze_profile.py"),
     "benchmark": Command(
         "tokens per second, utilisation and memory of the training step",

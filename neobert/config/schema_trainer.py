@@ -159,6 +159,11 @@ class TrainerSection:
     log_weight_norms: bool = key(True, resume="free")
     """Log the L2 norm of all weights with every log line."""
 
+    health_checks: bool = key(True, resume="free")
+    """Look at loss, gradients, learning rate, masks, sources, speed and memory at log lines and evaluations, and say
+    once what is odd, with a line of advice (docs/troubleshooting.md lists the checks); nothing is stopped. false: look
+    at nothing."""
+
     log_statistics: bool = key(False, needs="trainer.logging_steps", tasks="pretraining", resume="free")
     """Log gradient norms and weight norms by kind of weight, and the logsumexp of the logits, with every log line."""
 

@@ -3,7 +3,7 @@ hub reads. Only what the run recorded or the call says.
 """
 
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -23,6 +23,7 @@ from neobert.objectives.late_interaction import TOKENS
 from neobert.objectives.mlm import MLM
 from neobert.objectives.table import OBJECTIVES, choose_objective
 from neobert.secrets import readable
+from neobert.train.proof.digest_chain import PROOF_FILE
 from neobert.weights.encoder_weights import EncoderWeights
 from neobert.weights.folder import AVERAGE_FILE
 
@@ -81,9 +82,10 @@ def model_card(
     name: str,
     source: str,
     language: tuple[str, ...],
+    proof: Mapping[str, Any] | None = None,
 ) -> str:
     """The text of README.md. `config` is that of the exported folder, `name` what users load it by, `source` what was
-    exported, `language` codes to state.
+    exported, `language` codes to state, `proof` what `build_proof` says of the run.
 
     Raises:
         ExportError: the folder that is exported has a card that cannot be read.
@@ -93,6 +95,11 @@ def model_card(
     objective = choose_objective(lineage[0].config) if lineage else older.objective
     data = build_card_data(objective, lineage, older, form=form, name=name, source=source, language=language)
     training = older.training or _training(weights, lineage)
+    if proof is not None:
+        training += (
+            f"\n\n`{PROOF_FILE}` has the digest chain of {proof['step']:,} steps, `{proof['chain'][:16]}`: "
+            "`neobert prove RUN --export FOLDER` compares it with the run."
+        )
     sections = [
         f"---\n{data.to_yaml()}\n{'' if data.license else _LICENSE}---",
         f"# {name.split('/')[-1]}",

@@ -13,6 +13,7 @@ import shutil
 from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import torch
 import transformers
@@ -43,9 +44,10 @@ from neobert.export.targets import TARGETS, ExportPlan, call_problems, plan_prob
 from neobert.export.tokenizer_files import check_class, save_tokenizer
 from neobert.objectives.table import OBJECTIVES
 from neobert.terminal import progress_bar
+from neobert.train.proof.digest_chain import PROOF_FILE, build_proof
 from neobert.weights.describe import WeightsError
 from neobert.weights.encoder_weights import EncoderWeights, load_encoder_weights
-from neobert.weights.folder import HEAD_FILE, OBJECTIVE_KEY, STEPS_KEY
+from neobert.weights.folder import HEAD_FILE, MODEL_FILE, OBJECTIVE_KEY, STEPS_KEY, record_file
 from neobert.weights.vector_settings import load_vector_settings
 from neobert.weights.vocabulary import VOCABULARY_TENSORS
 
@@ -217,10 +219,8 @@ def cut_vocabulary(weights: EncoderWeights, size: int) -> tuple[EncoderWeights, 
 
 
 def _write(plan: ExportPlan, request: ExportRequest, folder: Path) -> list[str]:
-    config, tensors = plan.weights.config, plan.weights.tensors
-    make_config, make_tensors = (
-        (native_config, native_tensors) if plan.form == "native" else (remote_config, remote_tensors)
-    )
+    config = plan.weights.config
+    make_config = native_config if plan.form == "native" else remote_config
     dtype = str(DTYPES[request.dtype]).removeprefix("torch.")
     head = find_head(plan.weights)
     longest = config.max_position_embeddings if head is None else head.max_length
@@ -239,8 +239,8 @@ def _write(plan: ExportPlan, request: ExportRequest, folder: Path) -> list[str]:
         for name, source in code_files().items():
             (folder / name).write_text(source, encoding="utf-8")
     changes += check_class(folder)
-    tensors = make_tensors(config, tensors) | ({} if head is None else plan.weights.training_only)
-    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+    save_file(_stored_tensors(plan), folder / MODEL_FILE, metadata={"format": "pt"})
+    proof = _write_proof(plan, request, folder)
     write_sentence_files(folder, config, plan.sentences)
     card = model_card(
         plan.weights,
@@ -252,9 +252,36 @@ def _write(plan: ExportPlan, request: ExportRequest, folder: Path) -> list[str]:
         name=request.push_to_hub or request.output.name,
         source=request.source,
         language=request.language,
+        proof=proof,
     )
     (folder / "README.md").write_text(card, encoding="utf-8")
     return changes
+
+
+def _stored_tensors(plan: ExportPlan) -> dict[str, torch.Tensor]:
+    make_tensors = native_tensors if plan.form == "native" else remote_tensors
+    head = {} if find_head(plan.weights) is None else plan.weights.training_only
+    return make_tensors(plan.weights.config, plan.weights.tensors) | head
+
+
+def convert_again(request: ExportRequest) -> dict[str, torch.Tensor]:
+    """The tensors that an export would store; nothing is written.
+
+    Raises:
+        ExportError: something is wrong with the request.
+    """
+    return _stored_tensors(_make_plan(request))
+
+
+def _write_proof(plan: ExportPlan, request: ExportRequest, folder: Path) -> dict[str, Any] | None:
+    """Writes the digest chain of the run behind the weights; None where there is none."""
+    proof = build_proof(plan.weights.folder, plan.weights.kind)
+    if proof is not None:
+        names = ("form", "dtype", "drop_decoder_bias", "weights")
+        settings = {name: getattr(request, name) for name in names}
+        proof["exported"] = {"sha256": record_file(folder / MODEL_FILE).sha256, "settings": settings}
+        _write_json(folder / PROOF_FILE, proof)
+    return proof
 
 
 def _open_to_readers(folder: Path) -> None:

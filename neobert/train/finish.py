@@ -14,7 +14,7 @@ from neobert.inference.model import Model
 from neobert.objectives.base import Answer, Answers
 from neobert.objectives.table import load_part
 from neobert.train.checkpoint.save import complete_save, note_bad_records, save_checkpoint
-from neobert.train.pretraining import SHOWN, log_evaluation
+from neobert.train.pretraining import SHOWN, log_evaluation, look_at_health
 from neobert.train.probes.probing import log_probes, probing_missing
 from neobert.train.report.page import REPORT
 from neobert.train.report.run_summary import show_seconds
@@ -38,6 +38,7 @@ def finish(run: Run, state: TrainState) -> None:
     """Brings the record up to `state`, unless this step was evaluated and saved already, and closes the run."""
     if run.logging_steps:
         run.tracker.log(state, run.read_metrics())
+        look_at_health(run, state)
     if run.checkpoint is not None and not run.tracker.trained:
         run.tracker.say(f"nothing left to do: step {state.step:,} of {run.num_steps:,}")
     elif not run.tracker.evaluated(state.step):

@@ -24,7 +24,7 @@ from neobert.train.checkpoint.resume import resume_or_start, roll_back
 from neobert.train.checkpoint.save import complete_save, save_checkpoint, save_is_due
 from neobert.train.finish import finish, stop_early
 from neobert.train.hardware.memory import memory_explained
-from neobert.train.pretraining import log_evaluation
+from neobert.train.pretraining import log_evaluation, look_at_health
 from neobert.train.probes.probing import log_probes, probing_missing
 from neobert.train.processes.agreement import meet, sharing_errors
 from neobert.train.processes.heartbeat import naming_lost_ranks
@@ -93,6 +93,8 @@ def _train(run: Run) -> RunResult:
             if run.data.inventory.files:
                 run.tracker.note_once("inventory", 0, files=run.data.inventory.as_lines())
             run.tracker.note_once("environment", 0, **describe_environment(run))
+            if run.health is not None:
+                run.health.begin(state.step)
         if evaluation_missing(run, state):
             log_evaluation(run, state)
         if probing_missing(run, state):
@@ -106,6 +108,7 @@ def _train(run: Run) -> RunResult:
                 break
             if due(state.step, run.logging_steps):
                 run.tracker.log(state, run.read_metrics())
+                look_at_health(run, state)
             if due(state.step, run.eval_steps):
                 log_evaluation(run, state)
             if probing_missing(run, state):

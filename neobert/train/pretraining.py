@@ -22,6 +22,7 @@ from neobert.objectives.table import load_part
 from neobert.train.checkpoint.replicas import check_replicas
 from neobert.train.hardware.machine import describe_compute
 from neobert.train.hardware.memory import memory_explained
+from neobert.train.health.watch import measure_weights
 from neobert.train.processes.agreement import meet
 from neobert.train.run import Job, Run
 from neobert.train.start import write_config
@@ -51,6 +52,15 @@ def log_evaluation(run: Run, state: TrainState) -> None:
     # The weights come last: what a job writes of an evaluation is theirs.
     metrics = run.job.evaluate(run) if not averages or averaged is not None else None
     run.tracker.log_eval(state, metrics, averaged)
+    if metrics is not None and run.health is not None:
+        run.tracker.note_weights(state.step, measure_weights(run.module))
+    look_at_health(run, state)
+
+
+def look_at_health(run: Run, state: TrainState) -> None:
+    """Says what is odd, after something was logged."""
+    if run.health is not None and run.runtime.is_main:
+        run.health.look(state.step)
 
 
 def _documents(run: Run) -> DataPipeline:
@@ -159,7 +169,8 @@ def announce(run: Run) -> None:
         lines.append(f"clm       the first {masks.clm_steps:,} steps predict next tokens, the others hidden ones")
     lines += [f"data      {note}" for note in data.notes]
     if objective.describe_baseline is not None and run.runtime.is_main:  # It reads data, and only rank 0 speaks.
-        lines.append(objective.describe_baseline(config, data.unigram_entropy))
+        watched = None if run.health is None else run.health.expected.unigram_entropy  # Which reads the data once.
+        lines.append(objective.describe_baseline(config, watched or data.unigram_entropy))
     run.reporter.say("\n".join(lines))
     odd = [*warnings(config, total_steps=run.num_steps), *slow_reading(config, run.runtime.device.type)]
     for text in [*odd, *data.inventory.warnings()]:

@@ -41,6 +41,7 @@ from neobert.train.checkpoint.commit import Committer
 from neobert.train.checkpoint.replicas import compare_tensors, list_tensors
 from neobert.train.checkpoint.retention import name_test
 from neobert.train.hardware.machine import build_runtime
+from neobert.train.health.watch import Health, build_health
 from neobert.train.initial import copy_initial_weights
 from neobert.train.numerics import Guard
 from neobert.train.probes.pinned import Probes, build_probes
@@ -114,6 +115,9 @@ class Run(RunSetup):
 
     schedule: Schedule
     tracker: Tracker
+    health: Health | None
+    """With `trainer.health_checks`."""
+
     committer: Committer
     guard: Guard
     num_steps: int
@@ -242,9 +246,21 @@ def _wire(
     config, runtime, output_dir, reporter = setup.config, setup.runtime, setup.output_dir, setup.reporter
     average = build_average(config, module)
     computing.learn_from(None if average is None else average.tensors)
+    objective = choose_objective(config)
+    schedule = build_schedule(config.scheduler, base_lr=config.optimizer.lr, num_steps=num_steps)
+    tracker = Tracker(
+        runtime=runtime,
+        config=config,
+        output_dir=output_dir,
+        reporter=reporter,
+        module=module,
+        num_steps=num_steps,
+        source_labels=data.labels,
+        sinks=build_sinks(config, runtime, output_dir, computing, reporter),
+    )
     return Run(
         **{f.name: getattr(setup, f.name) for f in fields(setup)},
-        objective=choose_objective(config),
+        objective=objective,
         job=job,
         data=data,
         module=module,
@@ -255,17 +271,9 @@ def _wire(
         average=average,
         statistics=build_statistics(config, module, computing),
         probes=probes,
-        schedule=build_schedule(config.scheduler, base_lr=config.optimizer.lr, num_steps=num_steps),
-        tracker=Tracker(
-            runtime=runtime,
-            config=config,
-            output_dir=output_dir,
-            reporter=reporter,
-            module=module,
-            num_steps=num_steps,
-            source_labels=data.labels,
-            sinks=build_sinks(config, runtime, output_dir, computing, reporter),
-        ),
+        schedule=schedule,
+        tracker=tracker,
+        health=build_health(config, objective, data, schedule, num_steps, tracker, output_dir),
         committer=Committer(runtime, output_dir),
         guard=Guard(runtime, config.trainer),
         num_steps=num_steps,

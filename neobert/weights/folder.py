@@ -65,10 +65,14 @@ class Manifest:
     def num_bytes(self) -> int:
         return sum(record.bytes for record in self.files.values())
 
+    @property
+    def digest(self) -> str:
+        """SHA-256 of all it says: of every file of the checkpoint."""
+        return _digest(self._body())
+
     def to_text(self) -> str:
         """The file's text."""
-        body = self._body()
-        return json.dumps({**body, "self": _digest(body)}, indent=1) + "\n"
+        return json.dumps({**self._body(), "self": self.digest}, indent=1) + "\n"
 
     def _body(self) -> dict[str, Any]:
         files = {name: asdict(record) for name, record in sorted(self.files.items())}

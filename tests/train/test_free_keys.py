@@ -65,6 +65,7 @@ TRIED: list[tuple[str, dict[str, str]]] = [
             "trainer.logging_steps": "1",
             "trainer.log_train_accuracy": "true",
             "trainer.log_weight_norms": "false",
+            "trainer.health_checks": "false",
             "trainer.log_statistics": "true",
             "trainer.gradient_checkpointing": "true",
             "trainer.gradient_checkpointing_every": "2",

@@ -50,6 +50,9 @@ class SaveResult:
     """Another attempt cannot succeed."""
 
     num_bytes: int = 0
+    manifest: str | None = None
+    """Digest of the manifest, where there is a checkpoint."""
+
     seconds: float = 0.0
     """From the first file to the rename."""
 
@@ -185,7 +188,9 @@ class Committer:
             remove_tree(flight.temporary)
             return SaveResult(step=flight.step, path=None, problem=problem, fatal=not self._output_dir.is_dir())
         seconds = time.perf_counter() - flight.started
-        return SaveResult(step=flight.step, path=final, num_bytes=manifest.num_bytes, seconds=seconds)
+        return SaveResult(
+            step=flight.step, path=final, num_bytes=manifest.num_bytes, manifest=manifest.digest, seconds=seconds
+        )
 
 
 def _write_files(folder: Path, files: Mapping[str, Write], step: int) -> _Written:

@@ -86,7 +86,12 @@ def complete_save(run: Run, *, wait: bool = False) -> Path | None:
     run.stop.note_save(outcome.seconds)
     rate = outcome.num_bytes / 1e9 / max(outcome.seconds, 1e-9)
     run.tracker.event(
-        "saved", outcome.step, path=str(outcome.path), bytes=outcome.num_bytes, seconds=round(outcome.seconds, 3)
+        "saved",
+        outcome.step,
+        path=str(outcome.path),
+        bytes=outcome.num_bytes,
+        seconds=round(outcome.seconds, 3),
+        manifest=outcome.manifest,
     )
     run.tracker.say(f"saved {outcome.path}/ ({outcome.num_bytes / 1e6:,.1f} MB, {rate:.2f} GB/s)")
     if run.runtime.is_main:

@@ -65,6 +65,15 @@ def current_bytes() -> int:
     return _read_field(Path("/proc/self/status"), "VmRSS") * 1024
 
 
+def swapped_bytes() -> int:
+    """Memory of this process that is in swap.
+
+    Raises:
+        OSError: the system does not report it; it is not Linux.
+    """
+    return _read_field(Path("/proc/self/status"), "VmSwap") * 1024
+
+
 def peak_bytes() -> int:
     """Highest `current_bytes` since `forget_peak`, or since the process started.
 

@@ -17,6 +17,7 @@ import platform
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, replace
+from functools import cache
 from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar, cast
@@ -321,12 +322,22 @@ def _without_path(field: Field, value: Any) -> Any:
 
 def describe_program() -> Facts:
     """The source code of this package by file, and the versions of Python and of the packages that compute and read."""
-    folder = Path(neobert.__file__).parent
-    code = {
-        f"code of neobert/{path.relative_to(folder).as_posix()}": _digest(path) for path in sorted(folder.rglob("*.py"))
-    }
+    code = _describe_code()
     versions = {f"version of {name}": version(name) for name in (*PACKAGES, *READERS)}
     return code | {"version of Python": platform.python_version()} | versions
+
+
+@cache
+def digest_code() -> str:
+    """16 hex digits over the source code of this package, as it was at the first call."""
+    return _hash(_describe_code())[:16]
+
+
+def _describe_code() -> Facts:
+    folder = Path(neobert.__file__).parent
+    return {
+        f"code of neobert/{path.relative_to(folder).as_posix()}": _digest(path) for path in sorted(folder.rglob("*.py"))
+    }
 
 
 def describe_checkpoint(checkpoint: Path | None) -> Facts:

@@ -46,6 +46,7 @@ from neobert.train.record.metrics import (
 )
 from neobert.train.record.sinks import LineFile, drop_later
 from neobert.train.record.trackers import Trackers, TrackerSink, as_metrics
+from neobert.train.report.log_reader import RunLog
 from neobert.train.report.page import RunReport, write_report
 from neobert.train.report.run_summary import describe_learning
 from neobert.train.step import StepMetrics
@@ -301,6 +302,15 @@ class Tracker:
         known = next((event for event in self._events.newest_first() if event["event"] == kind), None)
         if known is None or not scrub_config(details).items() <= known.items():
             self.event(kind, step, **details)
+
+    def note_weights(self, step: int, measured: Mapping[str, Any]) -> None:
+        """Records what was measured of the weights, in a line of kind `weights`."""
+        self._append(self._log, [{"kind": "weights", "step": step, **measured}])
+
+    def read_log(self) -> RunLog:
+        """The lines so far, of which only new ones are read; for rank 0. Raises OSError where there is no log."""
+        self._report.log.update()
+        return self._report.log
 
     def write_report(self) -> None:
         """Brings the page of the run up to date; where it cannot be written, the run continues without."""

@@ -4,8 +4,9 @@ import platform
 from importlib.metadata import version
 from typing import TYPE_CHECKING, Any
 
+from neobert.host import describe_cpu
 from neobert.train.hardware.machine import choose_compile, describe_precision
-from neobert.train.processes.agreement import PACKAGES, READERS
+from neobert.train.processes.agreement import PACKAGES, READERS, digest_code
 from neobert.weights.vocabulary import VOCABULARY_TENSORS
 
 if TYPE_CHECKING:
@@ -22,8 +23,10 @@ def describe_environment(run: "Run") -> dict[str, Any]:
         "precision": describe_precision(config),
         "attention": run.attention.describe(),
         "compiled": choose_compile(config),
+        "cpu": describe_cpu(),
         "system": platform.platform(),
         "python": platform.python_version(),
+        "code": digest_code(),
         **{name: version(name) for name in (*PACKAGES, *READERS)},
     }
     architecture = {

@@ -18,6 +18,7 @@ _UNEVENTFUL = {"started", "saved", "environment", "finished"}
 
 _FAULTS = {
     "bad_records",
+    "health",
     "numbers",
     "out_of_memory",
     "prune_failed",
