@@ -11,11 +11,11 @@ import pytest
 ROOT = Path(__file__).parent.parent
 PACKAGE = ROOT / "neobert"
 LAYERS = [
-    {"secrets", "host", "correlation"},
+    {"secrets", "host", "correlation", "terminal"},
     {"errors", "key"},
     {"model", "kernels"},
     {"config"},
-    {"types", "splitmix", "terminal", "cli", "disk"},
+    {"types", "splitmix", "cli", "disk"},
     {"data", "objectives", "optim", "testing"},
     {"weights"},
     {"inference"},
