@@ -12,11 +12,11 @@ ROOT = Path(__file__).parent.parent
 PACKAGE = ROOT / "neobert"
 HOUSE = ROOT / "docs" / "images" / "house.svg"
 LAYERS = [
-    {"secrets", "host", "correlation"},
+    {"secrets", "host", "correlation", "terminal"},
     {"errors", "key"},
     {"model", "kernels"},
     {"config"},
-    {"types", "splitmix", "terminal", "cli", "disk"},
+    {"types", "splitmix", "cli", "disk"},
     {"data", "objectives", "optim", "testing"},
     {"weights"},
     {"inference"},

@@ -58,7 +58,7 @@ class Suite:
     train: Train
     say: Say
     is_watched: bool
-    """Whether there is a bar of the cells, and a line for each in the place of its own lines."""
+    """Whether there is a bar of the cells, and a line for each instead of its own lines."""
 
     results: dict[Cell, CellResult] = field(default_factory=dict)
     """Of the finished cells."""
