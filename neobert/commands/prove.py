@@ -18,7 +18,7 @@ from neobert.errors import CallError, UserError
 
 if TYPE_CHECKING:
     from neobert.train.proof.retrain import Retrained
-    from neobert.train.proof.segments import Segment
+    from neobert.train.proof.stretches import Segment
 
 Verdict = Literal["ok", "rounding", "open", "FAIL"]
 
@@ -91,7 +91,7 @@ def examine_run(
         CallError: there are no two checkpoints to make anything between, and `from_start` is not set.
     """
     from neobert.train.proof.digest_chain import read_steps
-    from neobert.train.proof.segments import choose_segments, find_probabilities, list_segments
+    from neobert.train.proof.stretches import choose_segments, find_probabilities, list_segments
     from neobert.weights.folder import checkpoint_steps
 
     lines = read_steps(run)

@@ -86,6 +86,7 @@ def test_a_folder_is_complete_and_can_be_read_back(
     files = {path.name for path in done.folder.iterdir()}
     code = {"model_config.json"} if done.form == "native" else set(code_files())
     common = {"config.json", "model.safetensors", "tokenizer.json", "tokenizer_config.json", "README.md"}
+    common |= {"training_proof.json"}
     assert files == common | code | {"modules.json", "sentence_bert_config.json", "1_Pooling"}
     with safe_open(done.folder / "model.safetensors", framework="pt") as file:
         assert file.metadata() == {"format": "pt"}

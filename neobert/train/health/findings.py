@@ -239,7 +239,7 @@ def find_starving_source(log: RunLog, expected: Expected) -> str | None:
     for label in now[-1]:
         fraction = sum(x[label] for x in before) / max(total_before, 1)
         tokens = sum(x[label] for x in now)
-        if tokens < 0.1 * fraction * total and fraction * total >= 20 * expected.row_length:
+        if tokens < 0.1 * fraction * total and fraction * total >= 10 * expected.row_length:
             return f"{label} gave {tokens / total:.2%} of the tokens of {INTERVALS} log lines, before {fraction:.1%}"
         if not fraction and not tokens and log.last_step >= 500:
             return f"{label} has given no token in {log.last_step:,} steps"

@@ -333,7 +333,7 @@ def digest_code() -> str:
     return _hash(_describe_code())[:16]
 
 
-def _describe_code() -> Facts:
+def _describe_code() -> dict[str, Any]:
     folder = Path(neobert.__file__).parent
     return {
         f"code of neobert/{path.relative_to(folder).as_posix()}": _digest(path) for path in sorted(folder.rglob("*.py"))
