@@ -115,11 +115,6 @@ def build_model_config(config: Config, tokenizer: Tokenizer, hub: ModelConfig | 
             raise StartupError(f"trainer.fp8: {trainer.fp8} is for encoders of ours, not of transformers; write no")
         if trainer.bf16_residual:
             raise StartupError("trainer.bf16_residual: true is for encoders of ours, not of transformers; write false")
-        if choose_objective(config).is_causal or config.datacollator.clm_steps is not None:
-            raise StartupError(
-                "trainer.objective: clm and datacollator.clm_steps are for encoders of ours, not of transformers, "
-                "whose attention sees both sides; write mlm and null"
-            )
         return hub
     vocab_size = padded_vocab_size(config.model.vocab_size, tokenizer.size)
     architecture = {f.name: getattr(config.model, f.name) for f in fields(Architecture)}
