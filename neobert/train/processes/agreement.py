@@ -10,6 +10,7 @@ trackers are a machine's own: what is found under a path is compared instead (th
 the tokenizer, the initial weights).
 """
 
+import functools
 import hashlib
 import json
 import pickle
@@ -17,7 +18,7 @@ import platform
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, replace
-from importlib.metadata import version
+from importlib import metadata
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar, cast
 
@@ -274,6 +275,9 @@ def _hash(values: Mapping[str, Any]) -> str:
 def _shorten(text: str) -> str:
     return text if len(text) <= _SHOWN else f"{text[: _SHOWN - 3]}..."
 
+
+version = functools.cache(metadata.version)
+"""Of a package; looked up once, since that takes as long as a step of a small model."""
 
 PACKAGES = ("torch", "transformers", "accelerate", "safetensors", "tokenizers", "numpy")
 """Whose versions a checkpoint records."""
