@@ -125,7 +125,7 @@ def scrub(text: str) -> str:
     text = _QUERY.sub(_hide_parameter, hide_credentials(text))
     for named in (_HEADER, _NAMED, _OPTION):
         text = named.sub(_hide_value, text)
-    for name, value in os.environ.items():
+    for name, value in os.environ.items() if len(text) >= _LEAST_LENGTH else ():
         if len(value) >= _LEAST_LENGTH and value in text and _is_secret_variable(name, value):
             text = _hide_variable(text, name, value)
     return text

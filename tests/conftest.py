@@ -6,9 +6,15 @@ import os
 import signal
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from types import SimpleNamespace
+from typing import TYPE_CHECKING
 
 import pytest
-import torch
+from devices import DEVICE, KEYS
+from small_corpus import make_texts
+
+if TYPE_CHECKING:
+    from neobert.config.schema import Config
 
 MOST_WORKERS = 8
 """Each takes a gigabyte, and on more cores the longest test decides."""
@@ -21,19 +27,19 @@ signal.signal(signal.SIGINT, signal.default_int_handler)  # Ignored where pytest
 # processes inherit it: a resumed run is compared with one of this process bit for bit.
 os.environ["OMP_NUM_THREADS"] = "1"
 os.environ["TORCHINDUCTOR_COMPILE_THREADS"] = "1"
-torch.set_num_threads(1)
-# Read when triton is imported, which the imports below do with some builds of torch: without a GPU its kernels run in
-# the interpreter.
-if not torch.cuda.is_available():
-    os.environ["TRITON_INTERPRET"] = "1"
 
-# ruff: noqa: E402
-from devices import DEVICE, KEYS
-from small_corpus import make_texts
 
-from neobert.config.load import config_to_yaml, load_config, parse_config
-from neobert.config.schema import Config
-from neobert.data.tokenizer import train_tokenizer
+def pytest_configure(config: pytest.Config) -> None:
+    """Sets up torch where tests run. The process that hands them out imports nothing: its workers wait for it."""
+    if config.getoption("dist", "no") != "no" and "PYTEST_XDIST_WORKER" not in os.environ:
+        return
+    import torch
+
+    torch.set_num_threads(1)
+    # Read when triton is imported, as it is with this package and some builds of torch: without a GPU its kernels run
+    # in the interpreter.
+    if not torch.cuda.is_available():
+        os.environ["TRITON_INTERPRET"] = "1"
 
 
 def pytest_xdist_auto_num_workers(config: pytest.Config) -> int:
@@ -63,6 +69,19 @@ def no_waiting_for_the_disk() -> Iterator[None]:
         yield
 
 
+@pytest.fixture(scope="session", autouse=True)
+def no_stacks_of_seeds() -> Iterator[None]:
+    """`torch.manual_seed`, called in every step, writes down the stack for each kind of device that is not there, which
+    takes as long as a layer."""
+    import torch
+
+    with pytest.MonkeyPatch.context() as patch:
+        for module in (torch.cuda, torch.xpu, torch.mtia):
+            if not module.is_available():
+                patch.setattr(module, "traceback", SimpleNamespace(format_stack=list))
+        yield
+
+
 @pytest.fixture(scope="session")
 def texts() -> list[str]:
     return make_texts(240)
@@ -81,14 +100,17 @@ def corpus(tmp_path_factory: pytest.TempPathFactory, texts: list[str]) -> Path:
 
 @pytest.fixture(scope="session")
 def tokenizer_folder(tmp_path_factory: pytest.TempPathFactory, texts: list[str]) -> Path:
+    from neobert.data.tokenizer import train_tokenizer
+
     folder = tmp_path_factory.mktemp("tokenizer")
     train_tokenizer(iter(texts), algorithm="byte_bpe", vocab_size=360).save(folder)
     return folder
 
 
 @pytest.fixture(scope="session")
-def tiny(corpus: Path, tokenizer_folder: Path) -> Callable[..., Config]:
+def tiny(corpus: Path, tokenizer_folder: Path) -> "Callable[..., Config]":
     """Builds the config of a run that takes a second: `tiny(output_dir, "trainer.max_steps=3", ...)`."""
+    from neobert.config.load import config_to_yaml, load_config, parse_config
 
     base = [
         "seed=3",
@@ -118,10 +140,28 @@ def tiny(corpus: Path, tokenizer_folder: Path) -> Callable[..., Config]:
     ]
     text = config_to_yaml(load_config(None, base))
 
-    def build(output_dir: Path, *overrides: str) -> Config:
+    def build(output_dir: Path, *overrides: str) -> "Config":
         return parse_config(text, [f"trainer.output_dir={output_dir}", *overrides])
 
     return build
+
+
+@pytest.fixture(scope="session")
+def whole_run(tiny: "Callable[..., Config]", tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:
+    """`whole_run("trainer.max_steps=3", ...)`: the folder of such a run that nothing interrupted, made once. It is
+    compared with, and never changed."""
+    from neobert.train.loop import pretrain
+
+    folder, made = tmp_path_factory.mktemp("whole"), dict[tuple[str, ...], Path]()
+
+    def find(*overrides: str) -> Path:
+        if overrides not in made:
+            out = folder / str(len(made))
+            pretrain(tiny(out, *overrides))
+            made[overrides] = out
+        return made[overrides]
+
+    return find
 
 
 @pytest.fixture(scope="session")

@@ -3,16 +3,21 @@
 import os
 
 import pytest
-import torch
 
 
 def choose_test_device(name: str) -> str:
     """The device of that name. Raises pytest.UsageError for one that is unknown or not here."""
     if name not in ("cpu", "cuda"):
         raise pytest.UsageError(f"NEOBERT_TEST_DEVICE: {name!r} is unknown; write cpu or cuda")
-    if name == "cuda" and not torch.cuda.is_available():
+    if name == "cuda" and not find_gpu():
         raise pytest.UsageError("NEOBERT_TEST_DEVICE: cuda, but torch sees no GPU; unset it")
     return name
+
+
+def find_gpu() -> bool:
+    import torch  # Only where a GPU is asked for: the process that hands out the tests imports this module too.
+
+    return torch.cuda.is_available()
 
 
 DEVICE = choose_test_device(os.environ.get("NEOBERT_TEST_DEVICE", "cpu"))

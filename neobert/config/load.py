@@ -161,6 +161,12 @@ def _hide(field: Field, value: Any) -> Any:
     return hide_credentials(value, is_path=field.known.path) if isinstance(value, str) else value
 
 
+@functools.lru_cache(maxsize=1)
+def saved_text(config: Config) -> str:
+    """What a run writes of its config, for its folder and every checkpoint: `config_to_yaml` without secrets."""
+    return config_to_yaml(without_secrets(config))
+
+
 def save_config(config: Config, path: str | Path) -> None:
     """Write `config_to_yaml(config)` to `path`."""
     Path(path).write_text(config_to_yaml(config), encoding="utf-8")

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from neobert.config.fields import FIELDS, SECTIONS
-from neobert.config.load import ConfigError, config_to_yaml, load_saved_config, save_config, without_secrets
+from neobert.config.load import ConfigError, config_to_yaml, load_saved_config, saved_text
 from neobert.config.nesting import parse_json
 from neobert.config.schema import Config
 from neobert.disk import is_locked_by, lock_file, replacing
@@ -305,7 +305,7 @@ def write_config(config: Config, runtime: "Runtime", output_dir: Path, reporter:
         return
     path = output_dir / "config.yaml"
     with replacing(path) as temporary:
-        save_config(without_secrets(config), temporary)
+        temporary.write_text(saved_text(config), encoding="utf-8")
         if os.path.lexists(path) and not _was_written(path):
             kept = next(free_names(output_dir / "config.yaml.old"))
             path.rename(kept)

@@ -1,9 +1,11 @@
 """The table of loss kernels."""
 
 import re
+from types import SimpleNamespace
 
 import pytest
 import torch
+from children import run_forked
 
 from neobert.benchmark import loss_kernels
 
@@ -12,6 +14,8 @@ def test_a_table_of_two_kernels(monkeypatch: pytest.MonkeyPatch) -> None:
     """All logits of 4,096 rows and 12,288 words are 200 MB several times over, a chunk of them is 64 MB."""
     monkeypatch.delenv("TRITON_INTERPRET", raising=False)
     monkeypatch.setitem(loss_kernels.SHAPES, "small", (4096, 16, 12288))
+    # That a kernel has a process of its own is seen below.
+    monkeypatch.setattr(loss_kernels, "subprocess", SimpleNamespace(run=run_forked))
     lines = loss_kernels.table(["torch", "reference", "triton"], ["small"], "fp32", "cpu", 1).splitlines()
     assert [line.split("|")[2].strip() for line in lines[2:]] == ["torch", "reference", "triton"]
     assert lines[4].endswith("| - | cannot run here |")

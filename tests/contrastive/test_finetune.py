@@ -1,12 +1,7 @@
 """Contrastive runs: what they start from, what they record, and that a continued one equals the uninterrupted one."""
 
 import json
-import os
 import shutil
-import signal
-import subprocess
-import sys
-import time
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -15,6 +10,7 @@ import numpy as np
 import pytest
 import torch
 from calls import call
+from children import fork, kill, wait_until
 from huggingface_hub import ModelCard
 from safetensors.torch import load_file
 from transformers import AutoModel, AutoTokenizer
@@ -106,26 +102,20 @@ def test_a_resumed_run_equals_the_uninterrupted_one(
 
 
 def test_kill_9_and_resume_with_latest(
-    contrastive: Contrastive, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    contrastive: Contrastive, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     overrides = ["trainer.max_steps=18", "trainer.logging_steps=1", "trainer.save_steps=3", "model.dropout_prob=0.1"]
     whole, killed = tmp_path / "whole", tmp_path / "killed"
     config_file = tmp_path / "run.yaml"
     config_file.write_text(config_to_yaml(contrastive(killed, *overrides)))
     finetune(contrastive(whole, *overrides))
-    command = [sys.executable, "scripts/contrastive/finetune.py", str(config_file)]
+    log = killed / "log.jsonl"
     # It does not end by itself while the kill is on its way, however busy the machine is.
-    environment = {**os.environ, "NEOBERT_FAULT": "step.done@15:sleep60"}
-    victim = subprocess.Popen(
-        command, cwd=ROOT, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
-    )
-    deadline = time.monotonic() + 60
-    while not (killed / "log.jsonl").exists() or (killed / "log.jsonl").read_text().count('"loss_hex"') < 8:
-        assert victim.poll() is None, victim.communicate()[0]
-        assert time.monotonic() < deadline, "the run did not get far enough"
-        time.sleep(0.01)
-    os.kill(victim.pid, signal.SIGKILL)
-    victim.wait()
+    monkeypatch.setenv("NEOBERT_FAULT", "step.done@15:sleep60")
+    victim = fork(lambda: int(call("contrastive/finetune.py", config_file)), tmp_path / "printed")
+    wait_until(lambda: log.exists() and log.read_text().count('"loss_hex"') >= 8, victim, tmp_path / "printed")
+    kill(victim)
+    monkeypatch.delenv("NEOBERT_FAULT")
     assert max(int(p.name) for p in (killed / "checkpoints").iterdir() if p.name.isdecimal()) < 18
     capsys.readouterr()
     assert call("contrastive/finetune.py", config_file, "--trainer.resume_from_checkpoint", "latest") == 0

@@ -2,11 +2,6 @@
 
 import gzip
 import json
-import os
-import signal
-import subprocess
-import sys
-import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -18,6 +13,7 @@ import pyarrow.parquet as pq
 import pytest
 import torch
 from calls import call
+from children import fork, kill, wait_until
 from datasets import Dataset
 from safetensors.torch import load_file
 
@@ -86,27 +82,19 @@ def test_every_kind_is_recognised_learned_and_resumed_exactly(
     assert all(torch.equal(tensor, weights[1][key]) for key, tensor in weights[0].items())
 
 
-def test_a_killed_run_resumes_as_typed(labelled: Labelled, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_killed_run_resumes_as_typed(
+    labelled: Labelled, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
     whole, killed = tmp_path / "whole", tmp_path / "killed"
     overrides = ("trainer.logging_steps=1", "trainer.save_steps=2", "trainer.eval_steps=2")
     finetune(labelled(whole, *overrides))
     file = tmp_path / "run.yaml"
     file.write_text(config_to_yaml(labelled(killed, *overrides, "trainer.resume_from_checkpoint=latest")))
-    victim = subprocess.Popen(
-        [sys.executable, "scripts/finetuning/finetune.py", str(file)],
-        cwd=ROOT,
-        env={**os.environ, "NEOBERT_FAULT": "step.done@9:sleep60"},
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-    )
-    deadline = time.monotonic() + 60
-    while not (killed / "checkpoints/8/manifest.json").exists():
-        assert victim.poll() is None, victim.communicate()[0]
-        assert time.monotonic() < deadline, "the run did not get far enough"
-        time.sleep(0.01)
-    os.kill(victim.pid, signal.SIGKILL)
-    victim.wait()
+    monkeypatch.setenv("NEOBERT_FAULT", "step.done@9:sleep60")
+    victim = fork(lambda: int(call("finetuning/finetune.py", file)), tmp_path / "printed")
+    wait_until((killed / "checkpoints/8/manifest.json").exists, victim, tmp_path / "printed")
+    kill(victim)
+    monkeypatch.delenv("NEOBERT_FAULT")
     assert call("finetuning/finetune.py", file) == 0
     assert "resuming from" in capsys.readouterr().out
     assert steps(killed) == steps(whole)

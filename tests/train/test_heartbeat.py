@@ -18,6 +18,7 @@ from ports import free_port
 from neobert.cli import EXIT_CODES
 from neobert.config.schema import Config
 from neobert.train import loop
+from neobert.train.processes import heartbeat
 from neobert.train.processes.heartbeat import BROKEN_SECONDS, STOPPING_SECONDS, Beat, RankLostError, Watch, is_of_peers
 
 LIVE = Beat(where="step 7", is_patient=False, host="node1")
@@ -222,11 +223,12 @@ def read_within(descriptor: int, seconds: float) -> bytes:
 
 
 def test_a_request_to_stop_while_another_rank_is_stopped_does_not_wait_for_the_timeout(
-    tiny: Callable[..., Config], tmp_path: Path
+    tiny: Callable[..., Config], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     config = tiny(tmp_path / "run", "trainer.rank_timeout_seconds=600", "trainer.per_device_train_batch_size=2")
     port, logs = free_port(), [tmp_path / f"rank-{number}.txt" for number in (0, 1)]
     stop, terminate = (lambda: os.kill(os.getpid(), signal.SIGSTOP)), (lambda: os.kill(os.getpid(), signal.SIGTERM))
+    monkeypatch.setattr(heartbeat, "STOPPING_SECONDS", 3.0)  # How long it is by itself is seen above.
     children = [
         fork_run(config, log, before_step(3, harm), rank=number, world=2, port=port)
         for number, (log, harm) in enumerate(zip(logs, (terminate, stop)))

@@ -102,7 +102,8 @@ def test_a_resume_on_the_same_shards_is_exact(tiny: Tiny, tmp_path: Path, optimi
 
 
 def test_a_rank_that_dies_while_it_saves_leaves_the_checkpoint_before(tiny: Tiny, tmp_path: Path) -> None:
-    config, port = build(tiny, tmp_path / "run", 2, "trainer.parallel=fsdp2"), free_port()
+    settings = ["trainer.parallel=fsdp2", "trainer.rank_timeout_seconds=2"]
+    config, port = build(tiny, tmp_path / "run", 2, *settings), free_port()
 
     def work(rank: int) -> int:
         if rank == 1:

@@ -34,6 +34,7 @@ from neobert.types import PackedBatch, TrainState
 
 ROOT = Path(__file__).parents[2]
 Tiny = Callable[..., Config]
+WholeRun = Callable[..., Path]
 DROPOUT = "model.dropout_prob=0.1"
 
 
@@ -57,13 +58,12 @@ def at_step(patch: pytest.MonkeyPatch, step: int, action: Callable[[], None]) ->
     patch.setattr(MaskedLM, "forward", forward_and_act)
 
 
-def check_preempted(tiny: Tiny, out: Path, result: RunResult, step: int, *overrides: str) -> None:
+def check_preempted(tiny: Tiny, whole_run: WholeRun, out: Path, result: RunResult, step: int, *overrides: str) -> None:
     """The run stopped after `step` with one checkpoint more, and its continuation equals a run that never stopped."""
     assert (result.reason, EXIT_CODES[result.reason], result.state.step) == ("preempted", 75, step)
     steps = [int(p.name) for p in (out / "checkpoints").iterdir() if p.name.isdecimal()]
     assert sorted(steps) == [*range(4, step, 4), step]
-    whole = out.with_name("whole")
-    pretrain(tiny(whole, *overrides))
+    whole = whole_run(*overrides)
     assert pretrain(tiny(out, *overrides, "trainer.resume_from_checkpoint=latest")).reason == "finished"
     assert exact_steps(out) == exact_steps(whole)
     assert log_lines(out, "eval") == log_lines(whole, "eval"), "no evaluation is missing or made twice"
@@ -72,6 +72,7 @@ def check_preempted(tiny: Tiny, out: Path, result: RunResult, step: int, *overri
 @pytest.mark.parametrize("number", [*STOP_SIGNALS, signal.SIGINT], ids=lambda number: number.name)
 def test_a_signal_in_a_step_saves_after_it(
     tiny: Tiny,
+    whole_run: WholeRun,
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
@@ -85,7 +86,7 @@ def test_a_signal_in_a_step_saves_after_it(
     assert f"preempt: {number.name}: stopping after step 6" in printed
     assert "preempt: saved step 6 in 0." in printed
     assert signal.getsignal(number) == before, "handlers are put back"
-    check_preempted(tiny, out, result, 6, DROPOUT)
+    check_preempted(tiny, whole_run, out, result, 6, DROPOUT)
     events = [json.loads(line) for line in (out / "events.jsonl").read_text().splitlines()]
     (stopped,) = [event for event in events if event["event"] == "stopped"]
     assert (stopped["step"], stopped["reason"], stopped["cause"]) == (6, "preempted", number.name)
@@ -94,6 +95,7 @@ def test_a_signal_in_a_step_saves_after_it(
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGHUP], ids=lambda number: number.name)
 def test_a_signal_during_a_save_lets_it_finish(
     tiny: Tiny,
+    whole_run: WholeRun,
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
@@ -111,11 +113,11 @@ def test_a_signal_during_a_save_lets_it_finish(
         patch.setattr(torch, "save", save_and_signal)
         result = pretrain(tiny(out))
     assert capsys.readouterr().out.count("\nsaved ") == 1
-    check_preempted(tiny, out, result, 4)
+    check_preempted(tiny, whole_run, out, result, 4)
 
 
 def test_a_signal_during_an_evaluation_ends_it_and_the_next_start_makes_it(
-    tiny: Tiny, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    tiny: Tiny, whole_run: WholeRun, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     out, made = tmp_path / "run", []
     batches = DataPipeline.eval_batches
@@ -132,7 +134,7 @@ def test_a_signal_during_an_evaluation_ends_it_and_the_next_start_makes_it(
         result = pretrain(tiny(out))
     assert len(made) == 6, "the rest of the evaluation is not made"
     assert [e["step"] for e in log_lines(out, "eval")] == [0]
-    check_preempted(tiny, out, result, 4)
+    check_preempted(tiny, whole_run, out, result, 4)
 
 
 def test_a_signal_in_the_last_evaluation(tiny: Tiny, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -152,7 +154,9 @@ def test_a_signal_in_the_last_evaluation(tiny: Tiny, tmp_path: Path, monkeypatch
     assert [e["step"] for e in log_lines(out, "eval")] == [3]
 
 
-def test_a_signal_while_waiting_for_data(tiny: Tiny, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_signal_while_waiting_for_data(
+    tiny: Tiny, whole_run: WholeRun, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     out, go_on = tmp_path / "run", threading.Event()
     real, waited = loader_module._Assembler.step, Loader.next_unless
     asked = []
@@ -176,7 +180,7 @@ def test_a_signal_while_waiting_for_data(tiny: Tiny, tmp_path: Path, monkeypatch
         patch.setattr(Loader, "close", lambda self: (go_on.set(), close(self)))
         result = pretrain(tiny(out))
     assert time.monotonic() - start < 15
-    check_preempted(tiny, out, result, 5)
+    check_preempted(tiny, whole_run, out, result, 5)
 
 
 def test_a_signal_before_the_first_step_saves_nothing(
@@ -268,9 +272,9 @@ def test_max_hours_leaves_room_for_a_step_and_a_save(monkeypatch: pytest.MonkeyP
 
 
 def test_max_hours_ends_a_run_and_it_continues_later(
-    tiny: Tiny, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    tiny: Tiny, whole_run: WholeRun, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    out, whole = tmp_path / "run", tmp_path / "whole"
+    out = tmp_path / "run"
     passed: list[int] = []
     with monkeypatch.context() as patch:
         # Three hours pass in step 7: of five, there is no room for another step as slow.
@@ -279,17 +283,18 @@ def test_max_hours_ends_a_run_and_it_continues_later(
         result = pretrain(tiny(out, "trainer.max_hours=5"))
     assert (result.reason, EXIT_CODES[result.reason], result.state.step) == ("out_of_time", 75, 7)
     assert "preempt: trainer.max_hours: 5.0: stopping after step 7" in capsys.readouterr().out
-    pretrain(tiny(whole))
     pretrain(tiny(out, "trainer.resume_from_checkpoint=latest"))
-    assert exact_steps(out) == exact_steps(whole)
+    assert exact_steps(out) == exact_steps(whole_run())
 
 
 def at_step_in_child(step: int, action: Callable[[], None]) -> Callable[[], None]:
     return lambda: at_step(pytest.MonkeyPatch(), step, action)
 
 
-def test_a_second_interrupt_ends_the_process_at_once_and_tears_nothing(tiny: Tiny, tmp_path: Path) -> None:
-    out, whole = tmp_path / "run", tmp_path / "whole"
+def test_a_second_interrupt_ends_the_process_at_once_and_tears_nothing(
+    tiny: Tiny, whole_run: WholeRun, tmp_path: Path
+) -> None:
+    out = tmp_path / "run"
 
     def interrupt_twice() -> None:
         send(signal.SIGINT)
@@ -300,15 +305,14 @@ def test_a_second_interrupt_ends_the_process_at_once_and_tears_nothing(tiny: Tin
     child = fork_run(tiny(out), tmp_path / "log", at_step_in_child(6, interrupt_twice))
     assert wait_for(child) == 130, (tmp_path / "log").read_text()
     assert [p.name for p in (out / "checkpoints").iterdir()] == ["4"]
-    pretrain(tiny(whole))
     pretrain(tiny(out, "trainer.resume_from_checkpoint=latest"))
-    assert exact_steps(out) == exact_steps(whole)
+    assert exact_steps(out) == exact_steps(whole_run())
 
 
 @pytest.mark.parametrize("seconds", [0.0, 0.05])
-def test_sigkill_before_the_save_is_done(tiny: Tiny, tmp_path: Path, seconds: float) -> None:
+def test_sigkill_before_the_save_is_done(tiny: Tiny, whole_run: WholeRun, tmp_path: Path, seconds: float) -> None:
     """SIGTERM, and SIGKILL while the save runs: the checkpoint before it is there, and nothing else with a number."""
-    out, whole = tmp_path / "run", tmp_path / "whole"
+    out = tmp_path / "run"
 
     def slow_save() -> None:
         patch, save = pytest.MonkeyPatch(), torch.save
@@ -324,20 +328,20 @@ def test_sigkill_before_the_save_is_done(tiny: Tiny, tmp_path: Path, seconds: fl
     os.kill(child, signal.SIGKILL)
     assert wait_for(child) == -signal.SIGKILL
     assert [p.name for p in (out / "checkpoints").iterdir() if p.name[0].isdigit()] == ["4"]
-    pretrain(tiny(whole))
     pretrain(tiny(out, "trainer.resume_from_checkpoint=latest"))
-    assert exact_steps(out) == exact_steps(whole)
+    assert exact_steps(out) == exact_steps(whole_run())
 
 
-def test_kill_9_between_two_micro_batches_leaves_no_gradient_behind(tiny: Tiny, tmp_path: Path) -> None:
-    out, whole = tmp_path / "run", tmp_path / "whole"
+def test_kill_9_between_two_micro_batches_leaves_no_gradient_behind(
+    tiny: Tiny, whole_run: WholeRun, tmp_path: Path
+) -> None:
+    out = tmp_path / "run"
     settings = ["trainer.gradient_accumulation_steps=3", "trainer.max_steps=6", "trainer.save_steps=2", DROPOUT]
     # The forward pass of the second of three micro-batches of step 4.
     child = fork_run(tiny(out, *settings), tmp_path / "log", at_step_in_child(3 * 3 + 2, lambda: send(signal.SIGKILL)))
     assert wait_for(child) == -signal.SIGKILL, (tmp_path / "log").read_text()
-    pretrain(tiny(whole, *settings))
     pretrain(tiny(out, *settings, "trainer.resume_from_checkpoint=latest"))
-    assert exact_steps(out) == exact_steps(whole)
+    assert exact_steps(out) == exact_steps(whole_run(*settings))
 
 
 def test_sigterm_to_one_rank_saves_the_same_step_on_both(tiny: Tiny, tmp_path: Path) -> None:

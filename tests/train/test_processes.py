@@ -8,10 +8,11 @@ from pathlib import Path
 
 import pytest
 import torch
-from children import fork, run_in_two, wait_for
+from children import ForkedProgram, fork, run_in_two, wait_for
 from ports import free_port
 from records import log_lines
 from safetensors.torch import load_file
+from torch.distributed.elastic.multiprocessing.subprocess_handler import SubprocessHandler
 
 from neobert.cli import EXIT_CODES
 from neobert.config.load import config_to_yaml
@@ -55,15 +56,17 @@ LAUNCHERS = {
 """Modules and arguments of torchrun, and of accelerate with each of the shipped files, up to the port."""
 
 
-def launch(folder: Path, config: Config, launcher: str = "torchrun") -> None:
+def launch(folder: Path, config: Config, launcher: str = "torchrun", *, forks: bool = False) -> None:
+    """With `forks` the launcher starts forks of itself instead of processes that import everything."""
     config_file = folder / "run.yaml"
     config_file.write_text(config_to_yaml(config))
     module, *flags = LAUNCHERS[launcher]
     words = [*flags, str(free_port()), "scripts/pretraining/pretrain.py", str(config_file)]
 
     def start() -> int:
-        """`python -m` of a launcher, which starts processes that import everything."""
         os.chdir(ROOT)
+        if forks:
+            pytest.MonkeyPatch().setattr(SubprocessHandler, "_popen", lambda self, args, env: ForkedProgram(args, env))
         sys.argv = [module, *words]
         runpy.run_module(module, run_name="__main__", alter_sys=True)
         return 0
@@ -89,7 +92,7 @@ def test_two_processes_keep_one_average(tiny: Callable[..., Config], tmp_path: P
     settings = ["trainer.global_batch_size=8", "trainer.max_steps=4", "trainer.ema_decay=0.9"]
     settings.append("trainer.log_statistics=true")
     pretrain(tiny(one, *settings))
-    launch(tmp_path, tiny(two, *settings, "trainer.per_device_train_batch_size=2"), launcher=engine)
+    launch(tmp_path, tiny(two, *settings, "trainer.per_device_train_batch_size=2"), launcher=engine, forks=True)
     assert (two / "checkpoints" / "4" / "optimizer").is_dir() == (engine == "fsdp2")
     averages = [load_file(run / "checkpoints" / "4" / "ema.safetensors") for run in (one, two)]
     assert all(torch.allclose(averages[0][name], averages[1][name], atol=1e-5) for name in averages[0])

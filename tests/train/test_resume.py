@@ -1,19 +1,15 @@
 """A continued run equals the uninterrupted one, to the last bit."""
 
 import json
-import os
 import random
 import shutil
-import signal
-import subprocess
-import sys
-import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 from calls import call
+from children import fork, kill, wait_until
 from records import exact_steps, log_lines
 from safetensors.torch import load_file
 
@@ -69,27 +65,20 @@ def test_a_resumed_run_equals_the_uninterrupted_one(tiny: Tiny, tmp_path: Path, 
 
 
 def test_kill_9_at_a_random_step_and_resume_with_latest(
-    tiny: Tiny, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    tiny: Tiny, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     overrides = ["trainer.max_steps=18", "trainer.logging_steps=1", "trainer.save_steps=3", "model.dropout_prob=0.1"]
     whole, killed = tmp_path / "whole", tmp_path / "killed"
     config_file = tmp_path / "run.yaml"
     config_file.write_text(config_to_yaml(tiny(killed, *overrides)))
     pretrain(tiny(whole, *overrides))
-    command = [sys.executable, "scripts/pretraining/pretrain.py", str(config_file)]
+    kill_after, log = random.Random(7).randint(5, 12), killed / "log.jsonl"
     # It does not end by itself while the kill is on its way, however busy the machine is.
-    environment = {**os.environ, "NEOBERT_FAULT": "step.done@15:sleep60"}
-    victim = subprocess.Popen(
-        command, cwd=ROOT, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
-    )
-    kill_after = random.Random(7).randint(5, 12)
-    deadline = time.monotonic() + 60
-    while not (killed / "log.jsonl").exists() or len(log_lines_so_far(killed)) < kill_after:
-        assert victim.poll() is None, victim.communicate()[0]
-        assert time.monotonic() < deadline, "the run did not get far enough"
-        time.sleep(0.01)
-    os.kill(victim.pid, signal.SIGKILL)
-    victim.wait()
+    monkeypatch.setenv("NEOBERT_FAULT", "step.done@15:sleep60")
+    victim = fork(lambda: int(call("pretraining/pretrain.py", config_file)), tmp_path / "printed")
+    wait_until(lambda: log.exists() and len(log_lines_so_far(killed)) >= kill_after, victim, tmp_path / "printed")
+    kill(victim)
+    monkeypatch.delenv("NEOBERT_FAULT")
     saved = max(int(p.name) for p in (killed / "checkpoints").iterdir() if p.name.isdecimal())
     assert saved < 18, "the run was over before it was killed"
     capsys.readouterr()

@@ -4,7 +4,6 @@ import json
 from collections.abc import Callable, Mapping
 from dataclasses import asdict
 from hashlib import sha256
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +11,7 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from neobert.config.load import config_to_yaml, without_secrets
+from neobert.config.load import saved_text
 from neobert.data.rows.loader import merge_states
 from neobert.data.tokenizer import tokenizer_info
 from neobert.optim.sharded_weights import whole
@@ -21,7 +20,7 @@ from neobert.train.checkpoint.identity import describe_groups
 from neobert.train.checkpoint.replicas import check_replicas
 from neobert.train.checkpoint.retention import is_milestone, prune
 from neobert.train.checkpoint.sharded_state import OPTIMIZER_FILE, build_shard_files
-from neobert.train.processes.agreement import PACKAGES, agree
+from neobert.train.processes.agreement import PACKAGES, agree, version
 from neobert.train.run import Run
 from neobert.train.start import FORMAT_VERSION
 from neobert.types import TrainState
@@ -140,7 +139,7 @@ def _build_files(run: Run, state: TrainState, data_state: dict[str, Any], backgr
     if not run.runtime.is_main:
         return files
     schedule = {"name": run.config.scheduler.name, "step": state.step, "lr": run.schedule(state.step)}
-    config_text = config_to_yaml(without_secrets(run.config))
+    config_text = saved_text(run.config)
     texts = {
         "config.yaml": config_text,
         "model_config.json": json.dumps(run.model_config.to_dict(), indent=2) + "\n",

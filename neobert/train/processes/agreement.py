@@ -10,6 +10,7 @@ trackers are a machine's own: what is found under a path is compared instead (th
 the tokenizer, the initial weights).
 """
 
+import functools
 import hashlib
 import json
 import pickle
@@ -17,8 +18,7 @@ import platform
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, replace
-from functools import cache
-from importlib.metadata import version
+from importlib import metadata
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar, cast
 
@@ -292,6 +292,9 @@ def _shorten(text: str) -> str:
     return text if len(text) <= _SHOWN else f"{text[: _SHOWN - 3]}..."
 
 
+version = functools.cache(metadata.version)
+"""Of a package; looked up once, since that takes as long as a step of a small model."""
+
 PACKAGES = ("torch", "transformers", "accelerate", "safetensors", "tokenizers", "numpy")
 """Whose versions a checkpoint records."""
 
@@ -322,12 +325,11 @@ def _without_path(field: Field, value: Any) -> Any:
 
 def describe_program() -> Facts:
     """The source code of this package by file, and the versions of Python and of the packages that compute and read."""
-    code = _describe_code()
-    versions = {f"version of {name}": version(name) for name in (*PACKAGES, *READERS)}
-    return code | {"version of Python": platform.python_version()} | versions
+    versions: Facts = {f"version of {name}": version(name) for name in (*PACKAGES, *READERS)}
+    return {**_describe_code(), "version of Python": platform.python_version(), **versions}
 
 
-@cache
+@functools.cache
 def digest_code() -> str:
     """16 hex digits over the source code of this package, as it was at the first call."""
     return _hash(_describe_code())[:16]

@@ -14,6 +14,7 @@ from typing import Any
 
 import torch
 
+from neobert.config.load import without_secrets
 from neobert.config.schema import Config
 from neobert.model.peak import peak_flops
 from neobert.objectives.base import EvalMetrics, ObjectiveModule
@@ -75,7 +76,7 @@ class Tracker:
         self._num_steps, self._labels = num_steps, source_labels
         self._reporter, self._trackers = reporter, Trackers(sinks, self._note_failed_tracker)
         self._log, self._events = LineFile(output_dir / "log.jsonl"), LineFile(output_dir / "events.jsonl")
-        self._report = RunReport(output_dir)
+        self._report = RunReport(output_dir, without_secrets(config))
         self._window = MetricWindow(runtime, source_labels)
         self._is_partial = False
         engine, rows = choose_engine(config, runtime.world).name, config.trainer.micro_batch_rows
@@ -115,7 +116,8 @@ class Tracker:
                 here,
             )
         old_steps, before, here = broadcast(self._runtime, found)
-        self._report = RunReport(self._report.folder)  # What it has read may be among the dropped.
+        # What it has read may be among the dropped.
+        self._report = RunReport(self._report.folder, without_secrets(self._config))
         self._audit = ReplayAudit(old_steps, before=before, now=self._layout) if old_steps else None
         self._evaluated_step = state.step if "eval" in here else None
         self._probed_step = state.step if "probe" in here else None

@@ -1,12 +1,11 @@
 """What a start of a run notes of its machine and its model, for the report."""
 
 import platform
-from importlib.metadata import version
 from typing import TYPE_CHECKING, Any
 
 from neobert.host import describe_cpu
 from neobert.train.hardware.machine import choose_compile, describe_precision
-from neobert.train.processes.agreement import PACKAGES, READERS, digest_code
+from neobert.train.processes.agreement import PACKAGES, READERS, digest_code, version
 from neobert.weights.vocabulary import VOCABULARY_TENSORS
 
 if TYPE_CHECKING:

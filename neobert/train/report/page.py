@@ -17,6 +17,7 @@ from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
+from neobert.config.schema import Config
 from neobert.disk import write_text
 from neobert.errors import UserError
 from neobert.secrets import scrub
@@ -26,6 +27,7 @@ from neobert.train.report.log_reader import RunLog, read_events
 from neobert.train.report.run_summary import (
     SavedConfig,
     Table,
+    describe_config,
     list_commands,
     list_defaults,
     read_config,
@@ -47,10 +49,12 @@ class ReportError(UserError):
 class RunReport:
     """One run as a page shows it. The same object reads only what is new of the log each time."""
 
-    def __init__(self, folder: Path) -> None:
+    def __init__(self, folder: Path, config: Config | None = None) -> None:
+        """`config` is what `config.yaml` says, where it is known: it is slow to read."""
         self.folder, self.path = folder, folder / REPORT
         self.log = RunLog(folder / "log.jsonl")
-        self._config: SavedConfig | None = None
+        self._config: Config | None = config
+        self._saved: SavedConfig | None = None
 
     def read(self) -> "RunView":
         """What the folder holds now.
@@ -59,9 +63,10 @@ class RunReport:
             OSError: `log.jsonl` cannot be read.
         """
         self.log.update()
-        if self._config is None:  # It is the same for a whole start, and slow to read.
-            self._config = read_config(self.folder / "config.yaml")
-        return RunView(self.folder, self.log, self._config)
+        if self._saved is None:
+            config = self._config
+            self._saved = read_config(self.folder / "config.yaml") if config is None else describe_config(config)
+        return RunView(self.folder, self.log, self._saved)
 
 
 class RunView:

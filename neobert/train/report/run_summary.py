@@ -1,6 +1,7 @@
 """What a report says of a run in tables: how far it is, what it was configured to do, and what it runs on."""
 
 import dataclasses
+import functools
 import shlex
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -41,11 +42,17 @@ def read_config(path: Path) -> SavedConfig:
         config = load_saved_config(path)
     except (ConfigError, OSError, ValueError) as error:
         return SavedConfig(None, problem=scrub(str(error)))
+    return describe_config(config)
+
+
+def describe_config(config: Config) -> SavedConfig:
+    """As `read_config`, of the config that was saved."""
     found = {key: entry.value_in(config) for key, entry in FIELDS.items() if not is_secret_name(key)}
     changed = tuple(key for key, value in found.items() if value != FIELDS[key].default)
     return SavedConfig(config, {key: scrub(_show(value)) for key, value in found.items()}, changed)
 
 
+@functools.cache
 def list_defaults() -> Table:
     """The default of every key, as text."""
     return {key: _show(entry.default) for key, entry in FIELDS.items()}
