@@ -11,6 +11,7 @@ from typing import Any
 
 from neobert.config.fields import FIELDS, Field, can_be_declared, list_fields
 from neobert.config.rules_data import check_contrastive, check_dataset, check_masks, check_rows, check_tokenizer
+from neobert.config.rules_distill import check_distill
 from neobert.config.rules_finetune import check_finetune, check_shapes
 from neobert.config.rules_glue import check_glue
 from neobert.config.rules_machine import check_device, check_parallel
@@ -372,6 +373,7 @@ _RULES = (
     check_device,
     check_parallel,
     check_contrastive,
+    check_distill,
     check_shapes,
     check_finetune,
     check_glue,

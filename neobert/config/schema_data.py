@@ -8,10 +8,10 @@ from neobert.key import key, when
 MASKS = "task=pretraining or contrastive.pretraining_objective=mlm"
 """What keys of masks need: pretraining, or fine-tuning in which some steps are masked language modelling."""
 
-PREDICTS_TOKENS = "trainer.objective=mlm"
+PREDICTS_TOKENS = "trainer.objective=mlm|distill"
 """What keys of the loss over the vocabulary need: an objective that predicts tokens (`Objective.predicts_tokens`)."""
 
-FILLS_MASKS = "trainer.objective=mlm"
+FILLS_MASKS = "trainer.objective=mlm|distill"
 """What keys of [MASK] need: an objective that hides tokens (`Objective.fills_masks`). Values are joined by `|`."""
 
 MAX_RECORD_BYTES = 64 << 20

@@ -11,9 +11,10 @@ from neobert.key import key, when
 class TrainerSection:
     """The run. Exactly one of `max_steps`, `max_tokens` and `num_train_epochs` is its budget."""
 
-    objective: Literal["mlm", "replaced_token"] = key("mlm", tasks="pretraining", resume="fixed")
+    objective: Literal["mlm", "replaced_token", "distill"] = key("mlm", tasks="pretraining", resume="fixed")
     """What pretraining learns. mlm: to predict hidden tokens. replaced_token: to find the tokens that were replaced by
-    random ones, the discriminator's task of ELECTRA; `datacollator.mlm_probability` is the rate."""
+    random ones, the discriminator's task of ELECTRA; `datacollator.mlm_probability` is the rate. distill: mlm and the
+    outputs of a trained encoder, see `distill`."""
 
     # A run may grow: what follows its length, the schedule and the final masked fraction, follows the new one.
     max_steps: int | None = key(None, at_least=1, resume="schedule")

@@ -9,6 +9,7 @@ from neobert.errors import StartupError
 from neobert.objectives.base import Objective
 from neobert.objectives.classification import SEQUENCE_CLASSIFICATION, TOKEN_CLASSIFICATION
 from neobert.objectives.contrastive import CONTRASTIVE
+from neobert.objectives.distill import DISTILL
 from neobert.objectives.mlm import MLM
 from neobert.objectives.replaced_token import REPLACED_TOKEN
 
@@ -46,6 +47,7 @@ def load_part(path: str) -> Any:
 OBJECTIVES: dict[str, Objective] = {
     "mlm": MLM,
     "replaced_token": REPLACED_TOKEN,
+    "distill": DISTILL,
     "contrastive": CONTRASTIVE,
     "sequence_classification": SEQUENCE_CLASSIFICATION,
     "token_classification": TOKEN_CLASSIFICATION,

@@ -23,6 +23,7 @@ TRACKED_SECTIONS = (
     "optimizer",
     "scheduler",
     "trainer",
+    "distill",
     "contrastive",
     "finetune",
     "glue",
