@@ -212,10 +212,11 @@ class LossSum:
     """Number of targets predicted exactly, int64 scalar; None when not asked for."""
 
     z_sum: Tensor | None = None
-    """The part of `loss_sum` that is z-loss, fp32 scalar; None without z-loss."""
+    """The part of `loss_sum` that is no cross entropy of targets (z-loss, what is learned from a teacher), fp32 scalar;
+    None without any."""
 
     counts: Tensor | None = None
-    """int64 `[C]`: what else an evaluation counts, see `Objective.num_counts`; None without any."""
+    """`[C]`: what else an evaluation counts or adds up, see `Objective.num_counts`; None without any."""
 
     outputs: Tensor | None = None
     """fp32 `[M, C]`: what was said of every target; None where an evaluation needs sums alone."""

@@ -29,6 +29,7 @@ from neobert.config.schema import Config
 from neobert.data.tokenizer import Tokenizer, train_tokenizer
 from neobert.errors import StartupError, UserError
 from neobert.host import affine_cpus, available_cpus
+from neobert.inference.teacher import find_teacher
 from neobert.kernels.linear_cross_entropy import KERNELS, PACKAGES, choose_kernel, kernel_problem
 from neobert.model.attention import ATTENTION, AttentionBackend
 from neobert.model.fp8 import fp8_problem
@@ -359,6 +360,9 @@ def _look_at_micro_batch(
         return
     if runtime.device.type != "cpu":
         seen.add(KEY, "auto: the start of a run tries numbers of rows, which takes minutes where blocks are compiled")
+        return
+    if find_teacher(config) is not None:
+        seen.add(KEY, "auto: the start of a run measures it, with the teacher in memory")
         return
     # One row twice and two rows once, two steps of each; a step costs 6 operations for a weight and token.
     tokens = 8 * config.dataset.max_seq_length

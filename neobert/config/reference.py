@@ -81,12 +81,32 @@ Most runs change a few of these and nothing else.
 """
 
 _MATTERS = (
-    "dataset.path dataset.max_seq_length dataset.eval_samples dataset.mixture tokenizer.path tokenizer.train "
-    "model.hidden_size model.num_hidden_layers model.num_attention_heads model.intermediate_size model.init_from "
-    "datacollator.mlm_probability optimizer.name optimizer.lr optimizer.weight_decay scheduler.name "
-    "trainer.max_steps trainer.global_batch_size trainer.per_device_train_batch_size trainer.output_dir "
-    "trainer.mixed_precision trainer.eval_steps trainer.save_steps trainer.resume_from_checkpoint seed"
-).split()
+    "dataset.path",
+    "dataset.max_seq_length",
+    "dataset.eval_samples",
+    "dataset.mixture",
+    "tokenizer.path",
+    "tokenizer.train",
+    "model.hidden_size",
+    "model.num_hidden_layers",
+    "model.num_attention_heads",
+    "model.intermediate_size",
+    "model.init_from",
+    "datacollator.mlm_probability",
+    "optimizer.name",
+    "optimizer.lr",
+    "optimizer.weight_decay",
+    "scheduler.name",
+    "trainer.max_steps",
+    "trainer.global_batch_size",
+    "trainer.per_device_train_batch_size",
+    "trainer.output_dir",
+    "trainer.mixed_precision",
+    "trainer.eval_steps",
+    "trainer.save_steps",
+    "trainer.resume_from_checkpoint",
+    "seed",
+)
 
 _ON_RESUME = """
 ## On resume

@@ -13,11 +13,12 @@ from neobert.config.fields import FIELDS, Field, can_be_declared, list_fields
 from neobert.config.rules_data import (
     check_contrastive,
     check_dataset,
+    check_jepa,
     check_masks,
     check_rows,
-    check_teacher,
     check_tokenizer,
 )
+from neobert.config.rules_distill import check_distill
 from neobert.config.rules_finetune import check_finetune, check_shapes
 from neobert.config.rules_glue import check_glue
 from neobert.config.rules_machine import check_device, check_parallel, check_trackers
@@ -376,11 +377,12 @@ _RULES = (
     check_schedule,
     check_batch_warmup,
     check_average,
-    check_teacher,
+    check_jepa,
     check_device,
     check_parallel,
     check_trackers,
     check_contrastive,
+    check_distill,
     check_shapes,
     check_finetune,
     check_glue,

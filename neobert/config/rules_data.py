@@ -98,7 +98,8 @@ def check_tokenizer(config: Config) -> Iterator[str]:
             "finetune": config.finetune.model,
             "glue": config.glue.model,
         }.get(config.task)
-        if all(value is None for _, value in named) and from_checkpoint is None and config.model.init_from is None:
+        others = (from_checkpoint, config.model.init_from, config.distill.teacher)
+        if all(value is None for _, value in named) and all(source is None for source in others):
             yield (
                 "tokenizer.name: no tokenizer; name one of the hub, a folder with tokenizer.path, or write"
                 " tokenizer.train: true, or model.init_from for that of its weights"
@@ -157,7 +158,7 @@ def check_masks(config: Config) -> Iterator[str]:
         )
 
 
-def check_teacher(config: Config) -> Iterator[str]:
+def check_jepa(config: Config) -> Iterator[str]:
     """What an objective needs that learns from the moving average of the weights."""
     trainer = config.trainer
     if trainer.objective != "mlm_jepa":

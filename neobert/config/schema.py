@@ -11,6 +11,7 @@ from typing import Literal
 
 from neobert.config.schema_contrastive import ContrastiveSection
 from neobert.config.schema_data import PREDICTS_TOKENS, DatacollatorSection, DatasetSection, TokenizerSection
+from neobert.config.schema_distill import DistillSection
 from neobert.config.schema_finetune import FinetuneSection
 from neobert.config.schema_glue import GlueSection
 from neobert.config.schema_optimizer import OptimizerSection
@@ -36,6 +37,10 @@ class ModelSection(Architecture):
 
     init_weights: Literal["model", "ema"] = key("model", needs="model.init_from", resume="free")
     """With `init_from`: ema takes the moving average of a checkpoint of ours instead of its weights."""
+
+    init_layers: tuple[int, ...] = key((), at_least=0, needs="model.init_from", tasks="pretraining", resume="free")
+    """Start from these layers of `init_from`, counted from 0, in this order: `[0, 3]` makes two layers of six. Empty:
+    all of them. The rest of the architecture stays."""
 
     init_tile: bool = key(False, needs="model.init_from", resume="free")
     """true: `init_from` may be smaller (fewer layers, narrower, heads of the same width): its weights are repeated to
@@ -164,6 +169,7 @@ class Config:
     scheduler: SchedulerSection = section(SchedulerSection)
     trainer: TrainerSection = section(TrainerSection)
     wandb: WandbSection = section(WandbSection)
+    distill: DistillSection = section(DistillSection, needs="trainer.objective=distill", tasks="pretraining")
     contrastive: ContrastiveSection = section(ContrastiveSection, tasks="contrastive")
     finetune: FinetuneSection = section(FinetuneSection, tasks="finetune glue")
     glue: GlueSection = section(GlueSection, tasks="glue")

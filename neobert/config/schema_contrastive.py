@@ -62,11 +62,17 @@ class ContrastiveSection:
     """What to evaluate on, written the same way: scored pairs by Spearman's correlation, other pairs by retrieval
     (nDCG@10 and MRR). `dataset.eval_samples` holds out pairs of every training set besides."""
 
-    loss_type: Literal["auto", "infonce", "simcse", "supcon", "cosent"] = key(
+    loss_type: Literal["auto", "infonce", "simcse", "supcon", "cosent", "distill"] = key(
         "auto", resume="declared", changes="batch"
     )
     """auto follows each set: `infonce` for pairs, `cosent` for scored pairs, `supcon` for texts with labels. `simcse`
-    pairs every anchor with itself under another dropout mask and takes sets of all kinds."""
+    pairs every anchor with itself under another dropout mask and takes sets of all kinds. `distill` learns the vectors
+    that `teacher` makes of anchors and positives, and takes sets of all kinds."""
+
+    # A resume compares the model, not its path: the same one may be elsewhere.
+    teacher: str | None = key(None, path=True, needs="contrastive.loss_type=distill", resume="declared")
+    """The encoder to learn from: a run, a checkpoint, an exported folder, or an encoder of transformers or
+    sentence-transformers with the student's tokenizer. It pools as it was trained to."""
 
     temperature: float = key(0.05, at_least=0.01, resume="declared")
     """Cosine similarities are divided by this."""

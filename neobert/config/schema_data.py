@@ -8,10 +8,10 @@ from neobert.key import key, when
 MASKS = "task=pretraining or contrastive.pretraining_objective=mlm"
 """What keys of masks need: pretraining, or fine-tuning in which some steps are masked language modelling."""
 
-PREDICTS_TOKENS = "trainer.objective=mlm|clm|mlm_jepa"
+PREDICTS_TOKENS = "trainer.objective=mlm|clm|mlm_jepa|distill"
 """What keys of the loss over the vocabulary need: an objective that predicts tokens (`Objective.predicts_tokens`)."""
 
-FILLS_MASKS = "trainer.objective=mlm|mlm_jepa"
+FILLS_MASKS = "trainer.objective=mlm|mlm_jepa|distill"
 """What keys of [MASK] need: an objective that hides tokens (`Objective.fills_masks`). Values are joined by `|`."""
 
 _FIXED_RATE = "datacollator.mlm_rate=fixed"

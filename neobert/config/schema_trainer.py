@@ -14,12 +14,14 @@ TRACKER_NAMES = ("wandb", "tensorboard", "trackio", "mlflow")
 class TrainerSection:
     """The run. Exactly one of `max_steps`, `max_tokens` and `num_train_epochs` is its budget."""
 
-    objective: Literal["mlm", "replaced_token", "clm", "mlm_jepa"] = key("mlm", tasks="pretraining", resume="fixed")
+    objective: Literal["mlm", "replaced_token", "clm", "mlm_jepa", "distill"] = key(
+        "mlm", tasks="pretraining", resume="fixed"
+    )
     """What pretraining learns. mlm: to predict hidden tokens. replaced_token: to find the tokens that were replaced by
     random ones, the discriminator's task of ELECTRA; `datacollator.mlm_probability` is the rate. clm: to predict the
     next token, under causal attention; a start for a run with mlm (`model.init_from`), see `datacollator.clm_steps`.
     mlm_jepa: mlm, and to predict the hidden states that the moving average of the encoder (`ema_decay`) has without
-    masks."""
+    masks. distill: mlm and the outputs of a trained encoder, see `distill`."""
 
     jepa_weight: float = key(1.0, above=0, needs="trainer.objective=mlm_jepa", resume="declared")
     """With mlm_jepa: what the distance of a predicted hidden state (1 - cosine) counts beside the loss of a token."""

@@ -20,7 +20,7 @@ from numpy.typing import NDArray
 from neobert.contrastive.pair_order import TrainSet
 from neobert.data.rows.order import key, mask_hashes
 from neobert.data.rows.side_by_side import NO_MASKS, SideBySide, digest_rows
-from neobert.objectives.contrastive import Kind, PairBatch
+from neobert.objectives.pair_batch import Kind, PairBatch
 from neobert.splitmix import mix
 from neobert.types import Corruption, PackedBatch, PackedRow
 

@@ -40,7 +40,8 @@ from neobert.kernels.linear_cross_entropy import KERNELS
 from neobert.model.attention import choose_attention
 from neobert.model.config import ModelConfig
 from neobert.model.encoder import Encoder
-from neobert.objectives.contrastive import ContrastiveEncoder, PairBatch
+from neobert.objectives.contrastive import ContrastiveEncoder
+from neobert.objectives.pair_batch import PairBatch
 from neobert.train.hardware.memory import current_bytes, forget_peak, peak_bytes
 from neobert.train.step import train_step
 from neobert.types import PackedBatch, PackedRow

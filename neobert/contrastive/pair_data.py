@@ -21,7 +21,7 @@ from neobert.data.rows.loader import Loader, LoaderSettings
 from neobert.data.source.inventory import NO_FILES, Inventory
 from neobert.data.tokenizer import Tokenizer
 from neobert.errors import DataError
-from neobert.objectives.contrastive import Kind
+from neobert.objectives.pair_batch import Kind
 from neobert.train.build import build_train_masks
 
 _KINDS: dict[Form, Kind] = {"pairs": "infonce", "scored": "cosent", "labelled": "supcon"}
@@ -233,7 +233,7 @@ def _choose_kind(config: Config, info: SetInfo) -> Kind:
                 " its columns in contrastive.sets"
             )
         return _KINDS[info.form]
-    if chosen != "simcse" and _KINDS.get(info.form) != chosen:
+    if chosen not in ("simcse", "distill") and _KINDS.get(info.form) != chosen:
         raise DataError(
             f"contrastive.loss_type: {chosen} needs {FORMS[chosen]}, but {info.key} holds {FORM_NAMES[info.form]};"
             " write auto, or name other columns in contrastive.sets"

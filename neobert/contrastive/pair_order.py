@@ -21,7 +21,7 @@ from neobert.contrastive.set_folder import PairStore
 from neobert.data.rows.lanes import IntArray, State, Window
 from neobert.data.rows.order import Permutation, key, uniform
 from neobert.data.rows.packing import SPECIALS_PER_SEGMENT, Piece
-from neobert.objectives.contrastive import Kind
+from neobert.objectives.pair_batch import Kind
 
 
 @dataclass(frozen=True, kw_only=True, slots=True, eq=False)
@@ -51,6 +51,8 @@ class TrainSet:
         if self.kind == "simcse":
             return [anchor, anchor]
         if self.kind in ("supcon", "mlm"):
+            return [anchor]
+        if self.kind == "distill" and not example.get("positive"):
             return [anchor]
         negatives = example["negatives"] if self.num_negatives else []
         if len(negatives) > self.num_negatives:

@@ -36,6 +36,9 @@ class ObjectiveModule(nn.Module):
     is_causal: ClassVar[bool] = False
     """Whether tokens of a text that it is asked about see only themselves and those before them."""
 
+    teacher: "Teacher | None" = None
+    """A frozen model whose outputs it learns from; no part of its weights."""
+
     def __init__(self, encoder: Encoder) -> None:
         super().__init__()
         self.encoder = encoder
@@ -55,9 +58,13 @@ class ObjectiveModule(nn.Module):
             self.logit_scale = nn.Parameter(torch.full((config.vocab_size,), config.scale_base))
         self.check_tied()
 
-    def learn_from(self, average: Callable[[], Mapping[str, Tensor]] | None) -> None:
+    def learn_from_average(self, average: Callable[[], Mapping[str, Tensor]] | None) -> None:
         """Called once before training, with what gives the moving average of the weights by their names, where the run
         has one: for objectives that learn from it. Raises StartupError where one needs it."""
+
+    def learn_from(self, teacher: "Teacher") -> None:
+        """Makes what is needed to learn from `teacher`, with initial weights; called once, before training."""
+        self.teacher = teacher
 
     def describe_head(self) -> Mapping[str, Any] | None:
         """What must be known of the weights of a head beside their shapes, JSON-ready: `head.json` of a checkpoint."""
@@ -99,6 +106,40 @@ class ObjectiveModule(nn.Module):
         bias = None if self.decoder_bias is None else self.decoder_bias.to(hidden.dtype)
         logits = F.linear(hidden, self.head_weight, bias)
         return logits if self.logit_scale is None else logits * (self.logit_scale / self.encoder.config.scale_base)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True, eq=False)
+class Teacher:
+    """A frozen model that another one learns from."""
+
+    module: ObjectiveModule
+    """In evaluation mode, on the device of the run."""
+
+    digest: str
+    """sha256 of architecture, weights and tokenizer."""
+
+    num_tokens: int
+    """Of the vocabulary, which is the student's; rows of a projection beyond them are padding."""
+
+    dtype: torch.dtype
+    """Of matrix products."""
+
+    pooling: str
+    """How it was trained to make a vector of a text, a key of POOLING."""
+
+    def hidden_states(self, batch: PackedBatch) -> Tensor:
+        """The last hidden states `[B * S, E]` for the rows of a student, without gradients."""
+        with torch.no_grad(), self.autocast():
+            return self.module.encoder(batch.input_ids, batch.positions, batch.segments)
+
+    def autocast(self) -> torch.autocast:
+        """Its precision, whatever that of the student is."""
+        device_type = self.module.head_weight.device.type
+        return torch.autocast(device_type, self.dtype, enabled=self.dtype != torch.float32)
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> "Teacher":
+        """Itself: a copy of a student learns from the same one."""
+        return self
 
 
 class EvalMetrics(Protocol):

@@ -12,11 +12,11 @@ Sets, order, collation and evaluation are in `neobert.contrastive`.
 """
 
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, fields
-from typing import Any, Literal, Self
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
@@ -28,104 +28,27 @@ from neobert.model.encoder import Encoder
 from neobert.model.pooling import choose_pooling
 from neobert.objectives.base import Card, CardResult, Objective, ObjectiveModule, VectorSettings
 from neobert.objectives.late_interaction import TOKENS, TokenVectors, Units, compare_pairs, join, shorten
-from neobert.objectives.losses import cosent, first_row, gather, gather_units, info_nce, sum_over_blocks, sup_con
+from neobert.objectives.losses import (
+    cosent,
+    first_row,
+    gather,
+    gather_units,
+    info_nce,
+    similarity_error,
+    sum_over_blocks,
+    sup_con,
+    vector_distance,
+)
 from neobert.objectives.mlm import MaskedLM, masked_loss
+from neobert.objectives.pair_batch import PairBatch
 from neobert.secrets import readable
 from neobert.types import LossSum, PackedBatch
-
-Kind = Literal["infonce", "simcse", "supcon", "cosent", "mlm"]
-"""The loss of a step."""
 
 LARGEST_SCALE = 100.0
 """A learned temperature stays at or above 0.01, as in CLIP (Radford et al., arXiv 2103.00020, section 2.5)."""
 
 TEMPERATURE = "log_scale"
 """Name of its logarithm, negated, among the weights."""
-
-
-@dataclass(frozen=True, kw_only=True, slots=True, eq=False)
-class PairBatch:
-    """The rows of one process in one step."""
-
-    kind: Kind
-    chunks: tuple[PackedBatch, ...]
-    """Stretches of the texts that go through the encoder one after the other."""
-
-    lengths: tuple[Tensor, ...]
-    """int64 `[texts]` of each chunk: tokens of every text."""
-
-    anchors: Tensor
-    """int64 `[N]`: index of each row's first text among all texts."""
-
-    positives: Tensor
-    """int64 `[N]`: of its second text; equal to `anchors` where rows have one."""
-
-    negatives: Tensor
-    """int64 `[N, K]`: of its negatives; 0 where there is none."""
-
-    has_negative: Tensor
-    """bool `[N, K]`."""
-
-    text_ids: Tensor
-    """int64 `[texts]`: equal for equal texts."""
-
-    scores: Tensor
-    """fp32 `[N]`: similarity of scored pairs, number of the class of labelled texts, else 0."""
-
-    row_keys: Tensor
-    """int64 `[N]`: global row numbers, on the host."""
-
-    source_tokens: tuple[int, ...]
-    num_targets: int
-    """Rows; for `mlm` the masked tokens."""
-
-    digest: int
-
-    @property
-    def num_rows(self) -> int:
-        return len(self.row_keys)
-
-    @property
-    def num_slots(self) -> int:
-        return sum(chunk.num_slots for chunk in self.chunks)
-
-    @property
-    def num_tokens(self) -> int:
-        return sum(chunk.num_tokens for chunk in self.chunks)
-
-    @property
-    def num_documents(self) -> int:
-        return sum(chunk.num_documents for chunk in self.chunks)
-
-    @property
-    def attended_tokens(self) -> int:
-        return sum(chunk.attended_tokens for chunk in self.chunks)
-
-    def to(self, device: torch.device, *, non_blocking: bool = False) -> Self:
-        """A copy with its tensors on `device`; `row_keys` stays on the host."""
-        return self._moved(
-            lambda x: x.to(device, non_blocking=non_blocking), lambda x: x.to(device, non_blocking=non_blocking)
-        )
-
-    def pin_memory(self) -> Self:
-        """A copy in page-locked host memory."""
-        return self._moved(lambda x: x.pin_memory(), lambda x: x.pin_memory())
-
-    def record_stream(self, stream: Any) -> None:
-        """Keeps the memory of tensors on a GPU until what is queued in `stream` now has read it."""
-        for chunk in self.chunks:
-            chunk.record_stream(stream)
-        own = (self.anchors, self.positives, self.negatives, self.has_negative, self.text_ids, self.scores)
-        for tensor in (*self.lengths, *own):
-            tensor.record_stream(stream)
-
-    def _moved(self, chunk: Callable[[PackedBatch], PackedBatch], tensor: Callable[[Tensor], Tensor]) -> Self:
-        values = {f.name: getattr(self, f.name) for f in fields(self)}
-        values["chunks"] = tuple(map(chunk, self.chunks))
-        values["lengths"] = tuple(map(tensor, self.lengths))
-        for name in ("anchors", "positives", "negatives", "has_negative", "text_ids", "scores"):
-            values[name] = tensor(values[name])
-        return type(self)(**values)
 
 
 class ContrastiveEncoder(ObjectiveModule):
@@ -153,7 +76,7 @@ class ContrastiveEncoder(ObjectiveModule):
         else:
             vectors = self.embed(batch)
             with torch.autocast(batch.anchors.device.type, enabled=False):
-                loss_sum = self._contrast(vectors, batch)
+                loss_sum = self._contrast(vectors, batch) if batch.kind != "distill" else self._imitate(vectors, batch)
         # Weights that this step has no use for take part with weight 0: gradients are reduced over all of them.
         unused = [p for p in (self.log_scale, *self.projection_parameters()) if p is not None and p.requires_grad]
         for parameter in unused:
@@ -176,6 +99,30 @@ class ContrastiveEncoder(ObjectiveModule):
     def _embed_chunk(self, chunk: PackedBatch, lengths: Tensor) -> Tensor:
         hidden = self.encoder(chunk.input_ids, chunk.positions, chunk.segments)
         return self.pool(hidden[: chunk.num_tokens].float(), lengths)
+
+    def _imitate(self, vectors: Units, batch: PairBatch) -> Tensor:
+        """The loss of every row's anchor and positive, the mean over both and over all widths."""
+        assert isinstance(vectors, Tensor), "the config refuses pooling by tokens"
+        taught, total = F.normalize(self._embed_taught(batch), dim=1), vectors.new_zeros(())
+        widths = [*self.section.matryoshka_dims, self.encoder.config.hidden_size]
+        for width in widths:
+            units = F.normalize(vectors[:, :width], dim=1)
+            for chosen in (batch.anchors, batch.positives):
+                total = total + _imitate_at(units[chosen], taught[chosen])
+        return total / (2 * len(widths))
+
+    @torch.no_grad()
+    def _embed_taught(self, batch: PairBatch) -> Tensor:
+        """The teacher's vectors of all texts of a batch, fp32 `[texts, E]`."""
+        teacher = self.teacher
+        assert teacher is not None, "set before training"
+        pool = choose_pooling(teacher.pooling)
+        return torch.cat(
+            [
+                pool(teacher.hidden_states(chunk)[: chunk.num_tokens].float(), lengths)
+                for chunk, lengths in zip(batch.chunks, batch.lengths)
+            ]
+        )
 
     def _masked_loss(self, batch: PairBatch) -> Tensor:
         def loss(chunk: PackedBatch) -> Tensor:
@@ -269,6 +216,18 @@ class ContrastiveEncoder(ObjectiveModule):
         return sum_over_blocks(loss, positives, own, ids, positive_ids)
 
 
+def _imitate_at(units: Tensor, taught: Tensor) -> Tensor:
+    """Vector by vector where both have one width, or else by the similarities of all texts of the step."""
+    if units.shape == taught.shape:
+        return vector_distance(units, taught)
+    everything, all_taught = gather(units), gather(taught)
+
+    def loss(units: Tensor, taught: Tensor) -> Tensor:
+        return similarity_error(units, taught, everything, all_taught)
+
+    return sum_over_blocks(loss, units, taught)
+
+
 def _keep_tokens(hidden_TH: Tensor, lengths_N: Tensor) -> Tensor:
     """Where the other poolings make one vector a text."""
     return hidden_TH
@@ -333,6 +292,7 @@ _LOSSES = {
     "simcse": "SimCSE (every text against itself under another dropout mask)",
     "supcon": "SupCon",
     "cosent": "CoSENT",
+    "distill": "the vectors of a teacher",
 }
 
 

@@ -92,6 +92,17 @@ def cosent(similarity_M: Tensor, scores_M: Tensor, *, scale: Tensor | float) -> 
     return torch.logsumexp(torch.cat([terms.new_zeros(1), terms]), dim=0)
 
 
+def vector_distance(units_ND: Tensor, taught_ND: Tensor) -> Tensor:
+    """1 - cosine of each vector and its teacher's."""
+    return (1 - (units_ND * taught_ND).sum(dim=1)).sum()
+
+
+def similarity_error(units_ND: Tensor, taught_NE: Tensor, all_MD: Tensor, all_ME: Tensor) -> Tensor:
+    """The mean squared difference between the cosines of each vector with all others and those of its teacher, whose
+    width may be another (Tung & Mori, arXiv 1907.09682, with every row weighted alike)."""
+    return (units_ND @ all_MD.T - taught_NE @ all_ME.T).square().mean(dim=1).sum()
+
+
 def sum_over_blocks(loss: Callable[..., Tensor], *rows: Units) -> Tensor:
     """`loss` of vectors and tensors `[N, ...]`, a sum over rows, block by block: the backward computes the similarities
     of a block again, a product that is small beside the encoder's."""

@@ -58,7 +58,7 @@ class MaskedJEPA(MaskedLM):
         self.predictor = Predictor(encoder.config)
         self._teacher: Callable[[], Mapping[str, Tensor]] | None = None
 
-    def learn_from(self, average: Callable[[], Mapping[str, Tensor]] | None) -> None:
+    def learn_from_average(self, average: Callable[[], Mapping[str, Tensor]] | None) -> None:
         """`average` gives the weights of the teacher, by the names of this module.
 
         Raises:

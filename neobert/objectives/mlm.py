@@ -82,7 +82,7 @@ def masked_loss(
         targets = batch.targets
         hidden = hidden_TH.index_select(0, batch.masked_index)
     loss_sum, num_correct, z_sum = kernel(
-        *_with_bias(module, module.before_projection(hidden)),
+        *with_bias(module, module.before_projection(hidden)),
         targets,
         ignore_index=IGNORE_INDEX,
         count_correct=count_correct,
@@ -108,7 +108,7 @@ def target_losses(module: ObjectiveModule, batch: PackedBatch) -> Tensor:
     )
 
 
-def _with_bias(module: ObjectiveModule, hidden: Tensor) -> tuple[Tensor, Tensor]:
+def with_bias(module: ObjectiveModule, hidden: Tensor) -> tuple[Tensor, Tensor]:
     """Hidden states and projection whose product is the logits: s_z is in its rows, a bias in one more column, so that
     every loss kernel takes them."""
     weight = module.head_weight

@@ -10,6 +10,7 @@ from neobert.objectives.base import Objective
 from neobert.objectives.causal_lm import CLM
 from neobert.objectives.classification import SEQUENCE_CLASSIFICATION, TOKEN_CLASSIFICATION
 from neobert.objectives.contrastive import CONTRASTIVE
+from neobert.objectives.distill import DISTILL
 from neobert.objectives.masked_jepa import MLM_JEPA
 from neobert.objectives.mlm import MLM
 from neobert.objectives.replaced_token import REPLACED_TOKEN
@@ -50,6 +51,7 @@ OBJECTIVES: dict[str, Objective] = {
     "replaced_token": REPLACED_TOKEN,
     "clm": CLM,
     "mlm_jepa": MLM_JEPA,
+    "distill": DISTILL,
     "contrastive": CONTRASTIVE,
     "sequence_classification": SEQUENCE_CLASSIFICATION,
     "token_classification": TOKEN_CLASSIFICATION,

@@ -25,7 +25,7 @@ from neobert.model.config import Architecture, ModelConfig
 from neobert.model.encoder import Encoder
 from neobert.model.fp8 import FP8_PRODUCTS, use_fp8
 from neobert.model.hub_encoder import build_encoder_of
-from neobert.objectives.base import ObjectiveModule
+from neobert.objectives.base import ObjectiveModule, Teacher
 from neobert.objectives.causal_lm import build_next_tokens
 from neobert.objectives.masking import MaskPolicy
 from neobert.objectives.table import choose_objective
@@ -230,9 +230,14 @@ def build_average(config: Config, module: ObjectiveModule) -> WeightAverage | No
 
 
 def build_module(
-    config: Config, model_config: ModelConfig, attention: AttentionBackend, runtime: Runtime
+    config: Config,
+    model_config: ModelConfig,
+    attention: AttentionBackend,
+    runtime: Runtime,
+    teacher: Teacher | None = None,
 ) -> ObjectiveModule:
-    """The module of the config's objective with its initial weights, which depend on `seed` alone, on the device.
+    """The module of the config's objective with its initial weights, which depend on `seed` alone, on the device; it
+    learns from `teacher` where there is one.
 
     Raises:
         StartupError: the config does not fit the architecture.
@@ -245,7 +250,10 @@ def build_module(
     encoder = build_encoder(config, model_config, attention)
     if config.trainer.fp8 != "no":
         use_fp8(encoder, FP8_PRODUCTS[config.trainer.fp8])
-    return choose_objective(config).build_module(encoder, config, kernel).to(runtime.device)
+    module = choose_objective(config).build_module(encoder, config, kernel)
+    if teacher is not None:
+        module.learn_from(teacher)
+    return module.to(runtime.device)
 
 
 @torch.no_grad()
@@ -256,13 +264,14 @@ def gather_module(
     runtime: Runtime,
     module: ObjectiveModule,
     *,
+    teacher: Teacher | None,
     keep: bool,
 ) -> ObjectiveModule:
     """`module`; where its weights are sharded, a copy with all of them on the ranks that `keep` one. Collective."""
     weights = module.state_dict()
     if not any(map(is_sharded, weights.values())):
         return module
-    copy = build_module(config, model_config, attention, runtime).train(module.training) if keep else module
+    copy = build_module(config, model_config, attention, runtime, teacher).train(module.training) if keep else module
     targets = copy.state_dict() if keep else {}
     for name, weight in weights.items():
         full = whole(weight)

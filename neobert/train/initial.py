@@ -27,7 +27,7 @@ from neobert.model.ngpt import normalise_
 from neobert.objectives.base import Objective, ObjectiveModule
 from neobert.weights.describe import WeightsError
 from neobert.weights.encoder_weights import EncoderWeights, load_encoder_weights
-from neobert.weights.tiling import TILED, tile_weights
+from neobert.weights.tiling import TILED, choose_layers, tile_weights
 from neobert.weights.vocabulary import VOCABULARY_TENSORS, match_tokens, remap_rows
 
 
@@ -77,6 +77,11 @@ def load_initial_weights(config: Config) -> tuple[Config, EncoderWeights | None]
         )
     except WeightsError as error:
         raise StartupError(f"model.init_from: {error}") from error
+    if config.model.init_layers:
+        try:
+            weights = choose_layers(weights, config.model.init_layers)
+        except WeightsError as error:
+            raise StartupError(str(error)) from error
     config = bind_architecture(config, weights.config)
     differences = [
         (name, f"model.{name}: the config has {ours!r}, {source} has {theirs!r}")

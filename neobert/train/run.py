@@ -127,7 +127,11 @@ class Run(RunSetup):
         alone. Collective."""
         keep = self.runtime.is_main or not main_only
         parts = self.config, self.model_config, self.attention, self.runtime, self.module
-        return Model(module=gather_module(*parts, keep=keep), tokenizer=self.tokenizer, objective=self.objective)
+        return Model(
+            module=gather_module(*parts, teacher=self.teacher, keep=keep),
+            tokenizer=self.tokenizer,
+            objective=self.objective,
+        )
 
     def stop_requested(self) -> bool:
         """Whether all ranks have agreed to stop before the budget is spent."""
@@ -203,7 +207,7 @@ def build_run(config: Config) -> Run:
             if probes is not None:
                 check_equal(runtime, lambda: {"trainer.probe_sets": probes.fingerprint})
                 setup.reporter.say("\n".join(f"probe     {one.describe()}" for one in probes.sets))
-            module = build_module(config, setup.model_config, setup.attention, runtime)
+            module = build_module(config, setup.model_config, setup.attention, runtime, setup.teacher)
             if initial is not None:
                 copied = copy_initial_weights(module, objective, initial, tokenizer, tile=config.model.init_tile)
                 setup.reporter.say(copied)
@@ -245,7 +249,7 @@ def _wire(
     """Everything that trains `module` on `data` and records it; `computing` is what of `model` computes."""
     config, runtime, output_dir, reporter = setup.config, setup.runtime, setup.output_dir, setup.reporter
     average = build_average(config, module)
-    computing.learn_from(None if average is None else average.tensors)
+    computing.learn_from_average(None if average is None else average.tensors)
     objective = choose_objective(config)
     schedule = build_schedule(config.scheduler, base_lr=config.optimizer.lr, num_steps=num_steps)
     tracker = Tracker(

@@ -10,15 +10,17 @@ from neobert.config.schema import Config
 from neobert.data.pipeline import Reader, build_tokenizer, choose_stream_lanes
 from neobert.data.source.text import STREAM_LANES
 from neobert.data.tokenizer import Tokenizer
+from neobert.inference.teacher import bind_teacher, build_teacher, describe_teacher
 from neobert.model.attention import AttentionBackend
 from neobert.model.config import ModelConfig
+from neobert.objectives.base import Teacher
 from neobert.train.build import (
     build_attention,
     build_model_config,
     choose_rows_per_step,
 )
 from neobert.train.hardware.compile_check import check_compiled_gradients
-from neobert.train.hardware.machine import Runtime, bind_precision, check_runtime
+from neobert.train.hardware.machine import Runtime, bind_precision, check_runtime, compute_dtype
 from neobert.train.hardware.micro_batch import bind_micro_batch, choose_kept
 from neobert.train.initial import bind_initial, choose_hub_encoder
 from neobert.train.preempt import StopRequest
@@ -57,6 +59,9 @@ class RunSetup:
     tokenizer: Tokenizer
     model_config: ModelConfig
     attention: AttentionBackend
+    teacher: Teacher | None
+    """What the run learns from, where it has one."""
+
     rows_per_step: int
     """Global batch, after a warm-up of the batch."""
 
@@ -109,6 +114,7 @@ def open_run(config: Config, runtime: Runtime, asked: Sequence[str] = ()) -> tup
     checkpoint_config = None if checkpoint is None else read_checkpoint_config(checkpoint)
     with main_first(runtime):  # It fetches what is on the hub.
         config, initial = bind_initial(config, checkpoint_config)
+        config, taught = bind_teacher(config)
     config, chosen = bind_precision(config, checkpoint_config, runtime)
     runtime = runtime.with_precision(config.trainer.mixed_precision)
     attention = build_attention(config)
@@ -119,6 +125,7 @@ def open_run(config: Config, runtime: Runtime, asked: Sequence[str] = ()) -> tup
     hub = choose_hub_encoder(checkpoint, initial)
     share = SharedFiles(runtime)
     tokenizer, model_config = _build_vocabulary(config, checkpoint, output_dir, runtime, reporter, hub, share)
+    teacher = None if taught is None else _build_teacher(config, taught, tokenizer, runtime, reporter)
     config, more = bind_micro_batch(
         config,
         runtime,
@@ -127,6 +134,7 @@ def open_run(config: Config, runtime: Runtime, asked: Sequence[str] = ()) -> tup
         model_config=model_config,
         attention=attention,
         tokenizer=tokenizer,
+        teacher=teacher,
     )
     for sentence in (*asked, *chosen, *checked, *more):
         reporter.say(sentence)
@@ -142,6 +150,7 @@ def open_run(config: Config, runtime: Runtime, asked: Sequence[str] = ()) -> tup
         tokenizer=tokenizer,
         model_config=model_config,
         attention=attention,
+        teacher=teacher,
         rows_per_step=rows_per_step,
         share=share,
         # Earlier versions had one number for all.
@@ -168,3 +177,13 @@ def _build_vocabulary(
     # What `model.init_from` decides beside shapes, such as model.norm_eps: every rank has read its own folder.
     check_equal(runtime, lambda: {f"model.{name}": value for name, value in model_config.to_dict().items()})
     return tokenizer, model_config
+
+
+def _build_teacher(
+    config: Config, weights: EncoderWeights, tokenizer: Tokenizer, runtime: Runtime, reporter: Reporter
+) -> Teacher:
+    """The teacher on the device; equal on all ranks."""
+    teacher = build_teacher(config, weights, tokenizer, device=runtime.device, dtype=compute_dtype(config))
+    check_equal(runtime, lambda: {"digest of the teacher": teacher.digest})
+    reporter.say(describe_teacher(weights))
+    return teacher

@@ -19,7 +19,7 @@ up to rounding. With a width that is no multiple, the norms see some channels mo
 layers the copies see each other's output: then the function is near, not equal.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields, replace
 
 import torch
@@ -42,6 +42,51 @@ def center_map(small: int, large: int) -> Tensor:
 def layer_map(small: int, large: int) -> list[int]:
     """The small encoder's layer at each index of the large one. For 2 and 5: 0 0 0 1 1."""
     return [layer * small // large for layer in range(large)]
+
+
+def choose_layers(weights: EncoderWeights, layers: Sequence[int]) -> EncoderWeights:
+    """`weights` with these of its layers alone, in this order: a start for a student (DistilBERT, arXiv 1910.01108,
+    section 3, takes every other one).
+
+    Raises:
+        WeightsError: it has no such layer, or one that computes something else at its new index.
+    """
+    config = weights.config
+    count = config.num_hidden_layers
+    unknown = [layer for layer in layers if layer >= count]
+    if unknown:
+        raise WeightsError(
+            f"model.init_layers: {list(layers)}: the source has layers 0 to {count - 1}, and no {unknown[0]}"
+        )
+    for index, layer in enumerate(layers):
+        windows = config.window_of_layer(layer), config.window_of_layer(index)
+        if windows[0] != windows[1]:
+            was, would = ("whole documents" if window is None else f"a window of {window}" for window in windows)
+            raise WeightsError(
+                f"model.init_layers: {list(layers)}: layer {layer} of the source attends to {was}, as layer {index} it "
+                f"would attend to {would}; choose others (model.global_attention_every is "
+                f"{config.global_attention_every})"
+            )
+        if not config.first_attention_norm and (index == 0) != (layer == 0):
+            raise WeightsError(
+                f"model.init_layers: {list(layers)}: layer 0 of the source has no norm before its attention (model."
+                "first_attention_norm: false), so it must be the first one, once"
+            )
+    tensors = {name: x for name, x in weights.tensors.items() if not name.startswith(_LAYERS)}
+    for index, layer in enumerate(layers):
+        prefix = f"{_LAYERS}{layer}."
+        own = {name: x for name, x in weights.tensors.items() if name.startswith(prefix)}
+        tensors |= {f"{_LAYERS}{index}.{name.removeprefix(prefix)}": x for name, x in own.items()}
+    note = f"layers {', '.join(map(str, layers))} of {count}"
+    return replace(
+        weights,
+        config=replace(config, num_hidden_layers=len(layers)),
+        tensors=tensors,
+        notes=(*weights.notes, note),
+    )
+
+
+_LAYERS = "encoder.layers."
 
 
 def check_tiling(small: ModelConfig, large: ModelConfig) -> None:

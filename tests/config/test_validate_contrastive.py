@@ -33,6 +33,8 @@ def test_a_short_config_is_enough_and_comes_back_equal() -> None:
         ("contrastive.pretrained_checkpoint=last", "pretrained_checkpoint: last is neither a step nor latest"),
         ("dataset.path=null", "dataset.path: None must be the one folder"),
         ("contrastive.temperature=0", "contrastive.temperature: 0.0 must be at least 0.01"),
+        ("contrastive.loss_type=distill", "contrastive.teacher: null, but contrastive.loss_type: distill learns from"),
+        ("contrastive.teacher=x", "contrastive.teacher: x has no effect with contrastive.loss_type: auto"),
         ("contrastive.num_hard_negatives=-1", "contrastive.num_hard_negatives: -1 must be at least 0"),
         ("contrastive.pretraining_prob=1", "pretraining_prob: 1.0 must be at least 0 and less than 1"),
         (
@@ -72,6 +74,14 @@ def test_a_short_config_is_enough_and_comes_back_equal() -> None:
 )
 def test_what_is_refused(override: str, message: str) -> None:
     assert any(message in error for error in errors(override))
+
+
+def test_a_teacher_has_one_vector_a_text_and_its_own_tokenizer() -> None:
+    taught = ["contrastive.loss_type=distill", "contrastive.teacher=x"]
+    assert parse_config(BASE, taught).contrastive.teacher == "x"
+    (error,) = errors(*taught, "contrastive.pooling=tokens")
+    assert error.startswith("contrastive.pooling: tokens makes no vector")
+    assert any(error.startswith("tokenizer.train: true") for error in errors(*taught, "tokenizer.train=true"))
 
 
 def test_two_ways_to_name_sets_exclude_each_other() -> None:

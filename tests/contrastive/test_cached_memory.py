@@ -19,7 +19,8 @@ from neobert.model.attention import ATTENTION
 from neobert.model.config import ModelConfig
 from neobert.model.encoder import Encoder
 from neobert.objectives import losses
-from neobert.objectives.contrastive import ContrastiveEncoder, PairBatch
+from neobert.objectives.contrastive import ContrastiveEncoder
+from neobert.objectives.pair_batch import PairBatch
 from neobert.types import PackedRow
 
 WIDTH, VOCABULARY, CHUNK = 16, 500, 4

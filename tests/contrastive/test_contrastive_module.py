@@ -21,8 +21,11 @@ from neobert.kernels.linear_cross_entropy import KERNELS
 from neobert.model.attention import ATTENTION
 from neobert.model.config import ModelConfig
 from neobert.model.encoder import Encoder
-from neobert.objectives.contrastive import CONTRASTIVE, TEMPERATURE, ContrastiveEncoder, PairBatch
+from neobert.model.segments import Segments
+from neobert.objectives.base import Teacher
+from neobert.objectives.contrastive import CONTRASTIVE, TEMPERATURE, ContrastiveEncoder
 from neobert.objectives.masking import MaskPolicy
+from neobert.objectives.pair_batch import PairBatch
 from neobert.train.step import train_step
 from neobert.types import PackedRow
 
@@ -54,7 +57,7 @@ def model(**changes: Any) -> ContrastiveEncoder:
     }
     keys = {f.name for f in fields(ContrastiveSection)}
     section = ContrastiveSection(**{name: changes.pop(name) for name in list(changes) if name in keys})
-    torch.manual_seed(0)
+    torch.manual_seed(changes.pop("seed_of_weights", 0))
     encoder = Encoder(ModelConfig(**{**architecture, **changes}), ATTENTION["sdpa"])
     return ContrastiveEncoder(encoder, section, kernel=KERNELS["torch"])
 
@@ -330,3 +333,50 @@ def test_the_texts_of_a_row_are_never_its_negatives(rows: list[tuple[str, ...]],
 def test_the_card_counts_hard_negatives(count: int, words: str) -> None:
     config = Config(task="contrastive", contrastive=ContrastiveSection(num_hard_negatives=count))
     assert words in "\n".join(CONTRASTIVE.card.recipe(config, ["pairs"]))
+
+
+def teacher_of(width: int) -> Teacher:
+    taught = model(hidden_size=width, pooling="cls", seed_of_weights=1).eval().requires_grad_(False)
+    return Teacher(module=taught, digest="", num_tokens=VOCABULARY, dtype=torch.float32, pooling="cls")
+
+
+@pytest.mark.parametrize(("width", "dims"), [(16, ()), (24, ()), (16, (8,))], ids=["vectors", "similarities", "both"])
+def test_the_vectors_of_a_teacher_are_learned(width: int, dims: tuple[int, ...]) -> None:
+    """Each text by itself through both encoders, one pair at a time through the loss."""
+    module, teacher = model(loss_type="distill", matryoshka_dims=dims), teacher_of(width)
+    module.learn_from(teacher)
+    assert not any("teacher" in name for name in module.state_dict())
+    rows = make_rows(2, 1, 2)
+    batch = collate(rows, kind="distill", chunk=2)
+    loss, found = gradients(module, batch)
+    texts = [np.split(row.tokens, np.cumsum(row.lengths)[:-1]) for row in rows]
+
+    def vectors(which: int) -> tuple[list[Tensor], list[Tensor]]:
+        chosen = [row[min(which, len(row) - 1)] for row in texts]
+        ours = [module.encoder(*alone(text)).mean(dim=0) for text in chosen]
+        return ours, [teacher.module.encoder(*alone(text))[0] for text in chosen]
+
+    total = torch.zeros(())
+    for which in (0, 1):
+        ours, theirs = vectors(which)
+        for size in (*dims, 16):
+            units = [F.normalize(x[:size], dim=0) for x in ours]
+            taught = [F.normalize(x, dim=0) for x in theirs]
+            for i in range(3):
+                if size == width:
+                    total = total + (1 - units[i] @ taught[i])
+                else:
+                    total = total + sum((units[i] @ units[j] - taught[i] @ taught[j]) ** 2 for j in range(3)) / 3
+    total = total / (2 * (1 + len(dims)))
+    assert loss == pytest.approx(total.item(), rel=1e-4)
+    weights = {name: weight for name, weight in module.named_parameters() if name in found}
+    for (name, _), gradient in zip(weights.items(), torch.autograd.grad(total, list(weights.values()))):
+        torch.testing.assert_close(found[name], gradient, rtol=1e-3, atol=1e-5, msg=lambda text, name=name: name + text)
+
+
+def alone(text: Any) -> tuple[Tensor, Tensor, Segments]:
+    length = len(text)
+    borders = torch.tensor([0, length], dtype=torch.int32)
+    ids = torch.ones(1, length, dtype=torch.int32)
+    segments = Segments(ids=ids, cu_seqlens=borders, cu_seqlens_cpu=borders, max_seqlen=length)
+    return torch.from_numpy(text)[None], torch.arange(length)[None], segments

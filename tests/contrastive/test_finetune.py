@@ -80,6 +80,25 @@ FRESH_ONLY = [
 """Other values of keys that a resume does not read."""
 
 
+def test_a_resumed_run_learns_from_the_same_teacher(
+    contrastive: Contrastive, pretrained: Path, tmp_path: Path, all_sets: str
+) -> None:
+    """Of all kinds of sets; the teacher is a model of the same width, the evaluation is that of the sets."""
+    taught = [f"contrastive.teacher={pretrained}", "contrastive.loss_type=distill", "dataset.name=null", all_sets]
+    whole, resumed = tmp_path / "whole", tmp_path / "resumed"
+    finetune(contrastive(whole, *taught, "trainer.max_steps=8", "trainer.global_batch_size=8"))
+    finetune(
+        contrastive(resumed, *taught, "trainer.max_steps=8", f"trainer.resume_from_checkpoint={whole}/checkpoints/4")
+    )
+    assert exact_steps(resumed) == exact_steps(whole, after=4)
+    losses = [float(str(line["loss"])) for line in log_lines(whole, "step")]
+    assert losses[-1] < losses[0]
+    assert "teacher   " in (whole / "training.log").read_text()
+    other = [f"contrastive.teacher={whole}", *taught[1:], f"trainer.resume_from_checkpoint={whole}/checkpoints/4"]
+    with pytest.raises(StartupError, match=r"contrastive.teacher +needs declaring"):
+        finetune(contrastive(tmp_path / "other", *other, "trainer.max_steps=8"))
+
+
 @pytest.mark.parametrize("variant", VARIANTS)
 def test_a_resumed_run_equals_the_uninterrupted_one(
     contrastive: Contrastive, tmp_path: Path, variant: str, all_sets: str, pair_files: Path

@@ -18,7 +18,7 @@ from neobert.data.pipeline import Reader
 from neobert.data.rows.lanes import State, Window
 from neobert.data.rows.side_by_side import digest_rows
 from neobert.data.tokenizer import load_tokenizer
-from neobert.objectives.contrastive import PairBatch
+from neobert.objectives.pair_batch import PairBatch
 from neobert.types import PackedRow
 
 Contrastive = Callable[..., Config]

@@ -16,6 +16,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from neobert.kernels.linear_cross_entropy import KERNELS
+from neobert.kernels.linear_distillation import chunked_linear_kl
 from neobert.model.fp8 import _Fp8Product, emulate
 from neobert.model.layers import RMSNorm, _RMSNormCPU, _SwiGLUCPU, swiglu
 from neobert.model.rotary import _Rotate, rotary_table
@@ -42,6 +43,10 @@ def loss(name: str) -> Case:
 FUNCTIONS: dict[str, Case] = {
     "neobert.objectives.losses._Gather": (_Gather.apply, [(12, 8)]),
     "neobert.kernels.linear_cross_entropy._ChunkedLinearCrossEntropy": loss("torch"),
+    "neobert.kernels.linear_distillation._ChunkedLinearKL": (
+        lambda h, w: chunked_linear_kl(h, w, w[18:], w, TARGETS != -100, temperature=2.0, count_agreed=True),
+        [(12, 8), (30, 8)],
+    ),
     "neobert.kernels.triton_linear_cross_entropy._TritonLinearCrossEntropy": loss("triton"),
     "neobert.model.fp8._Fp8Product": (
         lambda x, w: _Fp8Product.apply(x.bfloat16(), w.bfloat16(), emulate, torch.float8_e4m3fn).float(),

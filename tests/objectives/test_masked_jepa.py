@@ -52,7 +52,7 @@ def collate(*documents: tuple[int, ...]) -> tuple[PackedBatch, torch.Tensor]:
 
 def test_loss_and_gradients_are_those_of_the_definition() -> None:
     module, teacher = build(), build(seed=1)
-    module.learn_from(lambda: dict(teacher.named_parameters()))
+    module.learn_from_average(lambda: dict(teacher.named_parameters()))
     batch, tokens = collate((9, 12), (7, 5, 8))
     found = module(batch).loss_sum
     student = module.encoder(batch.input_ids, batch.positions, batch.segments)
@@ -82,7 +82,7 @@ def test_the_tokens_before_masks_are_restored() -> None:
 
 def test_an_evaluation_is_that_of_masked_language_modelling() -> None:
     module = build()
-    module.learn_from(lambda: pytest.fail("an evaluation has no teacher"))
+    module.learn_from_average(lambda: pytest.fail("an evaluation has no teacher"))
     plain = MaskedLM(copy.deepcopy(module.encoder), kernel=KERNELS["reference"])
     batch, _ = collate((20,), (22,))
     with torch.no_grad():
@@ -92,7 +92,7 @@ def test_an_evaluation_is_that_of_masked_language_modelling() -> None:
 
 def test_without_an_average_there_is_no_teacher() -> None:
     with pytest.raises(StartupError, match=r"mlm_jepa learns from an average of the weights; set trainer\.ema_decay"):
-        build().learn_from(None)
+        build().learn_from_average(None)
     base = ["dataset.name=python_stdlib", "tokenizer.train=true", "trainer.max_steps=9", "trainer.objective=mlm_jepa"]
     ema = "trainer.ema_decay=0.9"
     for keys, text in (

@@ -32,6 +32,7 @@ TRIED: list[tuple[str, dict[str, str]]] = [
             "model.name": "another",
             "model.init_from": "outputs/nowhere",
             "model.init_weights": "ema",
+            "model.init_layers": "[0]",
             "model.init_tile": "true",
             "model.init_drop_decoder_bias": "true",
             "model.embedding_init_range": "0.5",

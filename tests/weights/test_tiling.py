@@ -16,7 +16,7 @@ from neobert.objectives.mlm import MaskedLM
 from neobert.weights.describe import WeightsError
 from neobert.weights.encoder_weights import EncoderWeights
 from neobert.weights.layouts import tensor_shapes
-from neobert.weights.tiling import center_map, layer_map, tile_weights
+from neobert.weights.tiling import center_map, choose_layers, layer_map, tile_weights
 
 SMALL = ModelConfig(
     hidden_size=16,
@@ -190,3 +190,33 @@ def test_what_cannot_be_tiled_is_named_together() -> None:
     assert "model.num_hidden_layers: 1 is less than the 2 to be tiled" in message
     assert "model.num_attention_heads: 2 heads of 12, but the heads to be tiled have width 8" in message
     assert "model.rope: False, but True is to be tiled" in message
+
+
+def test_chosen_layers_are_those_of_the_source_in_that_order() -> None:
+    """Where the layers that are left out add nothing, the rest computes what all of them did."""
+    for variant in (x for x in VARIANTS.values() if "local_attention" not in x):
+        whole = build(replace(SMALL, num_hidden_layers=4, **variant))
+        with torch.no_grad():
+            for name, weight in whole.named_parameters():
+                if ".layers.1." in name or ".layers.3." in name:
+                    weight.mul_(0 if ".out." in name or ".down." in name else 1)
+        chosen = choose_layers(weights_of(whole), [0, 2])
+        student = build(replace(whole.encoder.config, num_hidden_layers=2), seed=1)
+        student.load_state_dict(chosen.tensors, strict=True)
+        for found, expected in zip(run(student), run(whole)):
+            torch.testing.assert_close(found, expected)
+    assert chosen.notes == ("layers 0, 2 of 4",)
+    assert choose_layers(weights_of(build(SMALL)), [0, 0, 1]).config.num_hidden_layers == 3
+
+
+def test_layers_that_cannot_be_chosen_are_named() -> None:
+    whole = weights_of(build(SMALL))
+    with pytest.raises(WeightsError, match=r"model.init_layers: \[0, 2\]: the source has layers 0 to 1, and no 2"):
+        choose_layers(whole, [0, 2])
+    windows = replace(SMALL, num_hidden_layers=3, local_attention=4, global_attention_every=2)
+    with pytest.raises(WeightsError, match=r"layer 2 of the source attends to whole documents, as layer 1 it would"):
+        choose_layers(weights_of(build(windows)), [0, 2])
+    assert choose_layers(weights_of(build(windows)), [2, 1]).config.num_hidden_layers == 2
+    first = weights_of(build(replace(SMALL, first_attention_norm=False, embedding_norm=True)))
+    with pytest.raises(WeightsError, match=r"layer 0 of the source has no norm before its attention"):
+        choose_layers(first, [1])

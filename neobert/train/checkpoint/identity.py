@@ -27,6 +27,7 @@ from neobert.config.schema import Config
 from neobert.data.fingerprint import fits
 from neobert.data.rows.loader import ORDER_KEYS
 from neobert.errors import StartupError
+from neobert.inference.teacher import TEACHERS
 from neobert.model.config import ModelConfig
 from neobert.optim.groups import list_decayed
 
@@ -133,6 +134,7 @@ def build_facts(
     tokenizer_digest: str,
     special_ids: Sequence[int] | None,
     groups: str | None,
+    teacher_digest: str | None,
 ) -> Facts:
     """Everything that identifies a run, by key; secrets are left out, and what is not known is None.
 
@@ -150,6 +152,7 @@ def build_facts(
     facts[FINGERPRINT], facts[TOKENIZER] = fingerprint, tokenizer_digest
     facts[SPECIAL_IDS] = None if special_ids is None else list(special_ids)
     facts[GROUPS] = groups
+    facts |= {key: teacher_digest for key in TEACHERS if facts[key] is not None}  # Wherever it is.
     return facts
 
 

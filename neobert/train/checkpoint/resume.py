@@ -116,6 +116,7 @@ def describe_saved_run(checkpoint: Path, saved: Mapping[str, Any], config: Confi
         tokenizer_digest=saved["tokenizer_digest"],
         special_ids=saved.get("special_ids"),
         groups=saved.get("optimizer_groups"),
+        teacher_digest=saved.get("teacher_digest"),
     )
 
 
@@ -131,6 +132,7 @@ def describe_run(run: Run) -> Facts:
         tokenizer_digest=_digest_of_named_tokenizer(run.config, run.tokenizer),
         special_ids=run.tokenizer.special_ids,
         groups=describe_groups(run.optimizer.param_groups),
+        teacher_digest=None if run.teacher is None else run.teacher.digest,
     )
 
 

@@ -251,6 +251,7 @@ def _describe_state(run: Run, state: TrainState, data_state: dict[str, Any], con
         "tokenizer_digest": run.tokenizer.digest,
         "special_ids": list(run.tokenizer.special_ids),
         "optimizer_groups": describe_groups(run.optimizer.param_groups),
+        "teacher_digest": None if run.teacher is None else run.teacher.digest,
         "config_digest": "sha256:" + sha256(config_text.encode()).hexdigest(),
         "world_size": run.runtime.world,
         "torch_version": torch.__version__,

@@ -33,6 +33,7 @@ from neobert.data.tokenizer import Tokenizer
 from neobert.errors import StartupError
 from neobert.model.attention import AttentionBackend
 from neobert.model.config import ModelConfig
+from neobert.objectives.base import Teacher
 from neobert.objectives.causal_lm import build_next_tokens
 from neobert.objectives.table import choose_objective
 from neobert.train.build import build_mask_policy, build_model, build_module, build_run_optimizer
@@ -66,6 +67,7 @@ def bind_micro_batch(
     model_config: ModelConfig,
     attention: AttentionBackend,
     tokenizer: Tokenizer,
+    teacher: Teacher | None = None,
 ) -> tuple[Config, list[str]]:
     """The config with a number instead of `auto`, and what to say about it; collective.
 
@@ -80,7 +82,7 @@ def bind_micro_batch(
         return config, []
     if kept is None:
         candidates = divisors(shared_rows(config, rows_per_step) // runtime.world)
-        measure = build_measure(config, runtime, model_config, attention, tokenizer)
+        measure = build_measure(config, runtime, model_config, attention, tokenizer, teacher)
         try:
             if runtime.device.type == "cuda":
                 found = choose_by_trial(candidates, measure, gpu_limit(runtime.device))
@@ -183,7 +185,12 @@ def cpu_limit() -> int:
 
 
 def build_measure(
-    config: Config, runtime: Runtime, model_config: ModelConfig, attention: AttentionBackend, tokenizer: Tokenizer
+    config: Config,
+    runtime: Runtime,
+    model_config: ModelConfig,
+    attention: AttentionBackend,
+    tokenizer: Tokenizer,
+    teacher: Teacher | None = None,
 ) -> Measure:
     """The peak of a training step with this config, as a function of its rows."""
     on_gpu, dtype = runtime.device.type == "cuda", compute_dtype(config)
@@ -191,7 +198,7 @@ def build_measure(
     measured = config if on_gpu else replace(config, trainer=replace(config.trainer, torch_compile=False))
 
     def make_step(rows: int) -> None:
-        module = build_module(measured, model_config, attention, runtime)
+        module = build_module(measured, model_config, attention, runtime, teacher)
         model = build_model(measured, module)
         autocast = dtype != torch.float32 and not config.trainer.bf16_residual
         model.forward = torch.autocast(runtime.device.type, dtype=dtype, enabled=autocast)(model.forward)  # type: ignore[method-assign]

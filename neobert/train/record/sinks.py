@@ -19,6 +19,7 @@ TRACKED_SECTIONS = (
     "optimizer",
     "scheduler",
     "trainer",
+    "distill",
     "contrastive",
     "finetune",
     "glue",
