@@ -15,6 +15,11 @@ class TrainerSection:
     """What pretraining learns. mlm: to predict hidden tokens. replaced_token: to find the tokens that were replaced by
     random ones, the discriminator's task of ELECTRA; `datacollator.mlm_probability` is the rate."""
 
+    # It decides which weights the optimizer has.
+    trained_weights: Literal["all", "embeddings"] = key("all", tasks="pretraining", resume="fixed")
+    """embeddings: only the rows of tokens learn (the embedding, an untied vocabulary projection, its bias), and the
+    rest of the model stays as it is: a first phase for new tokens."""
+
     # A run may grow: what follows its length, the schedule and the final masked fraction, follows the new one.
     max_steps: int | None = key(None, at_least=1, resume="schedule")
     """Budget in optimizer steps."""
