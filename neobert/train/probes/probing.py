@@ -82,7 +82,7 @@ def _probe(run: Run, probes: Probes, seconds: dict[str, float]) -> ProbeResult:
     ):
         for one in probes.sets:
             start = time.perf_counter()
-            sets[one.name] = _score(one, _embed(run.runtime, model, one.documents))
+            sets[one.name] = score_set(one, _embed(run.runtime, model, one.documents))
             seconds[one.name] = seconds.get(one.name, 0.0) + time.perf_counter() - start
         if probes.losses is not None:
             assert run.objective.target_losses is not None
@@ -100,7 +100,8 @@ def _embed(runtime: Runtime, model: Model, documents: Sequence[NDArray[Any]]) ->
     return gather_rows(runtime, vectors, len(documents))
 
 
-def _score(one: ProbeSet, vectors: NDArray[np.float32]) -> dict[str, float | None]:
+def score_set(one: ProbeSet, vectors: NDArray[np.float32]) -> dict[str, float | None]:
+    """The metrics of a set by the vectors `[texts, H]` of its documents; None where they are not finite."""
     is_finite = bool(np.isfinite(vectors).all())
     if one.classes is not None:
         both = {"knn": knn_accuracy, "ridge": ridge_accuracy}
