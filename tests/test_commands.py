@@ -51,6 +51,7 @@ WRONG = {
     "contrastive/finetune.py": ["CONFIG"],
     "finetuning/finetune.py": ["CONFIG"],
     "contrastive/preprocess.py": ["CONFIG"],
+    "pretraining/adapt.py": ["x", "--text", "x", "--output", "x", "--config", "CONFIG"],
     "pretraining/longer_seq.py": ["CONFIG", "--checkpoint", "x", "--max-length", "9"],
     "pretraining/preprocess.py": ["CONFIG"],
     "pretraining/pretrain.py": ["CONFIG"],

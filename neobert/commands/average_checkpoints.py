@@ -22,18 +22,15 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from neobert.config.nesting import parse_json
-from neobert.disk import sync
 from neobert.weights.encoder_weights import WEIGHTS
 from neobert.weights.folder import (
     AVERAGE_FILE,
     HEAD_FILE,
-    MANIFEST,
     MODEL_FILE,
     CheckpointError,
-    Manifest,
     check_contents,
-    record_file,
     valid_steps,
+    write_manifest,
 )
 
 _COPIED = ("model_config.json", "tokenizer_info.json", "tokenizer")
@@ -209,9 +206,4 @@ def _write(folder: Path, newest: Path, tensors: dict[str, Tensor], plan: Average
     for name in (*_COPIED, *(name for name in _OF_THE_NEWEST if (newest / name).is_file())):
         (shutil.copytree if (newest / name).is_dir() else shutil.copyfile)(newest / name, folder / name)
     (folder / AVERAGE_FILE).write_text(json.dumps(asdict(plan), indent=2) + "\n")
-    files = [path for path in folder.rglob("*") if path.is_file()]
-    for path in files:
-        sync(path)
-    records = {path.relative_to(folder).as_posix(): record_file(path) for path in files}
-    (folder / MANIFEST).write_text(Manifest(step=max(plan.steps), world_size=1, files=records).to_text())
-    sync(folder / MANIFEST)
+    write_manifest(folder, max(plan.steps))

@@ -103,6 +103,13 @@ COMMANDS: dict[str, Command] = {
         "pretraining/longer_seq.py",
         resumes=True,
     ),
+    "adapt": Command(
+        "adapt an encoder to a domain or a language: new tokens, then training on own and general text",
+        "training_commands",
+        "pretraining/adapt.py",
+        also=(ValueError,),
+        resumes=True,
+    ),
     "finetune": Command(
         "fine-tune an encoder on labels or on pairs",
         "training_commands",

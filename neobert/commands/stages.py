@@ -11,6 +11,7 @@ from neobert.config.rules import BUDGETS
 from neobert.config.schema import Config
 from neobert.errors import StartupError, UserError
 from neobert.train.checkpoint.run_folder import holds_run
+from neobert.train.initial import bind_initial
 from neobert.train.start import is_own, read_checkpoint_config, read_train_state
 from neobert.weights.folder import AVERAGE_FILE, STEPS_KEY, CheckpointError, choose_newest, read_manifest
 
@@ -125,6 +126,17 @@ def _without_start(config: Config) -> Config:
     return without_secrets(replace(config, trainer=fresh))
 
 
+def _as_saved(now: Config, before: Config) -> Config:
+    """`now` with what a run writes into its config: the architecture and the tokenizer of its initial weights, and what
+    it chose for `auto`."""
+    bound, _ = bind_initial(now, before)
+    chosen = {name: getattr(before.trainer, name) for name in _CHOSEN if getattr(bound.trainer, name) == "auto"}
+    return replace(bound, trainer=replace(bound.trainer, **chosen))
+
+
+_CHOSEN = ("mixed_precision", "per_device_train_batch_size")
+
+
 def _same_budget(now: Config, before: Config) -> bool:
     """The same for a script that completes its config from elsewhere before it saves it."""
     return _budgets(now) == _budgets(before)
@@ -147,7 +159,7 @@ def _continue_training(
     elif source is not None:
         _check_lineage(folder, state, source)
     argv = _set(stage, folder, *more)
-    if is_complete(state) and same(load_config(argv[0], argv[1:]), before):
+    if is_complete(state) and same(_as_saved(load_config(argv[0], argv[1:]), before), before):
         return None
     return KINDS[stage.run].command, [*argv, *stage.arguments]
 

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from neobert import cli
-from neobert.commands.flags import build_parser, shard
+from neobert.commands.flags import build_parser, count, count_or_zero, shard
 from neobert.config.load import config_to_yaml, load_config, split_arguments
 from neobert.config.migrate import MigrationError, migrate
 from neobert.config.reference import build_help
@@ -156,6 +156,64 @@ def longer_seq(program: str, argv: list[str]) -> int:
     from neobert.commands.longer_seq import run_longer
 
     return run_longer(config, args, typed)
+
+
+def adapt(program: str, argv: list[str]) -> int:
+    """Adapt an encoder to a domain or a language: new tokens from own text, then training on it.
+
+    neobert adapt outputs/run --text my_text.jsonl --general general_text/ --output outputs/adapted
+
+    The folder that is written has the extended model, two runs (the rows of tokens first, then everything) and a table
+    with the loss and the tokens a word of own and general text, before and after. Type the same command again when it
+    was interrupted.
+    """
+    parser = build_parser(
+        program,
+        adapt.__doc__,
+        allow_abbrev=False,
+        epilog="After these, settings as for pretrain: --section.key value.",
+    )
+    parser.add_argument("model", help="run folder, checkpoint, exported folder, or a name of the hub")
+    source = "file, folder, glob or hub data set; may be repeated"
+    parser.add_argument("--text", required=True, action="append", help=f"own text: {source}")
+    parser.add_argument(
+        "--general", action="append", help=f"text like that of its training, against forgetting: {source}"
+    )
+    parser.add_argument("--output", required=True, type=Path, help="folder to write")
+    parser.add_argument("--text-column", help="default: text, content, sentence, or the only one with text")
+    parser.add_argument("--new-tokens", type=count, help="default 1000; fewer where the text has no more")
+    parser.add_argument(
+        "--documents", type=count, help="learn them from so many documents of each own text; default: all"
+    )
+    parser.add_argument("--init", help="how their rows start: fvt (default), nearest, mean or random")
+    parser.add_argument("--general-fraction", type=float, help="of the tokens that are trained on (default 0.5)")
+    parser.add_argument("--general-documents", type=count, help="use the first documents only, this many; default: all")
+    parser.add_argument("--held-out", type=count, help="documents of an own text to measure on (default 100)")
+    parser.add_argument("--general-held-out", type=count, help="the same of a general text (default 100)")
+    parser.add_argument("--seed", type=count_or_zero, help="of rows, masks and new rows (default 0)")
+    parser.add_argument(
+        "--config", default="continue", help="config of the training (default: the shipped %(default)s)"
+    )
+    parser.add_argument(
+        "--embedding-steps", type=count_or_zero, default=100, help="steps that train rows of tokens only (default 100)"
+    )
+    parser.add_argument("--probe-sets", nargs="+", default=[], help="files of labelled texts, as trainer.probe_sets")
+    parser.add_argument("--piece-chars", type=count, default=1000, help="as of mlm-loss --whole-words (default 1000)")
+    args, typed = parser.parse_known_args(argv)
+    if others := split_arguments(typed)[1]:
+        parser.error(f"unrecognized arguments: {' '.join(others)}")
+    load_config(args.config, [f"dataset.path={args.text[0]}", f"model.init_from={args.model}", *typed])
+    from neobert.commands.adapt import AdaptRequest, AdaptTraining, run_adapt
+
+    values = cli.explicit_values(args, AdaptRequest)
+    values |= {name: tuple(value) for name, value in values.items() if isinstance(value, list)}
+    return run_adapt(
+        AdaptRequest(**values),
+        AdaptTraining(config=args.config, overrides=tuple(typed), embedding_steps=args.embedding_steps),
+        args.output,
+        probe_sets=args.probe_sets,
+        piece_chars=args.piece_chars,
+    )
 
 
 def finetune(program: str, argv: list[str]) -> int:

@@ -75,7 +75,13 @@ class DatasetSection:
     mixture: tuple[MixtureSource, ...] = key((), tasks="pretraining", resume="order", changes="source")
     """Several sources: a list of mappings with `name` or `path`, and optionally `weight`, `max_documents`, `config`,
     `revision`, `split`, `text_column`. Replaces `name`. With weights, documents are drawn in these proportions and a
-    source that ends starts again; without, each document comes once per epoch."""
+    source that ends starts again; without, each document comes once per epoch. See `mixture_alpha` for tokens."""
+
+    mixture_alpha: float | None = key(None, at_least=0, needs="dataset.mixture", tasks="pretraining", resume="order")
+    """Mix by tokens: the fraction of the tokens that a source gets is in proportion to its `weight` (1 where none is
+    set) x (its tokens) ** mixture_alpha. 0: the weights are fractions of the tokens. 1: each source by its size.
+    Between them small sources come more often than their size says; 1 / mixture_alpha is called the temperature. Needs
+    tokens on disk (`streaming: false`). null: weights are fractions of the documents."""
 
     streaming: bool | None = key(None, tasks="pretraining", resume="order", changes="source")
     """null: text files are streamed, `save_to_disk` folders are indexed. true: never build an index.

@@ -26,6 +26,11 @@ class TrainerSection:
     jepa_weight: float = key(1.0, above=0, needs="trainer.objective=mlm_jepa", resume="declared")
     """With mlm_jepa: what the distance of a predicted hidden state (1 - cosine) counts beside the loss of a token."""
 
+    # It decides which weights the optimizer has.
+    trained_weights: Literal["all", "embeddings"] = key("all", tasks="pretraining", resume="fixed")
+    """embeddings: only the rows of tokens learn (the embedding, an untied vocabulary projection, its bias), and the
+    rest of the model stays as it is: a first phase for new tokens."""
+
     # A run may grow: what follows its length, the schedule and the final masked fraction, follows the new one.
     max_steps: int | None = key(None, at_least=1, resume="schedule")
     """Budget in optimizer steps."""

@@ -22,7 +22,7 @@ from neobert.data.rows.evaluation import EvalSet, choose_evaluation
 from neobert.data.rows.lanes import Lane, RowOrder, State, sum_counters
 from neobert.data.rows.loader import Collate, Loader, LoaderSettings
 from neobert.data.rows.packing import max_segments_per_row
-from neobert.data.rows.training import TrainData, build_row_order, build_train
+from neobert.data.rows.training import TrainData, build_row_order, build_train, mix_by_tokens
 from neobert.data.source.inventory import NO_FILES, Inventory
 from neobert.data.source.one_reader import Share, alone
 from neobert.data.source.spec import describe_sources
@@ -258,9 +258,8 @@ def build_data(
     views = [source.open(source.train_split, source.spec.max_documents) for source in sources]
     order = build_row_order(config, views)
     evaluation = choose_evaluation(config, sources, views, order)
-    train = build_train(
-        evaluation.train, tokenizer, order, section, stream_lanes=reader.stream_lanes, share=reader.share
-    )
+    mixed, mixing = mix_by_tokens(evaluation.train, section, order)
+    train = build_train(mixed, tokenizer, order, section, stream_lanes=reader.stream_lanes, share=reader.share)
     collate = replace(_build_collate(config, tokenizer, train_masks), num_sources=len(sources))
     longest = [view.documents.longest(view.span) for view in evaluation.train]
     loader_settings = reader.loader_settings(
@@ -283,6 +282,7 @@ def build_data(
         notes=(
             *found,
             *inventory.notes(),
+            *mixing,
             *train.notes,
             *_note_shared_lanes(train, reader.world),
             *evaluation.notes,

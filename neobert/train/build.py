@@ -39,6 +39,7 @@ from neobert.train.hardware.machine import Runtime, choose_compile, compute_dtyp
 from neobert.train.master_weights import MasterWeights
 from neobert.train.record.console import Reporter
 from neobert.train.record.trackers import TRACKERS, TrackerSink, choose_trackers
+from neobert.weights.vocabulary import VOCABULARY_TENSORS
 
 
 def choose_rows_per_step(config: Config, world: int) -> int:
@@ -198,7 +199,8 @@ def build_run_optimizer(config: Config, module: ObjectiveModule) -> Optimizer:
         num_layers=len(module.encoder.layers),
         num_heads=module.encoder.config.num_attention_heads,
     )
-    keep_unit_length(optimizer, module.unit_matrices())
+    # Scaled again, a matrix that is not trained would differ by a rounding error.
+    keep_unit_length(optimizer, [matrix for matrix in module.unit_matrices() if matrix[0].requires_grad])
     return optimizer
 
 
@@ -214,7 +216,7 @@ def build_clip(
 ) -> QKClip | None:
     """What clips attention logits after the steps of `optimizer`, None where nothing does."""
     muon = config.optimizer.muon_config
-    if config.optimizer.name not in MUON or not muon.enable_clipping:
+    if config.optimizer.name not in MUON or not muon.enable_clipping or config.trainer.trained_weights != "all":
         return None
     clip = QKClip(module.encoder, muon, computing=computing.encoder, largest=runtime.max_on_device)
     clip.clip_after(optimizer)
@@ -253,7 +255,16 @@ def build_module(
     module = choose_objective(config).build_module(encoder, config, kernel)
     if teacher is not None:
         module.learn_from(teacher)
+    if config.trainer.trained_weights == "embeddings":
+        train_vocabulary_only(module)
     return module.to(runtime.device)
+
+
+def train_vocabulary_only(module: ObjectiveModule) -> None:
+    """Has everything but the rows of tokens stay as it is."""
+    for name, weight in module.named_parameters():
+        if name not in VOCABULARY_TENSORS:
+            weight.requires_grad_(False)
 
 
 @torch.no_grad()

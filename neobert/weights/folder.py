@@ -21,6 +21,7 @@ from pathlib import Path
 from typing import Any
 
 from neobert.config.nesting import parse_json
+from neobert.disk import sync
 from neobert.errors import UserError
 
 MODEL_FILE, EMA_FILE = "model.safetensors", "ema.safetensors"
@@ -117,6 +118,16 @@ def read_manifest(folder: Path) -> Manifest:
     if is_step_name(folder.name) and manifest.step != int(folder.name):
         raise CheckpointError(f"{MANIFEST} is that of step {manifest.step}")
     return manifest
+
+
+def write_manifest(folder: Path, step: int) -> None:
+    """Flushes every file of a folder that one process wrote, and writes its manifest last."""
+    files = [path for path in folder.rglob("*") if path.is_file()]
+    for path in files:
+        sync(path)
+    records = {path.relative_to(folder).as_posix(): record_file(path) for path in files}
+    (folder / MANIFEST).write_text(Manifest(step=step, world_size=1, files=records).to_text())
+    sync(folder / MANIFEST)
 
 
 def is_step_name(name: str) -> bool:

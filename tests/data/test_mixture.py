@@ -13,6 +13,7 @@ from neobert.data.rows import streams as mixture_module
 from neobert.data.rows import streams as streams_module
 from neobert.data.rows.lanes import DocumentBatch
 from neobert.data.rows.streams import MixtureStream
+from neobert.data.rows.training import choose_token_fractions
 from neobert.errors import DataError
 
 
@@ -204,3 +205,32 @@ def test_large_documents_of_a_mixture_are_bounded_and_complete(
             found.update(np.asarray(window.get(piece)).tolist())
         state = window.next_state
     assert found == Counter(t for tokens in tokenizer.encode_batch(texts) for t in tokens.tolist())
+
+
+def test_fractions_of_tokens():
+    assert choose_token_fractions([None, None], [900, 100], 1) == [0.9, 0.1]
+    assert choose_token_fractions([None, None], [900, 100], 0) == [0.5, 0.5]
+    assert choose_token_fractions([3, 1], [900, 100], 0) == [0.75, 0.25]
+    assert choose_token_fractions([1, 2], [900, 100], 0.5) == pytest.approx([0.6, 0.4])
+
+
+@pytest.mark.parametrize(("alpha", "fraction"), [(0.0, 0.5), (1.0, 0.8)])
+def test_sources_are_mixed_by_tokens(alpha, fraction, tmp_path, make_config, make_data):
+    """One source has eight times the documents, half as long each: four times the tokens."""
+    for name, count, words in (("short", 640, 40), ("long", 80, 80)):
+        lines = [json.dumps({"text": " ".join(f"w{n % 90}" for n in range(d, d + words))}) + "\n" for d in range(count)]
+        (tmp_path / f"{name}.jsonl").write_text("".join(lines))
+    mixture = tuple(MixtureSource(path=str(tmp_path / f"{name}.jsonl")) for name in ("short", "long"))
+    values = {"path": None, "mixture": mixture, "mixture_alpha": alpha, "eval_samples": None}
+    with pytest.raises(DataError, match=r"mixture_alpha: needs the number of tokens.*streaming: false"):
+        make_data(make_config(**values))
+    data = make_data(make_config(**values, streaming=False))
+    assert any(note.startswith("tokens are mixed ") for note in data.notes)
+    lane = data.train.lane_opener()(0)
+    state, tokens = lane.start(), Counter()
+    for _ in range(12):
+        window = lane.open(state)
+        for piece in (piece for row in window.rows for piece in row):
+            tokens[int(window.sources[piece.document])] += piece.length
+        state = window.next_state
+    assert tokens[0] / tokens.total() == pytest.approx(fraction, abs=0.06)

@@ -14,6 +14,7 @@ from neobert.data.source.one_reader import Share, alone
 from neobert.data.source.text import STREAM_LANES, Sharding
 from neobert.data.store.opening import View
 from neobert.data.tokenizer import Tokenizer
+from neobert.errors import DataError
 
 INDEXED_WINDOW = 1024
 STREAM_WINDOW = 256
@@ -86,6 +87,52 @@ def _choose_packing(config: Config) -> Literal["best_fit", "next_fit", "none"]:
     if not config.datacollator.pack_sequences:
         return "none"
     return "best_fit" if config.trainer.enforce_full_packed_batches else "next_fit"
+
+
+def mix_by_tokens(views: Sequence[View], section: DatasetSection, order: RowOrder) -> tuple[Sequence[View], list[str]]:
+    """`views` with weights of their documents that mix tokens as `dataset.mixture_alpha` says, and a note that says so;
+    without that key, and of a single source, as they are.
+
+    Raises:
+        DataError: the tokens of a source are not known, or there are none.
+    """
+    if section.mixture_alpha is None or len(views) == 1:
+        return views, []
+    tokens = [_count_tokens(view, order) for view in views]
+    fractions = choose_token_fractions([view.spec.weight for view in views], tokens, section.mixture_alpha)
+    # Of a document of its source; rounded, since the order of the rows depends on it and powers differ by machine.
+    weights = [
+        float(f"{fraction * (view.count() or 1) / count:.9g}")
+        for fraction, view, count in zip(fractions, views, tokens)
+    ]
+    mixed = [replace(view, spec=replace(view.spec, weight=weight)) for view, weight in zip(views, weights)]
+    parts = ", ".join(
+        f"{fraction:.1%} {view.spec.label} ({count:,} tokens)"
+        for fraction, view, count in zip(fractions, views, tokens)
+    )
+    return mixed, [f"tokens are mixed {parts}; dataset.mixture_alpha: {section.mixture_alpha:g}"]
+
+
+def choose_token_fractions(weights: Sequence[float | None], tokens: Sequence[int], alpha: float) -> list[float]:
+    """The fraction of the tokens of each source: its weight (None: 1) x its tokens ** alpha, scaled to a sum of 1.
+
+    >>> choose_token_fractions([None, None], [900, 100], 0.5)
+    [0.75, 0.25]
+    """
+    parts = [(1.0 if weight is None else weight) * count**alpha for weight, count in zip(weights, tokens)]
+    return [part / sum(parts) for part in parts]
+
+
+def _count_tokens(view: View, order: RowOrder) -> int:
+    size = view.documents.size(view.span, order)
+    if size is None:
+        raise DataError(
+            f"dataset.mixture_alpha: needs the number of tokens of every source, and {view.spec.label} is text that is "
+            "tokenised on the way; write dataset.streaming: false, which tokenises it once"
+        )
+    if not size[0]:
+        raise DataError(f"dataset.mixture: {view.spec.label} has no tokens to train on; take it out")
+    return size[0]
 
 
 def build_train(

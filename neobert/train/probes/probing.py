@@ -83,7 +83,7 @@ def _probe(run: Run, probes: Probes, seconds: dict[str, float]) -> ProbeResult:
         for one in probes.sets:
             start = time.perf_counter()
             vectors = _embed(run.runtime, model, one.documents)
-            sets[one.name] = broadcast(run.runtime, {} if vectors is None else _score(one, vectors))
+            sets[one.name] = broadcast(run.runtime, {} if vectors is None else score_set(one, vectors))
             seconds[one.name] = seconds.get(one.name, 0.0) + time.perf_counter() - start
         if probes.losses is not None:
             assert run.objective.target_losses is not None
@@ -101,7 +101,8 @@ def _embed(runtime: Runtime, model: Model, documents: Sequence[NDArray[Any]]) ->
     return send_rows_to_main(runtime, vectors, len(documents))
 
 
-def _score(one: ProbeSet, vectors: NDArray[np.float32]) -> dict[str, float | None]:
+def score_set(one: ProbeSet, vectors: NDArray[np.float32]) -> dict[str, float | None]:
+    """The metrics of a set by the vectors `[texts, H]` of its documents; None where they are not finite."""
     is_finite = bool(np.isfinite(vectors).all())
     if one.classes is not None:
         both = {"knn": knn_accuracy, "ridge": ridge_accuracy}
