@@ -27,7 +27,9 @@ class TrainerSection:
     """With mlm_jepa: what the distance of a predicted hidden state (1 - cosine) counts beside the loss of a token."""
 
     # It decides which weights the optimizer has.
-    trained_weights: Literal["all", "embeddings"] = key("all", tasks="pretraining", resume="fixed")
+    trained_weights: Literal["all", "embeddings"] = key(
+        "all", tasks="pretraining", needs="trainer.objective=mlm|clm", resume="fixed"
+    )
     """embeddings: only the rows of tokens learn (the embedding, an untied vocabulary projection, its bias), and the
     rest of the model stays as it is: a first phase for new tokens."""
 
