@@ -83,6 +83,7 @@ def test_a_config_keeps_every_key_and_loses_secrets_in_values() -> None:
     clean = scrub_config(config)
     assert set(clean) == {"task", "seed", "model", "dataset", "tokenizer", "datacollator", "optimizer", "scheduler"} | {
         "trainer",
+        "distill",
         "wandb",
         "contrastive",
         "finetune",
