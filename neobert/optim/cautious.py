@@ -23,6 +23,9 @@ from neobert.optim.sharded_weights import local
 DECAY = "cautious_decay"
 """Of a parameter group: its decay, beside `weight_decay` 0, which the fused kernels read."""
 
+_PIECE = 2**17
+"""Weights that are looked at together on a CPU: what is computed of them stays in its cache."""
+
 
 def set_aside_decay(groups: Sequence[dict[str, Any]]) -> None:
     """Has the groups decay cautiously."""
@@ -48,16 +51,22 @@ def decay_cautiously_before(optimizer: Optimizer, *, but: Sequence[str] = ()) ->
 
 def _decay(p: Tensor, mean: Tensor | None, group: dict[str, Any], found_inf: Tensor | None) -> None:
     assert p.grad is not None, "asked before"
-    weight, update = local(p), local(p.grad)
-    if mean is not None:
-        update = torch.lerp(local(mean), update.to(mean.dtype), 1 - group["betas"][0])
-    weight.mul_(kept_fractions(weight, update, group["lr"] * group[DECAY], found_inf))
+    weight = local(p).view(-1)
+    size = _PIECE if weight.device.type == "cpu" else max(1, weight.numel())
+    parts = [local(x).flatten().split(size) for x in (p.grad, p.grad if mean is None else mean)]
+    for own, grad, old in zip(weight.split(size), *parts):
+        update = torch.lerp(old, grad, 1 - group["betas"][0])
+        decay_agreeing_(own, update.mul_(own), group["lr"] * group[DECAY], found_inf)
 
 
-def kept_fractions(weight: Tensor, update: Tensor, decay: float, found_inf: Tensor | None) -> Tensor:
-    """What is left of each weight: 1 - `decay` where the update does not move it away from zero, else 1; 1 everywhere
-    where the step is left out."""
-    decays = weight * update >= 0
+def decay_agreeing_(weight: Tensor, product: Tensor, decay: float, found_inf: Tensor | None) -> None:
+    """Takes `decay` of each weight off where the update does not move it away from zero; nothing where the step is left
+    out.
+
+    Args:
+        product: of update and weight; overwritten.
+    """
+    product.ge_(0)
     if found_inf is not None:
-        decays &= found_inf == 0
-    return torch.ones_like(weight).masked_fill_(decays, 1 - decay)
+        product.mul_(found_inf == 0)
+    weight.addcmul_(weight, product, value=-decay)

@@ -37,7 +37,7 @@ from torch.optim import Optimizer
 from torch.optim.adamw import adamw
 
 from neobert.config.schema_optimizer import MuonSection
-from neobert.optim.cautious import DECAY, kept_fractions
+from neobert.optim.cautious import DECAY, decay_agreeing_
 from neobert.optim.orthogonal import orthogonalize, reference_orthogonal
 from neobert.optim.owners import ALONE, Owners, Ranks, find_ranks, like_rows, list_matrices
 from neobert.optim.sharded_weights import local
@@ -169,7 +169,7 @@ class Muon(Optimizer):
             updates = self._scale(stack, shape, [squares[n] for n in batch if squares], skip, owners)
             if decay := group.get(DECAY):
                 for n, update in zip(batch, updates):
-                    weights[n].mul_(kept_fractions(weights[n], update, lr * decay, found_inf))
+                    decay_agreeing_(weights[n], update * weights[n], lr * decay, found_inf)
             torch._foreach_add_([weights[n] for n in batch], list(updates.unbind()), alpha=-lr)
 
     def find_owners(self, named: Sequence[tuple[str, Tensor]]) -> Owners:

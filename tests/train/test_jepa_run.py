@@ -3,11 +3,14 @@
 from collections.abc import Callable
 from pathlib import Path
 
+import pytest
 import torch
+from children import run_in_two
 from records import exact_steps, log_lines
 from safetensors.torch import load_file
 
 import neobert
+from neobert.cli import EXIT_CODES
 from neobert.config.schema import Config
 from neobert.export.write import ExportRequest, export
 from neobert.train.loop import pretrain
@@ -45,3 +48,19 @@ def test_compiled_losses_are_the_eager_ones(tiny: Tiny, tmp_path: Path) -> None:
     pretrain(tiny(tmp_path / "compiled", *keys, "trainer.torch_compile=true", "trainer.torch_compile_backend=eager"))
     eager, compiled = ([s["loss"] for s in log_lines(x, "step")] for x in (tmp_path / "eager", tmp_path / "compiled"))
     torch.testing.assert_close(torch.tensor(compiled), torch.tensor(eager), rtol=1e-5, atol=0)
+
+
+@pytest.mark.parametrize(
+    "keys", [JEPA[:2], ["datacollator.clm_steps=2", "datacollator.mlm_rate=random"]], ids=["jepa", "clm, random rates"]
+)
+def test_two_processes_train_as_one_does(tiny: Tiny, tmp_path: Path, keys: list[str]) -> None:
+    common = [*keys, "trainer.max_steps=4", "trainer.eval_steps=4", "trainer.save_model=false"]
+    pretrain(tiny(tmp_path / "one", *common))
+    config = tiny(tmp_path / "two", *common, "trainer.per_device_train_batch_size=2")
+    run_in_two(lambda: EXIT_CODES[pretrain(config).reason], tmp_path)
+    one, two = (log_lines(tmp_path / name, "step") for name in ("one", "two"))
+    for a, b in zip(one, two, strict=True):
+        assert (a["batch_digest"], a["num_targets"]) == (b["batch_digest"], b["num_targets"])
+        assert a["loss"] == pytest.approx(b["loss"], rel=1e-4)
+    last = [log_lines(tmp_path / name, "eval")[-1]["loss"] for name in ("one", "two")]
+    assert last[0] == pytest.approx(last[1], rel=1e-3)
