@@ -40,7 +40,8 @@ class Reporter:
         self._file: Path | None = None
         self._early: list[tuple[Any, ...]] = []
         # Without a terminal the bar would only add control characters to somebody's log.
-        self._progress = build_progress(self._console, active=self._is_watched and show_progress)
+        # It goes when it is over: the last lines say what it said.
+        self._progress = build_progress(self._console, active=self._is_watched and show_progress, transient=True)
         self._task: Any = None
 
     def open_file(self, path: Path) -> None:
@@ -90,6 +91,7 @@ class Reporter:
         if not self._is_watched:
             self.say("\n".join(lines), style="dim")
             return
+        self._console.print("settings that are not the defaults (--print-config prints all)", style="dim")
         self._console.print(build_settings_table(changed, self._console.width))
         self._record(scrub("\n".join(lines)))
 
