@@ -41,7 +41,8 @@ def fork(
             if path is not None:
                 with path.open("a") as file:
                     os.dup2(file.fileno(), descriptor)
-        sys.stdout, sys.stderr = os.fdopen(1, "w", closefd=False), os.fdopen(2, "w", closefd=False)
+        sys.stdout = os.fdopen(1, "w", closefd=False)
+        sys.stderr = os.fdopen(2, "w", buffering=1, closefd=False)  # By the line, as in any process.
         if world > 1:
             names = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": world, "LOCAL_WORLD_SIZE": world}
             names |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}

@@ -18,8 +18,9 @@ from sysconfig import get_path
 from urllib.request import Request, urlopen
 
 import pytest
-from children import run_in_two
+from children import fork, kill, run_in_two, wait_for, wait_until
 from ports import free_port
+from probes import forked_probes
 from small_corpus import make_texts
 from torch.distributed.run import parse_args
 
@@ -214,7 +215,8 @@ def run(line: str, clone: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         Path(target).write_text(done.stdout)
         assert "trainer.train_batch_size" in done.stderr, "the edits are listed"
         return
-    assert run_script(words[1:]) == 0, line
+    with forked_probes():
+        assert run_script(words[1:]) == 0, line
 
 
 def run_script(words: list[str]) -> int:
@@ -306,7 +308,7 @@ def test_a_python_block_of_the_export_page_runs(
 
 
 def test_the_five_commands_of_the_serving_page(
-    clone: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    clone: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     page = ROOT / "docs" / "serving.md"
     *prepare, serve, ask = commands_of(page)
@@ -315,13 +317,13 @@ def test_the_five_commands_of_the_serving_page(
         run(line, clone, monkeypatch)
     port = str(free_port())
     words = shlex.split(serve.removesuffix(" &").replace("8000", port))
-    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
-    command = [sys.executable, *words[1:]]
-    with subprocess.Popen(command, stderr=subprocess.PIPE, text=True, env=environment, cwd=clone) as child:
-        assert child.stderr is not None
-        assert child.stderr.readline().startswith("my_embedder at http://127.0.0.1:")
-        words = shlex.split(ask.replace("8000", port))
-        request = Request(words[2], words[words.index("-d") + 1].encode())
+    # A process of its own is seen in the tests of the command.
+    log = tmp_path / "errors"
+    child = fork(lambda: run_script(words[1:]), tmp_path / "printed", errors=log)
+    try:
+        wait_until(lambda: log.is_file() and log.read_text().startswith("my_embedder at http://127.0.0.1:"), child, log)
+        asked = shlex.split(ask.replace("8000", port))
+        request = Request(asked[2], asked[asked.index("-d") + 1].encode())
         with urlopen(request, timeout=60) as response:
             answer = json.load(response)
         assert (len(answer["data"]), answer["model"]) == (2, "my_embedder")
@@ -329,8 +331,11 @@ def test_the_five_commands_of_the_serving_page(
         capsys.readouterr()
         exec(compile(block.replace("8000", port), "serving.md", "exec"), {})
         assert capsys.readouterr().out.startswith("2 16 ")
-        child.send_signal(signal.SIGINT)
-        assert child.wait(60) == 0
+        os.kill(child, signal.SIGINT)
+        assert wait_for(child) == 0
+    except BaseException:
+        kill(child)
+        raise
 
 
 def test_links_between_the_pages_lead_somewhere() -> None:

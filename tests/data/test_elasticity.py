@@ -14,7 +14,7 @@ from reading import KINDS, PACKINGS, dataset_values, read_world, rows_of
 
 from neobert.errors import DataError
 
-NUM_STEPS = 24
+NUM_STEPS = 16
 
 
 def check_chain(expected, config, make_data, draw):

@@ -1,4 +1,4 @@
-"""Exports of models with heads: loaded by transformers in a fresh process, labels and pipelines included."""
+"""Exports of models with heads: loaded by transformers in another process, labels and pipelines included."""
 
 import json
 import shutil
@@ -6,6 +6,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+from probes import forked_probes
 from transformers import AutoModelForSequenceClassification
 
 import neobert
@@ -61,7 +62,8 @@ def verdicts(
     config["id2label"] |= {"0": second, "1": first}
     (renamed / "config.json").write_text(json.dumps(config))
     pairs = [(exports[name].folder, str(runs[name])) for name in KINDS] + [(renamed, str(runs["classes"]))]
-    return dict(zip([*KINDS, "renamed"], verify(pairs), strict=True))
+    with forked_probes():
+        return dict(zip([*KINDS, "renamed"], verify(pairs), strict=True))
 
 
 @pytest.mark.parametrize("name", KINDS)

@@ -28,10 +28,13 @@ def events_of(out: Path, kind: str) -> list[dict]:
 
 
 def test_a_failed_save_is_tried_again_at_the_next_interval(
-    tiny: Tiny, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    tiny: Tiny,
+    whole_run: Callable[..., Path],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
-    whole, out = tmp_path / "whole", tmp_path / "run"
-    pretrain(tiny(whole))
+    whole, out = whole_run(), tmp_path / "run"
     monkeypatch.setenv("NEOBERT_FAULT", "commit.write.optimizer.bin@8:enospc")
     result = pretrain(tiny(out))
     assert (result.reason, result.state.step) == ("finished", 12)

@@ -497,9 +497,8 @@ def test_a_run_falls_back_past_damaged_checkpoints_and_repeats_what_was_lost(
     }
 
 
-def test_a_log_line_torn_by_a_kill_does_no_harm(tiny: Tiny, tmp_path: Path) -> None:
-    whole, out = tmp_path / "whole", tmp_path / "run"
-    pretrain(tiny(whole))
+def test_a_log_line_torn_by_a_kill_does_no_harm(tiny: Tiny, whole_run: Callable[..., Path], tmp_path: Path) -> None:
+    whole, out = whole_run(), tmp_path / "run"
     pretrain(tiny(out, "trainer.max_steps=8", "scheduler.total_steps=12"))
     with (out / "log.jsonl").open("a") as log:
         log.write('{"kind": "step", "step": 9, "loss": 1.0}\n{"kind": "step", "st')

@@ -151,7 +151,8 @@ def test_one_of_two_ranks_killed_in_the_middle_of_a_save(lives: Lives, tiny: Tin
     out = tmp_path / "run"
     started = time.monotonic()
     fault = "commit.written.random_states_1.pkl@8:kill:1"
-    codes = start(lives, tmp_path, tiny(out, *TWO), fault=fault, world=2)
+    config = tiny(out, *TWO, "trainer.rank_timeout_seconds=2")
+    codes = start(lives, tmp_path, config, fault=fault, world=2)
     assert codes[1] == -signal.SIGKILL
     assert codes[0] != 0, "the other rank ends with an error"
     assert time.monotonic() - started < 60, "and does not wait forever"

@@ -54,11 +54,15 @@ def assert_same_training(one: Path, other: Path) -> None:
 
 @pytest.mark.parametrize("kind", ["loss", "detached loss", "gradient"])
 def test_a_step_with_a_bad_number_is_skipped_and_nothing_else_is(
-    tiny: Tiny, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], kind: str
+    tiny: Tiny,
+    whole_run: Callable[..., Path],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    kind: str,
 ) -> None:
-    clean, bad = tmp_path / "clean", tmp_path / "bad"
     overrides = ["trainer.max_steps=9", "trainer.save_steps=1", "model.dropout_prob=0.1"]
-    pretrain(tiny(clean, *overrides))
+    clean, bad = whole_run(*overrides), tmp_path / "bad"
     capsys.readouterr()
     poison(monkeypatch, [rows_of_step(5)[2]], kind)
     assert pretrain(tiny(bad, *overrides)).reason == "finished"

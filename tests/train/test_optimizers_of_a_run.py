@@ -84,9 +84,8 @@ def test_checkpoints_of_two_groups_are_recognised_however_the_groups_are_divided
     assert describe_groups(groups) == "5+5 tensors, 090f24167a8d43f9"
 
 
-def test_a_resumed_run_may_divide_its_groups_again(tiny: Tiny, tmp_path: Path) -> None:
-    whole, divided = tmp_path / "whole", tmp_path / "divided"
-    pretrain(tiny(whole))
+def test_a_resumed_run_may_divide_its_groups_again(tiny: Tiny, whole_run: Callable[..., Path], tmp_path: Path) -> None:
+    whole, divided = whole_run(), tmp_path / "divided"
     resume = f"trainer.resume_from_checkpoint={whole / 'checkpoints' / '4'}"
     same = ["optimizer.groups.vectors.lr=1e-2", "optimizer.groups.matrices.lr=1e-2"]
     pretrain(tiny(divided, resume, *same))
