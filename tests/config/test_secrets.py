@@ -84,6 +84,7 @@ def test_a_config_keeps_every_key_and_loses_secrets_in_values() -> None:
     assert set(clean) == {"task", "seed", "model", "dataset", "tokenizer", "datacollator", "optimizer", "scheduler"} | {
         "trainer",
         "wandb",
+        "distill",
         "contrastive",
         "finetune",
         "glue",
