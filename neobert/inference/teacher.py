@@ -5,6 +5,7 @@ It reads the rows of its student, so both have one tokenizer; a run that names n
 
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -112,11 +113,11 @@ def build_teacher(
     assert found is not None, "it has weights"
     model = build_loaded(weights, device, dtype)
     theirs = model.tokenizer
-    if (theirs.vocabulary, theirs.roles) != (tokenizer.vocabulary, tokenizer.roles):
+    if _list_parts(theirs) != _list_parts(tokenizer):
         same = len(theirs.vocabulary.items() & tokenizer.vocabulary.items())
         raise StartupError(
             f"{found[0]}: {weights.folder} has another tokenizer: {same:,} of its {theirs.size:,} tokens are the same "
-            f"here, and it reads the ids of its student; write tokenizer.path: {weights.tokenizer}"
+            f"here, and it reads what its student reads; write tokenizer.path: {weights.tokenizer}"
         )
     return Teacher(
         module=model.module.requires_grad_(False),
@@ -125,6 +126,12 @@ def build_teacher(
         dtype=dtype,
         pooling=load_vector_settings(weights).pooling if found[0] == "contrastive.teacher" else "mean",
     )
+
+
+def _list_parts(tokenizer: Tokenizer) -> list[Any]:
+    """What makes ids of a text; what is around them, padding and the like are no part of it."""
+    parts = [tokenizer.definition.get(name) for name in ("normalizer", "pre_tokenizer", "model", "added_tokens")]
+    return [*parts, tokenizer.vocabulary, tokenizer.roles]
 
 
 def describe_teacher(weights: EncoderWeights) -> str:
