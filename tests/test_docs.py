@@ -181,7 +181,16 @@ def run(line: str, clone: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     elif "finetuning/finetune.py" in line:
         words += ["--trainer.max_steps", "2", "--trainer.use_cpu", "true", "--trainer.mixed_precision", "no"]
     elif "adapt.py" in line:
-        words += ["--embedding-steps", "2", "--trainer.max_steps", "2", "--dataset.max_seq_length", "32"]
+        words += [
+            "--embedding-steps",
+            "2",
+            "--piece-chars",
+            "400",
+            "--trainer.max_steps",
+            "2",
+            "--dataset.max_seq_length",
+            "32",
+        ]
         words += ["--trainer.use_cpu", "true", "--trainer.mixed_precision", "no", "--trainer.torch_compile", "false"]
     elif "contrastive/" not in line and any(
         s in line for s in ("pretrain.py", "preprocess.py", "longer_seq.py", "pipeline.py")

@@ -132,7 +132,7 @@ CALLS = [
     ("pretraining/adapt.py run --text text.jsonl --output new --held-out 60", "--held-out: 60"),
     ("pretraining/adapt.py run --text text.jsonl --output new --init best", "--init: 'best' is unknown; write one of"),
     ("pretraining/adapt.py run --text text.jsonl --output new --general-fraction 1", "--general-fraction: 1.0"),
-    ("pretraining/adapt.py run --text text.jsonl --output new --nothing 1", "unrecognized arguments: --nothing"),
+    ("pretraining/adapt.py run --text text.jsonl --output new --nothing 1", "nothing: unknown key"),
     ("pretraining/adapt.py run --text text.jsonl --output new --trainer.nothing 1", "trainer.nothing: unknown key"),
     ("pretraining/longer_seq.py run.yaml --checkpoint none --max-length 128", "--checkpoint: none is neither"),
     (

@@ -202,7 +202,7 @@ def adapt(program: str, argv: list[str]) -> int:
     args, typed = parser.parse_known_args(argv)
     if others := split_arguments(typed)[1]:
         parser.error(f"unrecognized arguments: {' '.join(others)}")
-    load_config(args.config, [f"dataset.path={args.text[0]}", f"model.init_from={args.model}", *typed])
+    load_config(args.config, ["dataset.path=<text>", "model.init_from=<model>", *typed])  # A wrong key is said at once.
     from neobert.commands.adapt import AdaptRequest, AdaptTraining, run_adapt
 
     values = cli.explicit_values(args, AdaptRequest)

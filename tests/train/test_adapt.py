@@ -53,7 +53,7 @@ def commands(monkeypatch: pytest.MonkeyPatch) -> list[str]:
 def test_a_model_is_adapted_once(
     tmp_path: Path, tokenizer_folder: Path, commands: list[str], capsys: pytest.CaptureFixture[str]
 ) -> None:
-    model, output, rng = write_run(tmp_path / "run", tokenizer_folder, max_position_embeddings=96), tmp_path / "new"
+    model, output = write_run(tmp_path / "run", tokenizer_folder, max_position_embeddings=96), tmp_path / "new"
     rng = random.Random(0)
     own = write_texts(tmp_path / "own.jsonl", [" ".join(rng.choices(WORDS, k=30)) for _ in range(40)])
     general = tmp_path / "general"
