@@ -85,7 +85,6 @@ def test_a_config_keeps_every_key_and_loses_secrets_in_values() -> None:
         "trainer",
         "distill",
         "wandb",
-        "distill",
         "contrastive",
         "finetune",
         "glue",
