@@ -1,11 +1,12 @@
 """Code that restores a run, orders its rows or says what may change, with one mistake each: the tests must notice.
 
-A mutant is a text of the package that occurs once, what it becomes, and the tests that fail then. They run on a copy.
+A mutant is a text of the package that occurs once, what it becomes, and the tests that fail then. They run on a copy,
+in a fork of this process, which has the libraries and no module of the package itself imported.
 """
 
+import importlib
 import os
 import shutil
-import subprocess
 import sys
 from pathlib import Path
 from typing import NamedTuple
@@ -113,21 +114,38 @@ def files_with(text: str) -> list[Path]:
     return [path for path in (ROOT / "neobert").rglob("*.py") for _ in range(path.read_text().count(text))]
 
 
-def run_tests(folder: Path, tests: tuple[str, ...]) -> subprocess.CompletedProcess[str]:
-    """The tests on the copy of the package in `folder`, up to the first that fails."""
-    command = [sys.executable, "-m", "pytest", "-x", "-n", "0", "-p", "no:cacheprovider", "--durations=0"]
-    variables = {name: value for name, value in os.environ.items() if not name.startswith("PYTEST_")}
-    return subprocess.run(
-        [*command, *(f"tests/{name}" for name in tests)],
-        cwd=folder,
-        env=variables | {"PYTHONPATH": str(folder)},
-        capture_output=True,
-        text=True,
-    )
+LIBRARIES = ("accelerate", "datasets", "pyarrow.parquet", "torch._dynamo", "torch.distributed.tensor", "transformers")
+
+
+@pytest.fixture(scope="module")
+def libraries() -> None:
+    """What takes longer to import than most of the tests take."""
+    for name in LIBRARIES:
+        importlib.import_module(name)
+
+
+def run_tests(folder: Path, tests: tuple[str, ...]) -> tuple[int, str]:
+    """Exit code and output of the tests on the copy of the package in `folder`, up to the first that fails."""
+    from children import fork, wait_for  # It imports accelerate.
+
+    def work() -> int:
+        for name, module in list(sys.modules.items()):
+            if str(getattr(module, "__file__", None)).startswith(f"{ROOT}/"):
+                del sys.modules[name]
+        sys.path[:] = [str(folder), *(path for path in sys.path if not Path(path or ".").is_relative_to(ROOT))]
+        for name in [name for name in os.environ if name.startswith("PYTEST_")]:
+            del os.environ[name]
+        os.environ["PYTHONPATH"] = str(folder)
+        os.chdir(folder)
+        arguments = ["-x", "-n", "0", "-p", "no:cacheprovider", "--durations=0"]
+        return int(pytest.main([*arguments, *(f"tests/{name}" for name in tests)]))
+
+    code = wait_for(fork(work, folder / "printed"), 1800)
+    return code, (folder / "printed").read_text()
 
 
 @pytest.fixture
-def copy(tmp_path: Path) -> Path:
+def copy(libraries: None, tmp_path: Path) -> Path:
     for name in ("neobert", "tests"):
         shutil.copytree(ROOT / name, tmp_path / name)
     for name in ("scripts", "configs", "docs", "README.md", "pyproject.toml"):
@@ -147,13 +165,13 @@ def test_a_mutant_is_caught(name: str, copy: Path) -> None:
     (file,) = files_with(mutant.text)
     changed = copy / file.relative_to(ROOT)
     changed.write_text(changed.read_text().replace(mutant.text, mutant.becomes))
-    done = run_tests(copy, mutant.tests)
-    assert done.returncode == pytest.ExitCode.TESTS_FAILED, done.stdout + done.stderr
-    assert "\nFAILED tests/" in done.stdout, "a test that fails, not one that cannot run"
+    code, printed = run_tests(copy, mutant.tests)
+    assert code == pytest.ExitCode.TESTS_FAILED, printed
+    assert "\nFAILED tests/" in printed, "a test that fails, not one that cannot run"
 
 
 @pytest.mark.full
 @pytest.mark.parametrize("name", sorted({name for mutant in MUTANTS.values() for name in mutant.tests}))
 def test_a_copy_without_a_mistake_passes(copy: Path, name: str) -> None:
-    done = run_tests(copy, (name,))
-    assert done.returncode == pytest.ExitCode.OK, done.stdout + done.stderr
+    code, printed = run_tests(copy, (name,))
+    assert code == pytest.ExitCode.OK, printed
