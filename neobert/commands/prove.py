@@ -17,8 +17,8 @@ from neobert.commands.flags import add_json, build_parser, count, print_answer
 from neobert.errors import CallError, UserError
 
 if TYPE_CHECKING:
-    from neobert.train.proof.retrain import Retrained
-    from neobert.train.proof.stretches import Segment
+    from neobert.train.checkpoint.proof.retrain import Retrained
+    from neobert.train.checkpoint.proof.stretches import Segment
 
 Verdict = Literal["ok", "rounding", "open", "FAIL"]
 
@@ -90,8 +90,8 @@ def examine_run(
     Raises:
         CallError: there are no two checkpoints to make anything between, and `from_start` is not set.
     """
-    from neobert.train.proof.digest_chain import read_steps
-    from neobert.train.proof.stretches import choose_segments, find_probabilities, list_segments
+    from neobert.train.checkpoint.proof.digest_chain import read_steps
+    from neobert.train.checkpoint.proof.stretches import choose_segments, find_probabilities, list_segments
     from neobert.weights.folder import checkpoint_steps
 
     lines = read_steps(run)
@@ -202,7 +202,7 @@ def _examine_rates(run: Path, segments: "Sequence[Segment]", log: Mapping[int, A
 
 
 def _retrain(run: Path, segment: "Segment", log: Mapping[int, Any], limit: int | None) -> list[Evidence]:
-    from neobert.train.proof.retrain import retrain_segment
+    from neobert.train.checkpoint.proof.retrain import retrain_segment
 
     name = f"steps {segment.start + 1}-{segment.end}"
     cli.say(f"{name} ...")
@@ -265,7 +265,7 @@ def _judge_end(name: str, made: "Retrained", changed: Sequence[str]) -> Iterator
 
 def _read_batches(run: Path, segment: "Segment", log: Mapping[int, Any]) -> Evidence | None:
     """Of a segment that is not made again, its batches alone."""
-    from neobert.train.proof.retrain import read_batches
+    from neobert.train.checkpoint.proof.retrain import read_batches
 
     name = f"batches {segment.start + 1}-{segment.end}"
     with tempfile.TemporaryDirectory() as work:
@@ -283,7 +283,7 @@ def examine_export(run: Path, folder: Path) -> list[Evidence]:
         CallError: it has no `training_proof.json`.
     """
     from neobert.config.nesting import parse_json
-    from neobert.train.proof.digest_chain import PROOF_FILE, chain_steps, list_digests, read_steps
+    from neobert.train.checkpoint.proof.digest_chain import PROOF_FILE, chain_steps, list_digests, read_steps
     from neobert.weights.folder import MODEL_FILE, record_file
 
     path = folder / PROOF_FILE

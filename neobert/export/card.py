@@ -23,7 +23,7 @@ from neobert.objectives.late_interaction import TOKENS
 from neobert.objectives.mlm import MLM
 from neobert.objectives.table import OBJECTIVES, choose_objective
 from neobert.secrets import readable
-from neobert.train.proof.digest_chain import PROOF_FILE
+from neobert.train.checkpoint.proof.digest_chain import PROOF_FILE
 from neobert.weights.encoder_weights import EncoderWeights
 from neobert.weights.folder import AVERAGE_FILE
 

@@ -44,7 +44,7 @@ from neobert.export.targets import TARGETS, ExportPlan, call_problems, plan_prob
 from neobert.export.tokenizer_files import check_class, save_tokenizer
 from neobert.objectives.table import OBJECTIVES
 from neobert.terminal import progress_bar
-from neobert.train.proof.digest_chain import PROOF_FILE, build_proof
+from neobert.train.checkpoint.proof.digest_chain import PROOF_FILE, build_proof
 from neobert.weights.describe import WeightsError
 from neobert.weights.encoder_weights import EncoderWeights, load_encoder_weights
 from neobert.weights.folder import HEAD_FILE, MODEL_FILE, OBJECTIVE_KEY, STEPS_KEY, record_file

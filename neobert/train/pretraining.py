@@ -22,8 +22,8 @@ from neobert.objectives.table import load_part
 from neobert.train.checkpoint.replicas import check_replicas
 from neobert.train.hardware.machine import describe_compute
 from neobert.train.hardware.memory import memory_explained
-from neobert.train.health.watch import measure_weights
 from neobert.train.processes.agreement import meet
+from neobert.train.record.health.watch import measure_weights
 from neobert.train.run import Job, Run
 from neobert.train.start import write_config
 from neobert.types import PackedBatch, TrainState

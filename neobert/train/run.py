@@ -41,7 +41,6 @@ from neobert.train.checkpoint.commit import Committer
 from neobert.train.checkpoint.replicas import compare_tensors, list_tensors
 from neobert.train.checkpoint.retention import name_test
 from neobert.train.hardware.machine import build_runtime
-from neobert.train.health.watch import Health, build_health
 from neobert.train.initial import copy_initial_weights
 from neobert.train.numerics import Guard
 from neobert.train.probes.pinned import Probes, build_probes
@@ -52,6 +51,7 @@ from neobert.train.processes.agreement import (
 from neobert.train.processes.heartbeat import naming_lost_ranks
 from neobert.train.processes.launcher import bind_launcher
 from neobert.train.processes.parallel import Engine, choose_engine
+from neobert.train.record.health.watch import Health, build_health
 from neobert.train.record.statistics import Statistics, build_statistics
 from neobert.train.record.tracking import Tracker
 from neobert.train.setup import RunSetup, open_run

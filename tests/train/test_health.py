@@ -16,13 +16,13 @@ from small_corpus import make_texts
 from neobert.config.schema import Config
 from neobert.data.rows.loader import Loader
 from neobert.train import build
-from neobert.train.health import findings, watch
-from neobert.train.health.checks import CHECKS
-from neobert.train.health.findings import Expected
-from neobert.train.health.known_issues import KNOWN_ISSUES
-from neobert.train.health.troubleshooting import build_page
-from neobert.train.health.watch import Health, measure_weights
 from neobert.train.loop import pretrain
+from neobert.train.record.health import findings, watch
+from neobert.train.record.health.checks import CHECKS
+from neobert.train.record.health.findings import Expected
+from neobert.train.record.health.known_issues import KNOWN_ISSUES
+from neobert.train.record.health.troubleshooting import build_page
+from neobert.train.record.health.watch import Health, measure_weights
 from neobert.train.report.log_reader import RunLog
 from neobert.train.report.page import REPORT
 from neobert.train.run import build_run
@@ -344,7 +344,7 @@ def test_heads_whose_values_or_output_are_zero_are_dead(tiny: Tiny, tmp_path: Pa
 
 def test_the_tables_of_the_page_are_up_to_date() -> None:
     page = (ROOT / "docs" / "troubleshooting.md").read_text(encoding="utf-8")
-    advice = "run `python -m neobert.train.health.troubleshooting` and commit docs/troubleshooting.md"
+    advice = "run `python -m neobert.train.record.health.troubleshooting` and commit docs/troubleshooting.md"
     assert page == build_page(page), advice
     assert all(f"| `{name}` |" in page for name in CHECKS)
 

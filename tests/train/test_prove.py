@@ -13,9 +13,9 @@ from safetensors.torch import load_file, save_file
 
 from neobert.config.schema import Config
 from neobert.export.write import ExportRequest, export
+from neobert.train.checkpoint.proof.digest_chain import PROOF_FILE, build_proof, chain_steps, read_steps
+from neobert.train.checkpoint.proof.stretches import Segment, choose_segments, find_probabilities, list_segments
 from neobert.train.loop import pretrain
-from neobert.train.proof.digest_chain import PROOF_FILE, build_proof, chain_steps, read_steps
-from neobert.train.proof.stretches import Segment, choose_segments, find_probabilities, list_segments
 from neobert.weights.folder import MANIFEST, Manifest, read_manifest, record_file
 
 Tiny = Callable[..., Config]

@@ -74,14 +74,14 @@ class Statistics:
         if not self._found:
             return {}
         found = self._found | {
-            f"weight_norm/{group}": _norm([p.detach() for p in members]) for group, members in self._groups.items()
+            f"weight_norm/{group}": norm_of([p.detach() for p in members]) for group, members in self._groups.items()
         }
         self._found = {}
         return dict(zip(found, torch.stack(list(found.values())).tolist()))
 
     def _gradient_norms(self) -> dict[str, Tensor]:
         gradients = {group: [p.grad for p in members if p.grad is not None] for group, members in self._groups.items()}
-        return {f"grad_norm/{group}": _norm(members) for group, members in gradients.items() if members}
+        return {f"grad_norm/{group}": norm_of(members) for group, members in gradients.items() if members}
 
     @torch.no_grad()
     def _logits(self, hidden_TH: Tensor, batch: PackedBatch) -> dict[str, Tensor]:
@@ -98,7 +98,8 @@ class Statistics:
         }
 
 
-def _norm(tensors: list[Tensor]) -> Tensor:
+def norm_of(tensors: list[Tensor]) -> Tensor:
+    """L2 norm over all of them, of whole tensors where they are sharded."""
     return whole(torch.linalg.vector_norm(torch.stack(torch._foreach_norm(tensors))))
 
 

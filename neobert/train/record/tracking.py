@@ -12,15 +12,12 @@ from pathlib import Path
 from types import MappingProxyType
 from typing import Any
 
-import torch
-
 from neobert.config.load import without_secrets
 from neobert.config.schema import Config
 from neobert.model.peak import peak_flops
 from neobert.objectives.base import EvalMetrics, ObjectiveModule
 from neobert.objectives.mlm import perplexity
 from neobert.objectives.table import choose_objective
-from neobert.optim.sharded_weights import whole
 from neobert.secrets import scrub_config
 from neobert.train.checkpoint.audit import (
     RankLayout,
@@ -46,6 +43,7 @@ from neobert.train.record.metrics import (
     summarise,
 )
 from neobert.train.record.sinks import LineFile, drop_later
+from neobert.train.record.statistics import norm_of
 from neobert.train.record.trackers import Trackers, TrackerSink, as_metrics
 from neobert.train.report.log_reader import RunLog
 from neobert.train.report.page import RunReport, write_report
@@ -229,7 +227,7 @@ class Tracker:
         if self._is_partial:
             values["train/partial_interval_steps"] = sums.num_steps
         if trainer.log_weight_norms:
-            values["train/weight_norm"] = self._weight_norm()
+            values["train/weight_norm"] = norm_of([p.detach() for p in self._module.parameters()]).item()
         if trainer.log_train_accuracy:
             values["train/accuracy"] = interval.accuracy
         return values
@@ -396,7 +394,3 @@ class Tracker:
             attended_length=attended_length, predicted_fraction=predicted_fraction
         )
         return tokens_per_second * flops_per_token / (peak * self._runtime.world)
-
-    def _weight_norm(self) -> float:
-        norms = torch._foreach_norm([p.detach() for p in self._module.parameters()])
-        return whole(torch.linalg.vector_norm(torch.stack(norms))).item()

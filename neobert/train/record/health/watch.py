@@ -20,8 +20,8 @@ from neobert.objectives.base import Objective, ObjectiveModule
 from neobert.optim.schedule import Schedule
 from neobert.optim.sharded_weights import whole
 from neobert.train.hardware.memory import current_bytes, swapped_bytes
-from neobert.train.health.checks import CHECKS
-from neobert.train.health.findings import Expected
+from neobert.train.record.health.checks import CHECKS
+from neobert.train.record.health.findings import Expected
 from neobert.train.report.log_reader import read_events
 
 if TYPE_CHECKING:

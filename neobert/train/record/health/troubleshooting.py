@@ -1,14 +1,14 @@
 """The tables of docs/troubleshooting.md that are made from code.
 
-python -m neobert.train.health.troubleshooting        # writes them into docs/troubleshooting.md
+python -m neobert.train.record.health.troubleshooting        # writes them into docs/troubleshooting.md
 """
 
 import re
 import sys
 from pathlib import Path
 
-from neobert.train.health.checks import CHECKS
-from neobert.train.health.known_issues import KNOWN_ISSUES
+from neobert.train.record.health.checks import CHECKS
+from neobert.train.record.health.known_issues import KNOWN_ISSUES
 
 _BLOCK = re.compile(r"(<!-- made from (\w+).*? -->\n).*?(<!-- end -->)", re.DOTALL)
 

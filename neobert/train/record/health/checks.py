@@ -6,7 +6,7 @@ The tables of docs/troubleshooting.md are made from it.
 from collections.abc import Callable
 from dataclasses import dataclass
 
-from neobert.train.health.findings import (
+from neobert.train.record.health.findings import (
     Expected,
     find_data_wait,
     find_dead_heads,

@@ -20,12 +20,12 @@ from torch import Tensor
 
 from neobert.config.schema import Config
 from neobert.train.checkpoint.audit import Line, RankLayout, ReplayAudit
+from neobert.train.checkpoint.proof.digest_chain import read_steps
+from neobert.train.checkpoint.proof.stretches import Segment
 from neobert.train.checkpoint.resume import read_pickle, resume_or_start
 from neobert.train.checkpoint.sharded_state import OPTIMIZER_FILE
 from neobert.train.loop import open_loader, training_steps
 from neobert.train.processes.agreement import sharing_errors
-from neobert.train.proof.digest_chain import read_steps
-from neobert.train.proof.stretches import Segment
 from neobert.train.report.environment import describe_environment
 from neobert.train.run import Run, build_run
 from neobert.train.start import read_checkpoint_config, read_train_state, release_lock
