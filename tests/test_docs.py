@@ -94,11 +94,14 @@ def chains_of(page: Path) -> list[list[str]]:
     return [lines for _, lines in chains]
 
 
+SERVED = {"serving.md": "my_embedder", "tutorial.md": "tutorial-embedder"}
+"""Pages whose last two commands start a server and ask it, and the name of the model."""
+
 FIRST = commands_of(ROOT / "README.md")[0]
 CHAINS = [
     pytest.param(lines, id=f"{page.name}-{number}")
     for page in PAGES
-    if page.name != "serving.md"  # Its commands need a server that runs.
+    if page.name not in SERVED
     for number, lines in enumerate(chains_of(page), 1)
 ]
 
@@ -316,12 +319,13 @@ def test_a_python_block_of_the_export_page_runs(
     assert printed in capsys.readouterr().out
 
 
-def test_the_five_commands_of_the_serving_page(
-    clone: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+@pytest.mark.parametrize("name", SERVED)
+def test_the_commands_of_a_page_up_to_a_server_that_is_asked(
+    name: str, clone: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    page = ROOT / "docs" / "serving.md"
+    page, model = ROOT / "docs" / name, SERVED[name]
     *prepare, serve, ask = commands_of(page)
-    assert len(prepare) == 3
+    assert len(prepare) == {"serving.md": 3, "tutorial.md": 8}[name]
     for line in prepare:
         run(line, clone, monkeypatch)
     port = str(free_port())
@@ -330,16 +334,16 @@ def test_the_five_commands_of_the_serving_page(
     log = tmp_path / "errors"
     child = fork(lambda: run_script(words[1:]), tmp_path / "printed", errors=log)
     try:
-        wait_until(lambda: log.is_file() and log.read_text().startswith("my_embedder at http://127.0.0.1:"), child, log)
+        wait_until(lambda: log.is_file() and log.read_text().startswith(f"{model} at http://127.0.0.1:"), child, log)
         asked = shlex.split(ask.replace("8000", port))
         request = Request(asked[2], asked[asked.index("-d") + 1].encode())
         with urlopen(request, timeout=60) as response:
             answer = json.load(response)
-        assert (len(answer["data"]), answer["model"]) == (2, "my_embedder")
-        (block,) = re.findall(r"^```python\n(.*?)^```", page.read_text(), re.S | re.M)
-        capsys.readouterr()
-        exec(compile(block.replace("8000", port), "serving.md", "exec"), {})
-        assert capsys.readouterr().out.startswith("2 16 ")
+        assert (len(answer["data"]), answer["model"]) == (2, model)
+        for block in re.findall(r"^```python\n(.*?)^```", page.read_text(), re.S | re.M):
+            capsys.readouterr()
+            exec(compile(block.replace("8000", port), name, "exec"), {})
+            assert capsys.readouterr().out.startswith("2 16 ")
         os.kill(child, signal.SIGINT)
         assert wait_for(child) == 0
     except BaseException:
