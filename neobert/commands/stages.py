@@ -11,7 +11,6 @@ from neobert.config.rules import BUDGETS
 from neobert.config.schema import Config
 from neobert.errors import StartupError, UserError
 from neobert.train.checkpoint.run_folder import holds_run
-from neobert.train.initial import bind_initial
 from neobert.train.start import is_own, read_checkpoint_config, read_train_state
 from neobert.weights.folder import AVERAGE_FILE, STEPS_KEY, CheckpointError, choose_newest, read_manifest
 
@@ -129,6 +128,8 @@ def _without_start(config: Config) -> Config:
 def _as_saved(now: Config, before: Config) -> Config:
     """`now` with what a run writes into its config: the architecture and the tokenizer of its initial weights, and what
     it chose for `auto`."""
+    from neobert.train.initial import bind_initial  # Needs torch, which a wrong key does not.
+
     bound, _ = bind_initial(now, before)
     chosen = {name: getattr(before.trainer, name) for name in _CHOSEN if getattr(bound.trainer, name) == "auto"}
     return replace(bound, trainer=replace(bound.trainer, **chosen))
