@@ -128,7 +128,7 @@ def _without_start(config: Config) -> Config:
 def _as_saved(now: Config, before: Config) -> Config:
     """`now` with what a run writes into its config: the architecture and the tokenizer of its initial weights, and what
     it chose for `auto`."""
-    from neobert.train.initial import bind_initial  # Imports torch, which a typo in a config can do without.
+    from neobert.train.initial import bind_initial  # Needs torch, which a wrong key does not.
 
     bound, _ = bind_initial(now, before)
     chosen = {name: getattr(before.trainer, name) for name in _CHOSEN if getattr(bound.trainer, name) == "auto"}

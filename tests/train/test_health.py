@@ -3,7 +3,7 @@
 import gzip
 import json
 import re
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -13,8 +13,11 @@ import torch
 from records import log_lines
 from small_corpus import make_texts
 
+from neobert.config.load import build_config
 from neobert.config.schema import Config
 from neobert.data.rows.loader import Loader
+from neobert.objectives.table import choose_objective
+from neobert.optim.schedule import build_schedule
 from neobert.train import build
 from neobert.train.loop import pretrain
 from neobert.train.record.health import findings, watch
@@ -143,6 +146,33 @@ def test_each_check_finds_its_planted_fault(real: list[Line], name: str) -> None
     # A loss that falls nowhere is that of token frequencies too.
     assert found.keys() == {name} | ({"unigram_plateau"} if name == "flat_loss" else set())
     assert re.search(r"\d", found[name]), "the finding has its numbers"
+
+
+def test_steps_that_predict_the_next_token_are_not_judged_as_masked_ones(real: list[Line]) -> None:
+    for name in ("held_out_diverging", "masks_off", "unigram_plateau"):
+        lines, facts = FAULTS[name](real)
+        assert find(lines, expect(real, **facts, causal_steps=4000)) == {}
+
+
+@pytest.mark.parametrize(
+    ("keys", "rates", "of_tokens_alone"),
+    [
+        ({}, (0.2, 0.2), True),
+        ({"datacollator.mlm_probability": 0.3, "datacollator.mlm_probability_final": 0.15}, (0.15, 0.3), True),
+        ({"datacollator.mlm_rate": "random", "datacollator.mlm_rate_range": (0.1, 0.5)}, (0.1, 0.5), True),
+        ({"trainer.objective": "clm"}, None, True),
+        ({"trainer.objective": "mlm_jepa", "trainer.ema_decay": 0.9}, (0.2, 0.2), False),
+        ({"trainer.objective": "distill", "distill.teacher": "x"}, (0.2, 0.2), False),
+        ({"trainer.objective": "replaced_token"}, None, False),
+    ],
+)
+def test_what_is_expected_of_masks_and_of_the_loss(
+    keys: Mapping[str, Any], rates: tuple[float, float] | None, of_tokens_alone: bool
+) -> None:
+    config = build_config({"dataset.name": "python_stdlib", "trainer.max_steps": 10, **keys})
+    schedule = build_schedule(config.scheduler, base_lr=1.0, num_steps=10)
+    expected = watch.build_expected(config, choose_objective(config), schedule, 10, lambda: 7.0)
+    assert (expected.mask_rates, expected.unigram_entropy is not None) == (rates, of_tokens_alone)
 
 
 def test_a_loss_of_zero_from_the_start_is_found_for_every_objective(real: list[Line]) -> None:

@@ -139,6 +139,7 @@ def adapt_config(config: Config, run: Path, segment: Segment, saved: Mapping[str
         global_batch_size=saved["rows_per_step"],
         gradient_accumulation_steps=None,
         health_checks=False,
+        report_to=("none",),
         disable_tqdm=True,
         max_hours=None,
     )

@@ -43,11 +43,14 @@ class Expected:
 
     reads: Literal["documents", "pairs", "labels"] = "documents"
     predicts_tokens: bool = True
+    causal_steps: int = 0
+    """So many steps at the start predict the next token, which evaluations with masks do not measure."""
+
     starts_trained: bool = False
     """Whether it started from weights that were trained for what it does."""
 
     unigram_entropy: Callable[[], float] | None = None
-    """Nats; None where the loss is no cross entropy of tokens."""
+    """Nats; None where the loss is more than the cross entropy of tokens."""
 
     mask_rates: tuple[float, float] | None = None
     """The lowest and the highest fraction of tokens that the config has predicted."""
@@ -119,7 +122,7 @@ def find_loss_near_zero(log: RunLog, expected: Expected) -> str | None:
 def find_plateau(log: RunLog, expected: Expected) -> str | None:
     warm = expected.warmup_steps + min(expected.num_steps // 10, 1000)
     earliest = max(PLATEAU_STEPS, min(expected.num_steps // 5, 5000), warm)
-    if expected.unigram_entropy is None or expected.starts_trained or log.last_step < earliest:
+    if expected.unigram_entropy is None or expected.starts_trained or log.last_step - expected.causal_steps < earliest:
         return None
     entropy, loss = expected.unigram_entropy(), _finite_mean(_tail(log, "loss", MANY))
     if not loss > 0.98 * entropy:
@@ -140,7 +143,7 @@ def find_large_gradient(log: RunLog, expected: Expected) -> str | None:
 
 
 def find_divergence(log: RunLog, expected: Expected) -> str | None:
-    lines = log.lines.get("eval", [])
+    lines = [x for x in log.lines.get("eval", []) if x["step"] >= expected.causal_steps]
     # Evaluations of other documents or masks cannot be compared.
     test = [lines[-1].get(name) for name in ("num_tokens", "num_documents", "num_rows")] if lines else []
     same = [x for x in lines if [x.get(name) for name in ("num_tokens", "num_documents", "num_rows")] == test]
@@ -219,7 +222,9 @@ def find_embedding_drift(log: RunLog, expected: Expected) -> str | None:
 
 def find_odd_masks(log: RunLog, expected: Expected) -> str | None:
     tokens, targets = _tail(log, "num_tokens", FEW), _tail(log, "num_targets", FEW)
-    if expected.mask_rates is None or len(tokens) < FEW or not tokens.sum() > 0:
+    if expected.mask_rates is None or log.last_step - FEW < expected.causal_steps:
+        return None
+    if len(tokens) < FEW or not tokens.sum() > 0:
         return None
     rate, (low, high) = float(targets.sum() / tokens.sum()), expected.mask_rates
     # Special tokens are not predicted: in short documents they are a large part.

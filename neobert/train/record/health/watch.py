@@ -114,8 +114,12 @@ def build_expected(
 ) -> Expected:
     """What a run with this config is to do; `entropy` computes that of single tokens."""
     masks, trainer, muon = config.datacollator, config.trainer, config.optimizer.muon_config
-    rates = (masks.mlm_probability, masks.mlm_probability_final or masks.mlm_probability)
+    rates = masks.mlm_rate_range
+    if masks.mlm_rate == "fixed":
+        rates = (masks.mlm_probability, masks.mlm_probability_final or masks.mlm_probability)
     of_documents = objective.reads == "documents"
+    # A head that only training has makes a loss of its own, beside that of tokens.
+    tokens_alone = objective.predicts_tokens and not objective.training_only
     full_rows = masks.pack_sequences and trainer.enforce_full_packed_batches
     return Expected(
         num_steps=num_steps,
@@ -124,8 +128,9 @@ def build_expected(
         reads=objective.reads,
         predicts_tokens=objective.predicts_tokens,
         starts_trained=config.model.init_from is not None if of_documents else objective.reads == "pairs",
-        unigram_entropy=entropy if objective.predicts_tokens else None,
-        mask_rates=(min(rates), max(rates)) if of_documents and objective.predicts_tokens else None,
+        causal_steps=masks.clm_steps or 0,
+        unigram_entropy=entropy if tokens_alone else None,
+        mask_rates=(min(rates), max(rates)) if of_documents and objective.fills_masks else None,
         lowest_fill=(0.85 if full_rows else 0.5) if of_documents else None,
         row_length=config.dataset.max_seq_length,
         clipping_threshold=muon.clipping_threshold if muon.enable_clipping else 0.0,
