@@ -101,10 +101,12 @@ def test_latest_without_a_checkpoint_starts_fresh_and_says_so(
     assert result.state.step == 2
     assert [(x["kind"], x["step"]) for x in map(json.loads, (out / "log.jsonl").read_text().splitlines())] == [
         ("eval", 0),
+        ("weights", 0),
         ("step", 1),
         ("step", 2),
         ("log", 2),
         ("eval", 2),
+        ("weights", 2),
     ]
     assert f"no checkpoint in {out}/checkpoints/ yet: starting fresh" in capsys.readouterr().out
 
