@@ -311,7 +311,10 @@ def train_tokenizer(
     iterator = iter(texts)
     first = next(iterator, None)
     if first is None:
-        raise DataError("tokenizer.train: true, but the training split has no documents; check dataset.path")
+        raise DataError(
+            "tokenizer.train: true, but there is no training document; check dataset.path, and that dataset.eval_samples "
+            "leaves some"
+        )
     backend = train(_chain(first, iterator), size)
     hf = PreTrainedTokenizerFast(
         tokenizer_object=backend, model_input_names=["input_ids", "attention_mask"], **SPECIAL_TOKENS
