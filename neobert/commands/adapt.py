@@ -20,9 +20,9 @@ from neobert.commands.adaptation_result import describe_result, measure_models
 from neobert.commands.extended_folder import describe_extension, read_extension, write_extension
 from neobert.commands.staged_run import Pipeline, run_pipeline
 from neobert.commands.stages import Stage
-from neobert.config.load import load_config
+from neobert.config.load import load_config, split_arguments
 from neobert.config.nesting import parse_json
-from neobert.config.schema import TokenizerSection
+from neobert.config.schema import DatasetSection, TokenizerSection
 from neobert.data.new_pieces import check_extensible
 from neobert.data.source.documents import TextDocuments
 from neobert.data.source.formats import list_splits
@@ -118,14 +118,15 @@ def run_adapt(
         UserError: the request cannot be met, or the output is of another one.
     """
     stages = _build_stages(request, training, output, ())
-    for stage in stages:
-        load_config(str(stage.config), stage.overrides)  # Every key is right before anything is read.
+    check_typed(training.overrides)
+    for stage in stages:  # Every key is right before anything is read.
+        config = load_config(str(stage.config), stage.overrides)
     weights = load_encoder_weights(request.model)
     tokenizer = check_start(request, weights)
     settings = LossSettings(whole_words=True, piece_chars=piece_chars)
     found = dataclasses.replace(request, model=str(weights.folder.resolve()))
     check_output(output, found)
-    texts = find_texts(request)
+    texts = find_texts(request, config.dataset)
     try:
         output.mkdir(parents=True, exist_ok=True)
     except OSError as error:
@@ -217,8 +218,8 @@ def _write_held_out(file: Path, texts: Sequence[str]) -> None:
 # ---- the texts ----
 
 
-def find_texts(request: AdaptRequest) -> list[AdaptText]:
-    """Own texts, then general ones, each with its held-out documents.
+def find_texts(request: AdaptRequest, section: DatasetSection) -> list[AdaptText]:
+    """Own texts, then general ones, each with its held-out documents, read as `section` says.
 
     Raises:
         DataError: one is not there, is no text, or has too few documents.
@@ -227,7 +228,7 @@ def find_texts(request: AdaptRequest) -> list[AdaptText]:
     for is_own, sources in ((True, request.text), (False, request.general)):
         for number, source in enumerate(sources, start=1):
             name = ("own" if is_own else "general") + (f"-{number}" if number > 1 else "")
-            spec = describe_source(source, text_column=request.text_column)
+            spec = dataclasses.replace(describe_source(source, text_column=request.text_column), section=section)
             if not is_own and request.general_documents is not None:
                 spec = dataclasses.replace(spec, max_documents=request.general_documents)
             held_out = request.held_out if is_own else request.general_held_out
@@ -283,6 +284,22 @@ _REPLACED = (
     "model.vocab_size",
 )
 """What a config may say of other texts and another vocabulary."""
+
+
+def check_typed(overrides: Sequence[str]) -> None:
+    """Raises for a key whose value an adaptation says otherwise.
+
+    Raises:
+        StartupError: naming what to write instead.
+    """
+    flags = {"dataset.text_column": "--text-column", "dataset.eval_samples": "--general-held-out", "seed": "--seed"}
+    decided = {*_REPLACED, *flags, "dataset.mixture", "dataset.mixture_alpha", "model.init_from", "trainer.output_dir"}
+    decided |= {"dataset.streaming", "dataset.pre_tokenize_output", "tokenizer.train", "trainer.trained_weights"}
+    for key, _ in split_arguments(overrides)[0]:
+        if key in decided:
+            raise StartupError(
+                f"{key} is decided by an adaptation; write {flags.get(key, 'its own arguments (--help)')}"
+            )
 
 
 def _build_stages(

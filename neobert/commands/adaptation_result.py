@@ -4,6 +4,7 @@ Losses a token of different tokenizers cannot be compared; those of the same mas
 can: `neobert.inference.mlm_loss` says what is still not equal.
 """
 
+import hashlib
 import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -21,6 +22,7 @@ from neobert.inference.scorer import load_scorer
 from neobert.inference.texts import open_texts
 from neobert.train.probes.labelled_sets import load_probe_set, name_sets
 from neobert.train.probes.probing import score_set
+from neobert.weights.folder import record_file
 
 PROBE_EXAMPLES = 400
 """Of a probe set, as `trainer.probe_examples` has it."""
@@ -65,9 +67,10 @@ def _find_tokenizer(folder: Path) -> Path:
 
 
 def _measure_loss(model: Path, text: Path, settings: LossSettings, folder: Path, kind: str) -> dict[str, Any]:
-    # Another length of pieces, or a longer training, is another result.
-    step = parse_json((model / "train_state.json").read_text())["step"] if (model / "train_state.json").is_file() else 0
-    file = folder / f"{text.stem}-{kind}-{step}-{settings.piece_chars}.json"
+    # Another length of pieces, or other weights, are another result.
+    digests = "".join(record_file(path).sha256 for path in sorted(model.glob("*.safetensors")))
+    weights = hashlib.sha256(digests.encode()).hexdigest()[:12]
+    file = folder / f"{text.stem}-{kind}-{weights}-{settings.piece_chars}.json"
     if not file.is_file():
         say(f"measuring {kind} on {text.stem}")
         with open_texts(str(text)) as opened:

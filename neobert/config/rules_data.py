@@ -63,6 +63,18 @@ def _check_mixture(config: Config) -> Iterator[str]:
             f"dataset.mixture: [{without[0]}].weight: is not set, but another source has a weight; give every one a"
             " weight, or none, which reads each document once per epoch"
         )
+    epochs = config.trainer.num_train_epochs
+    weighted = "dataset.mixture_alpha" if config.dataset.mixture_alpha is not None else "a weight in dataset.mixture"
+    if epochs is not None and mixture and (config.dataset.mixture_alpha is not None or not without):
+        yield (
+            f"trainer.num_train_epochs: {epochs} has no meaning with {weighted}, which decides how often a source is"
+            " read; write trainer.max_steps or trainer.max_tokens"
+        )
+    if config.dataset.mixture_alpha is not None and config.dataset.streaming:
+        yield (
+            f"dataset.streaming: true beside dataset.mixture_alpha = {config.dataset.mixture_alpha}, which needs the"
+            " number of tokens of every source; write false"
+        )
 
 
 def _check_reading(config: Config) -> Iterator[str]:
@@ -144,6 +156,12 @@ def check_masks(config: Config) -> Iterator[str]:
             f"trainer.skip_spikes: {config.trainer.skip_spikes} compares losses of successive steps, which are of two"
             " kinds with datacollator.clm_steps; write null for it"
         )
+    steps = config.trainer.max_steps
+    if masks.clm_steps is not None and steps is not None and masks.clm_steps >= steps:
+        yield (
+            f"datacollator.clm_steps: {masks.clm_steps} of trainer.max_steps = {steps} leaves no step with masks; lower"
+            " it, or write trainer.objective: clm"
+        )
     if masks.mask_all or not all(0 <= fraction <= 1 for fraction in (masks.mask_fraction, masks.random_fraction)):
         return
     if masks.mask_fraction + masks.random_fraction > 1 + 1e-9:
@@ -170,6 +188,8 @@ def check_jepa(config: Config) -> Iterator[str]:
             f"trainer.ema_start_step: {trainer.ema_start_step}, but trainer.objective: mlm_jepa learns from the average"
             " from the first step on; write 0"
         )
+    if trainer.z_loss:
+        yield f"trainer.z_loss: {trainer.z_loss} is no part of the loss of trainer.objective: mlm_jepa; write 0"
     if trainer.parallel in ("fsdp2", "hsdp"):
         yield (
             f"trainer.parallel: {trainer.parallel} shards the average, which trainer.objective: mlm_jepa computes with;"

@@ -37,6 +37,12 @@ def _check_losses(config: Config) -> Iterator[str]:
             "distill.logits_weight: 0 beside distill.hidden_weight = 0 leaves nothing to learn from the teacher; raise"
             " one of them, or write trainer.objective: mlm"
         )
+    final = config.datacollator.mlm_probability_final
+    if section.hidden_weight and final is not None:
+        yield (
+            f"datacollator.mlm_probability_final: {final} changes the number of targets, which distill.hidden_weight ="
+            f" {section.hidden_weight} is measured against; write null, or 0 for the weight"
+        )
     if trainer.z_loss:
         yield f"trainer.z_loss: {trainer.z_loss} is no part of the loss of trainer.objective: distill; write 0"
     if not trainer.masked_logits_only_loss:

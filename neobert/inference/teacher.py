@@ -15,6 +15,7 @@ from neobert.config.schema import Config
 from neobert.data.tokenizer import Tokenizer
 from neobert.errors import StartupError
 from neobert.inference.model import build_loaded
+from neobert.model.pooling import POOLING
 from neobert.objectives.base import Teacher
 from neobert.objectives.table import OBJECTIVES
 from neobert.weights.describe import WeightsError
@@ -80,6 +81,16 @@ def _check_weights(key: str, weights: EncoderWeights, config: Config) -> None:
             f"{key}: {where} makes its vectors with {', '.join(others)}, which is not read; name a model that pools "
             "hidden states alone"
         )
+    if key == "contrastive.teacher":
+        try:
+            pooling = load_vector_settings(weights).pooling
+        except WeightsError as error:
+            raise StartupError(f"{key}: {error}") from error
+        if pooling not in POOLING:
+            raise StartupError(
+                f"{key}: {where} makes a vector for each token (pooling {pooling}), and contrastive.loss_type: distill "
+                "compares one of a text; name a model that pools"
+            )
     if key == "distill.teacher" and config.distill.logits_weight and not _predicts_tokens(weights):
         raise StartupError(
             f"distill.logits_weight: {config.distill.logits_weight} needs a teacher that predicts hidden tokens, and "

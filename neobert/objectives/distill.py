@@ -29,6 +29,7 @@ from neobert.kernels.linear_distillation import chunked_linear_kl
 from neobert.model.encoder import Encoder
 from neobert.model.init import initialise
 from neobert.objectives.base import EvalSums, ObjectiveModule, Teacher
+from neobert.objectives.masking import mean_rate
 from neobert.objectives.mlm import MLM, MaskedMetrics, with_bias
 from neobert.objectives.mlm import build_metrics as build_masked_metrics
 from neobert.types import IGNORE_INDEX, LossSum, PackedBatch
@@ -117,11 +118,12 @@ class DistilledMaskedLM(ObjectiveModule):
 
 def build_distilled(encoder: Encoder, config: Config, kernel: LinearCrossEntropy) -> DistilledMaskedLM:
     """The module of a run, still without its teacher."""
+    masks = config.datacollator
     return DistilledMaskedLM(
         encoder,
         config.distill,
         kernel=kernel,
-        token_weight=config.datacollator.mlm_probability,
+        token_weight=mean_rate(masks.mlm_rate, masks.mlm_probability, masks.mlm_rate_range),
         count_correct=config.trainer.log_train_accuracy,
     )
 

@@ -81,11 +81,11 @@ class MaskedJEPA(MaskedLM):
             kernel=self.kernel,
             all_positions=self.all_positions,
             count_correct=self.count_correct,
-            z_loss=self.z_loss,
+            z_loss=0.0,
             hidden_TH=hidden_TH,
         )
-        distances_M = self.distances(hidden_TH, batch, self._teacher())
-        return replace(tokens, loss_sum=tokens.loss_sum + self.jepa_weight * distances_M.sum())
+        taught = self.jepa_weight * self.distances(hidden_TH, batch, self._teacher()).sum()
+        return replace(tokens, loss_sum=tokens.loss_sum + taught, z_sum=taught.detach())
 
     def distances(self, hidden_TH: Tensor, batch: PackedBatch, teacher: Mapping[str, Tensor]) -> Tensor:
         """1 - cos of the predicted hidden state of each target and the teacher's, fp32 `[M]`; 0 in unused entries."""
@@ -116,7 +116,6 @@ def build_masked_jepa(encoder: Encoder, config: Config, kernel: LinearCrossEntro
         encoder,
         kernel=kernel,
         jepa_weight=config.trainer.jepa_weight,
-        z_loss=config.trainer.z_loss,
         all_positions=not config.trainer.masked_logits_only_loss,
         count_correct=config.trainer.log_train_accuracy,
     )

@@ -306,6 +306,23 @@ RATES: dict[str, Callable[[float, float, float], float]] = {
 }
 """`fn(drawn, lowest, highest)`: the rate of a row that drew a number in [0, 1); `fixed` draws none."""
 
+
+def mean_rate(name: str, fixed: float, drawn: tuple[float, float]) -> float:
+    """The expected rate of a row.
+
+    Args:
+        name: a key of RATES.
+        fixed: of every row where none is drawn.
+        drawn: the lowest and the highest rate where one is.
+    """
+    lowest, highest = drawn
+    if name == "fixed":
+        return fixed
+    if name == "random" or lowest == highest:
+        return (lowest + highest) / 2
+    return (highest - lowest) / math.log(highest / lowest)
+
+
 UNITS: dict[
     str,
     Callable[[MaskPolicy, NDArray[np.int32], Hashes, Indices, int], tuple[Indices, Hashes | None]],

@@ -110,6 +110,8 @@ class QKClip:
         positions_BS: Tensor,
         segments: Segments,
     ) -> None:
+        if not self._encoder.training:  # A pass of a teacher, with other weights.
+            return
         if layer == 0:
             self._passes_left -= 1
         if self._section.capture_last_microbatch_only and self._passes_left:

@@ -8,6 +8,7 @@ Every old row keeps its bits. How a new row starts is one entry of `INITIAL_ROWS
     random   normal, with the mean and the deviation that each column of the old rows has
 """
 
+import hashlib
 from collections import Counter, defaultdict
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -72,7 +73,9 @@ def _mean_of_all(old: Tensor, added: AddedTokens) -> Tensor:
 
 
 def _draw(old: Tensor, added: AddedTokens) -> Tensor:
-    generator = torch.Generator().manual_seed(added.seed)
+    # Other noise for each matrix: rows of the embedding and of an untied projection are not the same tokens' twice.
+    digest = hashlib.sha256(old.numpy().tobytes()).digest()
+    generator = torch.Generator().manual_seed((added.seed + int.from_bytes(digest[:4])) % 2**63)
     drawn = torch.randn(len(added.texts), *old.shape[1:], generator=generator)
     return old.mean(0) + drawn * old.std(0)
 

@@ -36,7 +36,7 @@ from neobert.model.config import ModelConfig
 from neobert.objectives.base import Teacher
 from neobert.objectives.causal_lm import build_next_tokens
 from neobert.objectives.table import choose_objective
-from neobert.train.build import build_mask_policy, build_model, build_module, build_run_optimizer
+from neobert.train.build import build_mask_policy, build_model, build_module, build_run_optimizer, computing_module
 from neobert.train.hardware.machine import Runtime, compute_dtype
 from neobert.train.hardware.memory import available_bytes, current_bytes, forget_peak, is_out_of_memory, peak_bytes
 from neobert.train.processes.agreement import exchange
@@ -200,6 +200,7 @@ def build_measure(
     def make_step(rows: int) -> None:
         module = build_module(measured, model_config, attention, runtime, teacher)
         model = build_model(measured, module)
+        computing_module(model).learn_from_average(lambda: dict(module.named_parameters()))
         autocast = dtype != torch.float32 and not config.trainer.bf16_residual
         model.forward = torch.autocast(runtime.device.type, dtype=dtype, enabled=autocast)(model.forward)  # type: ignore[method-assign]
         batch = build_full_rows(config, tokenizer, rows).to(runtime.device)

@@ -53,7 +53,8 @@ class Statistics:
         hidden: list[Tensor] = []
 
         def keep(module: nn.Module, args: Any, output: Tensor) -> None:
-            hidden[:] = [output.detach()]
+            if module.training:  # Else a pass of a teacher.
+                hidden[:] = [output.detach()]
 
         def observe() -> None:
             self._found = self._gradient_norms()
