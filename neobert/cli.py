@@ -82,6 +82,13 @@ def say(*lines: str) -> None:
         print(scrub(line), file=sys.stderr)
 
 
+def show_cursor() -> None:
+    """For what ends a process at once: a progress bar hid the cursor of the terminal."""
+    with suppress(OSError, ValueError):
+        if sys.stdout.isatty():
+            os.write(sys.stdout.fileno(), b"\x1b[?25h\n")
+
+
 def say_error(sentence: str) -> None:
     """Says why a process ends: in a box on a terminal, elsewhere in a line."""
     if sys.stderr.isatty():

@@ -297,9 +297,8 @@ def check_typed(overrides: Sequence[str]) -> None:
     decided |= {"dataset.streaming", "dataset.pre_tokenize_output", "tokenizer.train", "trainer.trained_weights"}
     for key, _ in split_arguments(overrides)[0]:
         if key in decided:
-            raise StartupError(
-                f"{key} is decided by an adaptation; write {flags.get(key, 'its own arguments (--help)')}"
-            )
+            instead = flags.get(key, "what --help lists")
+            raise StartupError(f"{key}: an adaptation decides it from its own arguments; write {instead}")
 
 
 def _build_stages(

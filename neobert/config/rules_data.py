@@ -177,8 +177,13 @@ def check_masks(config: Config) -> Iterator[str]:
 
 
 def check_jepa(config: Config) -> Iterator[str]:
-    """What an objective needs that learns from the moving average of the weights."""
+    """What an objective needs that learns from the moving average of the weights, and a run of rows of tokens alone."""
     trainer = config.trainer
+    if trainer.trained_weights == "embeddings" and config.model.init_from is None:
+        yield (
+            "trainer.trained_weights: embeddings leaves all other weights as they are, which without model.init_from"
+            " are random; name the weights to start from, or write all"
+        )
     if trainer.objective != "mlm_jepa":
         return
     if trainer.ema_decay is None:

@@ -112,9 +112,13 @@ def join_parts(folder: Path, parts: Sequence[Path]) -> SetInfo | None:
             held.enter_context(locked(parts[0].parent))
         except DataError:
             return None
-        if not all(map(read_info, parts)):  # Another machine was faster.
-            shutil.rmtree(parts[0].parent)
-            return read_info(folder)
+        left = [read_info(part) for part in parts]
+        if None in left:  # Another machine was faster, or one of them is being written again.
+            joined = read_info(folder)
+            if joined is None or not all(x is None or is_same_source(x.source, joined.source) for x in left):
+                return None
+            shutil.rmtree(parts[0].parent, ignore_errors=True)
+            return joined
         stores = list(map(PairStore, parts))
         first = stores[0].info
         for path, store in zip(parts, stores):

@@ -80,8 +80,11 @@ def train(run: Run) -> RunResult:
     Raises:
         RankLostError: another process has ended. Where it is known which, this one ends with a sentence that says so.
     """
-    with naming_lost_ranks(run.runtime.heartbeat):
-        return _train(run)
+    try:
+        with naming_lost_ranks(run.runtime.heartbeat):
+            return _train(run)
+    finally:
+        run.reporter.stop_progress()  # An error is not drawn into a bar.
 
 
 def _train(run: Run) -> RunResult:

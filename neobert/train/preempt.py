@@ -10,7 +10,6 @@ leaves nothing torn, because a checkpoint gets its name by a rename.
 
 import os
 import signal
-import sys
 import threading
 import time
 from collections import deque
@@ -19,7 +18,7 @@ from contextlib import contextmanager
 from types import FrameType
 from typing import Literal
 
-from neobert.cli import stop_signals
+from neobert.cli import show_cursor, stop_signals
 
 FIRST_SAVE_SECONDS = 60.0
 FIRST_SAVE_FRACTION = 0.05
@@ -100,8 +99,7 @@ class StopRequest:
 
     def _receive(self, number: int, frame: FrameType | None) -> None:
         if number == signal.SIGINT and self._interrupted:
-            if sys.stdout.isatty():
-                os.write(sys.stdout.fileno(), b"\x1b[?25h\n")  # The progress bar hid the cursor.
+            show_cursor()
             os._exit(130)
         self._interrupted = self._interrupted or number == signal.SIGINT
         # Nothing is printed here: the signal may have come in the middle of a print.

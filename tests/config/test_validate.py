@@ -32,7 +32,34 @@ def test_the_defaults_lack_a_source_a_tokenizer_and_a_budget():
 
 NGPT = {"model__ngpt": True, "optimizer__weight_decay": 0.0}
 
+MIXTURE = (MixtureSource(path="a"), MixtureSource(path="b"))
+WEIGHTED = (MixtureSource(path="a", weight=1.0), MixtureSource(path="b", weight=2.0))
+EPOCHS = {"trainer__max_steps": None, "trainer__num_train_epochs": 2.0, "dataset__name": None}
+DISTILLED = {"trainer__objective": "distill", "distill__teacher": "run", "tokenizer__train": False}
+
 ERRORS = [
+    (
+        {**EPOCHS, "dataset__mixture": WEIGHTED},
+        "trainer.num_train_epochs: 2.0 has no meaning with a weight in dataset.",
+    ),
+    (
+        {**EPOCHS, "dataset__mixture": MIXTURE, "dataset__mixture_alpha": 0.5},
+        "trainer.num_train_epochs: 2.0 has no meaning with dataset.mixture_alpha",
+    ),
+    (
+        {"dataset__name": None, "dataset__mixture": MIXTURE, "dataset__mixture_alpha": 0.5, "dataset__streaming": True},
+        "dataset.streaming: true beside dataset.mixture_alpha = 0.5",
+    ),
+    ({"datacollator__clm_steps": 10_000}, "datacollator.clm_steps: 10000 of trainer.max_steps = 10000 leaves no step"),
+    (
+        {"trainer__objective": "mlm_jepa", "trainer__ema_decay": 0.9, "trainer__z_loss": 1e-4},
+        "trainer.z_loss: 0.0001 is no part of the loss of trainer.objective: mlm_jepa; write 0",
+    ),
+    (
+        {**DISTILLED, "tokenizer__path": "t", "datacollator__mlm_probability_final": 0.1},
+        "datacollator.mlm_probability_final: 0.1 changes the number of targets",
+    ),
+    ({"trainer__trained_weights": "embeddings"}, "trainer.trained_weights: embeddings"),
     (
         {"model__ngpt": True},
         "optimizer.weight_decay: 0.1 does nothing with model.ngpt: true, whose matrices are",

@@ -10,7 +10,7 @@ from test_replaced_token import MASKS, rows
 from neobert.config.load import load_config
 from neobert.data.rows.collate import TARGETS_MULTIPLE, Collator
 from neobert.data.rows.order import uniforms
-from neobert.objectives.masking import RATES, MaskPolicy
+from neobert.objectives.masking import RATES, MaskPolicy, mean_rate
 
 NUM_DRAWS = 4000
 
@@ -90,3 +90,9 @@ def test_a_range_and_a_fixed_rate_contradict_each_other() -> None:
             load_config(None, [*base, *keys])
     with pytest.raises(ValueError, match=r"datacollator\.mlm_rate: 'often' is unknown; write one of fixed, random"):
         replace(MASKS, draw_rate="often")
+
+
+@pytest.mark.parametrize("name", RATES)
+def test_the_mean_rate_is_the_mean_of_the_rates(name: str) -> None:
+    drawn = [RATES[name]((number + 0.5) / 10_000, 0.02, 0.8) for number in range(10_000)]
+    assert mean_rate(name, 0.8, (0.02, 0.8)) == pytest.approx(sum(drawn) / len(drawn), rel=1e-4)

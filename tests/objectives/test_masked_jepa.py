@@ -9,6 +9,7 @@ import torch.nn.functional as F
 from test_replaced_token import MASKS, rows
 
 from neobert.config.load import load_config
+from neobert.config.schema_optimizer import MuonSection
 from neobert.data.rows.collate import Collator
 from neobert.errors import StartupError
 from neobert.kernels.linear_cross_entropy import KERNELS
@@ -18,6 +19,8 @@ from neobert.model.encoder import Encoder
 from neobert.objectives.masked_jepa import MaskedJEPA, restore_tokens
 from neobert.objectives.mlm import MaskedLM
 from neobert.objectives.table import recognise_objective
+from neobert.optim.qk_clip import QKClip
+from neobert.train.record.statistics import Statistics
 from neobert.types import IGNORE_INDEX, PackedBatch
 
 WEIGHT = 0.7
@@ -72,6 +75,38 @@ def test_loss_and_gradients_are_those_of_the_definition() -> None:
     for name, a, b in zip(weights, gradients, torch.autograd.grad(expected, list(weights.values()))):
         torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-5, msg=lambda text, name=name: f"{name}: {text}")
     assert all(weight.grad is None for weight in teacher.parameters())
+
+
+def test_a_pass_of_the_teacher_is_not_measured() -> None:
+    module, teacher = build().float(), build(seed=1).float()
+    with torch.no_grad():
+        for block in teacher.encoder.layers:
+            block.qkv.weight.mul_(100)
+    module.learn_from_average(lambda: dict(teacher.named_parameters()))
+    batch, _ = collate((9, 12), (7, 5, 8))
+    clip, alone = (QKClip(module.encoder, MuonSection(clipping_interval=1)) for _ in range(2))
+    statistics = Statistics(module)
+    with clip.measuring(0, 1), statistics.watching(batch) as observe:
+        module(batch).loss_sum.backward()
+        observe()
+        found = clip._logits_LN
+    with alone.measuring(0, 1), statistics.watching(batch) as observe_alone:
+        seen = statistics.read()
+        module.encoder(batch.input_ids, batch.positions, batch.segments)
+        observe_alone()
+        assert torch.equal(found, alone._logits_LN)
+    assert seen["logit/max"] == statistics.read()["logit/max"]
+
+
+def test_the_distance_is_no_part_of_the_perplexity() -> None:
+    module, teacher = build(), build(seed=1)
+    batch, _ = collate((9, 12), (7, 5, 8))
+    plain = module(batch)
+    module.learn_from_average(lambda: dict(teacher.named_parameters()))
+    found = module(batch)
+    assert found.z_sum is not None
+    assert (found.loss_sum - found.z_sum).item() == pytest.approx(plain.loss_sum.item())
+    assert found.z_sum.item() > 0
 
 
 def test_the_tokens_before_masks_are_restored() -> None:

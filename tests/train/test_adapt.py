@@ -2,6 +2,7 @@
 
 import json
 import random
+import re
 import shutil
 from collections.abc import Sequence
 from dataclasses import replace
@@ -15,10 +16,11 @@ from small_corpus import make_texts
 from small_model import write_run
 
 from neobert.cli import EXIT_CODES
-from neobert.commands import staged_run
-from neobert.commands.adapt import AdaptRequest, check_start
+from neobert.commands import adaptation_result, staged_run
+from neobert.commands.adapt import AdaptRequest, check_start, check_typed
 from neobert.config.load import load_config
 from neobert.errors import StartupError
+from neobert.inference.mlm_loss import LossSettings
 from neobert.inference.model import load
 from neobert.train.loop import pretrain
 from neobert.weights.encoder_weights import load_encoder_weights
@@ -118,6 +120,31 @@ def test_a_model_is_adapted_once(
 
 
 STAGES = [("embeddings", "3"), ("training", "4")]
+
+
+@pytest.mark.parametrize(
+    "key", ["dataset.text_column=body", "--dataset.eval_split=x", "tokenizer.train=true", "seed=3"]
+)
+def test_a_key_that_an_adaptation_decides_is_refused(key: str) -> None:
+    name = key.removeprefix("--").partition("=")[0]
+    with pytest.raises(StartupError, match=rf"^{re.escape(name)}: an adaptation decides it"):
+        check_typed(["optimizer.lr=1e-4", key])
+    check_typed(["optimizer.lr=1e-4", "--dataset.sample_by", "document"])
+
+
+def test_other_weights_are_measured_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    text, model, made = Path(write_texts(tmp_path / "in" / "own.jsonl", ["a b"])), tmp_path / "model", []
+    model.mkdir()
+    monkeypatch.setattr(adaptation_result, "load_scorer", lambda path: None)
+    monkeypatch.setattr(
+        adaptation_result,
+        "measure_mlm_loss",
+        lambda scorer, texts, settings, file: (made.append(file), file.write_text("{}")),
+    )
+    for weights in (b"1", b"2", b"2"):
+        (model / "model.safetensors").write_bytes(weights)
+        adaptation_result._measure_loss(model, text, LossSettings(whole_words=True), tmp_path, "after")
+    assert len(made) == 2
 
 
 def test_model_and_tokenizer_belong_together(tmp_path: Path, tokenizer_folder: Path) -> None:

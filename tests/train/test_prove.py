@@ -246,6 +246,44 @@ def test_probabilities_are_those_of_what_is_compared() -> None:
     assert (limited["step"], limited["weight"]) == (0.5, 1.0)
 
 
+def test_what_could_not_be_compared_bit_for_bit_is_not_called_found() -> None:
+    segments = list_segments([0, 10, 20, 30], from_start=False)
+    found = find_probabilities(segments[:2], [], None, noted=0, unclear=segments[2:])
+    assert found["step"] == found["weight_and_events"] == 0
+    assert found["batch"] == found["rate"] == pytest.approx(2 / 3)
+
+
+def test_lines_that_are_there_twice_or_without_their_numbers_fail(
+    run: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    log = run / "log.jsonl"
+    lines = log.read_text()
+    step = next(line for line in lines.splitlines() if '"kind": "step", "step": 5' in line)
+    log.write_text(lines + step + "\n")
+    code, found = prove(run, capsys, "--limit", 1)
+    assert (code, failures(found)["log"]) == (1, "1 steps are there more than once")
+    log.write_text(lines.replace("loss_hex", "loss_hexadecimal"))
+    assert "step 1: loss or grad_norm is not its *_hex" in failures(prove(run, capsys, "--limit", 1)[1])["log"]
+
+
+def test_steps_of_another_layout_are_rounding_and_without_their_data_open(
+    tiny: Tiny, tmp_path: Path, corpus: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    data, again = Path(shutil.copytree(corpus, tmp_path / "data")), tmp_path / "again"
+    keys = [f"dataset.path={data}", "trainer.save_steps=2", "trainer.eval_steps=0", "scheduler.name=constant"]
+    pretrain(tiny(again, *keys, "trainer.max_steps=4"))
+    halved = ["trainer.per_device_train_batch_size=2", "trainer.gradient_accumulation_steps=2"]
+    pretrain(tiny(again, *keys, *halved, "trainer.max_steps=6", "trainer.resume_from_checkpoint=latest"))
+    shutil.rmtree(again / "checkpoints" / "4")
+    code, found = prove(again, capsys)
+    assert failures(found) == {}
+    assert [x["verdict"] for x in found["evidence"] if x["name"] == "steps 3-6"] == ["rounding"]
+    assert found["probabilities"]["step"] == 0
+    shutil.rmtree(data)
+    code, found = prove(again, capsys)
+    assert (code, [x["verdict"] for x in found["evidence"] if x["name"] == "steps 3-6"]) == (0, ["open"])
+
+
 def test_a_step_that_was_drawn_by_chance_is_found_as_often_as_is_said() -> None:
     segments = list_segments(range(0, 3000, 100), from_start=False)
     generator = random.Random(0)

@@ -39,6 +39,12 @@ def test_ways(weight: torch.Tensor) -> None:
     assert not torch.equal(rows["random"][0], rows["random"][1])
     again = add_rows(weight, ADDED, "random", 12)[6:8].float()
     assert torch.equal(again, rows["random"])
+    drawn = []
+    for matrix in (weight, weight.flip(0)):
+        kept = matrix[:6].float()
+        new = add_rows(matrix, ADDED, "random", 12)[6:8].float()
+        drawn.append((new - kept.mean(0)) / kept.std(0))
+    assert not torch.allclose(*drawn, atol=0.1), "another matrix has other noise"
 
 
 def test_the_spelling_that_is_nearest_is_first() -> None:

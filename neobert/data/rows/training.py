@@ -15,6 +15,7 @@ from neobert.data.source.text import STREAM_LANES, Sharding
 from neobert.data.store.opening import View
 from neobert.data.tokenizer import Tokenizer
 from neobert.errors import DataError
+from neobert.secrets import hide_credentials
 
 INDEXED_WINDOW = 1024
 STREAM_WINDOW = 256
@@ -245,7 +246,7 @@ def _all_tokenised(views: Sequence[View]) -> bool:
 
 
 def _unique_labels(views: Sequence[View]) -> tuple[str, ...]:
-    labels = [view.spec.label for view in views]
+    labels = [hide_credentials(view.spec.label, is_path=True) for view in views]  # They are names in logs and trackers.
     return tuple(f"{x} ({n})" if labels.count(x) > 1 else x for n, x in enumerate(labels))
 
 

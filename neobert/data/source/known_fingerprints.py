@@ -30,7 +30,7 @@ def recall(paths: Sequence[str], find: Callable[[], str]) -> str:
         return find()
     try:
         text = record.read_text()
-    except OSError:
+    except (OSError, ValueError):  # Damaged, it may be no text.
         text = ""
     if text.startswith("sha256:") and text.endswith("\n"):
         return text.rstrip("\n")

@@ -67,6 +67,8 @@ class Runtime:
 
     def describe_device(self) -> str:
         """The device, and on a CPU how many threads compute and how they wait for each other."""
+        if self.device.type == "cuda":
+            return f"{self.device} ({torch.cuda.get_device_name(self.device)})"
         if self.device.type != "cpu":
             return str(self.device)
         count = torch.get_num_threads()

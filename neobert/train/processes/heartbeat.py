@@ -31,7 +31,7 @@ from typing import Any, NoReturn
 import torch.distributed as dist
 from torch.distributed.distributed_c10d import _get_default_store, _world
 
-from neobert.cli import EXIT_CODES, say_error
+from neobert.cli import EXIT_CODES, say_error, show_cursor
 from neobert.errors import UserError
 from neobert.host import launcher_is_gone
 
@@ -306,6 +306,7 @@ def choose_group_timeout(timeout: float | None) -> timedelta:
 
 
 def _end(sentence: str) -> None:
+    show_cursor()
     say_error(sentence)
     for stream in (sys.stdout, sys.stderr):
         stream.flush()

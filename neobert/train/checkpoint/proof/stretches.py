@@ -43,31 +43,38 @@ def choose_segments(segments: Sequence[Segment], num_samples: int, seed: int) ->
 
 
 def find_probabilities(
-    segments: Sequence[Segment], chosen: Sequence[Segment], limit: int | None, *, noted: int
+    segments: Sequence[Segment],
+    chosen: Sequence[Segment],
+    limit: int | None,
+    *,
+    noted: int,
+    unclear: Sequence[Segment] = (),
 ) -> dict[str, float]:
     """How probably one change, at a random step or checkpoint of `segments`, is found.
 
     Args:
-        chosen: segments that are made again.
+        chosen: segments that were made again and compared bit for bit.
         limit: most steps that are made again of each; None for all.
         noted: of the checkpoints, how many have a digest in `events.jsonl`.
+        unclear: segments besides, of which nothing can be said.
 
     Returns:
         By what was changed: `step` (a step computed otherwise, its line in the log), `batch`, `rate`, `weight` (of a
         checkpoint, its manifest written to fit), `weight_and_events` (and the events to fit).
     """
-    covered = sum(x.num_steps for x in segments)
+    clear = sum(x.num_steps for x in segments)
+    covered = clear + sum(x.num_steps for x in unclear)
     if not covered:
         return dict.fromkeys(("step", "batch", "rate", "weight", "weight_and_events"), 0.0)
     made = sum(min(x.num_steps, limit or x.num_steps) for x in chosen)
-    checkpoints = {step for x in segments for step in (x.start, x.end) if step}
+    checkpoints = {step for x in [*segments, *unclear] for step in (x.start, x.end) if step}
     # A segment that starts at a changed weight computes other losses; one that ends there has other weights.
     compared = {x.end for x in chosen if limit is None or limit >= x.num_steps} | {x.start for x in chosen}
     by_replay = len(checkpoints & compared) / len(checkpoints)
     return {
         "step": made / covered,
-        "batch": 1.0,
-        "rate": 1.0,
+        "batch": clear / covered,
+        "rate": clear / covered,
         "weight": 1.0 if noted >= len(checkpoints) else by_replay,
         "weight_and_events": by_replay,
     }

@@ -58,6 +58,9 @@ class Expected:
     lowest_fill: float | None = None
     """Of the slots; None where the data alone decides it."""
 
+    weighted_sources: bool = False
+    """Whether sources come as their weights say, and not as large as they are: a small one may then be a rare one."""
+
     row_length: int = 0
     clipping_threshold: float = 0.0
     """Of attention logits; 0 without clipping."""
@@ -112,10 +115,11 @@ def find_flat_loss(log: RunLog, expected: Expected) -> str | None:
 
 def find_loss_near_zero(log: RunLog, expected: Expected) -> str | None:
     losses, targets = _tail(log, "loss", FEW), _tail(log, "num_targets", FEW)
-    early = expected.predicts_tokens or log.last_step <= expected.num_steps // 4
+    of_tokens = expected.unigram_entropy is not None
+    early = of_tokens or log.last_step <= expected.num_steps // 4
     if not early or len(losses) < FEW or not (targets > 0).all():
         return None
-    limit, mean = (0.05 if expected.predicts_tokens else 0.001), _finite_mean(losses)
+    limit, mean = (0.05 if of_tokens else 0.001), _finite_mean(losses)
     return f"the mean loss of {FEW} steps is {mean:.2g}" if mean < limit else None
 
 
@@ -246,7 +250,7 @@ def find_starving_source(log: RunLog, expected: Expected) -> str | None:
         tokens = sum(x[label] for x in now)
         if tokens < 0.1 * fraction * total and fraction * total >= 10 * expected.row_length:
             return f"{label} gave {tokens / total:.2%} of the tokens of {INTERVALS} log lines, before {fraction:.1%}"
-        if not fraction and not tokens and log.last_step >= 500:
+        if expected.weighted_sources and not fraction and not tokens and log.last_step >= 500:
             return f"{label} has given no token in {log.last_step:,} steps"
     return None
 

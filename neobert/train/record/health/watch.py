@@ -5,6 +5,7 @@ sees. What was said before is known from `events.jsonl`. Nothing here stops a ru
 """
 
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import replace
 from functools import cache
 from pathlib import Path
@@ -49,7 +50,10 @@ class Health:
         """Continues after `step`, with what earlier starts have said."""
         self.expected = replace(self.expected, first_step=step)
         self._clean = {}
-        for event in read_events(self._events) if step else ():
+        events: list[dict[str, Any]] = []
+        with suppress(OSError):  # Then what was said is said again.
+            events = list(read_events(self._events)) if step else []
+        for event in events:
             if event.get("event") == FOUND and event.get("check") in CHECKS:
                 self._clean[event["check"]] = 0
             elif event.get("event") == OVER:
@@ -132,6 +136,7 @@ def build_expected(
         unigram_entropy=entropy if tokens_alone else None,
         mask_rates=(min(rates), max(rates)) if of_documents and objective.fills_masks else None,
         lowest_fill=(0.85 if full_rows else 0.5) if of_documents else None,
+        weighted_sources=any(source.weight is not None for source in config.dataset.mixture),
         row_length=config.dataset.max_seq_length,
         clipping_threshold=muon.clipping_threshold if muon.enable_clipping else 0.0,
     )
