@@ -3,9 +3,11 @@
 import bz2
 import doctest
 import gzip
+import io
 import json
 import lzma
 import os
+import tracemalloc
 from itertools import islice
 
 import pyarrow as pa
@@ -350,6 +352,18 @@ def test_a_json_value_may_hold_brackets_and_be_large(tmp_path):
     path.write_text(path.read_text().replace('"end of it"', "broken here"))
     bad = [record.problem for record in open_source(path).records() if record.problem]
     assert [problem.split(": ")[0] for problem in bad] == [f"{path}, JSON value 4"]
+
+
+def test_json_values_take_memory_and_time_in_proportion_to_their_bytes():
+    """Escapes, which a regular expression may keep a stack of; spaces, which it may try to match from each of them."""
+    escapes, spaces = b'{"text": "' + b"a\\n" * 300_000 + b'"}', b'{"n": ' + b" " * 1_000_000 + b"1}"
+    tracemalloc.start()
+    (value,) = decompress.split_values(io.BytesIO(escapes))
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert value == escapes
+    assert peak < 8 * len(escapes)
+    assert list(decompress.split_values(io.BytesIO(spaces))) == [spaces]
 
 
 def test_examples_in_docstrings():
