@@ -58,6 +58,17 @@ def warnings(config: Config, *, total_steps: int | None = None) -> list[str]:
             f"datacollator.pad_to_multiple_of: {value} has no effect with datacollator.pack_sequences: true;"
             " packed rows always have dataset.max_seq_length slots"
         )
+    causal, steps = config.datacollator.clm_steps, total_steps or config.trainer.max_steps
+    if causal is not None and steps is not None and causal >= steps:
+        found.append(
+            f"datacollator.clm_steps: {causal} of {steps} steps leaves none with masks; lower it, or write"
+            " trainer.objective: clm"
+        )
+    if config.trainer.trained_weights == "embeddings" and config.model.init_from is None:
+        found.append(
+            "trainer.trained_weights: embeddings leaves all other weights as they are, which without model.init_from"
+            " are random; name the weights to start from, or write all"
+        )
     if config.trainer.detect_anomaly:
         found.append(
             "trainer.detect_anomaly: true checks every operation of the backward pass, which takes several times as"

@@ -156,12 +156,6 @@ def check_masks(config: Config) -> Iterator[str]:
             f"trainer.skip_spikes: {config.trainer.skip_spikes} compares losses of successive steps, which are of two"
             " kinds with datacollator.clm_steps; write null for it"
         )
-    steps = config.trainer.max_steps
-    if masks.clm_steps is not None and steps is not None and masks.clm_steps >= steps:
-        yield (
-            f"datacollator.clm_steps: {masks.clm_steps} of trainer.max_steps = {steps} leaves no step with masks; lower"
-            " it, or write trainer.objective: clm"
-        )
     if masks.mask_all or not all(0 <= fraction <= 1 for fraction in (masks.mask_fraction, masks.random_fraction)):
         return
     if masks.mask_fraction + masks.random_fraction > 1 + 1e-9:
@@ -177,13 +171,8 @@ def check_masks(config: Config) -> Iterator[str]:
 
 
 def check_jepa(config: Config) -> Iterator[str]:
-    """What an objective needs that learns from the moving average of the weights, and a run of rows of tokens alone."""
+    """What an objective needs that learns from the moving average of the weights."""
     trainer = config.trainer
-    if trainer.trained_weights == "embeddings" and config.model.init_from is None:
-        yield (
-            "trainer.trained_weights: embeddings leaves all other weights as they are, which without model.init_from"
-            " are random; name the weights to start from, or write all"
-        )
     if trainer.objective != "mlm_jepa":
         return
     if trainer.ema_decay is None:

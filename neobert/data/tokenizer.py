@@ -312,7 +312,7 @@ def train_tokenizer(
     first = next(iterator, None)
     if first is None:
         raise DataError(
-            "tokenizer.train: true, but there is no training document; check dataset.path, and that "
+            "tokenizer.train: true, but there are no documents to train on; check dataset.path, and that "
             "dataset.eval_samples leaves some"
         )
     backend = train(_chain(first, iterator), size)

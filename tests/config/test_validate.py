@@ -50,7 +50,6 @@ ERRORS = [
         {"dataset__name": None, "dataset__mixture": MIXTURE, "dataset__mixture_alpha": 0.5, "dataset__streaming": True},
         "dataset.streaming: true beside dataset.mixture_alpha = 0.5",
     ),
-    ({"datacollator__clm_steps": 10_000}, "datacollator.clm_steps: 10000 of trainer.max_steps = 10000 leaves no step"),
     (
         {"trainer__objective": "mlm_jepa", "trainer__ema_decay": 0.9, "trainer__z_loss": 1e-4},
         "trainer.z_loss: 0.0001 is no part of the loss of trainer.objective: mlm_jepa; write 0",
@@ -59,7 +58,6 @@ ERRORS = [
         {**DISTILLED, "tokenizer__path": "t", "datacollator__mlm_probability_final": 0.1},
         "datacollator.mlm_probability_final: 0.1 changes the number of targets",
     ),
-    ({"trainer__trained_weights": "embeddings"}, "trainer.trained_weights: embeddings"),
     (
         {"model__ngpt": True},
         "optimizer.weight_decay: 0.1 does nothing with model.ngpt: true, whose matrices are",
@@ -379,3 +377,13 @@ def test_settings_without_effect_are_warnings():
     assert only(warnings(config)) == "tokenizer.name: 'a' is not used, the tokenizer is tokenizer.path = 'b'"
     config = config_with(datacollator__pad_to_multiple_of=8)
     assert "pad_to_multiple_of: 8 has no effect with datacollator.pack_sequences: true" in only(warnings(config))
+
+
+def test_what_leaves_little_to_learn_is_a_warning():
+    assert "datacollator.clm_steps: 10000 of 10000 steps" in only(warnings(config_with(datacollator__clm_steps=10_000)))
+    short = warnings(config_with(datacollator__clm_steps=20), total_steps=20)
+    assert "datacollator.clm_steps: 20 of 20 steps leaves none with masks" in "".join(short)
+    assert warnings(config_with(datacollator__clm_steps=20)) == []
+    frozen = {"trainer__trained_weights": "embeddings"}
+    assert "without model.init_from" in only(warnings(config_with(**frozen)))
+    assert warnings(config_with(**frozen, model__init_from="run")) == []

@@ -154,6 +154,12 @@ def test_steps_that_predict_the_next_token_are_not_judged_as_masked_ones(real: l
         assert find(lines, expect(real, **facts, causal_steps=4000)) == {}
 
 
+def test_a_loss_that_is_no_cross_entropy_may_be_small(real: list[Line]) -> None:
+    small = change(real, "step", loss=0.04)
+    assert "loss_near_zero" in find(small, expect(real))
+    assert "loss_near_zero" not in find(small, expect(real, unigram_entropy=None))
+
+
 @pytest.mark.parametrize(
     ("keys", "rates", "of_tokens_alone"),
     [
@@ -166,18 +172,6 @@ def test_steps_that_predict_the_next_token_are_not_judged_as_masked_ones(real: l
         ({"trainer.objective": "replaced_token"}, None, False),
     ],
 )
-def test_a_loss_that_is_no_cross_entropy_may_be_small(real: list[Line]) -> None:
-    small = change(real, "step", loss=0.04)
-    assert "loss_near_zero" in find(small, expect(real))
-    assert "loss_near_zero" not in find(small, expect(real, unigram_entropy=None))
-
-
-def test_a_source_without_a_weight_may_be_too_small_to_come(real: list[Line]) -> None:
-    rare = change(real, "log", source_tokens={"a": 150_000, "b": 0})
-    assert "source_starving" in find(rare, expect(real, weighted_sources=True))
-    assert "source_starving" not in find(rare, expect(real))
-
-
 def test_what_is_expected_of_masks_and_of_the_loss(
     keys: Mapping[str, Any], rates: tuple[float, float] | None, of_tokens_alone: bool
 ) -> None:
@@ -217,7 +211,9 @@ def test_trained_weights_may_have_little_left_to_learn(real: list[Line]) -> None
 
 def test_a_source_that_never_gives_a_token(real: list[Line]) -> None:
     lines = change(real, "log", source_tokens={"a": 200_000, "b": 0})
-    assert find(lines, expect(real)) == {"source_starving": "b has given no token in 1,500 steps"}
+    expected = {"source_starving": "b has given no token in 1,500 steps"}
+    assert find(lines, expect(real, weighted_sources=True)) == expected
+    assert find(lines, expect(real)) == {}, "without weights it may be too small to come"
 
 
 def test_speeds_of_an_earlier_start_are_of_another_machine_maybe(real: list[Line]) -> None:

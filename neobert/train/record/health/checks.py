@@ -126,7 +126,7 @@ CHECKS: dict[str, HealthCheck] = {
     ),
     "source_starving": HealthCheck(
         reads="tokens by source of the last 5 log lines and of those before",
-        threshold="less than a tenth of its fraction before; or none in 500 steps",
+        threshold="less than a tenth of its fraction before; or, where sources have weights, none in 500 steps",
         advice="files of this source are left out or empty: look for bad records in events.jsonl, check its path",
         find=find_starving_source,
         page="data.md#sources",
