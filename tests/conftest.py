@@ -27,6 +27,10 @@ signal.signal(signal.SIGINT, signal.default_int_handler)  # Ignored where pytest
 # processes inherit it: a resumed run is compared with one of this process bit for bit.
 os.environ["OMP_NUM_THREADS"] = "1"
 os.environ["TORCHINDUCTOR_COMPILE_THREADS"] = "1"
+# Read when triton is imported, as it is with this package and some builds of torch: without a GPU its kernels run in
+# the interpreter. The conftest of a chosen folder imports it before any hook is called.
+if not any(map(os.path.exists, ("/dev/nvidiactl", "/dev/kfd", "/dev/dxg"))):
+    os.environ["TRITON_INTERPRET"] = "1"
 
 
 def pytest_configure(config: pytest.Config) -> None:
@@ -36,9 +40,7 @@ def pytest_configure(config: pytest.Config) -> None:
     import torch
 
     torch.set_num_threads(1)
-    # Read when triton is imported, as it is with this package and some builds of torch: without a GPU its kernels run
-    # in the interpreter.
-    if not torch.cuda.is_available():
+    if not torch.cuda.is_available():  # A GPU that this build of torch does not use.
         os.environ["TRITON_INTERPRET"] = "1"
 
 

@@ -5,11 +5,16 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 from rich.console import Console
 
+from neobert.cli import show_cursor
+from neobert.errors import StartupError
 from neobert.terminal import build_progress, describe_error, is_interactive, progress_bar
+from neobert.train import loop
 from neobert.train.record.console import MOST_LETTERS, Reporter, build_settings_table
 
 ROOT = Path(__file__).parents[1]
@@ -197,3 +202,31 @@ def test_lines_of_a_run_come_above_its_bars(
     assert rest.index("training") < rest.index("evaluating") < rest.index("after")
     assert "loss 2.5000 ppl 12.18" in rest
     assert rest.rindex("evaluating") < rest.rindex("training"), "its bar is gone when it is over"
+
+
+def test_what_ends_at_once_gives_the_terminal_its_cursor_back(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    leader, follower = os.openpty()
+    with os.fdopen(follower, "w") as screen, (tmp_path / "file").open("w") as file:
+        monkeypatch.setattr(sys, "stdout", screen)
+        show_cursor()
+        assert b"\x1b[?25h" in os.read(leader, 100)
+        monkeypatch.setattr(sys, "stdout", file)
+        show_cursor()
+    os.close(leader)
+    assert (tmp_path / "file").read_text() == ""
+    show_cursor()  # A closed stream is no terminal.
+
+
+def test_an_error_is_shown_when_the_bars_are_gone(monkeypatch: pytest.MonkeyPatch) -> None:
+    stopped: list[bool] = []
+    reporter = SimpleNamespace(stop_progress=lambda: stopped.append(True))
+
+    def fail(run: object) -> None:
+        assert not stopped
+        raise StartupError("no")
+
+    monkeypatch.setattr(loop, "_train", fail)
+    run: Any = SimpleNamespace(runtime=SimpleNamespace(heartbeat=None), reporter=reporter)
+    with pytest.raises(StartupError, match="no"):
+        loop.train(run)
+    assert stopped == [True]

@@ -10,7 +10,7 @@ The module is that of masked language modelling with the same weights: the batch
 """
 
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -19,16 +19,10 @@ from numpy.typing import NDArray
 from neobert.config.schema import Config
 from neobert.kernels.linear_cross_entropy import KERNELS, LinearCrossEntropy
 from neobert.model.encoder import Encoder
-from neobert.objectives.base import Card, CardResult, EvalSums, Objective
+from neobert.objectives.base import CardResult, EvalSums
 from neobert.objectives.masking import MaskPolicy
-from neobert.objectives.mlm import (
-    MaskedLM,
-    MaskedMetrics,
-    describe_baseline,
-    describe_rows,
-    perplexity,
-    target_losses,
-)
+from neobert.objectives.mlm import MLM, MaskedLM, MaskedMetrics, describe_rows, loss_options, perplexity
+from neobert.objectives.mlm import build_metrics as build_masked_metrics
 
 
 class CausalLM(MaskedLM):
@@ -61,13 +55,7 @@ def build_next_tokens(masks: MaskPolicy) -> NextTokens:
 
 def build_causal_lm(encoder: Encoder, config: Config, kernel: LinearCrossEntropy) -> CausalLM:
     """The module of a run."""
-    return CausalLM(
-        encoder,
-        kernel=kernel,
-        z_loss=config.trainer.z_loss,
-        all_positions=not config.trainer.masked_logits_only_loss,
-        count_correct=config.trainer.log_train_accuracy,
-    )
+    return CausalLM(encoder, kernel=kernel, **loss_options(config))
 
 
 class NextTokenMetrics(MaskedMetrics):
@@ -82,13 +70,7 @@ class NextTokenMetrics(MaskedMetrics):
 
 def build_metrics(sums: EvalSums) -> NextTokenMetrics:
     """Means over the next tokens."""
-    return NextTokenMetrics(
-        loss=sums.loss_sum / max(sums.num_targets, 1),
-        accuracy=sums.num_correct / max(sums.num_targets, 1),
-        num_targets=sums.num_targets,
-        num_tokens=sums.num_tokens,
-        num_documents=sums.num_documents,
-    )
+    return NextTokenMetrics(**asdict(build_masked_metrics(sums)))
 
 
 # --- the card of an exported model ----------------------------------------------------------------------------------
@@ -109,26 +91,20 @@ def _list_results(line: Mapping[str, Any]) -> Iterator[CardResult]:
         yield CardResult("text-generation", None, "loss", line["loss"], "nats per next token")
 
 
-CLM = Objective(
+CLM = replace(
+    MLM,
     name="clm",
-    task="pretraining",
-    command="pretrain",
     title="causal language modelling",
     build_module=build_causal_lm,
     build_trained=lambda encoder, head: CausalLM(encoder, kernel=KERNELS["torch"]),
-    predicts_tokens=True,
     fills_masks=False,
     is_causal=True,
-    reads="documents",
     corrupt=build_next_tokens,
     build_metrics=build_metrics,
-    target_losses=target_losses,
-    describe_baseline=describe_baseline,
-    job="neobert.train.pretraining:PRETRAINING",
     answers="neobert.inference.next_tokens:NEXT_ANSWERS",
-    card=Card(
+    card=replace(
+        MLM.card,
         summary="An encoder trained with causal language modelling.",
-        library_name="transformers",
         pipeline_tag="feature-extraction",
         tags=("encoder",),
         recipe=_describe_recipe,

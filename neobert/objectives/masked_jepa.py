@@ -26,7 +26,7 @@ from neobert.kernels.linear_cross_entropy import KERNELS, LinearCrossEntropy
 from neobert.model.config import ModelConfig
 from neobert.model.encoder import Encoder
 from neobert.model.init import initialise
-from neobert.objectives.mlm import MLM, MaskedLM, masked_loss
+from neobert.objectives.mlm import MLM, MaskedLM, loss_options, masked_loss
 from neobert.types import IGNORE_INDEX, LossSum, PackedBatch
 
 _ENCODER = "encoder."
@@ -81,7 +81,7 @@ class MaskedJEPA(MaskedLM):
             kernel=self.kernel,
             all_positions=self.all_positions,
             count_correct=self.count_correct,
-            z_loss=0.0,
+            z_loss=self.z_loss,
             hidden_TH=hidden_TH,
         )
         taught = self.jepa_weight * self.distances(hidden_TH, batch, self._teacher()).sum()
@@ -112,13 +112,7 @@ def restore_tokens(batch: PackedBatch) -> Tensor:
 
 def build_masked_jepa(encoder: Encoder, config: Config, kernel: LinearCrossEntropy) -> MaskedJEPA:
     """The module of a run."""
-    return MaskedJEPA(
-        encoder,
-        kernel=kernel,
-        jepa_weight=config.trainer.jepa_weight,
-        all_positions=not config.trainer.masked_logits_only_loss,
-        count_correct=config.trainer.log_train_accuracy,
-    )
+    return MaskedJEPA(encoder, kernel=kernel, jepa_weight=config.trainer.jepa_weight, **loss_options(config))
 
 
 def _describe_recipe(config: Config, sources: Sequence[str]) -> list[str]:

@@ -94,8 +94,10 @@ class MaskPolicy:
                 raise ValueError(
                     f"datacollator.mlm_probability{key}: {fraction} is outside (0, 1]; write a fraction such as 0.2"
                 )
-        if self.draw_rate not in RATES:
-            raise ValueError(f"datacollator.mlm_rate: {self.draw_rate!r} is unknown; write one of {', '.join(RATES)}")
+        if self.draw_rate not in ("fixed", *RATES):
+            raise ValueError(
+                f"datacollator.mlm_rate: {self.draw_rate!r} is unknown; write one of fixed, {', '.join(RATES)}"
+            )
         if self.draws_random and len(self.random_ids) == 0:
             raise ValueError(
                 "datacollator.mask_all: false draws random replacements, and the vocabulary has special tokens only; "
@@ -300,18 +302,17 @@ def _draw_by_logarithm(drawn: float, lowest: float, highest: float) -> float:
 
 
 RATES: dict[str, Callable[[float, float, float], float]] = {
-    "fixed": lambda drawn, lowest, highest: highest,
     "random": _draw_evenly,
     "diffusion": _draw_by_logarithm,
 }
-"""`fn(drawn, lowest, highest)`: the rate of a row that drew a number in [0, 1); `fixed` draws none."""
+"""`fn(drawn, lowest, highest)`: the rate of a row that drew a number in [0, 1)."""
 
 
 def mean_rate(name: str, fixed: float, drawn: tuple[float, float]) -> float:
     """The expected rate of a row.
 
     Args:
-        name: a key of RATES.
+        name: `fixed`, or a key of RATES.
         fixed: of every row where none is drawn.
         drawn: the lowest and the highest rate where one is.
     """

@@ -119,13 +119,17 @@ def with_bias(module: ObjectiveModule, hidden: Tensor) -> tuple[Tensor, Tensor]:
 
 def build_masked_lm(encoder: Encoder, config: Config, kernel: LinearCrossEntropy) -> MaskedLM:
     """The module of a run."""
-    return MaskedLM(
-        encoder,
-        kernel=kernel,
-        z_loss=config.trainer.z_loss,
-        all_positions=not config.trainer.masked_logits_only_loss,
-        count_correct=config.trainer.log_train_accuracy,
-    )
+    return MaskedLM(encoder, kernel=kernel, **loss_options(config))
+
+
+def loss_options(config: Config) -> dict[str, Any]:
+    """Of a MaskedLM, and of what extends it."""
+    trainer = config.trainer
+    return {
+        "z_loss": trainer.z_loss,
+        "all_positions": not trainer.masked_logits_only_loss,
+        "count_correct": trainer.log_train_accuracy,
+    }
 
 
 def perplexity(loss: float) -> float:

@@ -31,6 +31,7 @@ from neobert.data.tokenizer import load_tokenizer
 from neobert.model.config import ModelConfig
 from neobert.model.hub_encoder import describe_backbone, load_backbone
 from neobert.objectives.base import Objective
+from neobert.objectives.causal_lm import CLM
 from neobert.objectives.mlm import MLM
 from neobert.objectives.table import OBJECTIVES, recognise_objective
 from neobert.weights.describe import WeightsError
@@ -227,7 +228,7 @@ def _read_folder(folder: Path, drop_decoder_bias: bool, weights: str) -> Encoder
     layout, raw = _recognise(folder, tensors)
     objective, training_only = _recognise_objective(raw), dict[str, Tensor]()
     if layout.name == "checkpoint":
-        objective = _read_objective(folder, tensors)
+        objective = _read_objective(folder, tensors, _step(folder, raw))
     if objective.training_only:
         training_only = {name: x for name, x in tensors.items() if name.startswith(objective.training_only)}
         tensors = {name: x for name, x in tensors.items() if name not in training_only}
@@ -265,14 +266,16 @@ def _recognise_objective(raw: Mapping[str, Any]) -> Objective:
     return OBJECTIVES[name]
 
 
-def _read_objective(folder: Path, tensors: Mapping[str, Tensor]) -> Objective:
-    """What a checkpoint was trained for: the names of its weights say it, or its config where none is of training
-    only."""
+def _read_objective(folder: Path, tensors: Mapping[str, Tensor], step: int | None) -> Objective:
+    """What a checkpoint was trained for up to its step: the names of its weights say it, or its config where none is
+    of training only."""
     found, file = recognise_objective(tensors), folder / "config.yaml"
     if found.training_only or not file.is_file():
         return found
-    trainer = (load_plain_yaml(file.read_text(encoding="utf-8")) or {}).get("trainer") or {}
-    named = OBJECTIVES.get(str(trainer.get("objective")), found)
+    config = load_plain_yaml(file.read_text(encoding="utf-8")) or {}
+    if step is not None and step <= ((config.get("datacollator") or {}).get("clm_steps") or 0):
+        return CLM
+    named = OBJECTIVES.get(str((config.get("trainer") or {}).get("objective")), found)
     return found if named.training_only else named
 
 

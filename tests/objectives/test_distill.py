@@ -3,10 +3,10 @@
 import copy
 from typing import Any
 
-import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from definition import MASKS, VOCABULARY, assert_is_definition, rows
 from torch import Tensor
 
 from neobert.config.load import ConfigError, load_config
@@ -19,20 +19,12 @@ from neobert.model.encoder import Encoder
 from neobert.model.segments import Segments
 from neobert.objectives.base import EvalSums, Teacher
 from neobert.objectives.distill import DistilledMaskedLM, build_metrics
-from neobert.objectives.masking import MaskPolicy
 from neobert.objectives.mlm import MaskedLM
 from neobert.objectives.table import recognise_objective
 from neobert.types import PackedBatch, PackedRow
 
-VOCABULARY, ROWS_OF_STUDENT, ROWS_OF_TEACHER = 50, 56, 64
-RATE = 0.3
-MASKS = MaskPolicy(
-    probability=RATE,
-    mask_all=False,
-    mask_token_id=4,
-    special_ids=(0, 1, 2, 3, 4),
-    random_ids=np.arange(5, VOCABULARY, dtype=np.int32),
-)
+ROWS_OF_STUDENT, ROWS_OF_TEACHER = 56, 64
+RATE = MASKS.probability
 
 
 def build_encoder(**options: Any) -> Encoder:
@@ -61,24 +53,6 @@ def build_student(teacher: Teacher, section: DistillSection, **options: Any) -> 
     module = DistilledMaskedLM(build_encoder(**options), section, kernel=KERNELS["torch"], token_weight=RATE)
     module.learn_from(teacher)
     return module.double()
-
-
-def rows(*documents: tuple[int, ...]) -> list[PackedRow]:
-    rng, made = np.random.default_rng(0), []
-    for number, lengths in enumerate(documents):
-        texts = [np.array([1, *rng.integers(5, VOCABULARY, length - 2), 2]) for length in lengths]
-        count = len(lengths)
-        made.append(
-            PackedRow(
-                tokens=np.concatenate(texts).astype(np.int32),
-                lengths=lengths,
-                documents=tuple(range(number * 10, number * 10 + count)),
-                offsets=(0,) * count,
-                sources=(0,) * count,
-                key=number,
-            )
-        )
-    return made
 
 
 def collate(packed: list[PackedRow]) -> PackedBatch:
@@ -137,11 +111,7 @@ def test_loss_and_gradients_are_those_of_the_definition(
     packed = rows((9, 12), (7, 5, 8))
     batch = collate(packed)
     found, expected = module(batch), reference(module, packed, batch)
-    assert found.loss_sum.item() == pytest.approx(expected.item(), rel=1e-5)
-    weights = dict(module.named_parameters())
-    gradients = torch.autograd.grad(found.loss_sum, list(weights.values()))
-    for name, a, b in zip(weights, gradients, torch.autograd.grad(expected, list(weights.values()))):
-        torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-5, msg=lambda text, name=name: f"{name}: {text}")
+    assert_is_definition(module, found.loss_sum, expected)
     plain = MaskedLM(module.encoder, kernel=KERNELS["reference"])
     plain.decoder, plain.decoder_bias = module.decoder, module.decoder_bias
     cross_entropy = plain(batch).loss_sum

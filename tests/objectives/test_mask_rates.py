@@ -5,7 +5,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from test_replaced_token import MASKS, rows
+from definition import MASKS, rows
 
 from neobert.config.load import load_config
 from neobert.data.rows.collate import TARGETS_MULTIPLE, Collator
@@ -95,4 +95,5 @@ def test_a_range_and_a_fixed_rate_contradict_each_other() -> None:
 @pytest.mark.parametrize("name", RATES)
 def test_the_mean_rate_is_the_mean_of_the_rates(name: str) -> None:
     drawn = [RATES[name]((number + 0.5) / 10_000, 0.02, 0.8) for number in range(10_000)]
+    assert mean_rate("fixed", 0.8, (0.02, 0.5)) == 0.8
     assert mean_rate(name, 0.8, (0.02, 0.8)) == pytest.approx(sum(drawn) / len(drawn), rel=1e-4)

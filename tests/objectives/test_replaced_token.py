@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from definition import MASKS, VOCABULARY, assert_is_definition, rows
 from torch import Tensor
 
 from neobert.config.load import load_config
@@ -22,15 +23,6 @@ from neobert.objectives.masking import MaskPolicy
 from neobert.objectives.replaced_token import ReplacedTokenDetector, build_metrics, build_replacements
 from neobert.objectives.table import OBJECTIVES, choose_objective, load_part, recognise_objective
 from neobert.types import PackedBatch, PackedRow, WordEdges
-
-VOCABULARY = 50
-MASKS = MaskPolicy(
-    probability=0.3,
-    mask_all=False,
-    mask_token_id=4,
-    special_ids=(0, 1, 2, 3, 4),
-    random_ids=np.arange(5, VOCABULARY, dtype=np.int32),
-)
 
 
 def build(**options: Any) -> ReplacedTokenDetector:
@@ -48,26 +40,6 @@ def build(**options: Any) -> ReplacedTokenDetector:
     }
     config = ModelConfig(**{**values, **options})
     return ReplacedTokenDetector(Encoder(config, ATTENTION["sdpa"])).double()
-
-
-def rows(*documents: tuple[int, ...], seed: int = 0) -> list[PackedRow]:
-    """Rows with documents of so many tokens, `[CLS]` and `[SEP]` included."""
-    rng = np.random.default_rng(seed)
-    made = []
-    for number, lengths in enumerate(documents):
-        texts = [np.array([1, *rng.integers(5, VOCABULARY, length - 2), 2]) for length in lengths]
-        count = len(lengths)
-        made.append(
-            PackedRow(
-                tokens=np.concatenate(texts).astype(np.int32),
-                lengths=lengths,
-                documents=tuple(range(number * 10, number * 10 + count)),
-                offsets=(0,) * count,
-                sources=(0,) * count,
-                key=number,
-            )
-        )
-    return made
 
 
 def collate(packed: list[PackedRow], masks: MaskPolicy = MASKS, **options: Any) -> PackedBatch:
@@ -107,11 +79,7 @@ def test_loss_and_gradients_are_those_of_the_definition(documents: tuple[tuple[i
     batch = collate(packed)
     assert (batch.input_ids[0, : len(packed[0].tokens)].numpy() != packed[0].tokens).any(), "something is replaced"
     found, expected = module(batch).loss_sum, reference(module, packed, batch)
-    assert found.item() == pytest.approx(expected.item(), rel=1e-5)
-    weights = dict(module.named_parameters())
-    gradients = torch.autograd.grad(found, list(weights.values()))
-    for name, a, b in zip(weights, gradients, torch.autograd.grad(expected, list(weights.values()))):
-        torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-5, msg=lambda text, name=name: f"{name}: {text}")
+    assert_is_definition(module, found, expected)
 
 
 @pytest.mark.parametrize("units", ["tokens", "words"])

@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 import torch
 from children import run_in_two
-from records import exact_steps, log_lines
+from records import assert_same_run, log_lines
 from safetensors.torch import load_file
 
 import neobert
@@ -26,12 +26,7 @@ def test_a_resumed_run_equals_the_uninterrupted_one_and_is_exported_without_its_
     pretrain(tiny(whole, *JEPA, "trainer.max_steps=8"))
     pretrain(tiny(parts, *JEPA, "trainer.max_steps=4", "scheduler.total_steps=8"))
     pretrain(tiny(parts, *JEPA, "trainer.max_steps=8", "trainer.resume_from_checkpoint=latest"))
-    assert exact_steps(parts) == exact_steps(whole)
-    assert log_lines(parts, "eval") == log_lines(whole, "eval")
-    for file in ("model.safetensors", "ema.safetensors"):
-        a, b = (load_file(x / "checkpoints/8" / file) for x in (whole, parts))
-        assert a.keys() == b.keys()
-        assert all(torch.equal(a[name], b[name]) for name in a)
+    assert_same_run(parts, whole, step=8, files=("model.safetensors", "ema.safetensors"))
     done = export(ExportRequest(source=str(whole), output=tmp_path / "exported"))
     assert any("predictor.dense.weight" in note for note in done.notes)
     assert not any("predictor" in name for name in load_file(done.folder / "model.safetensors"))
