@@ -12,6 +12,7 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import torch
 from accelerate.state import AcceleratorState
 from devices import skip_without_fork
 from ports import free_port
@@ -47,6 +48,8 @@ def fork(
             names = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": world, "LOCAL_WORLD_SIZE": world}
             names |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
             os.environ.update({name: str(value) for name, value in names.items()})
+        # torch makes its thread pool anew in a fork, once: threads that do so at the same time see none at all.
+        torch.set_num_threads(torch.get_num_threads())
         # A run of this process that ended with an error has left Accelerate's idea of its processes.
         AcceleratorState._reset_state(reset_partial_state=True)
         code = work()
@@ -66,6 +69,8 @@ def wait_for(process: int, seconds: float = 60) -> int:
         if done:
             return os.waitstatus_to_exitcode(status)
         time.sleep(0.01)
+    os.kill(process, signal.SIGKILL)
+    os.waitpid(process, 0)
     raise AssertionError(f"process {process} did not end within {seconds} s")
 
 

@@ -90,12 +90,16 @@ def _serve() -> None:
 
 
 def _fork(request: dict[str, Any], rank: int) -> int:
+    import torch
+
     if pid := os.fork():
         return pid
     descriptor = os.open(request["output"], os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
     os.dup2(descriptor, 1)
     os.dup2(descriptor, 2)
     os.environ.update(request["variables"])
+    # torch makes its thread pool anew in a fork, once: threads that do so at the same time see none at all.
+    torch.set_num_threads(torch.get_num_threads())
     if request["launched"]:
         _launch(request)
     _live(request, rank)
