@@ -142,7 +142,7 @@ def assert_round_trip(config: Config) -> None:
 def test_random_valid_configs_round_trip():
     rng = random.Random(0)
     accepted = set()
-    for number in range(50):
+    for number in range(60):
         start = STARTS[number % len(STARTS)]
         values = {**start, "optimizer.name": rng.choice(FIELDS["optimizer.name"].choices)}
         # Half of them at random, half of those that no value was accepted for yet.
