@@ -168,6 +168,7 @@ def describe_sizes(depths: Sequence[int], tokens_per_parameter: float = TOKENS_P
     for size in (Size(depth=depth, tokens_per_parameter=tokens_per_parameter) for depth in depths):
         parameters, tokens = (f"{x / 1e6:,.{digits}f} M" for x, digits in ((size.parameters, 1), (size.tokens, 0)))
         lines.append(
-            f"| {size.depth} | {size.width} | {parameters} | {tokens} | {size.rows * LENGTH:,} | {size.steps:,} | {MATRICES_LR:.3g} | {size.rest_lr:.3g} | {size.decay:.3g} |"
+            f"| {size.depth} | {size.width} | {parameters} | {tokens} | {size.rows * LENGTH:,} | {size.steps:,} | "
+            f"{MATRICES_LR:.3g} | {size.rest_lr:.3g} | {size.decay:.3g} |"
         )
     return "\n".join(lines)

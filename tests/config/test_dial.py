@@ -17,6 +17,13 @@ def parse(*argv: str) -> Config:
     return parse_command_line(argv, description=None, program="neobert pretrain")
 
 
+def slots(config: Config) -> int:
+    trainer = config.trainer
+    assert trainer.max_steps is not None
+    assert trainer.global_batch_size is not None
+    return trainer.max_steps * trainer.global_batch_size * LENGTH
+
+
 def test_the_shipped_file_is_what_the_laws_give_at_depth_four() -> None:
     plain = load_config("dial")
     dialled = parse("dial", "--depth", "4")
@@ -28,14 +35,13 @@ def test_everything_follows_from_the_depth() -> None:
     config = parse("dial", "--depth", "9")
     model, trainer, optimizer = config.model, config.trainer, config.optimizer
     assert (model.num_hidden_layers, model.hidden_size, model.head_dim, model.intermediate_size) == (9, 576, 64, 2304)
-    slots = trainer.max_steps * trainer.global_batch_size * LENGTH
     parameters = 9 * (4 * 576**2 + 3 * model.ffn_size * 576) + VOCABULARY * 576
-    assert slots == pytest.approx(20 * parameters, rel=0.01)
+    assert slots(config) == pytest.approx(20 * parameters, rel=0.01)
     assert trainer.global_batch_size == 72
     assert trainer.per_device_train_batch_size == 8
     assert optimizer.lr == 8e-3
     assert optimizer.groups.embeddings.lr == optimizer.groups.vectors.lr == pytest.approx(2e-3 / 1.5, rel=1e-2)
-    assert optimizer.lr * optimizer.muon_config.muon_decay * trainer.max_steps == pytest.approx(8e-5 * 782, rel=1e-2)
+    assert optimizer.lr * optimizer.muon_config.muon_decay * Size(depth=9).steps == pytest.approx(8e-5 * 782, rel=1e-2)
 
 
 def test_what_is_typed_wins_in_any_order() -> None:
@@ -44,8 +50,8 @@ def test_what_is_typed_wins_in_any_order() -> None:
         assert (config.model.hidden_size, config.model.num_hidden_layers) == (192, 6)
     budget = parse("dial", "--depth", "6", "--trainer.max_tokens", "5000").trainer
     assert (budget.max_steps, budget.max_tokens) == (None, 5000)
-    few = parse("dial", "--depth", "6", "--tokens_per_parameter", "0.5").trainer
-    assert few.max_steps * few.global_batch_size * LENGTH == pytest.approx(Size(depth=6).tokens / 40, rel=0.01)
+    few = parse("dial", "--depth", "6", "--tokens_per_parameter", "0.5")
+    assert slots(few) == pytest.approx(Size(depth=6).tokens / 40, rel=0.01)
 
 
 def test_the_saved_config_holds_plain_values(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
