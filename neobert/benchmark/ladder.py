@@ -26,7 +26,7 @@ from neobert import cli
 from neobert.benchmark.experiment_plan import Plan, PlannedRun, Variant, Workspace, build_job_config
 from neobert.benchmark.experiments import SCORE, TrialResult, run_job
 from neobert.benchmark.trial import describe_machine, fix_precision
-from neobert.config.dial import Size
+from neobert.config.dial import DialSize
 from neobert.config.shipped import SHIPPED
 from neobert.disk import write_text
 
@@ -119,9 +119,9 @@ class Ladder:
     workspace: Workspace
     sigma: float = SIGMA
 
-    def size(self, depth: int) -> Size:
+    def size(self, depth: int) -> DialSize:
         """The size at a depth."""
-        return Size(depth=depth, tokens_per_parameter=self.tokens_per_parameter)
+        return DialSize(depth=depth, tokens_per_parameter=self.tokens_per_parameter)
 
     def plan(self) -> Plan:
         """All sizes as a plan of `neobert compare`: runs are made once, and continue after a kill."""

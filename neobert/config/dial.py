@@ -44,7 +44,7 @@ _MOST_ROWS_AT_ONCE = 8
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class Size:
+class DialSize:
     """What follows from a depth; see the table of the module."""
 
     depth: int
@@ -67,9 +67,10 @@ class Size:
 
     @property
     def rows(self) -> int:
-        """Rows of 512 in a step, by the 0.383th power of the tokens; even up to 16, then multiples of 8."""
+        """Rows of 512 in a step, by the 0.383th power of the tokens: even up to 16, then multiples of 16, which several
+        processes share evenly."""
         exact = _ANCHOR_ROWS * (self.tokens / _ANCHOR_TOKENS) ** 0.383
-        multiple = 2 if exact <= 16 else 8
+        multiple = 2 if exact <= 16 else 16
         return max(multiple, multiple * round(exact / multiple))
 
     @property
@@ -134,7 +135,7 @@ def set_depth(file: str, overrides: Sequence[str]) -> list[str]:
     if file != NAME or not typed:
         return list(overrides)
     depth, ratio = typed.get("depth", "4") or "", typed.get("tokens_per_parameter", f"{TOKENS_PER_PARAMETER}") or ""
-    size = Size(depth=read_depth(depth), tokens_per_parameter=read_ratio(ratio))
+    size = DialSize(depth=read_depth(depth), tokens_per_parameter=read_ratio(ratio))
     own = [(name, text) for name, text in pairs if name not in typed]
     has_budget = any(name in BUDGETS for name, _ in own)
     laws = [f"{name}={x}" for name, x in size.values().items() if not (has_budget and name in BUDGETS)]
@@ -165,7 +166,7 @@ def describe_sizes(depths: Sequence[int], tokens_per_parameter: float = TOKENS_P
         "| depth | width | parameters | tokens | slots a step | steps | rate of matrices | of the rest | decay |",
         "|---|---|---|---|---|---|---|---|---|",
     ]
-    for size in (Size(depth=depth, tokens_per_parameter=tokens_per_parameter) for depth in depths):
+    for size in (DialSize(depth=depth, tokens_per_parameter=tokens_per_parameter) for depth in depths):
         parameters, tokens = (f"{x / 1e6:,.{digits}f} M" for x, digits in ((size.parameters, 1), (size.tokens, 0)))
         lines.append(
             f"| {size.depth} | {size.width} | {parameters} | {tokens} | {size.rows * LENGTH:,} | {size.steps:,} | "

@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 
 from neobert.commands.training_commands import parse_command_line
-from neobert.config.dial import LENGTH, VOCABULARY, Size, describe_sizes, set_depth
+from neobert.config.dial import LENGTH, VOCABULARY, DialSize, describe_sizes, set_depth
 from neobert.config.load import load_config
 from neobert.config.schema import Config
 from neobert.errors import CallError
@@ -37,11 +37,13 @@ def test_everything_follows_from_the_depth() -> None:
     assert (model.num_hidden_layers, model.hidden_size, model.head_dim, model.intermediate_size) == (9, 576, 64, 2304)
     parameters = 9 * (4 * 576**2 + 3 * model.ffn_size * 576) + VOCABULARY * 576
     assert slots(config) == pytest.approx(20 * parameters, rel=0.01)
-    assert trainer.global_batch_size == 72
+    assert trainer.global_batch_size == 80
     assert trainer.per_device_train_batch_size == 8
     assert optimizer.lr == 8e-3
     assert optimizer.groups.embeddings.lr == optimizer.groups.vectors.lr == pytest.approx(2e-3 / 1.5, rel=1e-2)
-    assert optimizer.lr * optimizer.muon_config.muon_decay * Size(depth=9).steps == pytest.approx(8e-5 * 782, rel=1e-2)
+    assert optimizer.lr * optimizer.muon_config.muon_decay * DialSize(depth=9).steps == pytest.approx(
+        8e-5 * 782, rel=1e-2
+    )
 
 
 def test_what_is_typed_wins_in_any_order() -> None:
@@ -51,7 +53,7 @@ def test_what_is_typed_wins_in_any_order() -> None:
     budget = parse("dial", "--depth", "6", "--trainer.max_tokens", "5000").trainer
     assert (budget.max_steps, budget.max_tokens) == (None, 5000)
     few = parse("dial", "--depth", "6", "--tokens_per_parameter", "0.5")
-    assert slots(few) == pytest.approx(Size(depth=6).tokens / 40, rel=0.01)
+    assert slots(few) == pytest.approx(DialSize(depth=6).tokens / 40, rel=0.01)
 
 
 def test_the_saved_config_holds_plain_values(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
@@ -80,7 +82,7 @@ def test_other_configs_have_no_depth() -> None:
 
 @pytest.mark.parametrize("depth", range(1, 33))
 def test_every_size_is_a_config_and_larger_ones_learn_from_more(depth: int) -> None:
-    small, large = Size(depth=depth), Size(depth=depth + 1)
+    small, large = DialSize(depth=depth), DialSize(depth=depth + 1)
     load_config("dial", small.overrides())
     assert small.rows % small.micro_rows == 0
     assert small.rows <= large.rows
