@@ -263,6 +263,13 @@ COMMANDS: dict[str, Command] = {
     "yardstick": Command(
         "how much a config learns in seven minutes of training", "benchmark_commands", "experiments/yardstick.py"
     ),
+    "ladder": Command(
+        "train small sizes of the dial, and predict the loss of a larger one",
+        "ladder_command",
+        None,
+        also=(ValueError,),
+        resumes=True,
+    ),
     "kill-storm": Command(
         "kill a run at random instants, and compare it with one left alone", "benchmark_commands", "kill_storm.py"
     ),

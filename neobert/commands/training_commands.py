@@ -8,6 +8,7 @@ from pathlib import Path
 
 from neobert import cli
 from neobert.commands.flags import build_parser, count, count_or_zero, shard
+from neobert.config.dial import set_depth
 from neobert.config.load import config_to_yaml, load_config, split_arguments
 from neobert.config.migrate import MigrationError, migrate
 from neobert.config.reference import build_help
@@ -21,7 +22,10 @@ from neobert.secrets import scrub
 
 
 def pretrain(program: str, argv: list[str]) -> int:
-    """Pretrain an encoder: `neobert pretrain CONFIG [--section.key value ...]`."""
+    """Pretrain an encoder: `neobert pretrain CONFIG [--section.key value ...]`.
+
+    neobert pretrain dial --depth 4    a model of four layers, with all that follows from it (docs/recipes.md)
+    """
     config = parse_command_line(argv, description=pretrain.__doc__, program=program)
     from neobert.train.loop import pretrain as train
 
@@ -354,7 +358,8 @@ def parse_command_line(argv: Sequence[str], *, description: str | None, program:
     rest = [argument for argument in argv if argument != "--print-config"]
     overrides, others = split_arguments(rest)
     path = _choose_file(others, usage)
-    config = load_config(path, [f"--{key}" if text is None else f"--{key}={text}" for key, text in overrides])
+    typed = [f"--{key}" if text is None else f"--{key}={text}" for key, text in overrides]
+    config = load_config(path, set_depth(path, typed))
     if len(rest) < len(argv):
         cli.say(*(f"warning: {warning}" for warning in warnings(config)))
         cli.print_result(config_to_yaml(config), end="")

@@ -49,6 +49,13 @@ class ModelSection(Architecture):
     init_drop_decoder_bias: bool = key(False, needs="model.init_from", tasks="pretraining", resume="free")
     """true: leave out the bias that the vocabulary projection of `init_from` may have (published NeoBERT has one)."""
 
+    decoder_bias_init: Literal["zeros", "log_frequency"] = key(
+        "zeros", needs=("model.decoder_bias", "model.init_from=null"), tasks="pretraining", resume="free"
+    )
+    """Where `decoder_bias` starts. log_frequency: at the logarithms of the frequencies of tokens in the training data,
+    so that the loss starts near that of a model which knows only these, instead of at that of a guess. Every token
+    counts once more than it occurs."""
+
     vocab_size: int | None = key(None, at_least=1, resume="fixed")
     """Rows of the embedding. null: the tokenizer's size rounded up to a multiple of 128. Smaller than the tokenizer is
     an error, larger is kept."""

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any, Protocol
 
 import numpy as np
+from numpy.typing import NDArray
 
 from neobert.config.schema import Config, DatasetSection
 from neobert.data.fingerprint import combine, digest_json, fits
@@ -130,8 +131,8 @@ def build_loader(
     )
 
 
-_ENTROPY_TOKENS = 50_000_000
-_ENTROPY_WINDOWS = 4
+_COUNTED_TOKENS = 50_000_000
+_COUNTED_WINDOWS = 4
 
 
 @dataclass(frozen=True, kw_only=True, slots=True, eq=False)
@@ -217,25 +218,27 @@ class DataPipeline:
         return sum_counters(state)
 
     def unigram_entropy(self) -> float:
-        """Entropy in nats of the token frequencies: the loss of a model that knows nothing but them.
+        """Entropy in nats of the token frequencies: the loss of a model that knows nothing but them."""
+        counts = self.count_tokens()
+        fractions = counts[counts > 0] / max(1, counts.sum())
+        return float(-(fractions * np.log(fractions)).sum())
 
-        Over the tokens of the training data without special tokens: all of an indexed source (an even sample of 50
-        million where it is larger), the first window of up to 4 lanes of a stream.
-        """
+    def count_tokens(self) -> NDArray[np.int64]:
+        """How often each token occurs in the training data, 0 for special ones: in all of an indexed source (an even
+        sample of 50 million where it is larger), in the first window of up to 4 lanes of a stream."""
         counts = np.zeros(self.tokenizer.size, dtype=np.int64)
         if self.train.tokens is not None:
-            for block in self.train.tokens.token_blocks(_ENTROPY_TOKENS):
+            for block in self.train.tokens.token_blocks(_COUNTED_TOKENS):
                 counts += np.bincount(block, minlength=len(counts))
         else:
             open_lane = self.train.lane_opener()
-            for number in range(min(_ENTROPY_WINDOWS, self.train.order.num_lanes)):
+            for number in range(min(_COUNTED_WINDOWS, self.train.order.num_lanes)):
                 lane = open_lane(number)
                 window = lane.open(lane.start())
                 for piece in (piece for row in window.rows for piece in row):
                     counts += np.bincount(window.get(piece), minlength=len(counts))
         counts[list(self.tokenizer.special_ids)] = 0
-        fractions = counts[counts > 0] / max(1, counts.sum())
-        return float(-(fractions * np.log(fractions)).sum())
+        return counts
 
 
 def build_data(
@@ -268,7 +271,6 @@ def build_data(
         micro_batch_rows=config.trainer.micro_batch_rows,
     )
     found = [note for source, view in zip(sources, views) for note in _note_source(source, view)]
-    threads = _note_threads(section, loader_settings)
     inventory = sum((view.documents.inventory for view in views), NO_FILES) + evaluation.inventory
     return DataPipeline(
         tokenizer=tokenizer,
@@ -286,7 +288,7 @@ def build_data(
             *train.notes,
             *_note_shared_lanes(train, reader.world),
             *evaluation.notes,
-            threads,
+            _note_threads(section, loader_settings),
         ),
     )
 

@@ -87,7 +87,7 @@ class Architecture:
     ModernBERT."""
 
     decoder_bias: bool = key(False, resume="fixed")
-    """A bias for each token on the vocabulary projection, 0 at the start. Published NeoBERT has one."""
+    """A bias for each token on the vocabulary projection. Published NeoBERT has one."""
 
     init: Literal["uniform", "truncated_normal", "megatron", "small"] = key("uniform", resume="free")
     """Initial weights. `uniform`: within `embedding_init_range` and `decoder_init_range`. `truncated_normal`: normal

@@ -14,6 +14,9 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from neobert.config.nesting import parse_json
@@ -187,6 +190,22 @@ def _with_vocabulary(weights: EncoderWeights, tokenizer: Tokenizer, num_rows: in
     return tensors, (
         f"embeddings of {len(pairs):,} tokens are copied, {new:,} tokens that its tokenizer lacks start at their mean"
     )
+
+
+def start_at_frequencies(module: ObjectiveModule, counts: NDArray[np.int64]) -> str:
+    """Has the bias of the vocabulary projection start at the logarithm of the frequency of each token, of which
+    `counts` has how often it occurs; returns a line for the log.
+
+    With logits near 0 otherwise, the loss then starts near the entropy of the frequencies. Every row of the vocabulary
+    counts once more (Laplace), so that the logarithm of a token that does not occur is finite.
+    """
+    bias = module.decoder_bias
+    assert bias is not None, "model.decoder_bias_init needs model.decoder_bias"
+    smoothed = np.ones(len(bias))
+    smoothed[: len(counts)] += counts
+    with torch.no_grad():
+        bias.copy_(torch.from_numpy(np.log(smoothed / smoothed.sum())))
+    return f"the bias of the vocabulary projection starts at log frequencies, of {counts.sum():,} tokens"
 
 
 def bind_initial(config: Config, checkpoint_config: Config | None) -> tuple[Config, EncoderWeights | None]:

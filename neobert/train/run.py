@@ -12,7 +12,7 @@ from torch import nn
 from torch.optim import Optimizer
 
 from neobert.config.schema import Config
-from neobert.data.pipeline import Reader
+from neobert.data.pipeline import DataPipeline, Reader
 from neobert.data.rows.lanes import RowOrder, State
 from neobert.data.rows.loader import Loader
 from neobert.data.source.inventory import Inventory
@@ -41,10 +41,11 @@ from neobert.train.checkpoint.commit import Committer
 from neobert.train.checkpoint.replicas import compare_tensors, list_tensors
 from neobert.train.checkpoint.retention import name_test
 from neobert.train.hardware.machine import build_runtime
-from neobert.train.initial import copy_initial_weights
+from neobert.train.initial import copy_initial_weights, start_at_frequencies
 from neobert.train.numerics import Guard
 from neobert.train.probes.pinned import Probes, build_probes
 from neobert.train.processes.agreement import (
+    agree,
     check_equal,
     sharing_errors,
 )
@@ -211,6 +212,9 @@ def build_run(config: Config) -> Run:
             if initial is not None:
                 copied = copy_initial_weights(module, objective, initial, tokenizer, tile=config.model.init_tile)
                 setup.reporter.say(copied)
+            if setup.checkpoint is None and config.model.decoder_bias_init == "log_frequency":
+                assert isinstance(data, DataPipeline), "the key is of pretraining"
+                setup.reporter.say(start_at_frequencies(module, agree(runtime, data.count_tokens)))
             compare_tensors(runtime, list_tensors(module), "before the first step", setup.reporter.warn)
             model = build_model(config, module)
             computing = computing_module(model)

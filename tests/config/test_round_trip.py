@@ -88,6 +88,7 @@ DISTILLED = {
     "distill.teacher": "outputs/teacher",
     "tokenizer.train": False,
     "datacollator.mlm_rate": "random",
+    "model.local_attention": 128,
 }
 STARTS = (CONTRASTIVE, LABELS, GLUE, VALID, VALID, DISTILLED)
 

@@ -21,6 +21,7 @@ Tiny = Callable[..., Config]
 BASES: dict[str, list[str]] = {
     "dropout": ["model.dropout_prob=0.1"],
     "muonclip": ["optimizer.name=muonclip", "optimizer.muon_config.clipping_interval=1", "model.dropout_prob=0.1"],
+    "biased": ["model.decoder_bias=true"],
     "unpacked": ["datacollator.pack_sequences=false"],
 }
 """Runs of four steps, of which each trial continues one."""
@@ -112,6 +113,7 @@ TRIED: list[tuple[str, dict[str, str]]] = [
             "trainer.log_grad_norm": "false",
         },
     ),
+    ("biased", {"model.decoder_bias_init": "log_frequency"}),
     ("muonclip", {"optimizer.muon_config.clipping_qk_chunk_size": "7"}),
     ("unpacked", {"datacollator.pad_to_multiple_of": "8"}),
 ]

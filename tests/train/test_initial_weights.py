@@ -1,6 +1,7 @@
 """`model.init_from`: a fresh run starts from the weights of another model, of the same architecture, or not at all."""
 
 import json
+import math
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -19,6 +20,7 @@ from neobert.errors import StartupError
 from neobert.model.config import ARCHITECTURE
 from neobert.train.loop import pretrain
 from neobert.train.run import build_run
+from neobert.train.start import release_lock
 
 Tiny = Callable[..., Config]
 
@@ -188,6 +190,36 @@ def test_a_bias_is_copied_or_left_out(tiny: Tiny, tmp_path: Path) -> None:
     assert first["decoder_bias"].any()
     assert torch.allclose(second["decoder_bias"], first["decoder_bias"], atol=1e-6)
     assert set(third) == set(first) - {"decoder_bias"}
+
+
+def test_a_run_starts_at_the_loss_of_token_frequencies(tiny: Tiny, tmp_path: Path) -> None:
+    frequent, small = "model.decoder_bias_init=log_frequency", "model.embedding_init_range=0.002"
+    biased = tiny(tmp_path / "biased", "model.decoder_bias=true", small, frequent, "trainer.max_steps=2")
+    run = build_run(biased)
+    counts = run.data.count_tokens()
+    bias = run.module.decoder_bias.detach()
+    assert bias.exp().sum() == pytest.approx(1, abs=1e-5)
+    often, never = int(counts.argmax()), int(counts.argmin())
+    assert counts[never] == 0
+    assert float(bias[often] - bias[never]) == pytest.approx(math.log(counts[often] + 1), abs=1e-4)
+    release_lock(tmp_path / "biased")
+    pretrain(biased)
+    plain = tmp_path / "plain"
+    pretrain(tiny(plain, "model.decoder_bias=true", small, "trainer.max_steps=2"))
+    expected = -float(counts @ bias[: len(counts)].numpy()) / counts.sum()
+    assert expected == pytest.approx(run.data.unigram_entropy(), abs=0.15), "of few tokens"
+    assert first_evaluation(tmp_path / "biased") == pytest.approx(expected, abs=0.1)
+    assert first_evaluation(plain) == pytest.approx(math.log(len(bias)), abs=0.01)
+    assert math.log(len(bias)) > expected + 1, "else there is no difference to see"
+    assert "starts at log frequencies, of 3,669 tokens" in (tmp_path / "biased" / "training.log").read_text()
+
+
+def test_frequencies_are_the_start_of_fresh_runs_with_a_bias_alone(tiny: Tiny, tmp_path: Path) -> None:
+    frequent = "model.decoder_bias_init=log_frequency"
+    with pytest.raises(ConfigError, match=r"model.decoder_bias_init: log_frequency has no effect without model.decod"):
+        tiny(tmp_path / "run", frequent)
+    with pytest.raises(ConfigError, match=r"decoder_bias_init: log_frequency has no effect with model.init_from: x"):
+        tiny(tmp_path / "run", frequent, "model.decoder_bias=true", "model.init_from=x")
 
 
 def test_new_tokens_of_the_normalised_model_have_length_one(tiny: Tiny, tmp_path: Path) -> None:

@@ -1,0 +1,94 @@
+"""The size dial: a depth decides the other sizes, the budget and the rates, and what is typed wins."""
+
+from pathlib import Path
+
+import pytest
+
+from neobert.commands.training_commands import parse_command_line
+from neobert.config.dial import LENGTH, VOCABULARY, DialSize, describe_sizes, set_depth
+from neobert.config.load import load_config
+from neobert.config.schema import Config
+from neobert.errors import CallError
+
+RECIPES = Path(__file__).parents[2] / "docs" / "recipes.md"
+
+
+def parse(*argv: str) -> Config:
+    return parse_command_line(argv, description=None, program="neobert pretrain")
+
+
+def slots(config: Config) -> int:
+    trainer = config.trainer
+    assert trainer.max_steps is not None
+    assert trainer.global_batch_size is not None
+    return trainer.max_steps * trainer.global_batch_size * LENGTH
+
+
+def test_the_shipped_file_is_what_the_laws_give_at_depth_four() -> None:
+    plain = load_config("dial")
+    dialled = parse("dial", "--depth", "4")
+    assert (plain.model, plain.optimizer, plain.trainer) == (dialled.model, dialled.optimizer, dialled.trainer)
+    assert plain.dataset.max_seq_length == LENGTH
+
+
+def test_everything_follows_from_the_depth() -> None:
+    config = parse("dial", "--depth", "9")
+    model, trainer, optimizer = config.model, config.trainer, config.optimizer
+    assert (model.num_hidden_layers, model.hidden_size, model.head_dim, model.intermediate_size) == (9, 576, 64, 2304)
+    parameters = 9 * (4 * 576**2 + 3 * model.ffn_size * 576) + VOCABULARY * 576
+    assert slots(config) == pytest.approx(20 * parameters, rel=0.01)
+    assert trainer.global_batch_size == 80
+    assert trainer.per_device_train_batch_size == 8
+    assert optimizer.lr == 8e-3
+    assert optimizer.groups.embeddings.lr == optimizer.groups.vectors.lr == pytest.approx(2e-3 / 1.5, rel=1e-2)
+    assert optimizer.lr * optimizer.muon_config.muon_decay * DialSize(depth=9).steps == pytest.approx(
+        8e-5 * 782, rel=1e-2
+    )
+
+
+def test_what_is_typed_wins_in_any_order() -> None:
+    for argv in (["--depth", "6", "--model.hidden_size", "192"], ["--model.hidden_size", "192", "--depth=6"]):
+        config = parse("dial", *argv)
+        assert (config.model.hidden_size, config.model.num_hidden_layers) == (192, 6)
+    budget = parse("dial", "--depth", "6", "--trainer.max_tokens", "5000").trainer
+    assert (budget.max_steps, budget.max_tokens) == (None, 5000)
+    few = parse("dial", "--depth", "6", "--tokens_per_parameter", "0.5")
+    assert slots(few) == pytest.approx(DialSize(depth=6).tokens / 40, rel=0.01)
+
+
+def test_the_saved_config_holds_plain_values(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    with pytest.raises(SystemExit):
+        parse("dial", "--depth", "2", "--print-config")
+    (tmp_path / "saved.yaml").write_text(capsys.readouterr().out)
+    assert load_config(tmp_path / "saved.yaml") == parse("dial", "--depth", "2")
+
+
+@pytest.mark.parametrize(
+    ("argv", "said"),
+    [
+        (["--depth", "0"], "--depth: '0'; write a number of layers from 1 to 128"),
+        (["--depth"], "--depth: ''"),
+        (["--depth", "4", "--tokens_per_parameter", "nan"], "--tokens_per_parameter: 'nan'; write a number above 0"),
+    ],
+)
+def test_a_wrong_depth_is_one_sentence(argv: list[str], said: str) -> None:
+    with pytest.raises(CallError, match=said.replace("(", r"\(")):
+        parse("dial", *argv)
+
+
+def test_other_configs_have_no_depth() -> None:
+    assert set_depth("quickstart", ["--depth=4"]) == ["--depth=4"], "an unknown key, as the loader says"
+
+
+@pytest.mark.parametrize("depth", range(1, 33))
+def test_every_size_is_a_config_and_larger_ones_learn_from_more(depth: int) -> None:
+    small, large = DialSize(depth=depth), DialSize(depth=depth + 1)
+    load_config("dial", small.overrides())
+    assert small.rows % small.micro_rows == 0
+    assert small.rows <= large.rows
+    assert small.decay > large.decay
+    assert small.flops < large.flops
+
+
+def test_the_table_of_the_page_is_what_the_laws_give() -> None:
+    assert describe_sizes([*range(2, 13), 28]) in RECIPES.read_text()
