@@ -2,7 +2,7 @@
 
 A plain parse gives the structure and each scalar as it was typed, because YAML reads `no` as false, `012` as ten and
 `1234e5` as a number, and only the field's own type can say what was meant. Where more than that is written (merge keys,
-a key that stands twice, names that are no text, tags), omegaconf resolves or refuses it.
+a key twice, names that are no text, tags), omegaconf resolves or refuses it.
 
 The section `variables:` names values once, for repeated use:
 
