@@ -98,7 +98,7 @@ def _fork(request: dict[str, Any], rank: int) -> int:
     os.dup2(descriptor, 1)
     os.dup2(descriptor, 2)
     os.environ.update(request["variables"])
-    # torch makes its thread pool anew in a fork, once: threads that do so at the same time see none at all.
+    # torch makes its thread pool again in a fork, once: threads that do so at the same time see none at all.
     torch.set_num_threads(torch.get_num_threads())
     if request["launched"]:
         _launch(request)

@@ -1,8 +1,8 @@
 """YAML text -> a tree of leaves that remember how they were written.
 
-omegaconf parses the file: it gives the structure, resolves anchors and merge keys, and refuses a key that is written
-twice. A second, plain parse gives each scalar as it was typed, because YAML reads `no` as false, `012` as ten and
-`1234e5` as a number, and only the field's own type can say what was meant.
+A plain parse gives the structure and each scalar as it was typed, because YAML reads `no` as false, `012` as ten and
+`1234e5` as a number, and only the field's own type can say what was meant. Where more than that is written (merge keys,
+a key twice, names that are no text, tags), omegaconf resolves or refuses it.
 
 The section `variables:` names values once, for repeated use:
 
@@ -34,6 +34,13 @@ from neobert.errors import UserError
 _DOLLAR = "\ue000"
 """Replaces the dollar of `${` while omegaconf reads, so that it parses no interpolations of its own."""
 
+
+_TEXT = "tag:yaml.org,2002:str"
+_PLAIN_TAGS = {
+    yaml.ScalarNode: {f"tag:yaml.org,2002:{kind}" for kind in ("str", "int", "float", "bool", "null")},
+    yaml.SequenceNode: {"tag:yaml.org,2002:seq"},
+    yaml.MappingNode: {"tag:yaml.org,2002:map"},
+}
 
 _NAME = r"variables((?:\.\w+)+)"
 _ALONE = re.compile(rf"\$(?:{_NAME}|\{{{_NAME}\}})|\{{\${_NAME}\}}")
@@ -138,6 +145,8 @@ def _parse_once(text: str) -> Tree:
         node = compose(text)
         if not isinstance(node, yaml.CollectionNode):
             return Leaf("" if node is None else str(node.value))
+        if _is_plain(node):  # omegaconf takes ten times as long, and a run reads its own config again and again.
+            return _from_nodes(node)
         value = OmegaConf.to_container(OmegaConf.create(text.replace("${", _DOLLAR + "{")), resolve=False)
     except yaml.YAMLError as error:
         raise YamlError(_describe(error)) from error
@@ -148,6 +157,24 @@ def _describe(error: yaml.YAMLError) -> str:
     if isinstance(error, yaml.MarkedYAMLError) and error.problem_mark is not None:
         return f"line {error.problem_mark.line + 1}, column {error.problem_mark.column + 1}: {error.problem}"
     return str(error)
+
+
+def _is_plain(node: yaml.Node) -> bool:
+    """Whether mappings of different names, lists and scalars are all that is written."""
+    if node.tag not in _PLAIN_TAGS[type(node)]:
+        return False
+    if isinstance(node, yaml.MappingNode):
+        names = {str(name.value) for name, _ in node.value if name.tag == _TEXT}
+        return len(names) == len(node.value) and all(_is_plain(item) for _, item in node.value)
+    return isinstance(node, yaml.ScalarNode) or all(map(_is_plain, node.value))
+
+
+def _from_nodes(node: yaml.Node) -> Tree:
+    if isinstance(node, yaml.MappingNode):
+        return {name.value: _from_nodes(item) for name, item in node.value}
+    if isinstance(node, yaml.SequenceNode):
+        return [_from_nodes(item) for item in node.value]
+    return Leaf(node.value, quoted=node.style is not None)
 
 
 def _with_source(value: Any, node: yaml.Node | None) -> Tree:

@@ -6,8 +6,10 @@ from typing import Any, get_args, get_origin
 
 import pytest
 
+from neobert.config import source
 from neobert.config.fields import COUNT_OR_AUTO, FIELDS, TEXTS, Field, can_be_declared
 from neobert.config.load import build_config, config_to_yaml, load_config, parse_config, save_config
+from neobert.config.nesting import compose
 from neobert.config.rules import BUDGETS, validate
 from neobert.config.schema import Config
 from neobert.config.schema_contrastive import PairSource
@@ -138,6 +140,34 @@ def random_value(field: Field, rng: random.Random) -> Any:
 def assert_round_trip(config: Config) -> None:
     text = config_to_yaml(config)
     assert parse_config(text) == config, text
+
+
+WRITTEN = {
+    "of every kind": "a: 1\nb: 'no'\nc: no\nd: [x, {e: ~}, 012, 1e5]\nf: \"${x}\"\ng: |\n  h\n  i\nj:\n",
+    "anchors": "a: &a {b: [1, 2]}\nc: *a\nd: [*a, *a]\n",
+    "a list": "[a, 'b', [c]]",
+    "names in quotes": "'1': a\n\"no\": b\n'<<': c\n",
+    "nothing in it": "a: {}\nb: []\nc: ''\n",
+    "texts": config_to_yaml(build_config({**VALID, "wandb.tags": tuple(NASTY), "wandb.name": NASTY[0]})),
+}
+
+
+@pytest.mark.parametrize("text", WRITTEN.values(), ids=WRITTEN)
+def test_a_plain_text_is_read_as_with_omegaconf(text: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    plain = source._parse_once.__wrapped__(text)
+    asked: list[object] = []
+    monkeypatch.setattr(source, "_is_plain", lambda node: bool(asked.append(node)))
+    assert plain == source._parse_once.__wrapped__(text)
+    assert len(asked) == 1
+
+
+@pytest.mark.parametrize(
+    "text", ["a: {<<: {b: 1}}", "a: 1\na: 2", "1: a", "a: [{no: b}]", "a: !!set {b}", "a: 2023-11-01", "[a]: b"]
+)
+def test_the_rest_is_left_to_omegaconf(text: str) -> None:
+    node = compose(text)
+    assert node is not None
+    assert not source._is_plain(node)
 
 
 def test_random_valid_configs_round_trip():

@@ -2,6 +2,7 @@
 
 import json
 import shutil
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -12,10 +13,12 @@ from probes import forked_probes
 from safetensors.torch import load_file
 from small_model import write_run
 from tokenizers import normalizers, pre_tokenizers
+from variants import MODERNBERT
 
 import neobert.export.opened as opened_module
 from neobert.config.schema import TokenizerSection
 from neobert.data.tokenizer import load_tokenizer, train_tokenizer
+from neobert.export.compare import build_model, our_states, random_documents
 from neobert.export.forms import ExportError
 from neobert.export.gguf_file import GGUF_FILES, gguf_tensors, read_tensors, tokenizer_problem
 from neobert.export.llama_folder import LLAMA_FOLDER
@@ -24,7 +27,8 @@ from neobert.export.opened import are_installed, open_files
 from neobert.export.target_rows import TargetRow, build_reference, compare_tensors
 from neobert.export.targets import TARGETS
 from neobert.export.verify import verify
-from neobert.export.write import Exported, ExportRequest, export
+from neobert.export.write import Exported, ExportRequest, export, pad
+from neobert.model.config import ModelConfig
 from neobert.model.pooling import POOLING
 from neobert.weights.encoder_weights import load_encoder_weights
 from neobert.weights.folder import OBJECTIVE_KEY
@@ -251,6 +255,33 @@ def test_onnx_gives_vectors_of_any_batch_and_length(runs: dict[str, Path], tmp_p
         ids = torch.full(shape, 7).numpy()
         states, vectors = session.run(None, {"input_ids": ids, "attention_mask": (ids > 0).astype("int64")})
         assert (states.shape, vectors.shape) == ((*shape, 32), (shape[0], 32))
+
+
+@needs_onnx
+def test_onnx_keeps_the_windows_of_modernbert(tokenizer_folder: Path, tmp_path: Path) -> None:
+    import onnxruntime
+
+    # A bias of zeros is read as none.
+    settings = dict(word.removeprefix("model.").split("=") for word in MODERNBERT if "decoder_bias" not in word)
+    values = {name: json.loads(value) if value != "geglu" else value for name, value in settings.items()}
+    source = write_run(tmp_path / "run", tokenizer_folder, **values, max_position_embeddings=96)
+    done = export(ExportRequest(source=str(source), output=tmp_path / "out", targets=("onnx",)))
+    check_onnx_rows(done)
+    weights = load_encoder_weights(done.folder)
+    documents = random_documents(96, 200)
+    tokenizer = load_tokenizer(TokenizerSection(path=str(done.folder)))
+    ids, mask = pad(documents, tokenizer.pad_id)
+    session = onnxruntime.InferenceSession(done.folder / ONNX_FILE)
+    (logits,) = session.run(None, {"input_ids": ids.numpy(), "attention_mask": mask.numpy()})
+    theirs = [torch.from_numpy(row[: len(document)]) for row, document in zip(logits, documents)]
+
+    def compare(config: ModelConfig) -> dict[str, Any]:
+        states = our_states(build_model(replace(weights, config=config)), documents)
+        return compare_tensors([(x[-1], found) for x, found in zip(states, theirs)], None)
+
+    assert compare(weights.config)["passed"]
+    for other in (4, 6, 10, None):
+        assert compare(replace(weights.config, local_attention=other))["relative_error"] > 1e-3, other
 
 
 # ---- 16 bits ----
