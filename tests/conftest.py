@@ -47,13 +47,11 @@ def pytest_configure(config: pytest.Config) -> None:
 
 @pytest.hookimpl(wrapper=True)
 def pytest_collection() -> Generator[None, object, object]:
-    """Modules and tests are millions of objects that stay: looking through them for garbage takes seconds here, and
-    later in every process that a test forks."""
+    """Modules and tests are millions of objects that stay: looking through them for garbage takes seconds."""
     gc.disable()
     try:
         return (yield)
     finally:
-        gc.freeze()
         gc.enable()
 
 
