@@ -263,6 +263,12 @@ COMMANDS: dict[str, Command] = {
     "yardstick": Command(
         "how much a config learns in seven minutes of training", "benchmark_commands", "experiments/yardstick.py"
     ),
+    "speedrun": Command(
+        "set, verify and list records: the lowest held-out loss in a fixed time or number of row slots",
+        "speedrun_commands",
+        None,
+        resumes=True,
+    ),
     "kill-storm": Command(
         "kill a run at random instants, and compare it with one left alone", "benchmark_commands", "kill_storm.py"
     ),
