@@ -197,11 +197,17 @@ def _look_at_choices(seen: Diagnosis, config: Config, runtime: Runtime) -> None:
     seen.add("self-test", f"{seconds:.1f} s", seconds=seconds)
 
 
+def measure_rates(device: torch.device) -> dict[str, float]:
+    """FLOP/s of matrix products in fp32 and bf16, of a GPU or of the CPU."""
+    on_gpu = device.type == "cuda"
+    measure = partial(measure_gemm, device, repeats=3) if on_gpu else partial(measure_product, *_GEMM)
+    return {"fp32": measure(torch.float32), "bf16": measure(torch.bfloat16)}
+
+
 def _measure_rates(seen: Diagnosis, runtime: Runtime) -> dict[str, float]:
-    """FLOP/s in fp32 and bf16, of the GPU where the run has one, else of the CPU."""
+    """The rates of the device that the run has."""
     on_gpu = runtime.device.type == "cuda"
-    measure = partial(measure_gemm, runtime.device, repeats=3) if on_gpu else partial(measure_product, *_GEMM)
-    rates = {"fp32": measure(torch.float32), "bf16": measure(torch.bfloat16)}
+    rates = measure_rates(runtime.device)
     text = " and ".join(f"{rate / 1e9:,.1f} GFLOP/s in {name}" for name, rate in rates.items())
     seen.add("matrix products", f"{text} on the {'GPU' if on_gpu else 'CPU'}", **rates)
     if not on_gpu:

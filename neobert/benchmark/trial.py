@@ -152,17 +152,12 @@ def measure_steps(file: Path, overrides: Sequence[str], *, seconds: float, steps
         return max(1, round(read_speed(run).steps_per_second * seconds))
 
 
-def measure(file: Path, overrides: Sequence[str], output: Path, *, num_steps: int, data: Path) -> dict[str, Any]:
-    """Trains and scores: the metrics of the run."""
-    config = load_config(
-        file,
-        [
-            *overrides,
-            f"trainer.max_steps={num_steps}",
-            "trainer.overwrite_output_dir=true",
-            f"trainer.output_dir={output}",
-        ],
-    )
+def measure(
+    file: Path, overrides: Sequence[str], output: Path, *, num_steps: int, data: Path, resume: bool = False
+) -> dict[str, Any]:
+    """Trains and scores: the metrics of the run. It starts from scratch, or resumes from its newest checkpoint."""
+    start = "trainer.resume_from_checkpoint=latest" if resume else "trainer.overwrite_output_dir=true"
+    config = load_config(file, [*overrides, f"trainer.max_steps={num_steps}", start, f"trainer.output_dir={output}"])
     train(config)
     loss = score(output, data, device="cpu" if config.trainer.means_cpu else "auto")
     return {

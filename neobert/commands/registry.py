@@ -270,6 +270,12 @@ COMMANDS: dict[str, Command] = {
         also=(ValueError,),
         resumes=True,
     ),
+    "speedrun": Command(
+        "set, verify and list records: the lowest held-out loss in a fixed time or number of row slots",
+        "speedrun_commands",
+        None,
+        resumes=True,
+    ),
     "kill-storm": Command(
         "kill a run at random instants, and compare it with one left alone", "benchmark_commands", "kill_storm.py"
     ),

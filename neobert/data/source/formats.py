@@ -58,28 +58,29 @@ class StdlibSource(IndexedTexts):
 
     in_place = False
 
-    def __init__(self) -> None:
-        self._root = Path(sysconfig.get_path("stdlib"))
+    def __init__(self, root: Path | None = None) -> None:
+        """`root` is by default the standard library of the running interpreter."""
+        self._root = root or Path(sysconfig.get_path("stdlib"))
         relative = [path.relative_to(self._root) for path in self._root.rglob("*.py")]
         # By a hash of the path: neighbours in a folder are alike, and the first documents should be a fair sample.
         chosen = sorted((p for p in relative if not _LEFT_OUT.intersection(p.parts)), key=_hash_path)
-        self._paths = [self._root / path for path in chosen]
-        if not self._paths:
+        self.paths = [self._root / path for path in chosen]
+        if not self.paths:
             raise DataError(
                 f"dataset.name: {PYTHON_STDLIB}, but this interpreter keeps no sources in {self._root}; "
                 "use another interpreter, or name text with dataset.path"
             )
-        self.notes = [f"{len(self._paths)} source files of {self._root}"]
-        files = [local_file(path) for path in self._paths]
+        self.notes = [f"{len(self.paths)} source files of {self._root}"]
+        files = [local_file(path) for path in self.paths]
         self.num_bytes = sum(file.size for file in files)
         self.fingerprint = fingerprint_files(files)
 
     def __len__(self) -> int:
-        return len(self._paths)
+        return len(self.paths)
 
     def text(self, document: int) -> str | None:
         try:
-            return self._paths[document].read_text(encoding="utf-8")
+            return self.paths[document].read_text(encoding="utf-8")
         except UnicodeDecodeError:  # A few files show other encodings; they are no prose and no bad data.
             return None
 
