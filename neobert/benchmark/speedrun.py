@@ -45,6 +45,7 @@ from neobert.data.rows.batch_size import build_batch_schedule
 from neobert.data.tokenizer import Tokenizer, load_tokenizer
 from neobert.disk import locked, write_text
 from neobert.host import available_cpus, describe_cpu
+from neobert.inference.model import load
 from neobert.train.build import choose_rows_per_step
 from neobert.train.checkpoint.proof.digest_chain import read_steps
 from neobert.train.processes.agreement import PACKAGES, digest_code, version
@@ -288,7 +289,7 @@ def train_once(
         seconds=result["training_seconds"],
         num_tokens=result["num_tokens"],
         **{name: result[name] for name in ("loss", "accuracy", "num_targets", "num_documents")},
-        tokenizer_sha256=digest_tokenizer(load_tokenizer(TokenizerSection(path=str(folder / "tokenizer")))),
+        tokenizer_sha256=digest_tokenizer(load(folder, device="cpu").tokenizer),
         first_loss_hex=steps[0]["loss_hex"],
         last_loss_hex=steps[-1]["loss_hex"],
         losses_sha256=_digest_column(steps, "loss_hex"),

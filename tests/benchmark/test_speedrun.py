@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 
 from neobert.benchmark import speedrun, speedrun_records, trial
-from neobert.benchmark.speedrun import count_slot_steps
+from neobert.benchmark.speedrun import count_slot_steps, digest_tokenizer
 from neobert.benchmark.speedrun_data import DATA, FixedFiles, HubExtract, StdlibExtract, build_data, build_manifest
 from neobert.benchmark.speedrun_records import (
     SpeedRecord,
@@ -29,6 +29,8 @@ from neobert.benchmark.speedrun_table import describe_records, draw_records, rep
 from neobert.benchmark.speedrun_tracks import TRACKS, SpeedrunError, Track, check_config
 from neobert.commands.speedrun_commands import speedrun as command
 from neobert.config.load import load_config
+from neobert.config.schema_data import TokenizerSection
+from neobert.data.tokenizer import load_tokenizer
 from neobert.disk import write_json
 from neobert.errors import CallError
 from neobert.inference.mlm_loss import LossSettings
@@ -347,6 +349,12 @@ def test_another_machine_or_tokenizer_is_refused(
     monkeypatch.setitem(TRACKS, "tiny", fixed)
     with pytest.raises(SpeedrunError, match=r"makes other tokens than that of tiny .* use tokenizer.name=x"):
         run(folder, "second", "--tokenizer", str(tokenizer_folder))
+    digest = digest_tokenizer(load_tokenizer(TokenizerSection(path=str(tokenizer_folder))))
+    monkeypatch.setitem(TRACKS, "tiny", dataclasses.replace(fixed, tokenizer_sha256=digest))
+    assert run(folder, "same", "--tokenizer", str(tokenizer_folder), "--seeds", "0", "--steps", "2") == 0
+    record = folder / "home/records/same"
+    assert load_record(record).runs[0].tokenizer_sha256 == digest
+    assert str(tokenizer_folder) not in (record / "config.yaml").read_text()
     monkeypatch.setitem(TRACKS, "tiny", dataclasses.replace(TINY, gpus=("T1000",), hardware="one T1000"))
     with pytest.raises(SpeedrunError, match="tiny: needs one T1000, and this machine has "):
         run(folder, "second")
