@@ -122,7 +122,10 @@ def open_llama_cpp(path: str) -> Callable[[Path, Reference], Opened]:
 
         def run(texts: Sequence[str], seconds: Sequence[str] | None) -> Outputs:
             ids = [model.tokenize(text.encode(), add_bos=True, special=False) for text in texts]
-            found = [torch.tensor(x) for x in model.embed(list(texts), normalize=False)]
+            # One text a call where tokens keep their vectors: of several, embed takes those of the later ones from the
+            # wrong address (its `pos` counts tokens where it should count numbers).
+            calls = [[text] for text in texts] if keeps_tokens else [list(texts)]
+            found = [torch.tensor(x) for call in calls for x in model.embed(call, normalize=False)]
             return Outputs(ids, {"states" if keeps_tokens else "vector": found})
 
         return Opened(f"llama.cpp (llama-cpp-python {llama_cpp.__version__})", run)
