@@ -87,7 +87,15 @@ def digest_manifest(manifest: dict[str, Any]) -> str:
 def load_manifests(track: Track, home: Path) -> list[dict[str, Any]]:
     """The manifests of a track that the repository has, in the order of the track."""
     files = [home / "data" / f"{name}.json" for name in track.data]
-    return [json.loads(file.read_text()) for file in files if file.is_file()]
+    return [_load_manifest(file) for file in files if file.is_file()]
+
+
+def _load_manifest(file: Path) -> dict[str, Any]:
+    try:
+        manifest: dict[str, Any] = json.loads(file.read_text())
+    except ValueError as error:
+        raise SpeedrunError(f"{file}: is no manifest ({error}); restore the file") from error
+    return manifest
 
 
 def check_data(track: Track, folder: Path, home: Path) -> dict[str, Any]:
@@ -202,7 +210,7 @@ def _compare_built(name: str, output: Path, home: Path) -> list[str]:
     if not file.is_file():
         write_json(file, manifest)
         return [f"{output}: {name}, built for the first time; {file} is its manifest: commit it with the first record"]
-    problem = _find_difference(json.loads(file.read_text()), output, {x["name"] for x in manifest["files"]})
+    problem = _find_difference(_load_manifest(file), output, {x["name"] for x in manifest["files"]})
     if problem is None:
         return [f"{output}: {name}, as in {file}"]
     entry, remedy = DATA[name], "the data set has changed"

@@ -28,7 +28,7 @@ from neobert.benchmark.speedrun_replay import judge
 from neobert.benchmark.speedrun_table import describe_records, draw_records, replace_table, write_table
 from neobert.benchmark.speedrun_tracks import TRACKS, SpeedrunError, Track, check_config
 from neobert.commands.speedrun_commands import speedrun as command
-from neobert.config.load import load_config
+from neobert.config.load import ConfigError, load_config
 from neobert.config.schema_data import TokenizerSection
 from neobert.data.tokenizer import load_tokenizer
 from neobert.disk import write_json
@@ -273,6 +273,22 @@ def test_the_number_of_steps_under_a_clock_leaves_a_margin(folder: Path, monkeyp
     assert load_record(folder / "home/records/timed").runs[0].num_steps == 2
 
 
+def test_an_interruption_before_the_first_seed_leaves_no_half_record(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def interrupt(*_: object, **__: object) -> int:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(trial, "measure_steps", interrupt)
+        with pytest.raises(KeyboardInterrupt):
+            run(folder, "timed", "--seeds", "0", track="timed")
+    assert not list((folder / "home/records/timed").iterdir())
+    monkeypatch.setattr(trial, "measure_steps", lambda *_, **__: 2)
+    run(folder, "timed", "--seeds", "0", track="timed")
+    assert load_record(folder / "home/records/timed").runs
+
+
 # ---- the rules ----
 
 
@@ -306,6 +322,21 @@ def test_a_key_that_the_track_fixes_is_refused(folder: Path, setting: str, said:
     assert said in str(error.value)
 
 
+def test_a_variable_does_not_hide_a_key(folder: Path) -> None:
+    config = folder / "config.yaml"
+    config.write_text("variables: {all: {train_split: validation}}\ndataset: $variables.all\n")
+    with pytest.raises(SpeedrunError, match="dataset.train_split: 'validation', but the data of the track tiny"):
+        check_config(TINY, config, [])
+    config.write_text("variables: {size: 300}\ntokenizer: {vocab_size: $variables.size}\n")
+    check_config(TINY, config, [])
+    config.write_text("dataset: $variables.none\n")
+    with pytest.raises(SpeedrunError, match="config.yaml: there is no variable 'none'"):
+        check_config(TINY, config, [])
+    config.write_text("seed: many\n")
+    with pytest.raises(SpeedrunError, match="config.yaml: seed: 'many' is not an integer"):
+        check_config(TINY, config, [])
+
+
 def test_what_the_track_says_itself_may_be_written(folder: Path) -> None:
     check_config(
         TINY, folder / "config.yaml", ["tokenizer.vocab_size=300", "seed=0", "optimizer.lr=1", "dataset.path=null"]
@@ -324,6 +355,19 @@ def test_another_file_is_named(folder: Path) -> None:
     with pytest.raises(SpeedrunError, match=r"--data: .*none is no folder; neobert speedrun data tiny"):
         command("", ["verify", str(folder / "home/records/first"), "--data", "none", "--home", str(folder / "home")])
     assert not (folder / "home/records/second").exists()
+
+
+def test_a_damaged_manifest_is_named(folder: Path) -> None:
+    (folder / "home/data/tiny.json").write_text("<<<<<<<")
+    with pytest.raises(SpeedrunError, match=r"tiny.json: is no manifest \(.*\); restore the file"):
+        run(folder, "second")
+
+
+def test_a_record_of_a_gpu_is_replayed_on_one(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(TRACKS, "tiny", dataclasses.replace(TINY, gpus=("T1000",), hardware="one T1000"))
+    monkeypatch.setattr("torch.cuda.is_available", lambda: False)
+    with pytest.raises(SpeedrunError, match="tiny: was set on one T1000, and this machine has no GPU"):
+        verify(folder)
 
 
 def test_other_bytes_and_more_files_are_named(folder: Path) -> None:
@@ -388,8 +432,11 @@ def test_wrong_calls(folder: Path, tmp_path: Path) -> None:
         command("", ["table", "--home", str(tmp_path / "none")])
     with pytest.raises(CallError, match="track: 'cpu-418s' is unknown; write one of cpu-417s, stdlib-417s, cpu-tokens"):
         run(folder, "second", track="cpu-418s")
-    with pytest.raises(CallError, match="'0,x': write different numbers"):
-        run(folder, "second", "--seeds", "0,x")
+    for seeds in ("0,x", "0,00", ""):
+        with pytest.raises(CallError, match=f"'{seeds}': write different numbers"):
+            run(folder, "second", "--seeds", seeds)
+    with pytest.raises(ConfigError, match=r"seed: .*99999999999999999999"):
+        run(folder, "second", "--seeds", "0,99999999999999999999")
     (folder / "config.yaml").write_text(CONFIG.partition("\n")[2])
     with pytest.raises(CallError, match="--idea: say in one sentence what is new"):
         run(folder, "second")
