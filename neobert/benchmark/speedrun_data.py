@@ -110,7 +110,7 @@ def check_data(track: Track, folder: Path, home: Path) -> dict[str, Any]:
     build = f"neobert speedrun data {track.name} --output FOLDER builds it"
     if not folder.is_dir():
         raise SpeedrunError(f"--data: {folder} is no folder; {build}")
-    names = {path.name for path in _list_files(folder)}
+    names = {path.name for path in folder.iterdir() if not path.name.startswith(".")}  # Folders too: they are read.
     problems = []
     for manifest in load_manifests(track, home):
         problem = _find_difference(manifest, folder, names)
@@ -138,7 +138,7 @@ def _find_difference(manifest: dict[str, Any], folder: Path, names: set[str]) ->
             return f"{file['name']} has {(folder / file['name']).stat().st_size:,} bytes, not {file['bytes']:,}"
     others = sorted(names - {file["name"] for file in manifest["files"]})
     if others:
-        return f"{others[0]} is not part of it; remove the file"
+        return f"{others[0]} is not part of it; remove it"
     for file in manifest["files"]:
         if record_file(folder / file["name"]).sha256 != file["sha256"]:
             return f"{file['name']} has another sha256"

@@ -378,7 +378,10 @@ def test_other_bytes_and_more_files_are_named(folder: Path) -> None:
         run(folder, "second")
     file.write_text(kept)
     (folder / "data" / "train-2.jsonl").write_text(kept)
-    with pytest.raises(SpeedrunError, match=r"train-2.jsonl is not part of it; remove the file"):
+    with pytest.raises(SpeedrunError, match=r"train-2.jsonl is not part of it; remove it"):
+        run(folder, "second")
+    (folder / "data" / "train-2.jsonl").rename(make_folder(folder / "data" / "more") / "train-2.jsonl")
+    with pytest.raises(SpeedrunError, match=r"more is not part of it; remove it"):
         run(folder, "second")
 
 
@@ -461,6 +464,9 @@ def test_t_tests_of_known_numbers() -> None:
     assert welch.p == pytest.approx(0.5 + t / (2 * math.sqrt(2 + t * t)), abs=1e-9)
     assert compare_losses({0: 1.0, 1: 1.2}, {0: 0.5}).p is None
     assert compare_losses({0: 1.0, 1: 1.5}, {0: 0.5, 1: 1.0}).p is None, "equal differences have no t"
+    rounded = compare_losses({0: 5.1, 1: 5.2, 2: 5.3}, {0: 5.0, 1: 5.1, 2: 5.2})
+    assert len({5.1 - 5.0, 5.2 - 5.1, 5.3 - 5.2}) > 1
+    assert rounded.p is None, "nor have those that differ by rounding"
     worse = compare_losses({0: 1.0, 1: 1.2, 2: 1.1}, {0: 2.0, 1: 2.1, 2: 2.3})
     assert worse.p is not None
     assert worse.p > 0.99
@@ -488,18 +494,20 @@ def test_a_record_has_to_beat_the_last_one_of_its_group(base: Path) -> None:
         "better": make_record(base, {0: 4.8, 1: 4.821, 2: 4.812}),
         "alone": make_record(base, {0: 1.0}),
         "missing": dataclasses.replace(make_record(base, {0: 1.0, 1: 1.1}), seeds=(0, 1, 2)),
+        "two": make_record(base, {0: 1.0, 1: 1.001}),
         "late": make_record(base, {0: 1.0, 1: 1.1}, track="timed"),
-        "elsewhere": make_record(base, {0: 6.0, 1: 6.1}, data_sha256="other"),
+        "elsewhere": make_record(base, {0: 6.0, 1: 6.1, 2: 6.2}, data_sha256="other", idea="a | b\nc"),
         "more": make_record(base, {3: 4.6, 4: 4.602, 5: 4.601}),
     }
     groups = rank_records(records)
     found = {x.name: x for group in groups.values() for x in group}
-    assert [len(group) for group in groups.values()] == [6, 1, 1]
+    assert [len(group) for group in groups.values()] == [7, 1, 1]
     assert {name: x.problem for name, x in found.items()} == {
         "start": None,
         "noise": "not better with p < 0.01",
         "better": None,
-        "alone": "one seed shows nothing",
+        "alone": "1 of at least 3 seeds",
+        "two": "2 of at least 3 seeds",
         "missing": "seeds 2 are missing",
         "late": f"{records['late'].excess:.1f} s over the limit",
         "elsewhere": None,
@@ -510,10 +518,11 @@ def test_a_record_has_to_beat_the_last_one_of_its_group(base: Path) -> None:
     table = describe_records(groups)
     assert table.count("| CPU or GPU |") == 3
     assert "| 2 | [better](records/better/record.json) | A tiny model. | 4.8110 ± 0.0105 | 3 | -0.1990, p = " in table
+    assert "| a \\| b c |" in table
     assert "| - | [noise](records/noise/record.json)" in table
     picture = draw_records(groups)
     assert picture.count('class="dot"') == 4
-    assert picture.count('class="no"') == 4
+    assert picture.count('class="no"') == 5
     assert "prefers-color-scheme: dark" in picture
     assert picture.count(">goal</text>") == 3
 
