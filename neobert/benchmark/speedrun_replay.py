@@ -58,7 +58,9 @@ def verify_record(
     if dataclasses.asdict(trial.HELD_OUT) != record.held_out:
         raise SpeedrunError(f"{folder}: was evaluated with {record.held_out}; this version asks {trial.HELD_OUT}")
     if track.gpus and not torch.cuda.is_available():
-        raise SpeedrunError(f"{track.name}: was set on {track.hardware}, and this machine has no GPU; use one with a GPU")
+        raise SpeedrunError(
+            f"{track.name}: was set on {track.hardware}, and this machine has no GPU; use one with a GPU"
+        )
     manifest = check_data(track, data, home)
     if digest_manifest(manifest) != record.data_sha256:
         raise SpeedrunError(f"--data: {data} is {manifest['name']}, and {folder} was trained on {record.data}")

@@ -12,6 +12,7 @@ from pathlib import Path
 from neobert.config.fields import FIELDS, SECTIONS, LeafError, parse_value
 from neobert.config.load import load_config, split_arguments
 from neobert.config.schema import Config
+from neobert.config.schema_data import FILLS_MASKS
 from neobert.config.source import Leaf, Tree, VariableError, YamlError, parse_yaml, read_yaml_text, substitute
 from neobert.errors import CallError, UserError
 
@@ -135,13 +136,20 @@ def build_config(track: Track, file: Path, settings: Sequence[str], data: Path, 
     """The config of every run of a record, but for the number of steps.
 
     Raises:
-        SpeedrunError: it sets what a track fixes.
+        SpeedrunError: it sets what a track fixes, or trains what cannot be scored.
         ConfigError: anything else that is wrong with it.
     """
     check_config(track, file, settings)
     last = [f"dataset.path={data}", f"seed={seed}", "trainer.max_steps=1", "trainer.save_strategy=no"]
-    last += ["trainer.eval_strategy=no", "trainer.eval_max_batches=1"]  # Weights are scored at the end.
-    return load_config(file, [*settings, *track.settings, *last])
+    # Weights are scored at the end, so they are saved then; a run that is resumed is not overwritten.
+    last += ["trainer.eval_strategy=no", "trainer.eval_max_batches=1", "trainer.save_model=true"]
+    config = load_config(file, [*settings, *track.settings, *last, "trainer.overwrite_output_dir=false"])
+    objective, allowed = config.trainer.objective, FILLS_MASKS.partition("=")[2].split("|")
+    if objective not in allowed:
+        raise SpeedrunError(
+            f"trainer.objective: {objective}, whose weights have no loss of masked tokens; use {' or '.join(allowed)}"
+        )
+    return config
 
 
 def choose_track(name: str) -> Track:

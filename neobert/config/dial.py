@@ -163,7 +163,7 @@ def read_ratio(text: str) -> float:
         value = 0.0
     if not 0 < value <= _MOST_TOKENS_PER_PARAMETER:
         raise CallError(
-            f"--tokens_per_parameter: {text!r}; write a number above 0 and up to {_MOST_TOKENS_PER_PARAMETER:,}, such as 20"
+            f"--tokens_per_parameter: {text!r}; write a number above 0, up to {_MOST_TOKENS_PER_PARAMETER}, such as 20"
         )
     return value
 

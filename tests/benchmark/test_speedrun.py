@@ -26,7 +26,7 @@ from neobert.benchmark.speedrun_records import (
 )
 from neobert.benchmark.speedrun_replay import judge
 from neobert.benchmark.speedrun_table import describe_records, draw_records, replace_table, write_table
-from neobert.benchmark.speedrun_tracks import TRACKS, SpeedrunError, Track, check_config
+from neobert.benchmark.speedrun_tracks import TRACKS, SpeedrunError, Track, build_config, check_config
 from neobert.commands.speedrun_commands import speedrun as command
 from neobert.config.load import ConfigError, load_config
 from neobert.config.schema_data import TokenizerSection
@@ -325,16 +325,25 @@ def test_a_key_that_the_track_fixes_is_refused(folder: Path, setting: str, said:
 def test_a_variable_does_not_hide_a_key(folder: Path) -> None:
     config = folder / "config.yaml"
     config.write_text("variables: {all: {train_split: validation}}\ndataset: $variables.all\n")
-    with pytest.raises(SpeedrunError, match="dataset.train_split: 'validation', but the data of the track tiny"):
+    with pytest.raises(SpeedrunError, match=r"dataset.train_split: 'validation', but the data of the track tiny"):
         check_config(TINY, config, [])
     config.write_text("variables: {size: 300}\ntokenizer: {vocab_size: $variables.size}\n")
     check_config(TINY, config, [])
     config.write_text("dataset: $variables.none\n")
-    with pytest.raises(SpeedrunError, match="config.yaml: there is no variable 'none'"):
+    with pytest.raises(SpeedrunError, match=r"config.yaml: there is no variable 'none'"):
         check_config(TINY, config, [])
     config.write_text("seed: many\n")
-    with pytest.raises(SpeedrunError, match="config.yaml: seed: 'many' is not an integer"):
+    with pytest.raises(SpeedrunError, match=r"config.yaml: seed: 'many' is not an integer"):
         check_config(TINY, config, [])
+
+
+def test_a_run_that_could_not_be_scored_is_refused_or_saved(folder: Path) -> None:
+    for objective in ("clm", "replaced_token"):
+        with pytest.raises(SpeedrunError, match=f"trainer.objective: {objective}, .*; use mlm or mlm_jepa or distill"):
+            run(folder, "second", "--trainer.objective", objective)
+    settings = ["trainer.save_model=false", "trainer.overwrite_output_dir=true"]
+    trainer = build_config(TINY, folder / "config.yaml", settings, folder / "data").trainer
+    assert (trainer.save_model, trainer.overwrite_output_dir) == (True, False)
 
 
 def test_what_the_track_says_itself_may_be_written(folder: Path) -> None:
