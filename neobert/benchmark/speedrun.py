@@ -126,6 +126,12 @@ def _open_record(request: RecordRequest) -> SpeedRecord:
     """The record as far as it is made; a new one is started, its config written, its steps counted."""
     track, made = request.track, request.output / CONFIG
     config = build_config(track, request.config, request.settings, request.data)
+    asked, longest = trial.HELD_OUT.max_length, config.model.max_position_embeddings
+    if asked is not None and longest < asked:
+        raise SpeedrunError(
+            f"model.max_position_embeddings: {longest}, and the evaluation reads {asked} tokens of a document; "
+            f"write {asked} or more"
+        )
     manifest = check_data(track, request.data, request.home)
     check_tokenizer(track, config, request.tokenizer)
     precision = trial.fix_precision(config, [made] if made.is_file() else [])

@@ -341,6 +341,8 @@ def test_a_run_that_could_not_be_scored_is_refused_or_saved(folder: Path) -> Non
     for objective in ("clm", "replaced_token"):
         with pytest.raises(SpeedrunError, match=f"trainer.objective: {objective}, .*; use mlm or mlm_jepa or distill"):
             run(folder, "second", "--trainer.objective", objective)
+    with pytest.raises(SpeedrunError, match=r"model.max_position_embeddings: 63, .* reads 64 tokens of a document"):
+        run(folder, "second", "--model.max_position_embeddings", "63", "--dataset.max_seq_length", "32")
     settings = ["trainer.save_model=false", "trainer.overwrite_output_dir=true"]
     trainer = build_config(TINY, folder / "config.yaml", settings, folder / "data").trainer
     assert (trainer.save_model, trainer.overwrite_output_dir) == (True, False)
