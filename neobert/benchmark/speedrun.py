@@ -126,6 +126,12 @@ def _open_record(request: RecordRequest) -> SpeedRecord:
     """The record as far as it is made; a new one is started, its config written, its steps counted."""
     track, made = request.track, request.output / CONFIG
     config = build_config(track, request.config, request.settings, request.data)
+    asked, longest = trial.HELD_OUT.max_length, config.model.max_position_embeddings
+    if asked is not None and longest < asked:
+        raise SpeedrunError(
+            f"model.max_position_embeddings: {longest}, and the evaluation reads {asked} tokens of a document; "
+            f"write {asked} or more"
+        )
     manifest = check_data(track, request.data, request.home)
     check_tokenizer(track, config, request.tokenizer)
     precision = trial.fix_precision(config, [made] if made.is_file() else [])
@@ -146,15 +152,17 @@ def _open_record(request: RecordRequest) -> SpeedRecord:
     if request.output.is_dir() and any(request.output.iterdir()):
         raise SpeedrunError(f"--output: {request.output} holds files already and no record; choose another folder")
     request.output.mkdir(parents=True, exist_ok=True)
-    write_text(made, text)
+    counted = request.work / CONFIG  # Not yet in the record's folder: an interruption leaves that empty.
+    write_text(counted, text)
     record = SpeedRecord(
         **facts,
         title=request.title,
         idea=request.idea,
         created=datetime.now(UTC).isoformat(timespec="seconds"),
-        num_steps=_count_steps(request, config),
+        num_steps=_count_steps(request, config, counted),
         seeds=request.seeds,
     )
+    write_text(made, text)
     write_record(request.output, record)
     return record
 
@@ -213,7 +221,7 @@ def use_local(data: Path, tokenizer: Path | None) -> list[str]:
     return [f"dataset.path={data.absolute()}", *own]
 
 
-def _count_steps(request: RecordRequest, config: Config) -> int:
+def _count_steps(request: RecordRequest, config: Config, file: Path) -> int:
     if request.track.slots is not None:
         most = count_slot_steps(request.track.slots, config)
         if request.num_steps is not None and request.num_steps > most:
@@ -226,7 +234,7 @@ def _count_steps(request: RecordRequest, config: Config) -> int:
         return request.num_steps
     seconds = request.track.seconds * (1 - MARGIN)
     overrides = use_local(request.data, request.tokenizer)
-    return trial.measure_steps(request.output / CONFIG, overrides, seconds=seconds, steps=request.speed_steps)
+    return trial.measure_steps(file, overrides, seconds=seconds, steps=request.speed_steps)
 
 
 def count_slot_steps(slots: int, config: Config) -> int:

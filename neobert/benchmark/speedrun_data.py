@@ -87,7 +87,15 @@ def digest_manifest(manifest: dict[str, Any]) -> str:
 def load_manifests(track: Track, home: Path) -> list[dict[str, Any]]:
     """The manifests of a track that the repository has, in the order of the track."""
     files = [home / "data" / f"{name}.json" for name in track.data]
-    return [json.loads(file.read_text()) for file in files if file.is_file()]
+    return [_load_manifest(file) for file in files if file.is_file()]
+
+
+def _load_manifest(file: Path) -> dict[str, Any]:
+    try:
+        manifest: dict[str, Any] = json.loads(file.read_text())
+    except ValueError as error:
+        raise SpeedrunError(f"{file}: is no manifest ({error}); restore the file") from error
+    return manifest
 
 
 def check_data(track: Track, folder: Path, home: Path) -> dict[str, Any]:
@@ -102,7 +110,7 @@ def check_data(track: Track, folder: Path, home: Path) -> dict[str, Any]:
     build = f"neobert speedrun data {track.name} --output FOLDER builds it"
     if not folder.is_dir():
         raise SpeedrunError(f"--data: {folder} is no folder; {build}")
-    names = {path.name for path in _list_files(folder)}
+    names = {path.name for path in folder.iterdir() if not path.name.startswith(".")}  # Folders too: they are read.
     problems = []
     for manifest in load_manifests(track, home):
         problem = _find_difference(manifest, folder, names)
@@ -130,7 +138,7 @@ def _find_difference(manifest: dict[str, Any], folder: Path, names: set[str]) ->
             return f"{file['name']} has {(folder / file['name']).stat().st_size:,} bytes, not {file['bytes']:,}"
     others = sorted(names - {file["name"] for file in manifest["files"]})
     if others:
-        return f"{others[0]} is not part of it; remove the file"
+        return f"{others[0]} is not part of it; remove it"
     for file in manifest["files"]:
         if record_file(folder / file["name"]).sha256 != file["sha256"]:
             return f"{file['name']} has another sha256"
@@ -202,7 +210,7 @@ def _compare_built(name: str, output: Path, home: Path) -> list[str]:
     if not file.is_file():
         write_json(file, manifest)
         return [f"{output}: {name}, built for the first time; {file} is its manifest: commit it with the first record"]
-    problem = _find_difference(json.loads(file.read_text()), output, {x["name"] for x in manifest["files"]})
+    problem = _find_difference(_load_manifest(file), output, {x["name"] for x in manifest["files"]})
     if problem is None:
         return [f"{output}: {name}, as in {file}"]
     entry, remedy = DATA[name], "the data set has changed"

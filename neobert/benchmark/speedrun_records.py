@@ -25,8 +25,15 @@ RECORD, CONFIG = "record.json", "config.yaml"
 ALPHA = 0.01
 """A new record needs a smaller p."""
 
+MIN_SEEDS = 3
+"""Of a record."""
+
 LEVEL = 0.99
 """Of the interval in which a replay on other hardware is expected."""
+
+
+_ROUNDING = 1e-12
+"""Nats: differences of losses that are equal on paper differ by less."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -207,10 +214,9 @@ def compare_losses(before: Mapping[int, float], after: Mapping[int, float]) -> L
 
 
 def _is_constant(one: Sequence[float], other: Sequence[float], paired: bool) -> bool:
-    """Whether nothing varies, so that there is no t."""
-    if paired:
-        return len({a - b for a, b in zip(one, other)}) == 1
-    return len({*one}) == 1 == len({*other})
+    """Whether nothing varies but by rounding, so that there is no t."""
+    samples = [[a - b for a, b in zip(one, other)]] if paired else [one, other]
+    return all(max(sample) - min(sample) <= _ROUNDING for sample in samples)
 
 
 def predict_interval(losses: Sequence[float], level: float = LEVEL) -> tuple[float, float] | None:
@@ -255,8 +261,8 @@ def _rank(name: str, record: SpeedRecord, best: SpeedRecord | None) -> RankedRec
         problem = f"seeds {', '.join(map(str, record.missing_seeds))} are missing"
     elif record.excess:
         problem = f"{record.excess:.1f} s over the limit"
-    elif len(record.runs) < 2:
-        problem = "one seed shows nothing"
+    elif len(record.losses) < MIN_SEEDS:
+        problem = f"{len(record.losses)} of at least {MIN_SEEDS} seeds"
     elif best is not None:
         comparison = compare_losses(best.losses, record.losses)
         problem = None if comparison.is_better else f"not better with p < {ALPHA}"

@@ -11,6 +11,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from statistics import mean, stdev
 
+import torch
+
 from neobert.benchmark import trial
 from neobert.benchmark.speedrun import check_tokenizer, describe_environment, train_once, use_local
 from neobert.benchmark.speedrun_data import check_data, digest_manifest
@@ -55,6 +57,10 @@ def verify_record(
         raise SpeedrunError(f"--seed: {unknown or 'none'}; {folder} has the seeds {sorted(record.losses)}")
     if dataclasses.asdict(trial.HELD_OUT) != record.held_out:
         raise SpeedrunError(f"{folder}: was evaluated with {record.held_out}; this version asks {trial.HELD_OUT}")
+    if track.gpus and not torch.cuda.is_available():
+        raise SpeedrunError(
+            f"{track.name}: was set on {track.hardware}, and this machine has no GPU; use one with a GPU"
+        )
     manifest = check_data(track, data, home)
     if digest_manifest(manifest) != record.data_sha256:
         raise SpeedrunError(f"--data: {data} is {manifest['name']}, and {folder} was trained on {record.data}")

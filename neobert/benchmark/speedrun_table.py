@@ -81,9 +81,10 @@ def _number_rows(group: Sequence[RankedRecord]) -> list[str]:
 def _describe_row(number: str, ranked: RankedRecord) -> str:
     record = ranked.record
     link = f"[{ranked.name}](records/{ranked.name}/record.json)"
+    idea = " ".join(record.idea.split()).replace("|", "\\|")  # One cell.
     verdict = [] if ranked.problem is None else [f"no record: {ranked.problem}"]
     if not record.runs:
-        return f"| {number} | {link} | {record.idea} | | 0 | {verdict[0]} | {record.num_steps:,} | | | | |"
+        return f"| {number} | {link} | {idea} | | 0 | {verdict[0]} | {record.num_steps:,} | | | | |"
     if ranked.comparison is not None:
         verdict.insert(0, _describe_comparison(ranked))
     rates = [mean(run.gemm_flops[name] for run in record.runs) / 1e9 for name in ("fp32", "bf16")]
@@ -91,7 +92,7 @@ def _describe_row(number: str, ranked: RankedRecord) -> str:
     slowest = max(run.seconds for run in record.runs)
     machine = record.environment["cpu" if record.environment["device"] == "cpu" else "device"]
     return (
-        f"| {number} | {link} | {record.idea} | {_describe_loss(record)} | {len(record.runs)} | {'; '.join(verdict)} | "
+        f"| {number} | {link} | {idea} | {_describe_loss(record)} | {len(record.runs)} | {'; '.join(verdict)} | "
         f"{record.num_steps:,} | {tokens:,.0f} | {slowest:,.0f} | {rates[0]:,.0f}, {rates[1]:,.0f} | {machine} |"
     )
 

@@ -12,7 +12,8 @@ from pathlib import Path
 from neobert.config.fields import FIELDS, SECTIONS, LeafError, parse_value
 from neobert.config.load import load_config, split_arguments
 from neobert.config.schema import Config
-from neobert.config.source import Leaf, Tree, YamlError, parse_yaml, read_yaml_text
+from neobert.config.schema_data import FILLS_MASKS
+from neobert.config.source import Leaf, Tree, VariableError, YamlError, parse_yaml, read_yaml_text, substitute
 from neobert.errors import CallError, UserError
 
 
@@ -93,23 +94,32 @@ def check_config(track: Track, file: Path, settings: Sequence[str]) -> None:
         SpeedrunError: with every key that does not, its value and the remedy.
     """
     own = {key: Leaf(text or "true") for key, text in split_arguments(track.settings)[0]}
-    wrong = []
     try:
-        written = dict(_flatten(parse_yaml(read_yaml_text(file, "the config file"))))
-        written |= {key: Leaf("true" if text is None else text) for key, text in split_arguments(settings)[0]}
-        for what, keys in FIXED.items():
-            for key in keys:
-                if key not in written:
-                    continue
-                expected = parse_value(FIELDS[key], own[key]) if key in own else FIELDS[key].default
-                found = parse_value(FIELDS[key], written[key])
-                if found not in (expected, FIELDS[key].default):
-                    remedy = _REMEDIES.get(what, "use {expected} or remove the key").format(expected=expected)
-                    wrong.append(f"{key}: {found!r}, but {what} of the track {track.name} may not change; {remedy}")
-    except (YamlError, LeafError) as error:
+        written = _read_written(file)
+    except (YamlError, VariableError) as error:
         raise SpeedrunError(f"{file}: {error}") from error
+    written |= {key: Leaf("true" if text is None else text) for key, text in split_arguments(settings)[0]}
+    wrong = []
+    for what, keys in FIXED.items():
+        for key in (key for key in keys if key in written):
+            expected = parse_value(FIELDS[key], own[key]) if key in own else FIELDS[key].default
+            try:
+                found = parse_value(FIELDS[key], written[key])
+            except LeafError as error:
+                raise SpeedrunError(f"{file}: {key}: {error}") from error
+            if found not in (expected, FIELDS[key].default):
+                remedy = _REMEDIES.get(what, "use {expected} or remove the key").format(expected=expected)
+                wrong.append(f"{key}: {found!r}, but {what} of the track {track.name} may not change; {remedy}")
     if wrong:
         raise SpeedrunError("\n  - ".join([f"{len(wrong)} key(s) of {file} that a record may not set:", *wrong]))
+
+
+def _read_written(file: Path) -> dict[str, Tree]:
+    """The values that a config file writes, by key. A whole section may be a variable, so these are replaced first."""
+    tree = parse_yaml(read_yaml_text(file, "the config file"))
+    variables = tree.pop("variables", {})
+    values = {name: substitute(value, variables if isinstance(variables, dict) else {}) for name, value in tree.items()}
+    return dict(_flatten(values))
 
 
 def _flatten(tree: dict[str, Tree], prefix: str = "") -> Iterator[tuple[str, Tree]]:
@@ -122,17 +132,24 @@ def _flatten(tree: dict[str, Tree], prefix: str = "") -> Iterator[tuple[str, Tre
             yield key, value
 
 
-def build_config(track: Track, file: Path, settings: Sequence[str], data: Path) -> Config:
-    """The config of every run of a record, but for the seed and the number of steps.
+def build_config(track: Track, file: Path, settings: Sequence[str], data: Path, *, seed: int = 0) -> Config:
+    """The config of every run of a record, but for the number of steps.
 
     Raises:
-        SpeedrunError: it sets what a track fixes.
+        SpeedrunError: it sets what a track fixes, or trains what cannot be scored.
         ConfigError: anything else that is wrong with it.
     """
     check_config(track, file, settings)
-    last = [f"dataset.path={data}", "trainer.max_steps=1", "trainer.save_strategy=no"]
-    last += ["trainer.eval_strategy=no", "trainer.eval_max_batches=1"]  # Weights are scored at the end.
-    return load_config(file, [*settings, *track.settings, *last])
+    last = [f"dataset.path={data}", f"seed={seed}", "trainer.max_steps=1", "trainer.save_strategy=no"]
+    # Weights are scored at the end, so they are saved then; a run that is resumed is not overwritten.
+    last += ["trainer.eval_strategy=no", "trainer.eval_max_batches=1", "trainer.save_model=true"]
+    config = load_config(file, [*settings, *track.settings, *last, "trainer.overwrite_output_dir=false"])
+    objective, allowed = config.trainer.objective, FILLS_MASKS.partition("=")[2].split("|")
+    if objective not in allowed:
+        raise SpeedrunError(
+            f"trainer.objective: {objective}, whose weights have no loss of masked tokens; use {' or '.join(allowed)}"
+        )
+    return config
 
 
 def choose_track(name: str) -> Track:

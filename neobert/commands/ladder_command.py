@@ -36,7 +36,8 @@ def ladder(program: str, argv: list[str]) -> None:
     parser.add_argument("--output", type=Path, default=Path("outputs/experiments/ladder"), help="default %(default)s")
     parser.add_argument("--threads", type=count, default=2, help="threads that compute (default %(default)s)")
     options, settings = parser.parse_known_args(argv)
-    depths, predicted = tuple(map(read_depth, options.depths.split(","))), read_depth(options.predict)
+    depths = tuple(read_depth(text.strip(), "--depths") for text in options.depths.split(","))
+    predicted = read_depth(options.predict, "--predict")
     if len(set(depths)) < 3 or len(set(depths)) < len(depths) or predicted in depths:
         parser.error(
             f"--depths: {options.depths}; write three or more different depths, none of them --predict {predicted}"

@@ -65,9 +65,10 @@ def _add_data(parser: Parser) -> None:
 def _seeds(text: str) -> tuple[int, ...]:
     """`0,1,2`, each once."""
     parts = text.split(",")
-    if not all(part.isdecimal() for part in parts) or len({*parts}) < len(parts):
+    seeds = tuple(map(int, parts)) if all(part.isdecimal() for part in parts) else ()
+    if len({*seeds}) < len(parts):
         raise argparse.ArgumentTypeError(f"{text!r}: write different numbers, separated by commas, such as 0,1,2")
-    return tuple(map(int, parts))
+    return seeds
 
 
 def _check_home(home: Path) -> None:
@@ -82,7 +83,8 @@ def _run(args: argparse.Namespace, settings: list[str]) -> int:
     from neobert.benchmark.speedrun_tracks import build_config, choose_track
 
     track = choose_track(args.track)
-    build_config(track, args.config, settings, args.data)  # What is wrong is said before torch is imported.
+    # What is wrong is said before torch is imported, and a seed that is too large before another one is trained.
+    build_config(track, args.config, settings, args.data, seed=max(args.seeds))
     idea = args.idea or _read_idea(args.config)
     from neobert.benchmark.speedrun import RecordRequest, make_record
 

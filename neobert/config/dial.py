@@ -41,6 +41,7 @@ MATRICES_LR = 8e-3
 _ANCHOR_TOKENS, _ANCHOR_ROWS, _ANCHOR_STEPS, _ANCHOR_DECAY = 3.2e6, 8, 782, 0.01
 _ANCHOR_WIDTH, _ANCHOR_REST_LR = 256, 2e-3
 _MOST_ROWS_AT_ONCE = 8
+_MOST_TOKENS_PER_PARAMETER = 1_000_000
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -123,17 +124,22 @@ class DialSize:
 
 
 def set_depth(file: str, overrides: Sequence[str]) -> list[str]:
-    """The overrides with what `--depth` and `--tokens_per_parameter` of `dial` stand for in front; others as they are.
+    """The overrides with what `--depth` and `--tokens_per_parameter` of `dial` stand for in front.
 
     A budget that is typed replaces that of the law.
 
     Raises:
-        CallError: one of the two is no number, or out of range.
+        CallError: one of the two is no number, or out of range, or of another config.
     """
     pairs, others = split_arguments(overrides)
     typed = {name: text for name, text in pairs if name in ("depth", "tokens_per_parameter")}
-    if file != NAME or not typed:
+    if not typed:
         return list(overrides)
+    if file != NAME:
+        raise CallError(
+            f"--{next(iter(typed))}: is of the shipped config {NAME} (`neobert pretrain {NAME} --depth 4`), and {file} "
+            "has sizes of its own; set its keys instead"
+        )
     depth, ratio = typed.get("depth", "4") or "", typed.get("tokens_per_parameter", f"{TOKENS_PER_PARAMETER}") or ""
     size = DialSize(depth=read_depth(depth), tokens_per_parameter=read_ratio(ratio))
     own = [(name, text) for name, text in pairs if name not in typed]
@@ -142,10 +148,10 @@ def set_depth(file: str, overrides: Sequence[str]) -> list[str]:
     return [*laws, *(f"--{name}" if text is None else f"--{name}={text}" for name, text in own), *others]
 
 
-def read_depth(text: str) -> int:
+def read_depth(text: str, flag: str = "--depth") -> int:
     """A number of layers. Raises CallError."""
     if not text.isdecimal() or not 1 <= int(text) <= DEEPEST:
-        raise CallError(f"--depth: {text!r}; write a number of layers from 1 to {DEEPEST}")
+        raise CallError(f"{flag}: {text!r}; write a number of layers from 1 to {DEEPEST}")
     return int(text)
 
 
@@ -155,8 +161,10 @@ def read_ratio(text: str) -> float:
         value = float(text)
     except ValueError:
         value = 0.0
-    if not 0 < value < math.inf:
-        raise CallError(f"--tokens_per_parameter: {text!r}; write a number above 0, such as 20")
+    if not 0 < value <= _MOST_TOKENS_PER_PARAMETER:
+        raise CallError(
+            f"--tokens_per_parameter: {text!r}; write a number above 0, up to {_MOST_TOKENS_PER_PARAMETER}, such as 20"
+        )
     return value
 
 

@@ -50,7 +50,10 @@ class ModelSection(Architecture):
     """true: leave out the bias that the vocabulary projection of `init_from` may have (published NeoBERT has one)."""
 
     decoder_bias_init: Literal["zeros", "log_frequency"] = key(
-        "zeros", needs=("model.decoder_bias", "model.init_from=null"), tasks="pretraining", resume="free"
+        "zeros",
+        needs=("model.decoder_bias", "model.init_from=null", PREDICTS_TOKENS),
+        tasks="pretraining",
+        resume="free",
     )
     """Where `decoder_bias` starts. log_frequency: at the logarithms of the frequencies of tokens in the training data,
     so that the loss starts near that of a model which knows only these, instead of at that of a guess. Every token

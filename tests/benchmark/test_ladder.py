@@ -121,3 +121,9 @@ def test_sizes_are_trained_once_and_the_prediction_is_checked(
 def test_sizes_that_make_no_law_are_refused(flags: list[str]) -> None:
     with pytest.raises(CallError, match="write three or more different depths"):
         command("neobert ladder", ["--data", "none", *flags])
+
+
+def test_the_flag_of_a_wrong_depth_is_named() -> None:
+    for flags in (["--depths", "1,x,3"], ["--predict", "x"]):
+        with pytest.raises(CallError, match=f"{flags[0]}: 'x'; write a number of layers"):
+            command("neobert ladder", ["--data", "none", *flags])

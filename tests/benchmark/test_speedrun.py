@@ -26,9 +26,9 @@ from neobert.benchmark.speedrun_records import (
 )
 from neobert.benchmark.speedrun_replay import judge
 from neobert.benchmark.speedrun_table import describe_records, draw_records, replace_table, write_table
-from neobert.benchmark.speedrun_tracks import TRACKS, SpeedrunError, Track, check_config
+from neobert.benchmark.speedrun_tracks import TRACKS, SpeedrunError, Track, build_config, check_config
 from neobert.commands.speedrun_commands import speedrun as command
-from neobert.config.load import load_config
+from neobert.config.load import ConfigError, load_config
 from neobert.config.schema_data import TokenizerSection
 from neobert.data.tokenizer import load_tokenizer
 from neobert.disk import write_json
@@ -273,6 +273,22 @@ def test_the_number_of_steps_under_a_clock_leaves_a_margin(folder: Path, monkeyp
     assert load_record(folder / "home/records/timed").runs[0].num_steps == 2
 
 
+def test_an_interruption_before_the_first_seed_leaves_no_half_record(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def interrupt(*_: object, **__: object) -> int:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(trial, "measure_steps", interrupt)
+        with pytest.raises(KeyboardInterrupt):
+            run(folder, "timed", "--seeds", "0", track="timed")
+    assert not list((folder / "home/records/timed").iterdir())
+    monkeypatch.setattr(trial, "measure_steps", lambda *_, **__: 2)
+    run(folder, "timed", "--seeds", "0", track="timed")
+    assert load_record(folder / "home/records/timed").runs
+
+
 # ---- the rules ----
 
 
@@ -306,6 +322,32 @@ def test_a_key_that_the_track_fixes_is_refused(folder: Path, setting: str, said:
     assert said in str(error.value)
 
 
+def test_a_variable_does_not_hide_a_key(folder: Path) -> None:
+    config = folder / "config.yaml"
+    config.write_text("variables: {all: {train_split: validation}}\ndataset: $variables.all\n")
+    with pytest.raises(SpeedrunError, match=r"dataset.train_split: 'validation', but the data of the track tiny"):
+        check_config(TINY, config, [])
+    config.write_text("variables: {size: 300}\ntokenizer: {vocab_size: $variables.size}\n")
+    check_config(TINY, config, [])
+    config.write_text("dataset: $variables.none\n")
+    with pytest.raises(SpeedrunError, match=r"config.yaml: there is no variable 'none'"):
+        check_config(TINY, config, [])
+    config.write_text("seed: many\n")
+    with pytest.raises(SpeedrunError, match=r"config.yaml: seed: 'many' is not an integer"):
+        check_config(TINY, config, [])
+
+
+def test_a_run_that_could_not_be_scored_is_refused_or_saved(folder: Path) -> None:
+    for objective in ("clm", "replaced_token"):
+        with pytest.raises(SpeedrunError, match=f"trainer.objective: {objective}, .*; use mlm or mlm_jepa or distill"):
+            run(folder, "second", "--trainer.objective", objective)
+    with pytest.raises(SpeedrunError, match=r"model.max_position_embeddings: 63, .* reads 64 tokens of a document"):
+        run(folder, "second", "--model.max_position_embeddings", "63", "--dataset.max_seq_length", "32")
+    settings = ["trainer.save_model=false", "trainer.overwrite_output_dir=true"]
+    trainer = build_config(TINY, folder / "config.yaml", settings, folder / "data").trainer
+    assert (trainer.save_model, trainer.overwrite_output_dir) == (True, False)
+
+
 def test_what_the_track_says_itself_may_be_written(folder: Path) -> None:
     check_config(
         TINY, folder / "config.yaml", ["tokenizer.vocab_size=300", "seed=0", "optimizer.lr=1", "dataset.path=null"]
@@ -326,6 +368,19 @@ def test_another_file_is_named(folder: Path) -> None:
     assert not (folder / "home/records/second").exists()
 
 
+def test_a_damaged_manifest_is_named(folder: Path) -> None:
+    (folder / "home/data/tiny.json").write_text("<<<<<<<")
+    with pytest.raises(SpeedrunError, match=r"tiny.json: is no manifest \(.*\); restore the file"):
+        run(folder, "second")
+
+
+def test_a_record_of_a_gpu_is_replayed_on_one(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(TRACKS, "tiny", dataclasses.replace(TINY, gpus=("T1000",), hardware="one T1000"))
+    monkeypatch.setattr("torch.cuda.is_available", lambda: False)
+    with pytest.raises(SpeedrunError, match="tiny: was set on one T1000, and this machine has no GPU"):
+        verify(folder)
+
+
 def test_other_bytes_and_more_files_are_named(folder: Path) -> None:
     file = folder / "data" / "train.jsonl"
     kept = file.read_text()
@@ -334,7 +389,10 @@ def test_other_bytes_and_more_files_are_named(folder: Path) -> None:
         run(folder, "second")
     file.write_text(kept)
     (folder / "data" / "train-2.jsonl").write_text(kept)
-    with pytest.raises(SpeedrunError, match=r"train-2.jsonl is not part of it; remove the file"):
+    with pytest.raises(SpeedrunError, match=r"train-2.jsonl is not part of it; remove it"):
+        run(folder, "second")
+    (folder / "data" / "train-2.jsonl").rename(make_folder(folder / "data" / "more") / "train-2.jsonl")
+    with pytest.raises(SpeedrunError, match=r"more is not part of it; remove it"):
         run(folder, "second")
 
 
@@ -388,8 +446,11 @@ def test_wrong_calls(folder: Path, tmp_path: Path) -> None:
         command("", ["table", "--home", str(tmp_path / "none")])
     with pytest.raises(CallError, match="track: 'cpu-418s' is unknown; write one of cpu-417s, stdlib-417s, cpu-tokens"):
         run(folder, "second", track="cpu-418s")
-    with pytest.raises(CallError, match="'0,x': write different numbers"):
-        run(folder, "second", "--seeds", "0,x")
+    for seeds in ("0,x", "0,00", ""):
+        with pytest.raises(CallError, match=f"'{seeds}': write different numbers"):
+            run(folder, "second", "--seeds", seeds)
+    with pytest.raises(ConfigError, match=r"seed: .*99999999999999999999"):
+        run(folder, "second", "--seeds", "0,99999999999999999999")
     (folder / "config.yaml").write_text(CONFIG.partition("\n")[2])
     with pytest.raises(CallError, match="--idea: say in one sentence what is new"):
         run(folder, "second")
@@ -414,6 +475,9 @@ def test_t_tests_of_known_numbers() -> None:
     assert welch.p == pytest.approx(0.5 + t / (2 * math.sqrt(2 + t * t)), abs=1e-9)
     assert compare_losses({0: 1.0, 1: 1.2}, {0: 0.5}).p is None
     assert compare_losses({0: 1.0, 1: 1.5}, {0: 0.5, 1: 1.0}).p is None, "equal differences have no t"
+    rounded = compare_losses({0: 5.1, 1: 5.2, 2: 5.3}, {0: 5.0, 1: 5.1, 2: 5.2})
+    assert len({5.1 - 5.0, 5.2 - 5.1, 5.3 - 5.2}) > 1
+    assert rounded.p is None, "nor have those that differ by rounding"
     worse = compare_losses({0: 1.0, 1: 1.2, 2: 1.1}, {0: 2.0, 1: 2.1, 2: 2.3})
     assert worse.p is not None
     assert worse.p > 0.99
@@ -441,18 +505,20 @@ def test_a_record_has_to_beat_the_last_one_of_its_group(base: Path) -> None:
         "better": make_record(base, {0: 4.8, 1: 4.821, 2: 4.812}),
         "alone": make_record(base, {0: 1.0}),
         "missing": dataclasses.replace(make_record(base, {0: 1.0, 1: 1.1}), seeds=(0, 1, 2)),
+        "two": make_record(base, {0: 1.0, 1: 1.001}),
         "late": make_record(base, {0: 1.0, 1: 1.1}, track="timed"),
-        "elsewhere": make_record(base, {0: 6.0, 1: 6.1}, data_sha256="other"),
+        "elsewhere": make_record(base, {0: 6.0, 1: 6.1, 2: 6.2}, data_sha256="other", idea="a | b\nc"),
         "more": make_record(base, {3: 4.6, 4: 4.602, 5: 4.601}),
     }
     groups = rank_records(records)
     found = {x.name: x for group in groups.values() for x in group}
-    assert [len(group) for group in groups.values()] == [6, 1, 1]
+    assert [len(group) for group in groups.values()] == [7, 1, 1]
     assert {name: x.problem for name, x in found.items()} == {
         "start": None,
         "noise": "not better with p < 0.01",
         "better": None,
-        "alone": "one seed shows nothing",
+        "alone": "1 of at least 3 seeds",
+        "two": "2 of at least 3 seeds",
         "missing": "seeds 2 are missing",
         "late": f"{records['late'].excess:.1f} s over the limit",
         "elsewhere": None,
@@ -463,10 +529,11 @@ def test_a_record_has_to_beat_the_last_one_of_its_group(base: Path) -> None:
     table = describe_records(groups)
     assert table.count("| CPU or GPU |") == 3
     assert "| 2 | [better](records/better/record.json) | A tiny model. | 4.8110 ± 0.0105 | 3 | -0.1990, p = " in table
+    assert "| a \\| b c |" in table
     assert "| - | [noise](records/noise/record.json)" in table
     picture = draw_records(groups)
     assert picture.count('class="dot"') == 4
-    assert picture.count('class="no"') == 4
+    assert picture.count('class="no"') == 5
     assert "prefers-color-scheme: dark" in picture
     assert picture.count(">goal</text>") == 3
 

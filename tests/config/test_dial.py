@@ -8,6 +8,7 @@ from neobert.commands.training_commands import parse_command_line
 from neobert.config.dial import LENGTH, VOCABULARY, DialSize, describe_sizes, set_depth
 from neobert.config.load import load_config
 from neobert.config.schema import Config
+from neobert.config.shipped import copy_shipped
 from neobert.errors import CallError
 
 RECIPES = Path(__file__).parents[2] / "docs" / "recipes.md"
@@ -69,6 +70,7 @@ def test_the_saved_config_holds_plain_values(capsys: pytest.CaptureFixture[str],
         (["--depth", "0"], "--depth: '0'; write a number of layers from 1 to 128"),
         (["--depth"], "--depth: ''"),
         (["--depth", "4", "--tokens_per_parameter", "nan"], "--tokens_per_parameter: 'nan'; write a number above 0"),
+        (["--tokens_per_parameter", "1e308"], "--tokens_per_parameter: '1e308'; write a number above 0"),
     ],
 )
 def test_a_wrong_depth_is_one_sentence(argv: list[str], said: str) -> None:
@@ -76,8 +78,12 @@ def test_a_wrong_depth_is_one_sentence(argv: list[str], said: str) -> None:
         parse("dial", *argv)
 
 
-def test_other_configs_have_no_depth() -> None:
-    assert set_depth("quickstart", ["--depth=4"]) == ["--depth=4"], "an unknown key, as the loader says"
+def test_other_configs_have_no_depth(tmp_path: Path) -> None:
+    copied = copy_shipped("dial", tmp_path / "dial.yaml")
+    for file in ("quickstart", str(copied)):
+        assert set_depth(file, ["--seed=4"]) == ["--seed=4"]
+        with pytest.raises(CallError, match=r"--depth: is of the shipped config dial .*, and .* has sizes of its own"):
+            parse(file, "--depth", "4")
 
 
 @pytest.mark.parametrize("depth", range(1, 33))

@@ -220,6 +220,10 @@ def test_frequencies_are_the_start_of_fresh_runs_with_a_bias_alone(tiny: Tiny, t
         tiny(tmp_path / "run", frequent)
     with pytest.raises(ConfigError, match=r"decoder_bias_init: log_frequency has no effect with model.init_from: x"):
         tiny(tmp_path / "run", frequent, "model.decoder_bias=true", "model.init_from=x")
+    with pytest.raises(
+        ConfigError, match=r"decoder_bias_init: log_frequency has no effect with trainer.objective: repl"
+    ):
+        tiny(tmp_path / "run", frequent, "model.decoder_bias=true", "trainer.objective=replaced_token")
 
 
 def test_new_tokens_of_the_normalised_model_have_length_one(tiny: Tiny, tmp_path: Path) -> None:
