@@ -41,7 +41,7 @@ def test_every_condition_names_a_key_and_its_values() -> None:
         for name, values in condition.alternatives:
             field = FIELDS[name]
             allowed = {"true", "false"} if field.kind is bool else set(field.choices)
-            assert set(values) <= allowed, condition
+            assert set(values) <= allowed | ({"null"} if field.nullable else set()), condition
 
 
 def test_conditions() -> None:

@@ -356,7 +356,7 @@ def test_python_stdlib_is_there(tmp_path):
     source = StdlibSource()
     texts = [record.text for record in source.records() if record.text]
     assert sum(map(len, texts)) > 5_000_000
-    assert not any("/test/" in str(path) or "site-packages" in str(path) for path in source._paths)
+    assert not any("/test/" in str(path) or "site-packages" in str(path) for path in source.paths)
     assert source.fingerprint == StdlibSource().fingerprint
 
 
