@@ -12,10 +12,11 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import torch
 from accelerate.state import AcceleratorState
 from devices import skip_without_fork
 from ports import free_port
+
+from neobert.benchmark.lives import renew_threads
 
 
 def fork(
@@ -48,8 +49,7 @@ def fork(
             names = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": world, "LOCAL_WORLD_SIZE": world}
             names |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
             os.environ.update({name: str(value) for name, value in names.items()})
-        # torch makes its thread pool anew in a fork, once: threads that do so at the same time see none at all.
-        torch.set_num_threads(torch.get_num_threads())
+        renew_threads()
         # A run of this process that ended with an error has left Accelerate's idea of its processes.
         AcceleratorState._reset_state(reset_partial_state=True)
         code = work()

@@ -68,6 +68,12 @@ class PlannedRun:
         return [*self.variant.overrides, *rate, f"seed={self.seed}"]
 
 
+def use_local(data: Path, tokenizer: Path | None) -> list[str]:
+    """Overrides that name the data, and a tokenizer folder, of this machine."""
+    own = [] if tokenizer is None else ["tokenizer.name=null", f"tokenizer.path={tokenizer.absolute()}"]
+    return [f"dataset.path={data.absolute()}", *own]
+
+
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Workspace:
     """Where the runs of a plan are written, and on which data they are made."""

@@ -22,6 +22,7 @@ from typing import Any
 
 from neobert import cli
 from neobert.benchmark.experiment_plan import Plan, PlanError, PlannedRun, Workspace, build_job_config, grid
+from neobert.benchmark.loss_axis import build_axis
 from neobert.benchmark.trial import (
     HELD_OUT,
     Stopped,
@@ -157,27 +158,18 @@ def _rate(row: ResultRow) -> float:
 def draw(outcomes: Sequence[TrialResult], title: str) -> str:
     """One line of dots for each entry and learning rate, as SVG: a dot is a run, filled at the best rate."""
     rows = build_rows(outcomes)
-    losses = [loss for row in rows for loss in row.losses] or [0.0]
-    low, high = min(losses), max(losses)
-    margin = 0.05 * (high - low) or 0.05
-    low, high = low - margin, high + margin
     base = _TOP + _ROW * len(rows)
-
-    def to_x(loss: float) -> float:
-        return _LEFT + (_WIDTH - _LEFT - _RIGHT) * (loss - low) / (high - low)
-
+    to_x = build_axis([loss for row in rows for loss in row.losses] or [0.0], _LEFT, _WIDTH - _RIGHT)
     parts = [
         f'<svg xmlns="http://www.w3.org/2000/svg" width="{_WIDTH}" height="{base + _BOTTOM}" '
         f'font-family="sans-serif" font-size="11">',
         f'<rect width="{_WIDTH}" height="{base + _BOTTOM}" fill="white"/>',
         f'<text x="{_WIDTH / 2}" y="20" font-size="14" text-anchor="middle">{escape(title)}</text>',
     ]
-    for number in range(6):
-        value = low + (high - low) * number / 5
-        x = to_x(value)
+    for x, value in to_x.ticks():
         parts += [
             f'<line x1="{x:.1f}" y1="{_TOP - 8}" x2="{x:.1f}" y2="{base}" stroke="#dddddd"/>',
-            f'<text x="{x:.1f}" y="{base + 16}" text-anchor="middle">{value:.2f}</text>',
+            f'<text x="{x:.1f}" y="{base + 16}" text-anchor="middle">{value}</text>',
         ]
     for number, row in enumerate(rows):
         parts += _draw_row(row, _TOP + _ROW * (number + 0.5), to_x)
@@ -199,6 +191,13 @@ def _draw_row(row: ResultRow, y: float, to_x: Callable[[float], float]) -> list[
 
 
 SCORE = "score.json"
+
+
+def with_precision(plan: Plan, workspace: Workspace) -> Workspace:
+    """The workspace with one precision instead of `auto` for all runs: that of those which are made already."""
+    config = build_job_config(plan, grid(plan.variants[0])[0], workspace)
+    precision = fix_precision(config, sorted(workspace.output.glob("*/config.yaml")))
+    return dataclasses.replace(workspace, overrides=(*workspace.overrides, *precision))
 
 
 def run_plan(plan: Plan, workspace: Workspace) -> Iterator[tuple[PlannedRun, TrialResult]]:
@@ -310,9 +309,7 @@ def compare(plan: Plan, chosen: Plan, workspace: Workspace) -> str:
     Raises:
         Stopped: a run was interrupted; the next start continues with it.
     """
-    config = build_job_config(chosen, grid(chosen.variants[0])[0], workspace)
-    precision = fix_precision(config, sorted(workspace.output.glob("*/config.yaml")))
-    workspace = dataclasses.replace(workspace, overrides=(*workspace.overrides, *precision))
+    workspace = with_precision(chosen, workspace)
     for job, outcome in run_plan(chosen, workspace):
         cli.say(f"{job.name}: {outcome.describe()}")
         table = write_results(plan, workspace, finished(plan, workspace))

@@ -13,7 +13,6 @@ above the best one (95%, profile likelihood), where each loss has the standard d
 import dataclasses
 import json
 import math
-import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -24,11 +23,13 @@ from numpy.typing import NDArray
 
 from neobert import cli
 from neobert.benchmark.experiment_plan import Plan, PlannedRun, Variant, Workspace, build_job_config
-from neobert.benchmark.experiments import SCORE, TrialResult, run_job
-from neobert.benchmark.trial import describe_machine, fix_precision
+from neobert.benchmark.experiments import SCORE, TrialResult, run_job, with_precision
+from neobert.benchmark.loss_axis import build_axis
+from neobert.benchmark.trial import describe_machine
 from neobert.config.dial import DialSize
 from neobert.config.shipped import SHIPPED
 from neobert.disk import write_text
+from neobert.train.hardware.device import measure_product
 
 SIGMA = 0.02
 """Nats, of one seed."""
@@ -132,17 +133,9 @@ class Ladder:
         return Plan(name="ladder", config=SHIPPED["dial"], seeds_at_best=0, variants=tuple(variants))
 
 
-@torch.no_grad()
-def estimate_seconds(ladder: Ladder, depths: Sequence[int], dtype: torch.dtype, seconds: float = 0.5) -> float:
+def estimate_seconds(ladder: Ladder, depths: Sequence[int], dtype: torch.dtype) -> float:
     """Of training these sizes here: their products at a part of the rate of one large product, measured now."""
-    side = 1024
-    a = torch.randn(side, side).to(dtype)
-    a @ a
-    start, count = time.perf_counter(), 0
-    while time.perf_counter() - start < seconds:
-        a @ a
-        count += 1
-    rate = count * 2 * side**3 / (time.perf_counter() - start)
+    rate = measure_product(1024, 1024, 1024, dtype)
     return sum(ladder.size(depth).flops for depth in depths) / (_EFFICIENCY * rate)
 
 
@@ -154,11 +147,9 @@ def climb(ladder: Ladder, *, check: bool) -> str:
         Stopped: a run was interrupted; the next start continues with it.
         ValueError: the numbers of a size went bad.
     """
-    plan, workspace = ladder.plan(), ladder.workspace
+    plan = ladder.plan()
+    workspace = with_precision(plan, ladder.workspace)
     jobs = [PlannedRun(variant=variant, learning_rate=None, seed=0) for variant in plan.variants]
-    made = sorted(workspace.output.glob("*/config.yaml"))
-    precision = fix_precision(build_job_config(plan, jobs[0], workspace), made)
-    workspace = dataclasses.replace(workspace, overrides=(*workspace.overrides, *precision))
     bf16 = build_job_config(plan, jobs[0], workspace).trainer.mixed_precision == "bf16"
     trained = (*ladder.depths, ladder.predict) if check else ladder.depths
     missing = [depth for depth in trained if not (workspace.output / f"depth{depth}-seed0" / SCORE).is_file()]
@@ -234,11 +225,10 @@ def draw(ladder: Ladder, result: dict[str, Any]) -> str:
     sizes = [ladder.size(depth).parameters for depth in (*ladder.depths, ladder.predict)]
     low, high = min(sizes) * 0.9, max(sizes) * 1.1
     measured = [loss for loss in (*result["losses"], result["measured"]) if loss is not None]
-    values = [*measured, *result["interval"], law(low), law(high)]
-    bottom, top = min(values) - 0.05, max(values) + 0.05
+    to_y = build_axis([*measured, *result["interval"], law(low), law(high)], 340, 40)
 
     def place(parameters: float, loss: float) -> tuple[float, float]:
-        return 70 + 640 * math.log(parameters / low) / math.log(high / low), 40 + 300 * (top - loss) / (top - bottom)
+        return 70 + 640 * math.log(parameters / low) / math.log(high / low), to_y(loss)
 
     line = [place(p, law(p)) for p in np.geomspace(low, high, 60)]
     x, first = place(sizes[-1], result["interval"][0])
@@ -250,9 +240,8 @@ def draw(ladder: Ladder, result: dict[str, Any]) -> str:
         f'<polyline points="{" ".join(f"{a:.1f},{b:.1f}" for a, b in line)}" fill="none" stroke="#999999"/>',
         f'<line x1="{x:.1f}" y1="{first:.1f}" x2="{x:.1f}" y2="{last:.1f}" stroke="#c06030" stroke-width="3"/>',
     ]
-    for number in range(6):
-        value = bottom + (top - bottom) * number / 5
-        parts.append(f'<text x="60" y="{place(low, value)[1] + 4:.1f}" text-anchor="end">{value:.2f}</text>')
+    for height, value in to_y.ticks():
+        parts.append(f'<text x="60" y="{height + 4:.1f}" text-anchor="end">{value}</text>')
     for depth, size, loss in zip((*ladder.depths, ladder.predict), sizes, (*result["losses"], result["measured"])):
         at, height = place(size, law(size) if loss is None else loss)
         if loss is not None:

@@ -90,19 +90,24 @@ def _serve() -> None:
 
 
 def _fork(request: dict[str, Any], rank: int) -> int:
-    import torch
-
     if pid := os.fork():
         return pid
     descriptor = os.open(request["output"], os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
     os.dup2(descriptor, 1)
     os.dup2(descriptor, 2)
     os.environ.update(request["variables"])
-    # torch makes its thread pool again in a fork, once: threads that do so at the same time see none at all.
-    torch.set_num_threads(torch.get_num_threads())
+    renew_threads()
     if request["launched"]:
         _launch(request)
     _live(request, rank)
+
+
+def renew_threads() -> None:
+    """To be called in a fork before it has threads: torch makes its thread pool again there, once, and threads that do
+    so at the same time see none at all."""
+    import torch
+
+    torch.set_num_threads(torch.get_num_threads())
 
 
 def _launch(request: dict[str, Any]) -> NoReturn:

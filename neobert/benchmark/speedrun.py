@@ -9,7 +9,6 @@ since two parts of a run are not a run of that time; without one it resumes from
 """
 
 import dataclasses
-import hashlib
 import json
 import os
 import platform
@@ -27,6 +26,7 @@ import neobert
 from neobert import cli
 from neobert.benchmark import trial
 from neobert.benchmark.doctor import measure_rates
+from neobert.benchmark.experiment_plan import use_local
 from neobert.benchmark.speedrun_data import check_data, digest_manifest
 from neobert.benchmark.speedrun_records import (
     CONFIG,
@@ -215,12 +215,6 @@ def digest_tokenizer(tokenizer: Tokenizer) -> str:
     return digest_text(json.dumps([sorted(tokenizer.vocabulary.items()), tokenizer.roles, ids.tolist()]))
 
 
-def use_local(data: Path, tokenizer: Path | None) -> list[str]:
-    """What is this machine's own, as overrides."""
-    own = [] if tokenizer is None else ["tokenizer.name=null", f"tokenizer.path={tokenizer.absolute()}"]
-    return [f"dataset.path={data.absolute()}", *own]
-
-
 def _count_steps(request: RecordRequest, config: Config, file: Path) -> int:
     if request.track.slots is not None:
         most = count_slot_steps(request.track.slots, config)
@@ -307,8 +301,7 @@ def train_once(
 
 
 def _digest_column(steps: Iterable[dict[str, Any]], name: str) -> str:
-    text = "\n".join(f"{line['step']} {line[name]}" for line in steps)
-    return hashlib.sha256(text.encode()).hexdigest()
+    return digest_text("\n".join(f"{line['step']} {line[name]}" for line in steps))
 
 
 def describe_code() -> dict[str, Any]:

@@ -5,7 +5,6 @@ a data set of the hub at one commit, or from the sources of one CPython. Both wr
 on nothing but the texts. Data whose manifest is not in the repository yet get it from the first build.
 """
 
-import hashlib
 import json
 import platform
 from collections.abc import Iterable, Iterator
@@ -13,6 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from neobert.benchmark.speedrun_records import digest_text
 from neobert.benchmark.speedrun_tracks import SpeedrunError, Track
 from neobert.data.source.formats import StdlibSource, list_splits
 from neobert.data.source.spec import SourceSpec
@@ -81,7 +81,7 @@ def build_manifest(name: str, folder: Path) -> dict[str, Any]:
 
 def digest_manifest(manifest: dict[str, Any]) -> str:
     """One SHA-256 of the files of a manifest."""
-    return hashlib.sha256(json.dumps(manifest["files"], sort_keys=True).encode()).hexdigest()
+    return digest_text(json.dumps(manifest["files"], sort_keys=True))
 
 
 def load_manifests(track: Track, home: Path) -> list[dict[str, Any]]:

@@ -14,7 +14,8 @@ from statistics import mean, stdev
 import torch
 
 from neobert.benchmark import trial
-from neobert.benchmark.speedrun import check_tokenizer, describe_environment, train_once, use_local
+from neobert.benchmark.experiment_plan import use_local
+from neobert.benchmark.speedrun import check_tokenizer, describe_environment, train_once
 from neobert.benchmark.speedrun_data import check_data, digest_manifest
 from neobert.benchmark.speedrun_records import (
     CONFIG,

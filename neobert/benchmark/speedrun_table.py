@@ -3,8 +3,9 @@
 from collections.abc import Mapping, Sequence
 from html import escape
 from pathlib import Path
-from statistics import mean
+from statistics import mean, stdev
 
+from neobert.benchmark.loss_axis import build_axis
 from neobert.benchmark.speedrun_records import RankedRecord, SpeedRecord, load_records, rank_records
 from neobert.benchmark.speedrun_tracks import TRACKS, SpeedrunError
 from neobert.disk import write_text
@@ -139,23 +140,17 @@ def _draw_panel(group: Sequence[RankedRecord]) -> list[str]:
     losses = [loss for x in made for loss in x.record.losses.values()] + (
         [track.goal] if track.goal is not None else []
     )
-    margin = 0.06 * (max(losses) - min(losses)) or 0.05
-    low, high = min(losses) - margin, max(losses) + margin
     bottom = _PANEL - _BOTTOM
-
-    def to_y(loss: float) -> float:
-        return _TOP + (bottom - _TOP) * (high - loss) / (high - low)
+    to_y = build_axis(losses, bottom, _TOP)
 
     def to_x(number: int) -> float:
         return _LEFT + (_WIDTH - _LEFT - _RIGHT) * (number + 0.5) / len(made)
 
     title = f"{track.name} on {made[0].record.data}: held-out loss, nats per masked token"
     parts = [f'<text class="title" x="{_LEFT}" y="22">{escape(title)}</text>']
-    for step in range(5):
-        value = low + (high - low) * step / 4
-        y = to_y(value)
+    for y, value in to_y.ticks(5):
         parts.append(f'<line class="grid" x1="{_LEFT}" y1="{y:.1f}" x2="{_WIDTH - _RIGHT}" y2="{y:.1f}"/>')
-        parts.append(f'<text x="{_LEFT - 8}" y="{y + 4:.1f}" text-anchor="end">{value:.2f}</text>')
+        parts.append(f'<text x="{_LEFT - 8}" y="{y + 4:.1f}" text-anchor="end">{value}</text>')
     if track.goal is not None:
         y = to_y(track.goal)
         parts.append(f'<line class="goal" x1="{_LEFT}" y1="{y:.1f}" x2="{_WIDTH - _RIGHT}" y2="{y:.1f}"/>')
@@ -172,7 +167,7 @@ def _draw_record(ranked: RankedRecord, x: float, ys: Sequence[float], label_y: f
     y, summary = mean(ys), ranked.record.summarize()
     parts = [f'<circle class="seed" cx="{x:.1f}" cy="{one:.1f}" r="2"/>' for one in ys]
     if summary["std"]:
-        half = (sum((one - y) ** 2 for one in ys) / (len(ys) - 1)) ** 0.5
+        half = stdev(ys)
         parts.append(f'<line class="bar" x1="{x:.1f}" y1="{y - half:.1f}" x2="{x:.1f}" y2="{y + half:.1f}"/>')
     kind = "dot" if ranked.problem is None else "no"
     hover = escape(f"{ranked.name}: {_describe_loss(ranked.record)}. {ranked.record.idea}")

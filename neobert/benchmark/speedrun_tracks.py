@@ -8,6 +8,7 @@ A track fixes the data (by a manifest of their files), the tokenizer, the class 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from neobert.config.fields import FIELDS, SECTIONS, LeafError, parse_value
 from neobert.config.load import load_config, split_arguments
@@ -159,8 +160,11 @@ def choose_track(name: str) -> Track:
     return TRACKS[name]
 
 
-_BERT = ("tokenizer.name=bert-base-uncased",)
-_BERT_SHA256 = "8c57475e70f5992e3540411db39a42d34b5855af00e2c2ba7a3c9be6b3e2af83"
+_BERT: dict[str, Any] = {
+    "tokenizer": ("tokenizer.name=bert-base-uncased",),
+    "tokenizer_sha256": "8c57475e70f5992e3540411db39a42d34b5855af00e2c2ba7a3c9be6b3e2af83",
+}
+_WIKIPEDIA: dict[str, Any] = {"data": ("wikipedia-2014", "wikimedia-20231101.en"), **_BERT}
 
 TRACKS: dict[str, Track] = {
     track.name: track
@@ -168,9 +172,7 @@ TRACKS: dict[str, Track] = {
         Track(
             name="cpu-417s",
             title="Wikipedia, 417 seconds on two CPU cores",
-            data=("wikipedia-2014", "wikimedia-20231101.en"),
-            tokenizer=_BERT,
-            tokenizer_sha256=_BERT_SHA256,
+            **_WIKIPEDIA,
             hardware="two CPU cores",
             threads=2,
             seconds=417.0,
@@ -190,9 +192,7 @@ TRACKS: dict[str, Track] = {
         Track(
             name="cpu-tokens",
             title="Wikipedia, 6 million row slots, any CPU, no clock",
-            data=("wikipedia-2014", "wikimedia-20231101.en"),
-            tokenizer=_BERT,
-            tokenizer_sha256=_BERT_SHA256,
+            **_WIKIPEDIA,
             hardware="any CPU",
             threads=None,
             slots=6_000_000,
@@ -202,8 +202,7 @@ TRACKS: dict[str, Track] = {
             name="gpu-30min",
             title="Wikipedia, 30 minutes on one H100 or H200",
             data=("wikimedia-20231101.en-2m",),
-            tokenizer=_BERT,
-            tokenizer_sha256=_BERT_SHA256,
+            **_BERT,
             hardware="one H100 or H200",
             gpus=("H100", "H200"),
             threads=None,

@@ -3,6 +3,7 @@
 import argparse
 import inspect
 import json
+import os
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -168,15 +169,28 @@ def build_files_parser(program: str, description: str | None, *, rows: int, repe
     return parser
 
 
-def build_experiment_parser(program: str, description: str | None, *, file_help: str) -> Parser:
-    """The arguments of all experiments; `parse_experiment` reads them."""
+def check_one_process(runs: str) -> None:
+    """Raises CallError under a launcher that has started several processes; `runs` is what this command makes."""
+    if (size := os.environ.get("WORLD_SIZE", "1")) not in ("", "1"):
+        raise CallError(
+            f"WORLD_SIZE: {size} processes; {runs} run one after the other in one process, start it without torchrun"
+        )
+
+
+def build_experiment_parser(
+    program: str, description: str | None, *, file_help: str | None = None, name: str | None = None
+) -> Parser:
+    """The arguments of all experiments; `parse_experiment` reads them. One that takes no file has a name."""
     parser = build_parser(
         program,
         description,
         allow_abbrev=False,
         epilog="After these, settings as for pretrain: --section.key value. They hold for every run.",
     )
-    parser.add_argument("file", type=Path, help=file_help)
+    if name is None:
+        parser.add_argument("file", type=Path, help=file_help)
+    else:
+        parser.set_defaults(file=Path(name))
     parser.add_argument("--data", required=True, type=Path, help="folder with files called train* and validation*")
     parser.add_argument("--tokenizer", type=Path, help="tokenizer folder (default: the one that the config names)")
     parser.add_argument("--output", type=Path, help="folder of the runs (default: outputs/experiments/NAME)")
@@ -187,11 +201,11 @@ def build_experiment_parser(program: str, description: str | None, *, file_help:
 def parse_experiment(parser: Parser, argv: list[str]) -> tuple[argparse.Namespace, list[str]]:
     """Options, and what overrides every config: data, tokenizer, and the user's own settings, which win."""
     options, settings = parser.parse_known_args(argv)
+    check_one_process("experiments")
     if options.threads < 1:
         parser.error(f"--threads: {options.threads}; write 1 or more")
     options.output = (options.output or Path("outputs/experiments") / options.file.stem).absolute()
     options.data = options.data.absolute()
-    overrides = [f"dataset.path={options.data}"]
-    if options.tokenizer is not None:
-        overrides += ["tokenizer.name=null", f"tokenizer.path={options.tokenizer.absolute()}"]
-    return options, [*overrides, *settings]
+    from neobert.benchmark.experiment_plan import use_local
+
+    return options, [*use_local(options.data, options.tokenizer), *settings]

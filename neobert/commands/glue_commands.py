@@ -1,14 +1,13 @@
 """Commands that score an encoder by fine-tuning it on the tasks of GLUE. Libraries are imported after the arguments are
 read."""
 
-import os
 import re
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
 from neobert import cli
-from neobert.commands.flags import add_json, build_parser, print_answer
+from neobert.commands.flags import add_json, build_parser, check_one_process, print_answer
 from neobert.commands.training_commands import parse_command_line
 from neobert.config.load import split_arguments
 from neobert.config.schema import Config
@@ -27,10 +26,7 @@ def glue(program: str, argv: list[str]) -> None:
     models into a folder of each.
     """
     configs = parse_glue(argv, program=program)
-    if (size := os.environ.get("WORLD_SIZE", "1")) not in ("", "1"):
-        raise CallError(
-            f"WORLD_SIZE: {size} processes; cells run one after the other in one process, start it without torchrun"
-        )
+    check_one_process("cells")
     from neobert.glue.score_table import describe_results
     from neobert.glue.side_by_side_scores import compare_results
     from neobert.glue.suite import run_suite

@@ -4,7 +4,7 @@ import argparse
 from pathlib import Path
 
 from neobert import cli
-from neobert.commands.flags import Parser, build_parser, count
+from neobert.commands.flags import Parser, build_parser, check_one_process, count
 from neobert.errors import CallError
 
 _HOME = "the folder speedrun of a clone (default: %(default)s)"
@@ -30,6 +30,7 @@ def speedrun(program: str, argv: list[str]) -> int:
     if settings and args.action != "run":
         parser.error(f"unrecognized arguments: {' '.join(settings)}")
     _check_home(args.home)
+    check_one_process("seeds")
     return {"run": _run, "verify": _verify, "table": _table, "data": _data}[args.action](args, settings)
 
 

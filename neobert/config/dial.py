@@ -62,9 +62,9 @@ class DialSize:
         return 12 * self.depth * self.width**2 + VOCABULARY * self.width
 
     @property
-    def tokens(self) -> float:
+    def tokens(self) -> int:
         """Row slots of the run: `tokens_per_parameter` times the parameters."""
-        return self.tokens_per_parameter * self.parameters
+        return math.ceil(self.tokens_per_parameter * self.parameters)
 
     @property
     def rows(self) -> int:
@@ -115,7 +115,7 @@ class DialSize:
             "optimizer.groups.vectors.lr": f"{self.rest_lr:.3g}",
             "trainer.global_batch_size": f"{self.rows}",
             "trainer.per_device_train_batch_size": f"{self.micro_rows}",
-            "trainer.max_steps": f"{self.steps}",
+            "trainer.max_tokens": f"{self.tokens}",
         }
 
     def overrides(self) -> list[str]:

@@ -9,6 +9,7 @@ import shutil
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
+from functools import cached_property
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -131,11 +132,10 @@ def build_loader(
     )
 
 
-_COUNTED_TOKENS = 50_000_000
-_COUNTED_WINDOWS = 4
+_COUNTED_TOKENS, _COUNTED_WINDOWS = 50_000_000, 4
 
 
-@dataclass(frozen=True, kw_only=True, slots=True, eq=False)
+@dataclass(frozen=True, kw_only=True, eq=False)
 class DataPipeline:
     """Everything a run reads."""
 
@@ -219,11 +219,12 @@ class DataPipeline:
 
     def unigram_entropy(self) -> float:
         """Entropy in nats of the token frequencies: the loss of a model that knows nothing but them."""
-        counts = self.count_tokens()
+        counts = self.token_counts
         fractions = counts[counts > 0] / max(1, counts.sum())
         return float(-(fractions * np.log(fractions)).sum())
 
-    def count_tokens(self) -> NDArray[np.int64]:
+    @cached_property
+    def token_counts(self) -> NDArray[np.int64]:
         """How often each token occurs in the training data, 0 for special ones: in all of an indexed source (an even
         sample of 50 million where it is larger), in the first window of up to 4 lanes of a stream."""
         counts = np.zeros(self.tokenizer.size, dtype=np.int64)

@@ -169,8 +169,7 @@ def announce(run: Run) -> None:
         lines.append(f"clm       the first {masks.clm_steps:,} steps predict next tokens, the others hidden ones")
     lines += [f"data      {note}" for note in data.notes]
     if objective.describe_baseline is not None and run.runtime.is_main:  # It reads data, and only rank 0 speaks.
-        watched = None if run.health is None else run.health.expected.unigram_entropy  # Which reads the data once.
-        lines.append(objective.describe_baseline(config, watched or data.unigram_entropy))
+        lines.append(objective.describe_baseline(config, data.unigram_entropy))
     run.reporter.say("\n".join(lines))
     odd = [*warnings(config, total_steps=run.num_steps), *slow_reading(config, run.runtime.device.type)]
     for text in [*odd, *data.inventory.warnings()]:

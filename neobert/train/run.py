@@ -214,7 +214,7 @@ def build_run(config: Config) -> Run:
                 setup.reporter.say(copied)
             if setup.checkpoint is None and config.model.decoder_bias_init == "log_frequency":
                 assert isinstance(data, DataPipeline), "the key is of pretraining"
-                setup.reporter.say(start_at_frequencies(module, agree(runtime, data.count_tokens)))
+                setup.reporter.say(start_at_frequencies(module, agree(runtime, lambda: data.token_counts)))
             compare_tensors(runtime, list_tensors(module), "before the first step", setup.reporter.warn)
             model = build_model(config, module)
             computing = computing_module(model)

@@ -47,6 +47,7 @@ from neobert.weights.folder import (
     find_checkpoint,
 )
 from neobert.weights.layouts import LAYOUTS, OTHER_ARCHITECTURES, TYPES, Layout, choose_neobert, to_ours
+from neobert.weights.layouts.conversion import DECODER_BIASES
 
 HUB_NAME = re.compile(r"\w[\w.-]*/\w[\w.-]*(@[\w./-]+)?")
 _SMALL_FILES = ["*.json", "*.txt", "*.model"]
@@ -237,10 +238,10 @@ def _read_folder(folder: Path, drop_decoder_bias: bool, weights: str) -> Encoder
         tensors = {f"{layout.prefix}{name}": tensor for name, tensor in tensors.items()}
     config = layout.describe(raw, tensors)
     fitting, note = layout.prepare(raw, config, tensors)
+    if layout.requires is not None:
+        config = _restore(folder, config, tensors)
     if drop_decoder_bias:
         config = replace(config, decoder_bias=False)
-    if layout.requires is not None:
-        config = _restore(folder, config)
     tokenizer = next((p for p in (folder, folder / "tokenizer") if (p / "tokenizer.json").is_file()), None)
     return EncoderWeights(
         config=config,
@@ -298,13 +299,15 @@ def _recognise(folder: Path, tensors: Mapping[str, Tensor]) -> tuple[Layout, Map
     return choose_neobert(tensors), raw["model"]
 
 
-def _restore(folder: Path, config: ModelConfig) -> ModelConfig:
+def _restore(folder: Path, config: ModelConfig, tensors: Mapping[str, Tensor]) -> ModelConfig:
     """With what their config cannot hold (initial weights, dropout), from the file that our export writes."""
     if not (folder / "model_config.json").is_file():
         return config
     ours = ModelConfig.from_dict(parse_json((folder / "model_config.json").read_text()))
     carried = {"intermediate_size", "dropout_prob", "embedding_init_range", "decoder_init_range"}
     carried |= {"init", "init_std", "init_zero_residual"}
+    if not config.decoder_bias and any(name in tensors for name in DECODER_BIASES):
+        carried.add("decoder_bias")  # One of zeros: of other files it counts as none.
     both = replace(config, **{name: getattr(ours, name) for name in carried})
     if both != ours or both.ffn_size != config.ffn_size:
         raise WeightsError(

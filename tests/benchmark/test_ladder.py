@@ -5,10 +5,11 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+import torch
 
 from neobert.benchmark import ladder, trial
 from neobert.benchmark.experiment_plan import Workspace
-from neobert.benchmark.ladder import Ladder, draw, find_interval, fit_law, predict
+from neobert.benchmark.ladder import Ladder, draw, estimate_seconds, find_interval, fit_law, predict
 from neobert.commands.ladder_command import ladder as command
 from neobert.config.schema import Config
 from neobert.errors import CallError
@@ -54,6 +55,16 @@ def test_two_sizes_make_no_law() -> None:
         fit_law(SIZES[:2], [5, 4])
 
 
+def test_the_estimate_is_products_at_a_fifth_of_the_measured_rate(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(ladder, "measure_product", lambda *_: 1e12)
+    workspace = Workspace(output=tmp_path, data=tmp_path, overrides=())
+    climbed = Ladder(depths=(1, 2, 3), predict=4, tokens_per_parameter=1, workspace=workspace)
+    expected = (climbed.size(1).flops + climbed.size(4).flops) / 0.2e12
+    assert estimate_seconds(climbed, (1, 4), torch.float32) == pytest.approx(expected)
+
+
 def test_the_picture_shows_what_is_measured(tmp_path: Path) -> None:
     climbed = Ladder(
         depths=(1, 2, 3),
@@ -84,7 +95,7 @@ def argv(
         (data / f"{name}.jsonl").write_text("".join(json.dumps({"text": text}) + "\n" for text in part))
     length = ["dataset.max_seq_length=64", "dataset.eval_samples=12", "model.max_position_embeddings=64"]
     where = ["--data", str(data), "--output", str(tmp_path / "out"), "--tokenizer", str(tokenizer_folder)]
-    few = ["--depths", "1,2,3", "--predict", "4", "--tokens_per_parameter", "0.0005"]
+    few = ["--depths", "1,2,3", "--predict", "4", "--tokens_per_parameter", "0.00007"]
     return [
         *where,
         *few,
@@ -115,6 +126,12 @@ def test_sizes_are_trained_once_and_the_prediction_is_checked(
     assert result["measured"] == json.loads((out / "depth4-seed0" / "score.json").read_text())["loss"]
     assert f"measured {result['measured']:.4f}, " in second.out
     assert "| **4** | " in (out / "ladder.md").read_text()
+
+
+def test_several_processes_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    with pytest.raises(CallError, match="WORLD_SIZE: 2 processes; experiments run one after the other in one process"):
+        command("neobert ladder", ["--data", "none"])
 
 
 @pytest.mark.parametrize("flags", [["--depths", "1,2"], ["--depths", "1,2,2"], ["--depths", "1,2,3", "--predict", "3"]])

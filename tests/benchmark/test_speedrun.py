@@ -441,7 +441,11 @@ def test_steps_of_a_number_of_slots(folder: Path) -> None:
         run(folder, "second", "--steps", "7")
 
 
-def test_wrong_calls(folder: Path, tmp_path: Path) -> None:
+def test_wrong_calls(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    with monkeypatch.context() as patch:
+        patch.setenv("WORLD_SIZE", "2")
+        with pytest.raises(CallError, match="WORLD_SIZE: 2 processes; seeds run one after the other in one process"):
+            run(folder, "second")
     with pytest.raises(CallError, match=r"none/data is not there; .* call this in a clone"):
         command("", ["table", "--home", str(tmp_path / "none")])
     with pytest.raises(CallError, match="track: 'cpu-418s' is unknown; write one of cpu-417s, stdlib-417s, cpu-tokens"):

@@ -4,6 +4,7 @@ from pathlib import Path
 
 import pytest
 
+from neobert.commands.ladder_command import TOKENS_PER_PARAMETER
 from neobert.commands.training_commands import parse_command_line
 from neobert.config.dial import LENGTH, VOCABULARY, DialSize, describe_sizes, set_depth
 from neobert.config.load import load_config
@@ -19,10 +20,8 @@ def parse(*argv: str) -> Config:
 
 
 def slots(config: Config) -> int:
-    trainer = config.trainer
-    assert trainer.max_steps is not None
-    assert trainer.global_batch_size is not None
-    return trainer.max_steps * trainer.global_batch_size * LENGTH
+    assert config.trainer.max_tokens is not None
+    return config.trainer.max_tokens
 
 
 def test_the_shipped_file_is_what_the_laws_give_at_depth_four() -> None:
@@ -51,8 +50,8 @@ def test_what_is_typed_wins_in_any_order() -> None:
     for argv in (["--depth", "6", "--model.hidden_size", "192"], ["--model.hidden_size", "192", "--depth=6"]):
         config = parse("dial", *argv)
         assert (config.model.hidden_size, config.model.num_hidden_layers) == (192, 6)
-    budget = parse("dial", "--depth", "6", "--trainer.max_tokens", "5000").trainer
-    assert (budget.max_steps, budget.max_tokens) == (None, 5000)
+    budget = parse("dial", "--depth", "6", "--trainer.max_steps", "50").trainer
+    assert (budget.max_steps, budget.max_tokens) == (50, None)
     few = parse("dial", "--depth", "6", "--tokens_per_parameter", "0.5")
     assert slots(few) == pytest.approx(DialSize(depth=6).tokens / 40, rel=0.01)
 
@@ -96,5 +95,10 @@ def test_every_size_is_a_config_and_larger_ones_learn_from_more(depth: int) -> N
     assert small.flops < large.flops
 
 
-def test_the_table_of_the_page_is_what_the_laws_give() -> None:
-    assert describe_sizes([*range(2, 13), 28]) in RECIPES.read_text()
+def test_the_tables_of_the_page_are_what_the_laws_give() -> None:
+    page = RECIPES.read_text()
+    assert describe_sizes([*range(2, 13), 28]) in page
+    ratio = float(TOKENS_PER_PARAMETER)
+    assert describe_sizes(range(1, 6), ratio) in page
+    flops = sum(DialSize(depth=depth, tokens_per_parameter=ratio).flops for depth in range(1, 6))
+    assert f"need {flops / 1e12:.0f} TFLOP" in page

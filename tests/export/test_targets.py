@@ -257,14 +257,29 @@ def test_onnx_gives_vectors_of_any_batch_and_length(runs: dict[str, Path], tmp_p
         assert (states.shape, vectors.shape) == ((*shape, 32), (shape[0], 32))
 
 
+def write_modernbert(run: Path, tokenizer_folder: Path) -> Path:
+    """A run of ModernBERT's layout that was never trained: the bias of its vocabulary is zeros."""
+    settings = dict(word.removeprefix("model.").split("=") for word in MODERNBERT)
+    values = {name: json.loads(value) if value != "geglu" else value for name, value in settings.items()}
+    return write_run(run, tokenizer_folder, **values, max_position_embeddings=96)
+
+
+def test_a_bias_of_zeros_is_read_back_as_one(tokenizer_folder: Path, tmp_path: Path) -> None:
+    source = write_modernbert(tmp_path / "run", tokenizer_folder)
+    folder = export(ExportRequest(source=str(source), output=tmp_path / "out")).folder
+    weights = load_encoder_weights(folder)
+    assert weights.config.decoder_bias
+    assert not weights.tensors["decoder_bias"].any()
+    dropped = load_encoder_weights(folder, drop_decoder_bias=True)
+    assert not dropped.config.decoder_bias
+    assert "decoder_bias" not in dropped.tensors
+
+
 @needs_onnx
 def test_onnx_keeps_the_windows_of_modernbert(tokenizer_folder: Path, tmp_path: Path) -> None:
     import onnxruntime
 
-    # A bias of zeros is read as none.
-    settings = dict(word.removeprefix("model.").split("=") for word in MODERNBERT if "decoder_bias" not in word)
-    values = {name: json.loads(value) if value != "geglu" else value for name, value in settings.items()}
-    source = write_run(tmp_path / "run", tokenizer_folder, **values, max_position_embeddings=96)
+    source = write_modernbert(tmp_path / "run", tokenizer_folder)
     done = export(ExportRequest(source=str(source), output=tmp_path / "out", targets=("onnx",)))
     check_onnx_rows(done)
     weights = load_encoder_weights(done.folder)

@@ -196,7 +196,7 @@ def test_a_run_starts_at_the_loss_of_token_frequencies(tiny: Tiny, tmp_path: Pat
     frequent, small = "model.decoder_bias_init=log_frequency", "model.embedding_init_range=0.002"
     biased = tiny(tmp_path / "biased", "model.decoder_bias=true", small, frequent, "trainer.max_steps=2")
     run = build_run(biased)
-    counts = run.data.count_tokens()
+    counts = run.data.token_counts
     bias = run.module.decoder_bias.detach()
     assert bias.exp().sum() == pytest.approx(1, abs=1e-5)
     often, never = int(counts.argmax()), int(counts.argmin())

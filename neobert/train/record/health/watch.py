@@ -7,7 +7,6 @@ sees. What was said before is known from `events.jsonl`. Nothing here stops a ru
 from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import replace
-from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -109,7 +108,7 @@ def build_health(
     """What watches a run; None with `trainer.health_checks: false`."""
     if not config.trainer.health_checks:
         return None
-    entropy = cache(data.unigram_entropy) if isinstance(data, DataPipeline) else None
+    entropy = data.unigram_entropy if isinstance(data, DataPipeline) else None
     return Health(build_expected(config, objective, schedule, num_steps, entropy), tracker, output_dir / "events.jsonl")
 
 
