@@ -28,7 +28,7 @@ import torch
 from neobert.config.load import load_config, load_saved_config
 from neobert.config.schema import Config
 from neobert.data.tokenizer import limit_threads
-from neobert.errors import UserError
+from neobert.errors import DataError, UserError
 from neobert.inference.mlm_loss import LossSettings, MlmLoss, mlm_loss
 from neobert.inference.model import load
 from neobert.inference.scorer import OwnScorer
@@ -84,9 +84,15 @@ def fix_precision(config: Config, made: Sequence[Path] = ()) -> list[str]:
 
 
 def check_data(data: Path) -> None:
-    """Raises DataError when there are no held-out documents in `data`."""
-    with open_texts(str(data), split=VALIDATION):
-        pass
+    """Raises DataError when `data` is no folder with held-out documents."""
+    remedy = f"name one with files called train* and {VALIDATION}*"
+    if not data.is_dir():
+        raise DataError(f"--data: {data} is no folder; {remedy}")
+    try:
+        with open_texts(str(data), split=VALIDATION):
+            pass
+    except DataError as error:
+        raise DataError(f"--data: {data}: {error}; {remedy}") from error
 
 
 def train(config: Config) -> None:

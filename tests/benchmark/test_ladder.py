@@ -12,7 +12,7 @@ from neobert.benchmark.experiment_plan import Workspace
 from neobert.benchmark.ladder import Ladder, draw, estimate_seconds, find_interval, fit_law, predict
 from neobert.commands.ladder_command import ladder as command
 from neobert.config.schema import Config
-from neobert.errors import CallError
+from neobert.errors import CallError, DataError
 from neobert.inference.mlm_loss import LossSettings
 
 SIZES = [2e6, 4.3e6, 7.2e6, 11e6]
@@ -126,6 +126,14 @@ def test_sizes_are_trained_once_and_the_prediction_is_checked(
     assert result["measured"] == json.loads((out / "depth4-seed0" / "score.json").read_text())["loss"]
     assert f"measured {result['measured']:.4f}, " in second.out
     assert "| **4** | " in (out / "ladder.md").read_text()
+
+
+def test_wrong_data_are_named_by_their_flag(tmp_path: Path) -> None:
+    with pytest.raises(DataError, match=r"--data: .*none is no folder; name one with files called train\* and valid"):
+        trial.check_data(tmp_path / "none")
+    (tmp_path / "train.jsonl").write_text('{"text": "a text"}\n')
+    with pytest.raises(DataError, match=r"--data: .*'validation'.*; name one with files called train\* and validation"):
+        trial.check_data(tmp_path)
 
 
 def test_several_processes_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
