@@ -108,7 +108,7 @@ CALLS = [
     ("evaluation/pseudo_perplexity.py run ./none --output new.jsonl", "none does not exist"),
     ("experiments/compare.py none.yaml --data tokenizer", f"none.yaml: the plan {NEARBY}"),
     ("experiments/yardstick.py none.yaml --data tokenizer", f"the config file {NEARBY}"),
-    ("experiments/yardstick.py run.yaml --data ./none", "--data: none is no folder; name one with files called train*"),
+    ("experiments/yardstick.py run.yaml --data ./none", "none is no folder; name one with files called train*"),
     ("experiments/yardstick.py run.yaml --data ./none --steps 0", "argument --steps"),
     ("export/export_hf.py none --output new", "none is no folder"),
     ("export/export_hf.py run --output file/new", "--output: file/new cannot be made (Not a directory)"),
