@@ -77,7 +77,9 @@ class RecordRequest:
     """Where the runs are written; nothing of it is committed."""
 
     home: Path
-    title: str
+    title: str | None
+    """None: that of the record, and of a new one the name of its folder."""
+
     idea: str
     threads: int
     num_steps: int | None
@@ -156,7 +158,7 @@ def _open_record(request: RecordRequest) -> SpeedRecord:
     write_text(counted, text)
     record = SpeedRecord(
         **facts,
-        title=request.title,
+        title=request.title or request.output.absolute().name,
         idea=request.idea,
         created=datetime.now(UTC).isoformat(timespec="seconds"),
         num_steps=_count_steps(request, config, counted),
@@ -191,7 +193,14 @@ def _continue_record(request: RecordRequest, facts: dict[str, Any]) -> SpeedReco
         )
     for run in record.runs:
         cli.say(f"seed {run.seed}: finished before, held-out loss {run.loss:.4f}")
-    return dataclasses.replace(record, seeds=tuple(dict.fromkeys([*record.seeds, *request.seeds])))
+    record = dataclasses.replace(
+        record,
+        title=request.title or record.title,
+        idea=request.idea,
+        seeds=tuple(dict.fromkeys([*record.seeds, *request.seeds])),
+    )
+    write_record(request.output, record)
+    return record
 
 
 def check_tokenizer(track: Track, config: Config, local: Path | None) -> None:

@@ -15,7 +15,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from statistics import mean, stdev
-from typing import Any
+from typing import Any, get_origin, get_type_hints
 
 from neobert.benchmark.speedrun_tracks import TRACKS, SpeedrunError
 from neobert.disk import write_text
@@ -141,6 +141,8 @@ def load_record(folder: Path) -> SpeedRecord:
         summary = {name: values.pop(name) for name in ("mean", "std")}
         runs = tuple(SeedRun(**run) for run in values.pop("runs"))
         record = SpeedRecord(**{**values, "seeds": tuple(values["seeds"]), "runs": runs})
+        for part in (record, *runs):
+            _check_types(part)
     except FileNotFoundError as error:
         raise SpeedrunError(f"{file} is not there; name the folder of a record") from error
     except (ValueError, KeyError, TypeError, AttributeError) as error:
@@ -153,6 +155,16 @@ def load_record(folder: Path) -> SpeedRecord:
     if not config.is_file() or digest_text(config.read_text()) != record.config_sha256:
         raise SpeedrunError(f"{config} is not the config that was recorded: its sha256 differs; restore both files")
     return record
+
+
+def _check_types(part: SpeedRecord | SeedRun) -> None:
+    """Raises TypeError when a value is not of the type of its field."""
+    for name, kind in get_type_hints(type(part)).items():
+        value = getattr(part, name)
+        items = value if kind == tuple[int, ...] else ()
+        expected = (int, float) if kind is float else get_origin(kind) or kind
+        if not isinstance(value, expected) or not all(isinstance(item, int) for item in items):
+            raise TypeError(f"{name} is {value!r}")
 
 
 def digest_text(text: str) -> str:

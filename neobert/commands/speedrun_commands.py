@@ -89,7 +89,6 @@ def _run(args: argparse.Namespace, settings: list[str]) -> int:
     idea = args.idea or _read_idea(args.config)
     from neobert.benchmark.speedrun import RecordRequest, make_record
 
-    name = args.output.absolute().name
     request = RecordRequest(
         track=track,
         config=args.config,
@@ -98,9 +97,9 @@ def _run(args: argparse.Namespace, settings: list[str]) -> int:
         data=args.data,
         tokenizer=args.tokenizer,
         output=args.output,
-        work=(args.work or Path("outputs/speedrun") / name).absolute(),
+        work=(args.work or Path("outputs/speedrun") / args.output.absolute().name).absolute(),
         home=args.home,
-        title=args.title or name,
+        title=args.title,
         idea=idea,
         threads=args.threads or track.threads or 2,
         num_steps=args.steps,

@@ -153,6 +153,11 @@ def test_a_replay_is_the_same_and_finished_seeds_are_skipped(
     monkeypatch.setattr(trial, "train", train_nothing)
     assert run(folder, "first", "--seeds", "0,1") == 0
     assert "seed 1: finished before" in capsys.readouterr().err
+    assert load_record(folder / "home/records/first").title == "first"
+    assert run(folder, "first", "--seeds", "0,1", "--title", "Smaller still", "--idea", "In other words.") == 0
+    assert run(folder, "first", "--seeds", "0,1", "--idea", "In other words.") == 0
+    record = load_record(folder / "home/records/first")
+    assert (record.title, record.idea) == ("Smaller still", "In other words.")
     with pytest.raises(SpeedrunError, match=r"first: was started with config_sha256 .* choose another --output"):
         run(folder, "first", "--optimizer.lr", "2e-2")
     with pytest.raises(SpeedrunError, match=r"--steps: 5, .* make 6"):
@@ -188,6 +193,19 @@ def test_a_record_that_was_tampered_with_is_refused_or_not_confirmed(
     assert "99% of further seeds are expected in " in said
     assert "rows and masks are equal" in said
     assert said.endswith("\nnot\n")
+
+
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [("seeds", ["0", "1"]), ("num_steps", "6"), ("code", None), ("runs.loss", "5.0"), ("runs.seed", [])],
+)
+def test_a_value_of_another_type_is_named(folder: Path, key: str, value: object) -> None:
+    def change(values: dict[str, Any]) -> None:
+        (values["runs"][0] if key.startswith("runs.") else values)[key.removeprefix("runs.")] = value
+
+    rewrite(folder / "home/records/first/record.json", change)
+    with pytest.raises(SpeedrunError, match=rf"record.json: .*{key.removeprefix('runs.')} is .*; restore the file"):
+        load_record(folder / "home/records/first")
 
 
 def test_what_a_replay_says(base: Path) -> None:
