@@ -111,6 +111,25 @@ def test_a_run_binds_its_precision_and_a_resume_keeps_it(
     assert f"auto is {choice}: the checkpoint's" in capsys.readouterr().out
 
 
+def test_bf16_that_is_slow_on_a_cpu_is_said(tiny: Tiny, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    config = tiny(tmp_path, "trainer.mixed_precision=bf16")
+    rates(monkeypatch, fp32=100e9, bf16=2e9)
+    main, other, gpu = (
+        types.SimpleNamespace(device=torch.device(name), is_main=is_main)
+        for name, is_main in (("cpu", True), ("cpu", False), ("cuda", True))
+    )
+    assert precision.bind_precision(config, None, other) == (config, [])  # type: ignore[arg-type]
+    assert precision.bind_precision(config, None, gpu) == (config, [])  # type: ignore[arg-type]
+    bound, notes = precision.bind_precision(config, None, main)  # type: ignore[arg-type]
+    assert bound == config
+    assert notes == [
+        "trainer.mixed_precision: bf16 is slow here: products of up to 2048 x 32 x 48 make 2.0 GFLOP/s in bf16 and "
+        "100.0 in fp32 on this CPU; write trainer.mixed_precision: auto"
+    ]
+    rates(monkeypatch, fp32=100e9, bf16=60e9)
+    assert precision.bind_precision(config, None, main) == (config, [])  # type: ignore[arg-type]
+
+
 def test_all_processes_take_the_choice_of_the_first(
     tiny: Tiny, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -183,11 +183,29 @@ def choose_precision(config: Config) -> tuple[str, str]:
         return ("bf16", "this GPU has bfloat16") if supported else ("no", "this GPU has no bfloat16")
     if choose_device_type(config) == "mps":
         return "no", "bfloat16 was never tried on mps"
+    fp32, bf16, rates = _measure_precisions(config)
+    return choose_faster(fp32=fp32, bf16=bf16), f"{rates} (bf16 is used from {LEAST_GAIN} times as many)"
+
+
+def find_slow_bf16(config: Config) -> str | None:
+    """What to say of a run in bf16 on a CPU that multiplies fp32 at least twice as fast; None otherwise."""
+    fp32, bf16, rates = _measure_precisions(config)
+    if fp32 < 2 * bf16:
+        return None
+    return f"trainer.mixed_precision: bf16 is slow here: {rates}; write trainer.mixed_precision: auto"
+
+
+def _measure_precisions(config: Config) -> tuple[float, float, str]:
+    """FLOP/s of the CPU in fp32 and in bf16, and both as words."""
     inner, outer = config.model.hidden_size, config.model.intermediate_size
     fp32, bf16 = (measure_product(_ROWS, inner, outer, dtype) for dtype in (torch.float32, torch.bfloat16))
-    return choose_faster(fp32=fp32, bf16=bf16), (
-        f"products of up to {_ROWS} x {inner} x {outer} make {bf16 / 1e9:,.1f} GFLOP/s in bf16 and {fp32 / 1e9:,.1f} "
-        f"in fp32 on this CPU (bf16 is used from {LEAST_GAIN} times as many)"
+    return (
+        fp32,
+        bf16,
+        (
+            f"products of up to {_ROWS} x {inner} x {outer} make {bf16 / 1e9:,.1f} GFLOP/s in bf16 and {fp32 / 1e9:,.1f} "
+            "in fp32 on this CPU"
+        ),
     )
 
 

@@ -33,6 +33,7 @@ from neobert.train.hardware.device import (
     choose_device_type,
     choose_precision,
     find_device_problems,
+    find_slow_bf16,
     find_tool_problems,
     set_determinism,
     use_expandable_segments,
@@ -306,7 +307,9 @@ def bind_precision(config: Config, checkpoint_config: Config | None, runtime: Ru
         StartupError: the checkpoint's precision is bf16, and this GPU does not have it.
     """
     if config.trainer.mixed_precision != "auto":
-        return config, []
+        may_be_slow = config.trainer.mixed_precision == "bf16" and runtime.device.type == "cpu" and runtime.is_main
+        problem = find_slow_bf16(config) if may_be_slow else None
+        return config, [problem] if problem is not None else []
     if checkpoint_config is None:
         # Every GPU is asked, and one `no` is enough; on a CPU rank 0 measures.
         asked = runtime.is_main or choose_device_type(config) == "cuda"
