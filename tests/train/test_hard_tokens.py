@@ -18,9 +18,10 @@ from small_corpus import OBJECTS, SUBJECTS, VERBS
 from tokenizers import Tokenizer
 
 from neobert.cli import EXIT_CODES
+from neobert.commands.replay import replay_row
 from neobert.config.schema import Config
 from neobert.data.pipeline import DataPipeline
-from neobert.errors import StartupError
+from neobert.errors import DataError, StartupError
 from neobert.train.checkpoint.proof.retrain import read_batches
 from neobert.train.checkpoint.proof.stretches import Segment
 from neobert.train.hard_tokens import HARD_TOKENS_FILE, HardTokens
@@ -139,13 +140,16 @@ def test_without_training_later_rows_are_refused(tiny: Tiny, tmp_path: Path, who
     (tmp_path / "work").mkdir()
     assert read_batches(whole, Segment(1, 3), log, work=tmp_path / "work") is None
     (tmp_path / "more").mkdir()
-    with pytest.raises(ValueError, match=r"mask_weights: adaptive: these batches cannot be read.*leave out --limit"):
+    with pytest.raises(DataError, match=r"mask_weights: adaptive: these batches cannot be read.*leave out --limit"):
         read_batches(whole, Segment(3, 8), log, work=tmp_path / "more")
+    assert "row 9 (step 3)" in replay_row(whole, 9).describe()
+    with pytest.raises(DataError, match=r"the masks of step 8 follow .*read rows of the first 4 steps"):
+        replay_row(whole, 30)
     run = build_run(tiny(tmp_path / "run", *ADAPTIVE, "dataset.num_workers=0"))
     assert isinstance(run.data, DataPipeline)
     loader = replace(run.data, loader_settings=replace(run.data.loader_settings, is_ready=lambda step: True)).loader()
     assert [len(next(loader).micro_batches) for _ in range(3)] == [1, 1, 1]
-    with pytest.raises(ValueError, match=r"mask_weights: adaptive: the masks of step 5 .*write datacollator"):
+    with pytest.raises(DataError, match=r"mask_weights: adaptive: the masks of step 5 .*write datacollator"):
         list(loader)
     run.runtime.close()
 
