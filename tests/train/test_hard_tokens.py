@@ -81,8 +81,16 @@ def test_a_resumed_run_equals_the_uninterrupted_one(
         ["trainer.objective=mlm_jepa", "trainer.ema_decay=0.9", "dataset.persistent_workers=false"],
         ["datacollator.clm_steps=3", "datacollator.mlm_rate=random", "trainer.gradient_accumulation_steps=2"],
         ["datacollator.mask_weights_steps=2", "datacollator.mlm_probability_final=0.1", "trainer.async_save=true"],
+        ["trainer.torch_compile=true", "trainer.torch_compile_backend=eager", "trainer.log_statistics=true"],
+        ["trainer.mixed_precision=bf16", "trainer.bf16_residual=true", "model.decoder_bias=true"],
     ],
-    ids=["jepa, loaders closed", "clm, random rates, accumulation", "intervals of two, saved in the background"],
+    ids=[
+        "jepa, loaders closed",
+        "clm, random rates, accumulation",
+        "intervals of two, saved in the background",
+        "compiled",
+        "bf16",
+    ],
 )
 def test_beside_other_keys(tiny: Tiny, tmp_path: Path, keys: list[str]) -> None:
     one, parts = tmp_path / "one", tmp_path / "parts"
