@@ -102,6 +102,15 @@ def test_beside_other_keys(tiny: Tiny, tmp_path: Path, keys: list[str]) -> None:
     assert_same_run(parts, one, step=9, files=FILES)
 
 
+def test_a_student_has_masks_that_follow_it(tiny: Tiny, tmp_path: Path, whole: Path) -> None:
+    out, keys = tmp_path / "run", [*ADAPTIVE, "trainer.objective=distill", f"distill.teacher={whole}"]
+    keys += ["trainer.max_steps=6", "trainer.save_steps=3"]
+    pretrain(tiny(out, *keys))
+    pretrain(tiny(tmp_path / "again", *keys, f"trainer.resume_from_checkpoint={out / 'checkpoints' / '3'}"))
+    assert exact_steps(tmp_path / "again") == exact_steps(out, after=3)
+    assert load_file(out / "checkpoints" / "6" / HARD_TOKENS_FILE)["after"][1].sum() > 0
+
+
 def test_two_processes_equal_one(tiny: Tiny, tmp_path: Path) -> None:
     one, two, three = tmp_path / "one", tmp_path / "two", tmp_path / "three"
     batch = [*ADAPTIVE, "trainer.global_batch_size=8", "trainer.save_steps=3"]
