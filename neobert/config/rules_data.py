@@ -156,6 +156,11 @@ def check_masks(config: Config) -> Iterator[str]:
             f"trainer.skip_spikes: {config.trainer.skip_spikes} compares losses of successive steps, which are of two"
             " kinds with datacollator.clm_steps; write null for it"
         )
+    if masks.mask_weights == "adaptive" and config.trainer.parallel in ("fsdp2", "hsdp"):
+        yield (
+            f"trainer.parallel: {config.trainer.parallel} shards the weights, and datacollator.mask_weights: adaptive"
+            " asks the whole model which tokens it predicts; write ddp"
+        )
     if masks.mask_all or not all(0 <= fraction <= 1 for fraction in (masks.mask_fraction, masks.random_fraction)):
         return
     if masks.mask_fraction + masks.random_fraction > 1 + 1e-9:

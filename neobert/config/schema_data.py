@@ -310,6 +310,27 @@ class DatacollatorSection:
     )
     """With `mask_units: spans`: words of the longest span. A span one word longer is 0.8 times as likely."""
 
+    mask_weights: Literal["uniform", "adaptive"] = key(
+        "uniform",
+        needs=(FILLS_MASKS, "datacollator.mask_units=tokens"),
+        tasks="pretraining",
+        resume="declared",
+        changes="batch",
+    )
+    """uniform: every token is as likely to be hidden. adaptive: the worse the model predicts a token of the vocabulary,
+    the likelier (AMLM, arXiv 2510.20475), up to ten times; how many tokens of a row are hidden stays the same. Not with
+    sharded weights."""
+
+    mask_weights_steps: int = key(
+        200,
+        at_least=2,
+        needs="datacollator.mask_weights=adaptive",
+        tasks="pretraining",
+        resume="declared",
+        changes="batch",
+    )
+    """Steps between two refreshes of the weights. Each costs a forward pass over up to 8 of them."""
+
     mask_fraction: float = key(
         0.8,
         at_least=0,

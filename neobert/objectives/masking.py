@@ -15,7 +15,7 @@ range:
 
 What is drawn until the number is reached:
 
-- tokens: those with the smallest hashes.
+- tokens: those with the smallest hashes, or by weights of their own (`token_weights`).
 - words: whole words (BERT's whole-word masking), those whose first tokens have the smallest hashes. The last one is cut
   to the number of tokens that is left.
 - spans: up to L words in a row (SpanBERT, Joshi et al., arXiv 1907.10529, section 3.1): a span starts at every word,
@@ -36,6 +36,7 @@ from functools import lru_cache
 import numpy as np
 from numpy.typing import NDArray
 
+from neobert.objectives.token_weights import TokenWeights, ring_times
 from neobert.splitmix import GAMMA, Hashes, mix
 from neobert.types import WordEdges
 
@@ -86,6 +87,9 @@ class MaskPolicy:
     rate_range: tuple[float, float] = (0.0, 1.0)
     """Lowest and highest rate that a row draws."""
 
+    token_weights: TokenWeights | None = None
+    """With units `tokens`: how likely each token is hidden. None: all are equal."""
+
     is_causal = False
 
     def __post_init__(self) -> None:
@@ -109,6 +113,8 @@ class MaskPolicy:
             raise ValueError(f"datacollator.mask_units: {self.units!r} is unknown; write one of {', '.join(UNITS)}")
         if self.units != "tokens" and self.edges is None:
             raise ValueError(f"MaskPolicy.edges: None, but units {self.units!r} need to know where words begin")
+        if self.units != "tokens" and self.token_weights is not None:
+            raise ValueError(f"MaskPolicy.token_weights: units {self.units!r} have none; write tokens, or leave it out")
 
     @property
     def draws_random(self) -> bool:
@@ -140,7 +146,11 @@ class MaskPolicy:
             offset, high_bits = math.modf(offset * 2**26)
             rate = RATES[self.draw_rate](high_bits / 2**26, *self.rate_range)
         count = min(len(maskable), math.floor(rate * len(maskable) + offset))
-        selected, deciding = UNITS[self.units](self, tokens, hashes, maskable, count)
+        weights = None if self.token_weights is None else self.token_weights.at(step)
+        if weights is None:
+            selected, deciding = UNITS[self.units](self, tokens, hashes, maskable, count)
+        else:
+            selected, deciding = _take_smallest(ring_times(hashes, weights[tokens]), maskable, count), None
         corrupted = tokens.copy()
         if self.mask_all:
             corrupted[selected] = self.mask_token_id
@@ -183,12 +193,16 @@ def _fraction_of_32_bits(fraction: float) -> np.uint64:
     return np.uint64(min(2**32, math.ceil(fraction * 2**32)))
 
 
+def _take_smallest(draws: Hashes | NDArray[np.float64], maskable: Indices, count: int) -> Indices:
+    if count == len(maskable):
+        return maskable
+    return np.sort(maskable[np.argpartition(draws[maskable], count)[:count]])
+
+
 def _choose_tokens(
     policy: MaskPolicy, tokens: NDArray[np.int32], hashes: Hashes, maskable: Indices, count: int
 ) -> tuple[Indices, Hashes | None]:
-    if count == len(maskable):
-        return maskable, None
-    return np.sort(maskable[np.argpartition(hashes[maskable], count)[:count]]), None
+    return _take_smallest(hashes, maskable, count), None
 
 
 @dataclass(frozen=True, kw_only=True, slots=True, eq=False)

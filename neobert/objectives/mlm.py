@@ -97,12 +97,26 @@ LOGITS_BYTES = 64 * 2**20
 
 def target_losses(module: ObjectiveModule, batch: PackedBatch) -> Tensor:
     """Cross entropy of each target, fp32 `[M]`; 0 in unused entries."""
+    return _for_targets(
+        module,
+        batch,
+        lambda logits, targets: F.cross_entropy(logits, targets, ignore_index=IGNORE_INDEX, reduction="none"),
+    )
+
+
+def target_hits(module: ObjectiveModule, batch: PackedBatch) -> Tensor:
+    """Whether each target is the most likely token, bool `[M]`; False in unused entries."""
+    return _for_targets(module, batch, lambda logits, targets: logits.argmax(dim=-1) == targets)
+
+
+def _for_targets(module: ObjectiveModule, batch: PackedBatch, function: Callable[[Tensor, Tensor], Tensor]) -> Tensor:
+    """`[M]`: what `function` makes of the logits, fp32 `[m, V]`, and the targets `[m]`, some at a time."""
     hidden_TH = module.encoder(batch.input_ids, batch.positions, batch.segments)
     hidden_MH = hidden_TH.index_select(0, batch.masked_index)
     step = max(1, LOGITS_BYTES // (4 * module.encoder.config.vocab_size))
     return torch.cat(
         [
-            F.cross_entropy(module.logits(hidden).float(), targets, ignore_index=IGNORE_INDEX, reduction="none")
+            function(module.logits(hidden).float(), targets)
             for hidden, targets in zip(hidden_MH.split(step), batch.targets.split(step))
         ]
     )
@@ -210,6 +224,8 @@ def describe_rate(masks: DatacollatorSection) -> str:
 def _describe_recipe(config: Config, sources: Sequence[str]) -> list[str]:
     masks = config.datacollator
     predicted = f"- {describe_rate(masks)} of the tokens predicted{UNITS_IN_WORDS[masks.mask_units]}, {_mix(masks)}"
+    if masks.mask_weights == "adaptive":
+        predicted += ", more often those that it predicted badly"
     return [*describe_rows(config, sources), predicted]
 
 

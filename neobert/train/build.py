@@ -29,6 +29,7 @@ from neobert.objectives.base import ObjectiveModule, Teacher
 from neobert.objectives.causal_lm import build_next_tokens
 from neobert.objectives.masking import MaskPolicy
 from neobert.objectives.table import choose_objective
+from neobert.objectives.token_weights import TokenWeights
 from neobert.optim.moving_average import WeightAverage
 from neobert.optim.muon import Muon
 from neobert.optim.optimizers import build_optimizer, keep_unit_length
@@ -151,6 +152,9 @@ def build_train_masks(config: Config, tokenizer: Tokenizer) -> MaskPolicy:
         draw_rate=section.mlm_rate,
         rate_range=section.mlm_rate_range,
         edges=None if section.mask_units == "tokens" else build_word_edges(tokenizer),
+        token_weights=None
+        if section.mask_weights == "uniform"
+        else TokenWeights(tokenizer.size, section.mask_weights_steps),
     )
 
 

@@ -161,7 +161,12 @@ def training_steps(run: Run, state: TrainState) -> Iterator[tuple[TrainState, St
                     check_next_batch(expected, run.runtime.sum_on_host([as_int64(batch.digest)])[0])
                     expected = None
                 run.runtime.at(f"step {state.step + 1}")
-                state, metrics = take_step(run, state, copier.copy(batch), counts, data_wait)
+                batch = copier.copy(batch)
+                if run.hard_tokens is not None:
+                    run.hard_tokens.measure(state.step, batch)
+                state, metrics = take_step(run, state, batch, counts, data_wait)
+                if run.hard_tokens is not None:
+                    run.hard_tokens.refresh(state.step)
             if not frozen:
                 freeze_what_lives()
                 frozen = True

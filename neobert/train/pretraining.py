@@ -167,6 +167,10 @@ def announce(run: Run) -> None:
         )
     if masks.clm_steps is not None:
         lines.append(f"clm       the first {masks.clm_steps:,} steps predict next tokens, the others hidden ones")
+    if masks.mask_weights == "adaptive":
+        lines.append(
+            f"masks     the worse a token is predicted, the likelier; weights for {masks.mask_weights_steps:,} steps"
+        )
     lines += [f"data      {note}" for note in data.notes]
     if objective.describe_baseline is not None and run.runtime.is_main:  # It reads data, and only rank 0 speaks.
         lines.append(objective.describe_baseline(config, data.unigram_entropy))

@@ -40,6 +40,7 @@ from neobert.train.build import (
 from neobert.train.checkpoint.commit import Committer
 from neobert.train.checkpoint.replicas import compare_tensors, list_tensors
 from neobert.train.checkpoint.retention import name_test
+from neobert.train.hard_tokens import HardTokens, find_token_weights, wait_for_weights
 from neobert.train.hardware.machine import build_runtime
 from neobert.train.initial import copy_initial_weights, start_at_frequencies
 from neobert.train.numerics import Guard
@@ -110,6 +111,9 @@ class Run(RunSetup):
 
     statistics: Statistics | None
     """With `trainer.log_statistics`."""
+
+    hard_tokens: HardTokens | None
+    """With `datacollator.mask_weights: adaptive`."""
 
     probes: Probes | None
     """With `trainer.probe_steps`."""
@@ -252,6 +256,10 @@ def _wire(
 ) -> Run:
     """Everything that trains `module` on `data` and records it; `computing` is what of `model` computes."""
     config, runtime, output_dir, reporter = setup.config, setup.runtime, setup.output_dir, setup.reporter
+    weights = find_token_weights(data)
+    if weights is not None:
+        assert isinstance(data, DataPipeline), "what has them"
+        data = wait_for_weights(data, weights)
     average = build_average(config, module)
     computing.learn_from_average(None if average is None else average.tensors)
     objective = choose_objective(config)
@@ -278,6 +286,7 @@ def _wire(
         clip=build_clip(config, module, computing, optimizer, runtime),
         average=average,
         statistics=build_statistics(config, module, computing),
+        hard_tokens=None if weights is None else HardTokens(module, weights, runtime),
         probes=probes,
         schedule=schedule,
         tracker=tracker,

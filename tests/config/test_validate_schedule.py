@@ -76,6 +76,20 @@ WRONG: list[tuple[list[str], str]] = [
         ["datacollator.mask_units=words", "datacollator.span_max_words=3"],
         "datacollator.span_max_words: 3 has no effect with datacollator.mask_units: words; remove it, or write",
     ),
+    (
+        ["datacollator.mask_weights=adaptive", "datacollator.mask_units=words"],
+        "datacollator.mask_weights: adaptive has no effect with datacollator.mask_units: words; remove it, or write",
+    ),
+    (
+        ["datacollator.mask_weights=adaptive", "trainer.objective=replaced_token"],
+        "datacollator.mask_weights: adaptive has no effect with trainer.objective: replaced_token; remove it, or write",
+    ),
+    (
+        ["datacollator.mask_weights=adaptive", "trainer.parallel=hsdp"],
+        "trainer.parallel: hsdp shards the weights, and datacollator.mask_weights: adaptive asks the whole model which",
+    ),
+    (["datacollator.mask_weights=adaptive", "datacollator.mask_weights_steps=1"], "mask_weights_steps: 1 must be at"),
+    (["datacollator.mask_weights_steps=9"], "mask_weights_steps: 9 has no effect with datacollator.mask_weights: unif"),
 ]
 
 
@@ -97,6 +111,7 @@ RIGHT: list[list[str]] = [
     ["trainer.batch_size_warmup_steps=9", "trainer.batch_size_warmup_start=16", "trainer.global_batch_size=48"],
     ["datacollator.mlm_probability=0.3", "datacollator.mlm_probability_final=0.15"],
     ["datacollator.mask_fraction=0.7", "datacollator.random_fraction=0.3"],
+    ["datacollator.mask_weights=adaptive", "datacollator.mask_weights_steps=2", "datacollator.mlm_rate=random"],
     ["datacollator.mask_all=true", "datacollator.mask_units=spans", "datacollator.span_max_words=3"],
 ]
 

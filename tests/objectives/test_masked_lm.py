@@ -14,7 +14,7 @@ from neobert.model.attention import ATTENTION
 from neobert.model.config import ModelConfig
 from neobert.model.encoder import Encoder
 from neobert.model.segments import Segments
-from neobert.objectives.mlm import MaskedLM
+from neobert.objectives.mlm import MaskedLM, target_hits
 from neobert.optim.optimizers import keep_unit_length
 from neobert.types import IGNORE_INDEX, PackedBatch
 
@@ -109,6 +109,9 @@ def test_correct_predictions_are_counted_when_asked_for_and_in_evaluation(batch:
     assert counted == (model.logits(hidden).argmax(-1) == batch.targets).sum()
     quiet = build().eval()
     assert quiet(batch).num_correct == counted
+    hits = target_hits(model, batch)
+    assert hits.shape == batch.targets.shape
+    assert hits.sum() == counted
 
 
 @pytest.mark.parametrize("kernel", ["reference", "torch", "triton"])

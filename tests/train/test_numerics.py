@@ -268,8 +268,13 @@ def test_spikes_are_skipped_the_same_way_across_a_resume(
         assert [s["step"] for s in log_lines(resumed, "step") if s.get("skipped")] == [s for s in (6, 8) if s > cut]
 
 
+@pytest.mark.parametrize(
+    "masks",
+    [[], ["datacollator.mask_weights=adaptive", "datacollator.mask_weights_steps=3"]],
+    ids=["uniform", "adaptive masks"],
+)
 def test_rollback_passes_over_the_rows_and_every_resume_does(
-    tiny: Tiny, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    tiny: Tiny, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], masks: list[str]
 ) -> None:
     out, again = tmp_path / "run", tmp_path / "again"
     poison(monkeypatch, [*rows_of_step(6), *rows_of_step(7)])
@@ -281,7 +286,7 @@ def test_rollback_passes_over_the_rows_and_every_resume_does(
         return real(run, state, batch, *others)
 
     monkeypatch.setattr(loop, "take_step", record)
-    settings = ["trainer.max_bad_steps=2", "trainer.rollback_steps=3"]
+    settings = ["trainer.max_bad_steps=2", "trainer.rollback_steps=3", *masks]
     result = pretrain(tiny(out, *settings))
     assert (result.reason, result.state.step) == ("finished", 12)
     # Steps 1 to 8 (the flag of 7 is read while 8 runs), back to step 4, then steps 5 to 12 on the rows after those.

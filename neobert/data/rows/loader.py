@@ -180,6 +180,9 @@ class LoaderSettings:
 
     prefetch_steps: int = 4
     pin_memory: bool = False
+    is_ready: Callable[[int], bool] = lambda step: True
+    """Whether the batch of a step can be made yet, which a thread that is ahead waits for. Once a step was trained, the
+    batches of the next two can."""
 
 
 def _merge(ranges: Sequence[tuple[int, int]]) -> list[tuple[int, int]]:
@@ -226,6 +229,10 @@ class _Assembler:
         self._reads = np.zeros(order.num_lanes, dtype=bool)
         self._reads[mine] = True
         self._lane_rows = _LaneRows(open_lane, lanes, saved, settings.num_workers)
+
+    @property
+    def is_ready(self) -> bool:
+        return self._settings.is_ready(self._step)
 
     def step(self) -> StepBatch:
         """The micro-batches of this rank's next optimizer step, and the state after them."""
@@ -370,6 +377,8 @@ class Loader:
         return replace(item, state={**item.state, "next_batch_digest": digest})
 
     def _assemble(self) -> StepBatch | BaseException:
+        while self._thread is not None and not self._assembler.is_ready and not self._stop.wait(POLL_SECONDS / 10):
+            continue
         try:
             return self._assembler.step()
         except Exception as error:

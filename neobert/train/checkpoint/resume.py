@@ -38,6 +38,7 @@ from neobert.train.checkpoint.replicas import check_replicas
 from neobert.train.checkpoint.retention import choose_best_of_each, list_scores
 from neobert.train.checkpoint.save import complete_save, estimate_bytes
 from neobert.train.checkpoint.sharded_state import OPTIMIZER_FILE, OPTIMIZER_FOLDER, load_shards, shard_state
+from neobert.train.hard_tokens import HARD_TOKENS_FILE
 from neobert.train.processes.agreement import agree, check_equal, sharing_errors
 from neobert.train.run import Run
 from neobert.train.start import check_free_space, is_own, read_checkpoint_config, read_train_state
@@ -72,6 +73,7 @@ def resume_or_start(run: Run) -> TrainState:
     check_equal(run.runtime, comparison.describe)
     load_weights(run, run.checkpoint)
     load_average(run, run.checkpoint)
+    load_hard_tokens(run, run.checkpoint)
     load_optimizer(run, run.checkpoint)
     check_replicas(run, TrainState(step=run.saved["step"]))
     _check_counters(run.checkpoint, run.saved)
@@ -192,6 +194,19 @@ def load_average(run: Run, checkpoint: Path) -> None:
         run.tracker.say(f"trainer.ema_start_step: {average.start_step}: the average starts again after that step")
     elif average.started and not had:
         run.tracker.say(f"trainer.ema_decay: {checkpoint} has no average; it starts with the weights of step {step:,}")
+
+
+def load_hard_tokens(run: Run, checkpoint: Path) -> None:
+    """What the checkpoint's run knew of tokens, where masks follow it; equal weights where its masks did not.
+
+    Raises:
+        StartupError: the file cannot be read.
+    """
+    assert run.saved is not None
+    assert run.checkpoint_config is not None
+    if run.hard_tokens is not None:
+        had = run.checkpoint_config.datacollator.mask_weights == "adaptive"
+        run.hard_tokens.begin(run.saved["step"], _load_tensors(checkpoint / HARD_TOKENS_FILE) if had else None)
 
 
 def _load_tensors(path: Path) -> dict[str, torch.Tensor]:

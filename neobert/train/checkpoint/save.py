@@ -20,6 +20,7 @@ from neobert.train.checkpoint.identity import describe_groups
 from neobert.train.checkpoint.replicas import check_replicas
 from neobert.train.checkpoint.retention import is_milestone, prune
 from neobert.train.checkpoint.sharded_state import OPTIMIZER_FILE, build_shard_files
+from neobert.train.hard_tokens import HARD_TOKENS_FILE
 from neobert.train.processes.agreement import PACKAGES, agree, version
 from neobert.train.run import Run
 from neobert.train.start import FORMAT_VERSION
@@ -136,6 +137,8 @@ def _build_files(run: Run, state: TrainState, data_state: dict[str, Any], backgr
     kinds = {MODEL_FILE: _gather(weights, copy, keep=run.runtime.is_main)}
     if run.average is not None and run.average.started:
         kinds[EMA_FILE] = _gather(weights | run.average.tensors(), copy, keep=run.runtime.is_main)
+    if run.hard_tokens is not None:
+        kinds[HARD_TOKENS_FILE] = run.hard_tokens.read()
     if not run.runtime.is_main:
         return files
     schedule = {"name": run.config.scheduler.name, "step": state.step, "lr": run.schedule(state.step)}

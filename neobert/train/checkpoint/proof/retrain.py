@@ -6,6 +6,7 @@ nothing that is learned are replaced.
 """
 
 import io
+import math
 import shutil
 import time
 from collections.abc import Iterator, Mapping
@@ -19,11 +20,13 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from neobert.config.schema import Config
+from neobert.errors import DataError
 from neobert.train.checkpoint.audit import Line, RankLayout, ReplayAudit
 from neobert.train.checkpoint.proof.digest_chain import read_steps
 from neobert.train.checkpoint.proof.stretches import Segment
 from neobert.train.checkpoint.resume import read_pickle, resume_or_start
 from neobert.train.checkpoint.sharded_state import OPTIMIZER_FILE
+from neobert.train.hard_tokens import HARD_TOKENS_FILE
 from neobert.train.loop import open_loader, training_steps
 from neobert.train.processes.agreement import sharing_errors
 from neobert.train.report.environment import describe_environment
@@ -73,6 +76,8 @@ def retrain_segment(
     """
     started = time.perf_counter()
     with _opened(run, segment, work) as (again, state):
+        # Later masks follow what is computed here, which another machine rounds otherwise.
+        given = math.inf if again.hard_tokens is None else again.hard_tokens.weights.end
         stop = segment.end if limit is None else min(segment.end, segment.start + limit)
         state = _train_until(again, state, stop)
         other = find_other_batch(again, state, segment.end, log)
@@ -83,7 +88,11 @@ def retrain_segment(
     layout = RankLayout(processes=1, micro_batch_rows=1)
     audit = ReplayAudit([log[x["step"]] for x in lines if x["step"] in log], before=layout, now=layout)
     audit.compare(lines)
-    batches = [x["step"] for x in lines if log.get(x["step"], {}).get("batch_digest") != x["batch_digest"]]
+    batches = [
+        x["step"]
+        for x in lines
+        if x["step"] <= given and log.get(x["step"], {}).get("batch_digest") != x["batch_digest"]
+    ]
     return Retrained(
         segment=segment,
         num_steps=len(lines),
@@ -161,9 +170,18 @@ def _train_until(run: Run, state: TrainState, stop: int) -> TrainState:
 
 
 def find_other_batch(run: Run, state: TrainState, end: int, log: Mapping[int, Line]) -> int | None:
-    """The first step after `state` up to `end` whose batch is not that of the log; nothing is computed."""
+    """The first step after `state` up to `end` whose batch is not that of the log; nothing is computed.
+
+    Raises:
+        DataError: their masks follow what is computed.
+    """
     if state.step == end:
         return None
+    if run.hard_tokens is not None and end >= run.hard_tokens.weights.end:
+        raise DataError(
+            "datacollator.mask_weights: adaptive: these batches cannot be read without training the steps before; "
+            "leave out --limit, or raise --samples"
+        )
     loader = open_loader(run, state)
     try:
         for step in range(state.step + 1, end + 1):
@@ -181,11 +199,13 @@ def _relative(log: Mapping[int, Line], line: Line) -> float:
 
 
 def _list_other_tensors(run: Run, checkpoint: Path) -> Iterator[str]:
-    """What of weights, their average and the optimizer is not bit for bit that of a checkpoint."""
+    """What of weights, their average, optimizer and weights of masks is not that of a checkpoint, bit for bit."""
     weights = run.module.state_dict()
     kinds = {MODEL_FILE: weights}
     if run.average is not None and run.average.started:
         kinds[EMA_FILE] = weights | run.average.tensors()
+    if run.hard_tokens is not None:
+        kinds[HARD_TOKENS_FILE] = run.hard_tokens.read()
     for file, tensors in kinds.items():
         saved = load_file(checkpoint / file)
         yield from (
