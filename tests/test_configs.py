@@ -1,6 +1,7 @@
 """Every shipped config loads, has a finite budget, and runs its first steps; every shipped plan holds such configs."""
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -100,7 +101,9 @@ def test_the_first_two_steps_of_a_plan(
     overrides = (*TINY, f"dataset.path={corpus}", f"tokenizer.path={tokenizer_folder}")
     workspace = Workspace(output=tmp_path, data=corpus, overrides=overrides)
     (variant,) = (variant for variant in plan.variants if variant.name == name)
-    assert pretrain(build_job_config(plan, grid(variant)[0], workspace)).state.step == 2
+    config = build_job_config(plan, grid(variant)[0], workspace)
+    # An entry may have steps of its own, so that all take the same time.
+    assert pretrain(replace(config, trainer=replace(config.trainer, max_steps=2))).state.step == 2
 
 
 def test_the_optimizers_are_compared_as_the_plan_says() -> None:
