@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+from children import run_forked
 
 from neobert.benchmark.against import RUNS, AgainstSettings, SpeedResult, compare, describe, padded_inputs, prepare
 from neobert.train.hardware import device
@@ -39,7 +40,8 @@ def test_packed_and_padded_steps_hold_about_as_many_tokens(settings: AgainstSett
     assert mean[0] == pytest.approx(mean[1], rel=0.2)
 
 
-def test_a_contestant_in_a_process_of_its_own(settings: AgainstSettings) -> None:
+def test_a_contestant_in_a_process_of_its_own(settings: AgainstSettings, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(subprocess, "run", run_forked)
     table = compare(settings, ["ours"], rounds=1)
     assert [line.split("|")[1].strip() for line in table.splitlines()[4:]] == ["ours"]
     assert torch.get_num_threads() == 1

@@ -15,7 +15,6 @@ def test_a_table_of_two_kernels(monkeypatch: pytest.MonkeyPatch) -> None:
     """All logits of 4,096 rows and 12,288 words are 200 MB several times over, a chunk of them is 64 MB."""
     monkeypatch.delenv("TRITON_INTERPRET", raising=False)
     monkeypatch.setitem(loss_kernels.SHAPES, "small", (4096, 16, 12288))
-    # That a kernel has a process of its own is seen below.
     monkeypatch.setattr(loss_kernels, "subprocess", SimpleNamespace(run=run_forked))
     rates = {torch.float32: 2e9, torch.bfloat16: 1e9}
     monkeypatch.setattr(device, "measure_product", lambda rows, inner, outer, dtype: rates[dtype])
@@ -28,7 +27,8 @@ def test_a_table_of_two_kernels(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="needs a machine without a GPU")
-def test_a_kernel_that_fails_leaves_its_reason() -> None:
+def test_a_kernel_that_fails_leaves_its_reason(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(loss_kernels, "subprocess", SimpleNamespace(run=run_forked))
     table = loss_kernels.table(["torch"], ["13k,768,30592"], "fp32", "cuda", 1)
     # What torch says depends on whether it was built for CUDA: "not compiled with CUDA", or "no NVIDIA driver".
     assert re.search(r"\| torch \| - \| \w+Error: .*(CUDA|NVIDIA)", table.splitlines()[-1])

@@ -56,8 +56,8 @@ LAUNCHERS = {
 """Modules and arguments of torchrun, and of accelerate with each of the shipped files, up to the port."""
 
 
-def launch(folder: Path, config: Config, launcher: str = "torchrun", *, forks: bool = False) -> None:
-    """With `forks` the launcher starts forks of itself instead of processes that import everything."""
+def launch(folder: Path, config: Config, launcher: str = "torchrun") -> None:
+    """The launcher starts forks of itself instead of processes that import everything."""
     config_file = folder / "run.yaml"
     config_file.write_text(config_to_yaml(config))
     module, *flags = LAUNCHERS[launcher]
@@ -65,8 +65,7 @@ def launch(folder: Path, config: Config, launcher: str = "torchrun", *, forks: b
 
     def start() -> int:
         os.chdir(ROOT)
-        if forks:
-            pytest.MonkeyPatch().setattr(SubprocessHandler, "_popen", lambda self, args, env: ForkedProgram(args, env))
+        pytest.MonkeyPatch().setattr(SubprocessHandler, "_popen", lambda self, args, env: ForkedProgram(args, env))
         sys.argv = [module, *words]
         runpy.run_module(module, run_name="__main__", alter_sys=True)
         return 0
@@ -92,7 +91,7 @@ def test_two_processes_keep_one_average(tiny: Callable[..., Config], tmp_path: P
     settings = ["trainer.global_batch_size=8", "trainer.max_steps=4", "trainer.ema_decay=0.9"]
     settings.append("trainer.log_statistics=true")
     pretrain(tiny(one, *settings))
-    launch(tmp_path, tiny(two, *settings, "trainer.per_device_train_batch_size=2"), launcher=engine, forks=True)
+    launch(tmp_path, tiny(two, *settings, "trainer.per_device_train_batch_size=2"), launcher=engine)
     assert (two / "checkpoints" / "4" / "optimizer").is_dir() == (engine == "fsdp2")
     averages = [load_file(run / "checkpoints" / "4" / "ema.safetensors") for run in (one, two)]
     assert all(torch.allclose(averages[0][name], averages[1][name], atol=1e-5) for name in averages[0])
