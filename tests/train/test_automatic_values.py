@@ -331,7 +331,7 @@ def test_full_rows_have_no_padding_and_one_document_each(tiny: Tiny, tmp_path: P
 
 
 MEASURE = """
-import gc, json, sys
+import json, sys
 import torch
 from neobert.config.load import load_config, save_config
 from neobert.data.tokenizer import load_tokenizer
@@ -339,7 +339,6 @@ from neobert.train.build import build_attention, build_model_config
 from neobert.train.hardware.machine import build_runtime
 from neobert.train.hardware.micro_batch import build_measure
 
-gc.freeze()  # A measurement looks for garbage, among all that was imported otherwise.
 torch.set_num_threads(1)
 config = load_config(sys.argv[1])
 tokenizer, runtime = load_tokenizer(config.tokenizer), build_runtime(config)
