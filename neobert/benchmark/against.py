@@ -34,6 +34,7 @@ from neobert.config.schema_data import TokenizerSection
 from neobert.data.tokenizer import Tokenizer, load_tokenizer, padded_vocab_size
 from neobert.model.config import ModelConfig
 from neobert.train.build import build_mask_policy
+from neobert.train.hardware.device import resolve_precision
 from neobert.types import IGNORE_INDEX, PackedBatch
 
 
@@ -185,6 +186,9 @@ def compare(settings: AgainstSettings, names: Sequence[str], rounds: int) -> str
     load_tokenizer(TokenizerSection(path=settings.tokenizer))
     if not Path(settings.text).is_file():
         raise ValueError(f"{settings.text}: there is no such file; give JSONL (or .gz) with a field `text`")
+    shape = PRESETS[settings.preset]
+    precision, reason = resolve_precision(settings.precision, "cpu", shape["hidden_size"], shape["intermediate_size"])
+    settings = dataclasses.replace(settings, precision=precision)
     found: dict[str, list[SpeedResult]] = {name: [] for name in names}
     for _ in range(rounds):
         for name in names:
@@ -193,7 +197,7 @@ def compare(settings: AgainstSettings, names: Sequence[str], rounds: int) -> str
             if done.returncode:
                 raise ValueError(f"{name}: {done.stderr.strip().splitlines()[-1]}")
             found[name].append(SpeedResult(**json.loads(done.stdout.splitlines()[-1])))
-    return describe(found, base=names[0])
+    return f"Products in {precision}, {reason}.\n\n{describe(found, base=names[0])}"
 
 
 def describe(found: dict[str, list[SpeedResult]], *, base: str) -> str:

@@ -39,7 +39,7 @@ QUICKSTART = StepSettings(
     rows=16,
     mean_document=100.0,
     probability=0.3,
-    precision="no",
+    precision="fp32",
 )
 """The rows of configs/pretraining/quickstart.yaml, its model and AdamW, in fp32."""
 

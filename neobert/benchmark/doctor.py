@@ -200,8 +200,10 @@ def _look_at_choices(seen: Diagnosis, config: Config, runtime: Runtime) -> None:
 def measure_rates(device: torch.device) -> dict[str, float]:
     """FLOP/s of matrix products in fp32 and bf16, of a GPU or of the CPU."""
     on_gpu = device.type == "cuda"
-    measure = partial(measure_gemm, device, repeats=3) if on_gpu else partial(measure_product, *_GEMM)
-    return {"fp32": measure(torch.float32), "bf16": measure(torch.bfloat16)}
+    dtypes = {"fp32": torch.float32, "bf16": torch.bfloat16}
+    if on_gpu:
+        return {name: measure_gemm(device, dtype, repeats=3)[0] for name, dtype in dtypes.items()}
+    return {name: measure_product(*_GEMM, dtype) for name, dtype in dtypes.items()}
 
 
 def _measure_rates(seen: Diagnosis, runtime: Runtime) -> dict[str, float]:

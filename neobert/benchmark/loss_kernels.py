@@ -17,7 +17,11 @@ import torch
 from neobert.benchmark.settings import SHAPES
 from neobert.benchmark.step_time import choose_clock
 from neobert.kernels.linear_cross_entropy import KERNELS, PACKAGES, kernel_problem
+from neobert.train.hardware.device import resolve_precision
 from neobert.train.hardware.memory import forget_peak, peak_bytes
+
+_COLUMNS = 4096
+"""Of the vocabulary, in the products that choose a precision: few rows of all of it take seconds on some CPUs."""
 
 
 class Case(NamedTuple):
@@ -72,13 +76,15 @@ def table(kernels: Sequence[str], shapes: Sequence[str], precision: str, device:
     unknown = [name for name in kernels if name not in known]
     if unknown:
         raise ValueError(f"--kernels: {', '.join(map(repr, unknown))} is unknown; known are {', '.join(known)}")
-    lines = ["| M, D, V | kernel | ms | memory |", "|---|---|---|---|"]
+    reasons, lines = [], ["| M, D, V | kernel | ms | memory |", "|---|---|---|---|"]
     for shape in shapes:
+        rows, hidden, vocabulary = SHAPES[shape]
+        chosen, reason = resolve_precision(precision, torch.device(device).type, hidden, min(vocabulary, _COLUMNS))
+        reasons.append(f"{shape}: products in {chosen}, {reason}.")
         for kernel in kernels:
-            rows, hidden, vocabulary = SHAPES[shape]
-            case = Case(kernel, rows, hidden, vocabulary, precision, device)
+            case = Case(kernel, rows, hidden, vocabulary, chosen, device)
             lines.append(f"| {shape} | {kernel} | {_in_a_process(case, repeats)} |")
-    return "\n".join(lines)
+    return "\n".join([*reasons, "", *lines])
 
 
 def _in_a_process(case: Case, repeats: int) -> str:

@@ -21,7 +21,7 @@ import torch
 from torch import Tensor, nn
 
 from neobert.benchmark.settings import StepSettings
-from neobert.benchmark.step_time import build_model, made_up_rows
+from neobert.benchmark.step_time import bind_precision, build_model, made_up_rows, product_dtype
 from neobert.config.schema_optimizer import MuonSection, OptimizerSection
 from neobert.optim.optimizers import OPTIMIZERS, build_optimizer, step_unless
 from neobert.optim.orthogonal import ORTHOGONALIZATIONS, orthogonalize
@@ -39,6 +39,9 @@ class OptimizerTimes:
     optimizers: dict[str, float]
     measuring: float
     """What measuring the attention logits of a step adds to it."""
+
+    precision: str
+    """Of the products, and why."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -61,9 +64,9 @@ def measure_times(settings: StepSettings, *, cpu_time: bool = False) -> Optimize
 
     With `cpu_time` the seconds are those that the process spent on a CPU, in one thread: for a machine that is busy.
     """
-    device = torch.device(settings.device)
-    dtype = torch.bfloat16 if settings.precision == "bf16" else torch.float32
-    source = made_up_rows(settings)
+    device, source = torch.device(settings.device), made_up_rows(settings)
+    settings, reason = bind_precision(settings, source.model)
+    dtype = product_dtype(settings)
     model, _, _ = build_model(settings, source.model, device, dtype)
     section = OptimizerSection(lr=1e-6)
     sections = {name: replace(section, name=name) for name in OPTIMIZERS}  # type: ignore[arg-type]
@@ -96,6 +99,7 @@ def measure_times(settings: StepSettings, *, cpu_time: bool = False) -> Optimize
         passes=medians["passes"],
         optimizers={name: medians[name] for name in optimizers},
         measuring=statistics.median(m - p for m, p in zip(seconds["measured"], seconds["passes"])),
+        precision=f"{settings.precision}, {reason}",
     )
 
 
@@ -160,7 +164,10 @@ def describe_times(times: OptimizerTimes, interval: int = 10) -> str:
         f"| attention logits, every {interval} steps | {seconds * 1e3:,.1f} ms | "
         f"{seconds / (times.passes + seconds):.1%} |"
     )
-    return "\n".join([f"| | a step (passes: {times.passes * 1e3:,.0f} ms) | fraction of it |", "|---|---|---|", *rows])
+    head = f"Products in {times.precision}."
+    return "\n".join(
+        [head, "", f"| | a step (passes: {times.passes * 1e3:,.0f} ms) | fraction of it |", "|---|---|---|", *rows]
+    )
 
 
 def describe_orthogonality(results: list[Orthogonality]) -> str:

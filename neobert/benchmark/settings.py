@@ -18,6 +18,10 @@ SHAPES = {
 }
 """M, D, V: BERT-like vocabularies at 64 rows of 1,024 with 20% masks, and one of 256,000."""
 
+PRECISIONS = ("auto", "bf16", "fp32")
+"""Of matrix products. auto: on a CPU the one that is measured to be faster, with products of the model's shape; bf16 on
+a GPU that has it."""
+
 CONTESTANTS = ("ours", "compiled", "reference", "transformers")
 """Who takes part in the comparison with transformers."""
 
@@ -35,7 +39,9 @@ class StepSettings:
     """Of the log-normal distribution, in tokens."""
 
     probability: float = 0.2
-    precision: str = "bf16"
+    precision: str = "auto"
+    """Of PRECISIONS."""
+
     bf16_residual: bool = False
     """As `trainer.bf16_residual`."""
 
@@ -83,6 +89,8 @@ class AgainstSettings:
     rows: int = 8
     """Packed rows of a step; without packing as many pieces as these hold on average."""
 
-    precision: str = "bf16"
+    precision: str = "auto"
+    """Of PRECISIONS."""
+
     steps: int = 10
     warmup: int = 3

@@ -15,7 +15,7 @@ import itertools
 import resource
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -40,7 +40,7 @@ from neobert.objectives.base import Objective, ObjectiveModule
 from neobert.objectives.table import OBJECTIVES
 from neobert.optim.groups import build_parameter_groups
 from neobert.optim.optimizers import build_optimizer
-from neobert.train.hardware.device import find_missing_tools
+from neobert.train.hardware.device import choose_product_rows, find_missing_tools, resolve_precision
 from neobert.train.master_weights import MasterWeights
 from neobert.train.step import StepResult, train_step
 from neobert.types import LossSum, PackedBatch
@@ -95,6 +95,13 @@ class StepTiming:
     mfu: float | None
     gemm_fraction: float
     gemm_flops: float
+    gemm: str
+    """The product that has this rate."""
+
+    precision: str
+    """`bf16` or `fp32`."""
+
+    precision_reason: str
     flops_per_token: float
     seconds_p50: float
     seconds_p95: float
@@ -177,6 +184,7 @@ def made_up_rows(settings: StepSettings) -> RowSource:
 def build_stepper(settings: StepSettings) -> Callable[[], PackedBatch]:
     """Makes a training step on the next made-up rows at every call, and returns the rows."""
     device, source = torch.device(settings.device), made_up_rows(settings)
+    settings, _ = bind_precision(settings, source.model)
     model, _, _ = build_model(settings, source.model, device, product_dtype(settings))
     optimizer = build_step_optimizer(model, settings)
 
@@ -194,9 +202,21 @@ def make_step(model: nn.Module, optimizer: Optimizer, batch: PackedBatch) -> Ste
     return train_step(model, optimizer, [batch], lr=1e-4, scale=scale, gradient_clipping=1.0)
 
 
+DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
+
+
 def product_dtype(settings: StepSettings) -> torch.dtype:
-    """Of the matrix products."""
-    return torch.bfloat16 if settings.precision == "bf16" else torch.float32
+    """Of the matrix products; `bind_precision` has replaced `auto`."""
+    return DTYPES[settings.precision]
+
+
+def bind_precision(settings: StepSettings, model: ModelConfig) -> tuple[StepSettings, str]:
+    """The settings with `bf16` or `fp32`, and why it is that one for this model."""
+    if settings.precision == "auto" and (settings.bf16_residual or settings.fp8 != "no"):
+        return replace(settings, precision="bf16"), "--bf16-residual and --fp8 are forms of it"
+    sizes = model.hidden_size, model.intermediate_size
+    precision, reason = resolve_precision(settings.precision, torch.device(settings.device).type, *sizes)
+    return replace(settings, precision=precision), reason
 
 
 def measure_step(settings: StepSettings, source: RowSource | None = None) -> StepTiming:
@@ -205,8 +225,9 @@ def measure_step(settings: StepSettings, source: RowSource | None = None) -> Ste
     Raises:
         ValueError: an attention backend or a kernel that cannot run on the device.
     """
-    device, dtype = torch.device(settings.device), product_dtype(settings)
     source = made_up_rows(settings) if source is None else source
+    settings, reason = bind_precision(settings, source.model)
+    device, dtype = torch.device(settings.device), product_dtype(settings)
     model, attention, kernel = build_model(settings, source.model, device, dtype, source.objective)
     optimizer = build_step_optimizer(model, settings)
     # Threads of a loader count in the time of the process.
@@ -229,13 +250,17 @@ def measure_step(settings: StepSettings, source: RowSource | None = None) -> Ste
         attended_length=sum(b.attended_tokens for b in timed) / real,
         predicted_fraction=sum(b.num_targets for b in timed) / real if source.objective.predicts_tokens else 0.0,
     )
-    rate, gemm, peak = real / sum(seconds), measure_gemm(device, dtype, clock), peak_flops(device, dtype)
+    rate, peak = real / sum(seconds), peak_flops(device, dtype)
+    gemm, product = measure_gemm(device, dtype, clock)
     median = float(np.percentile(seconds, 50))
     return StepTiming(
         tokens_per_second=rate,
         mfu=None if peak is None else rate * flops / peak,
         gemm_fraction=rate * flops / gemm,
         gemm_flops=gemm,
+        gemm=product,
+        precision=settings.precision,
+        precision_reason=reason,
         flops_per_token=flops,
         seconds_p50=median,
         seconds_p95=float(np.percentile(seconds, 95)),
@@ -307,10 +332,11 @@ def choose_clock(device: torch.device) -> Callable[[], float]:
 
 def measure_gemm(
     device: torch.device, dtype: torch.dtype, clock: Callable[[], float] = time.perf_counter, repeats: int = 10
-) -> float:
-    """FLOP/s of a square matrix product, the best of some."""
+) -> tuple[float, str]:
+    """FLOP/s of a square matrix product, the best of some, and its sizes: fewer rows where a CPU takes long."""
     size = _GEMM_SIZE[device.type]
-    a, b = (torch.randn(size, size, device=device, dtype=dtype) for _ in range(2))
+    rows = choose_product_rows(size, size, size, dtype) if device.type == "cpu" else size
+    a, b = (torch.randn(count, size, device=device, dtype=dtype) for count in (rows, size))
     best = float("inf")
     for _ in range(repeats):
         start = clock()
@@ -318,7 +344,7 @@ def measure_gemm(
         wait_for(device)
         best = min(best, clock() - start)
         del out
-    return 2 * size**3 / best
+    return 2 * rows * size**2 / best, f"{rows:,} x {size:,} x {size:,}"
 
 
 def describe(settings: StepSettings, timing: StepTiming) -> str:
@@ -331,12 +357,13 @@ def describe(settings: StepSettings, timing: StepTiming) -> str:
     compiled = "" if timing.compile_seconds is None else f", of which compilation {timing.compile_seconds:,.2f} s"
     rows = {
         "settings": ", ".join(f"{name} {value}" for name, value in asdict(settings).items()),
+        "precision": f"{timing.precision}, {timing.precision_reason}",
         "machine": f"{timing.device}, torch {timing.torch_version}",
         "rows": timing.rows,
         "attention, loss kernel": f"{timing.attention}, {timing.kernel}",
         "tokens/s": f"{timing.tokens_per_second:,.0f} real ({timing.fill:.1%} of the slots)",
         "MFU": utilisation,
-        "GEMM fraction": f"{timing.gemm_fraction:.1%} of {timing.gemm_flops / 1e9:,.0f} GFLOP/s measured here",
+        "GEMM fraction": f"{timing.gemm_fraction:.1%} of {timing.gemm_flops / 1e9:,.0f} GFLOP/s, of {timing.gemm} here",
         "FLOP per token": f"{timing.flops_per_token / 1e6:,.1f} M",
         "step": f"p50 {timing.seconds_p50 * 1e3:,.1f} ms, p95 {timing.seconds_p95 * 1e3:,.1f} ms",
         "data wait": wait,

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from neobert import cli
-from neobert.benchmark.settings import CONTESTANTS, PRESETS, SHAPES, AgainstSettings, StepSettings
+from neobert.benchmark.settings import CONTESTANTS, PRECISIONS, PRESETS, SHAPES, AgainstSettings, StepSettings
 from neobert.commands.flags import (
     add_input,
     add_json,
@@ -44,19 +44,19 @@ _KINDS: dict[str, Callable[[str], Any]] = {
 }
 """Types of flags that are more than the type of their default."""
 
-_BACKENDS = ["inductor", "aot_eager", "eager"]
+_PRECISION: dict[str, Any] = {"default": "auto", "choices": PRECISIONS, "help": "of products (default: %(default)s)"}
 _CHOICES = {
     "preset": list(PRESETS),
-    "precision": ["bf16", "fp32"],
+    "precision": list(PRECISIONS),
     "fp8": ["no", "rowwise", "emulated"],
-    "compile_backend": _BACKENDS,
+    "compile_backend": ["inductor", "aot_eager", "eager"],
 }
 
 
 def benchmark(program: str, argv: list[str]) -> None:
     """Tokens per second, utilisation and memory of the training step, on made-up rows or on those of a config.
 
-    neobert benchmark --preset small --precision bf16
+    neobert benchmark --preset small
     neobert benchmark --preset neobert --length 1024 --rows 64 --device cuda --compile
     neobert benchmark --config quickstart dataset.max_seq_length=128
     """
@@ -152,7 +152,7 @@ def parse_pair_benchmark(program: str, argv: list[str]) -> argparse.Namespace:
     parser.add_argument("--hidden-size", type=int, default=256)
     parser.add_argument("--num-layers", type=int, default=4)
     parser.add_argument("--vocab-size", type=int, default=30592)
-    parser.add_argument("--dtype", default="fp32", choices=["bf16", "fp32"])
+    parser.add_argument("--dtype", **_PRECISION)
     parser.add_argument("--device", default="auto")
     parser.add_argument("--threads", type=int, default=0, help="of a CPU; default: torch's choice")
     args = parser.parse_args(argv)
@@ -242,7 +242,7 @@ def benchmark_loss(program: str, argv: list[str]) -> None:
     parser = build_parser(program, benchmark_loss.__doc__)
     parser.add_argument("--kernels", nargs="+", default=["torch", "reference", "triton", "liger"])
     parser.add_argument("--shapes", nargs="+", default=list(SHAPES), choices=list(SHAPES))
-    parser.add_argument("--precision", default="bf16", choices=["bf16", "fp32"], help="default: %(default)s")
+    parser.add_argument("--precision", **_PRECISION)
     parser.add_argument("--device", type=device, default="cpu", help="default: %(default)s")
     parser.add_argument("--repeats", type=count, default=3, help="default: %(default)s")
     args = parser.parse_args(argv)
@@ -259,7 +259,7 @@ def benchmark_optimizers(program: str, argv: list[str]) -> None:
     """
     parser = build_parser(program, benchmark_optimizers.__doc__)
     parser.add_argument("--preset", choices=list(PRESETS), default="small")
-    parser.add_argument("--precision", choices=["bf16", "fp32"], default="bf16")
+    parser.add_argument("--precision", **_PRECISION)
     for flag, default in (("--length", 512), ("--rows", 8), ("--steps", 10)):
         parser.add_argument(flag, type=count, default=default, help="default: %(default)s")
     parser.add_argument("--warmup", type=count_or_zero, default=2, help="default: %(default)s")

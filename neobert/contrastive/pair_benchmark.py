@@ -42,6 +42,7 @@ from neobert.model.config import ModelConfig
 from neobert.model.encoder import Encoder
 from neobert.objectives.contrastive import ContrastiveEncoder
 from neobert.objectives.pair_batch import PairBatch
+from neobert.train.hardware.device import resolve_precision
 from neobert.train.hardware.memory import current_bytes, forget_peak, peak_bytes
 from neobert.train.step import train_step
 from neobert.types import PackedBatch, PackedRow
@@ -195,13 +196,25 @@ def _forget_peak(device: torch.device) -> int:
     return current_bytes()
 
 
+def bind_dtype(args: argparse.Namespace) -> argparse.Namespace:
+    """The arguments with `bf16` or `fp32` for `auto`, which is said."""
+    device = choose_device(args.device)
+    inner, outer = args.hidden_size, 3 * args.hidden_size
+    if args.dtype == "auto" and args.model is not None:
+        config = load(args.model, device="cpu").module.encoder.config
+        inner, outer = config.hidden_size, config.intermediate_size
+    dtype, reason = resolve_precision(args.dtype, device.type, inner, outer)
+    print(f"products in {dtype}, {reason}")
+    return argparse.Namespace(**{**vars(args), "dtype": dtype})
+
+
 def run_benchmark(args: argparse.Namespace) -> None:
     """Prints one line for each variant.
 
     Raises:
         ValueError: the device is unknown or not here.
     """
-    choose_device(args.device)  # Before a process is started.
+    args = bind_dtype(args)  # Before a process is started.
     where = "beyond model, optimizer and data"
     print(f"{'variant':<11} {'pairs/s':>9} {'peak MiB':>9} {'slots/token':>12} {'loss':>9}   (peak {where})")
     context = multiprocessing.get_context("spawn")

@@ -2,13 +2,16 @@
 
 import json
 import subprocess
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from children import run_forked
 
 from neobert.benchmark.against import RUNS, AgainstSettings, SpeedResult, compare, describe, padded_inputs, prepare
+from neobert.train.hardware import device
 from neobert.types import IGNORE_INDEX
 
 
@@ -37,24 +40,30 @@ def test_packed_and_padded_steps_hold_about_as_many_tokens(settings: AgainstSett
     assert mean[0] == pytest.approx(mean[1], rel=0.2)
 
 
-def test_a_contestant_in_a_process_of_its_own(settings: AgainstSettings) -> None:
+def test_a_contestant_in_a_process_of_its_own(settings: AgainstSettings, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(subprocess, "run", run_forked)
     table = compare(settings, ["ours"], rounds=1)
-    assert [line.split("|")[1].strip() for line in table.splitlines()[2:]] == ["ours"]
+    assert [line.split("|")[1].strip() for line in table.splitlines()[4:]] == ["ours"]
     assert torch.get_num_threads() == 1
 
 
 def test_contestants_take_turns(settings: AgainstSettings, monkeypatch: pytest.MonkeyPatch) -> None:
-    turns = []
+    turns, precisions = [], set()
 
     def run(command: list[str], **more: Any) -> subprocess.CompletedProcess[str]:
         turns.append(command[3])
+        precisions.add(json.loads(command[4])["precision"])
         measured = {"tokens_per_second": 100.0 * len(turns), "peak_memory_bytes": 10**9}
         return subprocess.CompletedProcess(command, 0, f"a warning\n{json.dumps(measured)}\n", "")
 
     monkeypatch.setattr(subprocess, "run", run)
-    table = compare(settings, ["ours", "transformers"], rounds=2)
+    rates = {torch.float32: 1e9, torch.bfloat16: 2e9}
+    monkeypatch.setattr(device, "measure_product", lambda rows, inner, outer, dtype: rates[dtype])
+    table = compare(replace(settings, precision="auto"), ["ours", "transformers"], rounds=2)
     assert turns == ["ours", "transformers"] * 2
-    assert [line.split("|")[1].strip() for line in table.splitlines()[2:]] == ["ours", "transformers"]
+    assert precisions == {"bf16"}, "one choice for all"
+    assert table.startswith("Products in bf16, auto: ")
+    assert [line.split("|")[1].strip() for line in table.splitlines()[4:]] == ["ours", "transformers"]
     assert table.splitlines()[-1] == "| transformers | 300 | 200 - 400 | 1.50 | 1.00 GB | 1.00 |"
 
 

@@ -14,12 +14,14 @@ from neobert.optim.optimizers import OPTIMIZERS
 
 
 def test_every_optimizer_has_a_time() -> None:
-    settings = StepSettings(preset="tiny", vocab_size=64, length=32, rows=2, mean_document=12.0, steps=2, warmup=1)
+    shape = {"preset": "tiny", "vocab_size": 64, "length": 32, "rows": 2, "mean_document": 12.0}
+    settings = StepSettings(**shape, precision="bf16", steps=2, warmup=1)  # type: ignore[arg-type]
     times = measure_times(settings, cpu_time=True)
     variants = ["adamw, cautious decay", "normuon, cautious decay", "normuon, heads split"]
     assert list(times.optimizers) == [*OPTIMIZERS, *variants]
     assert min(times.passes, *times.optimizers.values()) > 0
     table = describe_times(times)
+    assert table.startswith("Products in bf16, as asked for.")
     assert all(f"| {name} | " in table for name in times.optimizers)
 
 

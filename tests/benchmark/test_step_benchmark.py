@@ -1,5 +1,6 @@
 """The step benchmark measures what it says, on rows as training has them."""
 
+import dataclasses
 import itertools
 import json
 import runpy
@@ -10,10 +11,20 @@ from pathlib import Path
 import pytest
 import torch
 
-from neobert.benchmark.step_time import MASKED_ATTENTION, StepSettings, made_up_rows, measure_step
+from neobert.benchmark import step_time
+from neobert.benchmark.step_time import (
+    MASKED_ATTENTION,
+    StepSettings,
+    bind_precision,
+    describe,
+    made_up_rows,
+    measure_gemm,
+    measure_step,
+)
 from neobert.config.load import config_to_yaml
 from neobert.config.schema import Config
 from neobert.model.attention import reference_attention
+from neobert.train.hardware import device
 
 SCRIPT = Path(__file__).parents[2] / "scripts" / "benchmark.py"
 TINY = {"preset": "tiny", "vocab_size": 300, "length": 64, "rows": 4, "mean_document": 25.0, "steps": 3, "warmup": 1}
@@ -91,8 +102,48 @@ def test_rows_of_a_config_come_through_the_loader(
 
 @pytest.mark.parametrize("switch", ["all_positions", "plain_adamw", "gradient_checkpointing"])
 def test_every_switch_of_the_comparison_runs(switch: str) -> None:
-    timing = measure_step(StepSettings(**{**TINY, switch: True, "steps": 1}))  # type: ignore[arg-type]
+    timing = measure_step(StepSettings(**{**TINY, switch: True, "steps": 1, "precision": "bf16"}))  # type: ignore[arg-type]
     assert timing.tokens_per_second > 0
+    assert (timing.precision, timing.precision_reason) == ("bf16", "as asked for")
+
+
+@pytest.mark.parametrize(("bf16", "chosen"), [(50e9, "fp32"), (400e9, "bf16")])
+def test_auto_is_the_precision_that_is_faster_and_is_said(
+    monkeypatch: pytest.MonkeyPatch, bf16: float, chosen: str
+) -> None:
+    measured = {torch.float32: 100e9, torch.bfloat16: bf16}
+    monkeypatch.setattr(device, "measure_product", lambda rows, inner, outer, dtype: measured[dtype])
+    settings = StepSettings(**{**TINY, "steps": 1})  # type: ignore[arg-type]
+    dtypes = []
+
+    def note(settings: StepSettings, model: object, device: torch.device, dtype: torch.dtype, *more: object) -> object:
+        dtypes.append((settings.precision, dtype))
+        return build(settings, model, device, dtype, *more)  # type: ignore[arg-type]
+
+    build = step_time.build_model
+    monkeypatch.setattr(step_time, "build_model", note)
+    table = describe(settings, measure_step(settings))
+    assert dtypes == [(chosen, {"bf16": torch.bfloat16, "fp32": torch.float32}[chosen])]
+    assert f"| precision | {chosen}, auto: products of up to 2048 x 32 x 48 make {bf16 / 1e9:.1f} GFLOP/s" in table
+
+
+@pytest.mark.parametrize("form", [{"bf16_residual": True}, {"fp8": "emulated"}])
+def test_auto_is_bf16_for_its_forms(monkeypatch: pytest.MonkeyPatch, form: dict[str, bool | str]) -> None:
+    monkeypatch.setattr(device, "measure_product", lambda *_: pytest.fail("there is no choice"))
+    settings = StepSettings(**{**TINY, **form})  # type: ignore[arg-type]
+    bound, reason = bind_precision(settings, made_up_rows(settings).model)
+    assert bound == dataclasses.replace(settings, precision="bf16")
+    assert "--bf16-residual" in reason
+
+
+def test_a_rate_is_measured_with_fewer_rows_where_a_product_is_slow(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A product of 16 rows in 0.02 s pays for 80 of 1,024."""
+    monkeypatch.setattr(device, "_time_product", lambda a, b: len(a) / 800)
+    ticks = itertools.count()
+    assert measure_gemm(torch.device("cpu"), torch.float32, lambda: float(next(ticks)), 2) == (
+        2 * 80 * 1024**2,
+        "80 x 1,024 x 1,024",
+    )
 
 
 def test_masked_attention_is_the_same_attention() -> None:

@@ -6,8 +6,6 @@ import json
 import os
 import signal
 import socket
-import subprocess
-import sys
 import threading
 import time
 from collections.abc import Iterator, Sequence
@@ -19,6 +17,8 @@ from typing import Any
 import numpy as np
 import pytest
 from calls import SCRIPTS, call
+from children import fork, run_program, wait_until
+from children import wait_for as wait_for_child
 from ports import free_port
 
 from neobert.errors import CallError
@@ -365,18 +365,20 @@ def test_a_port_in_use_is_said_before_the_model_is_loaded(
         ModelServer("127.0.0.1", 70_000)
 
 
-def test_the_command_answers_until_ctrl_c(run_folder: Path) -> None:
-    port = free_port()
-    command = [sys.executable, str(SCRIPTS / "serve.py"), str(run_folder), "--port", str(port), "--name", "mine"]
-    environment = {**os.environ, "PYTHONPATH": str(SCRIPTS.parent)}
-    with subprocess.Popen(command, stderr=subprocess.PIPE, text=True, env=environment) as child:
-        assert child.stderr is not None
-        first = child.stderr.readline()
-        assert first == f"mine at http://127.0.0.1:{port}/v1: mean pooling, texts of up to 40 tokens; Ctrl-C stops it\n"
+def test_the_command_answers_until_ctrl_c(run_folder: Path, tmp_path: Path) -> None:
+    port, log, errors = free_port(), tmp_path / "log.txt", tmp_path / "errors.txt"
+    words = [str(SCRIPTS / "serve.py"), str(run_folder), "--port", str(port), "--name", "mine"]
+    child = fork(lambda: run_program(words), log, errors=errors)
+    try:
+        wait_until(lambda: errors.exists() and "\n" in errors.read_text(), child, errors)
+        first = errors.read_text().splitlines()[0]
+        assert first == f"mine at http://127.0.0.1:{port}/v1: mean pooling, texts of up to 40 tokens; Ctrl-C stops it"
         connection = http.client.HTTPConnection("127.0.0.1", port, timeout=60)
         connection.request("POST", "/v1/embeddings", json.dumps({"input": "a dog", "model": "mine"}))
         assert connection.getresponse().status == 200
-        child.send_signal(signal.SIGINT)  # The connection is open still.
-        assert child.wait(60) == 0
-        assert "Traceback" not in child.stderr.read()
-        connection.close()
+    finally:
+        os.kill(child, signal.SIGINT)  # The connection is open still.
+        code = wait_for_child(child)
+    assert code == 0, errors.read_text()
+    assert "Traceback" not in errors.read_text()
+    connection.close()

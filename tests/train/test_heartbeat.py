@@ -228,6 +228,7 @@ def test_a_request_to_stop_while_another_rank_is_stopped_does_not_wait_for_the_t
     config = tiny(tmp_path / "run", "trainer.rank_timeout_seconds=600", "trainer.per_device_train_batch_size=2")
     port, logs = free_port(), [tmp_path / f"rank-{number}.txt" for number in (0, 1)]
     stop, terminate = (lambda: os.kill(os.getpid(), signal.SIGSTOP)), (lambda: os.kill(os.getpid(), signal.SIGTERM))
+    monkeypatch.setattr(heartbeat, "INTERVAL_SECONDS", 0.25)
     monkeypatch.setattr(heartbeat, "STOPPING_SECONDS", 1.0)  # How long it is by itself is seen above.
     children = [
         fork_run(config, log, before_step(3, harm), rank=number, world=2, port=port)

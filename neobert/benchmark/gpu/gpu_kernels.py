@@ -273,7 +273,7 @@ def distance_to_definition(backend: AttentionBackend, bench: Bench, dtype: torch
 def check_products(bench: Bench) -> Found:
     """Rates of the products of a layer."""
     found = Found()
-    tokens = bench.size(65536, 64)
+    tokens = bench.size(65536, 8)
     total = {"bf16": 0.0, "fp8": 0.0}
     problem = fp8_problem(torch.device(bench.device))
     in_fp8 = problem is None

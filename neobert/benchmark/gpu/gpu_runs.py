@@ -24,9 +24,6 @@ from neobert.config.schema import Config
 from neobert.inference.model import load
 from neobert.train.loop import pretrain
 
-_FILES, _CHARACTERS = 80, 4000
-"""Of Python's standard library, which every machine has."""
-
 _TINY = (
     "model.hidden_size=32",
     "model.num_hidden_layers=2",
@@ -68,11 +65,12 @@ def build_config(bench: Bench, name: str, *overrides: str) -> Config:
 
 
 def _write_text(bench: Bench) -> Path:
-    """The beginnings of some modules, as JSONL."""
+    """The beginnings of some modules of Python's standard library, which every machine has, as JSONL."""
     path = bench.folder / "train.jsonl"
     if not path.exists():
-        files = sorted(Path(sysconfig.get_path("stdlib")).glob("*.py"))[: bench.size(_FILES, 30)]
-        texts = [file.read_text(encoding="utf-8", errors="replace")[:_CHARACTERS] for file in files]
+        count, length = bench.size((80, 4000), (30, 400))  # Files and characters of each.
+        files = sorted(Path(sysconfig.get_path("stdlib")).glob("*.py"))[:count]
+        texts = [file.read_text(encoding="utf-8", errors="replace")[:length] for file in files]
         path.write_text("".join(json.dumps({"text": text}) + "\n" for text in texts if text.strip()))
     return path
 

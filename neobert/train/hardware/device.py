@@ -178,35 +178,44 @@ def choose_device_type(config: Config) -> str:
 
 def choose_precision(config: Config) -> tuple[str, str]:
     """`bf16` or `no`, and the reason, with the numbers that were measured."""
-    if choose_device_type(config) == "cuda":
+    return choose_device_precision(choose_device_type(config), config.model.hidden_size, config.model.intermediate_size)
+
+
+def choose_device_precision(device_type: str, inner: int, outer: int) -> tuple[str, str]:
+    """`choose_precision` for products of `inner x outer` weights on `cuda`, `cpu` or `mps`."""
+    if device_type == "cuda":
         supported = torch.cuda.is_bf16_supported(including_emulation=False)
         return ("bf16", "this GPU has bfloat16") if supported else ("no", "this GPU has no bfloat16")
-    if choose_device_type(config) == "mps":
+    if device_type == "mps":
         return "no", "bfloat16 was never tried on mps"
-    fp32, bf16, rates = _measure_precisions(config)
+    fp32, bf16, rates = _measure_precisions(inner, outer)
     return choose_faster(fp32=fp32, bf16=bf16), f"{rates} (bf16 is used from {LEAST_GAIN} times as many)"
 
 
 def find_slow_bf16(config: Config) -> str | None:
     """What to say of a run in bf16 on a CPU that multiplies fp32 at least twice as fast; None otherwise."""
-    fp32, bf16, rates = _measure_precisions(config)
+    fp32, bf16, rates = _measure_precisions(config.model.hidden_size, config.model.intermediate_size)
     if fp32 < 2 * bf16:
         return None
     return f"trainer.mixed_precision: bf16 is slow here: {rates}; write trainer.mixed_precision: auto"
 
 
-def _measure_precisions(config: Config) -> tuple[float, float, str]:
+def _measure_precisions(inner: int, outer: int) -> tuple[float, float, str]:
     """FLOP/s of the CPU in fp32 and in bf16, and both as words."""
-    inner, outer = config.model.hidden_size, config.model.intermediate_size
     fp32, bf16 = (measure_product(_ROWS, inner, outer, dtype) for dtype in (torch.float32, torch.bfloat16))
-    return (
-        fp32,
-        bf16,
-        (
-            f"products of up to {_ROWS} x {inner} x {outer} make {bf16 / 1e9:,.1f} GFLOP/s in bf16 and {fp32 / 1e9:,.1f} "
-            "in fp32 on this CPU"
-        ),
+    words = (
+        f"products of up to {_ROWS} x {inner} x {outer} make {bf16 / 1e9:,.1f} GFLOP/s in bf16 and {fp32 / 1e9:,.1f} "
+        "in fp32 on this CPU"
     )
+    return fp32, bf16, words
+
+
+def resolve_precision(asked: str, device_type: str, inner: int, outer: int) -> tuple[str, str]:
+    """`bf16` or `fp32` of a benchmark that was asked for one of them, or for `auto`; and the reason."""
+    if asked != "auto":
+        return asked, "as asked for"
+    precision, reason = choose_device_precision(device_type, inner, outer)
+    return "bf16" if precision == "bf16" else "fp32", f"auto: {reason}"
 
 
 def choose_faster(*, fp32: float, bf16: float) -> str:
@@ -216,14 +225,21 @@ def choose_faster(*, fp32: float, bf16: float) -> str:
 
 def measure_product(rows: int, inner: int, outer: int, dtype: torch.dtype) -> float:
     """FLOP/s of `[rows, inner] x [inner, outer]` on the CPU, with fewer rows where so many take too long: the best of a
-    few products, after two small ones of which the first finds its code."""
+    few products, after those of `choose_product_rows`."""
+    rows = choose_product_rows(rows, inner, outer, dtype)
     a, b = torch.ones(rows, inner, dtype=dtype), torch.ones(inner, outer, dtype=dtype)
-    first = min(rows, _FIRST_ROWS)
-    for _ in range(2):
-        seconds = _time_product(a[:first], b)
-    rows = min(rows, max(first, int(first * _SECONDS / seconds)))
-    best = min(_time_product(a[:rows], b) for _ in range(_REPEATS))
+    best = min(_time_product(a, b) for _ in range(_REPEATS))
     return 2 * rows * inner * outer / best
+
+
+def choose_product_rows(rows: int, inner: int, outer: int, dtype: torch.dtype) -> int:
+    """`rows`, or as many of them as `_SECONDS` pay for on the CPU, by two small products of which the first finds its
+    code."""
+    first = min(rows, _FIRST_ROWS)
+    a, b = torch.ones(first, inner, dtype=dtype), torch.ones(inner, outer, dtype=dtype)
+    for _ in range(2):
+        seconds = _time_product(a, b)
+    return min(rows, max(first, int(first * _SECONDS / seconds)))
 
 
 def _time_product(a: torch.Tensor, b: torch.Tensor) -> float:
