@@ -141,8 +141,9 @@ def load_record(folder: Path) -> SpeedRecord:
         summary = {name: values.pop(name) for name in ("mean", "std")}
         runs = tuple(SeedRun(**run) for run in values.pop("runs"))
         record = SpeedRecord(**{**values, "seeds": tuple(values["seeds"]), "runs": runs})
-        for part in (record, *runs):
-            _check_types(part)
+        _check_types(record)
+        for run in runs:
+            _check_types(run)
     except FileNotFoundError as error:
         raise SpeedrunError(f"{file} is not there; name the folder of a record") from error
     except (ValueError, KeyError, TypeError, AttributeError) as error:

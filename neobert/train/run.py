@@ -40,10 +40,10 @@ from neobert.train.build import (
 from neobert.train.checkpoint.commit import Committer
 from neobert.train.checkpoint.replicas import compare_tensors, list_tensors
 from neobert.train.checkpoint.retention import name_test
-from neobert.train.hard_tokens import HardTokens, find_token_weights, wait_for_weights
 from neobert.train.hardware.machine import build_runtime
 from neobert.train.initial import copy_initial_weights, start_at_frequencies
 from neobert.train.numerics import Guard
+from neobert.train.probes.hard_tokens import HardTokens, find_token_weights, wait_for_weights
 from neobert.train.probes.pinned import Probes, build_probes
 from neobert.train.processes.agreement import (
     agree,

@@ -24,8 +24,8 @@ from neobert.data.pipeline import DataPipeline
 from neobert.errors import DataError, StartupError
 from neobert.train.checkpoint.proof.retrain import read_batches
 from neobert.train.checkpoint.proof.stretches import Segment
-from neobert.train.hard_tokens import HARD_TOKENS_FILE, HardTokens
 from neobert.train.loop import pretrain
+from neobert.train.probes.hard_tokens import HARD_TOKENS_FILE, HardTokens
 from neobert.train.run import build_run
 from neobert.types import StepBatch
 

@@ -38,7 +38,7 @@ from neobert.train.checkpoint.replicas import check_replicas
 from neobert.train.checkpoint.retention import choose_best_of_each, list_scores
 from neobert.train.checkpoint.save import complete_save, estimate_bytes
 from neobert.train.checkpoint.sharded_state import OPTIMIZER_FILE, OPTIMIZER_FOLDER, load_shards, shard_state
-from neobert.train.hard_tokens import HARD_TOKENS_FILE
+from neobert.train.probes.hard_tokens import HARD_TOKENS_FILE
 from neobert.train.processes.agreement import agree, check_equal, sharing_errors
 from neobert.train.run import Run
 from neobert.train.start import check_free_space, is_own, read_checkpoint_config, read_train_state

@@ -20,7 +20,7 @@ from neobert.train.checkpoint.identity import describe_groups
 from neobert.train.checkpoint.replicas import check_replicas
 from neobert.train.checkpoint.retention import is_milestone, prune
 from neobert.train.checkpoint.sharded_state import OPTIMIZER_FILE, build_shard_files
-from neobert.train.hard_tokens import HARD_TOKENS_FILE
+from neobert.train.probes.hard_tokens import HARD_TOKENS_FILE
 from neobert.train.processes.agreement import PACKAGES, agree, version
 from neobert.train.run import Run
 from neobert.train.start import FORMAT_VERSION

@@ -26,8 +26,8 @@ from neobert.train.checkpoint.proof.digest_chain import read_steps
 from neobert.train.checkpoint.proof.stretches import Segment
 from neobert.train.checkpoint.resume import read_pickle, resume_or_start
 from neobert.train.checkpoint.sharded_state import OPTIMIZER_FILE
-from neobert.train.hard_tokens import HARD_TOKENS_FILE
 from neobert.train.loop import open_loader, training_steps
+from neobert.train.probes.hard_tokens import HARD_TOKENS_FILE
 from neobert.train.processes.agreement import sharing_errors
 from neobert.train.report.environment import describe_environment
 from neobert.train.run import Run, build_run
