@@ -80,7 +80,9 @@ class RecordRequest:
     title: str | None
     """None: that of the record, and of a new one the name of its folder."""
 
-    idea: str
+    idea: str | None
+    """None: that of the record; a new one needs it."""
+
     threads: int
     num_steps: int | None
     """None: as many as the limit allows."""
@@ -153,13 +155,15 @@ def _open_record(request: RecordRequest) -> SpeedRecord:
         return _continue_record(request, facts)
     if request.output.is_dir() and any(request.output.iterdir()):
         raise SpeedrunError(f"--output: {request.output} holds files already and no record; choose another folder")
+    if (idea := request.idea) is None:
+        raise SpeedrunError("--idea: a new record needs one: say in one sentence what is new")
     request.output.mkdir(parents=True, exist_ok=True)
     counted = request.work / CONFIG  # Not yet in the record's folder: an interruption leaves that empty.
     write_text(counted, text)
     record = SpeedRecord(
         **facts,
         title=request.title or request.output.absolute().name,
-        idea=request.idea,
+        idea=idea,
         created=datetime.now(UTC).isoformat(timespec="seconds"),
         num_steps=_count_steps(request, config, counted),
         seeds=request.seeds,
@@ -196,7 +200,7 @@ def _continue_record(request: RecordRequest, facts: dict[str, Any]) -> SpeedReco
     record = dataclasses.replace(
         record,
         title=request.title or record.title,
-        idea=request.idea,
+        idea=request.idea or record.idea,
         seeds=tuple(dict.fromkeys([*record.seeds, *request.seeds])),
     )
     write_record(request.output, record)

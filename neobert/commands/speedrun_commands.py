@@ -86,7 +86,9 @@ def _run(args: argparse.Namespace, settings: list[str]) -> int:
     track = choose_track(args.track)
     # What is wrong is said before torch is imported, and a seed that is too large before another one is trained.
     build_config(track, args.config, settings, args.data, seed=max(args.seeds))
-    idea = args.idea or _read_idea(args.config)
+    from neobert.benchmark.speedrun_records import RECORD
+
+    idea = args.idea or (None if (args.output / RECORD).is_file() else _read_idea(args.config))
     from neobert.benchmark.speedrun import RecordRequest, make_record
 
     request = RecordRequest(

@@ -44,9 +44,9 @@ def compose(text: str) -> yaml.Node | None:
     return node
 
 
-_READ_SLOWLY = ("\t", "\ufeff", "!", "?", "<<")
+_READ_SLOWLY = ("\t", "\ufeff", "!", "?", "<<", "|", ">")
 """What libyaml allows in more places than PyYAML (tabs, byte order marks), and where it says less of what is wrong, or
-another line: tags, keys with a question mark, merges."""
+another line: tags, keys with a question mark, merges, heads of blocks of text."""
 
 
 def _compose_fast(text: str) -> yaml.Node | None:

@@ -203,7 +203,10 @@ def bind_dtype(args: argparse.Namespace) -> argparse.Namespace:
     if args.dtype == "auto" and args.model is not None:
         config = load(args.model, device="cpu").module.encoder.config
         inner, outer = config.hidden_size, config.intermediate_size
+    threads = torch.get_num_threads()
+    torch.set_num_threads(args.threads or threads)
     dtype, reason = resolve_precision(args.dtype, device.type, inner, outer)
+    torch.set_num_threads(threads)
     print(f"products in {dtype}, {reason}")
     return argparse.Namespace(**{**vars(args), "dtype": dtype})
 

@@ -97,7 +97,28 @@ def test_libyaml_reads_what_the_parser_in_python_reads(text: str, monkeypatch: p
     assert values == yaml.safe_load(text)
 
 
-FLOW = ["b: ", "- ", "\n  ", "[", "]", "{", "}", ", ", ": ", "#c", "'", '"', "|\n", ">\n", "---\n", "...\n", "? ", "\t"]
+FLOW = [
+    "b: ",
+    "- ",
+    "\n  ",
+    "[",
+    "]",
+    "{",
+    "}",
+    ", ",
+    ": ",
+    "#c",
+    "'",
+    '"',
+    "|\n",
+    ">\n",
+    "|",
+    ">-",
+    "---\n",
+    "...\n",
+    "? ",
+    "\t",
+]
 TAGS = ["a", "=", "&a ", "*a", "!!str ", "!x ", "<<: ", "%", "@", "~", "1", "1.5e3", "yes"]
 CHARACTERS = ["\xe9", "\r\n", "\u2028", "\x85", "\ufeff", "\ud800", "\x00", "\U0001f600"]
 

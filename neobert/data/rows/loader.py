@@ -377,8 +377,9 @@ class Loader:
         return replace(item, state={**item.state, "next_batch_digest": digest})
 
     def _assemble(self) -> StepBatch | BaseException:
-        while self._thread is not None and not self._assembler.is_ready and not self._stop.wait(POLL_SECONDS / 10):
-            continue
+        while self._thread is not None and not self._assembler.is_ready:
+            if self._stop.wait(POLL_SECONDS / 10):
+                return RuntimeError("the loader is closed")
         try:
             return self._assembler.step()
         except Exception as error:

@@ -200,13 +200,20 @@ def load_hard_tokens(run: Run, checkpoint: Path) -> None:
     """What the checkpoint's run knew of tokens, where masks follow it; equal weights where its masks did not.
 
     Raises:
-        StartupError: the file cannot be read.
+        StartupError: the file cannot be read, or is that of another vocabulary.
     """
     assert run.saved is not None
     assert run.checkpoint_config is not None
     if run.hard_tokens is not None:
         had = run.checkpoint_config.datacollator.mask_weights == "adaptive"
-        run.hard_tokens.begin(run.saved["step"], _load_tensors(checkpoint / HARD_TOKENS_FILE) if had else None)
+        saved = _load_tensors(checkpoint / HARD_TOKENS_FILE) if had else None
+        shapes = {} if saved is None else {name: tuple(tensor.shape) for name, tensor in saved.items()}
+        expected = dict.fromkeys(("before", "after", "counted"), (2, run.hard_tokens.weights.num_tokens))
+        if saved is not None and shapes != expected:
+            raise StartupError(
+                f"{checkpoint / HARD_TOKENS_FILE} has {shapes}, and this run needs {expected}; name another checkpoint"
+            )
+        run.hard_tokens.begin(run.saved["step"], saved)
 
 
 def _load_tensors(path: Path) -> dict[str, torch.Tensor]:

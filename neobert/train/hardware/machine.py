@@ -307,8 +307,11 @@ def bind_precision(config: Config, checkpoint_config: Config | None, runtime: Ru
         StartupError: the checkpoint's precision is bf16, and this GPU does not have it.
     """
     if config.trainer.mixed_precision != "auto":
-        may_be_slow = config.trainer.mixed_precision == "bf16" and runtime.device.type == "cpu" and runtime.is_main
-        problem = find_slow_bf16(config) if may_be_slow else None
+        # A checkpoint keeps its precision, and bf16_residual is a form of bf16.
+        is_choice = checkpoint_config is None and not config.trainer.bf16_residual
+        on_cpu = runtime.device.type == "cpu" and runtime.is_main
+        asked = is_choice and on_cpu and config.trainer.mixed_precision == "bf16"
+        problem = find_slow_bf16(config) if asked else None
         return config, [problem] if problem is not None else []
     if checkpoint_config is None:
         # Every GPU is asked, and one `no` is enough; on a CPU rank 0 measures.

@@ -227,9 +227,6 @@ def build_measure(
         gc.collect()
         return peak_bytes() - before if fits else None
 
-    # Each measurement looks for garbage, which takes half a second among all that was imported.
-    gc.collect()
-    gc.freeze()
     return measure_gpu if on_gpu else measure_cpu
 
 

@@ -76,7 +76,7 @@ def retrain_segment(
     """
     started = time.perf_counter()
     with _opened(run, segment, work) as (again, state):
-        # Later masks follow what is computed here, which another machine rounds otherwise.
+        # Later masks follow what is computed here: of a machine that rounds otherwise they say nothing.
         given = math.inf if again.hard_tokens is None else again.hard_tokens.weights.end
         stop = segment.end if limit is None else min(segment.end, segment.start + limit)
         state = _train_until(again, state, stop)
@@ -88,10 +88,11 @@ def retrain_segment(
     layout = RankLayout(processes=1, micro_batch_rows=1)
     audit = ReplayAudit([log[x["step"]] for x in lines if x["step"] in log], before=layout, now=layout)
     audit.compare(lines)
+    last = next((x["step"] for x in lines if log.get(x["step"], {}).get("loss_hex") != x["loss_hex"]), math.inf)
     batches = [
         x["step"]
         for x in lines
-        if x["step"] <= given and log.get(x["step"], {}).get("batch_digest") != x["batch_digest"]
+        if x["step"] <= max(given, last) and log.get(x["step"], {}).get("batch_digest") != x["batch_digest"]
     ]
     return Retrained(
         segment=segment,
