@@ -23,7 +23,7 @@ from neobert.benchmark.gpu.gpu_kernels import check_machine, distance_to_definit
 from neobert.benchmark.gpu.gpu_table import Bench, Found, NotAsExpected
 from neobert.benchmark.hub_access import HubAccess
 from neobert.benchmark.settings import StepSettings
-from neobert.benchmark.step_time import measure_gemm
+from neobert.benchmark.step_time import DTYPES, measure_gemm
 from neobert.benchmark.write_speed import find_existing, measure_write
 from neobert.config.schema import Config
 from neobert.data.tokenizer import Tokenizer, train_tokenizer
@@ -199,11 +199,9 @@ def _look_at_choices(seen: Diagnosis, config: Config, runtime: Runtime) -> None:
 
 def measure_rates(device: torch.device) -> dict[str, float]:
     """FLOP/s of matrix products in fp32 and bf16, of a GPU or of the CPU."""
-    on_gpu = device.type == "cuda"
-    dtypes = {"fp32": torch.float32, "bf16": torch.bfloat16}
-    if on_gpu:
-        return {name: measure_gemm(device, dtype, repeats=3)[0] for name, dtype in dtypes.items()}
-    return {name: measure_product(*_GEMM, dtype) for name, dtype in dtypes.items()}
+    if device.type == "cuda":
+        return {name: measure_gemm(device, dtype, repeats=3)[0] for name, dtype in DTYPES.items()}
+    return {name: measure_product(*_GEMM, dtype) for name, dtype in DTYPES.items()}
 
 
 def _measure_rates(seen: Diagnosis, runtime: Runtime) -> dict[str, float]:

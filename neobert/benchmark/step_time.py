@@ -202,7 +202,7 @@ def make_step(model: nn.Module, optimizer: Optimizer, batch: PackedBatch) -> Ste
     return train_step(model, optimizer, [batch], lr=1e-4, scale=scale, gradient_clipping=1.0)
 
 
-DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
 
 def product_dtype(settings: StepSettings) -> torch.dtype:

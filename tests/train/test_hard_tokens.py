@@ -178,12 +178,30 @@ def test_its_record_holds_and_a_changed_count_is_found(
     pretrain(tiny(out, *ADAPTIVE, "trainer.save_steps=6", "trainer.fill_mask_texts=[]"))
     assert call("prove.py", out, "--from-start") == 0
     assert "bit-identical" in capsys.readouterr().out
+    log = out / "log.jsonl"
+    kept = log.read_text()
+    *_, late = (line for line in kept.splitlines() if json.loads(line)["kind"] == "step")
+    digest = json.loads(late)["batch_digest"]
+    log.write_text(kept.replace(digest, f"{int(digest, 16) ^ 1:016x}"))
+    assert call("prove.py", out, "--from-start") == 1, "masks of a later interval, on the machine that drew them"
+    log.write_text(kept)
+    capsys.readouterr()
     path = out / "checkpoints" / "12" / HARD_TOKENS_FILE
     saved = load_file(path)
     saved["after"][0, 7] += 1
     save_file(saved, path, metadata={"format": "pt"})
     assert call("prove.py", out) == 1
     assert f"{HARD_TOKENS_FILE}: after" in capsys.readouterr().out
+
+
+def test_counts_of_another_vocabulary_are_named(tiny: Tiny, tmp_path: Path) -> None:
+    out = tmp_path / "run"
+    pretrain(tiny(out, *ADAPTIVE, "trainer.max_steps=4", "scheduler.total_steps=12"))
+    path = out / "checkpoints" / "4" / HARD_TOKENS_FILE
+    save_file({name: tensor[:, 1:].clone() for name, tensor in load_file(path).items()}, path)
+    (path.parent / "manifest.json").unlink()  # It knows the sizes of files.
+    with pytest.raises(StartupError, match=rf"{HARD_TOKENS_FILE} has .*, and this run needs .*; name another"):
+        pretrain(tiny(tmp_path / "next", *ADAPTIVE, f"trainer.resume_from_checkpoint={path.parent}"))
 
 
 def test_switched_on_and_off_by_a_resume(tiny: Tiny, tmp_path: Path) -> None:
